@@ -1,0 +1,77 @@
+"""The one command line, ``ilqr-vae``: finds the verb's entry point and imports nothing else.
+
+Each package registers its verbs under the entry-point group ``ilqr_vae.verbs``; an entry is a
+``typer.Typer`` application holding one command. ``ilqr-vae replay`` therefore never imports torch.
+
+Exit codes: 0 done; 2 the input or usage is wrong; 3 the service refused or is not reachable;
+4 training cannot go on; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, entry_points, version
+
+from ilqr_vae.errors import IlqrVaeError
+
+GROUP = "ilqr_vae.verbs"
+
+# One line a verb, here so that --help need not import the packages that hold them.
+SUMMARIES = {
+    "simulate": "make up a realistic reaching session and write it as NWB",
+    "train": "fit a model to a recording and write it as one .safetensors file",
+    "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
+    "inspect": "show what is inside a model file",
+    "serve": "load a model and answer spike bins over ZeroMQ",
+    "replay": "stream a recording through a running service and report decodes and latency",
+    "monitor": "watch a running service live in the terminal",
+    "closed-loop": "let a simulated subject reach for targets through a running service",
+}
+
+
+def _help(verbs: dict[str, EntryPoint]) -> str:
+    lines = ["Usage: ilqr-vae VERB [OPTIONS]", "", "Verbs:"]
+    width = max((len(name) for name in verbs), default=0)
+    order = [v for v in SUMMARIES if v in verbs] + sorted(set(verbs) - set(SUMMARIES))
+    lines += [f"  {name:<{width}}  {SUMMARIES.get(name, '')}".rstrip() for name in order]
+    lines += ["", "ilqr-vae VERB --help says what a verb takes, with an example."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code (see the module's docstring)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    verbs = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if not args or args[0] in {"-h", "--help", "help"}:
+        print(_help(verbs))
+        return 0
+    if args[0] == "--version":
+        print(version("ilqr-vae"))
+        return 0
+    verb, rest = args[0], args[1:]
+    if verb not in verbs:
+        print(f"error: verb: expected one of {', '.join(verbs)}, got {verb!r}", file=sys.stderr)
+        return 2
+    try:
+        app = verbs[verb].load()
+    except ModuleNotFoundError as missing:
+        print(
+            f"error: {verb}: expected the package {missing.name!r} to be installed, got none; "
+            "try: pip install 'ilqr-vae[engine]'",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        app(args=rest, prog_name=f"ilqr-vae {verb}")
+    except IlqrVaeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,58 @@
+"""What can go wrong because of something a person supplied.
+
+Every error names the field, what was expected and what came. What happens in the normal course of a
+stream (a solve that stopped early, a late bin, a gap) is a status in a result, never an exception.
+"""
+
+from __future__ import annotations
+
+
+class IlqrVaeError(Exception):
+    """Base of every error this project raises on purpose.
+
+    Attributes:
+        field: the thing that is wrong, e.g. ``data.bin_width`` or ``counts``.
+        expected: what would have been right.
+        got: what came.
+        exit_code: what the command line exits with.
+    """
+
+    exit_code: int = 2
+
+    def __init__(self, field: str, *, expected: str, got: str) -> None:
+        self.field = field
+        self.expected = expected
+        self.got = got
+        super().__init__(f"{field}: expected {expected}, got {got}")
+
+
+class ConfigError(IlqrVaeError):
+    """A configuration file or option is wrong (unknown key, wrong type, impossible value)."""
+
+
+class RecordingError(IlqrVaeError):
+    """A recording cannot be read as asked (missing series, negative counts, no bins)."""
+
+
+class ShapeError(IlqrVaeError):
+    """An array handed to the library has the wrong shape, dtype or values."""
+
+
+class ArtifactError(IlqrVaeError):
+    """A model file is corrupt, of another schema version, or not a model file at all."""
+
+
+class ProtocolError(IlqrVaeError):
+    """A message on the wire is not what the protocol says."""
+
+
+class ServiceError(IlqrVaeError):
+    """The service refused, is not reachable, or could not start (port in use)."""
+
+    exit_code = 3
+
+
+class TrainingError(IlqrVaeError):
+    """Training cannot go on (a value that is not finite, a checkpoint of another run)."""
+
+    exit_code = 4

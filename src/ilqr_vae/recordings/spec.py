@@ -1,0 +1,85 @@
+"""How to read a recording, as a person writes it in a config and as a model file remembers it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Span = Literal["train", "validation", "test", "all"]
+
+
+class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Field map of a MAT file holding binned counts.
+
+    Attributes:
+        spikes: variable with the counts.
+        spikes_axes: order of its two axes.
+        bin_width: variable with the bin width in seconds, or "" to take ``data.bin_width``.
+        kinematics: variable with the kinematics, or "" for none; channels x bins or bins x channels.
+        kinematic_rows: which channels of it to decode; empty means all.
+        kinematic_names, kinematic_units: one each per decoded channel.
+        trial_starts: variable with one-based first bins of trials, or "".
+    """
+
+    spikes: str = "spikes"
+    spikes_axes: Literal["units,bins", "bins,units"] = "units,bins"
+    bin_width: str = ""
+    kinematics: str = ""
+    kinematic_rows: tuple[int, ...] = ()
+    kinematic_names: tuple[str, ...] = ()
+    kinematic_units: tuple[str, ...] = ()
+    trial_starts: str = ""
+
+
+class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where to look in an NWB file.
+
+    Attributes:
+        counts: path of a TimeSeries of binned counts inside the file; "" means spike times from
+            the units table.
+        kinematics: name (or path) of the behaviour series to decode; "" means: the first whose name
+            holds "vel", else the first behaviour series, else none.
+        kinematic_names, kinematic_units: override what the file says; empty keeps it.
+        trials: use the trials table where there is one.
+    """
+
+    counts: str = ""
+    kinematics: str = ""
+    kinematic_names: tuple[str, ...] = ()
+    kinematic_units: tuple[str, ...] = ()
+    trials: bool = True
+
+
+class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Split by time, as fractions of the bins: [0, train), [train, validation), [validation, 1)."""
+
+    train: float = 0.60
+    validation: float = 0.75
+
+    def bins(self, span: Span, n_bins: int) -> tuple[int, int]:
+        """The half-open range of bins of a span."""
+        a, b = round(self.train * n_bins), round(self.validation * n_bins)
+        return {
+            "train": (0, a),
+            "validation": (a, b),
+            "test": (b, n_bins),
+            "all": (0, n_bins),
+        }[span]
+
+
+class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ``[data]`` part of a config.
+
+    Attributes:
+        bin_width: seconds; must agree with a file that is already binned.
+        min_rate: Hz; units slower than this on the training part are left out of the model.
+        mat, nwb: how to read each format.
+        split: by time.
+    """
+
+    bin_width: float = 0.05
+    min_rate: float = 0.0
+    mat: MatSpec = msgspec.field(default_factory=MatSpec)
+    nwb: NwbSpec = msgspec.field(default_factory=NwbSpec)
+    split: SplitSpec = msgspec.field(default_factory=SplitSpec)

@@ -1,0 +1,295 @@
+"""Messages on the wire: MessagePack, typed, versioned, checked on arrival.
+
+Two planes. A feeder's DEALER talks to the service's ROUTER (``Ingest`` up, ``Reply`` down). The
+service's XPUB sends ``Result`` under the topic ``topic(session)``; requests about the service
+itself (``Control`` up, ``ControlReply`` down) go over the same ROUTER.
+
+Counts travel as raw little-endian bytes beside a dtype from an allow-list and a shape. Nothing on
+the wire can execute: no pickle, no custom types.
+
+Times are nanoseconds of the sender's monotonic clock (``source_ns``: the feeder's; all others: the
+service's). On one machine the two are the same clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import ProtocolError
+
+PROTOCOL = 1
+
+DType = Literal["u1", "<u2", "<u4", "<i8", "<f4", "<f8"]
+DTYPES: tuple[str, ...] = ("u1", "<u2", "<u4", "<i8", "<f4", "<f8")
+
+Status = Literal["ok", "degraded", "late", "missing", "extrapolated"]
+
+
+class Message(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag=str.lower,
+    tag_field="type",
+):
+    """Base: a tagged, immutable message; unknown fields are refused."""
+
+
+class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An array as dtype, shape and raw little-endian bytes in C order."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+
+# ---- feeder -> service -------------------------------------------------------------------------
+
+
+class Open(Message):
+    """Begin (or begin again, with a higher epoch) a session.
+
+    Attributes:
+        protocol: ``PROTOCOL``.
+        session: name, 1-64 of [A-Za-z0-9._-].
+        units: the unit names, in the order of the counts; must be the model's.
+        bin_width_ns: must be the model's.
+        epoch: run number; results of different epochs never mix.
+        deadline_ns: an answer published later than this after ``received`` is flagged late.
+        anytime: let the deadline cut a solve short (``degraded``); default is a fixed number of
+            iterations, so that answers do not depend on the clock.
+    """
+
+    protocol: int
+    session: str
+    units: tuple[str, ...]
+    bin_width_ns: int
+    epoch: int = 0
+    deadline_ns: int
+    anytime: bool = False
+
+
+class Bin(Message):
+    """Counts of one bin. ``mask``: u1 per unit, 1 = observed; None = all observed."""
+
+    session: str
+    epoch: int = 0
+    index: int
+    source_ns: int
+    counts: Array
+    mask: Array | None = None
+
+
+class Close(Message):
+    session: str
+    epoch: int = 0
+
+
+# ---- service -> feeder -------------------------------------------------------------------------
+
+
+class Opened(Message):
+    """The session is open. ``credits``: bins that may be in flight unanswered."""
+
+    session: str
+    epoch: int
+    model: str
+    latents: int
+    kinematic_names: tuple[str, ...]
+    kinematic_units: tuple[str, ...]
+    horizon: int
+    iterations: int
+    credits: int
+
+
+class Credit(Message):
+    """``credits`` more bins may be sent; ``index``: the newest bin answered."""
+
+    session: str
+    epoch: int
+    index: int
+    credits: int
+
+
+class Closed(Message):
+    session: str
+    epoch: int
+    bins: int
+
+
+class Refused(Message):
+    """Something was wrong with one message; nothing else is disturbed."""
+
+    field: str
+    expected: str
+    got: str
+    session: str = ""
+
+
+# ---- control -----------------------------------------------------------------------------------
+
+
+class Describe(Message):
+    """Ask what is served."""
+
+
+class Described(Message):
+    """The model's manifest (JSON-like) and the service's settings."""
+
+    protocol: int
+    model: str
+    ready: bool
+    device: str
+    results: str
+    manifest: dict[str, Any]
+
+
+class Sessions(Message):
+    """Ask for the open sessions."""
+
+
+class SessionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    session: str
+    epoch: int
+    bins: int
+    next_index: int
+    deadline_ns: int
+    statuses: dict[str, int]
+    solve_p50_ns: int
+    solve_p99_ns: int
+    bits_per_spike: float
+    idle_ns: int
+
+
+class SessionList(Message):
+    sessions: tuple[SessionInfo, ...]
+
+
+class Probe(Message):
+    """Clock probe: the service answers with its own clock."""
+
+    client_ns: int
+
+
+class Probed(Message):
+    client_ns: int
+    service_ns: int
+
+
+# ---- results -----------------------------------------------------------------------------------
+
+
+class Result(Message):
+    """The answer for one bin.
+
+    Attributes:
+        revision: 0 for the first answer for a bin; higher supersedes.
+        status: ok, degraded (stopped early), late, missing (no bin came: prediction), extrapolated.
+        solver: the solver's own status, e.g. converged, iteration_limit.
+        iterations: iLQR iterations done.
+        source_ns ... published_ns: stage times; ``source_ns`` is echoed (0 for a missing bin).
+        latent, latent_std: <f8 (n,).
+        rates: <f8 (N,), expected counts per bin.
+        kinematics, kinematics_std: <f8 (D,), in the recording's units; D = 0 without kinematics.
+        bits: one-step-ahead log-likelihood of the arriving bin in bits, against the training mean
+            rate; ``spikes`` is how many spikes it had. Their running ratio is bits per spike.
+    """
+
+    session: str
+    epoch: int
+    index: int
+    revision: int
+    model: str
+    status: Status
+    solver: str
+    iterations: int
+    source_ns: int
+    received_ns: int
+    solve_start_ns: int
+    solve_end_ns: int
+    published_ns: int
+    latent: Array
+    latent_std: Array
+    rates: Array
+    kinematics: Array
+    kinematics_std: Array
+    bits: float
+    spikes: int
+
+
+class Notice(Message):
+    """Something about a session that subscribers should know (closed, idle, restarted)."""
+
+    session: str
+    epoch: int
+    what: str
+
+
+Upstream = Open | Bin | Close | Describe | Sessions | Probe
+Downstream = Opened | Credit | Closed | Refused | Described | SessionList | Probed
+Published = Result | Notice
+
+_encoder = msgspec.msgpack.Encoder()
+_upstream = msgspec.msgpack.Decoder(Upstream)
+_downstream = msgspec.msgpack.Decoder(Downstream)
+_published = msgspec.msgpack.Decoder(Published)
+
+
+def encode(message: Message) -> bytes:
+    """One MessagePack frame."""
+    return _encoder.encode(message)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], frame: bytes, what: str) -> Any:
+    try:
+        return decoder.decode(frame)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError("message", expected=what, got=str(error)) from error
+
+
+def decode_upstream(frame: bytes) -> Upstream:
+    """What a feeder or a control client sent. Raises ProtocolError."""
+    return _decode(_upstream, frame, "a message to the service")
+
+
+def decode_downstream(frame: bytes) -> Downstream:
+    """What the service answered. Raises ProtocolError."""
+    return _decode(_downstream, frame, "an answer of the service")
+
+
+def decode_published(frame: bytes) -> Published:
+    """What the service published. Raises ProtocolError."""
+    return _decode(_published, frame, "a published result")
+
+
+def topic(session: str) -> bytes:
+    """Subscription prefix of a session; ends in NUL so that "1" is no prefix of "10"."""
+    return session.encode() + b"\x00"
+
+
+def pack(values: NDArray[Any], dtype: DType) -> Array:
+    """An array for the wire, converted to ``dtype``."""
+    array = np.ascontiguousarray(values, dtype=np.dtype(dtype))
+    return Array(dtype, array.shape, array.tobytes())
+
+
+def unpack(array: Array, field: str) -> NDArray[Any]:
+    """The array back, read-only. Raises ProtocolError naming ``field`` where the bytes don't fit."""
+    dtype = np.dtype(array.dtype)
+    if any(s < 0 for s in array.shape) or len(array.shape) > 3:
+        raise ProtocolError(f"{field}.shape", expected="up to 3 sizes >= 0", got=str(array.shape))
+    size = 1
+    for s in array.shape:
+        size *= s
+    if len(array.data) != size * dtype.itemsize:
+        raise ProtocolError(
+            f"{field}.data",
+            expected=f"{size * dtype.itemsize} bytes for {array.dtype} {array.shape}",
+            got=f"{len(array.data)} bytes",
+        )
+    return np.frombuffer(array.data, dtype=dtype).reshape(array.shape)
