@@ -51,7 +51,7 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # ---- feeder -> service -------------------------------------------------------------------------
 
 
-class Open(Message):
+class Open(Message, kw_only=True):
     """Begin (or begin again, with a higher epoch) a session.
 
     Attributes:
@@ -74,7 +74,7 @@ class Open(Message):
     anytime: bool = False
 
 
-class Bin(Message):
+class Bin(Message, kw_only=True):
     """Counts of one bin. ``mask``: u1 per unit, 1 = observed; None = all observed."""
 
     session: str
@@ -85,7 +85,7 @@ class Bin(Message):
     mask: Array | None = None
 
 
-class Close(Message):
+class Close(Message, kw_only=True):
     session: str
     epoch: int = 0
 
@@ -93,7 +93,7 @@ class Close(Message):
 # ---- service -> feeder -------------------------------------------------------------------------
 
 
-class Opened(Message):
+class Opened(Message, kw_only=True):
     """The session is open. ``credits``: bins that may be in flight unanswered."""
 
     session: str
@@ -107,7 +107,7 @@ class Opened(Message):
     credits: int
 
 
-class Credit(Message):
+class Credit(Message, kw_only=True):
     """``credits`` more bins may be sent; ``index``: the newest bin answered."""
 
     session: str
@@ -116,13 +116,13 @@ class Credit(Message):
     credits: int
 
 
-class Closed(Message):
+class Closed(Message, kw_only=True):
     session: str
     epoch: int
     bins: int
 
 
-class Refused(Message):
+class Refused(Message, kw_only=True):
     """Something was wrong with one message; nothing else is disturbed."""
 
     field: str
@@ -134,11 +134,11 @@ class Refused(Message):
 # ---- control -----------------------------------------------------------------------------------
 
 
-class Describe(Message):
+class Describe(Message, kw_only=True):
     """Ask what is served."""
 
 
-class Described(Message):
+class Described(Message, kw_only=True):
     """The model's manifest (JSON-like) and the service's settings."""
 
     protocol: int
@@ -149,7 +149,7 @@ class Described(Message):
     manifest: dict[str, Any]
 
 
-class Sessions(Message):
+class Sessions(Message, kw_only=True):
     """Ask for the open sessions."""
 
 
@@ -166,17 +166,17 @@ class SessionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     idle_ns: int
 
 
-class SessionList(Message):
+class SessionList(Message, kw_only=True):
     sessions: tuple[SessionInfo, ...]
 
 
-class Probe(Message):
+class Probe(Message, kw_only=True):
     """Clock probe: the service answers with its own clock."""
 
     client_ns: int
 
 
-class Probed(Message):
+class Probed(Message, kw_only=True):
     client_ns: int
     service_ns: int
 
@@ -184,7 +184,7 @@ class Probed(Message):
 # ---- results -----------------------------------------------------------------------------------
 
 
-class Result(Message):
+class Result(Message, kw_only=True):
     """The answer for one bin.
 
     Attributes:
@@ -222,7 +222,7 @@ class Result(Message):
     spikes: int
 
 
-class Notice(Message):
+class Notice(Message, kw_only=True):
     """Something about a session that subscribers should know (closed, idle, restarted)."""
 
     session: str
