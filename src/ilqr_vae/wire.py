@@ -4,6 +4,12 @@ Two planes. A feeder's DEALER talks to the service's ROUTER (``Ingest`` up, ``Re
 service's XPUB sends ``Result`` under the topic ``topic(session)``; requests about the service
 itself (``Control`` up, ``ControlReply`` down) go over the same ROUTER.
 
+Frames: a DEALER sends and gets one frame, the message (no empty delimiter). Published messages are
+two frames, the topic and the message. Wherever a session is opened the service publishes
+``Notice("opened")`` on its topic, and it sends the last message of a topic again to whoever
+subscribes to it anew: a client that subscribes, opens, and waits for any message of its epoch on
+the topic before its first bin therefore misses no result.
+
 Counts travel as raw little-endian bytes beside a dtype from an allow-list and a shape. Nothing on
 the wire can execute: no pickle, no custom types.
 
@@ -223,7 +229,7 @@ class Result(Message, kw_only=True):
 
 
 class Notice(Message, kw_only=True):
-    """Something about a session that subscribers should know (closed, idle, restarted)."""
+    """Something about a session that subscribers should know: opened, closed, idle, restarted."""
 
     session: str
     epoch: int

@@ -1,0 +1,303 @@
+"""Moving-horizon estimation: receding-horizon iLQR on a stream of spike bins.
+
+At bin t, over the window of the last H bins (s = t - H + 1 its first),
+
+    minimise over (z_s, u)   arrival(z_s) + sum_{k=s}^{t} [ -log p(u_k) - log p(o_k | z_{k+1}) ]
+    arrival(z) = 1/2 (z - zbar)' P^-1 (z - zbar)
+
+Until the window is full this is the exact full-history problem with the model's own prior on z_0.
+Then the bin that leaves is absorbed into (zbar, P) by one information-filter step linearised on the
+current trajectory, so that its data is counted once: with A, B, r, R, q, Q the model's terms there,
+
+    P- = A P A' + B R^-1 B'          m- = z_{s+1} + A (zbar - z_s) - B R^-1 r
+    P'^-1 = P-^-1 + Q                P'^-1 (zbar' - z_{s+1}) = P-^-1 (m- - z_{s+1}) - q
+
+The solution is shifted and warm-starts the next bin. For a linear-Gaussian model this is the Kalman
+filter for every H.
+
+The window always has H slots. A young window's later slots are bins that have not come: they have
+no likelihood term, so they change nothing, and every stream of a batch has the same shapes whatever
+its age. A missing bin is the same thing: a mask of zeros.
+
+Pure: ``step(state, bin) -> (state, estimate)``; S streams, one never changing another's answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import msgspec
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ilqr_vae import ilqr
+from ilqr_vae.likelihoods import Observed
+from ilqr_vae.lqr import marginal_covariance
+from ilqr_vae.model import Model
+from ilqr_vae.priors import InitialCost
+from ilqr_vae.readout import KinematicReadout
+
+LOG_2 = 0.6931471805599453
+
+
+class HorizonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ``[estimator]`` part of a config.
+
+    Attributes:
+        horizon: H, bins in the window.
+        iterations: iLQR iterations per bin; fixed, so that answers do not depend on the clock.
+        tolerance: relative expected decrease under which iterating is pointless.
+    """
+
+    horizon: int = 10
+    iterations: int = 2
+    tolerance: float = 1e-10
+
+
+@dataclass(frozen=True)
+class HorizonState:
+    """Everything a stream remembers.
+
+    Attributes:
+        age: bins in the window so far, at most H.
+        mean, precision: of the arrival cost at the window's first state.
+        z, u: the current solution over the window's slots.
+        counts, mask: the window's data; mask is one where observed.
+    """
+
+    age: Int[Tensor, "S"]
+    mean: Float[Tensor, "S n"]
+    precision: Float[Tensor, "S n n"]
+    z: Float[Tensor, "S H1 n"]
+    u: Float[Tensor, "S H m"]
+    counts: Float[Tensor, "S H N"]
+    mask: Float[Tensor, "S H N"]
+
+    def __getitem__(self, i: int) -> HorizonState:
+        """One stream, as a batch of one."""
+        return HorizonState(*(getattr(self, f.name)[i : i + 1] for f in fields(self)))
+
+    @staticmethod
+    def stack(states: Sequence[HorizonState]) -> HorizonState:
+        """Several streams as one batch."""
+        return HorizonState(
+            *(torch.cat([getattr(s, f.name) for s in states]) for f in fields(HorizonState))
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The answer for the newest bin of each stream.
+
+    Attributes:
+        z: mean of the latent state after the newest bin.
+        z_cov: its covariance.
+        window: estimates of the newest L + 1 states, newest first, flattened (the readout's input).
+        rates: expected counts per bin under z.
+        kinematics, kinematics_std: in the recording's units; D = 0 without kinematics.
+        bits: log-likelihood of the newest bin as predicted one step ahead, in bits, relative to the
+            training mean rates; over observed units only.
+        spikes: how many spikes the observed units had.
+        iterations, status: of the solve (``ilqr.Status``).
+    """
+
+    z: Float[Tensor, "S n"]
+    z_cov: Float[Tensor, "S n n"]
+    window: Float[Tensor, "S features"]
+    rates: Float[Tensor, "S N"]
+    kinematics: Float[Tensor, "S D"]
+    kinematics_std: Float[Tensor, "S D"]
+    bits: Float[Tensor, "S"]
+    spikes: Float[Tensor, "S"]
+    iterations: Int[Tensor, "S"]
+    status: Int[Tensor, "S"]
+
+    @property
+    def z_std(self) -> Float[Tensor, "S n"]:
+        return self.z_cov.diagonal(dim1=-2, dim2=-1).sqrt()
+
+
+def _spd_inverse(M: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(M)[0])
+
+
+class MovingHorizon:
+    """The estimator: a model, a readout and a horizon, without memory of its own.
+
+    Args:
+        model: on the device and in the dtype to compute in; not changed.
+        readout: kinematics from latents, or None.
+        mean_rate: (N,) expected counts per bin over the training part (the null model of ``bits``).
+        config: horizon and iteration budget.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        readout: KinematicReadout | None,
+        mean_rate: Float[Tensor, "N"],
+        config: HorizonConfig,
+    ) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.readout = readout
+        self.mean_rate = mean_rate
+        self.config = config
+        self.spikes = model.group("spikes")
+        self._w = tuple(t.contiguous() for t in model.dynamics.weights())
+        self._solver = ilqr.SolverConfig(
+            iterations=config.iterations, tolerance=config.tolerance
+        )
+
+    def init(self, batch: int = 1) -> HorizonState:
+        """Fresh streams: the model's own prior, an empty window."""
+        model, H, N = self.model, self.config.horizon, self.mean_rate.shape[0]
+        like = self.mean_rate
+        prior = model.initial.cost(batch)
+        u = like.new_zeros(batch, H, model.m) + model.prior.mean
+        z0 = prior.mean.clone()
+        return HorizonState(
+            age=torch.zeros(batch, dtype=torch.int64, device=like.device),
+            mean=prior.mean.clone(),
+            precision=prior.precision.clone(),
+            z=model.rollout(self._w, z0, u),
+            u=u,
+            counts=like.new_zeros(batch, H, N),
+            mask=like.new_zeros(batch, H, N),
+        )
+
+    def _absorb(self, s: HorizonState) -> tuple[Tensor, Tensor]:
+        """Arrival mean and precision one bin later (see the module's docstring)."""
+        model = self.model
+        z, z_next, u = s.z[:, 0], s.z[:, 1], s.u[:, 0]
+        A, B = model.dynamics.jacobians(self._w, z, u)
+        r, R = model.prior.quadratise(u)
+        q, Q = model.observation_terms(
+            z_next, {"spikes": Observed(s.counts[:, 0], s.mask[:, 0])}
+        )
+        R_inv = torch.linalg.inv(R)
+        P_minus = A @ _spd_inverse(s.precision) @ A.mT + B @ R_inv @ B.mT
+        # a direction that dynamics and inputs both leave at zero variance would have no inverse
+        trace = P_minus.diagonal(dim1=-2, dim2=-1).mean(-1)
+        P_minus = P_minus + torch.diag_embed((1e-10 * trace).unsqueeze(-1).expand_as(z))
+        shift = A @ (s.mean - z).unsqueeze(-1) - B @ R_inv @ r.unsqueeze(-1)
+        information = _spd_inverse(P_minus)
+        precision = information + Q
+        rhs = information @ shift - q.unsqueeze(-1)
+        factor = torch.linalg.cholesky_ex(precision)[0]
+        return z_next + torch.cholesky_solve(rhs, factor).squeeze(-1), precision
+
+    def _shift(self, s: HorizonState) -> HorizonState:
+        """The window one bin later, its newest slot empty; streams not yet full stay as they are."""
+        model, full = self.model, s.age == self.config.horizon
+        if not bool(full.any()):
+            return s
+        mean, precision = self._absorb(s)
+        rest = model.prior.mean.expand(s.z.shape[0], model.m)
+        z_next = model.dynamics.step(self._w, s.z[:, -1], rest)
+
+        def roll(x: Tensor, last: Tensor) -> Tensor:
+            return torch.cat([x[:, 1:], last.unsqueeze(1)], 1)
+
+        empty = torch.zeros_like(s.counts[:, 0])
+        moved = HorizonState(
+            age=s.age - 1,
+            mean=mean,
+            precision=precision,
+            z=roll(s.z, z_next),
+            u=roll(s.u, rest),
+            counts=roll(s.counts, empty),
+            mask=roll(s.mask, empty),
+        )
+        if bool(full.all()):
+            return moved
+        pick = {
+            f.name: torch.where(
+                full.view(-1, *[1] * (getattr(s, f.name).ndim - 1)),
+                getattr(moved, f.name),
+                getattr(s, f.name),
+            )
+            for f in fields(HorizonState)
+        }
+        return HorizonState(**pick)
+
+    def _bits(self, predicted: Tensor, counts: Tensor, mask: Tensor) -> Tensor:
+        """Poisson log-likelihood ratio of predicted to mean rates, in bits."""
+        rate, null = predicted.clamp(min=1e-9), self.mean_rate.clamp(min=1e-9)
+        gain = counts * (rate.log() - null.log()) - (rate - null)
+        return (gain * mask).sum(-1) / LOG_2
+
+    @torch.no_grad()
+    def step(
+        self,
+        state: HorizonState,
+        counts: Float[Tensor, "S N"],
+        mask: Float[Tensor, "S N"],
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[HorizonState, Estimate]:
+        """Take one bin of each stream.
+
+        Args:
+            counts: spikes per unit; where mask is zero, any finite number.
+            mask: one where observed; a row of zeros is a missing bin (the answer is a prediction).
+            stop: asked before every iteration after the first; True ends the solve (anytime).
+        """
+        counts = torch.where(mask > 0, counts, torch.zeros_like(counts))
+        s = self._shift(state)
+        row = torch.arange(s.z.shape[0], device=s.z.device)
+        window_counts, window_mask = s.counts.clone(), s.mask.clone()
+        window_counts[row, s.age] = counts
+        window_mask[row, s.age] = mask
+        predicted = self.spikes.mean(s.z[row, s.age + 1])
+
+        problem = ilqr.Problem(
+            self.model,
+            self._w,
+            {"spikes": Observed(window_counts, window_mask)},
+            InitialCost(s.mean, s.precision),
+        )
+        solved, info = ilqr.solve(problem, s.z[:, 0], s.u, self._solver, stop)
+        # a solve that broke down keeps the prediction rather than spreading what is not finite
+        broken = (solved.status == ilqr.Status.NOT_FINITE).view(-1, 1, 1)
+        z, u = torch.where(broken, s.z, solved.z), torch.where(broken, s.u, solved.u)
+        newest = s.age + 1
+        Sigma = marginal_covariance(
+            info.problem.A, info.problem.B, info.lqr.K, info.lqr.Quu_inv, info.lqr.V[:, 0]
+        )[row, newest]
+        after = replace(
+            s, age=newest, z=z, u=u, counts=window_counts, mask=window_mask
+        )
+        return after, self._answer(after, Sigma, predicted, counts, mask, solved)
+
+    def _answer(
+        self,
+        s: HorizonState,
+        Sigma: Tensor,
+        predicted: Tensor,
+        counts: Tensor,
+        mask: Tensor,
+        solved: ilqr.State,
+    ) -> Estimate:
+        S = s.z.shape[0]
+        lags = self.readout.lags if self.readout is not None else 0
+        row = torch.arange(S, device=s.z.device)
+        slots = (s.age.unsqueeze(1) - torch.arange(lags + 1, device=s.z.device)).clamp(min=0)
+        window = s.z[row.unsqueeze(1), slots].reshape(S, -1)
+        z = window[:, : self.model.n]
+        if self.readout is None:
+            kinematics = kinematics_std = z.new_zeros(S, 0)
+        else:
+            kinematics, kinematics_std = self.readout(window, Sigma)
+        return Estimate(
+            z=z,
+            z_cov=Sigma,
+            window=window,
+            rates=self.spikes.mean(z),
+            kinematics=kinematics,
+            kinematics_std=kinematics_std,
+            bits=self._bits(predicted, counts, mask),
+            spikes=(counts * mask).sum(-1),
+            iterations=solved.iterations,
+            status=solved.status,
+        )

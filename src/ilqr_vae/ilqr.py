@@ -1,0 +1,235 @@
+"""iLQR: which initial state and inputs explain the observations best?
+
+    minimise over (z_0, u)   J = initial(z_0) + sum_k [ -log p(u_k) - log p(o_k | z_{k+1}) ]
+    subject to               z_{k+1} = f(z_k, u_k)
+
+Single shooting. Each iteration linearises f and quadratises J along the current trajectory
+(Gauss-Newton: no second derivatives of f), solves one LQR problem, and rolls the resulting affine
+policy out through the true dynamics, backtracking the step size alpha until the cost falls by a
+fraction of what the quadratic model promised. J never rises. A failed line search raises the
+Levenberg regularisation of Quu; it is zero otherwise.
+
+A batch runs until each problem has stopped; stopped problems are frozen. Shapes: B problems, T
+steps, z (B, T+1, n), u (B, T, m).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ilqr_vae.dynamics import Weights
+from ilqr_vae.likelihoods import Observations
+from ilqr_vae.lqr import LQRProblem, LQRSolution, solve_lqr
+from ilqr_vae.model import Model
+from ilqr_vae.priors import InitialCost
+from ilqr_vae.rollout import adjoint, closed_loop
+
+
+class Status(IntEnum):
+    """Why a solve ended. ``explain`` says it in words."""
+
+    RUNNING = 0
+    CONVERGED = 1
+    ITERATION_LIMIT = 2
+    STALLED = 3
+    NOT_FINITE = 4
+    STOPPED = 5
+
+    @property
+    def explain(self) -> str:
+        return {
+            Status.RUNNING: "the solve has not ended",
+            Status.CONVERGED: "the expected decrease fell below the tolerance",
+            Status.ITERATION_LIMIT: "the iteration budget was used up first",
+            Status.STALLED: "no step lowered the cost, at any regularisation",
+            Status.NOT_FINITE: "the cost or its model is not finite: NaN in the data, or dynamics "
+            "that explode",
+            Status.STOPPED: "the caller's deadline ended the solve early",
+        }[self]
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """How hard to try.
+
+    Attributes:
+        iterations: at most this many.
+        tolerance: stop once the expected decrease is below tolerance * (1 + |J|).
+        armijo: fraction of the expected decrease that a step must realise.
+        backtracks: halvings of alpha before a line search has failed.
+        regularisation_min, regularisation_max: first and last Levenberg term tried after failures.
+        exact: use the Hessian with the dynamics' curvature where it is positive definite (Newton:
+            fewer, dearer iterations; converges where Gauss-Newton creeps), else Gauss-Newton.
+    """
+
+    iterations: int = 20
+    tolerance: float = 1e-6
+    armijo: float = 1e-4
+    backtracks: int = 8
+    regularisation_min: float = 1e-3
+    regularisation_max: float = 1e8
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a batch of solves stands.
+
+    Attributes:
+        z, u: current trajectory.
+        cost: J there.
+        regularisation: Levenberg term of the next LQR solve.
+        status: ``Status`` per problem.
+        iterations: done so far.
+    """
+
+    z: Float[Tensor, "B T1 n"]
+    u: Float[Tensor, "B T m"]
+    cost: Float[Tensor, "B"]
+    regularisation: Float[Tensor, "B"]
+    status: Int[Tensor, "B"]
+    iterations: Int[Tensor, "B"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What one iteration saw: the LQR problem around the trajectory it started from, its solution,
+    and the step size taken (zero where none was)."""
+
+    problem: LQRProblem
+    lqr: LQRSolution
+    alpha: Float[Tensor, "B"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is being solved: model, its effective weights, data, initial cost."""
+
+    model: Model
+    w: Weights
+    observed: Observations
+    initial: InitialCost
+
+    def cost(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.model.cost(z, u, self.observed, self.initial)
+
+
+def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) -> State:
+    """Start from an initial state and inputs (zeros, or a warm start)."""
+    z = problem.model.rollout(problem.w, z0, u)
+    cost = problem.cost(z, u)
+    status = torch.where(cost.isfinite(), int(Status.RUNNING), int(Status.NOT_FINITE))
+    zero = torch.zeros_like(cost)
+    return State(z, u, cost, zero, status, torch.zeros_like(status))
+
+
+def _where(mask: Bool[Tensor, "B"], new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def solve_exact(
+    problem: Problem,
+    quadratic: LQRProblem,
+    z: Float[Tensor, "B T1 n"],
+    u: Float[Tensor, "B T m"],
+    costate: Float[Tensor, "B T1 n"],
+    regularisation: Float[Tensor, "B"],
+) -> LQRSolution:
+    """Solve ``quadratic`` with the dynamics' curvature added; per problem as it is where the exact
+    Hessian is not positive definite."""
+    full = problem.model.add_dynamics_curvature(problem.w, quadratic, z, u, costate)
+    exact = solve_lqr(full, free_initial=True, regularisation=regularisation)
+    if bool(exact.ok.all()):
+        return exact
+    plain = solve_lqr(quadratic, free_initial=True, regularisation=regularisation)
+    return LQRSolution(
+        **{
+            field.name: _where(exact.ok, getattr(exact, field.name), getattr(plain, field.name))
+            for field in fields(LQRSolution)
+        }
+    )
+
+
+def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
+    """One iteration. Problems that have stopped are returned as they were."""
+    model, w = problem.model, problem.w
+    running = state.status == Status.RUNNING
+    quadratic = model.lqr_problem(w, state.z, state.u, problem.observed, problem.initial)
+    if config.exact:
+        costate = adjoint(quadratic.A, quadratic.q)
+        lqr = solve_exact(problem, quadratic, state.z, state.u, costate, state.regularisation)
+    else:
+        lqr = solve_lqr(quadratic, free_initial=True, regularisation=state.regularisation)
+
+    # merit test: the slack is what float rounding of J can hide
+    slack = 10 * torch.finfo(state.cost.dtype).eps * state.cost.abs()
+    seeking = running & lqr.ok
+    alpha = seeking.to(state.cost.dtype)
+    taken = torch.zeros_like(alpha)
+    z, u, cost = state.z, state.u, state.cost
+    for _ in range(config.backtracks + 1):
+        z0 = state.z[:, 0] + alpha.unsqueeze(-1) * lqr.dz0
+        z_try, u_try = closed_loop(
+            model.dynamics, w, z0, state.z, state.u, lqr.K, lqr.k, alpha
+        )
+        cost_try = problem.cost(z_try, u_try)
+        promised = alpha * (2 - alpha) * lqr.decrease
+        accept = seeking & (cost_try <= state.cost - config.armijo * promised + slack)
+        z, u, cost = _where(accept, z_try, z), _where(accept, u_try, u), _where(accept, cost_try, cost)
+        taken = torch.where(accept, alpha, taken)
+        seeking = seeking & ~accept
+        if not bool(seeking.any()):
+            break
+        alpha = torch.where(seeking, 0.5 * alpha, torch.zeros_like(alpha))
+
+    moved = taken > 0
+    converged = running & lqr.ok & (lqr.decrease <= config.tolerance * (1 + state.cost.abs()))
+    raised = (10 * state.regularisation).clamp(min=config.regularisation_min)
+    failed = running & ~moved & ~converged
+    regularisation = torch.where(moved, torch.zeros_like(raised), state.regularisation)
+    regularisation = torch.where(failed, raised, regularisation)
+    finite = lqr.decrease.isfinite() & quadratic.q.isfinite().all(-1).all(-1)
+    status = state.status
+    status = torch.where(converged, int(Status.CONVERGED), status)
+    status = torch.where(failed & (raised > config.regularisation_max), int(Status.STALLED), status)
+    status = torch.where(failed & ~finite, int(Status.NOT_FINITE), status)
+    after = State(z, u, cost, regularisation, status, state.iterations + running.to(torch.int64))
+    return after, Info(quadratic, lqr, taken)
+
+
+def solve(
+    problem: Problem,
+    z0: Float[Tensor, "B n"],
+    u: Float[Tensor, "B T m"],
+    config: SolverConfig,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[State, Info]:
+    """Iterate until every problem has stopped.
+
+    Args:
+        stop: asked before every iteration but the first; True ends the solve where it is
+            (``Status.STOPPED``): the answer is the best iterate so far.
+
+    Returns:
+        the final state, and the last iteration's ``Info``, whose LQR problem is around the
+        trajectory that iteration started from (at convergence: the same to the tolerance).
+    """
+    with torch.no_grad():
+        state = init(problem, z0, u)
+        state, info = step(problem, state, config)
+        ending = Status.ITERATION_LIMIT
+        for _ in range(1, config.iterations):
+            if not bool((state.status == Status.RUNNING).any()):
+                break
+            if stop is not None and stop():
+                ending = Status.STOPPED
+                break
+            state, info = step(problem, state, config)
+        running = state.status == Status.RUNNING
+        return replace(state, status=torch.where(running, int(ending), state.status)), info

@@ -1,0 +1,157 @@
+"""Rollouts: z_0, u -> z, open loop (differentiable) and closed loop (the line search's).
+
+Notation: T steps, z (B, T+1, n), u (B, T, m). Only the recursion over time is sequential. Its
+gradient needs one more recursion, the adjoint lam_k = gz_k + A_k' lam_{k+1}; all parameter gradients
+then come from a single batched product over (B, T), so autograd never sees the loop.
+
+On CPU the built-in families run compiled (``rollout_kernels``); everything else, and every device,
+runs the plain torch loop. Both have one signature and are tested against each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ilqr_vae.dynamics import Dynamics, Weights
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _compiled() -> Any:
+    """The kernel module, or None (said once) where numba is not installed."""
+    try:
+        from ilqr_vae import rollout_kernels
+    except ImportError as missing:
+        log.warning("compiled rollouts are off (%s): using the torch loop", missing)
+        return None
+    return rollout_kernels
+
+
+def _kernels_for(dynamics: Dynamics, like: Tensor) -> Any:
+    compiled = _compiled() if like.device.type == "cpu" else None
+    return None if compiled is None else compiled.KERNELS.get(dynamics.family)
+
+
+def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
+    return tuple(t.detach().contiguous().numpy() for t in tensors)
+
+
+def closed_loop_reference(
+    dynamics: Dynamics,
+    w: Weights,
+    z0: Tensor,
+    z_ref: Tensor,
+    u_ref: Tensor,
+    K: Tensor,
+    k: Tensor,
+    alpha: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``closed_loop`` as a torch loop: any device, differentiable."""
+    z, zs, us = z0, [z0], []
+    for t in range(u_ref.shape[1]):
+        dz = (z - z_ref[:, t]).unsqueeze(-1)
+        u = u_ref[:, t] + alpha.unsqueeze(-1) * k[:, t] + (K[:, t] @ dz).squeeze(-1)
+        z = dynamics.step(w, z, u)
+        zs.append(z)
+        us.append(u)
+    return torch.stack(zs, 1), torch.stack(us, 1)
+
+
+def closed_loop(
+    dynamics: Dynamics,
+    w: Weights,
+    z0: Float[Tensor, "B n"],
+    z_ref: Float[Tensor, "B T1 n"],
+    u_ref: Float[Tensor, "B T m"],
+    K: Float[Tensor, "B T m n"],
+    k: Float[Tensor, "B T m"],
+    alpha: Float[Tensor, "B"],
+) -> tuple[Float[Tensor, "B T1 n"], Float[Tensor, "B T m"]]:
+    """Roll out from z0 under u = u_ref + alpha k + K (z - z_ref); no gradient on the fast path.
+
+    Returns:
+        z (B, T+1, n) and the inputs used (B, T, m).
+    """
+    kernels = _kernels_for(dynamics, z0)
+    if kernels is None:
+        return closed_loop_reference(dynamics, w, z0, z_ref, u_ref, K, k, alpha)
+    serial, parallel = kernels
+    z, u = z0.new_empty(z_ref.shape), z0.new_empty(u_ref.shape)
+    kernel = serial if z0.shape[0] == 1 else parallel
+    kernel(_arrays(*w), *_arrays(z0, z_ref, u_ref, K, k, alpha), z.numpy(), u.numpy())
+    return z, u
+
+
+def _open_loop(dynamics: Dynamics, w: Weights, z0: Tensor, u: Tensor) -> Tensor:
+    B, T, m = u.shape
+    if _kernels_for(dynamics, z0) is None:
+        z, zs = z0, [z0]
+        for t in range(T):
+            z = dynamics.step(w, z, u[:, t])
+            zs.append(z)
+        return torch.stack(zs, 1)
+    n = z0.shape[1]
+    # zero gains, broadcast without memory: strides of zero would cost the kernel its specialisation
+    zeros = z0.new_zeros(B, T + 1, max(n, m) * n)
+    return closed_loop(
+        dynamics,
+        w,
+        z0,
+        zeros[..., :n].contiguous(),
+        u,
+        zeros[:, :T, : m * n].reshape(B, T, m, n),
+        zeros[:, :T, :m].contiguous(),
+        z0.new_zeros(B),
+    )[0]
+
+
+def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[Tensor, "B T1 n"]:
+    """lam_T = gz_T, lam_k = gz_k + A_k' lam_{k+1}."""
+    compiled = _compiled() if A.device.type == "cpu" else None
+    if compiled is not None:
+        lam = torch.empty_like(gz, memory_format=torch.contiguous_format)
+        compiled.adjoint(*_arrays(A, gz), lam.numpy())
+        return lam
+    lam, lams = gz[:, -1], [gz[:, -1]]
+    for t in range(A.shape[1] - 1, -1, -1):
+        lam = gz[:, t] + (A[:, t].mT @ lam.unsqueeze(-1)).squeeze(-1)
+        lams.append(lam)
+    return torch.stack(lams[::-1], 1)
+
+
+class _Rollout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dynamics: Dynamics, z0: Tensor, u: Tensor, *w: Tensor) -> Tensor:
+        z = _open_loop(dynamics, w, z0, u)
+        ctx.dynamics = dynamics
+        ctx.save_for_backward(z, u, *w)
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gz: Tensor) -> tuple[Tensor | None, ...]:
+        z, u, *w = ctx.saved_tensors
+        dynamics: Dynamics = ctx.dynamics
+        before = z[:, :-1]
+        A, B = dynamics.jacobians(tuple(w), before, u)
+        lam = adjoint(A, gz)
+        gu = (B.mT @ lam[:, 1:].unsqueeze(-1)).squeeze(-1)
+        with torch.enable_grad():
+            leaves = tuple(t.detach().requires_grad_() for t in w)
+            after = dynamics.step(leaves, before, u)
+            gw = torch.autograd.grad(after, leaves, lam[:, 1:], allow_unused=True)
+        return None, lam[:, 0], gu, *gw
+
+
+def rollout(
+    dynamics: Dynamics, w: Weights, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]
+) -> Float[Tensor, "B T1 n"]:
+    """z (B, T+1, n) from z_0 and inputs; first-order differentiable in z0, u and w."""
+    return _Rollout.apply(dynamics, z0, u, *w)  # pyright: ignore[reportReturnType]
