@@ -51,6 +51,10 @@ def _rows(span: tuple[int, int], n_bins: int, valid: NDArray[np.bool_] | None, f
     return rows
 
 
+def _least_squares(x: Array, y: Array) -> Array:
+    return np.asarray(np.linalg.lstsq(x, y, rcond=None)[0], dtype=np.float64)
+
+
 def _bin_of(counts: NDArray[Any], n_units: int) -> Array:
     z = np.asarray(counts, dtype=np.float64)
     if z.shape != (n_units,):
@@ -264,9 +268,9 @@ class KalmanFilter:
         if not len(pairs):
             raise ShapeError("train", expected="at least two consecutive bins", got=str(train))
         past, present = x[pairs - 1], x[pairs]
-        transition = linalg.lstsq(past, present)[0].T
+        transition = _least_squares(past, present).T
         noise = present - past @ transition.T
-        emission = linalg.lstsq(here, z[rows])[0].T
+        emission = _least_squares(here, z[rows]).T
         residual = z[rows] - here @ emission.T
         # A silent unit has no variance: the small diagonal keeps Q invertible, and as its column
         # of C is zero the unit then says nothing.

@@ -166,7 +166,7 @@ def nlb_velocity_r2(
         )
     if len(x[fit]) < 5 or len(x[score]) == 0:
         raise ShapeError("fit", expected="five bins or more", got=str(len(x[fit])))
-    search = GridSearchCV(Ridge(), {"alpha": np.logspace(-4, 0, 9)}, cv=5)
+    search: Any = GridSearchCV(Ridge(), {"alpha": np.logspace(-4, 0, 9)}, cv=5)
     search.fit(x[fit], y[fit])
     return RidgeScore(float(search.score(x[score], y[score])), float(search.best_params_["alpha"]))
 

@@ -42,6 +42,9 @@ Array = NDArray[np.float64]
 TICK = 0.01
 """Seconds of one step inside the subject; bin widths are whole numbers of it."""
 
+RESOLUTION = 1 / 30000
+"""Seconds of the clock that spike times are read from."""
+
 KINEMATIC_SCALES = {"velocity": 0.30, "position": REACH, "speed": 0.30}
 LATENTS = (
     *("velocity_x", "velocity_y", "position_x", "position_y", "speed"),
@@ -326,15 +329,16 @@ def simulate_session(
     spike_times: list[Array] = []
     for unit in range(units):
         bins = np.repeat(np.arange(ticks), counts[:, unit])
-        spike_times.append(np.sort((bins + rng.uniform(0.0, 0.999, len(bins))) * TICK))
+        exact = (bins + rng.uniform(0.0, 0.999, len(bins))) * TICK
+        spike_times.append(np.unique(np.floor(exact / RESOLUTION)) * RESOLUTION)
     return Session(
         spike_times=tuple(spike_times),
         unit_names=tuple(f"unit{i:03d}" for i in range(units)),
-        times=np.arange(ticks) * TICK,
+        times=np.arange(ticks, dtype=np.float64) * TICK,
         position=position,
         velocity=velocity,
         latents=latents,
-        rates=counts.mean(axis=0) / TICK,
+        rates=np.array([len(t) for t in spike_times]) / (ticks * TICK),
         trials=tuple(task.trials),
         duration=ticks * TICK,
         seed=seed,

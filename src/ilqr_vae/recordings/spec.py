@@ -8,6 +8,18 @@ import msgspec
 
 Span = Literal["train", "validation", "test", "all"]
 
+WARMUP_BINS = 100
+"""Bins streamed before a span so that the estimator has settled when scoring begins; not scored.
+
+Fewer where the recording begins less than this before the span. ``evaluate`` and ``replay`` both
+start there, so that their decodes of a span are the same.
+"""
+
+
+def warmup_start(start: int) -> int:
+    """The first bin to stream for a span that begins at bin ``start``."""
+    return max(0, start - WARMUP_BINS)
+
 
 class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Field map of a MAT file holding binned counts.

@@ -1,0 +1,248 @@
+"""A simulated subject reaches for targets with a cursor that the service's decodes move.
+
+Lock-step: each bin the subject sees cursor and target and fires; the counts go to the service; the
+decoded velocity that is there by the deadline moves the cursor. One that is not there in time
+leaves the velocity as it was, and is counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_clients.replay import StreamLog
+from ilqr_clients.sdk import Session, refusal
+from ilqr_vae.centre_out import CentreOut, TrialRecord
+from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.subject import TICK, Hand, Subject
+
+Array = NDArray[np.float64]
+
+WORKSPACE = 0.20
+"""Metres from the centre at which the cursor stops."""
+MAX_TRIAL_S = 12.0
+"""Longest a trial lasts on average before the run is ended."""
+_GONE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reaching:
+    """How a series of reaches went.
+
+    Attributes:
+        trials: finished reaches.
+        efficiency: of each successful one: straight distance over the distance travelled.
+    """
+
+    trials: tuple[TrialRecord, ...]
+    efficiency: tuple[float, ...]
+
+    def summary(self) -> dict[str, float]:
+        """trials, success_rate, time_to_target_s (median, p25, p75), path_efficiency (median)."""
+        times = [t.acquired - t.go for t in self.trials if t.success]
+        quartiles = np.percentile(times, [25, 50, 75]) if times else np.full(3, np.nan)
+        return {
+            "trials": len(self.trials),
+            "success_rate": float(np.mean([t.success for t in self.trials]))
+            if self.trials
+            else float("nan"),
+            "time_to_target_s": float(quartiles[1]),
+            "time_to_target_p25_s": float(quartiles[0]),
+            "time_to_target_p75_s": float(quartiles[2]),
+            "path_efficiency": float(np.median(self.efficiency))
+            if self.efficiency
+            else float("nan"),
+        }
+
+
+class Trace:
+    """The cursor over time, for path efficiency: one position each ``step`` seconds."""
+
+    def __init__(self, step: float) -> None:
+        self._step = step
+        self._at: list[Array] = []
+
+    def add(self, cursor: Array) -> None:
+        self._at.append(np.array(cursor, dtype=np.float64))
+
+    def efficiency(self, trial: TrialRecord) -> float:
+        """Straight over travelled between go and acquired; NaN for a failed trial."""
+        if not trial.success:
+            return float("nan")
+        a, b = (round(t / self._step) for t in (trial.go, trial.acquired))
+        path = np.array(self._at[a : b + 1])
+        travelled = float(np.hypot(*np.diff(path, axis=0).T).sum()) if len(path) > 1 else 0.0
+        straight = float(np.hypot(*(path[-1] - path[0]))) if len(path) else 0.0
+        return straight / travelled if travelled > 0 else float("nan")
+
+    def reaching(self, trials: list[TrialRecord]) -> Reaching:
+        values = (self.efficiency(t) for t in trials)
+        return Reaching(tuple(trials), tuple(v for v in values if np.isfinite(v)))
+
+
+def unit_columns(model_units: tuple[str, ...], units: int) -> NDArray[np.int64]:
+    """Which of the subject's units the model's are.
+
+    Raises:
+        ConfigError: a unit of the model is not the simulated subject's.
+    """
+    index = {f"unit{i:03d}": i for i in range(units)}
+    strange = [name for name in model_units if name not in index]
+    if strange:
+        raise ConfigError(
+            "model",
+            expected=f"one trained on the simulated subject ({units} units, unit000 ...)",
+            got=f"unit {strange[0]!r}",
+        )
+    return np.array([index[name] for name in model_units], dtype=np.int64)
+
+
+@dataclass(slots=True)
+class LoopLog:
+    """Counts, in bins, and what was decoded.
+
+    Attributes:
+        stream: the answers, and their times.
+        held: bins whose answer was not there by the deadline: the old velocity moved the cursor.
+        velocities: (bins, 2) that moved the cursor.
+    """
+
+    stream: StreamLog
+    held: int = 0
+    bins: int = 0
+    velocities: list[Array] = field(default_factory=list[Array])
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        return dict(Counter(s for s in self.stream.status[: self.bins] if s))
+
+
+def run_loop(
+    session: Session,
+    subject: Subject,
+    task: CentreOut,
+    *,
+    trials: int,
+    columns: NDArray[np.int64],
+    deadline: float,
+    speed: float | None,
+    watch: Callable[[LoopLog, CentreOut], Any] | None = None,
+) -> tuple[Reaching, LoopLog]:
+    """Reach ``trials`` times, or for as long as ``MAX_TRIAL_S`` a trial allows.
+
+    Args:
+        session: open; its first two kinematic channels are velocities in m/s.
+        subject, task: fresh.
+        columns: the subject's units in the order of the session's.
+        deadline: seconds from a bin's send until its answer must be there.
+        speed: multiple of real time, or None for the next bin as soon as one is answered.
+
+    Raises:
+        ServiceError: a bin was refused, the service ended the session, or nothing came for ten
+            seconds.
+    """
+    width = subject.bin_width
+    limit = int(trials * MAX_TRIAL_S / width)
+    opened = session.opened
+    log = LoopLog(StreamLog(limit, opened.latents, len(opened.kinematic_names)))
+    stream, trace = log.stream, Trace(width)
+    cursor, velocity = np.zeros(2), np.zeros(2)
+    stream.started_ns = time.monotonic_ns()
+    heard_ns = stream.started_ns
+    for index in range(limit):
+        trace.add(cursor)
+        cue = task.step(cursor, width)
+        if len(task.trials) >= trials:
+            break
+        counts = subject.step(cursor, cue.target, go=cue.go).counts[columns]
+        intended = time.monotonic_ns()
+        if speed is not None:
+            intended = stream.started_ns + round(index * width / speed * 1e9)
+            _listen(session, stream, until_ns=intended, index=-1)
+        stream.intended[index] = intended
+        stream.sent[index] = session.send(index, counts, source_ns=intended)
+        log.bins = index + 1
+        _listen(session, stream, until_ns=intended + round(deadline * 1e9), index=index)
+        now = time.monotonic_ns()
+        if stream.status[index]:
+            heard_ns = now
+            decoded = stream.kinematics[index, :2]
+            if np.isfinite(decoded).all():
+                velocity = decoded.copy()
+        else:
+            log.held += 1
+            if now - heard_ns > _GONE_S * 1e9:
+                raise ServiceError(
+                    f"service at {session.endpoint}",
+                    expected=f"an answer within {_GONE_S:g} s",
+                    got="none",
+                )
+        log.velocities.append(velocity)
+        cursor = np.clip(cursor + velocity * width, -WORKSPACE, WORKSPACE)
+        if watch is not None:
+            watch(log, task)
+    stream.ended_ns = time.monotonic_ns()
+    return trace.reaching(task.trials[:trials]), log
+
+
+def _listen(session: Session, log: StreamLog, *, until_ns: int, index: int) -> None:
+    """Take answers until the time, or until ``index`` is answered; at least once."""
+    while True:
+        left = (until_ns - time.monotonic_ns()) / 1e9
+        # Polling counts in whole milliseconds; the last one is spent looking.
+        for answer in session.receive(left if left >= 0.001 else 0.0):
+            log.take(answer)
+        if session.refused:
+            raise refusal(session.endpoint, session.refused[0])
+        if session.closed is not None:
+            raise ServiceError(
+                f"service at {session.endpoint}",
+                expected="the session to stay open",
+                got=f"closed ({', '.join(session.notices[-1:])})",
+            )
+        if left <= 0 or (index >= 0 and log.status[index]):
+            return
+
+
+def without_decoder(
+    velocities: list[Array], task: CentreOut, *, trials: int, width: float, seed: int
+) -> Reaching:
+    """The control: the same velocities in another order, in half-second pieces, move the cursor.
+
+    What a cursor that moves alike but knows nothing of the target reaches by chance.
+    """
+    trace, cursor = Trace(width), np.zeros(2)
+    if not velocities:
+        return trace.reaching([])
+    rng = np.random.default_rng([seed, 77])
+    piece = max(1, round(0.5 / width))
+    pieces = [velocities[i : i + piece] for i in range(0, len(velocities), piece)]
+    queue: list[Array] = []
+    for _ in range(int(trials * MAX_TRIAL_S / width)):
+        trace.add(cursor)
+        task.step(cursor, width)
+        if len(task.trials) >= trials:
+            break
+        if not queue:
+            queue = [v for i in rng.permutation(len(pieces)) for v in pieces[i]]
+        cursor = np.clip(cursor + queue.pop() * width, -WORKSPACE, WORKSPACE)
+    return trace.reaching(task.trials[:trials])
+
+
+def own_hand(subject: Subject, task: CentreOut, *, trials: int) -> Reaching:
+    """The ceiling: the same subject and task with the subject's own hand."""
+    hand, trace = Hand(), Trace(TICK)
+    for _ in range(int(trials * MAX_TRIAL_S / TICK)):
+        trace.add(hand.position)
+        cue = task.step(hand.position, TICK)
+        if len(task.trials) >= trials:
+            break
+        subject.advance(hand.position, cue.target, go=cue.go)
+        hand.move(subject.intended)
+    return trace.reaching(task.trials[:trials])

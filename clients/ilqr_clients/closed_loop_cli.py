@@ -1,0 +1,175 @@
+"""``ilqr-vae closed-loop``: a simulated subject reaches for targets through a running service."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from ilqr_clients.closed_loop import (
+    LoopLog,
+    Reaching,
+    own_hand,
+    run_loop,
+    unit_columns,
+    without_decoder,
+)
+from ilqr_clients.live import number, status_text
+from ilqr_clients.replay_cli import parse_deadline, parse_speed
+from ilqr_clients.sdk import Model, ServiceClient, model_of
+from ilqr_vae.centre_out import CentreOut
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.report import check_writable, distribution, write_whole
+from ilqr_vae.report.data import plain
+from ilqr_vae.subject import Subject
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+EXAMPLE = "Example: ilqr-vae closed-loop --to tcp://127.0.0.1:5555 --trials 24 --json loop.json"
+
+
+def check_velocity(model: Model) -> None:
+    """Raises ConfigError where the model does not decode a planar velocity in m/s."""
+    if len(model.kinematic_units) < 2 or set(model.kinematic_units[:2]) != {"m/s"}:
+        raise ConfigError(
+            "model.kinematic_units",
+            expected="a model whose first two channels are velocities in m/s",
+            got=", ".join(model.kinematic_units) or "no kinematics",
+        )
+
+
+def _line(name: str, reaching: Reaching) -> str:
+    s = reaching.summary()
+    return (
+        f"  {name:<16} success {100 * s['success_rate']:5.1f} %   time to target "
+        f"{number(s['time_to_target_s'], 2)} s ({number(s['time_to_target_p25_s'], 2)} to "
+        f"{number(s['time_to_target_p75_s'], 2)})   path efficiency "
+        f"{number(s['path_efficiency'], 2)}"
+    )
+
+
+@app.command("closed-loop", epilog=EXAMPLE)
+def closed_loop(
+    to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
+    trials: Annotated[int, typer.Option(min=1, help="Reaches.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Of the targets and this run's noise.")] = 0,
+    subject: Annotated[
+        int,
+        typer.Option(min=0, help="Which subject: the --seed its recording was simulated with."),
+    ] = 0,
+    units: Annotated[int, typer.Option(min=1, help="Units of that subject.")] = 120,
+    speed: Annotated[
+        str, typer.Option(help="Multiple of real time, or max: as fast as answers come.")
+    ] = "1",
+    deadline_ms: Annotated[
+        float | None,
+        typer.Option(help="A later answer leaves the velocity; default the bin width."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here.")
+    ] = None,
+    session: Annotated[str | None, typer.Option(help="Session name; default a fresh one.")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
+    ] = 5.0,
+) -> None:
+    """A simulated subject does a centre-out task whose cursor the service's decodes move.
+
+    Beside it: the same cursor movements in another order (chance), and the subject's own hand
+    (ceiling). Exit codes: 0 done, 2 wrong input or model, 3 no service or it refused.
+    """
+    pace = parse_speed(speed)
+    check_writable(json_file, "--json")
+    console = Console(stderr=True)
+    drawn = time.monotonic()
+    try:
+        with ServiceClient(to, timeout=timeout) as service:
+            model = model_of(service.describe())
+            check_velocity(model)
+            columns = unit_columns(model.unit_names, units)
+            deadline = parse_deadline(deadline_ms, model.bin_width)
+            clock = service.clock()
+            with (
+                service.open(
+                    session or f"closed-loop-{secrets.token_hex(4)}",
+                    units=model.unit_names,
+                    bin_width=model.bin_width,
+                    deadline=deadline,
+                ) as opened,
+                Live(console=console, auto_refresh=False, transient=True) as live,
+            ):
+
+                def watch(log: LoopLog, task: CentreOut) -> None:
+                    nonlocal drawn
+                    if not console.is_terminal or time.monotonic() - drawn < 0.5:
+                        return
+                    drawn = time.monotonic()
+                    hits = sum(t.success for t in task.trials)
+                    live.update(
+                        f"reaches {len(task.trials)} of {trials}, {hits} successful   "
+                        f"bins {log.bins}   {status_text(log.statuses)}   held {log.held}",
+                        refresh=True,
+                    )
+
+                reaching, log = run_loop(
+                    opened,
+                    Subject(subject, units=units, bin_width=model.bin_width, run=seed + 1),
+                    CentreOut(seed),
+                    trials=trials,
+                    columns=columns,
+                    deadline=deadline,
+                    speed=pace,
+                    watch=watch,
+                )
+    except KeyboardInterrupt:
+        console.print("interrupted: nothing written")
+        raise typer.Exit(130) from None
+    width = model.bin_width
+    chance = without_decoder(log.velocities, CentreOut(seed), trials=trials, width=width, seed=seed)
+    hand = own_hand(Subject(subject, units=units, run=seed + 1), CentreOut(seed), trials=trials)
+    rows = slice(0, log.bins)
+    latency = {k: distribution(v) for k, v in log.stream.latency_ms(rows).items()}
+    result: dict[str, Any] = {
+        "schema": 1,
+        "kind": "closed-loop",
+        "model": model.model_id,
+        "subject": subject,
+        "seed": seed,
+        "speed": pace,
+        "bins": log.bins,
+        "simulated_s": log.bins * width,
+        "decoder": reaching.summary(),
+        "chance": {"how": "the same velocities in shuffled half-second pieces"} | chance.summary(),
+        "own_hand": hand.summary(),
+        "statuses": log.statuses,
+        "held": log.held,
+        "deadline_ms": deadline * 1e3,
+        "bits_per_spike": log.stream.bits_per_spike(rows),
+        "latency_ms": latency,
+        "clock": {
+            "offset_ms": clock.offset_ns / 1e6,
+            "uncertainty_ms": clock.uncertainty_ns / 1e6,
+        },
+    }
+    if json_file is not None:
+        write_whole(json_file, json.dumps(plain(result), indent=2) + "\n")
+    out = Console(soft_wrap=True)
+    out.print(f"[bold]Closed loop[/], {len(reaching.trials)} reaches, {log.bins} bins")
+    for name, each in (("decoder", reaching), ("chance", chance), ("own hand", hand)):
+        out.print(_line(name, each), highlight=False)
+    bits = log.stream.bits_per_spike(rows)
+    total = latency["total"]
+    out.print(
+        f"  {status_text(log.statuses)}   held {log.held}   bits per spike {number(bits)}   "
+        f"total ms p50 {number(total['p50'], 2)}  p99 {number(total['p99'], 2)}",
+        highlight=False,
+    )
+    if np.isfinite(bits) and bits < 0:
+        out.print("  the model explains these spikes worse than their mean: another subject?")

@@ -1,0 +1,197 @@
+"""What a running service is doing: its sessions, their latency, the newest decodes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ilqr_clients.answers import Answer
+from ilqr_clients.live import number, status_text
+from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
+from ilqr_vae import wire
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A service at one moment.
+
+    Attributes:
+        newest: the newest answer of a session by name, where one was seen.
+        names, units: of the kinematics.
+        rates: bins answered per second since the snapshot before, by session.
+    """
+
+    endpoint: str
+    model: str
+    ready: bool
+    device: str
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    sessions: tuple[wire.SessionInfo, ...]
+    newest: dict[str, Answer] = field(default_factory=dict[str, Answer])
+    rates: dict[str, float] = field(default_factory=dict[str, float])
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for ``json.dumps``; times in milliseconds."""
+        return {
+            "endpoint": self.endpoint,
+            "model": self.model,
+            "ready": self.ready,
+            "device": self.device,
+            "sessions": [self._session(info) for info in self.sessions],
+        }
+
+    def _session(self, info: wire.SessionInfo) -> dict[str, Any]:
+        answer = self.newest.get(info.session)
+        newest = None
+        if answer is not None:
+            newest = {
+                "index": answer.index,
+                "status": answer.status,
+                "kinematics": dict(zip(self.names, answer.kinematics.tolist(), strict=False)),
+                "kinematics_std": dict(
+                    zip(self.names, answer.kinematics_std.tolist(), strict=False)
+                ),
+            }
+        return {
+            "session": info.session,
+            "epoch": info.epoch,
+            "bins": info.bins,
+            "next_index": info.next_index,
+            "deadline_ms": info.deadline_ns / 1e6,
+            "statuses": info.statuses,
+            "solve_p50_ms": info.solve_p50_ns / 1e6,
+            "solve_p99_ms": info.solve_p99_ns / 1e6,
+            "bits_per_spike": info.bits_per_spike,
+            "idle_ms": info.idle_ns / 1e6,
+            "newest": newest,
+        }
+
+
+class Monitor:
+    """Asks a service for its sessions and listens to their results.
+
+    Raises:
+        ServiceError: the service does not answer within ``timeout`` seconds.
+    """
+
+    def __init__(self, endpoint: str, *, timeout: float = 3.0) -> None:
+        self._service = ServiceClient(endpoint, timeout=timeout)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._listened: set[str] = set()
+        self._newest: dict[str, Answer] = {}
+        self._bins: dict[str, int] = {}
+        self._asked = time.monotonic()
+        try:
+            described = self._service.describe()
+            self._model = model_of(described)
+            self._sub = connect(
+                self._context, zmq.SUB, reachable(described.results, self._service.endpoint)
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._service.close()
+        self._context.destroy(linger=0)
+
+    def listen(self, seconds: float) -> None:
+        """Take results for ``seconds``; only the newest of each session is decoded."""
+        end = time.monotonic() + seconds
+        latest: dict[bytes, tuple[bytes, int]] = {}
+        while True:
+            left = end - time.monotonic()
+            if not self._sub.poll(max(0, int(left * 1e3))):
+                break
+            topic, frame = self._sub.recv_multipart()
+            latest[topic] = (frame, time.monotonic_ns())
+            if left <= 0:
+                break
+        for frame, arrived in latest.values():
+            message = wire.decode_published(frame)
+            if isinstance(message, wire.Result):
+                self._newest[message.session] = Answer.of(message, arrived)
+
+    def snapshot(self) -> Snapshot:
+        """Ask now. Raises ServiceError where the service has gone away."""
+        described = self._service.describe()
+        sessions = self._service.sessions()
+        now = time.monotonic()
+        passed, self._asked = max(1e-9, now - self._asked), now
+        names = {info.session for info in sessions}
+        for name in names - self._listened:
+            self._sub.setsockopt(zmq.SUBSCRIBE, wire.topic(name))
+        for name in self._listened - names:
+            self._sub.setsockopt(zmq.UNSUBSCRIBE, wire.topic(name))
+            self._newest.pop(name, None)
+        self._listened = names
+        rates = {
+            info.session: max(0, info.bins - self._bins[info.session]) / passed
+            for info in sessions
+            if info.session in self._bins
+        }
+        self._bins = {info.session: info.bins for info in sessions}
+        return Snapshot(
+            endpoint=self._service.endpoint,
+            model=described.model,
+            ready=described.ready,
+            device=described.device,
+            names=self._model.kinematic_names,
+            units=self._model.kinematic_units,
+            sessions=sessions,
+            newest=dict(self._newest),
+            rates=rates,
+        )
+
+
+def view(snapshot: Snapshot) -> RenderableType:
+    """A snapshot for the terminal."""
+    state = "[green]ready[/]" if snapshot.ready else "[yellow]not ready[/]"
+    head = Text.from_markup(
+        f"[bold]{snapshot.endpoint}[/]  {state}  model {snapshot.model}  on {snapshot.device}"
+    )
+    if not snapshot.sessions:
+        return Group(head, Text("no open sessions", style="dim"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    numeric = ("bins", "bins/s", "p50 ms", "p99 ms", "bits/spike")
+    for column in ("session", "bins", "bins/s", "statuses", "p50 ms", "p99 ms", "bits/spike"):
+        table.add_column(column, justify="right" if column in numeric else "left")
+    table.add_column("newest decode")
+    for info in sorted(snapshot.sessions, key=lambda s: s.session):
+        answer = snapshot.newest.get(info.session)
+        decode = "-"
+        if answer is not None and answer.kinematics.size:
+            triples = zip(snapshot.names, answer.kinematics, answer.kinematics_std, strict=False)
+            decode = "  ".join(f"{n} {v:+.3f} ± {s:.3f}" for n, v, s in triples)
+        rate = snapshot.rates.get(info.session)
+        table.add_row(
+            f"{info.session}" + (f" #{info.epoch}" if info.epoch else ""),
+            str(info.bins),
+            "-" if rate is None else f"{rate:.1f}",
+            status_text(info.statuses),
+            f"{info.solve_p50_ns / 1e6:.2f}",
+            f"{info.solve_p99_ns / 1e6:.2f}",
+            number(info.bits_per_spike),
+            decode,
+        )
+    return Group(head, table)

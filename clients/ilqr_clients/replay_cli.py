@@ -1,0 +1,263 @@
+"""``ilqr-vae replay``: stream a recording through a running service and report."""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+
+from ilqr_clients.live import LiveReplay, number, status_text
+from ilqr_clients.replay import plan_drops, stream
+from ilqr_clients.replay_report import Run, arrays_of, report_of
+from ilqr_clients.sdk import Model, ServiceClient, model_of
+from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.recordings import Recording, RecordingSpec, load_recording
+from ilqr_vae.recordings.spec import Span, warmup_start
+from ilqr_vae.report import (
+    ReportData,
+    check_writable,
+    distribution,
+    render_html,
+    to_json,
+    write_whole,
+)
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+EXAMPLE = (
+    "Example: ilqr-vae replay reach.nwb --to tcp://127.0.0.1:5555 --speed max --span test "
+    "--json r.json --html r.html"
+)
+
+
+def parse_speed(text: str) -> float | None:
+    """A multiple of real time, or None for ``max``. Raises ConfigError."""
+    if text == "max":
+        return None
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = float("nan")
+    if not (np.isfinite(speed) and speed > 0):
+        raise ConfigError("--speed", expected="a number above zero, or max", got=repr(text))
+    return speed
+
+
+def parse_deadline(milliseconds: float | None, bin_width: float) -> float:
+    """Seconds; default the bin width. Raises ConfigError."""
+    if milliseconds is None:
+        return bin_width
+    if not (np.isfinite(milliseconds) and milliseconds > 0):
+        raise ConfigError(
+            "--deadline-ms", expected="milliseconds above zero", got=str(milliseconds)
+        )
+    return milliseconds / 1e3
+
+
+def spec_from(config: Path | None, model: Model) -> RecordingSpec:
+    """How to read the recording: the config's ``[data]``, else as the model was trained.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or ``[data]`` has an unknown key.
+    """
+    if config is None:
+        return model.data
+    try:
+        table = msgspec.toml.decode(config.read_bytes())
+        return msgspec.convert(table.get("data", {}), RecordingSpec)
+    except OSError as error:
+        raise ConfigError("--config", expected="a file that can be read", got=str(error)) from error
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{config} [data]", expected="recording settings", got=str(error)
+        ) from error
+
+
+def read_for(model: Model, path: Path, spec: RecordingSpec) -> Recording:
+    """The recording, the model's units alone.
+
+    Raises:
+        RecordingError: it cannot be read, has another bin width, lacks a unit, or its kinematics
+            are not those the model decodes.
+    """
+    recording = load_recording(path, spec)
+    if abs(recording.bin_width - model.bin_width) > 1e-9:
+        raise RecordingError(
+            "recording.bin_width",
+            expected=f"the model's {model.bin_width} s",
+            got=f"{recording.bin_width} s",
+        )
+    decoded = model.kinematic_names
+    if decoded and recording.kinematics is not None and recording.kinematic_names != decoded:
+        raise RecordingError(
+            "recording.kinematics",
+            expected=f"the channels the model decodes, {', '.join(decoded)}",
+            got=", ".join(recording.kinematic_names),
+        )
+    return recording.select_units(model.unit_names)
+
+
+def _npz(arrays: dict[str, NDArray[Any]]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _summary(console: Console, data: ReportData) -> None:
+    console.print(f"[bold]{data.title}[/], {len(data.counts)} bins", highlight=False)
+    if data.scores is not None:
+        for name, values in data.scores.methods.items():
+            each = "  ".join(
+                f"{k.removeprefix('r2.')} {number(v)}"
+                for k, v in values.items()
+                if k.startswith("r2.")
+            )
+            covers = values.get("coverage_90")
+            tail = "" if covers is None else f"   90 % interval covers {100 * covers:.1f} %"
+            console.print(
+                f"  {name:<14} R2 {number(values['r2'])}  ({each}){tail}", highlight=False
+            )
+    console.print(f"  bits per spike {number(data.bits_per_spike)}", highlight=False)
+    for stage, values in data.latency_ms.items():
+        d = distribution(values)
+        if d["n"]:
+            console.print(
+                f"  {stage:<8} ms  p50 {d['p50']:.2f}  p99 {d['p99']:.2f}  "
+                f"p99.9 {d['p99.9']:.2f}  max {d['max']:.2f}  (n {d['n']})",
+                highlight=False,
+            )
+    console.print(f"  {status_text(data.statuses)}", highlight=False)
+    for note in data.notes:
+        console.print(f"  {note}", highlight=False, markup=False)
+
+
+@app.command(epilog=EXAMPLE)
+def replay(
+    recording: Annotated[Path, typer.Argument(help="A .nwb or .mat recording.")],
+    to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
+    speed: Annotated[
+        str, typer.Option(help="Multiple of real time, or max: as fast as the service takes them.")
+    ] = "1",
+    span: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    drop: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out, 0 to 0.99.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of which bins are left out.")] = 0,
+    deadline_ms: Annotated[
+        float | None,
+        typer.Option(help="From a bin's arrival to its answer; default the bin width."),
+    ] = None,
+    anytime: Annotated[
+        bool, typer.Option("--anytime", help="Let the deadline cut a solve short.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained page here.")
+    ] = None,
+    arrays_file: Annotated[
+        Path | None, typer.Option("--arrays", help="Write every answer here (.npz).")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML whose \\[data] says how to read the recording; default the model's."
+        ),
+    ] = None,
+    session: Annotated[str | None, typer.Option(help="Session name; default a fresh one.")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
+    ] = 10.0,
+) -> None:
+    """Stream a recording through a running service, bin by bin, and report decodes and latency.
+
+    The recording is read the way the served model was trained. Decodes are scored beside a Wiener
+    filter's on the same bins. Exit codes: 0 done, 2 wrong input, 3 no service or it refused.
+    """
+    pace = parse_speed(speed)
+    if span not in ("train", "validation", "test", "all"):
+        raise ConfigError("--span", expected="train, validation, test or all", got=repr(span))
+    chosen: Span = span
+    outputs = {"--json": json_file, "--html": html_file, "--arrays": arrays_file}
+    for option, path in outputs.items():
+        check_writable(path, option)
+    console = Console(stderr=True)
+    try:
+        with ServiceClient(to, timeout=timeout) as service:
+            described = service.describe()
+            model = model_of(described)
+            read = read_for(model, recording, spec_from(config, model))
+            start, stop = model.data.split.bins(chosen, len(read))
+            if stop <= start:
+                raise RecordingError(
+                    "recording", expected=f"at least one bin in the {chosen} span", got="none"
+                )
+            first = warmup_start(start)
+            run = Run(
+                recording=read,
+                model=model,
+                span=chosen,
+                first=first,
+                start=start,
+                stop=stop,
+                dropped=plan_drops(stop - first, drop, seed),
+                speed=pace,
+                deadline=parse_deadline(deadline_ms, read.bin_width),
+                session=session or f"replay-{secrets.token_hex(4)}",
+                clock=service.clock(),
+                device=described.device,
+                command=shlex.join(["ilqr-vae", "replay", *sys.argv[2:]]),
+            )
+            live = LiveReplay(
+                console,
+                total=stop - first,
+                warm_up=start - first,
+                truth=None if read.kinematics is None else read.kinematics[first:stop],
+                names=model.kinematic_names,
+                enabled=console.is_terminal,
+            )
+            with (
+                service.open(
+                    run.session,
+                    units=model.unit_names,
+                    bin_width=model.bin_width,
+                    deadline=run.deadline,
+                    anytime=anytime,
+                ) as opened,
+                live,
+            ):
+                log = stream(
+                    opened,
+                    read.counts[first:stop],
+                    valid=read.valid[first:stop],
+                    dropped=run.dropped,
+                    interval=None if pace is None else read.bin_width / pace,
+                    watch=live,
+                    patience=timeout,
+                )
+    except KeyboardInterrupt:
+        console.print("interrupted: nothing written")
+        raise typer.Exit(130) from None
+    data = report_of(run, log)
+    # Everything is made before anything is written.
+    made: list[tuple[Path, str | bytes]] = []
+    if json_file is not None:
+        made.append((json_file, json.dumps(to_json(data), indent=2) + "\n"))
+    if html_file is not None:
+        made.append((html_file, render_html(data)))
+    if arrays_file is not None:
+        made.append((arrays_file, _npz(arrays_of(run, log))))
+    for path, content in made:
+        write_whole(path, content)
+    _summary(Console(soft_wrap=True), data)

@@ -1,0 +1,201 @@
+"""From a streamed recording to its report."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_clients.answers import ClockOffset
+from ilqr_clients.replay import StreamLog
+from ilqr_clients.sdk import Model
+from ilqr_vae.recordings import Recording
+from ilqr_vae.report import ReportData, Scores, distribution, score_decodes
+from ilqr_vae.report.score import OURS, WIENER
+
+MISSES = ("degraded", "late")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What was streamed: bins [first, stop) of ``recording``, scored from ``start``.
+
+    Attributes:
+        recording: all of it, the model's units alone.
+        span: its name.
+        dropped: bool (stop - first,), bins never sent.
+        speed: multiple of real time, or None for as fast as possible.
+        deadline: seconds.
+    """
+
+    recording: Recording
+    model: Model
+    span: str
+    first: int
+    start: int
+    stop: int
+    dropped: NDArray[np.bool_]
+    speed: float | None
+    deadline: float
+    session: str
+    clock: ClockOffset
+    device: str
+    command: str
+
+    @property
+    def rows(self) -> slice:
+        """The scored bins within the stream."""
+        return slice(self.start - self.first, self.stop - self.first)
+
+
+def _scores(run: Run, log: StreamLog) -> Scores | None:
+    recording, names = run.recording, run.model.kinematic_names
+    if recording.kinematics is None or not names:
+        return None
+    if not np.isfinite(log.kinematics[run.rows]).all(axis=1).any():
+        return None
+    return score_decodes(
+        recording,
+        run.model.data.split,
+        bins=(run.start, run.stop),
+        decoded=log.kinematics[run.rows],
+        std=log.kinematics_std[run.rows],
+        seen=~run.dropped[run.rows],
+    )
+
+
+def _notes(run: Run, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
+    notes = list(scores.notes) if scores is not None else []
+    dropped = int(run.dropped[run.rows].sum())
+    if dropped:
+        notes.append(
+            f"{dropped} bins were left out on purpose; the Wiener filter was given the training "
+            "mean there."
+        )
+    if log.refused:
+        notes.append(
+            f"{log.refused} bins came faster than the service takes them; it refused them."
+        )
+    if run.recording.kinematics is None:
+        notes.append("The recording has no kinematics: nothing to score decodes on.")
+    if not run.model.kinematic_names:
+        notes.append("The model decodes no kinematics: latents and rates only.")
+    if run.start == run.first and run.start > 0:
+        notes.append("No bins were streamed before the span: the estimator started cold.")
+    return tuple(notes)
+
+
+def _facts(
+    run: Run, log: StreamLog, scores: Scores | None, total: dict[str, float]
+) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    if scores is not None:
+        facts["causal velocity R², mean"] = f"{scores.methods[OURS]['r2']:.3f}"
+        if WIENER in scores.methods:
+            facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
+        facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
+    facts["bits per spike, one step ahead"] = f"{log.bits_per_spike(run.rows):.3f}"
+    if total["n"]:
+        facts["p99 latency, send to answer"] = f"{total['p99']:.1f} ms"
+    facts["missed deadlines"] = str(sum(log.status[run.rows].count(s) for s in MISSES))
+    return facts
+
+
+def report_of(run: Run, log: StreamLog) -> ReportData:
+    """Score a run and gather what its report shows. Scored bins only; warm-up is left out."""
+    rows = run.rows
+    scores = _scores(run, log)
+    part = run.recording.slice(run.start, run.stop)
+    names = run.model.kinematic_names
+    latency = log.latency_ms(rows)
+    elapsed = (log.ended_ns - log.started_ns) / 1e9
+    bits = log.bits_per_spike(rows)
+    speed = "as fast as possible" if run.speed is None else f"{run.speed:g} x real time"
+    deadline_ms = run.deadline * 1e3
+    sha = run.recording.sha256
+    return ReportData(
+        title=f"Replay of {run.recording.name}",
+        kind="replay",
+        bin_width=run.recording.bin_width,
+        start=part.start_time,
+        counts=part.counts,
+        status=tuple(log.status[rows]),
+        latents=log.latent[rows],
+        latents_std=log.latent_std[rows],
+        bits_per_spike=bits,
+        names=names,
+        units=run.model.kinematic_units,
+        truth=part.kinematics if names else None,
+        decoded=log.kinematics[rows] if names else None,
+        decoded_std=log.kinematics_std[rows] if names else None,
+        baselines={} if scores is None or scores.wiener is None else {WIENER: scores.wiener},
+        trials=part.trials,
+        scores=scores,
+        latency_ms=latency,
+        deadline_ms=deadline_ms,
+        facts=_facts(run, log, scores, distribution(latency["total"])),
+        provenance={
+            "model": run.model.model_id,
+            "recording": run.recording.name + (f", sha256 {sha}" if sha else ""),
+            "span": f"{run.span}: bins {run.start} to {run.stop - 1}, "
+            f"after {run.start - run.first} bins of warm-up",
+            "speed": f"{speed}; {log.answered / max(elapsed, 1e-9):.1f} bins per second",
+            "service": f"device {run.device}; clock offset {run.clock.offset_ns / 1e6:.3f} ms "
+            f"± {run.clock.uncertainty_ns / 1e6:.3f} ms",
+            "versions": f"ilqr-vae {version('ilqr-vae')}, Python {platform.python_version()}, "
+            f"numpy {np.__version__}",
+            "command": run.command,
+        },
+        notes=_notes(run, log, scores),
+        extra=_extra(run, log, elapsed),
+    )
+
+
+def _extra(run: Run, log: StreamLog, elapsed: float) -> dict[str, Any]:
+    status = log.status[run.rows]
+    return {
+        "model": run.model.model_id,
+        "recording": {
+            "name": run.recording.name,
+            "sha256": run.recording.sha256,
+            "span": run.span,
+            "first_streamed": run.first,
+            "start": run.start,
+            "stop": run.stop,
+            "dropped": int(run.dropped[run.rows].sum()),
+        },
+        "speed": run.speed,
+        "seconds": elapsed,
+        "bins_per_second": log.answered / max(elapsed, 1e-9),
+        "misses": {name: status.count(name) for name in MISSES},
+        "unanswered": status.count(""),
+        "refused": log.refused,
+        "revised": len(log.revised),
+        "solver": dict(log.solver),
+        "iterations": distribution(log.iterations[log.iterations > 0]),
+        "clock": {
+            "offset_ms": run.clock.offset_ns / 1e6,
+            "uncertainty_ms": run.clock.uncertainty_ns / 1e6,
+        },
+        "session": run.session,
+    }
+
+
+def arrays_of(run: Run, log: StreamLog) -> dict[str, NDArray[Any]]:
+    """What the scored bins were answered, for comparing runs: first answers, NaN for none."""
+    rows = run.rows
+    return {
+        "index": np.arange(run.start, run.stop),
+        "status": np.array(log.status[rows]),
+        "kinematics": log.kinematics[rows],
+        "kinematics_std": log.kinematics_std[rows],
+        "latents": log.latent[rows],
+        "latents_std": log.latent_std[rows],
+        "bits": log.bits[rows],
+        "spikes": log.spikes[rows],
+        "iterations": log.iterations[rows],
+    }

@@ -1,0 +1,389 @@
+"""Client SDK: talk to a running service over ZeroMQ.
+
+>>> with ServiceClient("tcp://127.0.0.1:5555") as service:          # doctest: +SKIP
+...     described = service.describe()
+...     with service.open("rat-7", units=names, bin_width=0.05) as session:
+...         session.send(0, counts)
+...         for answer in session.receive(timeout=1.0): print(answer.kinematics)
+
+A ``ServiceClient`` asks about the service; a ``Session`` feeds bins and takes results. Neither is
+to be shared between threads (a ZeroMQ socket belongs to one thread); make one in each. Every wait
+ends: after ``timeout`` a ServiceError names the endpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from ilqr_clients.answers import Answer, ClockOffset
+from ilqr_vae import wire
+from ilqr_vae.errors import ProtocolError, ServiceError, ShapeError
+from ilqr_vae.recordings import RecordingSpec
+
+Reply = TypeVar("Reply", wire.Described, wire.SessionList, wire.Probed)
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a served model's manifest that a client needs; other fields are ignored."""
+
+    model_id: str
+    bin_width: float
+    unit_names: tuple[str, ...]
+    kinematic_names: tuple[str, ...] = ()
+    kinematic_units: tuple[str, ...] = ()
+    data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
+    scores: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    provenance: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+
+
+def model_of(described: wire.Described) -> Model:
+    """The manifest, typed. Raises ProtocolError where the service describes no such model."""
+    try:
+        return msgspec.convert(described.manifest, Model)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(
+            "described.manifest", expected="a model manifest", got=str(error)
+        ) from error
+
+
+def connect(context: zmq.Context[Any], kind: int, endpoint: str) -> zmq.Socket[bytes]:
+    """A connected socket that never lingers and keeps every message until it is read.
+
+    Raises:
+        ServiceError: ``endpoint`` is not one.
+    """
+    socket: zmq.Socket[bytes] = context.socket(kind)
+    socket.linger = 0
+    socket.rcvhwm = 0
+    socket.sndhwm = 0
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ServiceError(
+            "endpoint",
+            expected="an address such as tcp://127.0.0.1:5555",
+            got=f"{endpoint!r} ({error})",
+        ) from error
+    return socket
+
+
+def reachable(results: str, endpoint: str) -> str:
+    """The results address as seen from here: a wildcard host becomes the host of ``endpoint``.
+
+    >>> reachable("tcp://0.0.0.0:5556", "tcp://lab-pc:5555")
+    'tcp://lab-pc:5556'
+    """
+    scheme, _, address = results.partition("://")
+    host, _, port = address.rpartition(":")
+    if scheme != "tcp" or host not in {"*", "0.0.0.0", "[::]"}:
+        return results
+    here, _, _ = endpoint.removeprefix("tcp://").rpartition(":")
+    return f"tcp://{here}:{port}"
+
+
+def refusal(endpoint: str, refused: wire.Refused) -> ServiceError:
+    """A refusal as an error of this side."""
+    return ServiceError(
+        f"{refused.field} (refused by {endpoint})", expected=refused.expected, got=refused.got
+    )
+
+
+class ServiceClient:
+    """Requests about a service.
+
+    Args:
+        endpoint: the service's address, e.g. ``tcp://127.0.0.1:5555``.
+        timeout: seconds any one request may take.
+
+    Raises:
+        ServiceError: the address is not one.
+    """
+
+    def __init__(self, endpoint: str, *, timeout: float = 3.0) -> None:
+        self.endpoint = endpoint
+        self.timeout = timeout
+        self._context: zmq.Context[Any] = zmq.Context()
+        try:
+            self._socket = connect(self._context, zmq.DEALER, endpoint)
+        except ServiceError:
+            self._context.term()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket. Sessions opened from here stay open."""
+        self._context.destroy(linger=0)
+
+    def _ask(self, request: wire.Message, kind: type[Reply]) -> Reply:
+        self._socket.send(wire.encode(request))
+        end = time.monotonic() + self.timeout
+        while (left := end - time.monotonic()) > 0:
+            if not self._socket.poll(max(1, int(left * 1e3))):
+                continue
+            reply = wire.decode_downstream(self._socket.recv())
+            if isinstance(reply, kind):
+                return reply
+            if isinstance(reply, wire.Refused):
+                raise refusal(self.endpoint, reply)
+        # A reply that still comes must not answer the next question.
+        self._socket.close()
+        self._socket = connect(self._context, zmq.DEALER, self.endpoint)
+        raise ServiceError(
+            f"service at {self.endpoint}",
+            expected=f"an answer within {self.timeout:g} s",
+            got="none (is it running, and is this its address?)",
+        )
+
+    def describe(self) -> wire.Described:
+        """What is served. Raises ServiceError (no answer, refused), ProtocolError."""
+        return self._ask(wire.Describe(), wire.Described)
+
+    def sessions(self) -> tuple[wire.SessionInfo, ...]:
+        """The open sessions. Raises ServiceError (no answer, refused), ProtocolError."""
+        return self._ask(wire.Sessions(), wire.SessionList).sessions
+
+    def clock(self, probes: int = 15) -> ClockOffset:
+        """The service's clock against this one. Raises ServiceError (no answer), ProtocolError."""
+        best: tuple[int, int] | None = None
+        for _ in range(max(1, probes)):
+            before = time.monotonic_ns()
+            probed = self._ask(wire.Probe(client_ns=before), wire.Probed)
+            after = time.monotonic_ns()
+            half = (after - before + 1) // 2
+            if best is None or half < best[0]:
+                best = (half, probed.service_ns - (before + after) // 2)
+        assert best is not None
+        return ClockOffset(offset_ns=best[1], uncertainty_ns=best[0], probes=max(1, probes))
+
+    def open(
+        self,
+        session: str,
+        *,
+        units: Sequence[str],
+        bin_width: float,
+        deadline: float | None = None,
+        epoch: int | None = None,
+        anytime: bool = False,
+    ) -> Session:
+        """Open a session and its results.
+
+        Args:
+            session: its name, 1-64 of [A-Za-z0-9._-].
+            units: unit names in the order of the counts; the model's.
+            bin_width: seconds; the model's.
+            deadline: seconds from a bin's arrival to its answer; default the bin width.
+            epoch: run number; default one more than the open session of that name, else 0.
+            anytime: let the deadline cut a solve short.
+
+        Raises:
+            ServiceError: no answer, or refused (the field says which).
+        """
+        results = reachable(self.describe().results, self.endpoint)
+        if epoch is None:
+            epoch = max((s.epoch + 1 for s in self.sessions() if s.session == session), default=0)
+        request = wire.Open(
+            protocol=wire.PROTOCOL,
+            session=session,
+            units=tuple(units),
+            bin_width_ns=round(bin_width * 1e9),
+            epoch=epoch,
+            deadline_ns=round((bin_width if deadline is None else deadline) * 1e9),
+            anytime=anytime,
+        )
+        return Session(self.endpoint, results, request, timeout=self.timeout)
+
+
+class Session:
+    """One stream of bins and its results; made by ``ServiceClient.open``.
+
+    Attributes:
+        opened: what the service said: model, latents, kinematic names and units, horizon.
+        credits: bins the service would take now without falling behind.
+        notices: what the service published about the session, oldest first.
+        refused: refusals of single messages, oldest first.
+    """
+
+    def __init__(
+        self, endpoint: str, results: str, request: wire.Open, *, timeout: float = 3.0
+    ) -> None:
+        self.endpoint = endpoint
+        self.request = request
+        self.timeout = timeout
+        self.credits = 0
+        self.notices: list[str] = []
+        self.refused: list[wire.Refused] = []
+        self.closed: wire.Closed | None = None
+        self._opened: wire.Opened | None = None
+        self._confirmed = False
+        self._context: zmq.Context[Any] = zmq.Context()
+        try:
+            self._sub = connect(self._context, zmq.SUB, results)
+            self._sub.setsockopt(zmq.SUBSCRIBE, wire.topic(request.session))
+            self._dealer = connect(self._context, zmq.DEALER, endpoint)
+            self._poller = zmq.Poller()
+            self._poller.register(self._sub, zmq.POLLIN)
+            self._poller.register(self._dealer, zmq.POLLIN)
+            self._open()
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+
+    def _open(self) -> None:
+        """Subscribe first, open, and wait for both the answer and a message on the topic."""
+        self._dealer.send(wire.encode(self.request))
+        end = time.monotonic() + self.timeout
+        while self._opened is None or not self._confirmed:
+            left = end - time.monotonic()
+            if left <= 0:
+                what = "opened" if self._opened is None else "the session's results"
+                raise ServiceError(
+                    f"service at {self.endpoint}",
+                    expected=f"{what} within {self.timeout:g} s",
+                    got="none",
+                )
+            self.receive(left)
+            if self.refused:
+                raise refusal(self.endpoint, self.refused[0])
+
+    @property
+    def opened(self) -> wire.Opened:
+        assert self._opened is not None
+        return self._opened
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def send(
+        self,
+        index: int,
+        counts: NDArray[Any],
+        *,
+        mask: NDArray[np.bool_] | None = None,
+        source_ns: int | None = None,
+    ) -> int:
+        """Send one bin; never waits.
+
+        Args:
+            index: the bin's index, rising from 0; an index left out is a missing bin.
+            counts: (N,) spikes of each unit, whole numbers >= 0.
+            mask: bool (N,), True where the unit was observed; None means all.
+            source_ns: when the bin was complete, or was meant to be sent; default now.
+
+        Returns:
+            When it was handed to the socket, ns of the monotonic clock.
+
+        Raises:
+            ShapeError: not one count per unit, or counts that are not whole numbers in [0, 65535].
+        """
+        n_units = len(self.request.units)
+        if counts.shape != (n_units,):
+            raise ShapeError("counts", expected=f"({n_units},)", got=str(counts.shape))
+        whole = counts.astype("<u2")
+        if not np.array_equal(whole, counts):
+            raise ShapeError("counts", expected="whole numbers in [0, 65535]", got=f"{counts!r}")
+        now = time.monotonic_ns()
+        message = wire.Bin(
+            session=self.request.session,
+            epoch=self.request.epoch,
+            index=index,
+            source_ns=now if source_ns is None else source_ns,
+            counts=wire.pack(whole, "<u2"),
+            mask=None if mask is None else wire.pack(mask, "u1"),
+        )
+        self.send_raw(wire.encode(message))
+        self.credits -= 1
+        return now
+
+    def send_raw(self, frame: bytes) -> None:
+        """Send one frame as it is (for tests of what a service does with nonsense)."""
+        self._dealer.send(frame)
+
+    def receive(self, timeout: float = 0.0) -> list[Answer]:
+        """Take everything that has come, waiting up to ``timeout`` seconds for the first.
+
+        Returns:
+            Results of this epoch in order of arrival; empty where none came. Credits, notices and
+            refusals are kept on the session.
+
+        Raises:
+            ProtocolError: a message that is not the protocol's.
+        """
+        answers: list[Answer] = []
+        if not self._poller.poll(max(0, int(timeout * 1e3))):
+            return answers
+        while True:
+            try:
+                frames = self._sub.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            arrived = time.monotonic_ns()
+            message = wire.decode_published(frames[-1])
+            self._confirmed = True  # whatever it is, the service has seen the subscription
+            if message.epoch != self.request.epoch:
+                continue
+            if isinstance(message, wire.Result):
+                answers.append(Answer.of(message, arrived))
+            else:
+                self.notices.append(message.what)
+        while True:
+            try:
+                frame = self._dealer.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._reply(wire.decode_downstream(frame))
+        return answers
+
+    def _reply(self, reply: wire.Downstream) -> None:
+        match reply:
+            case wire.Opened():
+                self._opened = reply
+                self.credits += reply.credits
+            case wire.Credit():
+                self.credits += reply.credits
+            case wire.Closed():
+                self.closed = reply
+            case wire.Refused():
+                self.refused.append(reply)
+            case _:
+                pass
+
+    def close(self) -> None:
+        """Tell the service, wait up to a second for its word, and close the sockets."""
+        if self._context.closed:
+            return
+        try:
+            self.send_raw(
+                wire.encode(wire.Close(session=self.request.session, epoch=self.request.epoch))
+            )
+            end = time.monotonic() + min(1.0, self.timeout)
+            while self.closed is None and (left := end - time.monotonic()) > 0:
+                self.receive(left)
+        finally:
+            self._context.destroy(linger=0)

@@ -1,0 +1,66 @@
+"""Logging to stderr: plain lines for people, or one JSON object a line for machines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any, Literal
+
+import msgspec
+
+LOGGER = logging.getLogger("ilqr_service")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, message, the record's ``extra["data"]``, traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        data = getattr(record, "data", None)
+        if data:
+            line["data"] = data
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+class PlainFormatter(logging.Formatter):
+    """Time, level, message and the record's ``extra["data"]`` as key=value."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        data: dict[str, Any] = getattr(record, "data", None) or {}
+        text = super().format(record)
+        pairs = " ".join(f"{key}={value}" for key, value in data.items())
+        first, newline, rest = text.partition("\n")
+        return (f"{first}  {pairs}" if pairs else first) + newline + rest
+
+
+def configure(kind: Literal["plain", "json"], level: int = logging.INFO) -> None:
+    """Send the service's log to stderr, and nowhere else."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if kind == "json" else PlainFormatter())
+    LOGGER.handlers[:] = [handler]
+    LOGGER.setLevel(level)
+    LOGGER.propagate = False
+
+
+def info(message: str, **data: Any) -> None:
+    LOGGER.info(message, extra={"data": data})
+
+
+def warning(message: str, **data: Any) -> None:
+    LOGGER.warning(message, extra={"data": data})
+
+
+def exception(message: str, **data: Any) -> None:
+    """With the traceback of the exception being handled."""
+    LOGGER.exception(message, extra={"data": data})

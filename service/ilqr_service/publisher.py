@@ -1,0 +1,74 @@
+"""The results socket: XPUB, one topic a session, and something for every new subscriber.
+
+Each new subscription gets exactly one message at once, and it alone gets it: the topic's last
+message where there is one, else a ``Notice("subscribed")``. So a subscriber knows that it is
+subscribed before it lets anything happen that it must not miss.
+
+libzmq's XPUB_MANUAL_LAST_VALUE does the addressing: after a (un)subscription is taken off the
+socket the next message goes to that subscriber alone. One message must therefore follow each,
+also an unsubscription.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import zmq
+
+from ilqr_vae import wire
+
+_MAX_TOPIC = 1024
+_NOBODY = b"\xff"
+
+
+class Publisher:
+    """Publishes under session topics, from the thread that made it.
+
+    Args:
+        context: to make the socket in.
+        queue: messages kept for a subscriber that does not read; then its newest are dropped.
+        topics: how many topics' last messages are kept.
+    """
+
+    def __init__(self, context: zmq.Context[Any], *, queue: int, topics: int) -> None:
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.XPUB)
+        self.socket.sndhwm = queue
+        self.socket.maxmsgsize = _MAX_TOPIC
+        self.socket.setsockopt(zmq.XPUB_MANUAL_LAST_VALUE, 1)
+        self._topics = topics
+        self._last: dict[bytes, bytes] = {}
+
+    def publish(self, message: wire.Result | wire.Notice) -> None:
+        """Send to the session's subscribers; never waits."""
+        topic = wire.topic(message.session)
+        frame = wire.encode(message)
+        self._last.pop(topic, None)  # so that the newest topics are last
+        self._last[topic] = frame
+        if len(self._last) > self._topics:
+            del self._last[next(iter(self._last))]
+        self._send(topic, frame)
+
+    def welcome(self) -> None:
+        """Take all (un)subscriptions off the socket and answer each."""
+        while True:
+            try:
+                request = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            kind, topic = request[:1], request[1:]
+            if kind == b"\x01":
+                self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+                self._send(topic, self._last.get(topic) or _notice(topic, "subscribed"))
+            elif kind == b"\x00":
+                self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+                self._send(_NOBODY, _notice(topic, "unsubscribed"))
+
+    def _send(self, topic: bytes, frame: bytes) -> None:
+        with contextlib.suppress(zmq.Again):
+            self.socket.send_multipart([topic, frame], zmq.NOBLOCK)
+
+
+def _notice(topic: bytes, what: str) -> bytes:
+    name = topic.rstrip(b"\x00").decode("utf-8", "replace")
+    return wire.encode(wire.Notice(session=name, epoch=0, what=what))

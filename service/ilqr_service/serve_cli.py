@@ -1,0 +1,135 @@
+"""``ilqr-vae serve``: load a model and answer spike bins until told to stop."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from ilqr_service import logs
+from ilqr_service.engine import Engine
+from ilqr_service.server import Service
+from ilqr_service.settings import load_settings
+from ilqr_vae.errors import ConfigError, ServiceError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+# The solver holds the interpreter between torch's calls; the I/O thread should not wait for it the
+# default 5 ms.
+_SWITCH_INTERVAL_S = 2e-4
+_WARM_UP_S = 600.0
+
+
+def _announce(target: str, line: bytes) -> None:
+    """One JSON line to stdout ("-") or, whole or not at all, to a file. Raises ConfigError."""
+    if target == "-":
+        sys.stdout.write(line.decode() + "\n")
+        sys.stdout.flush()
+        return
+    path = Path(target)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(line + b"\n")
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            "ready-file", expected="a file that can be written", got=target
+        ) from error
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="model file (.safetensors)")],
+    ingest: Annotated[
+        str | None, typer.Option(help="address for feeders; tcp://127.0.0.1:* takes a free port")
+    ] = None,
+    results: Annotated[str | None, typer.Option(help="address for subscribers")] = None,
+    http: Annotated[
+        str | None, typer.Option(help='HOST:PORT of /metrics, /healthz, /readyz; "" for none')
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
+    threads: Annotated[int | None, typer.Option(help="of torch and numba")] = None,
+    iterations: Annotated[int | None, typer.Option(help="per bin; 0 is the model's own")] = None,
+    horizon: Annotated[int | None, typer.Option(help="bins; 0 is the model's own")] = None,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="for sessions that state none; 0 is the bin width")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="settings in TOML; options here override it")
+    ] = None,
+    ready_file: Annotated[
+        str | None,
+        typer.Option(help='once ready, write the addresses here as one JSON line; "-" is stdout'),
+    ] = None,
+    log: Annotated[str | None, typer.Option(help="plain or json, to stderr")] = None,
+) -> None:
+    """Load a model and answer spike bins over ZeroMQ until SIGINT or SIGTERM.
+
+    Example: ilqr-vae serve model.safetensors --http 127.0.0.1:9464
+
+    Scripts: ilqr-vae serve model.safetensors --ingest 'tcp://127.0.0.1:*' --results
+    'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json
+
+    Told to stop, it answers what is queued, tells feeders and subscribers, logs the exact latency
+    quantiles and exits with 0. Exit codes: 2 wrong model, setting or usage; 3 an address cannot be
+    used, or the service broke.
+    """
+    overrides: dict[str, Any] = {
+        "ingest": ingest,
+        "results": results,
+        "http": http,
+        "device": device,
+        "threads": threads,
+        "iterations": iterations,
+        "horizon": horizon,
+        "deadline_ms": deadline_ms,
+        "log": log,
+    }
+    settings = load_settings(config, overrides)
+    logs.configure(settings.log)
+    service = Service(Engine.load(model, settings), settings)
+    service.start()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    try:
+        _await_ready(service, stop)
+        if not stop.is_set():
+            gc.collect()
+            gc.freeze()
+            ready = {
+                "ingest": service.ingest,
+                "results": service.results,
+                "http": service.http,
+                "model": service.model,
+                "device": service.device,
+                "pid": os.getpid(),
+            }
+            logs.info("ready", **ready)
+            if ready_file is not None:
+                _announce(ready_file, msgspec.json.encode(ready))
+        while not stop.is_set() and not service.ended.is_set():
+            stop.wait(0.2)
+    finally:
+        service.stop()
+        logs.info("stopped", **service.telemetry.summary())
+    if service.failure is not None:
+        raise ServiceError(
+            "service", expected="to run until stopped", got=f"{service.failure!r}"
+        ) from service.failure
+
+
+def _await_ready(service: Service, stop: threading.Event) -> None:
+    waited = 0.0
+    while not (stop.is_set() or service.ended.is_set() or service.wait_ready(0.1)):
+        waited += 0.1
+        if waited > _WARM_UP_S:
+            raise ServiceError("warm-up", expected=f"done within {_WARM_UP_S:g} s", got="still not")

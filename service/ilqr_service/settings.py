@@ -1,0 +1,127 @@
+"""The service's settings: defaults, a TOML file, and options on the command line, in that order."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from ilqr_vae.errors import ConfigError, ServiceError
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How to serve a model.
+
+    Attributes:
+        ingest: ZeroMQ address for feeders and requests; ``tcp://127.0.0.1:*`` takes a free port.
+        results: ZeroMQ address for subscribers.
+        http: HOST:PORT of /metrics, /healthz and /readyz; port 0 takes a free one; "" for none.
+        device: cpu, cuda, cuda:N, or auto (cuda where torch sees one).
+        threads: of torch and numba; 1 is fastest for one stream.
+        iterations, horizon: instead of the model's own; 0 keeps them.
+        deadline_ms: for sessions that state none; 0 is the bin width.
+        credits: bins a feeder may have unanswered.
+        gap_limit: longest gap answered bin by bin.
+        max_sessions: open at once.
+        idle_s: a session silent for longer ends.
+        drain_s: longest time to answer what is queued when told to stop.
+        max_message_bytes: a larger message ends its sender's connection.
+        results_queue: results kept for a subscriber that does not read.
+        log: plain lines or JSON ones.
+    """
+
+    ingest: str = "tcp://127.0.0.1:5555"
+    results: str = "tcp://127.0.0.1:5556"
+    http: str = "127.0.0.1:9464"
+    device: str = "auto"
+    threads: Positive = 1
+    iterations: Annotated[int, msgspec.Meta(ge=0)] = 0
+    horizon: Annotated[int, msgspec.Meta(ge=0)] = 0
+    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=3_600_000)] = 0.0
+    credits: Annotated[int, msgspec.Meta(gt=0, le=100_000)] = 64
+    gap_limit: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 100
+    max_sessions: Positive = 256
+    idle_s: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+    drain_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 1 << 20
+    results_queue: Positive = 10_000
+    log: Literal["plain", "json"] = "plain"
+
+
+def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettings:
+    """Settings from a TOML file (or none), with overrides that are not None on top.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key, a value of the wrong type or range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = msgspec.toml.decode(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                "config", expected="a readable file", got=f"{path} ({error.strerror})"
+            ) from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ConfigError("config", expected="TOML", got=f"{path}: {error}") from error
+    unknown = sorted(set(values) - set(ServiceSettings.__struct_fields__))
+    if unknown:
+        raise ConfigError(
+            f"config {path}",
+            expected=f"keys among {', '.join(ServiceSettings.__struct_fields__)}",
+            got=repr(unknown[0]),
+        )
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return msgspec.convert(values, ServiceSettings)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        expected, _, got = what.removeprefix("Expected ").partition(", got ")
+        field = where.rstrip("`")
+        raise ConfigError(
+            field or "settings", expected=expected, got=got or repr(values.get(field))
+        ) from error
+
+
+_ENDPOINT = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+|\*):(\d{1,5}|\*)")
+
+
+def loopback_endpoint(field: str, endpoint: str) -> str:
+    """``endpoint`` as libzmq binds it; port 0 becomes ``*`` (a free port).
+
+    Raises:
+        ServiceError: not tcp://HOST:PORT, or beyond loopback, which is refused until the service
+            can tell who connects.
+    """
+    match = _ENDPOINT.fullmatch(endpoint)
+    port = match[2] if match else ""
+    if match is None or (port != "*" and int(port) > 65535):
+        raise ServiceError(field, expected="tcp://HOST:PORT", got=repr(endpoint))
+    host = match[1].strip("[]")
+    if host != "localhost":
+        try:
+            local = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = False
+        if not local:
+            raise ServiceError(
+                field,
+                expected="a loopback address such as tcp://127.0.0.1:5555 "
+                "(messages are neither encrypted nor authenticated yet)",
+                got=repr(endpoint),
+            )
+    name = "127.0.0.1" if host == "localhost" else match[1]
+    return f"tcp://{name}:{'*' if port in {'0', '*'} else port}"
+
+
+def http_address(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT. Raises ServiceError where it is not that."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ServiceError("http", expected="HOST:PORT", got=repr(address))
+    return host.strip("[]"), int(port)

@@ -1,0 +1,132 @@
+"""What the service counts and times: Prometheus for dashboards, HDR histograms for exact tails.
+
+Prometheus edges are finer than the defaults, with one edge exactly at the bin width, so that the
+share of bins answered within a bin is a count and no estimate. No label grows with the sessions.
+
+Stages of a bin: ``wire_in`` (source to arrival; meaningful where feeder and service share a clock,
+and left out where the difference is negative or above a minute), ``queue`` (arrival to solve),
+``solve``, ``publish`` (end of solve to the socket), ``total`` (arrival to the socket).
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from typing import Any, get_args
+
+from hdrh.histogram import HdrHistogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from ilqr_vae import wire
+
+STAGES = ("wire_in", "queue", "solve", "publish", "total")
+_EDGES_MS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 250)
+_MINUTE_NS = 60_000_000_000
+_QUANTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "p99.99": 99.99, "max": 100.0}
+
+# Events of the session table and the server, by the counter that counts them.
+EVENTS = {
+    "gap": "gaps in the bin indices",
+    "gap_bins": "bins that did not come",
+    "reset": "estimates started again after a gap too long to bridge",
+    "dropped": "bins dropped because their session ended",
+    "opened": "sessions opened",
+    "restarted": "sessions restarted under a higher epoch",
+    "idle": "sessions ended for being silent",
+    "solve_failed": "solves that raised, answered with a prediction",
+    "non_converged": "solves that stalled or were not finite",
+    "unreachable": "replies to a feeder that is gone or does not read",
+}
+
+
+def edges(bin_width: float) -> tuple[float, ...]:
+    """Histogram edges in seconds, rising, with one exactly at ``bin_width``."""
+    relative = (0.5, 1.0, 2.0, 4.0)
+    return tuple(sorted({e / 1e3 for e in _EDGES_MS} | {r * bin_width for r in relative}))
+
+
+class Telemetry:
+    """Counters, gauges and histograms of one service, in a registry of its own.
+
+    Args:
+        bin_width: seconds.
+
+    Attributes:
+        registry: for the HTTP endpoint.
+    """
+
+    def __init__(self, bin_width: float) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        r = self.registry
+        self._stages = {
+            stage: Histogram(
+                f"ilqr_{stage}_seconds",
+                f"time a bin spent in stage {stage}",
+                buckets=edges(bin_width),
+                registry=r,
+            )
+            for stage in STAGES
+        }
+        bins = Counter("ilqr_bins", "bins answered, by status", ["status"], registry=r)
+        self._bins = {status: bins.labels(status) for status in get_args(wire.Status)}
+        self._refused = Counter(
+            "ilqr_refused", "messages refused, by the field that was wrong", ["reason"], registry=r
+        )
+        self._events = {
+            name: Counter(f"ilqr_{name}", text, registry=r) for name, text in EVENTS.items()
+        }
+        self._sessions = Gauge("ilqr_sessions", "open sessions", registry=r)
+        self._queued = Gauge("ilqr_queued_bins", "bins queued or being solved", registry=r)
+        self._ready = Gauge("ilqr_ready", "1 when bins are answered", registry=r)
+        Gauge("ilqr_bin_width_seconds", "the model's bin width", registry=r).set(bin_width)
+        self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
+        self._exact = {stage: HdrHistogram(1_000, 60_000_000_000, 3) for stage in STAGES}
+        self._tally: Tally[str] = Tally()
+
+    def count(self, events: Tally[str]) -> None:
+        """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``."""
+        self._tally.update(events)
+        for event, n in events.items():
+            kind, _, label = event.partition(":")
+            if kind == "status":
+                self._bins[label].inc(n)
+            elif kind == "refused":
+                self._refused.labels(label).inc(n)
+            else:
+                self._events[kind].inc(n)
+
+    def observe(self, result: wire.Result) -> None:
+        """Time one published answer; a missing bin has a solve time and no others."""
+        times = {"solve": result.solve_end_ns - result.solve_start_ns}
+        if result.status != "missing":
+            times["wire_in"] = result.received_ns - result.source_ns
+            times["queue"] = result.solve_start_ns - result.received_ns
+            times["publish"] = result.published_ns - result.solve_end_ns
+            times["total"] = result.published_ns - result.received_ns
+        for stage, ns in times.items():
+            if 0 <= ns < _MINUTE_NS:
+                self._stages[stage].observe(ns / 1e9)
+                self._exact[stage].record_value(max(ns, 1_000))
+        self._iterations.inc(result.iterations)
+
+    def gauge(self, *, sessions: int, queued: int) -> None:
+        self._sessions.set(sessions)
+        self._queued.set(queued)
+
+    def ready(self, ready: bool) -> None:
+        self._ready.set(ready)
+
+    def counts(self) -> dict[str, int]:
+        """Everything counted so far, by event."""
+        return dict(self._tally)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and per stage the exact quantiles in milliseconds (JSON-like)."""
+        tails: dict[str, Any] = {}
+        for stage, histogram in self._exact.items():
+            n = int(histogram.get_total_count())
+            if n:
+                tails[stage] = {"n": n} | {
+                    name: round(histogram.get_value_at_percentile(q) / 1e6, 4)
+                    for name, q in _QUANTILES.items()
+                }
+        return {"counts": self.counts(), "latency_ms": tails}

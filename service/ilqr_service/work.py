@@ -1,0 +1,130 @@
+"""What travels between the sessions and the engine: one bin to solve, and its answer.
+
+Plain data: numpy arrays and integers, no sockets, no torch. Times are nanoseconds of the service's
+monotonic clock. N units, n latents, D kinematic channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.wire import Status
+
+Vector = NDArray[np.float64]
+
+STOPPED = "stopped"
+"""The solver's own status where the deadline cut a solve short."""
+
+FAILED = "failed"
+"""In place of the solver's status where the solve raised: the answer is a prediction."""
+
+NOT_FINITE = "not_finite"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the sessions must know of the model.
+
+    Attributes:
+        model: its id.
+        unit_names: N names, in the order of the counts.
+        bin_width_ns: nanoseconds.
+        latents: n.
+        kinematic_names, kinematic_units: D each.
+        horizon: bins in the estimator's window.
+        iterations: iLQR iterations per bin.
+    """
+
+    model: str
+    unit_names: tuple[str, ...]
+    bin_width_ns: int
+    latents: int
+    kinematic_names: tuple[str, ...]
+    kinematic_units: tuple[str, ...]
+    horizon: int
+    iterations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One bin of one run of a session, to be solved.
+
+    Attributes:
+        run: serial number of the run; two runs never share one, whatever they are called.
+        index: the bin's index.
+        counts: (N,) spikes, or None where no bin came.
+        mask: bool (N,), True where observed; None means all.
+        fresh: start from the model's initial condition instead of the previous bin.
+        source_ns: the feeder's time stamp; 0 where no bin came.
+        received_ns: arrival of the bin, or of the bin that showed this one to be missing.
+        due_ns: when the answer is due.
+        anytime: the solver stops at ``due_ns`` with what it has.
+    """
+
+    run: int
+    index: int
+    counts: Vector | None
+    mask: NDArray[np.bool_] | None
+    fresh: bool
+    source_ns: int
+    received_ns: int
+    due_ns: int
+    anytime: bool
+
+    @property
+    def missing(self) -> bool:
+        """No bin came."""
+        return self.counts is None
+
+    @property
+    def blind(self) -> bool:
+        """No unit of the bin was observed."""
+        return self.counts is None or (self.mask is not None and not self.mask.any())
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The engine's answer to one ``Work``.
+
+    Attributes:
+        work: what was asked.
+        latent, latent_std: (n,).
+        rates: (N,), expected counts per bin.
+        kinematics, kinematics_std: (D,).
+        bits, spikes: see ``wire.Result``.
+        iterations: iLQR iterations done.
+        solver: the solver's status in lower case, or ``FAILED``.
+        solve_start_ns, solve_end_ns: stage times.
+    """
+
+    work: Work
+    latent: Vector
+    latent_std: Vector
+    rates: Vector
+    kinematics: Vector
+    kinematics_std: Vector
+    bits: float
+    spikes: int
+    iterations: int
+    solver: str
+    solve_start_ns: int
+    solve_end_ns: int
+
+
+def status_of(answer: Answer, published_ns: int) -> Status:
+    """The flag an answer goes out with: a pure function of the answer and the clock.
+
+    First that holds: ``missing`` (no bin came), ``extrapolated`` (a bin came and the answer is a
+    prediction all the same: none of its units was observed, or its solve failed), ``late`` (after
+    its due time), ``degraded`` (the deadline cut the solve short), ``ok``.
+    """
+    if answer.work.missing:
+        return "missing"
+    if answer.work.blind or answer.solver in (FAILED, NOT_FINITE):
+        return "extrapolated"
+    if published_ns > answer.work.due_ns:
+        return "late"
+    return "degraded" if answer.solver == STOPPED else "ok"

@@ -1,0 +1,208 @@
+"""The LQR problem solved by compiled code on the CPU: torch tensors in, torch tensors out.
+
+Contiguous tensors are read where they are, without a copy. A batch is shared out in equal runs
+among as many threads as torch itself would use (``torch.set_num_threads``), where there is enough
+work to pay for waking them; the compiled code holds no GIL. The threads are plain Python ones:
+unlike numba's, they may be used by several callers at once and through a fork. A problem's bits do
+not depend on its neighbours, on the batch size, or on the number of threads.
+
+Where numba cannot be imported the reference solves instead, after one warning in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from types import ModuleType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
+from ilqr_vae.lqr.types import LQRProblem, LQRSolution, damping_per_problem
+from ilqr_vae.shapes import (
+    InputByState,
+    InputJacobians,
+    InputMatrices,
+    StateJacobians,
+    StateMatrices,
+    StateMatrix,
+)
+
+_log = logging.getLogger(__name__)
+
+#: Multiply-adds below which waking another thread costs more than it saves (about 0.1 ms).
+_WORTH_A_THREAD = 2_000_000
+
+
+def solve_cpu(
+    problem: LQRProblem, *, free_initial: bool, regularisation: Tensor | float = 0.0
+) -> LQRSolution:
+    """Solve a batch of LQR problems; the same contract as `solve_reference`, without gradients.
+
+    Args:
+        problem: the batch, float32 or float64 on the CPU.
+        free_initial: whether dz_0 is optimised (else it is zero).
+        regularisation: Levenberg damping, (B,) or a number.
+
+    Returns:
+        The solution, detached; problems that are not well posed have ``ok`` False and zeros.
+
+    Raises:
+        ShapeError: tensors that do not fit each other, on another device or of another dtype.
+    """
+    kernels = _kernels()
+    if kernels is None:
+        return solve_reference(problem, free_initial=free_initial, regularisation=regularisation)
+    batch, steps, n, m = problem.sizes()
+    A = problem.A
+    _check_supported(A)
+    damping = damping_per_problem(regularisation, A, batch)
+    dz, v, costate = (A.new_empty(batch, steps + 1, n) for _ in range(3))
+    du, k = (A.new_empty(batch, steps, m) for _ in range(2))
+    K = A.new_empty(batch, steps, m, n)
+    V = A.new_empty(batch, steps + 1, n, n)
+    Quu_inv = A.new_empty(batch, steps, m, m)
+    model = A.new_empty(batch, 2)
+    ok = torch.empty(batch, dtype=torch.bool)
+    c = A.new_empty(1, 0, 0) if problem.c is None else problem.c
+    S = A.new_empty(1, 0, 0, 0) if problem.S is None else problem.S
+
+    given = (A, problem.B, problem.Q, problem.q, problem.R, problem.r, c, S)
+    law, cost, step = (K, k, Quu_inv), (V, v), (dz, du, costate, model)
+    written = (*law, *cost, *step)
+    arguments = (
+        _arrays(given),
+        problem.c is not None,
+        problem.S is not None,
+        _array(damping),
+        free_initial,
+        _arrays(law),
+        _arrays(cost),
+        _arrays(step),
+        _arrays(tuple(value.flatten(1) for value in written)),
+        ok.numpy(),
+    )
+    _share_out(kernels.solve, batch, steps * n * (n + m) ** 2, arguments)
+    if not bool(ok.all()):
+        for value in written:
+            value[~ok] = 0.0
+    return LQRSolution(
+        dz=dz,
+        du=du,
+        K=K,
+        k=k,
+        dz0=dz[:, 0],
+        V=V,
+        v=v,
+        costate=costate,
+        Quu_inv=Quu_inv,
+        decrease=model[:, 0],
+        linear=model[:, 1],
+        ok=ok,
+    )
+
+
+def marginal_covariance_cpu(
+    A: StateJacobians,
+    B: InputJacobians,
+    K: InputByState,
+    Quu_inv: InputMatrices,
+    V0: StateMatrix,
+) -> StateMatrices:
+    """Covariance of each state; the contract of `marginal_covariance_reference`, no gradients.
+
+    Raises:
+        ShapeError: tensors that do not fit each other, on another device or of another dtype.
+    """
+    kernels = _kernels()
+    if kernels is None:
+        return marginal_covariance_reference(A, B, K, Quu_inv, V0)
+    _check_supported(A)
+    batch, steps, n, m = B.shape
+    expected = {
+        "A": (A, (batch, steps, n, n)),
+        "K": (K, (batch, steps, m, n)),
+        "Quu_inv": (Quu_inv, (batch, steps, m, m)),
+        "V0": (V0, (batch, n, n)),
+    }
+    for name, (value, shape) in expected.items():
+        if value.shape != shape or value.dtype != B.dtype:
+            raise ShapeError(
+                name, expected=f"{shape} {B.dtype}", got=f"{tuple(value.shape)} {value.dtype}"
+            )
+    Sigma = A.new_empty(batch, steps + 1, n, n)
+    ok = torch.empty(batch, dtype=torch.bool)
+    arguments = (*_arrays((A, B, K, Quu_inv, V0)), Sigma.numpy(), ok.numpy())
+    _share_out(kernels.covariance, batch, steps * n * n * (2 * n + 3 * m), arguments)
+    if not bool(ok.all()):
+        Sigma[~ok] = 0.0
+    return Sigma
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The compiled functions, or None (said once in the log) where there is no compiler."""
+    try:
+        from ilqr_vae.lqr import kernels
+    except ImportError as error:
+        _log.warning("numba cannot be imported (%s): LQR problems are solved in torch", error)
+        return None
+    return kernels
+
+
+def _check_supported(tensor: Tensor) -> None:
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
+        raise ShapeError(
+            "A", expected="float32 or float64 on cpu", got=f"{tensor.dtype} on {tensor.device}"
+        )
+
+
+def _array(tensor: Tensor) -> NDArray[np.floating]:
+    return tensor.detach().contiguous().numpy()
+
+
+def _arrays(tensors: tuple[Tensor, ...]) -> tuple[NDArray[np.floating], ...]:
+    return tuple(_array(tensor) for tensor in tensors)
+
+
+class _Threads:
+    """The helper threads, made when first needed, forgotten in a forked child."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._pool = None
+
+    def get(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lqr")
+        return self._pool
+
+
+_threads = _Threads()
+
+
+def _share_out(
+    kernel: Callable[..., None], batch: int, work: int, arguments: tuple[object, ...]
+) -> None:
+    """Run ``kernel(first, last, *arguments)`` over a batch of problems of ``work`` operations."""
+    shares = min(torch.get_num_threads(), batch, 1 + batch * work // _WORTH_A_THREAD)
+    if shares <= 1:
+        kernel(0, batch, *arguments)
+        return
+    edges = [batch * share // shares for share in range(shares + 1)]
+    pool = _threads.get()
+    pending = [pool.submit(kernel, first, last, *arguments) for first, last in pairwise(edges[1:])]
+    kernel(edges[0], edges[1], *arguments)
+    for one in pending:
+        one.result()

@@ -1,0 +1,112 @@
+"""Spike times and behaviour series onto one grid of bins.
+
+Bin t covers [start + t w, start + (t+1) w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.checks import MAX_COUNT, MAX_GAP_SECONDS
+
+# An edge this close to a spike or sample, in bins, is that spike's or sample's own: times such as
+# 0.15 and 3 * 0.05 differ by rounding.
+_EDGE = 1e-6
+
+
+def bin_spikes(
+    spike_times: Sequence[NDArray[Any]], start: float, bin_width: float, n_bins: int
+) -> NDArray[np.uint16]:
+    """Counts (n_bins, N) of N units' spike times in seconds; those outside the bins are dropped.
+
+    Raises:
+        RecordingError: a time is not finite, or a count exceeds 65535.
+    """
+    counts = np.zeros((n_bins, len(spike_times)), dtype=np.uint16)
+    for unit, times in enumerate(spike_times):
+        seconds = np.asarray(times, dtype=np.float64)
+        if not np.isfinite(seconds).all():
+            raise RecordingError(
+                f"units[{unit}].spike_times", expected="finite seconds", got="some that are not"
+            )
+        bins = bins_of(seconds, start, bin_width)
+        inside = np.bincount(bins[(bins >= 0) & (bins < n_bins)], minlength=n_bins)
+        if int(inside.max(initial=0)) > MAX_COUNT:
+            raise RecordingError(
+                f"units[{unit}].spike_times",
+                expected=f"at most {MAX_COUNT} spikes a bin",
+                got=str(int(inside.max())),
+            )
+        counts[:, unit] = inside
+    return counts
+
+
+def bins_of(seconds: NDArray[Any], start: float, bin_width: float) -> NDArray[np.int64]:
+    """The bin each time falls in, negative before ``start``."""
+    position = (np.asarray(seconds, dtype=np.float64) - start) / bin_width
+    return np.floor(position + _EDGE).astype(np.int64)
+
+
+def resample(
+    values: NDArray[np.float64],
+    times: NDArray[np.float64],
+    start: float,
+    bin_width: float,
+    n_bins: int,
+) -> NDArray[np.float64]:
+    """A series (K, D) sampled at increasing ``times`` (K,), in seconds, on the bins: (n_bins, D).
+
+    Where samples come at least once a bin, a bin's value is the mean of the finite samples inside
+    it. Where they come slower, it is the linear interpolation at the bin's centre, the nearest
+    sample holding beyond the ends by up to half a sampling interval. What neither gives is NaN.
+
+    Raises:
+        RecordingError: times do not increase.
+    """
+    if len(times) > 1 and not (np.diff(times) > 0).all():
+        raise RecordingError(
+            "kinematics.timestamps", expected="increasing seconds", got="some that do not"
+        )
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else bin_width
+    if interval > bin_width * (1 + 1e-6):
+        return _interpolate(values, times, start, bin_width, n_bins, interval)
+    bins = bins_of(times, start, bin_width)
+    inside = (bins >= 0) & (bins < n_bins)
+    bins, values = bins[inside], values[inside]
+    means = np.full((n_bins, values.shape[1]), np.nan)
+    for channel in range(values.shape[1]):
+        good = np.isfinite(values[:, channel])
+        number = np.bincount(bins[good], minlength=n_bins)
+        total = np.bincount(bins[good], weights=values[good, channel], minlength=n_bins)
+        np.divide(total, number, out=means[:, channel], where=number > 0)
+    return means
+
+
+def _interpolate(
+    values: NDArray[np.float64],
+    times: NDArray[np.float64],
+    start: float,
+    bin_width: float,
+    n_bins: int,
+    interval: float,
+) -> NDArray[np.float64]:
+    centres = start + (np.arange(n_bins) + 0.5) * bin_width
+    filled = np.full((n_bins, values.shape[1]), np.nan)
+    for channel in range(values.shape[1]):
+        good = np.isfinite(values[:, channel])
+        if not good.any():
+            continue
+        when, what = times[good], values[good, channel]
+        inside = (centres >= when[0] - interval / 2) & (centres <= when[-1] + interval / 2)
+        after = np.searchsorted(when, centres).clip(1, max(len(when) - 1, 1))
+        if len(when) > 1:  # not across a hole in the samples: that is a gap, to be seen as one
+            hole = when[after] - when[after - 1] > max(2 * interval, MAX_GAP_SECONDS)
+            between = (centres > when[after - 1]) & (centres < when[after])
+            inside &= ~(hole & between)
+        filled[inside, channel] = np.interp(centres[inside], when, what)
+    return filled

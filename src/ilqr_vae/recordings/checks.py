@@ -1,0 +1,132 @@
+"""Checks and conversions that every reader shares."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import RecordingError
+
+MAX_COUNT = int(np.iinfo(np.uint16).max)
+MAX_GAP_SECONDS = 1.0
+"""Kinematics missing for longer than this are filled, and their bins marked invalid."""
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path, known to be a file. Raises RecordingError naming what is there instead."""
+    path = Path(path)
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "no such file"
+        raise RecordingError("recording", expected="a file", got=f"{what}: {path}")
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def whole_counts(values: NDArray[Any], field: str) -> NDArray[np.uint16]:
+    """Counts as uint16, any shape, unchanged in value.
+
+    Raises:
+        RecordingError: there are none, or one is NaN, infinite, negative, fractional or above
+            65535; ``field`` is named.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise RecordingError(field, expected="numbers", got=f"dtype {array.dtype}")
+    if array.size == 0:
+        raise RecordingError(field, expected="at least one bin", got=f"shape {array.shape}")
+    if array.dtype.kind == "f":
+        _refuse(array, ~np.isfinite(array), field, "finite whole numbers")
+        _refuse(array, array != np.floor(array), field, "whole numbers")
+    if array.dtype.kind in "if":
+        _refuse(array, array < 0, field, "counts of zero or more")
+    _refuse(array, array > MAX_COUNT, field, f"counts up to {MAX_COUNT}")
+    return np.ascontiguousarray(array, dtype=np.uint16)
+
+
+def _refuse(array: NDArray[Any], bad: NDArray[np.bool_], field: str, expected: str) -> None:
+    n = int(bad.sum())
+    if n:
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise RecordingError(
+            field, expected=expected, got=f"{n} that are not, the first {array[where]} at {where}"
+        )
+
+
+def same_bin_width(file: float, spec: float, field: str) -> None:
+    """Raises RecordingError unless the file's bin width is the spec's (relative 1e-6)."""
+    if not (np.isfinite(file) and abs(file - spec) <= 1e-6 * abs(spec)):
+        raise RecordingError(
+            "data.bin_width", expected=f"the file's {file:g} s ({field})", got=f"{spec:g} s"
+        )
+
+
+def unique_names(names: tuple[str, ...], field: str) -> tuple[str, ...]:
+    """The names. Raises RecordingError where one comes twice."""
+    if len(set(names)) != len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise RecordingError(field, expected="unique unit names", got=f"{twice!r} more than once")
+    return names
+
+
+def fill_gaps(
+    values: NDArray[Any], seconds_per_row: float, field: str
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Kinematics without NaN, and which rows are to be believed.
+
+    A row with any channel missing is interpolated linearly in time, each channel by itself; before
+    the first and after the last measurement the nearest one holds.
+
+    Args:
+        values: (T, D), NaN or infinite where missing.
+        seconds_per_row: to tell short gaps from long ones.
+        field: named in errors.
+
+    Returns:
+        float64 (T, D), finite; and bool (T,), False inside gaps above ``MAX_GAP_SECONDS``.
+
+    Raises:
+        RecordingError: a channel has no finite value, or more than half the rows lie in long gaps.
+    """
+    array = np.array(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    empty = ~finite.any(axis=0)
+    if empty.any():
+        channel = int(np.argmax(empty))
+        raise RecordingError(field, expected="some finite values", got=f"none in channel {channel}")
+    valid = np.ones(len(array), dtype=bool)
+    if finite.all():
+        return array, valid
+    rows = np.arange(len(array))
+    for channel in range(array.shape[1]):
+        good = finite[:, channel]
+        array[~good, channel] = np.interp(rows[~good], rows[good], array[good, channel])
+    missing = ~finite.all(axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], missing.astype(np.int8), [0]))))
+    for start, stop in edges.reshape(-1, 2):
+        if (stop - start) * seconds_per_row > MAX_GAP_SECONDS * (1 + 1e-9):
+            valid[start:stop] = False
+    if 2 * int(valid.sum()) < len(valid):
+        raise RecordingError(
+            field,
+            expected=f"gaps above {MAX_GAP_SECONDS:g} s in at most half the bins",
+            got=f"them in {int((~valid).sum())} of {len(valid)} bins",
+        )
+    return array, valid
+
+
+def missing_extra(field: str, package: str, extra: str) -> RecordingError:
+    """The error for a reader whose package is not installed."""
+    return RecordingError(
+        field,
+        expected=f"the package {package!r} (pip install 'ilqr-vae[{extra}]')",
+        got="not installed",
+    )

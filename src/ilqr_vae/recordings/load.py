@@ -1,0 +1,33 @@
+"""One door for every file format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.checks import existing_file
+from ilqr_vae.recordings.mat import read_mat
+from ilqr_vae.recordings.spec import RecordingSpec
+from ilqr_vae.recordings.types import Recording
+
+
+def load_recording(path: str | Path, spec: RecordingSpec | None = None) -> Recording:
+    """Read a recording by its suffix: ``.nwb`` or ``.mat``.
+
+    Args:
+        path: the file.
+        spec: how to read it (bin width, fields); None means the defaults.
+
+    Raises:
+        RecordingError: no such file, another suffix, a file that is not what its suffix says, a
+            field that is absent, or contents that are no recording (``read_nwb``, ``read_mat``).
+    """
+    path, spec = existing_file(path), spec or RecordingSpec()
+    suffix = path.suffix.lower()
+    if suffix == ".mat":
+        return read_mat(path, spec)
+    if suffix == ".nwb":
+        from ilqr_vae.recordings.nwb import read_nwb
+
+        return read_nwb(path, spec)
+    raise RecordingError("recording", expected="a .nwb or .mat file", got=path.name)

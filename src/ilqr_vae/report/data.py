@@ -1,0 +1,151 @@
+"""What a report is made of, and its JSON form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.recordings import Trials
+from ilqr_vae.report.score import Scores
+
+Array = NDArray[np.float64]
+
+SCHEMA = 1
+QUANTILES: tuple[tuple[str, float], ...] = (("p50", 50.0), ("p99", 99.0), ("p99.9", 99.9))
+
+
+def distribution(values: NDArray[Any]) -> dict[str, float]:
+    """n, p50, p99, p99.9 and max of the finite ``values``; n = 0 and NaN where there are none."""
+    finite = np.asarray(values, dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    if not finite.size:
+        return {"n": 0} | {name: float("nan") for name, _ in QUANTILES} | {"max": float("nan")}
+    quantiles = np.percentile(finite, [q for _, q in QUANTILES])
+    named = {name: float(v) for (name, _), v in zip(QUANTILES, quantiles, strict=True)}
+    return {"n": int(finite.size)} | named | {"max": float(finite.max())}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """A causal run over T consecutive bins, N units, n latents, D kinematic channels.
+
+    Rows of bins that were not answered are NaN in ``decoded``, ``latents`` and ``latency_ms``.
+
+    Attributes:
+        title: heading, e.g. ``Replay of reach.nwb``.
+        kind: ``replay`` or ``evaluate``.
+        bin_width: seconds.
+        start: seconds, left edge of the first bin on the recording's clock.
+        counts: (T, N), spikes.
+        status: T words: ok, degraded, late, missing, extrapolated; "" for not answered.
+        latents: (T, n); latents_std: (T, n) or None.
+        bits_per_spike: of the arriving bins one step ahead, NaN where unknown.
+        names, units: of the D channels; empty where the model decodes nothing.
+        truth, decoded, decoded_std: (T, D) or None.
+        baselines: (T, D) decodes of other decoders by name.
+        trials: ranges of bins relative to the first, or None.
+        scores: from ``score_decodes``, or None where there is no truth.
+        latency_ms: milliseconds per bin (T,) by stage, e.g. solve, queue, wire, total.
+        deadline_ms: what ``total`` is held against, or None.
+        facts: short headline lines, label to value.
+        provenance: label to value: model, recording hash, versions, command.
+        notes: sentences a reader should know (what was dropped, what is missing).
+        extra: more for the JSON form alone.
+    """
+
+    title: str
+    kind: str
+    bin_width: float
+    start: float
+    counts: NDArray[Any]
+    status: tuple[str, ...]
+    latents: Array
+    latents_std: Array | None = None
+    bits_per_spike: float = float("nan")
+    names: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    truth: Array | None = None
+    decoded: Array | None = None
+    decoded_std: Array | None = None
+    baselines: dict[str, Array] = field(default_factory=dict[str, Array])
+    trials: Trials | None = None
+    scores: Scores | None = None
+    latency_ms: dict[str, Array] = field(default_factory=dict[str, Array])
+    deadline_ms: float | None = None
+    facts: dict[str, str] = field(default_factory=dict[str, str])
+    provenance: dict[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        n_bins = len(self.counts)
+        series: dict[str, NDArray[Any] | None] = {
+            "latents": self.latents,
+            "latents_std": self.latents_std,
+            "truth": self.truth,
+            "decoded": self.decoded,
+            "decoded_std": self.decoded_std,
+            **{f"baselines.{k}": v for k, v in self.baselines.items()},
+            **{f"latency_ms.{k}": v for k, v in self.latency_ms.items()},
+        }
+        for name, values in series.items():
+            if values is not None and len(values) != n_bins:
+                raise ShapeError(f"report.{name}", expected=f"{n_bins} bins", got=str(len(values)))
+        if len(self.status) != n_bins:
+            raise ShapeError("report.status", expected=f"{n_bins} bins", got=str(len(self.status)))
+
+    @property
+    def time(self) -> Array:
+        """(T,) seconds, left edge of each bin."""
+        return self.start + np.arange(len(self.counts), dtype=np.float64) * self.bin_width
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """How many bins had each status; ``unanswered`` for none."""
+        return dict(Counter(s or "unanswered" for s in self.status).most_common())
+
+
+def plain(value: Any) -> Any:
+    """``value`` with numpy scalars made Python's and what is not finite made None."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def to_json(data: ReportData) -> dict[str, Any]:
+    """The report's numbers, ready for ``json.dumps``; NaN becomes null."""
+    scores = data.scores
+    return plain(
+        {
+            "schema": SCHEMA,
+            "kind": data.kind,
+            "title": data.title,
+            "bins": len(data.counts),
+            "bin_width": data.bin_width,
+            "bits_per_spike": data.bits_per_spike,
+            "scores": {} if scores is None else scores.methods,
+            "scored_bins": 0 if scores is None else scores.n,
+            "calibration": {}
+            if scores is None
+            else {"nominal": scores.nominal, "actual": scores.actual},
+            "statuses": data.statuses,
+            "latency_ms": {k: distribution(v) for k, v in data.latency_ms.items()},
+            "deadline_ms": data.deadline_ms,
+            "notes": data.notes,
+            "provenance": data.provenance,
+            **data.extra,
+        }
+    )

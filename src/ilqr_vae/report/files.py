@@ -1,0 +1,49 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ilqr_vae.errors import ConfigError
+
+
+def check_writable(path: Path | None, field: str) -> None:
+    """Refuse an output path before the work begins rather than after.
+
+    Raises:
+        ConfigError: its folder does not exist or is not writable, or it is a folder.
+    """
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise ConfigError(field, expected="a file to write", got=f"{path} is a folder")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(field, expected="a file in a folder that can be written", got=str(path))
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write beside ``path`` and rename: what is at ``path`` is the old file or the new one.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    raw = content.encode() if isinstance(content, str) else content
+    try:
+        handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(raw)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ConfigError(
+            str(path), expected="a file that can be written", got=str(error)
+        ) from error

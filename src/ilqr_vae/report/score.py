@@ -1,0 +1,146 @@
+"""Scores of causal decodes beside a Wiener filter's on the same bins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from ilqr_vae.baselines import WienerFilter
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.recordings import Recording, SplitSpec
+
+Array = NDArray[np.float64]
+
+LEVELS: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+OURS = "iLQR-VAE"
+WIENER = "Wiener filter"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores on n bins, those that are valid and were answered.
+
+    Attributes:
+        methods: by decoder, by metric: ``r2`` (mean over channels), ``r2.<channel>``, and
+            ``coverage_90`` where the decoder states a standard deviation.
+        n: bins scored.
+        nominal, actual: calibration: share of true values inside the central interval of each
+            nominal level; empty without a standard deviation.
+        wiener: (T, D) its decodes of all the bins, or None where it could not be fitted.
+        notes: sentences a reader should know.
+    """
+
+    methods: dict[str, dict[str, float]]
+    n: int
+    nominal: tuple[float, ...]
+    actual: tuple[float, ...]
+    wiener: Array | None
+    notes: tuple[str, ...] = ()
+
+
+def r2_per_channel(truth: Array, decoded: Array) -> Array:
+    """(D,) coefficient of determination over (T, D); NaN where the truth is constant."""
+    residual = ((truth - decoded) ** 2).sum(axis=0)
+    total = ((truth - truth.mean(axis=0)) ** 2).sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(total > 0, 1.0 - residual / total, np.nan)
+
+
+def calibration(
+    truth: Array, decoded: Array, std: Array, levels: tuple[float, ...] = LEVELS
+) -> tuple[float, ...]:
+    """Share of true values inside the central Gaussian interval of each level.
+
+    Args:
+        truth, decoded, std: (T, D), finite, ``std`` >= 0.
+    """
+    error = np.abs(truth - decoded)
+    return tuple(float((error <= ndtri(0.5 + level / 2) * std).mean()) for level in levels)
+
+
+def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, float]:
+    each = r2_per_channel(truth, decoded)
+    known = each[np.isfinite(each)]
+    scores = {"r2": float(known.mean()) if known.size else float("nan")}
+    return scores | {f"r2.{name}": float(v) for name, v in zip(names, each, strict=True)}
+
+
+def fit_wiener(recording: Recording, split: SplitSpec, history: int = 10) -> WienerFilter:
+    """The baseline: trained on the train span, its penalty chosen on the validation span.
+
+    Raises:
+        ShapeError: the recording has no kinematics, or a span has no valid bin.
+    """
+    if recording.kinematics is None:
+        raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+    return WienerFilter.fit(
+        recording.counts,
+        recording.kinematics,
+        train=split.bins("train", len(recording)),
+        validation=split.bins("validation", len(recording)),
+        history=history,
+        valid=recording.valid,
+    )
+
+
+def score_decodes(
+    recording: Recording,
+    split: SplitSpec,
+    *,
+    bins: tuple[int, int],
+    decoded: NDArray[Any],
+    std: NDArray[Any] | None = None,
+    seen: NDArray[np.bool_] | None = None,
+    baseline: bool = True,
+) -> Scores:
+    """Score decodes of the bins [a, b) of ``recording``, and a Wiener filter's on the same bins.
+
+    Args:
+        recording: all of it, the model's units alone, with kinematics.
+        split: of the recording; the Wiener filter trains on its train span.
+        bins: half-open range scored, T = b - a.
+        decoded: (T, D); rows that are not finite were not answered and are left out for both.
+        std: (T, D) standard deviations, or None.
+        seen: bool (T,), False where the decoder was not given the bin; the Wiener filter is given
+            the mean there. None means all.
+        baseline: fit and score the Wiener filter too.
+
+    Raises:
+        ShapeError: no kinematics, wrong shapes, or no bin to score.
+    """
+    truth_all = recording.kinematics
+    if truth_all is None:
+        raise ShapeError("recording.kinematics", expected="a behaviour to score on", got="none")
+    start, stop = bins
+    truth = truth_all[start:stop]
+    if decoded.shape != truth.shape or (std is not None and std.shape != truth.shape):
+        got = decoded.shape if std is None else (decoded.shape, std.shape)
+        raise ShapeError("decoded", expected=str(truth.shape), got=str(got))
+    rows = recording.valid[start:stop] & np.isfinite(decoded).all(axis=1)
+    if not rows.any():
+        raise ShapeError("decoded", expected="at least one valid, answered bin", got="none")
+    names = recording.kinematic_names
+    methods = {OURS: _methods(truth[rows], decoded[rows], names)}
+    actual: tuple[float, ...] = ()
+    if std is not None:
+        actual = calibration(truth[rows], decoded[rows], std[rows])
+        methods[OURS]["coverage_90"] = actual[LEVELS.index(0.9)]
+    wiener: Array | None = None
+    notes: tuple[str, ...] = ()
+    if baseline:
+        try:
+            fitted = fit_wiener(recording, split)
+        except ShapeError as error:
+            notes = (f"No Wiener filter beside it: {error}.",)
+        else:
+            counts = recording.counts.astype(np.float64)
+            counts[~recording.valid] = fitted.mean
+            if seen is not None:
+                counts[start:stop][~seen] = fitted.mean
+            wiener = fitted.predict(counts, start, stop)
+            methods[WIENER] = _methods(truth[rows], wiener[rows], names)
+    return Scores(methods, int(rows.sum()), LEVELS if actual else (), actual, wiener, notes)

@@ -1,0 +1,107 @@
+"""A bare feeder and subscriber for the service's tests: sockets and the wire, nothing clever."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from ilqr_vae import wire
+
+WAIT_S = 20.0
+T = TypeVar("T", bound=wire.Message)
+
+
+class Feeder:
+    """One DEALER and one SUB; every wait has a deadline and fails by name."""
+
+    def __init__(self, ingest: str, results: str, *, identity: bytes | None = None) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self.dealer: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        if identity is not None:
+            self.dealer.setsockopt(zmq.IDENTITY, identity)
+        self.dealer.connect(ingest)
+        self.sub: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        self.sub.rcvhwm = 0
+        self.sub.connect(results)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._context.destroy(linger=0)
+
+    def send(self, *messages: wire.Message | bytes) -> None:
+        for message in messages:
+            self.dealer.send(message if isinstance(message, bytes) else wire.encode(message))
+
+    def reply(self) -> wire.Downstream:
+        assert self.dealer.poll(WAIT_S * 1e3), "no reply"
+        return wire.decode_downstream(self.dealer.recv())
+
+    def reply_of(self, kind: type[T]) -> T:
+        """The next reply of that kind; others before it are passed over."""
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            reply = self.reply()
+            if isinstance(reply, kind):
+                return reply
+        raise AssertionError(f"no {kind.__name__}")
+
+    def ask(self, message: wire.Message | bytes, kind: type[T]) -> T:
+        self.send(message)
+        return self.reply_of(kind)
+
+    def published(self) -> wire.Published:
+        assert self.sub.poll(WAIT_S * 1e3), "nothing published"
+        topic, frame = self.sub.recv_multipart()
+        message = wire.decode_published(frame)
+        assert topic in {wire.topic(message.session), b"\xff", b""}
+        return message
+
+    def subscribe(self, session: str) -> wire.Published:
+        """Returns what a new subscriber is sent at once."""
+        self.sub.setsockopt(zmq.SUBSCRIBE, wire.topic(session))
+        return self.published()
+
+    def results(self, n: int) -> list[wire.Result]:
+        """The next ``n`` results; notices between them are passed over."""
+        got: list[wire.Result] = []
+        end = time.monotonic() + WAIT_S
+        while len(got) < n:
+            assert time.monotonic() < end, f"{len(got)} of {n} results"
+            message = self.published()
+            if isinstance(message, wire.Result):
+                got.append(message)
+        return got
+
+    def notice(self, what: str) -> wire.Notice:
+        """The next notice that begins so; everything before it is passed over."""
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            message = self.published()
+            if isinstance(message, wire.Notice) and message.what.startswith(what):
+                return message
+        raise AssertionError(f"no notice {what!r}")
+
+
+def numbers(result: wire.Result) -> NDArray[np.float64]:
+    """Everything computed in a result, in one vector."""
+    arrays = (
+        result.latent,
+        result.latent_std,
+        result.rates,
+        result.kinematics,
+        result.kinematics_std,
+    )
+    values = [wire.unpack(a, "result") for a in arrays]
+    return np.concatenate([*values, [result.bits, result.spikes, result.iterations]])

@@ -1,0 +1,65 @@
+"""A tiny served model and recordings to stream through it, for the clients' tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from ilqr_service.engine import Engine
+from ilqr_service.server import Service
+from ilqr_service.settings import ServiceSettings
+from scipy import io
+
+from ilqr_vae.recordings import MatSpec, RecordingSpec, SplitSpec
+
+BIN_S = 0.05
+N_BINS = 400
+SPLIT = SplitSpec(train=0.5, validation=0.7)
+
+
+def spec(*, kinematics: bool = True) -> RecordingSpec:
+    """How to read what ``write_recording`` writes."""
+    mat = MatSpec(spikes="spikes")
+    if kinematics:
+        mat = MatSpec(
+            spikes="spikes",
+            kinematics="velocity",
+            kinematic_names=("vx", "vy"),
+            kinematic_units=("m/s", "m/s"),
+        )
+    return RecordingSpec(bin_width=BIN_S, mat=mat, split=SPLIT)
+
+
+def write_recording(path: Path, *, n_units: int, seed: int = 0) -> Path:
+    """A MAT file of ``N_BINS`` bins: velocity in the plane and units tuned to it."""
+    rng = np.random.default_rng(seed)
+    phase = np.arange(N_BINS) * BIN_S * 2 * np.pi
+    velocity = 0.2 * np.stack([np.cos(0.31 * phase), np.sin(0.47 * phase)])
+    rates = np.exp(-0.5 + rng.normal(size=(n_units, 2)) @ velocity * 4)
+    io.savemat(path, {"spikes": rng.poisson(rates), "velocity": velocity})
+    return path
+
+
+@contextmanager
+def serving(model: Path, **settings: object) -> Iterator[Service]:
+    """The real service on free ports, warm."""
+    options = ServiceSettings(
+        **(
+            {
+                "ingest": "tcp://127.0.0.1:*",
+                "results": "tcp://127.0.0.1:*",
+                "http": "",
+                "device": "cpu",
+            }
+            | settings
+        )  # pyright: ignore[reportArgumentType]  # a mapping of settings by name
+    )
+    service = Service(Engine.load(model, options), options)
+    service.start()
+    try:
+        assert service.wait_ready(120)
+        yield service
+    finally:
+        service.stop()

@@ -1,0 +1,122 @@
+"""Causal latents of a recording: the same estimator that streams, run over many pieces at once.
+
+For fitting readouts and for validation while training, a span is cut into pieces that run as
+parallel streams, each after a run-in on the bins before it. ``stream`` is the exact thing: one
+stream, bin by bin, as the service does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ilqr_vae.horizon import MovingHorizon
+from ilqr_vae.ilqr import Status
+from ilqr_vae.recordings import Recording
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Estimates for each bin of a span, in order.
+
+    Attributes:
+        window: (T, features), the readout's input at each bin; z is its first n columns.
+        latent_std: (T, n).
+        latent_variance: (T, D), the readout's share of variance that the latent explains.
+        kinematics, kinematics_std: (T, D).
+        bits, spikes: (T,), see ``horizon.Estimate``.
+        statuses: solver status -> bins.
+        iterations: mean per bin.
+    """
+
+    window: NDArray[np.float64]
+    latent_std: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    rates: NDArray[np.float64]
+    kinematics: NDArray[np.float64]
+    kinematics_std: NDArray[np.float64]
+    bits: NDArray[np.float64]
+    spikes: NDArray[np.float64]
+    statuses: dict[str, int]
+    iterations: float
+
+    @property
+    def bits_per_spike(self) -> float:
+        return float(self.bits.sum() / max(self.spikes.sum(), 1.0))
+
+
+def causal_pass(
+    estimator: MovingHorizon,
+    recording: Recording,
+    start: int,
+    stop: int,
+    *,
+    streams: int = 1,
+    run_in: int = 100,
+    dropped: NDArray[np.bool_] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Causal:
+    """Estimates for bins [start, stop).
+
+    Args:
+        recording: of the model's units.
+        streams: pieces that run side by side; one is the exact stream.
+        run_in: bins before each piece that are streamed first and not reported (fewer at bin 0).
+        dropped: (T,) bins of the recording to treat as missing.
+        progress: called with (bins done, bins in all) per piece.
+    """
+    n_bins = stop - start
+    streams = max(1, min(streams, n_bins))
+    length = -(-n_bins // streams)
+    streams = -(-n_bins // length)
+    first = start + length * np.arange(streams)
+    lead = min(run_in, start) if streams == 1 else run_in
+    like = estimator.mean_rate
+    counts = torch.as_tensor(recording.counts.astype(np.float64)).to(like)
+    seen = recording.valid if dropped is None else recording.valid & ~dropped
+    valid = torch.as_tensor(seen.astype(np.float64)).to(like)
+    N = counts.shape[1]
+
+    state = estimator.init(streams)
+    kept: dict[str, list[torch.Tensor]] = {}
+    tally = torch.zeros(len(Status), dtype=torch.int64)
+    iterations = 0
+    for j in range(-lead, length):
+        bins = first + j
+        # a piece whose run-in would start before the recording sees missing bins there
+        inside = (bins >= 0) & (bins < stop)
+        index = torch.as_tensor(np.clip(bins, 0, stop - 1))
+        present = valid[index] * torch.as_tensor(inside.astype(np.float64)).to(like)
+        mask = present.unsqueeze(1).expand(streams, N)
+        state, answer = estimator.step(state, counts[index], mask)
+        if progress is not None:
+            progress(j + lead + 1, length + lead)
+        if j < 0:
+            continue
+        for name in ("window", "z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
+            kept.setdefault(name, []).append(getattr(answer, name))
+        tally += torch.bincount(answer.status.cpu(), minlength=len(Status))
+        iterations += int(answer.iterations.sum())
+
+    def in_order(name: str) -> NDArray[np.float64]:
+        # (length, streams, ...) -> pieces one after the other, the last one's overhang cut off
+        x = torch.stack(kept[name]).transpose(0, 1).double().cpu().numpy()
+        return x.reshape(streams * length, *x.shape[2:])[:n_bins]
+
+    covariance = in_order("z_cov")
+    return Causal(
+        window=in_order("window"),
+        latent_std=np.sqrt(np.diagonal(covariance, axis1=1, axis2=2)),
+        covariance=covariance,
+        rates=in_order("rates"),
+        kinematics=in_order("kinematics"),
+        kinematics_std=in_order("kinematics_std"),
+        bits=in_order("bits"),
+        spikes=in_order("spikes"),
+        statuses={s.name.lower(): int(c) for s, c in zip(Status, tally, strict=True) if c},
+        iterations=iterations / (streams * length),
+    )

@@ -1,0 +1,146 @@
+"""The training configuration: a TOML file holds overrides only; unknown keys are refused."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.horizon import HorizonConfig
+from ilqr_vae.recordings import RecordingSpec
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ``[model]`` part.
+
+    Attributes:
+        latents, inputs: n and m.
+        dynamics: family name (``ilqr_vae.dynamics.FAMILIES``).
+        forget_bias: of the MGU2's gate at the start of training.
+    """
+
+    latents: int = 20
+    inputs: int = 8
+    dynamics: Literal["mgu2", "linear"] = "mgu2"
+    forget_bias: float = 0.0
+
+
+class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ``[training]`` part.
+
+    Attributes:
+        steps: gradient steps at most.
+        batch, chunk: random crops per step, bins per crop.
+        learning_rate, decay: Adam at learning_rate / sqrt(1 + step / decay).
+        clip: largest gradient norm.
+        kl_warmup: steps over which the KL's weight grows to one.
+        kinematic_weight: of the kinematic term of the bound.
+        posterior: Kronecker (the paper's) or the per-trial Laplace.
+        exact_gradient: implicit gradient with the dynamics' curvature; else Gauss-Newton.
+        iterations, tolerance: of the iLQR solves while training.
+        validate_every: steps between causal validations (zero: only at the end).
+        patience: validations without a better score before stopping.
+        seed: of everything drawn.
+        dtype: of training; the streaming estimator is float64 in any case.
+    """
+
+    steps: int = 1000
+    batch: int = 32
+    chunk: int = 40
+    learning_rate: float = 0.01
+    decay: float = 150.0
+    clip: float = 5.0
+    kl_warmup: int = 100
+    kinematic_weight: float = 1.0
+    posterior: Literal["kronecker", "laplace"] = "kronecker"
+    exact_gradient: bool = False
+    iterations: int = 8
+    tolerance: float = 1e-4
+    validate_every: int = 100
+    patience: int = 4
+    seed: int = 0
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ``[readout]`` part: ridge from causal latents, fitted on the training part.
+
+    Attributes:
+        lags: how many earlier estimates of the window it reads beside the newest.
+        alphas: ridge strengths tried on the validation part.
+    """
+
+    lags: int = 0
+    alphas: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+
+
+class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that decides a training run, beside the recording itself."""
+
+    data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
+    model: ModelConfig = msgspec.field(default_factory=ModelConfig)
+    training: LoopConfig = msgspec.field(default_factory=LoopConfig)
+    estimator: HorizonConfig = msgspec.field(default_factory=HorizonConfig)
+    readout: ReadoutConfig = msgspec.field(default_factory=ReadoutConfig)
+
+
+def _require(field: str, value: float, expected: str, ok: bool) -> None:
+    if not ok:
+        raise ConfigError(field, expected=expected, got=str(value))
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """Values a type cannot rule out. Raises ConfigError naming the field."""
+    for name in ("latents", "inputs"):
+        value = getattr(config.model, name)
+        _require(f"model.{name}", value, "at least 1", value >= 1)
+    loop = config.training
+    for name in ("steps", "batch", "chunk", "iterations"):
+        value = getattr(loop, name)
+        _require(f"training.{name}", value, "at least 1", value >= 1)
+    for name in ("learning_rate", "decay", "clip", "tolerance"):
+        value = getattr(loop, name)
+        _require(f"training.{name}", value, "above zero", value > 0)
+    for name in ("kinematic_weight", "kl_warmup", "validate_every", "patience", "seed"):
+        value = getattr(loop, name)
+        _require(f"training.{name}", value, "zero or more", value >= 0)
+    for name in ("horizon", "iterations"):
+        value = getattr(config.estimator, name)
+        _require(f"estimator.{name}", value, "at least 1", value >= 1)
+    lags, horizon = config.readout.lags, config.estimator.horizon
+    _require("readout.lags", lags, f"0 to the horizon, {horizon}", 0 <= lags <= horizon)
+    _require(
+        "readout.alphas",
+        len(config.readout.alphas),
+        "at least one, all above zero",
+        bool(config.readout.alphas) and min(config.readout.alphas) > 0,
+    )
+    _require("data.bin_width", config.data.bin_width, "above zero", config.data.bin_width > 0)
+    split = config.data.split
+    _require(
+        "data.split",
+        split.train,
+        f"0 < train < validation <= 1, with validation {split.validation}",
+        0 < split.train < split.validation <= 1,
+    )
+    return config
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read a config. Raises ConfigError: no such file, not TOML, unknown key, wrong type or value."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"config {path.name}", expected="a readable TOML file", got=str(error)
+        ) from error
+    try:
+        return check(msgspec.convert(raw, TrainConfig))
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"config {path.name}", expected="known keys of the right types", got=str(error)
+        ) from error

@@ -1,0 +1,150 @@
+"""The training loop: solve, attach the implicit gradient, raise the bound, step.
+
+Everything a run can be continued from is in ``Run``; ``train_steps`` is the loop and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ilqr_training.config import LoopConfig
+from ilqr_training.data import Crops
+from ilqr_vae import elbo, ilqr, implicit
+from ilqr_vae.errors import TrainingError
+from ilqr_vae.lqr import solve_lqr
+from ilqr_vae.model import Model, conditioned_on
+from ilqr_vae.posterior import Draw, Kronecker, laplace_draw
+
+
+@dataclass
+class Run:
+    """What changes while training."""
+
+    model: Model
+    posterior: Kronecker | None
+    crops: Crops
+    optimiser: torch.optim.Adam
+    generator: torch.Generator
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One gradient step, per bin where a quantity grows with length.
+
+    Attributes:
+        step: counted from one.
+        bound: nats per bin (unweighted).
+        spikes, kinematics: expected log-likelihood of each group, nats per bin.
+        kl: nats per bin.
+        gradient_norm: before clipping.
+        iterations: mean iLQR iterations per crop.
+        unsolved: share of crops whose solve did not converge.
+    """
+
+    step: int
+    bound: float
+    spikes: float
+    kinematics: float
+    kl: float
+    gradient_norm: float
+    iterations: float
+    unsolved: float
+
+
+def start(model: Model, crops: Crops, config: LoopConfig) -> Run:
+    """Optimiser and posterior for a fresh run."""
+    like = model.initial.mean
+    posterior = None
+    if config.posterior == "kronecker":
+        posterior = Kronecker(model.n, model.m, config.chunk).to(like)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if posterior is not None:
+        parameters += list(posterior.parameters())
+    generator = torch.Generator(device=like.device).manual_seed(config.seed)
+    return Run(
+        model, posterior, crops, torch.optim.Adam(parameters, config.learning_rate), generator
+    )
+
+
+def _draw(run: Run, problem: ilqr.Problem, state: ilqr.State) -> Draw:
+    if run.posterior is not None:
+        return run.posterior.draw(state.z.shape[0], run.generator)
+    with torch.no_grad():
+        at = run.model.lqr_problem(
+            problem.w, state.z, state.u, problem.observed, problem.initial
+        )
+        return laplace_draw(at, solve_lqr(at, free_initial=True), run.generator)
+
+
+def _first_not_finite(model: Model) -> str:
+    for name, p in model.named_parameters():
+        if not bool(p.isfinite().all()):
+            return f"parameter {name}"
+        if p.grad is not None and not bool(p.grad.isfinite().all()):
+            return f"gradient of {name}"
+    return "the bound"
+
+
+def gradient_step(run: Run, config: LoopConfig) -> Report:
+    """Draw crops, solve, ascend once.
+
+    Raises:
+        TrainingError: the bound or a gradient is not finite; names which.
+    """
+    model, crops = run.model, run.crops
+    index = crops.draw(config.batch)
+    observed = crops.observed(index)
+    w = model.dynamics.weights()
+    problem = ilqr.Problem(
+        model, w, conditioned_on(observed, ("spikes",)), model.initial.cost(config.batch)
+    )
+    solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
+    state, _ = ilqr.solve(problem, *crops.warm(index), solver)
+    crops.remember(index, state.z, state.u)
+
+    z0, u = implicit.attach_gradient(problem, state, exact=config.exact_gradient)
+    parts = elbo.bound(model, w, z0, u, _draw(run, problem, state), observed)
+    kl_weight = min(1.0, (run.step + 1) / max(1, config.kl_warmup))
+    weighted = parts.value(
+        kl_weight=kl_weight, group_weights={"kinematics": config.kinematic_weight}
+    )
+    loss = -weighted.mean() / config.chunk
+
+    for group in run.optimiser.param_groups:
+        group["lr"] = config.learning_rate / math.sqrt(1 + run.step / config.decay)
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters: list[Tensor] = [p for g in run.optimiser.param_groups for p in g["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+    if not bool(norm.isfinite()) or not bool(loss.isfinite()):
+        raise TrainingError(
+            f"training step {run.step + 1}",
+            expected="a finite bound and gradient",
+            got=f"{_first_not_finite(model)} not finite",
+        )
+    run.optimiser.step()
+    run.step += 1
+    per_bin = {k: float(v.detach().mean()) / config.chunk for k, v in parts.groups.items()}
+    kl = float(parts.kl.detach().mean()) / config.chunk
+    return Report(
+        step=run.step,
+        bound=sum(per_bin.values()) - kl,
+        spikes=per_bin["spikes"],
+        kinematics=per_bin.get("kinematics", 0.0),
+        kl=kl,
+        gradient_norm=float(norm),
+        iterations=float(state.iterations.double().mean()),
+        unsolved=float((state.status != ilqr.Status.CONVERGED).double().mean()),
+    )
+
+
+def train_steps(run: Run, config: LoopConfig) -> Iterator[Report]:
+    """Gradient steps until the configured number; what happens between them is the caller's."""
+    while run.step < config.steps:
+        yield gradient_step(run, config)

@@ -1,0 +1,149 @@
+"""``ilqr-vae simulate``: a made-up reaching session, written as NWB."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
+from ilqr_vae.subject import RESOLUTION, TICK, Session, simulate_session
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+_SYNTHETIC = "http://purl.obolibrary.org/obo/NCBITaxon_32630"
+"""NCBI's taxon for what no animal made: "synthetic construct"."""
+
+_EXAMPLE = "Example: ilqr-vae simulate --out session.nwb --seed 7 --minutes 10 --units 120"
+
+
+@app.command(epilog=_EXAMPLE)
+def simulate(
+    out: Annotated[Path, typer.Option(help="NWB file to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of tuning, task and noise.")] = 0,
+    minutes: Annotated[float, typer.Option(help="How long the session lasts.")] = 10.0,
+    units: Annotated[int, typer.Option(min=1, help="How many neurons.")] = 120,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write a summary here; - for standard output.")
+    ] = None,
+) -> None:
+    """Make up a reaching session (eight targets, Poisson units, hand kinematics) as NWB."""
+    if out.suffix.lower() != ".nwb":
+        raise RecordingError("out", expected="a name ending in .nwb", got=out.name)
+    if out.exists() and not force:
+        raise RecordingError("out", expected="a new file, or --force", got=f"{out} exists")
+    if not out.parent.is_dir():
+        raise RecordingError("out", expected="an existing folder", got=str(out.parent))
+    if json_file is not None and not json_file.parent.is_dir():
+        raise RecordingError("json", expected="an existing folder", got=str(json_file.parent))
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        task = progress.add_task("reaching", total=1.0)
+        session = simulate_session(
+            seed,
+            minutes=minutes,
+            units=units,
+            progress=lambda done: progress.update(task, completed=done),
+        )
+        progress.update(task, description="writing")
+        write_session(out, session, force=force)
+    summary = summarise(out, session)
+    text = json.dumps(summary, indent=2)
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(text + "\n")
+    elif json_file is not None:
+        print(text)
+    console.print(
+        f"{out}: {summary['minutes']:g} minutes, {summary['units']} units at "
+        f"{summary['rate_hz_median']:.1f} Hz (median), {summary['trials']} reaches",
+        highlight=False,
+    )
+
+
+def write_session(path: Path, session: Session, *, force: bool = False) -> Path:
+    """Write a simulated session as NWB. Raises RecordingError (see ``write_nwb``)."""
+    trials = session.trials
+    return write_nwb(
+        path,
+        session.spike_times,
+        unit_names=session.unit_names,
+        series=(
+            BehaviourSeries(
+                name="hand_velocity",
+                values=session.velocity,
+                unit="m/s",
+                rate=1.0 / TICK,
+                channels=("vx", "vy"),
+                description="velocity of the hand",
+            ),
+            BehaviourSeries(
+                name="hand_position",
+                values=session.position,
+                unit="meters",
+                rate=1.0 / TICK,
+                channels=("x", "y"),
+                description="position of the hand",
+                position=True,
+            ),
+        ),
+        trials=TrialTable(
+            start=[t.start for t in trials],
+            stop=[t.stop for t in trials],
+            columns={
+                "condition": [f"target{t.target_index}" for t in trials],
+                "target_x": [t.target[0] for t in trials],
+                "target_y": [t.target[1] for t in trials],
+                "target_on_time": [t.target_on for t in trials],
+                "go_time": [t.go for t in trials],
+                "acquired_time": [t.acquired for t in trials],
+                "success": [t.success for t in trials],
+            },
+            descriptions={
+                "condition": "which of the eight targets",
+                "target_x": "metres to the right of the centre",
+                "target_y": "metres beyond the centre",
+                "target_on_time": "seconds: the target appears",
+                "go_time": "seconds: it may be reached",
+                "acquired_time": "seconds: entered for good, NaN after a failure",
+                "success": "reached in time",
+            },
+        ),
+        subject=SubjectInfo(
+            subject_id=f"simulated-{session.seed}",
+            species=_SYNTHETIC,
+            age="P0D",
+            description="made up by a program; no animal",
+        ),
+        resolution=RESOLUTION,
+        description=f"Simulated centre-out reaching, seed {session.seed}; no animal, no recording.",
+        force=force,
+    )
+
+
+def summarise(path: Path, session: Session) -> dict[str, Any]:
+    """What was made, ready for JSON."""
+    return {
+        "file": str(path),
+        "seed": session.seed,
+        "minutes": session.duration / 60,
+        "units": len(session.unit_names),
+        "spikes": sum(len(t) for t in session.spike_times),
+        "rate_hz_median": float(np.median(session.rates)),
+        "rate_hz_lowest": float(session.rates.min()),
+        "rate_hz_highest": float(session.rates.max()),
+        "trials": len(session.trials),
+        "successes": sum(t.success for t in session.trials),
+    }
