@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zmq
 from feeder import WAIT_S, Feeder, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -239,6 +240,26 @@ def test_a_new_subscriber_alone_gets_the_last_value(service: Service, feeder: Fe
     feeder.send(open_("last1"), bin_("last1", 0, spikes(1)[0]), bin_("last", 1, spikes(1)[0]))
     (after,) = feeder.results(1)
     assert (after.session, after.index) == ("last", 1)
+
+
+def test_subscribers_that_come_and_go_cost_the_others_nothing(
+    service: Service, feeder: Feeder
+) -> None:
+    feeder.subscribe("churn")
+    feeder.ask(open_("churn"), wire.Opened)
+    counts, got = spikes(60), set[int]()
+    for i, x in enumerate(counts):
+        with Feeder(service.ingest, service.results) as passing:
+            for topic in (wire.topic("churn"), b"", b"c"):
+                passing.sub.setsockopt(zmq.SUBSCRIBE, topic)
+            if i % 3 == 0:
+                passing.published()
+            if i % 2 == 0:
+                passing.sub.setsockopt(zmq.UNSUBSCRIBE, b"")
+            feeder.send(bin_("churn", i, x))
+    while len(got) < len(counts):  # the last message may come twice, none may be lost
+        got.add(feeder.results(1)[0].index)
+    assert got == set(range(60))
 
 
 def test_describe_and_probe(service: Service, feeder: Feeder) -> None:

@@ -114,7 +114,7 @@ def test_edges_hold_the_bin_width_and_are_finer_than_5_ms() -> None:
 
 def test_quantiles_are_of_the_newest() -> None:
     recent = Recent(4)
-    assert recent.quantile(0.5) == 0
+    assert recent.quantiles(0.5) == (0,)
     for value in (100, 1, 2, 3, 4):
         recent.add(value)
-    assert (recent.quantile(0.5), recent.quantile(0.99)) == (3, 4)
+    assert recent.quantiles(0.0, 0.5, 0.99, 1.0) == (1, 2, 4, 4)

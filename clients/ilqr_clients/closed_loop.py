@@ -2,7 +2,7 @@
 
 Lock-step: each bin the subject sees cursor and target and fires; the counts go to the service; the
 decoded velocity that is there by the deadline moves the cursor. One that is not there in time
-leaves the velocity as it was, and is counted.
+leaves the newest velocity known as it is, and is counted.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class LoopLog:
 
     Attributes:
         stream: the answers, and their times.
-        held: bins whose answer was not there by the deadline: the old velocity moved the cursor.
+        held: bins whose answer was not there by the deadline: an older velocity moved the cursor.
         velocities: (bins, 2) that moved the cursor.
     """
 
@@ -154,7 +154,7 @@ def run_loop(
     stream, trace = log.stream, Trace(width)
     cursor, velocity = np.zeros(2), np.zeros(2)
     stream.started_ns = time.monotonic_ns()
-    heard_ns = stream.started_ns
+    heard_ns, newest = stream.started_ns, -1
     for index in range(limit):
         trace.add(cursor)
         cue = task.step(cursor, width)
@@ -170,12 +170,12 @@ def run_loop(
         log.bins = index + 1
         _listen(session, stream, until_ns=intended + round(deadline * 1e9), index=index)
         now = time.monotonic_ns()
-        if stream.status[index]:
-            heard_ns = now
-            decoded = stream.kinematics[index, :2]
+        while newest < index and stream.status[newest + 1]:
+            newest, heard_ns = newest + 1, now
+            decoded = stream.kinematics[newest, :2]
             if np.isfinite(decoded).all():
                 velocity = decoded.copy()
-        else:
+        if newest < index:
             log.held += 1
             if now - heard_ns > _GONE_S * 1e9:
                 raise ServiceError(

@@ -24,6 +24,7 @@ from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.recordings import Recording, RecordingSpec, load_recording
 from ilqr_vae.recordings.spec import Span, warmup_start
 from ilqr_vae.report import (
+    check_html,
     ReportData,
     check_writable,
     distribution,
@@ -189,8 +190,8 @@ def replay(
     if span not in ("train", "validation", "test", "all"):
         raise ConfigError("--span", expected="train, validation, test or all", got=repr(span))
     chosen: Span = span
-    outputs = {"--json": json_file, "--html": html_file, "--arrays": arrays_file}
-    for option, path in outputs.items():
+    check_html(html_file, "--html")
+    for option, path in {"--json": json_file, "--arrays": arrays_file}.items():
         check_writable(path, option)
     console = Console(stderr=True)
     try:

@@ -6,7 +6,8 @@ subscribed before it lets anything happen that it must not miss.
 
 libzmq's XPUB_MANUAL_LAST_VALUE does the addressing: after a (un)subscription is taken off the
 socket the next message goes to that subscriber alone. One message must therefore follow each,
-also an unsubscription.
+also an unsubscription. Where a subscriber has vanished by then, libzmq sends what was meant for it
+to everyone under that topic, who may so see the last message twice: by index and revision the same.
 """
 
 from __future__ import annotations

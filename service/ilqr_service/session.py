@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -64,10 +65,13 @@ class Recent:
         self._values[self._count % len(self._values)] = value
         self._count += 1
 
-    def quantile(self, q: float) -> int:
-        """0 where nothing was added yet."""
-        held = self._values[: min(self._count, len(self._values))]
-        return int(np.quantile(held, q, method="higher")) if held.size else 0
+    def quantiles(self, *qs: float) -> tuple[int, ...]:
+        """For each q the smallest held value that at least a share q of them does not exceed; 0
+        where nothing was added yet."""
+        held = np.sort(self._values[: min(self._count, len(self._values))])
+        if held.size == 0:
+            return (0,) * len(qs)
+        return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)
 
 
 @dataclass(slots=True)
@@ -95,6 +99,7 @@ class Session:
     solves: Recent = field(default_factory=Recent)
 
     def info(self, now_ns: int) -> wire.SessionInfo:
+        p50, p99 = self.solves.quantiles(0.5, 0.99)
         return wire.SessionInfo(
             session=self.name,
             epoch=self.epoch,
@@ -102,8 +107,8 @@ class Session:
             next_index=self.next_index,
             deadline_ns=self.deadline_ns,
             statuses=dict(self.statuses),
-            solve_p50_ns=self.solves.quantile(0.5),
-            solve_p99_ns=self.solves.quantile(0.99),
+            solve_p50_ns=p50,
+            solve_p99_ns=p99,
             bits_per_spike=self.bits / self.spikes if self.spikes else 0.0,
             idle_ns=max(0, now_ns - self.seen_ns),
         )

@@ -56,9 +56,7 @@ class Dynamics(nn.Module, ABC):
         z: Float[Tensor, "batch n"],
         u: Float[Tensor, "batch m"],
         costate: Float[Tensor, "batch n"],
-    ) -> tuple[
-        Float[Tensor, "batch n n"], Float[Tensor, "batch m n"], Float[Tensor, "batch m m"]
-    ]:
+    ) -> tuple[Float[Tensor, "batch n n"], Float[Tensor, "batch m n"], Float[Tensor, "batch m m"]]:
         """Second derivatives of costate . f(z, u): (zz, uz, uu), by autodiff over the batch.
 
         What the exact gradient adds to the Gauss-Newton Hessian.

@@ -67,7 +67,7 @@ class HorizonState:
         counts, mask: the window's data; mask is one where observed.
     """
 
-    age: Int[Tensor, "S"]
+    age: Int[Tensor, S]
     mean: Float[Tensor, "S n"]
     precision: Float[Tensor, "S n n"]
     z: Float[Tensor, "S H1 n"]
@@ -109,10 +109,10 @@ class Estimate:
     rates: Float[Tensor, "S N"]
     kinematics: Float[Tensor, "S D"]
     kinematics_std: Float[Tensor, "S D"]
-    bits: Float[Tensor, "S"]
-    spikes: Float[Tensor, "S"]
-    iterations: Int[Tensor, "S"]
-    status: Int[Tensor, "S"]
+    bits: Float[Tensor, S]
+    spikes: Float[Tensor, S]
+    iterations: Int[Tensor, S]
+    status: Int[Tensor, S]
 
     @property
     def z_std(self) -> Float[Tensor, "S n"]:
@@ -137,7 +137,7 @@ class MovingHorizon:
         self,
         model: Model,
         readout: KinematicReadout | None,
-        mean_rate: Float[Tensor, "N"],
+        mean_rate: Float[Tensor, N],
         config: HorizonConfig,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
@@ -146,9 +146,7 @@ class MovingHorizon:
         self.config = config
         self.spikes = model.group("spikes")
         self._w = tuple(t.contiguous() for t in model.dynamics.weights())
-        self._solver = ilqr.SolverConfig(
-            iterations=config.iterations, tolerance=config.tolerance
-        )
+        self._solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
 
     def init(self, batch: int = 1) -> HorizonState:
         """Fresh streams: the model's own prior, an empty window."""
@@ -173,9 +171,7 @@ class MovingHorizon:
         z, z_next, u = s.z[:, 0], s.z[:, 1], s.u[:, 0]
         A, B = model.dynamics.jacobians(self._w, z, u)
         r, R = model.prior.quadratise(u)
-        q, Q = model.observation_terms(
-            z_next, {"spikes": Observed(s.counts[:, 0], s.mask[:, 0])}
-        )
+        q, Q = model.observation_terms(z_next, {"spikes": Observed(s.counts[:, 0], s.mask[:, 0])})
         R_inv = torch.linalg.inv(R)
         P_minus = A @ _spd_inverse(s.precision) @ A.mT + B @ R_inv @ B.mT
         # a direction that dynamics and inputs both leave at zero variance would have no inverse
@@ -265,9 +261,7 @@ class MovingHorizon:
         Sigma = marginal_covariance(
             info.problem.A, info.problem.B, info.lqr.K, info.lqr.Quu_inv, info.lqr.V[:, 0]
         )[row, newest]
-        after = replace(
-            s, age=newest, z=z, u=u, counts=window_counts, mask=window_mask
-        )
+        after = replace(s, age=newest, z=z, u=u, counts=window_counts, mask=window_mask)
         return after, self._answer(after, Sigma, predicted, counts, mask, solved)
 
     def _answer(

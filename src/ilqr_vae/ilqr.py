@@ -91,10 +91,10 @@ class State:
 
     z: Float[Tensor, "B T1 n"]
     u: Float[Tensor, "B T m"]
-    cost: Float[Tensor, "B"]
-    regularisation: Float[Tensor, "B"]
-    status: Int[Tensor, "B"]
-    iterations: Int[Tensor, "B"]
+    cost: Float[Tensor, B]
+    regularisation: Float[Tensor, B]
+    status: Int[Tensor, B]
+    iterations: Int[Tensor, B]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Info:
 
     problem: LQRProblem
     lqr: LQRSolution
-    alpha: Float[Tensor, "B"]
+    alpha: Float[Tensor, B]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) 
     return State(z, u, cost, zero, status, torch.zeros_like(status))
 
 
-def _where(mask: Bool[Tensor, "B"], new: Tensor, old: Tensor) -> Tensor:
+def _where(mask: Bool[Tensor, B], new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
@@ -139,7 +139,7 @@ def solve_exact(
     z: Float[Tensor, "B T1 n"],
     u: Float[Tensor, "B T m"],
     costate: Float[Tensor, "B T1 n"],
-    regularisation: Float[Tensor, "B"],
+    regularisation: Float[Tensor, B],
 ) -> LQRSolution:
     """Solve ``quadratic`` with the dynamics' curvature added; per problem as it is where the exact
     Hessian is not positive definite."""
@@ -175,13 +175,15 @@ def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, I
     z, u, cost = state.z, state.u, state.cost
     for _ in range(config.backtracks + 1):
         z0 = state.z[:, 0] + alpha.unsqueeze(-1) * lqr.dz0
-        z_try, u_try = closed_loop(
-            model.dynamics, w, z0, state.z, state.u, lqr.K, lqr.k, alpha
-        )
+        z_try, u_try = closed_loop(model.dynamics, w, z0, state.z, state.u, lqr.K, lqr.k, alpha)
         cost_try = problem.cost(z_try, u_try)
         promised = alpha * (2 - alpha) * lqr.decrease
         accept = seeking & (cost_try <= state.cost - config.armijo * promised + slack)
-        z, u, cost = _where(accept, z_try, z), _where(accept, u_try, u), _where(accept, cost_try, cost)
+        z, u, cost = (
+            _where(accept, z_try, z),
+            _where(accept, u_try, u),
+            _where(accept, cost_try, cost),
+        )
         taken = torch.where(accept, alpha, taken)
         seeking = seeking & ~accept
         if not bool(seeking.any()):

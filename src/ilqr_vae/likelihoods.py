@@ -55,9 +55,7 @@ class Likelihood(nn.Module, ABC):
         """E[o | z]."""
 
     @abstractmethod
-    def log_prob(
-        self, z: Float[Tensor, "*batch n"], o: Observed
-    ) -> Float[Tensor, "*batch"]:
+    def log_prob(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
         """log p(o | z), summed over observed channels."""
 
     @abstractmethod

@@ -71,9 +71,9 @@ class Model(nn.Module):
         with torch.no_grad():
             like = self.initial.mean
             z0 = like + self.initial.log_scale.exp() * torch.randn(batch, self.n).to(like)
-            u = self.prior.mean + self.prior.log_scale.exp() * torch.randn(
-                batch, steps, self.m
-            ).to(like)
+            u = self.prior.mean + self.prior.log_scale.exp() * torch.randn(batch, steps, self.m).to(
+                like
+            )
             z = self.rollout(self.dynamics.weights(), z0, u)
             means = {name: self.group(name).mean(z[:, 1:]) for name in self.groups}
         return z, u, means
@@ -90,7 +90,7 @@ class Model(nn.Module):
         u: Float[Tensor, "B T m"],
         observed: Observations,
         initial: InitialCost,
-    ) -> Float[Tensor, "B"]:
+    ) -> Float[Tensor, B]:
         """J up to constants no optimum depends on."""
         J = initial.value(z[:, 0]) - self.prior.log_prob(u).sum(-1)
         for name, o in observed.items():

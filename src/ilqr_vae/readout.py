@@ -38,9 +38,7 @@ class KinematicReadout(nn.Module):
         self.register_buffer("variance", torch.ones(channels))
         self.register_buffer("gain", torch.ones(channels))
 
-    def latent_variance(
-        self, covariance: Float[Tensor, "*batch n n"]
-    ) -> Float[Tensor, "*batch D"]:
+    def latent_variance(self, covariance: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch D"]:
         """diag(W_0 Sigma W_0'): how much of the decode's variance the latent's explains."""
         newest = self.W[:, : self.n]
         return ((newest @ covariance) * newest).sum(-1)

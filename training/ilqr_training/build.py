@@ -9,32 +9,40 @@ import torch
 
 from ilqr_training.config import ModelConfig
 from ilqr_training.data import Prepared
-from ilqr_vae.dynamics import MGU2, Dynamics, Linear
-from ilqr_vae.likelihoods import Gaussian, Likelihood, Poisson
+from ilqr_vae.artifact import GroupSpec, ModelSpec, build
+from ilqr_vae.dynamics import MGU2
+from ilqr_vae.likelihoods import Gaussian, Poisson
 from ilqr_vae.model import Model
-from ilqr_vae.priors import GaussianPrior, InitialPrior
 
 
-def build_dynamics(config: ModelConfig) -> Dynamics:
-    """The configured family."""
-    if config.dynamics == "mgu2":
-        return MGU2(config.latents, config.inputs, forget_bias=config.forget_bias)
-    return Linear(config.latents, config.inputs)
+def model_spec(config: ModelConfig, data: Prepared) -> ModelSpec:
+    """Families and sizes for a recording."""
+    a, b = data.train
+    counts = data.recording.counts[a:b]
+    # the exponential link goes linear beyond any rate the data could ask for
+    log_rate_max = math.log(10.0 * (1.0 + float(counts.max())))
+    groups = {
+        "spikes": GroupSpec(
+            family=Poisson.family, channels=counts.shape[1], log_rate_max=log_rate_max
+        )
+    }
+    if data.recording.kinematics is not None:
+        channels = data.recording.kinematics.shape[1]
+        groups["kinematics"] = GroupSpec(family=Gaussian.family, channels=channels)
+    return ModelSpec(
+        dynamics=config.dynamics, latents=config.latents, inputs=config.inputs, groups=groups
+    )
 
 
 def build_model(config: ModelConfig, data: Prepared) -> Model:
-    """Dynamics, priors and one group per kind of observation."""
-    n, m = config.latents, config.inputs
+    """A fresh model whose rates start at the training part's."""
+    model = build(model_spec(config, data))
     a, b = data.train
-    counts = data.recording.counts[a:b]
-    # rates beyond anything seen: where the exponential link goes linear
-    log_rate_max = math.log(10.0 * (1.0 + float(counts.max())))
-    spikes = Poisson(n, counts.shape[1], log_rate_max=log_rate_max)
+    counts = data.recording.counts[a:b][data.recording.valid[a:b]]
+    spikes = model.group("spikes")
     with torch.no_grad():
-        mean = np.maximum(counts[data.recording.valid[a:b]].mean(0), 1e-3)
-        spikes.b.copy_(torch.as_tensor(np.log(mean)))
+        spikes.b.copy_(torch.as_tensor(np.log(np.maximum(counts.mean(0), 1e-3))))
         spikes.C.mul_(0.5)
-    groups: dict[str, Likelihood] = {"spikes": spikes}
-    if data.recording.kinematics is not None:
-        groups["kinematics"] = Gaussian(n, data.recording.kinematics.shape[1])
-    return Model(build_dynamics(config), GaussianPrior(m), InitialPrior(n), groups)
+        if isinstance(model.dynamics, MGU2):
+            model.dynamics.gate_bias.fill_(config.forget_bias)
+    return model

@@ -76,9 +76,7 @@ def _draw(run: Run, problem: ilqr.Problem, state: ilqr.State) -> Draw:
     if run.posterior is not None:
         return run.posterior.draw(state.z.shape[0], run.generator)
     with torch.no_grad():
-        at = run.model.lqr_problem(
-            problem.w, state.z, state.u, problem.observed, problem.initial
-        )
+        at = run.model.lqr_problem(problem.w, state.z, state.u, problem.observed, problem.initial)
         return laplace_draw(at, solve_lqr(at, free_initial=True), run.generator)
 
 

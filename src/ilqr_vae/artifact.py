@@ -1,0 +1,275 @@
+"""The model file: one .safetensors file with a manifest inside. No pickle, nothing executable.
+
+Tensors: ``model.*`` (the generative model), ``readout.*`` (where there are kinematics),
+``mean_rate``. The manifest is JSON in the file's metadata under ``ilqr_vae``. It carries a hash of
+all tensors, checked on load: a file with a flipped bit is refused. Written atomically.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ilqr_vae.dynamics import FAMILIES
+from ilqr_vae.errors import ArtifactError, ConfigError
+from ilqr_vae.horizon import HorizonConfig, MovingHorizon
+from ilqr_vae.likelihoods import LIKELIHOODS, Likelihood, Poisson
+from ilqr_vae.model import Model
+from ilqr_vae.priors import INPUT_PRIORS, InitialPrior
+from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.recordings import RecordingSpec
+
+SCHEMA = 1
+KEY = "ilqr_vae"
+
+
+class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One observation group: its family, how many channels, where an exp link goes linear."""
+
+    family: str
+    channels: int
+    log_rate_max: float = 6.0
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What it takes to build a model of the right shape before its tensors are loaded."""
+
+    dynamics: str
+    prior: str = "gaussian"
+    latents: int
+    inputs: int
+    groups: dict[str, GroupSpec]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything a user or a client wants to know about a model file.
+
+    Attributes:
+        model_id: the first 12 hex digits of ``sha256``.
+        sha256: of the tensors.
+        bin_width: seconds.
+        unit_names: in the order of the counts.
+        data: how the recording was read; a replay reads it the same way.
+        horizon: the estimator's settings.
+        model: shapes and families.
+        readout_lags: L of the readout, None without kinematics.
+        scores: causal validation scores and what they were measured on.
+        provenance: recording name and hash, versions, seed, time.
+        config: the whole training configuration.
+    """
+
+    schema: int = SCHEMA
+    model_id: str = ""
+    sha256: str = ""
+    bin_width: float
+    unit_names: tuple[str, ...]
+    kinematic_names: tuple[str, ...] = ()
+    kinematic_units: tuple[str, ...] = ()
+    data: RecordingSpec
+    horizon: HorizonConfig
+    model: ModelSpec
+    readout_lags: int | None = None
+    scores: dict[str, float] = msgspec.field(default_factory=dict)
+    provenance: dict[str, str] = msgspec.field(default_factory=dict)
+    config: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    @property
+    def latents(self) -> int:
+        return self.model.latents
+
+    @property
+    def inputs(self) -> int:
+        return self.model.inputs
+
+
+def build(spec: ModelSpec) -> Model:
+    """A model of these shapes with fresh parameters. Raises ArtifactError: an unknown family."""
+    for field, name, known in (
+        ("model.dynamics", spec.dynamics, FAMILIES),
+        ("model.prior", spec.prior, INPUT_PRIORS),
+        *((f"model.groups.{k}", g.family, LIKELIHOODS) for k, g in spec.groups.items()),
+    ):
+        if name not in known:
+            raise ArtifactError(field, expected=f"one of {', '.join(known)}", got=repr(name))
+    groups: dict[str, Likelihood] = {}
+    for name, g in spec.groups.items():
+        if g.family == Poisson.family:
+            groups[name] = Poisson(spec.latents, g.channels, log_rate_max=g.log_rate_max)
+        else:
+            groups[name] = LIKELIHOODS[g.family](spec.latents, g.channels)
+    return Model(
+        FAMILIES[spec.dynamics](spec.latents, spec.inputs),
+        INPUT_PRIORS[spec.prior](spec.inputs),
+        InitialPrior(spec.latents),
+        groups,
+    )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded model file.
+
+    Attributes:
+        manifest: see ``Manifest``.
+        model, readout, mean_rate: on the device and in the dtype asked for.
+    """
+
+    manifest: Manifest
+    model: Model
+    readout: KinematicReadout | None
+    mean_rate: Tensor
+
+    def estimator(
+        self, *, iterations: int | None = None, horizon: int | None = None
+    ) -> MovingHorizon:
+        """The moving-horizon estimator, with the file's settings unless overridden.
+
+        Raises:
+            ConfigError: iterations or horizon below one, or a horizon under the readout's lags.
+        """
+        config = self.manifest.horizon
+        config = msgspec.structs.replace(
+            config,
+            iterations=config.iterations if iterations is None else iterations,
+            horizon=config.horizon if horizon is None else horizon,
+        )
+        lags = self.manifest.readout_lags or 0
+        if config.iterations < 1:
+            raise ConfigError("iterations", expected="at least 1", got=str(config.iterations))
+        if config.horizon < max(1, lags):
+            raise ConfigError(
+                "horizon", expected=f"at least {max(1, lags)}", got=str(config.horizon)
+            )
+        return MovingHorizon(self.model, self.readout, self.mean_rate, config)
+
+
+def _tensors(
+    model: Model, readout: KinematicReadout | None, mean_rate: Tensor
+) -> dict[str, Tensor]:
+    named = {f"model.{k}": v for k, v in model.state_dict().items()}
+    if readout is not None:
+        named |= {f"readout.{k}": v for k, v in readout.state_dict().items()}
+    named["mean_rate"] = mean_rate
+    return {k: v.detach().cpu().contiguous() for k, v in sorted(named.items())}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name]
+        sha.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
+        sha.update(t.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save_artifact(
+    path: str | Path,
+    manifest: Manifest,
+    model: Model,
+    readout: KinematicReadout | None,
+    mean_rate: Tensor,
+) -> Manifest:
+    """Write a model file (temporary file, then rename); returns the manifest with its hash."""
+    path = Path(path)
+    tensors = _tensors(model, readout, mean_rate)
+    digest = _digest(tensors)
+    manifest = msgspec.structs.replace(manifest, sha256=digest, model_id=digest[:12])
+    blob = save(tensors, metadata={KEY: msgspec.json.encode(manifest).decode()})
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(blob)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ArtifactError(
+            f"model file {path.name}", expected="a place that can be written", got=str(error)
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return manifest
+
+
+def _refuse(path: Path, expected: str, got: str) -> ArtifactError:
+    return ArtifactError(f"model file {path.name}", expected=expected, got=got)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as f:  # pyright: ignore[reportPrivateImportUsage]
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise _refuse(path, "a readable .safetensors file", str(error)) from error
+    if KEY not in metadata:
+        raise _refuse(path, "a manifest written by ilqr-vae train", "none in its metadata")
+    try:
+        raw = msgspec.json.decode(metadata[KEY])
+        schema = raw.get("schema") if isinstance(raw, dict) else None
+        if schema != SCHEMA:
+            raise _refuse(path, f"schema version {SCHEMA}", str(schema))
+        return tensors, msgspec.convert(raw, Manifest)
+    except msgspec.MsgspecError as error:
+        raise _refuse(path, "a valid manifest", str(error)) from error
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest, after checking the whole file. Raises ArtifactError."""
+    return load_artifact(path).manifest
+
+
+def _load_into(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+    part = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    got = {k: tuple(v.shape) for k, v in part.items()}
+    if expected != got:
+        odd = sorted(set(expected.items()) ^ set(got.items()))
+        raise _refuse(path, f"{prefix}* of the manifest's shapes", f"a difference at {odd[0]}")
+    module.load_state_dict(part)
+
+
+def load_artifact(
+    path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float64
+) -> Artifact:
+    """Read and check a model file.
+
+    Args:
+        device: where to compute.
+        dtype: to compute in; streaming and offline scores use float64.
+
+    Raises:
+        ArtifactError: not there, not safetensors, no manifest, another schema, shapes that differ
+            from the manifest's, values that are not finite, or a hash that does not match.
+    """
+    path = Path(path)
+    tensors, manifest = _read(path)
+    digest = _digest(tensors)
+    if digest != manifest.sha256:
+        raise _refuse(path, f"tensors with hash {manifest.sha256[:12]}", digest[:12])
+    for name, t in tensors.items():
+        if not bool(t.isfinite().all()):
+            raise _refuse(path, "finite tensors", f"{name} with values that are not")
+    model = build(manifest.model)
+    _load_into(path, model, tensors, "model.")
+    readout = None
+    if manifest.readout_lags is not None:
+        readout = KinematicReadout(
+            manifest.latents, len(manifest.kinematic_names), lags=manifest.readout_lags
+        )
+        _load_into(path, readout, tensors, "readout.")
+        # the buffers are stored in float64, and float32 ones would round them
+        for name in ("W", "b", "variance", "gain"):
+            setattr(readout, name, tensors[f"readout.{name}"])
+        readout = readout.to(device=device, dtype=dtype)
+    if "mean_rate" not in tensors or tensors["mean_rate"].shape != (len(manifest.unit_names),):
+        raise _refuse(path, f"mean_rate of {len(manifest.unit_names)} units", "another shape")
+    mean_rate = tensors["mean_rate"].to(device=device, dtype=dtype)
+    return Artifact(manifest, model.to(device=device, dtype=dtype), readout, mean_rate)

@@ -1,0 +1,128 @@
+"""The closed loop: task arithmetic, and lock-step through the real service."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ilqr_clients.closed_loop import (
+    Trace,
+    own_hand,
+    run_loop,
+    unit_columns,
+    without_decoder,
+)
+from ilqr_clients.sdk import ServiceClient
+from ilqr_service.server import Service
+from rig import BIN_S, make_model, serving
+
+from ilqr_vae.centre_out import CentreOut, TrialRecord
+from ilqr_vae.cli import main
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.subject import Subject
+
+N_UNITS = 6
+NAMES = tuple(f"unit{i:03d}" for i in range(N_UNITS))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    model = make_model(
+        tmp_path_factory.mktemp("model") / "m.safetensors", n_units=N_UNITS, names=NAMES
+    )
+    with serving(model) as running:
+        yield running
+
+
+def test_a_perfect_decoder_reaches_every_target_and_its_shuffle_few() -> None:
+    subject, task, trace = Subject(0, units=4, bin_width=BIN_S), CentreOut(0), Trace(BIN_S)
+    cursor, velocities = np.zeros(2), list[np.ndarray[tuple[int], np.dtype[np.float64]]]()
+    while len(task.trials) < 12:
+        trace.add(cursor)
+        cue = task.step(cursor, BIN_S)
+        velocities.append(subject.step(cursor, cue.target, go=cue.go).intended)
+        cursor = cursor + velocities[-1] * BIN_S
+    perfect = trace.reaching(task.trials).summary()
+    assert perfect["success_rate"] == 1.0
+    assert perfect["time_to_target_s"] < 1.5
+    assert 0.8 < perfect["path_efficiency"] <= 1.0
+    chance = without_decoder(list(velocities), CentreOut(0), trials=12, width=BIN_S, seed=0)
+    assert chance.summary()["success_rate"] <= 0.25
+
+
+def test_the_own_hand_is_the_ceiling() -> None:
+    hand = own_hand(Subject(0, units=2), CentreOut(0), trials=8).summary()
+    assert hand["trials"] == 8
+    assert hand["success_rate"] == 1.0
+    assert hand["path_efficiency"] > 0.9
+
+
+def test_efficiency_is_straight_over_travelled() -> None:
+    trace = Trace(0.1)
+    for at in ([0, 0], [3, 0], [3, 4], [9, 9]):
+        trace.add(np.array(at, dtype=np.float64))
+    record = TrialRecord(0.0, 0, (3.0, 4.0), 0.0, 0.0, 0.2, 0.3, True)
+    assert trace.efficiency(record) == pytest.approx(5 / 7)
+    failed = TrialRecord(0.0, 0, (3.0, 4.0), 0.0, 0.0, float("nan"), 0.3, False)
+    assert np.isnan(trace.efficiency(failed))
+    summary = trace.reaching([record, failed]).summary()
+    assert summary["success_rate"] == 0.5
+    assert summary["time_to_target_s"] == pytest.approx(0.2)
+
+
+def test_a_model_of_other_units_is_refused() -> None:
+    assert unit_columns(("unit002", "unit000"), 3).tolist() == [2, 0]
+    with pytest.raises(ConfigError, match="simulated subject"):
+        unit_columns(("unit7",), 3)
+
+
+@pytest.mark.parametrize(("deadline", "held"), [(60.0, False), (1e-6, True)])
+def test_answers_past_the_deadline_leave_the_velocity_as_it_was(
+    service: Service, deadline: float, held: bool
+) -> None:
+    task = CentreOut(1, timeout=0.5)
+    with (
+        ServiceClient(service.ingest) as client,
+        client.open("loop", units=NAMES, bin_width=BIN_S, deadline=60.0) as session,
+    ):
+        reaching, log = run_loop(
+            session,
+            Subject(0, units=N_UNITS, bin_width=BIN_S),
+            task,
+            trials=2,
+            columns=unit_columns(NAMES, N_UNITS),
+            deadline=deadline,
+            speed=100.0 if held else None,
+        )
+    assert len(reaching.trials) == 2
+    assert len(log.velocities) == log.bins
+    if held:
+        assert log.held > 0.5 * log.bins
+    else:
+        assert log.held == 0
+        assert log.statuses == {"ok": log.bins}
+        np.testing.assert_array_equal(log.velocities, log.stream.kinematics[: log.bins, :2])
+
+
+def test_the_verb_reports_beside_chance_and_hand(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "loop.json"
+    options = ["--to", service.ingest, "--trials", "2", "--units", str(N_UNITS), "--json", str(out)]
+    assert main(["closed-loop", *options, "--speed", "max"]) == 0
+    result = json.loads(out.read_text())
+    assert result["decoder"]["trials"] == 2
+    assert result["own_hand"]["success_rate"] == 1.0
+    assert {"chance", "statuses", "held", "latency_ms"} <= result.keys()
+    assert "own hand" in capsys.readouterr().out
+    assert main(["closed-loop", "--to", service.ingest, "--units", "3"]) == 2
+    assert "simulated subject" in capsys.readouterr().err
+
+
+def test_no_service_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nobody = f"ipc://{tmp_path}/nobody"
+    assert main(["closed-loop", "--to", nobody, "--timeout", "0.2"]) == 3
+    assert "nobody" in capsys.readouterr().err
