@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from ilqr_service.engine import Engine
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from scipy import io
 
+from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, save_artifact
+from ilqr_vae.horizon import HorizonConfig
+from ilqr_vae.readout import KinematicReadout
 from ilqr_vae.recordings import MatSpec, RecordingSpec, SplitSpec
 
 BIN_S = 0.05
@@ -39,6 +43,41 @@ def write_recording(path: Path, *, n_units: int, seed: int = 0) -> Path:
     velocity = 0.2 * np.stack([np.cos(0.31 * phase), np.sin(0.47 * phase)])
     rates = np.exp(-0.5 + rng.normal(size=(n_units, 2)) @ velocity * 4)
     io.savemat(path, {"spikes": rng.poisson(rates), "velocity": velocity})
+    return path
+
+
+def make_model(
+    path: Path,
+    *,
+    n_units: int,
+    kinematics: bool = True,
+    names: tuple[str, ...] | None = None,
+) -> Path:
+    """A tiny model file that was never trained but answers: 4 latents, horizon 5."""
+    shapes = ModelSpec(
+        dynamics="mgu2",
+        latents=4,
+        inputs=2,
+        groups={"spikes": GroupSpec(family="poisson", channels=n_units)},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build(shapes)
+        readout = None
+        if kinematics:
+            readout = KinematicReadout(4, 2)
+            readout.W = torch.randn(2, 4, dtype=torch.float64) * 0.1
+    manifest = Manifest(
+        bin_width=BIN_S,
+        unit_names=names or tuple(f"unit{i}" for i in range(n_units)),
+        kinematic_names=("vx", "vy") if kinematics else (),
+        kinematic_units=("m/s", "m/s") if kinematics else (),
+        data=spec(kinematics=kinematics),
+        horizon=HorizonConfig(horizon=5, iterations=2),
+        model=shapes,
+        readout_lags=0 if kinematics else None,
+    )
+    save_artifact(path, manifest, model, readout, torch.ones(n_units, dtype=torch.float64))
     return path
 
 

@@ -300,12 +300,15 @@ class Session:
             When it was handed to the socket, ns of the monotonic clock.
 
         Raises:
-            ShapeError: not one count per unit, or counts that are not whole numbers in [0, 65535].
+            ShapeError: not one count (or mask) per unit, or counts that are not whole numbers in
+                [0, 65535].
         """
         n_units = len(self.request.units)
-        if counts.shape != (n_units,):
-            raise ShapeError("counts", expected=f"({n_units},)", got=str(counts.shape))
-        whole = counts.astype("<u2")
+        for field, values in (("counts", counts), ("mask", mask)):
+            if values is not None and values.shape != (n_units,):
+                raise ShapeError(field, expected=f"({n_units},)", got=str(values.shape))
+        with np.errstate(invalid="ignore"):
+            whole = counts.astype("<u2")
         if not np.array_equal(whole, counts):
             raise ShapeError("counts", expected="whole numbers in [0, 65535]", got=f"{counts!r}")
         now = time.monotonic_ns()

@@ -33,13 +33,13 @@ class Bound:
         z: the sampled trajectory.
     """
 
-    groups: Mapping[str, Float[Tensor, B]]
-    kl: Float[Tensor, B]
+    groups: Mapping[str, Float[Tensor, " B"]]
+    kl: Float[Tensor, " B"]
     z: Float[Tensor, "B T1 n"]
 
     def value(
         self, *, kl_weight: float = 1.0, group_weights: Mapping[str, float] | None = None
-    ) -> Float[Tensor, B]:
+    ) -> Float[Tensor, " B"]:
         """Sum of the parts; all weights one is the bound itself."""
         weights = group_weights or {}
         total = -kl_weight * self.kl

@@ -67,7 +67,7 @@ class HorizonState:
         counts, mask: the window's data; mask is one where observed.
     """
 
-    age: Int[Tensor, S]
+    age: Int[Tensor, " S"]
     mean: Float[Tensor, "S n"]
     precision: Float[Tensor, "S n n"]
     z: Float[Tensor, "S H1 n"]
@@ -109,10 +109,10 @@ class Estimate:
     rates: Float[Tensor, "S N"]
     kinematics: Float[Tensor, "S D"]
     kinematics_std: Float[Tensor, "S D"]
-    bits: Float[Tensor, S]
-    spikes: Float[Tensor, S]
-    iterations: Int[Tensor, S]
-    status: Int[Tensor, S]
+    bits: Float[Tensor, " S"]
+    spikes: Float[Tensor, " S"]
+    iterations: Int[Tensor, " S"]
+    status: Int[Tensor, " S"]
 
     @property
     def z_std(self) -> Float[Tensor, "S n"]:
@@ -137,7 +137,7 @@ class MovingHorizon:
         self,
         model: Model,
         readout: KinematicReadout | None,
-        mean_rate: Float[Tensor, N],
+        mean_rate: Float[Tensor, " N"],
         config: HorizonConfig,
     ) -> None:
         self.model = model.requires_grad_(False).eval()

@@ -91,10 +91,10 @@ class State:
 
     z: Float[Tensor, "B T1 n"]
     u: Float[Tensor, "B T m"]
-    cost: Float[Tensor, B]
-    regularisation: Float[Tensor, B]
-    status: Int[Tensor, B]
-    iterations: Int[Tensor, B]
+    cost: Float[Tensor, " B"]
+    regularisation: Float[Tensor, " B"]
+    status: Int[Tensor, " B"]
+    iterations: Int[Tensor, " B"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Info:
 
     problem: LQRProblem
     lqr: LQRSolution
-    alpha: Float[Tensor, B]
+    alpha: Float[Tensor, " B"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) 
     return State(z, u, cost, zero, status, torch.zeros_like(status))
 
 
-def _where(mask: Bool[Tensor, B], new: Tensor, old: Tensor) -> Tensor:
+def _where(mask: Bool[Tensor, " B"], new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
@@ -139,7 +139,7 @@ def solve_exact(
     z: Float[Tensor, "B T1 n"],
     u: Float[Tensor, "B T m"],
     costate: Float[Tensor, "B T1 n"],
-    regularisation: Float[Tensor, B],
+    regularisation: Float[Tensor, " B"],
 ) -> LQRSolution:
     """Solve ``quadratic`` with the dynamics' curvature added; per problem as it is where the exact
     Hessian is not positive definite."""

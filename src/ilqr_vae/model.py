@@ -90,7 +90,7 @@ class Model(nn.Module):
         u: Float[Tensor, "B T m"],
         observed: Observations,
         initial: InitialCost,
-    ) -> Float[Tensor, B]:
+    ) -> Float[Tensor, " B"]:
         """J up to constants no optimum depends on."""
         J = initial.value(z[:, 0]) - self.prior.log_prob(u).sum(-1)
         for name, o in observed.items():

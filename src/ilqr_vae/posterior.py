@@ -36,7 +36,7 @@ class Draw:
     du: Float[Tensor, "B T m"]
     z0_var: Float[Tensor, "B n"]
     u_var: Float[Tensor, "B T m"]
-    entropy: Float[Tensor, B]
+    entropy: Float[Tensor, " B"]
 
 
 class Kronecker(nn.Module):

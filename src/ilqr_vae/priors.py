@@ -32,7 +32,7 @@ class InitialCost:
     mean: Float[Tensor, "B n"]
     precision: Float[Tensor, "B n n"]
 
-    def value(self, z: Float[Tensor, "B n"]) -> Float[Tensor, B]:
+    def value(self, z: Float[Tensor, "B n"]) -> Float[Tensor, " B"]:
         d = z - self.mean
         return 0.5 * (d * (self.precision @ d.unsqueeze(-1)).squeeze(-1)).sum(-1)
 

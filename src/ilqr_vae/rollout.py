@@ -72,7 +72,7 @@ def closed_loop(
     u_ref: Float[Tensor, "B T m"],
     K: Float[Tensor, "B T m n"],
     k: Float[Tensor, "B T m"],
-    alpha: Float[Tensor, B],
+    alpha: Float[Tensor, " B"],
 ) -> tuple[Float[Tensor, "B T1 n"], Float[Tensor, "B T m"]]:
     """Roll out from z0 under u = u_ref + alpha k + K (z - z_ref); no gradient on the fast path.
 

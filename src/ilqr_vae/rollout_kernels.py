@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-_FLAGS = dict(cache=True, nogil=True, error_model="numpy")
+_FLAGS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
 @njit(**_FLAGS)
