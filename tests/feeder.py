@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from ilqr_vae import wire
 
 WAIT_S = 20.0
+UNITS = tuple(f"u{i}" for i in range(7))
+BIN_NS = 50_000_000
+GENEROUS_NS = 60_000_000_000
 T = TypeVar("T", bound=wire.Message)
 
 
@@ -105,3 +108,28 @@ def numbers(result: wire.Result) -> NDArray[np.float64]:
     )
     values = [wire.unpack(a, "result") for a in arrays]
     return np.concatenate([*values, [result.bits, result.spikes, result.iterations]])
+
+
+def open_(session: str, **changes: Any) -> wire.Open:
+    fields: dict[str, Any] = {
+        "protocol": wire.PROTOCOL,
+        "session": session,
+        "units": UNITS,
+        "bin_width_ns": BIN_NS,
+        "deadline_ns": GENEROUS_NS,
+    }
+    return wire.Open(**(fields | changes))
+
+
+def bin_(session: str, index: int, counts: NDArray[Any], **changes: Any) -> wire.Bin:
+    return wire.Bin(
+        session=session,
+        index=index,
+        source_ns=time.monotonic_ns(),
+        counts=wire.pack(counts, "<u2"),
+        **changes,
+    )
+
+
+def spikes(n_bins: int, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).poisson(1.0, (n_bins, len(UNITS)))

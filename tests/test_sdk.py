@@ -241,6 +241,9 @@ def test_the_monitor_shows_open_sessions_and_their_newest_decode(
         assert main(["monitor", "--to", service.ingest, "--once"]) == 0
         assert "watched" in capsys.readouterr().out
         assert main(["monitor", "--to", service.ingest, "--once", "--json", str(file)]) == 0
+        assert main(["monitor", "--to", service.ingest, "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["model"] == service.model
     (seen,) = json.loads(file.read_text())["sessions"]
     assert (seen["session"], seen["bins"], seen["statuses"]) == ("watched", 4, {"ok": 4})
     assert seen["newest"]["index"] == 3

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,36 +11,30 @@ import numpy as np
 import pytest
 import torch
 import zmq
-from feeder import WAIT_S, Feeder, numbers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_service.engine import Engine, choose_device
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.web import Web
 from ilqr_service.work import FAILED, Work
-from ilqr_vae.artifact import load_artifact
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry
+from rig import make_model, serving
 
 from ilqr_vae import wire
-from ilqr_vae.cli import main
-from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.artifact import (
+    load_artifact,
+)
+from ilqr_vae.errors import ConfigError
 
-UNITS = tuple(f"u{i}" for i in range(7))
-BIN_NS = 50_000_000
-GENEROUS_NS = 60_000_000_000
-FREE = {"ingest": "tcp://127.0.0.1:*", "results": "tcp://127.0.0.1:0", "http": "127.0.0.1:0"}
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m.safetensors", n_units=7, names=UNITS)
 
 
 @pytest.fixture(scope="module")
 def service(model_file: Path) -> Iterator[Service]:
-    options = ServiceSettings(**FREE, device="cpu", credits=200, gap_limit=20)
-    running = Service(Engine.load(model_file, options), options)
-    running.start()
-    assert running.wait_ready(60)
-    yield running
-    running.stop()
+    with serving(model_file, credits=200, gap_limit=20, http="127.0.0.1:0") as running:
+        yield running
     assert running.failure is None
 
 
@@ -56,31 +42,6 @@ def service(model_file: Path) -> Iterator[Service]:
 def feeder(service: Service) -> Iterator[Feeder]:
     with Feeder(service.ingest, service.results) as f:
         yield f
-
-
-def open_(session: str, **changes: Any) -> wire.Open:
-    fields: dict[str, Any] = {
-        "protocol": wire.PROTOCOL,
-        "session": session,
-        "units": UNITS,
-        "bin_width_ns": BIN_NS,
-        "deadline_ns": GENEROUS_NS,
-    }
-    return wire.Open(**(fields | changes))
-
-
-def bin_(session: str, index: int, counts: NDArray[Any], **changes: Any) -> wire.Bin:
-    return wire.Bin(
-        session=session,
-        index=index,
-        source_ns=time.monotonic_ns(),
-        counts=wire.pack(counts, "<u2"),
-        **changes,
-    )
-
-
-def spikes(n_bins: int, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).poisson(1.0, (n_bins, len(UNITS)))
 
 
 def offline(
@@ -270,206 +231,3 @@ def test_describe_and_probe(service: Service, feeder: Feeder) -> None:
     before = time.monotonic_ns()
     probed = feeder.ask(wire.Probe(client_ns=before), wire.Probed)
     assert probed.client_ns == before <= probed.service_ns <= time.monotonic_ns()
-
-
-# ---- nonsense ----------------------------------------------------------------------------------
-
-GOOD_BIN = wire.encode(bin_("steady", 0, spikes(1)[0]))
-
-
-@pytest.mark.parametrize(
-    ("message", "field"),
-    [
-        (b"", "message"),
-        (b"\xc1", "message"),
-        (b"not messagepack", "message"),
-        (GOOD_BIN[:-3], "message"),
-        (GOOD_BIN + b"\x00", "message"),
-        (GOOD_BIN.replace(b"source_ns", b"sauce__ns"), "message"),
-        (GOOD_BIN.replace(b"<u2", b"|O8"), "message"),
-        (b"\x91" * 100_000, "message"),
-        (wire.encode(wire.Closed(session="s", epoch=0, bins=0)), "message"),
-        (open_("s", protocol=2), "protocol"),
-        (open_("s", units=UNITS[:-1]), "units"),
-        (open_("s", units=UNITS[::-1]), "units[0]"),
-        (open_("s", bin_width_ns=20_000_000), "bin_width_ns"),
-        (bin_("nobody", 0, spikes(1)[0]), "session"),
-        (bin_("steady", 3, np.ones(3)), "counts.shape"),
-        (wire.Close(session="nobody"), "session"),
-    ],
-)
-def test_a_wrong_message_is_refused_counted_and_disturbs_nothing(
-    service: Service, feeder: Feeder, message: wire.Message | bytes, field: str
-) -> None:
-    counted = f"refused:{field.split('.')[0].split('[')[0]}"
-    feeder.subscribe("steady")
-    feeder.ask(open_("steady"), wire.Opened)
-    before = service.telemetry.counts().get(counted, 0)
-    feeder.send(bin_("steady", 0, spikes(1)[0]))
-    refused = feeder.ask(message, wire.Refused)
-    assert refused.field == field
-    feeder.send(bin_("steady", 1, spikes(1)[0]))
-    assert [(r.index, r.status) for r in feeder.results(2)] == [(0, "ok"), (1, "ok")]
-    assert service.telemetry.counts()[counted] == before + 1
-    feeder.ask(wire.Close(session="steady"), wire.Closed)
-
-
-def test_several_frames_are_refused(feeder: Feeder) -> None:
-    for frames in ([b"", b""], [b"", GOOD_BIN], [b"x"] * 50):
-        feeder.dealer.send_multipart(frames)
-        assert feeder.reply_of(wire.Refused).field == "frames"
-
-
-def test_an_oversized_message_costs_its_sender_the_connection_only(
-    service: Service, feeder: Feeder
-) -> None:
-    with Feeder(service.ingest, service.results) as big:
-        big.ask(wire.Describe(), wire.Described)
-        big.send(b"x" * (2 << 20))
-        assert feeder.ask(wire.Describe(), wire.Described).ready
-
-
-def test_random_and_mutated_messages_are_each_refused_or_understood(
-    service: Service, feeder: Feeder
-) -> None:
-    good = [
-        *(wire.encode(m) for m in (open_("fuzz"), wire.Describe(), wire.Sessions())),
-        wire.encode(wire.Close(session="fuzz")),
-        GOOD_BIN,
-    ]
-
-    @st.composite
-    def mutated(draw: st.DrawFn) -> bytes:
-        frame = bytearray(draw(st.sampled_from(good)))
-        for _ in range(draw(st.integers(1, 4))):
-            frame[draw(st.integers(0, len(frame) - 1))] = draw(st.integers(0, 255))
-        return bytes(frame[: draw(st.integers(0, len(frame)))])
-
-    @settings(max_examples=300, deadline=None)
-    @given(frame=st.binary(max_size=64) | mutated())
-    def send(frame: bytes) -> None:
-        feeder.send(frame)
-        reply = feeder.reply()
-        assert isinstance(
-            reply, wire.Refused | wire.Opened | wire.Closed | wire.Described | wire.SessionList
-        )
-        if isinstance(reply, wire.Opened):
-            feeder.ask(wire.Close(session=reply.session, epoch=reply.epoch), wire.Closed)
-
-    send()
-    assert service.healthy
-
-
-# ---- health, addresses, process ----------------------------------------------------------------
-
-
-def get(address: str, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=WAIT_S) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-def test_http(service: Service, feeder: Feeder) -> None:
-    feeder.subscribe("http")
-    feeder.send(open_("http"), bin_("http", 2, spikes(1)[0]))
-    feeder.results(3)
-    feeder.ask(b"?", wire.Refused)
-    assert get(service.http, "/healthz") == (200, "ok\n")
-    assert get(service.http, "/readyz") == (200, "ok\n")
-    assert get(service.http, "/")[0] == 404
-    status, text = get(service.http, "/metrics")
-    assert status == 200
-    values = dict(re.findall(r"^(ilqr_\S+) (\S+)$", text, re.MULTILINE))
-    assert float(values['ilqr_bins_total{status="missing"}']) >= 2
-    assert float(values['ilqr_refused_total{reason="message"}']) >= 1
-    assert float(values["ilqr_gap_total"]) >= 1
-    assert float(values["ilqr_ready"]) == 1
-    for stage in ("wire_in", "queue", "solve", "publish", "total"):
-        assert f'ilqr_{stage}_seconds_bucket{{le="0.05"}}' in values
-    assert "http" not in text.replace("http_", "")  # no session's name anywhere
-    assert service.telemetry.summary()["latency_ms"]["total"]["max"] > 0
-
-
-def test_not_ready_is_503() -> None:
-    web = Web("127.0.0.1:0", CollectorRegistry(), healthy=lambda: True, ready=lambda: False)
-    try:
-        assert get(web.address, "/readyz") == (503, "not ready\n")
-        assert get(web.address, "/healthz") == (200, "ok\n")
-    finally:
-        web.close()
-
-
-@pytest.mark.parametrize("field", ["ingest", "results", "http"])
-def test_an_address_in_use_is_a_clear_error(service: Service, model_file: Path, field: str) -> None:
-    options = ServiceSettings(**(FREE | {field: getattr(service, field)}), device="cpu")
-    with pytest.raises(ServiceError, match=field):
-        Service(Engine.load(model_file, options), options).start()
-    for beyond in ("tcp://0.0.0.0:*", "tcp://*:5555"):
-        if field != "http":
-            options = ServiceSettings(**(FREE | {field: beyond}), device="cpu")
-            with pytest.raises(ServiceError, match="loopback"):
-                Service(Engine.load(model_file, options), options).start()
-
-
-def run(*args: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ilqr_vae.cli", "serve", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_process_from_ready_to_sigterm(model_file: Path, tmp_path: Path) -> None:
-    process = run(
-        *(str(model_file), "--ingest", FREE["ingest"], "--results", FREE["results"]),
-        *("--http", FREE["http"], "--device", "cpu", "--log", "json", "--ready-file", "-"),
-    )
-    assert process.stdout is not None
-    try:
-        ready = json.loads(process.stdout.readline())
-        assert ready["pid"] == process.pid
-        with Feeder(ready["ingest"], ready["results"]) as feeder:
-            feeder.subscribe("s")
-            feeder.ask(open_("s"), wire.Opened)
-            feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(40))))
-            # the service has taken all of them once it answers what was asked after them
-            feeder.ask(wire.Probe(client_ns=0), wire.Probed)
-            process.send_signal(signal.SIGTERM)
-            assert [r.index for r in feeder.results(40)] == list(range(40))
-            assert feeder.notice("shutdown").session == "s"
-            assert feeder.reply_of(wire.Closed).bins == 40
-        _, log = process.communicate(timeout=WAIT_S)
-        assert process.returncode == 0
-        last = json.loads(log.splitlines()[-1])
-        assert last["message"] == "stopped"
-        assert last["data"]["counts"]["status:ok"] == 40
-        assert last["data"]["latency_ms"]["total"]["n"] == 40
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_what_is_wrong_at_the_start_ends_with_an_error(
-    service: Service, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken, config = tmp_path / "broken.safetensors", tmp_path / "service.toml"
-    broken.write_bytes(b"not a model")
-    config.write_text('devise = "cpu"\n')
-    model = str(model_file)
-    for args, code, said in [
-        ([str(broken)], 2, ""),
-        ([str(tmp_path / "absent.safetensors")], 2, ""),
-        ([model, "--config", str(config)], 2, "'devise'"),
-        ([model, "--device", "tpu"], 2, "device"),
-        ([model, "--log", "xml"], 2, "log"),
-        ([model, "--ingest", service.ingest, "--http", ""], 3, "ingest: expected an address"),
-        ([model, "--ingest", "tcp://0.0.0.0:5555"], 3, "loopback"),
-    ]:
-        assert main(["serve", *args]) == code
-        err = capsys.readouterr().err
-        assert err.splitlines()[-1].startswith("error: ")
-        assert said in err

@@ -26,7 +26,7 @@ from ilqr_clients.replay_cli import parse_deadline, parse_speed
 from ilqr_clients.sdk import Model, ServiceClient, model_of
 from ilqr_vae.centre_out import CentreOut
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.report import check_writable, distribution, write_whole
+from ilqr_vae.report import STDOUT, check_writable, distribution, write_whole
 from ilqr_vae.report.data import plain
 from ilqr_vae.subject import Subject
 
@@ -73,7 +73,7 @@ def closed_loop(
         typer.Option(help="A later answer leaves the velocity; default the bin width."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here.")
+        Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
     ] = None,
     session: Annotated[str | None, typer.Option(help="Session name; default a fresh one.")] = None,
     timeout: Annotated[
@@ -160,7 +160,7 @@ def closed_loop(
     }
     if json_file is not None:
         write_whole(json_file, json.dumps(plain(result), indent=2) + "\n")
-    out = Console(soft_wrap=True)
+    out = Console(soft_wrap=True, stderr=json_file == STDOUT)
     out.print(f"[bold]Closed loop[/], {len(reaching.trials)} reaches, {log.bins} bins")
     for name, each in (("decoder", reaching), ("chance", chance), ("own hand", hand)):
         out.print(_line(name, each), highlight=False)

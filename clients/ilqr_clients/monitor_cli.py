@@ -35,10 +35,8 @@ def monitor(
 
     Ends with Ctrl-C (exit code 0), or with 3 and a message when the service goes away.
     """
-    to_stdout = json_file is not None and str(json_file) == "-"
-    if not to_stdout:
-        check_writable(json_file, "--json")
-    console = Console(stderr=to_stdout)
+    check_writable(json_file, "--json")
+    console = Console()
     seen = False
     try:
         with Monitor(to, timeout=timeout) as watching:
@@ -47,12 +45,9 @@ def monitor(
             if once or json_file is not None:
                 watching.listen(LISTEN_ONCE_S)
                 shown = watching.snapshot()
-                text = json.dumps(shown.to_json(), indent=2) + "\n"
-                if to_stdout:
-                    typer.echo(text, nl=False)
-                elif json_file is not None:
-                    write_whole(json_file, text)
-                if json_file is None:
+                if json_file is not None:
+                    write_whole(json_file, json.dumps(shown.to_json(), indent=2) + "\n")
+                else:
                     console.print(view(shown), highlight=False)
                 return
             with Live(view(shown), console=console, auto_refresh=False) as live:

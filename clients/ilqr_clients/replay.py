@@ -30,13 +30,6 @@ PATIENCE_S = 10.0
 """How long nothing may come back while answers are due."""
 
 
-def plan_drops(n_bins: int, share: float, seed: int) -> NDArray[np.bool_]:
-    """bool (n_bins,), True for bins to leave out; never the first nor the last of the stream."""
-    dropped = np.random.default_rng(seed).random(n_bins) < share
-    dropped[:1] = dropped[-1:] = False
-    return dropped
-
-
 def _nan(*shape: int) -> Array:
     return np.full(shape, np.nan)
 

@@ -15,17 +15,19 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 
 from ilqr_clients.live import LiveReplay, number, status_text
-from ilqr_clients.replay import plan_drops, stream
+from ilqr_clients.replay import stream
 from ilqr_clients.replay_report import Run, arrays_of, report_of
 from ilqr_clients.sdk import Model, ServiceClient, model_of
 from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.recordings import Recording, RecordingSpec, load_recording
-from ilqr_vae.recordings.spec import Span, warmup_start
+from ilqr_vae.recordings.spec import SPANS, Span, plan_drops, warmup_start
 from ilqr_vae.report import (
-    check_html,
+    STDOUT,
     ReportData,
+    check_html,
     check_writable,
     distribution,
     render_html,
@@ -115,7 +117,7 @@ def _npz(arrays: dict[str, NDArray[Any]]) -> bytes:
 
 
 def _summary(console: Console, data: ReportData) -> None:
-    console.print(f"[bold]{data.title}[/], {len(data.counts)} bins", highlight=False)
+    console.print(f"[bold]{escape(data.title)}[/], {len(data.counts)} bins", highlight=False)
     if data.scores is not None:
         for name, values in data.scores.methods.items():
             each = "  ".join(
@@ -162,7 +164,7 @@ def replay(
         bool, typer.Option("--anytime", help="Let the deadline cut a solve short.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here.")
+        Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
     ] = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write one self-contained page here.")
@@ -187,7 +189,7 @@ def replay(
     filter's on the same bins. Exit codes: 0 done, 2 wrong input, 3 no service or it refused.
     """
     pace = parse_speed(speed)
-    if span not in ("train", "validation", "test", "all"):
+    if span not in SPANS:
         raise ConfigError("--span", expected="train, validation, test or all", got=repr(span))
     chosen: Span = span
     check_html(html_file, "--html")
@@ -198,8 +200,9 @@ def replay(
         with ServiceClient(to, timeout=timeout) as service:
             described = service.describe()
             model = model_of(described)
-            read = read_for(model, recording, spec_from(config, model))
-            start, stop = model.data.split.bins(chosen, len(read))
+            spec = spec_from(config, model)
+            read = read_for(model, recording, spec)
+            start, stop = spec.split.bins(chosen, len(read))
             if stop <= start:
                 raise RecordingError(
                     "recording", expected=f"at least one bin in the {chosen} span", got="none"
@@ -208,6 +211,7 @@ def replay(
             run = Run(
                 recording=read,
                 model=model,
+                split=spec.split,
                 span=chosen,
                 first=first,
                 start=start,
@@ -261,4 +265,4 @@ def replay(
         made.append((arrays_file, _npz(arrays_of(run, log))))
     for path, content in made:
         write_whole(path, content)
-    _summary(Console(soft_wrap=True), data)
+    _summary(Console(soft_wrap=True, stderr=json_file == STDOUT), data)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ilqr_clients.answers import ClockOffset
 from ilqr_clients.replay import StreamLog
 from ilqr_clients.sdk import Model
-from ilqr_vae.recordings import Recording
+from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.report import ReportData, Scores, distribution, score_decodes
 from ilqr_vae.report.score import OURS, WIENER
 
@@ -26,6 +26,7 @@ class Run:
 
     Attributes:
         recording: all of it, the model's units alone.
+        split: of the recording; the Wiener filter trains on its train span.
         span: its name.
         dropped: bool (stop - first,), bins never sent.
         speed: multiple of real time, or None for as fast as possible.
@@ -34,6 +35,7 @@ class Run:
 
     recording: Recording
     model: Model
+    split: SplitSpec
     span: str
     first: int
     start: int
@@ -60,7 +62,7 @@ def _scores(run: Run, log: StreamLog) -> Scores | None:
         return None
     return score_decodes(
         recording,
-        run.model.data.split,
+        run.split,
         bins=(run.start, run.stop),
         decoded=log.kinematics[run.rows],
         std=log.kinematics_std[run.rows],

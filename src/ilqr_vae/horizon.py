@@ -185,7 +185,7 @@ class MovingHorizon:
         return z_next + torch.cholesky_solve(rhs, factor).squeeze(-1), precision
 
     def _shift(self, s: HorizonState) -> HorizonState:
-        """The window one bin later, its newest slot empty; streams not yet full stay as they are."""
+        """The window one bin later, its newest slot empty; streams not yet full stay."""
         model, full = self.model, s.age == self.config.horizon
         if not bool(full.any()):
             return s

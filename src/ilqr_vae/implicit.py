@@ -60,9 +60,10 @@ def _stationarity_product(site: _Site, sol: LQRSolution, lam: Tensor) -> Tensor:
     p, s = site.problem, site.state
     model, before = p.model, s.z[:, :-1]
     w = model.dynamics.weights()
-    z_next, tangent = torch.func.jvp(
+    pushed: Any = torch.func.jvp(
         lambda z, u: model.dynamics.step(w, z, u), (before, s.u), (sol.dz[:, :-1], sol.du)
     )
+    z_next, tangent = pushed
     total = (lam[:, 1:] * tangent).sum() + (sol.costate[:, 1:] * z_next).sum()
     total = total + (sol.du * model.prior.quadratise(s.u)[0]).sum()
     for name, o in p.observed.items():
@@ -82,7 +83,9 @@ class _Optimum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gz0: Tensor, gu: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch passes grads in order)
+        ctx: Any, gz0: Tensor, gu: Tensor
+    ) -> tuple[Tensor | None, ...]:
         site: _Site = ctx.site
         with torch.no_grad():
             sol, lam = _solve_adjoint(site, gz0, gu)

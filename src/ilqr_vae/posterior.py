@@ -40,7 +40,7 @@ class Draw:
 
 
 class Kronecker(nn.Module):
-    """q(u) = N(u*, Sigma_s (x) Sigma_t), q(z_0) = N(z_0*, diag); trials of exactly ``steps`` bins."""
+    """q(u) = N(u*, Sigma_s (x) Sigma_t), q(z_0) = N(z_0*, diag); trials of ``steps`` bins."""
 
     family = "kronecker"
 

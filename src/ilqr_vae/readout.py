@@ -3,9 +3,9 @@
     y_t = W x_t + b + e_t,   x_t = [z_t, z_{t-1}, ..., z_{t-L}],   e_t ~ N(0, diag tau^2)
 
 z are the estimates available at bin t (nothing later). The stated variance is
-gain * diag(W_0 Sigma_t W_0') + tau^2, where Sigma_t is the estimator's own covariance of z_t and W_0
-the columns that read it; ``gain`` and tau^2 are fitted on held-out residuals, so that the intervals
-mean what they say.
+gain * diag(W_0 Sigma_t W_0') + tau^2, where Sigma_t is the estimator's own covariance of z_t and
+W_0 the columns that read it; ``gain`` and tau^2 are fitted on held-out residuals, so that the
+intervals mean what they say.
 """
 
 from __future__ import annotations

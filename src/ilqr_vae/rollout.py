@@ -1,8 +1,8 @@
 """Rollouts: z_0, u -> z, open loop (differentiable) and closed loop (the line search's).
 
 Notation: T steps, z (B, T+1, n), u (B, T, m). Only the recursion over time is sequential. Its
-gradient needs one more recursion, the adjoint lam_k = gz_k + A_k' lam_{k+1}; all parameter gradients
-then come from a single batched product over (B, T), so autograd never sees the loop.
+gradient needs one more recursion, the adjoint lam_k = gz_k + A_k' lam_{k+1}; all parameter
+gradients then come from a single batched product over (B, T), so autograd never sees the loop.
 
 On CPU the built-in families run compiled (``rollout_kernels``); everything else, and every device,
 runs the plain torch loop. Both have one signature and are tested against each other.
@@ -136,7 +136,9 @@ class _Rollout(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gz: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch passes grads in order)
+        ctx: Any, gz: Tensor
+    ) -> tuple[Tensor | None, ...]:
         z, u, *w = ctx.saved_tensors
         dynamics: Dynamics = ctx.dynamics
         before = z[:, :-1]

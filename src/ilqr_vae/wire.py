@@ -57,7 +57,7 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # ---- feeder -> service -------------------------------------------------------------------------
 
 
-class Open(Message, kw_only=True):
+class Open(Message, frozen=True, kw_only=True):
     """Begin (or begin again, with a higher epoch) a session.
 
     Attributes:
@@ -80,7 +80,7 @@ class Open(Message, kw_only=True):
     anytime: bool = False
 
 
-class Bin(Message, kw_only=True):
+class Bin(Message, frozen=True, kw_only=True):
     """Counts of one bin. ``mask``: u1 per unit, 1 = observed; None = all observed."""
 
     session: str
@@ -91,7 +91,7 @@ class Bin(Message, kw_only=True):
     mask: Array | None = None
 
 
-class Close(Message, kw_only=True):
+class Close(Message, frozen=True, kw_only=True):
     session: str
     epoch: int = 0
 
@@ -99,7 +99,7 @@ class Close(Message, kw_only=True):
 # ---- service -> feeder -------------------------------------------------------------------------
 
 
-class Opened(Message, kw_only=True):
+class Opened(Message, frozen=True, kw_only=True):
     """The session is open. ``credits``: bins that may be in flight unanswered."""
 
     session: str
@@ -113,7 +113,7 @@ class Opened(Message, kw_only=True):
     credits: int
 
 
-class Credit(Message, kw_only=True):
+class Credit(Message, frozen=True, kw_only=True):
     """``credits`` more bins may be sent; ``index``: the newest bin answered."""
 
     session: str
@@ -122,13 +122,13 @@ class Credit(Message, kw_only=True):
     credits: int
 
 
-class Closed(Message, kw_only=True):
+class Closed(Message, frozen=True, kw_only=True):
     session: str
     epoch: int
     bins: int
 
 
-class Refused(Message, kw_only=True):
+class Refused(Message, frozen=True, kw_only=True):
     """Something was wrong with one message; nothing else is disturbed."""
 
     field: str
@@ -140,11 +140,11 @@ class Refused(Message, kw_only=True):
 # ---- control -----------------------------------------------------------------------------------
 
 
-class Describe(Message, kw_only=True):
+class Describe(Message, frozen=True, kw_only=True):
     """Ask what is served."""
 
 
-class Described(Message, kw_only=True):
+class Described(Message, frozen=True, kw_only=True):
     """The model's manifest (JSON-like) and the service's settings."""
 
     protocol: int
@@ -155,7 +155,7 @@ class Described(Message, kw_only=True):
     manifest: dict[str, Any]
 
 
-class Sessions(Message, kw_only=True):
+class Sessions(Message, frozen=True, kw_only=True):
     """Ask for the open sessions."""
 
 
@@ -172,17 +172,17 @@ class SessionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     idle_ns: int
 
 
-class SessionList(Message, kw_only=True):
+class SessionList(Message, frozen=True, kw_only=True):
     sessions: tuple[SessionInfo, ...]
 
 
-class Probe(Message, kw_only=True):
+class Probe(Message, frozen=True, kw_only=True):
     """Clock probe: the service answers with its own clock."""
 
     client_ns: int
 
 
-class Probed(Message, kw_only=True):
+class Probed(Message, frozen=True, kw_only=True):
     client_ns: int
     service_ns: int
 
@@ -190,7 +190,7 @@ class Probed(Message, kw_only=True):
 # ---- results -----------------------------------------------------------------------------------
 
 
-class Result(Message, kw_only=True):
+class Result(Message, frozen=True, kw_only=True):
     """The answer for one bin.
 
     Attributes:
@@ -228,7 +228,7 @@ class Result(Message, kw_only=True):
     spikes: int
 
 
-class Notice(Message, kw_only=True):
+class Notice(Message, frozen=True, kw_only=True):
     """Something about a session that subscribers should know: opened, closed, idle, restarted."""
 
     session: str
@@ -285,7 +285,7 @@ def pack(values: NDArray[Any], dtype: DType) -> Array:
 
 
 def unpack(array: Array, field: str) -> NDArray[Any]:
-    """The array back, read-only. Raises ProtocolError naming ``field`` where the bytes don't fit."""
+    """The array back, read-only. Raises ProtocolError naming ``field`` where it doesn't fit."""
     dtype = np.dtype(array.dtype)
     if any(s < 0 for s in array.shape) or len(array.shape) > 3:
         raise ProtocolError(f"{field}.shape", expected="up to 3 sizes >= 0", got=str(array.shape))

@@ -8,7 +8,8 @@ stream, bin by bin, as the service does it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ class Causal:
     Attributes:
         window: (T, features), the readout's input at each bin; z is its first n columns.
         latent_std: (T, n).
-        latent_variance: (T, D), the readout's share of variance that the latent explains.
+        covariance: (T, n, n), of z.
+        rates: (T, N), expected counts per bin.
         kinematics, kinematics_std: (T, D).
         bits, spikes: (T,), see ``horizon.Estimate``.
         statuses: solver status -> bins.
@@ -43,6 +45,15 @@ class Causal:
     spikes: NDArray[np.float64]
     statuses: dict[str, int]
     iterations: float
+
+    def rows(self, keep: NDArray[np.bool_]) -> Causal:
+        """The bins kept."""
+        arrays: dict[str, Any] = {
+            f.name: value[keep]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), np.ndarray)
+        }
+        return replace(self, **arrays)
 
     @property
     def bits_per_spike(self) -> float:

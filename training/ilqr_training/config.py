@@ -130,7 +130,7 @@ def check(config: TrainConfig) -> TrainConfig:
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read a config. Raises ConfigError: no such file, not TOML, unknown key, wrong type or value."""
+    """Read a config. Raises ConfigError: no file, not TOML, unknown key, wrong type or value."""
     path = Path(path)
     try:
         raw = tomllib.loads(path.read_text())

@@ -65,48 +65,51 @@ def solve_cpu(
     A = problem.A
     _check_supported(A)
     damping = damping_per_problem(regularisation, A, batch)
-    dz, v, costate = (A.new_empty(batch, steps + 1, n) for _ in range(3))
-    du, k = (A.new_empty(batch, steps, m) for _ in range(2))
-    K = A.new_empty(batch, steps, m, n)
-    V = A.new_empty(batch, steps + 1, n, n)
-    Quu_inv = A.new_empty(batch, steps, m, m)
-    model = A.new_empty(batch, 2)
-    ok = torch.empty(batch, dtype=torch.bool)
-    c = A.new_empty(1, 0, 0) if problem.c is None else problem.c
-    S = A.new_empty(1, 0, 0, 0) if problem.S is None else problem.S
-
-    given = (A, problem.B, problem.Q, problem.q, problem.R, problem.r, c, S)
+    given = _arrays((A, problem.B, problem.Q, problem.q, problem.R, problem.r))
+    dtype = given[0].dtype
+    c = np.empty((1, 0, 0), dtype) if problem.c is None else _array(problem.c)
+    S = np.empty((1, 0, 0, 0), dtype) if problem.S is None else _array(problem.S)
+    # Made by numpy: its small arrays cost a fraction of torch's, and there are many per call.
+    dz, v, costate = (np.empty((batch, steps + 1, n), dtype) for _ in range(3))
+    du, k = (np.empty((batch, steps, m), dtype) for _ in range(2))
+    K = np.empty((batch, steps, m, n), dtype)
+    V = np.empty((batch, steps + 1, n, n), dtype)
+    Quu_inv = np.empty((batch, steps, m, m), dtype)
+    model = np.empty((batch, 2), dtype)
+    ok = np.empty(batch, np.bool_)
     law, cost, step = (K, k, Quu_inv), (V, v), (dz, du, costate, model)
     written = (*law, *cost, *step)
     arguments = (
-        _arrays(given),
+        (*given, c, S),
         problem.c is not None,
         problem.S is not None,
         _array(damping),
         free_initial,
-        _arrays(law),
-        _arrays(cost),
-        _arrays(step),
-        _arrays(tuple(value.flatten(1) for value in written)),
-        ok.numpy(),
+        law,
+        cost,
+        step,
+        tuple(value.reshape(batch, value.size // max(batch, 1)) for value in written),
+        ok,
     )
     _share_out(kernels.solve, batch, steps * n * (n + m) ** 2, arguments)
-    if not bool(ok.all()):
+    if not ok.all():
         for value in written:
             value[~ok] = 0.0
+    states = torch.from_numpy(dz)
+    both = torch.from_numpy(model)
     return LQRSolution(
-        dz=dz,
-        du=du,
-        K=K,
-        k=k,
-        dz0=dz[:, 0],
-        V=V,
-        v=v,
-        costate=costate,
-        Quu_inv=Quu_inv,
-        decrease=model[:, 0],
-        linear=model[:, 1],
-        ok=ok,
+        dz=states,
+        du=torch.from_numpy(du),
+        K=torch.from_numpy(K),
+        k=torch.from_numpy(k),
+        dz0=states[:, 0],
+        V=torch.from_numpy(V),
+        v=torch.from_numpy(v),
+        costate=torch.from_numpy(costate),
+        Quu_inv=torch.from_numpy(Quu_inv),
+        decrease=both[:, 0],
+        linear=both[:, 1],
+        ok=torch.from_numpy(ok),
     )
 
 
@@ -166,7 +169,9 @@ def _check_supported(tensor: Tensor) -> None:
 
 
 def _array(tensor: Tensor) -> NDArray[np.floating]:
-    return tensor.detach().contiguous().numpy()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.contiguous().numpy()
 
 
 def _arrays(tensors: tuple[Tensor, ...]) -> tuple[NDArray[np.floating], ...]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 Span = Literal["train", "validation", "test", "all"]
+SPANS: tuple[Span, ...] = ("train", "validation", "test", "all")
 
 WARMUP_BINS = 100
 """Bins streamed before a span so that the estimator has settled when scoring begins; not scored.
@@ -21,6 +24,16 @@ def warmup_start(start: int) -> int:
     return max(0, start - WARMUP_BINS)
 
 
+def plan_drops(n_bins: int, share: float, seed: int) -> NDArray[np.bool_]:
+    """bool (n_bins,), True for bins to leave out; never the first nor the last of the stream.
+
+    ``evaluate`` and ``replay`` both draw from here: the same seed leaves out the same bins.
+    """
+    dropped = np.random.default_rng(seed).random(n_bins) < share
+    dropped[:1] = dropped[-1:] = False
+    return dropped
+
+
 class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Field map of a MAT file holding binned counts.
 
@@ -28,7 +41,7 @@ class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         spikes: variable with the counts.
         spikes_axes: order of its two axes.
         bin_width: variable with the bin width in seconds, or "" to take ``data.bin_width``.
-        kinematics: variable with the kinematics, or "" for none; channels x bins or bins x channels.
+        kinematics: variable with the kinematics, or "" for none; channels x bins or transposed.
         kinematic_rows: which channels of it to decode; empty means all.
         kinematic_names, kinematic_units: one each per decoded channel.
         trial_starts: variable with one-based first bins of trials, or "".

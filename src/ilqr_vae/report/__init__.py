@@ -13,10 +13,11 @@ from pathlib import Path
 
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.report.data import ReportData, distribution, to_json
-from ilqr_vae.report.files import check_writable, write_whole
+from ilqr_vae.report.files import STDOUT, check_writable, write_whole
 from ilqr_vae.report.score import Scores, calibration, score_decodes
 
 __all__ = [
+    "STDOUT",
     "ReportData",
     "Scores",
     "calibration",

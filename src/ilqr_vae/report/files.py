@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 from ilqr_vae.errors import ConfigError
+
+STDOUT = Path("-")
+"""As an output path: standard output."""
 
 
 def check_writable(path: Path | None, field: str) -> None:
@@ -15,7 +19,7 @@ def check_writable(path: Path | None, field: str) -> None:
     Raises:
         ConfigError: its folder does not exist or is not writable, or it is a folder.
     """
-    if path is None:
+    if path is None or path == STDOUT:
         return
     folder = path.absolute().parent
     if path.is_dir():
@@ -27,10 +31,17 @@ def check_writable(path: Path | None, field: str) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write beside ``path`` and rename: what is at ``path`` is the old file or the new one.
 
+    ``-`` is standard output.
+
     Raises:
         ConfigError: the folder cannot be written.
     """
     raw = content.encode() if isinstance(content, str) else content
+    if path == STDOUT:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(raw)
+        sys.stdout.buffer.flush()
+        return
     try:
         handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
         try:

@@ -1,0 +1,159 @@
+"""Health checks, addresses, and `ilqr-vae serve` as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
+from ilqr_service.engine import Engine
+from ilqr_service.server import Service
+from ilqr_service.settings import ServiceSettings
+from ilqr_service.web import Web
+from prometheus_client import CollectorRegistry
+from rig import make_model, serving
+
+from ilqr_vae import wire
+from ilqr_vae.cli import main
+from ilqr_vae.errors import ServiceError
+
+FREE = {"ingest": "tcp://127.0.0.1:*", "results": "tcp://127.0.0.1:0", "http": "127.0.0.1:0"}
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m.safetensors", n_units=7, names=UNITS)
+
+
+@pytest.fixture(scope="module")
+def service(model_file: Path) -> Iterator[Service]:
+    with serving(model_file, credits=200, gap_limit=20, http="127.0.0.1:0") as running:
+        yield running
+    assert running.failure is None
+
+
+@pytest.fixture
+def feeder(service: Service) -> Iterator[Feeder]:
+    with Feeder(service.ingest, service.results) as f:
+        yield f
+
+
+def get(address: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=WAIT_S) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_http(service: Service, feeder: Feeder) -> None:
+    feeder.subscribe("http")
+    feeder.send(open_("http"), bin_("http", 2, spikes(1)[0]))
+    feeder.results(3)
+    feeder.ask(b"?", wire.Refused)
+    assert get(service.http, "/healthz") == (200, "ok\n")
+    assert get(service.http, "/readyz") == (200, "ok\n")
+    assert get(service.http, "/")[0] == 404
+    status, text = get(service.http, "/metrics")
+    assert status == 200
+    values = dict(re.findall(r"^(ilqr_\S+) (\S+)$", text, re.MULTILINE))
+    assert float(values['ilqr_bins_total{status="missing"}']) >= 2
+    assert float(values['ilqr_refused_total{reason="message"}']) >= 1
+    assert float(values["ilqr_gap_total"]) >= 1
+    assert float(values["ilqr_ready"]) == 1
+    for stage in ("wire_in", "queue", "solve", "publish", "total"):
+        assert f'ilqr_{stage}_seconds_bucket{{le="0.05"}}' in values
+    assert "http" not in text.replace("http_", "")  # no session's name anywhere
+    assert service.telemetry.summary()["latency_ms"]["total"]["max"] > 0
+
+
+def test_not_ready_is_503() -> None:
+    web = Web("127.0.0.1:0", CollectorRegistry(), healthy=lambda: True, ready=lambda: False)
+    try:
+        assert get(web.address, "/readyz") == (503, "not ready\n")
+        assert get(web.address, "/healthz") == (200, "ok\n")
+    finally:
+        web.close()
+
+
+@pytest.mark.parametrize("field", ["ingest", "results", "http"])
+def test_an_address_in_use_is_a_clear_error(service: Service, model_file: Path, field: str) -> None:
+    options = ServiceSettings(**(FREE | {field: getattr(service, field)}), device="cpu")
+    with pytest.raises(ServiceError, match=field):
+        Service(Engine.load(model_file, options), options).start()
+    for beyond in ("tcp://0.0.0.0:*", "tcp://*:5555"):
+        if field != "http":
+            options = ServiceSettings(**(FREE | {field: beyond}), device="cpu")
+            with pytest.raises(ServiceError, match="loopback"):
+                Service(Engine.load(model_file, options), options).start()
+
+
+def run(*args: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ilqr_vae.cli", "serve", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_process_from_ready_to_sigterm(model_file: Path, tmp_path: Path) -> None:
+    process = run(
+        *(str(model_file), "--ingest", FREE["ingest"], "--results", FREE["results"]),
+        *("--http", FREE["http"], "--device", "cpu", "--log", "json", "--ready-file", "-"),
+    )
+    assert process.stdout is not None
+    try:
+        ready = json.loads(process.stdout.readline())
+        assert ready["pid"] == process.pid
+        with Feeder(ready["ingest"], ready["results"]) as feeder:
+            feeder.subscribe("s")
+            feeder.ask(open_("s"), wire.Opened)
+            feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(40))))
+            # the service has taken all of them once it answers what was asked after them
+            feeder.ask(wire.Probe(client_ns=0), wire.Probed)
+            process.send_signal(signal.SIGTERM)
+            assert [r.index for r in feeder.results(40)] == list(range(40))
+            assert feeder.notice("shutdown").session == "s"
+            assert feeder.reply_of(wire.Closed).bins == 40
+        _, log = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0
+        last = json.loads(log.splitlines()[-1])
+        assert last["message"] == "stopped"
+        assert last["data"]["counts"]["status:ok"] == 40
+        assert last["data"]["latency_ms"]["total"]["n"] == 40
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_is_wrong_at_the_start_ends_with_an_error(
+    service: Service, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, config = tmp_path / "broken.safetensors", tmp_path / "service.toml"
+    broken.write_bytes(b"not a model")
+    config.write_text('devise = "cpu"\n')
+    model = str(model_file)
+    for args, code, said in [
+        ([str(broken)], 2, ""),
+        ([str(tmp_path / "absent.safetensors")], 2, ""),
+        ([model, "--config", str(config)], 2, "'devise'"),
+        ([model, "--device", "tpu"], 2, "device"),
+        ([model, "--log", "xml"], 2, "log"),
+        ([model, "--ingest", service.ingest, "--http", ""], 3, "ingest: expected an address"),
+        ([model, "--ingest", "tcp://0.0.0.0:5555"], 3, "loopback"),
+    ]:
+        assert main(["serve", *args]) == code
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith("error: ")
+        assert said in err

@@ -1,0 +1,122 @@
+"""What comes to the service's doors that should not: nonsense, and what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from feeder import UNITS, Feeder, bin_, open_, spikes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ilqr_service.server import Service
+from rig import make_model, serving
+
+from ilqr_vae import wire
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m.safetensors", n_units=7, names=UNITS)
+
+
+@pytest.fixture(scope="module")
+def service(model_file: Path) -> Iterator[Service]:
+    with serving(model_file, credits=200, gap_limit=20, http="127.0.0.1:0") as running:
+        yield running
+    assert running.failure is None
+
+
+@pytest.fixture
+def feeder(service: Service) -> Iterator[Feeder]:
+    with Feeder(service.ingest, service.results) as f:
+        yield f
+
+
+# ---- nonsense ----------------------------------------------------------------------------------
+
+GOOD_BIN = wire.encode(bin_("steady", 0, spikes(1)[0]))
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (b"", "message"),
+        (b"\xc1", "message"),
+        (b"not messagepack", "message"),
+        (GOOD_BIN[:-3], "message"),
+        (GOOD_BIN + b"\x00", "message"),
+        (GOOD_BIN.replace(b"source_ns", b"sauce__ns"), "message"),
+        (GOOD_BIN.replace(b"<u2", b"|O8"), "message"),
+        (b"\x91" * 100_000, "message"),
+        (wire.encode(wire.Closed(session="s", epoch=0, bins=0)), "message"),
+        (open_("s", protocol=2), "protocol"),
+        (open_("s", units=UNITS[:-1]), "units"),
+        (open_("s", units=UNITS[::-1]), "units[0]"),
+        (open_("s", bin_width_ns=20_000_000), "bin_width_ns"),
+        (bin_("nobody", 0, spikes(1)[0]), "session"),
+        (bin_("steady", 3, np.ones(3)), "counts.shape"),
+        (wire.Close(session="nobody"), "session"),
+    ],
+)
+def test_a_wrong_message_is_refused_counted_and_disturbs_nothing(
+    service: Service, feeder: Feeder, message: wire.Message | bytes, field: str
+) -> None:
+    counted = f"refused:{field.split('.')[0].split('[')[0]}"
+    feeder.subscribe("steady")
+    feeder.ask(open_("steady"), wire.Opened)
+    before = service.telemetry.counts().get(counted, 0)
+    feeder.send(bin_("steady", 0, spikes(1)[0]))
+    refused = feeder.ask(message, wire.Refused)
+    assert refused.field == field
+    feeder.send(bin_("steady", 1, spikes(1)[0]))
+    assert [(r.index, r.status) for r in feeder.results(2)] == [(0, "ok"), (1, "ok")]
+    assert service.telemetry.counts()[counted] == before + 1
+    feeder.ask(wire.Close(session="steady"), wire.Closed)
+
+
+def test_several_frames_are_refused(feeder: Feeder) -> None:
+    for frames in ([b"", b""], [b"", GOOD_BIN], [b"x"] * 50):
+        feeder.dealer.send_multipart(frames)
+        assert feeder.reply_of(wire.Refused).field == "frames"
+
+
+def test_an_oversized_message_costs_its_sender_the_connection_only(
+    service: Service, feeder: Feeder
+) -> None:
+    with Feeder(service.ingest, service.results) as big:
+        big.ask(wire.Describe(), wire.Described)
+        big.send(b"x" * (2 << 20))
+        assert feeder.ask(wire.Describe(), wire.Described).ready
+
+
+def test_random_and_mutated_messages_are_each_refused_or_understood(
+    service: Service, feeder: Feeder
+) -> None:
+    good = [
+        *(wire.encode(m) for m in (open_("fuzz"), wire.Describe(), wire.Sessions())),
+        wire.encode(wire.Close(session="fuzz")),
+        GOOD_BIN,
+    ]
+
+    @st.composite
+    def mutated(draw: st.DrawFn) -> bytes:
+        frame = bytearray(draw(st.sampled_from(good)))
+        for _ in range(draw(st.integers(1, 4))):
+            frame[draw(st.integers(0, len(frame) - 1))] = draw(st.integers(0, 255))
+        return bytes(frame[: draw(st.integers(0, len(frame)))])
+
+    @settings(max_examples=300, deadline=None)
+    @given(frame=st.binary(max_size=64) | mutated())
+    def send(frame: bytes) -> None:
+        feeder.send(frame)
+        reply = feeder.reply()
+        assert isinstance(
+            reply, wire.Refused | wire.Opened | wire.Closed | wire.Described | wire.SessionList
+        )
+        if isinstance(reply, wire.Opened):
+            feeder.ask(wire.Close(session=reply.session, epoch=reply.epoch), wire.Closed)
+
+    send()
+    assert service.healthy

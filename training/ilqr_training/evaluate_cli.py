@@ -1,0 +1,258 @@
+"""``ilqr-vae evaluate``: score a model's causal decodes on a span of a recording, offline."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from ilqr_training.causal import Causal, causal_pass
+from ilqr_training.train_cli import use_threads
+from ilqr_vae.artifact import Artifact, load_artifact
+from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.recordings.spec import SPANS, Span, plan_drops, warmup_start
+from ilqr_vae.report import (
+    ReportData,
+    Scores,
+    check_html,
+    check_writable,
+    render_html,
+    score_decodes,
+    to_json,
+    write_whole,
+)
+from ilqr_vae.report.score import OURS, WIENER
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+EXAMPLE = (
+    "Example: ilqr-vae evaluate reach.safetensors --recording reach.nwb --span test --json e.json"
+)
+
+
+def read_for(artifact: Artifact, path: Path) -> Recording:
+    """The recording as the model was trained on one, its units alone.
+
+    Raises:
+        RecordingError: unreadable, another bin width, or units the model needs are absent.
+    """
+    manifest = artifact.manifest
+    recording = load_recording(path, manifest.data)
+    if abs(recording.bin_width - manifest.bin_width) > 1e-9:
+        raise RecordingError(
+            "recording.bin_width",
+            expected=f"the model's {manifest.bin_width:g} s",
+            got=f"{recording.bin_width:g} s",
+        )
+    names = manifest.kinematic_names
+    if names and recording.kinematics is not None and recording.kinematic_names != names:
+        raise RecordingError(
+            "recording.kinematics",
+            expected=f"the channels the model decodes, {', '.join(names)}",
+            got=", ".join(recording.kinematic_names),
+        )
+    return recording.select_units(manifest.unit_names)
+
+
+def _run(
+    artifact: Artifact, recording: Recording, start: int, stop: int, drops: NDArray[np.bool_]
+) -> Causal:
+    """The exact stream, with a progress bar: warm-up, then every bin of the span."""
+    first = warmup_start(start)
+    steps = iter(
+        track(
+            range(stop - first),
+            description="streaming offline",
+            console=Console(stderr=True),
+            transient=True,
+        )
+    )
+    return causal_pass(
+        artifact.estimator(),
+        recording,
+        start,
+        stop,
+        run_in=start - first,
+        dropped=drops,
+        progress=lambda _done, _of: next(steps, None),
+    )
+
+
+def _scores(
+    artifact: Artifact,
+    recording: Recording,
+    bins: tuple[int, int],
+    result: Causal,
+    drops: NDArray[np.bool_],
+) -> Scores | None:
+    if recording.kinematics is None or not artifact.manifest.kinematic_names:
+        return None
+    return score_decodes(
+        recording,
+        artifact.manifest.data.split,
+        bins=bins,
+        decoded=result.kinematics,
+        std=result.kinematics_std,
+        seen=~drops[bins[0] : bins[1]],
+    )
+
+
+def _report(
+    artifact: Artifact,
+    recording: Recording,
+    span: Span,
+    bins: tuple[int, int],
+    result: Causal,
+    scores: Scores | None,
+    drops: NDArray[np.bool_],
+    seconds: float,
+) -> ReportData:
+    manifest, (start, stop) = artifact.manifest, bins
+    part = recording.slice(start, stop)
+    names = manifest.kinematic_names
+    missing = drops[start:stop] | ~recording.valid[start:stop]
+    facts = {"bits per spike, one step ahead": f"{result.bits_per_spike:.3f}"}
+    if scores is not None:
+        facts["causal R2, mean"] = f"{scores.methods[OURS]['r2']:.3f}"
+        if WIENER in scores.methods:
+            facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
+        facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
+    notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
+    sha = recording.sha256
+    return ReportData(
+        title=f"Offline causal evaluation on {recording.name}",
+        kind="evaluate",
+        bin_width=recording.bin_width,
+        start=part.start_time,
+        counts=part.counts,
+        status=tuple("missing" if m else "ok" for m in missing),
+        latents=result.window[:, : manifest.latents],
+        latents_std=result.latent_std,
+        bits_per_spike=result.bits_per_spike,
+        names=names,
+        units=manifest.kinematic_units,
+        truth=part.kinematics if names else None,
+        decoded=result.kinematics if names else None,
+        decoded_std=result.kinematics_std if names else None,
+        baselines={} if scores is None or scores.wiener is None else {WIENER: scores.wiener},
+        trials=part.trials,
+        scores=scores,
+        facts=facts,
+        provenance={
+            "model": manifest.model_id,
+            "recording": recording.name + (f", sha256 {sha}" if sha else ""),
+            "span": f"{span}: bins {start} to {stop - 1}, after {start - warmup_start(start)} "
+            "bins of warm-up",
+            "versions": f"ilqr-vae {version('ilqr-vae')}, Python {platform.python_version()}, "
+            f"torch {torch.__version__}",
+            "command": shlex.join(["ilqr-vae", "evaluate", *sys.argv[2:]]),
+        },
+        notes=notes,
+        extra={
+            "model": manifest.model_id,
+            "solver": result.statuses,
+            "iterations": result.iterations,
+            "seconds": seconds,
+            "validation_scores": manifest.scores,
+        },
+    )
+
+
+def _arrays(start: int, result: Causal, latents: int) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        allow_pickle=False,
+        index=np.arange(start, start + len(result.bits)),
+        kinematics=result.kinematics,
+        kinematics_std=result.kinematics_std,
+        latents=result.window[:, :latents],
+        latents_std=result.latent_std,
+        bits=result.bits,
+        spikes=result.spikes,
+    )
+    return buffer.getvalue()
+
+
+def _say(report: ReportData) -> None:
+    console = Console(soft_wrap=True)
+    console.print(f"[bold]{report.title}[/], {len(report.counts)} bins", highlight=False)
+    if report.scores is not None:
+        for name, values in report.scores.methods.items():
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+            console.print(f"  {name:<14} {shown}", highlight=False, markup=False)
+    console.print(f"  bits per spike {report.bits_per_spike:.4f}", highlight=False)
+    for note in report.notes:
+        console.print(f"  {note}", highlight=False, markup=False)
+
+
+@app.command(epilog=EXAMPLE)
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model file.")],
+    recording: Annotated[Path, typer.Option(help="A .nwb or .mat recording.")],
+    span: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    drop: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of which bins are left out.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here; - for stdout.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained page here.")
+    ] = None,
+    arrays_file: Annotated[
+        Path | None, typer.Option("--arrays", help="Write every answer here (.npz).")
+    ] = None,
+) -> None:
+    """Score causal decodes on a span, beside a Wiener filter's on the same bins.
+
+    The estimator is the one the service streams with, so its answers are the same.
+    """
+    if span not in SPANS:
+        raise ConfigError("--span", expected="train, validation, test or all", got=repr(span))
+    chosen: Span = span
+    check_html(html_file, "--html")
+    for option, path in {"--json": json_file, "--arrays": arrays_file}.items():
+        check_writable(path, option)
+    use_threads(None)
+    artifact = load_artifact(model)
+    read = read_for(artifact, recording)
+    start, stop = artifact.manifest.data.split.bins(chosen, len(read))
+    if stop <= start:
+        raise RecordingError(
+            "recording", expected=f"at least one bin in the {chosen} span", got="none"
+        )
+    first = warmup_start(start)
+    drops = np.zeros(len(read), dtype=bool)
+    drops[first:stop] = plan_drops(stop - first, drop, seed)
+    began = time.monotonic()
+    result = _run(artifact, read, start, stop, drops)
+    seconds = time.monotonic() - began
+    scores = _scores(artifact, read, (start, stop), result, drops)
+    report = _report(artifact, read, chosen, (start, stop), result, scores, drops, seconds)
+    made: list[tuple[Path, str | bytes]] = []
+    if json_file is not None:
+        made.append((json_file, json.dumps(to_json(report), indent=2) + "\n"))
+    if html_file is not None:
+        made.append((html_file, render_html(report)))
+    if arrays_file is not None:
+        made.append((arrays_file, _arrays(start, result, artifact.manifest.latents)))
+    for path, content in made:
+        write_whole(path, content)
+    if json_file != Path("-"):
+        _say(report)

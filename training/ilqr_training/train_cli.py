@@ -1,0 +1,170 @@
+"""``ilqr-vae train``: fit a model to a recording."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ilqr_training.config import TrainConfig, check, load_config
+from ilqr_training.data import Prepared
+from ilqr_training.loop import Report
+from ilqr_training.train import checkpoint_path, train
+from ilqr_training.validate import Validation
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.report import check_writable, write_whole
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+EXAMPLE = "Example: ilqr-vae train configs/demo.toml --recording reach.nwb --out reach.safetensors"
+
+
+class _Terminal:
+    """Shows training as a progress bar with the newest numbers."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console, self.steps = console, steps
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self.task: TaskID = self.bar.add_task("training", total=steps, note="")
+        self.side: TaskID | None = None
+
+    def prepared(self, data: Prepared) -> None:
+        r = data.recording
+        (a, b), (c, d), (e, f) = data.train, data.validation, data.test
+        what = ", ".join(r.kinematic_names) or "none"
+        self.console.print(
+            f"{r.name}: {len(r)} bins of {r.bin_width * 1e3:g} ms, {r.n_units} units, kinematics: "
+            f"{what}; train {a}:{b}, validation {c}:{d}, test {e}:{f}",
+            highlight=False,
+            markup=False,
+        )
+
+    def stepped(self, report: Report) -> None:
+        self._end_side()
+        note = (
+            f"bound {report.bound:.1f} nats/bin, KL {report.kl:.2f}, "
+            f"{report.iterations:.1f} iterations"
+        )
+        self.bar.update(self.task, completed=report.step, note=note)
+
+    def validating(self, what: str, done: int, of: int) -> None:
+        if self.side is None:
+            self.side = self.bar.add_task(what, total=of, note="")
+        self.bar.update(self.side, description=what, completed=done, total=of)
+
+    def validated(self, step: int, validation: Validation, best: bool) -> None:
+        self._end_side()
+        scores = validation.scores
+        decode = f"causal R2 {scores['r2']:.4f}, " if "r2" in scores else ""
+        mark = "  (best so far)" if best else ""
+        self.console.print(
+            f"step {step}: {decode}{scores['bits_per_spike']:.4f} bits per spike on the "
+            f"validation part{mark}",
+            highlight=False,
+        )
+
+    def _end_side(self) -> None:
+        if self.side is not None:
+            self.bar.remove_task(self.side)
+            self.side = None
+
+
+def _overridden(config: TrainConfig, seed: int | None, steps: int | None) -> TrainConfig:
+    changes = {k: v for k, v in {"seed": seed, "steps": steps}.items() if v is not None}
+    loop = msgspec.structs.replace(config.training, **changes)
+    return check(msgspec.structs.replace(config, training=loop))
+
+
+@app.command(epilog=EXAMPLE)
+def train_command(
+    config: Annotated[Path, typer.Argument(help="TOML with overrides; see configs/.")],
+    recording: Annotated[Path, typer.Option(help="A .nwb or .mat recording.")],
+    out: Annotated[Path, typer.Option(help="The model file to write (.safetensors).")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="TensorBoard events; default beside --out.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default one per core.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the scores and the history here.")
+    ] = None,
+) -> None:
+    """Fit a model to a recording: its latent dynamics, and a causal readout of its kinematics.
+
+    Trains on the first part of the recording, chooses everything on the validation part, never
+    looks at the test part. Interrupted runs continue with --resume, to the same result.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError("--out", expected="a name ending in .safetensors", got=str(out))
+    check_writable(out, "--out")
+    check_writable(json_file, "--json")
+    settings = _overridden(load_config(config), seed, steps)
+    use_threads(threads)
+    console = Console(stderr=True)
+    terminal = _Terminal(console, settings.training.steps)
+    began = time.monotonic()
+    try:
+        with terminal.bar:
+            done = train(
+                settings,
+                recording,
+                out,
+                terminal,
+                resume=resume,
+                log_dir=log_dir or out.with_name(out.stem + "-log"),
+            )
+    except KeyboardInterrupt:
+        kept = checkpoint_path(out)
+        hint = f"; continue with --resume ({kept.name})" if kept.exists() else ""
+        console.print(f"interrupted{hint}", highlight=False)
+        raise typer.Exit(130) from None
+    scores = {k: round(v, 4) for k, v in done.manifest.scores.items()}
+    if json_file is not None:
+        content = {
+            "model": done.manifest.model_id,
+            "scores": done.manifest.scores,
+            "provenance": done.manifest.provenance,
+            "steps": done.steps,
+            "best_step": done.best_step,
+            "history": done.history,
+            "seconds": done.seconds,
+        }
+        write_whole(json_file, msgspec.json.format(msgspec.json.encode(content)).decode() + "\n")
+    Console(soft_wrap=True).print(
+        f"wrote {out} (model {done.manifest.model_id}) after {done.steps} steps, best at "
+        f"{done.best_step}, {time.monotonic() - began:.0f} s; causal validation scores: {scores}",
+        highlight=False,
+    )
+
+
+def use_threads(threads: int | None) -> None:
+    """Give the compiled kernels the cores; torch's own pool only spins beside them.
+
+    The batched torch operations here are small, and two pools of spinning threads on the same cores
+    slow each other by an order of magnitude on a busy machine.
+    """
+    torch.set_num_threads(1)
+    if threads is not None:
+        import numba
+
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue] (set at import)

@@ -1,0 +1,127 @@
+"""Causal validation: what the streaming service would score with the parameters as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ilqr_training.causal import Causal, causal_pass
+from ilqr_training.config import TrainConfig
+from ilqr_training.data import Prepared
+from ilqr_training.readouts import fit_readout
+from ilqr_vae.horizon import MovingHorizon
+from ilqr_vae.metrics import interval_coverage, r2
+from ilqr_vae.model import Model
+from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.recordings.spec import warmup_start
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores on the validation part, and the readout that made them.
+
+    Attributes:
+        score: what training maximises: mean velocity R2, or bits per spike without kinematics.
+        scores: by name.
+        readout: None without kinematics.
+        mean_rate: (N,) of the training part.
+    """
+
+    score: float
+    scores: dict[str, float]
+    readout: KinematicReadout | None
+    mean_rate: torch.Tensor
+
+
+def mean_rate(data: Prepared) -> torch.Tensor:
+    """(N,) expected counts per bin over the training part, float64."""
+    a, b = data.train
+    valid = data.recording.valid[a:b]
+    return torch.as_tensor(data.recording.counts[a:b][valid].astype(np.float64).mean(0))
+
+
+def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHorizon:
+    """A float64 copy of the model as a moving-horizon estimator without a fitted readout.
+
+    The blank readout only sets how many lags each answer's window holds.
+    """
+    k = data.recording.kinematics
+    blank = None
+    if k is not None:
+        blank = KinematicReadout(model.n, k.shape[1], lags=config.readout.lags).double()
+    frozen = copy.deepcopy(model).double().cpu()
+    return MovingHorizon(frozen, blank, mean_rate(data), config.estimator)
+
+
+def validate(
+    model: Model,
+    data: Prepared,
+    config: TrainConfig,
+    *,
+    thorough: bool,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Validation:
+    """Fit the readout on causal latents of the training part, score it on the validation part.
+
+    Args:
+        thorough: the validation part as the one exact stream, as the final scores are; else in
+            parallel pieces, quick enough to do while training.
+        progress: called with (what, done, of).
+    """
+    estimator = estimator_of(model, data, config)
+    say = progress or (lambda what, done, of: None)
+    train = causal_pass(
+        estimator,
+        data.recording,
+        *data.train,
+        streams=16 if thorough else 48,
+        run_in=40,
+        progress=lambda i, n: say("latents of the training part", i, n),
+    )
+    held = causal_pass(
+        estimator,
+        data.recording,
+        *data.validation,
+        streams=1 if thorough else 24,
+        run_in=data.validation[0] - warmup_start(data.validation[0]) if thorough else 40,
+        progress=lambda i, n: say("latents of the validation part", i, n),
+    )
+    scores = {"bits_per_spike": held.bits_per_spike, "iterations": held.iterations}
+    k = data.recording.kinematics
+    if k is None:
+        return Validation(held.bits_per_spike, scores, None, estimator.mean_rate)
+    fitted = _decode(train, held, k, data, model.n, config)
+    return Validation(fitted[1]["r2"], scores | fitted[1], fitted[0], estimator.mean_rate)
+
+
+def _decode(
+    train: Causal,
+    held: Causal,
+    k: NDArray[np.float64],
+    data: Prepared,
+    n: int,
+    config: TrainConfig,
+) -> tuple[KinematicReadout, dict[str, float]]:
+    valid = data.recording.valid
+    a, b = data.train
+    c, d = data.validation
+    fit = fit_readout(
+        train.rows(valid[a:b]),
+        k[a:b][valid[a:b]],
+        held.rows(valid[c:d]),
+        k[c:d][valid[c:d]],
+        n,
+        config.readout,
+    )
+    names = data.recording.kinematic_names
+    scores = {"r2": fit.score} | {
+        f"r2.{name}": float(r2(fit.truth[:, [i]], fit.decoded[:, [i]]))
+        for i, name in enumerate(names)
+    }
+    scores["coverage_90"] = float(np.mean(interval_coverage(fit.truth, fit.decoded, fit.std, 0.9)))
+    return fit.readout, scores
