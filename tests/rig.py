@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import io
+
 from ilqr_service.engine import Engine
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
-from scipy import io
-
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, save_artifact
 from ilqr_vae.horizon import HorizonConfig
 from ilqr_vae.readout import KinematicReadout

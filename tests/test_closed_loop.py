@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from ilqr_clients.closed_loop import (
     Trace,
     own_hand,
@@ -17,12 +18,11 @@ from ilqr_clients.closed_loop import (
 )
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
-from rig import BIN_S, make_model, serving
-
 from ilqr_vae.centre_out import CentreOut, TrialRecord
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.subject import Subject
+from rig import BIN_S, make_model, serving
 
 N_UNITS = 6
 NAMES = tuple(f"unit{i:03d}" for i in range(N_UNITS))

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from ilqr_clients.replay import StreamLog, stream
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
 from ilqr_training.causal import causal_pass
-from rig import BIN_S, N_BINS, SPLIT, make_model, serving, spec, write_recording
-
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.recordings import load_recording
 from ilqr_vae.recordings.spec import WARMUP_BINS, plan_drops, warmup_start
+from rig import BIN_S, N_BINS, SPLIT, make_model, serving, spec, write_recording
 
 N_UNITS = 6
 UNITS = tuple(f"unit{i}" for i in range(N_UNITS))

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from ilqr_clients.answers import Answer
 from ilqr_clients.sdk import ServiceClient, Session, model_of, reachable
 from ilqr_service.server import Service
-from numpy.typing import NDArray
-from rig import BIN_S, make_model, serving
-
 from ilqr_vae import wire
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ProtocolError, ServiceError, ShapeError
+from rig import BIN_S, make_model, serving
 
 UNITS = tuple(f"unit{i}" for i in range(5))
 GENEROUS_S = 60.0

@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
+
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
 from ilqr_service.engine import Engine
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.web import Web
-from prometheus_client import CollectorRegistry
-from rig import make_model, serving
-
 from ilqr_vae import wire
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
+from rig import make_model, serving
 
 FREE = {"ingest": "tcp://127.0.0.1:*", "results": "tcp://127.0.0.1:0", "http": "127.0.0.1:0"}
 

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from numpy.typing import NDArray
+
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_service.engine import Engine, choose_device
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.work import FAILED, Work
-from numpy.typing import NDArray
-from rig import make_model, serving
-
 from ilqr_vae import wire
 from ilqr_vae.artifact import (
     load_artifact,
 )
 from ilqr_vae.errors import ConfigError
+from rig import make_model, serving
 
 
 @pytest.fixture(scope="module")

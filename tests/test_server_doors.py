@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feeder import UNITS, Feeder, bin_, open_, spikes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ilqr_service.server import Service
-from rig import make_model, serving
 
+from feeder import UNITS, Feeder, bin_, open_, spikes
+from ilqr_service.server import Service
 from ilqr_vae import wire
+from rig import make_model, serving
 
 
 @pytest.fixture(scope="module")

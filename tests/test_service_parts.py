@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ilqr_service.scheduler import Scheduler
 from ilqr_service.session import Recent
 from ilqr_service.settings import (
@@ -18,7 +19,6 @@ from ilqr_service.settings import (
 )
 from ilqr_service.telemetry import edges
 from ilqr_service.work import Work
-
 from ilqr_vae.errors import ConfigError, ServiceError
 
 MS = 1_000_000

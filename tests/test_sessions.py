@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ilqr_service.scheduler import Scheduler
 from ilqr_service.session import Effects, Limits
 from ilqr_service.sessions import SessionTable
 from ilqr_service.work import FAILED, STOPPED, Answer, ModelFacts, Work, status_of
-
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
 

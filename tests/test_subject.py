@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ilqr_training.simulate_cli import write_session
 
+from ilqr_training.simulate_cli import write_session
 from ilqr_vae import cli
 from ilqr_vae.baselines import WienerFilter
 from ilqr_vae.centre_out import REACH, CentreOut, target_position

@@ -16,12 +16,12 @@ import msgspec
 import numba
 import numpy as np
 import torch
-from ilqr_vae.artifact import Artifact, load_artifact
 from numpy.typing import NDArray
 
 from ilqr_service import logs
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.work import FAILED, Answer, ModelFacts, Work
+from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, ServiceError
 from ilqr_vae.horizon import Estimate, HorizonState
 from ilqr_vae.ilqr import Status

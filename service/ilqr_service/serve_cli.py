@@ -74,8 +74,8 @@ def serve(
 
     Example: ilqr-vae serve model.safetensors --http 127.0.0.1:9464
 
-    Scripts: ilqr-vae serve model.safetensors --ingest 'tcp://127.0.0.1:*' --results
-    'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json
+    From a script, with free ports: ilqr-vae serve model.safetensors --ingest 'tcp://127.0.0.1:*'
+    --results 'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json
 
     Told to stop, it answers what is queued, tells feeders and subscribers, logs the exact latency
     quantiles and exits with 0. Exit codes: 2 wrong model, setting or usage; 3 an address cannot be

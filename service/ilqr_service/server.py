@@ -246,8 +246,8 @@ class Service:
 
     def _carry_out(self, effects: Effects) -> None:
         for run in effects.forget:
-            dropped = self._solver.forget(run)
-            effects.events["dropped"] += dropped
+            if dropped := self._solver.forget(run):
+                effects.events["dropped"] += dropped
         if effects.work:
             self._solver.submit(effects.work)
         for message in effects.published:

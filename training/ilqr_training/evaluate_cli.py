@@ -17,7 +17,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from ilqr_training.causal import Causal, causal_pass
 from ilqr_training.train_cli import use_threads
@@ -73,23 +73,17 @@ def _run(
 ) -> Causal:
     """The exact stream, with a progress bar: warm-up, then every bin of the span."""
     first = warmup_start(start)
-    steps = iter(
-        track(
-            range(stop - first),
-            description="streaming offline",
-            console=Console(stderr=True),
-            transient=True,
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("streaming offline", total=stop - first)
+        return causal_pass(
+            artifact.estimator(),
+            recording,
+            start,
+            stop,
+            run_in=start - first,
+            dropped=drops,
+            progress=lambda done, _of: bar.update(task, completed=done),
         )
-    )
-    return causal_pass(
-        artifact.estimator(),
-        recording,
-        start,
-        stop,
-        run_in=start - first,
-        dropped=drops,
-        progress=lambda _done, _of: next(steps, None),
-    )
 
 
 def _scores(

@@ -189,7 +189,7 @@ def manifest_of(
             "seed": str(config.training.seed),
             "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "ilqr_vae": version("ilqr-vae"),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         },

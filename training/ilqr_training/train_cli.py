@@ -167,4 +167,4 @@ def use_threads(threads: int | None) -> None:
     if threads is not None:
         import numba
 
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue] (set at import)
+        numba.set_num_threads(min(threads, numba.get_num_threads()))
