@@ -104,6 +104,14 @@ def test_it_corrects_a_cursor_that_is_pushed_aside() -> None:
     assert np.hypot(*(cursor - target)) < 0.02
 
 
+def test_it_sets_out_for_the_centre_when_the_cursor_starts_elsewhere() -> None:
+    subject, cursor = Subject(0, units=5), np.array([0.05, 0.0])
+    for _ in range(40):
+        subject.step(cursor, np.zeros(2))
+        cursor = cursor + 0.05 * subject.intended
+    assert np.hypot(*cursor) < 0.02
+
+
 def test_a_decoder_in_the_loop_reaches_the_targets(session: Session, wiener: WienerFilter) -> None:
     subject, task = Subject(session.seed, units=100), CentreOut(1)
     cursor, state = np.zeros(2), wiener.init()

@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ilqr_vae.dynamics import FAMILIES
+from ilqr_vae.dynamics import FAMILIES, DynamicsOptions
 from ilqr_vae.errors import ArtifactError, ConfigError
 from ilqr_vae.horizon import HorizonConfig, MovingHorizon
 from ilqr_vae.likelihoods import LIKELIHOODS, Likelihood, Poisson
 from ilqr_vae.model import Model
-from ilqr_vae.priors import INPUT_PRIORS, InitialPrior
+from ilqr_vae.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
 from ilqr_vae.readout import KinematicReadout
 from ilqr_vae.recordings import RecordingSpec
 
@@ -42,13 +42,25 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What it takes to build a model of the right shape before its tensors are loaded."""
+    """What it takes to build a model of the right shape before its tensors are loaded.
+
+    Attributes:
+        dynamics, prior: family names.
+        latents, inputs: n and m.
+        groups: the observation groups.
+        options: choices within the dynamics family.
+        nu: of a fresh Student prior.
+        initial_mean: whether the mean of z_0 is learned; else zero, as surrogate bins have it.
+    """
 
     dynamics: str
     prior: str = "gaussian"
     latents: int
     inputs: int
     groups: dict[str, GroupSpec]
+    options: DynamicsOptions = DynamicsOptions()
+    nu: float = 5.0
+    initial_mean: bool = True
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -107,10 +119,17 @@ def build(spec: ModelSpec) -> Model:
             groups[name] = Poisson(spec.latents, g.channels, log_rate_max=g.log_rate_max)
         else:
             groups[name] = LIKELIHOODS[g.family](spec.latents, g.channels)
+    prior: InputPrior
+    if spec.prior == StudentPrior.family:
+        if not spec.nu > 2:
+            raise ArtifactError("model.nu", expected="above 2", got=f"{spec.nu:g}")
+        prior = StudentPrior(spec.inputs, nu=spec.nu)
+    else:
+        prior = INPUT_PRIORS[spec.prior](spec.inputs)
     return Model(
-        FAMILIES[spec.dynamics](spec.latents, spec.inputs),
-        INPUT_PRIORS[spec.prior](spec.inputs),
-        InitialPrior(spec.latents),
+        FAMILIES[spec.dynamics].from_options(spec.latents, spec.inputs, spec.options),
+        prior,
+        InitialPrior(spec.latents, learn_mean=spec.initial_mean),
         groups,
     )
 

@@ -18,6 +18,7 @@ GROUP = "ilqr_vae.verbs"
 
 # One line a verb, here so that --help need not import the packages that hold them.
 SUMMARIES = {
+    "demo": "all of it in one go: simulate, train, serve, replay, report",
     "simulate": "make up a realistic reaching session and write it as NWB",
     "train": "fit a model to a recording and write it as one .safetensors file",
     "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",

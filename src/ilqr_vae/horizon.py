@@ -24,7 +24,7 @@ Pure: ``step(state, bin) -> (state, estimate)``; S streams, one never changing a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import msgspec
@@ -33,6 +33,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ilqr_vae import ilqr
+from ilqr_vae.fused import solver
+from ilqr_vae.fused.estimator import Estimator
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
 from ilqr_vae.model import Model
@@ -119,6 +121,9 @@ class Estimate:
         return self.z_cov.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
+_STATE = fields(HorizonState)
+
+
 def _spd_inverse(M: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(M)[0])
 
@@ -147,6 +152,7 @@ class MovingHorizon:
         self.spikes = model.group("spikes")
         self._w = tuple(t.contiguous() for t in model.dynamics.weights())
         self._solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
+        self._packed: Estimator | None = None
 
     def init(self, batch: int = 1) -> HorizonState:
         """Fresh streams: the model's own prior, an empty window."""
@@ -182,7 +188,13 @@ class MovingHorizon:
         precision = information + Q
         rhs = information @ shift - q.unsqueeze(-1)
         factor = torch.linalg.cholesky_ex(precision)[0]
-        return z_next + torch.cholesky_solve(rhs, factor).squeeze(-1), precision
+        mean = z_next + torch.cholesky_solve(rhs, factor).squeeze(-1)
+        # where rounding left nothing positive definite, the model's own uncertainty of a state
+        sound = mean.isfinite().all(-1) & precision.isfinite().all(-1).all(-1)
+        own = model.initial.cost(z.shape[0]).precision
+        return torch.where(sound[:, None], mean, z_next), torch.where(
+            sound[:, None, None], precision, own
+        )
 
     def _shift(self, s: HorizonState) -> HorizonState:
         """The window one bin later, its newest slot empty; streams not yet full stay."""
@@ -230,15 +242,56 @@ class MovingHorizon:
         state: HorizonState,
         counts: Float[Tensor, "S N"],
         mask: Float[Tensor, "S N"],
-        stop: Callable[[], bool] | None = None,
+        stop: ilqr.Stop | None = None,
     ) -> tuple[HorizonState, Estimate]:
         """Take one bin of each stream.
 
         Args:
-            counts: spikes per unit; where mask is zero, any finite number.
+            counts: spikes per unit; where mask is zero, any number. One that is not finite counts
+                as not observed, and its stream's status is NOT_FINITE.
             mask: one where observed; a row of zeros is a missing bin (the answer is a prediction).
-            stop: asked before every iteration after the first; True ends the solve (anytime).
+            stop: asked before every iteration after the first; True ends the solve (anytime). One
+                truth value, or one per stream.
         """
+        finite = counts.isfinite()
+        if not bool(finite.all()):
+            bad = (~finite & (mask > 0)).any(-1)
+            counts = torch.where(finite, counts, torch.zeros_like(counts))
+            after, answer = self.step(state, counts, mask * finite, stop)
+            status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
+            return after, replace(answer, status=status)
+        if not solver.usable(self.model, ("spikes",), state.z):
+            return self.step_reference(state, counts, mask, stop)
+        after, answer = self._estimator().step(
+            tuple(getattr(state, f.name) for f in _STATE), counts, mask, ilqr.stopping(stop)
+        )
+        ilqr.finish(answer[-1])
+        window, *rest = (torch.from_numpy(x) for x in answer)
+        moved = HorizonState(*(torch.from_numpy(x) for x in after))
+        return moved, Estimate(window[:, : self.model.n], rest[0], window, *rest[1:])
+
+    def _estimator(self) -> Estimator:
+        """The model packed for the compiled step, once."""
+        if self._packed is None:
+            self._packed = Estimator(
+                self.model,
+                self._w,
+                self.readout,
+                self.mean_rate,
+                self.config.horizon,
+                ilqr.options(self._solver),
+            )
+        return self._packed
+
+    @torch.no_grad()
+    def step_reference(
+        self,
+        state: HorizonState,
+        counts: Float[Tensor, "S N"],
+        mask: Float[Tensor, "S N"],
+        stop: ilqr.Stop | None = None,
+    ) -> tuple[HorizonState, Estimate]:
+        """``step`` in torch: what the compiled one must do."""
         counts = torch.where(mask > 0, counts, torch.zeros_like(counts))
         s = self._shift(state)
         row = torch.arange(s.z.shape[0], device=s.z.device)

@@ -15,15 +15,19 @@ steps, z (B, T+1, n), u (B, T, m).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_vae.dynamics import Weights
+from ilqr_vae.fused import solver
 from ilqr_vae.likelihoods import Observations
 from ilqr_vae.lqr import LQRProblem, LQRSolution, solve_lqr
 from ilqr_vae.model import Model
@@ -158,6 +162,19 @@ def solve_exact(
 
 def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
     """One iteration. Problems that have stopped are returned as they were."""
+    if _compiled(problem, config, state.u):
+        given = tuple(getattr(state, f.name) for f in fields(State))
+        p = problem
+        return _outcome(
+            solver.resume(p.model, p.w, p.observed, p.initial, given, options(config))
+        )
+    return step_reference(problem, state, config)
+
+
+def step_reference(
+    problem: Problem, state: State, config: SolverConfig
+) -> tuple[State, Info]:
+    """``step`` in torch: what the compiled one must do."""
     model, w = problem.model, problem.w
     running = state.status == Status.RUNNING
     quadratic = model.lqr_problem(w, state.z, state.u, problem.observed, problem.initial)
@@ -205,33 +222,120 @@ def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, I
     return after, Info(quadratic, lqr, taken)
 
 
+def _compiled(problem: Problem, config: SolverConfig, like: Tensor) -> bool:
+    if config.exact or (torch.is_grad_enabled() and any(t.requires_grad for t in problem.w)):
+        return False
+    return solver.usable(problem.model, problem.observed, like)
+
+
+def options(config: SolverConfig) -> solver.Options:
+    """A configuration as the compiled solve takes it."""
+    c = config
+    return solver.Options(
+        c.iterations,
+        (c.tolerance, c.armijo, c.backtracks, c.regularisation_min, c.regularisation_max),
+    )
+
+
+def _outcome(work: solver.Work) -> tuple[State, Info]:
+    quadratic, lqr = work.lqr()
+    state = State(*(torch.from_numpy(x) for x in work.state))
+    return state, Info(quadratic, lqr, torch.from_numpy(work.taken))
+
+
+Stop = Callable[[], "bool | Sequence[bool] | NDArray[np.bool_] | Tensor"]
+
+
+def stopping(stop: Stop | None) -> solver.Stopped | None:
+    """``stop`` as a function of the statuses: whether the solve ends; marks those it stops."""
+    if stop is None:
+        return None
+
+    def stopped(status: NDArray[np.int64]) -> bool:
+        running = status == Status.RUNNING
+        if not running.any():
+            return True
+        cut = running & np.asarray(stop(), dtype=bool)
+        status[cut] = Status.STOPPED
+        return bool((running == cut).all())
+
+    return stopped
+
+
+def finish(status: NDArray[np.int64]) -> None:
+    """Name the problems that are still running when the budget is used up."""
+    status[status == Status.RUNNING] = Status.ITERATION_LIMIT
+
+
 def solve(
     problem: Problem,
     z0: Float[Tensor, "B n"],
     u: Float[Tensor, "B T m"],
     config: SolverConfig,
-    stop: Callable[[], bool] | None = None,
+    stop: Stop | None = None,
 ) -> tuple[State, Info]:
     """Iterate until every problem has stopped.
 
     Args:
         stop: asked before every iteration but the first; True ends the solve where it is
-            (``Status.STOPPED``): the answer is the best iterate so far.
+            (``Status.STOPPED``): the answer is the best iterate so far. One truth value, or one
+            per problem.
 
     Returns:
-        the final state, and the last iteration's ``Info``, whose LQR problem is around the
-        trajectory that iteration started from (at convergence: the same to the tolerance).
+        the final state, and each problem's last iteration's ``Info``, whose LQR problem is around
+        the trajectory that iteration started from (at convergence: the same to the tolerance).
     """
     with torch.no_grad():
-        state = init(problem, z0, u)
-        state, info = step(problem, state, config)
-        ending = Status.ITERATION_LIMIT
-        for _ in range(1, config.iterations):
-            if not bool((state.status == Status.RUNNING).any()):
-                break
-            if stop is not None and stop():
-                ending = Status.STOPPED
-                break
-            state, info = step(problem, state, config)
+        if _compiled(problem, config, u):
+            p = problem
+            work = solver.solve(
+                p.model, p.w, p.observed, p.initial, (z0, u), options(config), stopping(stop)
+            )
+            finish(work.status)
+            return _outcome(work)
+        return solve_reference(problem, z0, u, config, stop)
+
+
+def solve_reference(
+    problem: Problem,
+    z0: Float[Tensor, "B n"],
+    u: Float[Tensor, "B T m"],
+    config: SolverConfig,
+    stop: Stop | None = None,
+) -> tuple[State, Info]:
+    """``solve`` in torch: what the compiled one must do."""
+    stopped = stopping(stop)
+    state = init(problem, z0, u)
+    state, info = step_reference(problem, state, config)
+    for _ in range(1, config.iterations):
         running = state.status == Status.RUNNING
-        return replace(state, status=torch.where(running, int(ending), state.status)), info
+        if stopped is not None:
+            status = state.status.cpu().numpy().copy()
+            ended = stopped(status)
+            state = replace(state, status=torch.from_numpy(status).to(state.status.device))
+            running = state.status == Status.RUNNING
+            if ended:
+                break
+        if not bool(running.any()):
+            break
+        state, later = step_reference(problem, state, config)
+        info = _latest(running, later, info)
+    running = state.status == Status.RUNNING
+    limit = torch.where(running, int(Status.ITERATION_LIMIT), state.status)
+    return replace(state, status=limit), info
+
+
+def _latest(running: Bool[Tensor, " B"], new: Info, old: Info) -> Info:
+    """``new`` for the problems that were running, ``old`` for those that had stopped."""
+    if bool(running.all()):
+        return new
+
+    def merged(after: Any, before: Any) -> dict[str, Any]:
+        pairs = {f.name: (getattr(after, f.name), getattr(before, f.name)) for f in fields(after)}
+        return {k: None if a is None else _where(running, a, b) for k, (a, b) in pairs.items()}
+
+    return Info(
+        LQRProblem(**merged(new.problem, old.problem)),
+        LQRSolution(**merged(new.lqr, old.lqr)),
+        _where(running, new.alpha, old.alpha),
+    )

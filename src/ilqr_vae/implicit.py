@@ -13,21 +13,22 @@ The product with H^-1 is the same LQR problem with the incoming gradient as its 
 
 one autograd product, batched over trials and time. Memory does not depend on iterations done.
 
-``exact=True`` puts the dynamics' curvature (lam . f'') into H: the exact derivative. Without it, H
-is the Gauss-Newton Hessian (as in the authors' code): biased, close in practice, cheaper. Where
-the exact H is not positive definite, that trial falls back to Gauss-Newton.
+``exact=True`` puts the dynamics' curvature (lam . f'') into H, and the curvature of prior and
+likelihoods that the solver's model drops to stay positive definite: the exact derivative. Without
+it, H is the Gauss-Newton Hessian (as in the authors' code): biased, close in practice, cheaper.
+Where the exact H is not positive definite, that trial falls back to Gauss-Newton.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ilqr_vae.ilqr import Problem, State, solve_exact
+from ilqr_vae.ilqr import Problem, State
 from ilqr_vae.lqr import LQRSolution, solve_lqr
 from ilqr_vae.rollout import adjoint
 
@@ -51,8 +52,20 @@ def _solve_adjoint(site: _Site, gz0: Tensor, gu: Tensor) -> tuple[LQRSolution, T
     gauss_newton = replace(at_optimum, q=q, r=gu)
     if not site.exact:
         return solve_lqr(gauss_newton, free_initial=True), lam
-    none = torch.zeros_like(s.cost)
-    return solve_exact(p, gauss_newton, s.z, s.u, lam, none), lam
+    full = p.model.exact_hessian(p.w, gauss_newton, s.z, s.u, lam, p.observed)
+    exact = solve_lqr(full, free_initial=True)
+    if bool(exact.ok.all()):
+        return exact, lam
+    plain = solve_lqr(gauss_newton, free_initial=True)
+    picked = {
+        f.name: torch.where(
+            exact.ok.view(-1, *[1] * (getattr(plain, f.name).ndim - 1)),
+            getattr(exact, f.name),
+            getattr(plain, f.name),
+        )
+        for f in fields(LQRSolution)
+    }
+    return LQRSolution(**picked), lam
 
 
 def _stationarity_product(site: _Site, sol: LQRSolution, lam: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, softplus
 
+from ilqr_vae.errors import ShapeError
 from ilqr_vae.priors import LOG_2PI
 
 
@@ -64,6 +66,55 @@ class Likelihood(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "*batch N"], Float[Tensor, "*batch N"]]:
         """First derivative and non-negative curvature of -log p in a, per channel."""
 
+    def unnormalised(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
+        """log p without constants that no optimum depends on."""
+        return self.log_prob(z, o)
+
+    def curvature(
+        self, a: Float[Tensor, "*batch N"], values: Float[Tensor, "*batch N"]
+    ) -> Float[Tensor, "*batch N"]:
+        """Second derivative of -log p in a, per channel (``derivatives`` may approximate it)."""
+        return self.derivatives(a, values)[1]
+
+    @abstractmethod
+    def sample(
+        self, z: Float[Tensor, "*batch n"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*batch N"]:
+        """Draw observations given z."""
+
+    def start_at(self, mean: Float[Tensor, " N"]) -> None:
+        """Set b so that E[o | z = 0] is ``mean``, expected counts per bin for spikes."""
+        with torch.no_grad():
+            self.b.copy_(mean)
+
+    def check(self, o: Observed, field: str) -> None:
+        """Refuse observations this family cannot score.
+
+        Raises:
+            ShapeError: wrong shapes, no bins, values that are not finite where observed (or NaN
+                where not), a mask of other than zeros and ones.
+        """
+        N = self.b.shape[0]
+        v, mask = o.values, o.mask
+        if v.ndim != 3 or v.shape[-1] != N or 0 in v.shape:
+            raise ShapeError(
+                f"{field}.values",
+                expected=f"(trials, bins, {N}), at least one of each",
+                got=str(tuple(v.shape)),
+            )
+        if mask.shape != v.shape:
+            raise ShapeError(
+                f"{field}.mask", expected=f"the values' shape {tuple(v.shape)}", got=str(mask.shape)
+            )
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ShapeError(f"{field}.mask", expected="zeros and ones", got="other numbers")
+        if not bool(v.isfinite().all()):
+            raise ShapeError(
+                f"{field}.values",
+                expected="finite numbers, those not observed masked",
+                got=f"{int((~v.isfinite()).sum())} that are not",
+            )
+
     def quadratise(
         self, z: Float[Tensor, "*batch n"], o: Observed
     ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
@@ -76,7 +127,36 @@ class Likelihood(nn.Module, ABC):
         return (d * o.mask) @ self.C, Q
 
 
-class Poisson(Likelihood):
+class _Counts(Likelihood):
+    """What Poisson families share: integers, drawn at a rate."""
+
+    def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.poisson(self.mean(z), generator=generator)
+
+    def check(self, o: Observed, field: str) -> None:
+        """As ``Likelihood.check``; also: counts that are negative or not whole, silent units.
+
+        Raises:
+            ShapeError: naming ``field``.
+        """
+        super().check(o, field)
+        bad = ((o.values < 0) | (o.values != o.values.round())) & (o.mask > 0)
+        if bool(bad.any()):
+            raise ShapeError(
+                f"{field}.values",
+                expected="whole numbers of spikes, zero or more",
+                got=f"{float(o.values[bad][0]):g}",
+            )
+        silent = ((o.values * o.mask).sum((0, 1)) == 0) & (o.mask.sum((0, 1)) > 0)
+        if bool(silent.any()):
+            raise ShapeError(
+                f"{field}.values",
+                expected="at least one spike of every unit",
+                got=f"unit {int(silent.nonzero()[0])} silent throughout",
+            )
+
+
+class Poisson(_Counts):
     """Counts per bin, Poisson with rate exp(a), continued linearly above ``log_rate_max``.
 
     The continuation is once differentiable and keeps the cost convex and bounded below: clamping
@@ -102,7 +182,7 @@ class Poisson(Likelihood):
         return a - over + torch.log1p(over)
 
     def log_prob(self, z: Tensor, o: Observed) -> Tensor:
-        return self.unnormalised(z, o) - (torch.lgamma(o.values + 1) * o.mask).sum(-1)
+        return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
 
     def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
         """log p without the constant log y!, which no optimum depends on."""
@@ -113,6 +193,56 @@ class Poisson(Likelihood):
         rate, slope = self._rate(a)
         # exact below log_rate_max (where slope = rate); Fisher information above
         return slope - values * (slope / rate), slope * (slope / rate)
+
+    def curvature(self, a: Tensor, values: Tensor) -> Tensor:
+        over = (a - self.log_rate_max).clamp(min=0)
+        return torch.where(over > 0, values / (1 + over) ** 2, self._rate(a)[1])
+
+    def start_at(self, mean: Tensor) -> None:
+        with torch.no_grad():
+            self.b.copy_(mean.clamp(min=1e-3).log())
+
+
+class SoftplusPoisson(_Counts):
+    """Counts per bin, Poisson with rate log(1 + exp(a)): linear in a where the rate is high.
+
+    -log p is convex in a, so its exact second derivative serves as the curvature.
+    """
+
+    family = "poisson-softplus"
+
+    def _terms(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rate, its slope, and d log rate / d a (which tends to one as the rate to zero)."""
+        rate, slope = softplus(a), torch.sigmoid(a)
+        ratio = torch.where(a > -15, slope / rate.clamp(min=1e-30), 1 - 0.5 * torch.exp(a))
+        return rate, slope, ratio
+
+    def mean(self, z: Tensor) -> Tensor:
+        return softplus(self.affine(z))
+
+    def _log_rate(self, a: Tensor) -> Tensor:
+        # log softplus(a) -> a as a -> -inf, where softplus itself would lose its digits
+        low = a < -15
+        safe = torch.where(low, torch.zeros_like(a), a)
+        return torch.where(low, a - 0.5 * torch.exp(a), softplus(safe).log())
+
+    def log_prob(self, z: Tensor, o: Observed) -> Tensor:
+        return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
+
+    def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
+        a = self.affine(z)
+        return ((o.values * self._log_rate(a) - softplus(a)) * o.mask).sum(-1)
+
+    def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        _, slope, ratio = self._terms(a)
+        bend = slope * torch.exp(logsigmoid(-a))  # slope (1 - slope)
+        # d2/da2 of -y log rate: y ratio (ratio - (1 - slope)), never negative
+        fall = values * ratio * (ratio - torch.sigmoid(-a)).clamp(min=0)
+        return slope - values * ratio, bend + fall
+
+    def start_at(self, mean: Tensor) -> None:
+        with torch.no_grad():
+            self.b.copy_(torch.log(torch.expm1(mean.clamp(min=1e-3))))
 
 
 class Gaussian(Likelihood):
@@ -135,5 +265,42 @@ class Gaussian(Likelihood):
         precision = torch.exp(-2 * self.log_scale)
         return (a - values) * precision, precision.expand_as(a)
 
+    def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        a = self.affine(z)
+        e = torch.randn(a.shape, generator=generator, dtype=a.dtype, device=a.device)
+        return a + e * torch.exp(self.log_scale)
 
-LIKELIHOODS: dict[str, type[Likelihood]] = {cls.family: cls for cls in (Poisson, Gaussian)}
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    cls.family: cls for cls in (Poisson, SoftplusPoisson, Gaussian)
+}
+"""Every likelihood by the name configs and model files use."""
+
+
+def padded(
+    trials: Sequence[Float[Tensor, "T N"]],
+) -> tuple[Observed, Float[Tensor, "B T"]]:
+    """Trials of different lengths as one batch: zeros and a mask of zeros after each one's end.
+
+    Args:
+        trials: (T_b, N) each, of one dtype and device.
+
+    Returns:
+        the observations (B, max T_b, N), and ``live`` (B, max T_b): one for bins of a trial, zero
+        after its end (``elbo.bound`` leaves the inputs there out of the bound).
+
+    Raises:
+        ShapeError: no trials, or numbers of channels that differ.
+    """
+    if not trials or any(x.ndim != 2 or x.shape[1] != trials[0].shape[1] for x in trials):
+        raise ShapeError(
+            "trials",
+            expected="at least one, (bins, channels) each, of the same channels",
+            got=str([tuple(x.shape) for x in trials]),
+        )
+    T = max(len(x) for x in trials)
+    values = trials[0].new_zeros(len(trials), T, trials[0].shape[1])
+    live = trials[0].new_zeros(len(trials), T)
+    for i, x in enumerate(trials):
+        values[i, : len(x)], live[i, : len(x)] = x, 1.0
+    return Observed(values, live.unsqueeze(-1).expand_as(values)), live

@@ -20,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ilqr_vae.dynamics import Dynamics, Weights
-from ilqr_vae.likelihoods import Likelihood, Observations, Observed, Poisson
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.likelihoods import Likelihood, Observations, Observed
 from ilqr_vae.lqr import LQRProblem
-from ilqr_vae.priors import GaussianPrior, InitialCost, InitialPrior
+from ilqr_vae.priors import InitialCost, InitialPrior, InputPrior
 from ilqr_vae.rollout import rollout
 
 
@@ -37,7 +38,7 @@ class Model(nn.Module):
     def __init__(
         self,
         dynamics: Dynamics,
-        prior: GaussianPrior,
+        prior: InputPrior,
         initial: InitialPrior,
         groups: Mapping[str, Likelihood],
     ) -> None:
@@ -66,17 +67,37 @@ class Model(nn.Module):
         """z (B, T+1, n)."""
         return rollout(self.dynamics, w, z0, u)
 
-    def sample(self, batch: int, steps: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def sample(
+        self, batch: int, steps: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Draw (z, u, expected observations per group) from the model."""
         with torch.no_grad():
-            like = self.initial.mean
-            z0 = like + self.initial.log_scale.exp() * torch.randn(batch, self.n).to(like)
-            u = self.prior.mean + self.prior.log_scale.exp() * torch.randn(batch, steps, self.m).to(
-                like
-            )
+            z0 = self.initial.draw((batch,), generator)
+            u = self.prior.draw((batch, steps), generator)
             z = self.rollout(self.dynamics.weights(), z0, u)
             means = {name: self.group(name).mean(z[:, 1:]) for name in self.groups}
         return z, u, means
+
+    def check(self, observed: Observations) -> None:
+        """Refuse observations this model cannot be conditioned on, before anything is computed.
+
+        Raises:
+            ShapeError: naming the group and what is wrong with it (see ``Likelihood.check``), an
+                unknown group, none at all, or groups of different trials or bins.
+        """
+        if not observed:
+            raise ShapeError("observed", expected="at least one group", got="none")
+        sizes: dict[str, tuple[int, ...]] = {}
+        for name, o in observed.items():
+            if name not in self.groups:
+                known = ", ".join(self.groups)
+                raise ShapeError("observed", expected=f"groups among {known}", got=repr(name))
+            self.group(name).check(o, f"observed.{name}")
+            sizes[name] = tuple(o.values.shape[:2])
+        if len(set(sizes.values())) > 1:
+            raise ShapeError(
+                "observed", expected="the same trials and bins in each group", got=str(sizes)
+            )
 
     def log_likelihood(
         self, z: Float[Tensor, "B T1 n"], observed: Observations
@@ -94,9 +115,7 @@ class Model(nn.Module):
         """J up to constants no optimum depends on."""
         J = initial.value(z[:, 0]) - self.prior.log_prob(u).sum(-1)
         for name, o in observed.items():
-            family = self.group(name)
-            score = family.unnormalised if isinstance(family, Poisson) else family.log_prob
-            J = J - score(z[:, 1:], o).sum(-1)
+            J = J - self.group(name).unnormalised(z[:, 1:], o).sum(-1)
         return J
 
     def linearise(
@@ -106,8 +125,8 @@ class Model(nn.Module):
         return self.dynamics.jacobians(w, z[:, :-1], u)
 
     def observation_terms(
-        self, z: Float[Tensor, "B T n"], observed: Observations
-    ) -> tuple[Float[Tensor, "B T n"], Float[Tensor, "B T n n"]]:
+        self, z: Float[Tensor, "*batch n"], observed: Observations
+    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
         """Gradient and curvature of -sum over groups of log p(o | z), per bin."""
         q = torch.zeros_like(z)
         Q = z.new_zeros(*z.shape, z.shape[-1])
@@ -135,7 +154,7 @@ class Model(nn.Module):
     def add_dynamics_curvature(
         self, w: Weights, problem: LQRProblem, z: Tensor, u: Tensor, costate: Tensor
     ) -> LQRProblem:
-        """The exact Hessian of J: adds costate-weighted second derivatives of f."""
+        """Adds costate-weighted second derivatives of f to the Gauss-Newton Hessian of J."""
         batch, T, m = u.shape
         n = z.shape[-1]
         zz, uz, uu = self.dynamics.curvature(
@@ -156,6 +175,28 @@ class Model(nn.Module):
             c=problem.c,
             S=uz.reshape(batch, T, m, n),
         )
+
+    def exact_hessian(
+        self,
+        w: Weights,
+        problem: LQRProblem,
+        z: Tensor,
+        u: Tensor,
+        costate: Tensor,
+        observed: Observations,
+    ) -> LQRProblem:
+        """The Hessian of J itself: the curvature of the dynamics, and whatever curvature of prior
+        and likelihoods the Gauss-Newton model leaves out to stay positive definite."""
+        full = self.add_dynamics_curvature(w, problem, z, u, costate)
+        R = full.R + self.prior.hessian(u) - self.prior.quadratise(u)[1]
+        Q = full.Q.clone()
+        for name, o in observed.items():
+            family = self.group(name)
+            a = family.affine(z[:, 1:])
+            missing = (family.curvature(a, o.values) - family.derivatives(a, o.values)[1]) * o.mask
+            if bool((missing != 0).any()):
+                Q[:, 1:] += torch.einsum("btk,ki,kj->btij", missing, family.C, family.C)
+        return LQRProblem(A=full.A, B=full.B, Q=Q, q=full.q, R=R, r=full.r, c=full.c, S=full.S)
 
 
 def conditioned_on(observed: Observations, names: Iterable[str]) -> dict[str, Observed]:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ilqr_vae import backend, threads
 from ilqr_vae.dynamics import Dynamics, Weights
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,12 @@ def _compiled() -> Any:
 
 
 def _kernels_for(dynamics: Dynamics, like: Tensor) -> Any:
-    compiled = _compiled() if like.device.type == "cpu" else None
-    return None if compiled is None else compiled.KERNELS.get(dynamics.family)
+    if like.device.type != "cpu" or backend.current() == "reference":
+        return None
+    if like.dtype not in (torch.float32, torch.float64):
+        return None
+    compiled = _compiled()
+    return compiled if compiled is not None and dynamics.family in compiled.FAMILIES else None
 
 
 def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
@@ -82,42 +87,69 @@ def closed_loop(
     kernels = _kernels_for(dynamics, z0)
     if kernels is None:
         return closed_loop_reference(dynamics, w, z0, z_ref, u_ref, K, k, alpha)
-    serial, parallel = kernels
-    z, u = z0.new_empty(z_ref.shape), z0.new_empty(u_ref.shape)
-    kernel = serial if z0.shape[0] == 1 else parallel
-    kernel(_arrays(*w), *_arrays(z0, z_ref, u_ref, K, k, alpha), z.numpy(), u.numpy())
+    return _run(kernels, dynamics, w, True, z0, z_ref, u_ref, K, k, alpha)
+
+
+def _run(
+    kernels: Any,
+    dynamics: Dynamics,
+    w: Weights,
+    closed: bool,
+    z0: Tensor,
+    z_ref: Tensor,
+    u_ref: Tensor,
+    K: Tensor,
+    k: Tensor,
+    alpha: Tensor,
+) -> tuple[Tensor, Tensor]:
+    B, T, m = u_ref.shape
+    n = z0.shape[1]
+    z, u = z0.new_empty(B, T + 1, n), z0.new_empty(B, T, m)
+    weights = kernels.pack_weights(dynamics.family, _arrays(*w))
+    threads.share_out(
+        kernels.closed_loop,
+        B,
+        3 * T * n * (n + m),
+        (
+            kernels.FAMILIES[dynamics.family],
+            weights,
+            closed,
+            *_arrays(z0, z_ref, u_ref, K, k, alpha),
+            z.numpy(),
+            u.numpy(),
+        ),
+        dtype=weights[0].dtype,
+        scratch_size=kernels.closed_loop_scratch(T, n, m),
+    )
     return z, u
 
 
 def _open_loop(dynamics: Dynamics, w: Weights, z0: Tensor, u: Tensor) -> Tensor:
-    B, T, m = u.shape
-    if _kernels_for(dynamics, z0) is None:
+    kernels = _kernels_for(dynamics, z0)
+    if kernels is None:
         z, zs = z0, [z0]
-        for t in range(T):
+        for t in range(u.shape[1]):
             z = dynamics.step(w, z, u[:, t])
             zs.append(z)
         return torch.stack(zs, 1)
-    n = z0.shape[1]
-    # zero gains, broadcast without memory: strides of zero would cost the kernel its specialisation
-    zeros = z0.new_zeros(B, T + 1, max(n, m) * n)
-    return closed_loop(
-        dynamics,
-        w,
-        z0,
-        zeros[..., :n].contiguous(),
-        u,
-        zeros[:, :T, : m * n].reshape(B, T, m, n),
-        zeros[:, :T, :m].contiguous(),
-        z0.new_zeros(B),
-    )[0]
+    none = z0.new_zeros(1, 1, 1)
+    return _run(kernels, dynamics, w, False, z0, none, u, none[None], none, none[0, 0])[0]
 
 
 def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[Tensor, "B T1 n"]:
     """lam_T = gz_T, lam_k = gz_k + A_k' lam_{k+1}."""
-    compiled = _compiled() if A.device.type == "cpu" else None
-    if compiled is not None:
+    compiled = _compiled() if A.device.type == "cpu" and backend.current() == "auto" else None
+    if compiled is not None and A.dtype in (torch.float32, torch.float64):
         lam = torch.empty_like(gz, memory_format=torch.contiguous_format)
-        compiled.adjoint(*_arrays(A, gz), lam.numpy())
+        given = _arrays(A, gz)
+        threads.share_out(
+            compiled.adjoint,
+            A.shape[0],
+            A[0].numel(),
+            (*given, lam.numpy()),
+            dtype=given[0].dtype,
+            scratch_size=1,
+        )
         return lam
     lam, lams = gz[:, -1], [gz[:, -1]]
     for t in range(A.shape[1] - 1, -1, -1):

@@ -1,122 +1,201 @@
-"""Compiled rollouts of the built-in dynamics families (numba; kept free of annotations).
+"""Compiled dynamics of the built-in families: rollouts, Jacobians along them, their adjoint.
 
-``*_closed_loop``: z_0 = z0; u_k = ub_k + alpha_b k_k + K_k (z_k - zb_k); z_{k+1} = f(z_k, u_k), for
-each problem of a batch. The open-loop rollout is the same with zero gains. One problem's loop is
-``*_one``; it is called serially for a batch of one, else in parallel over the batch.
+Shapes of one problem: T steps, z (T + 1, n), u (T, m). The gate f and the candidate h of an MGU2
+are kept per step, (T, n rounded up to 8), since the Jacobians need them.
+
+A family's weights travel as one tuple, the same for every family (see ``pack_weights``), so that
+each kernel is compiled once. Only numba code lives here: it must not be wrapped by a type-checking
+import hook.
 """
 
-import math
+# numba infers the types of what it compiles.
+# pyright: reportMissingParameterType=false
+
+from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
 
-_FLAGS = {"cache": True, "nogil": True, "error_model": "numpy"}
+from ilqr_vae.fused.primitives import (
+    eight,
+    exp_inplace,
+    pack,
+    pack_transposed,
+    times_panels,
+)
+from ilqr_vae.lqr.algebra import COLUMNS, add_product, carve, compiled, inner
+
+LINEAR, MGU2 = 0, 1
+#: Dynamics families with kernels, by the name in configs.
+FAMILIES = {"linear": LINEAR, "mgu2": MGU2}
 
 
-@njit(**_FLAGS)
-def _policy(zb, ub, K, k, alpha, z, u, n, m):
-    for i in range(m):
-        u[i] = ub[i] + alpha * k[i]
-    for i in range(m):
-        acc = u[i]
-        for j in range(n):
-            acc += K[i, j] * (z[j] - zb[j])
-        u[i] = acc
+def scratch_size(n, m):
+    """Numbers of scratch that ``roll_out`` and ``linearise`` need."""
+    wide = n + m + 2 * COLUMNS
+    return 4 * wide + 2 * wide * wide
 
 
-@njit(**_FLAGS)
-def _mgu2_one(Uf, bf, Uh, bh, W, z0, zb, ub, K, k, alpha, z, u):
+def closed_loop_scratch(T, n, m):
+    """Numbers of scratch that ``closed_loop`` needs."""
+    return scratch_size(n, m) + 2 * T * (n + COLUMNS)
+
+
+def _panels(rows, columns, dtype):
+    return np.empty((-(-columns // COLUMNS), rows, COLUMNS), dtype)
+
+
+def _transposed(matrix):
+    panels = _panels(matrix.shape[1], matrix.shape[0], matrix.dtype)
+    pack_transposed(matrix, panels)
+    return panels
+
+
+def pack_weights(family, w):
+    """Effective weights as the kernels take them.
+
+    Args:
+        family: its name.
+        w: the family's weights as C-contiguous arrays.
+
+    Returns:
+        (state, state_bias, hidden, hidden_bias, input, state_rows, hidden_rows, input_rows,
+        state_straight): panels of the transposes of U_f (or A), U_h and W (or B), the matrices
+        themselves, and panels of U_f.
+    """
+    none = np.zeros(1, w[0].dtype)
+    if FAMILIES[family] == MGU2:
+        gate, gate_bias, hidden, hidden_bias, drive = w
+        straight = _panels(*gate.shape, gate.dtype)
+        pack(gate, straight)
+        return (
+            _transposed(gate),
+            gate_bias,
+            _transposed(hidden),
+            hidden_bias,
+            _transposed(drive),
+            gate,
+            hidden,
+            drive,
+            straight,
+        )
+    A, B = w
+    empty = np.zeros((1, 1, COLUMNS), A.dtype)
+    return _transposed(A), none, empty, none, _transposed(B), A, np.zeros((1, 1), A.dtype), B, empty
+
+
+@inner
+def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scratch):
+    """z_0 = z0; z_{k+1} = f(z_k, u_k); u_k = ub_k, or if ``closed`` ub_k + alpha k_k + K_k (z_k -
+    zb_k). Writes z, u, and for an MGU2 f and h."""
+    state, state_bias, hidden, hidden_bias, drive, _, _, _, _ = weights
     T, m = ub.shape
-    n = z0.shape[0]
-    f = np.empty(n, z0.dtype)
-    g = np.empty(n, z0.dtype)
+    n = z0.size
+    n8 = eight(n)
+    one, two = z.dtype.type(1.0), z.dtype.type(2.0)
+    deviation = scratch[:n]
+    gated = scratch[n8 : 2 * n8]
+    driven = scratch[2 * n8 : 3 * n8]
+    moved = scratch[3 * n8 : 4 * n8]
     for i in range(n):
         z[0, i] = z0[i]
     for t in range(T):
-        _policy(zb[t], ub[t], K[t], k[t], alpha, z[t], u[t], n, m)
-        for i in range(n):
-            acc = bf[i]
-            for j in range(n):
-                acc += Uf[i, j] * z[t, j]
-            f[i] = 1.0 / (1.0 + math.exp(-acc))
-            g[i] = f[i] * z[t, i]
-        for i in range(n):
-            acc = bh[i]
-            for j in range(n):
-                acc += Uh[i, j] * g[j]
-            for j in range(m):
-                acc += W[i, j] * u[t, j]
-            z[t + 1, i] = z[t, i] + f[i] * (math.tanh(acc) - z[t, i])
-
-
-@njit(**_FLAGS)
-def mgu2_serial(w, z0, zb, ub, K, k, alpha, z, u):
-    Uf, bf, Uh, bh, W = w
-    for b in range(z0.shape[0]):
-        _mgu2_one(Uf, bf, Uh, bh, W, z0[b], zb[b], ub[b], K[b], k[b], alpha[b], z[b], u[b])
-
-
-@njit(parallel=True, **_FLAGS)
-def mgu2_parallel(w, z0, zb, ub, K, k, alpha, z, u):
-    Uf, bf, Uh, bh, W = w
-    for b in prange(z0.shape[0]):
-        _mgu2_one(Uf, bf, Uh, bh, W, z0[b], zb[b], ub[b], K[b], k[b], alpha[b], z[b], u[b])
-
-
-@njit(**_FLAGS)
-def _linear_one(A, B, z0, zb, ub, K, k, alpha, z, u):
-    T, m = ub.shape
-    n = z0.shape[0]
-    for i in range(n):
-        z[0, i] = z0[i]
-    for t in range(T):
-        _policy(zb[t], ub[t], K[t], k[t], alpha, z[t], u[t], n, m)
-        for i in range(n):
-            acc = A[i, 0] * z[t, 0]
-            for j in range(1, n):
-                acc += A[i, j] * z[t, j]
-            for j in range(m):
-                acc += B[i, j] * u[t, j]
-            z[t + 1, i] = acc
-
-
-@njit(**_FLAGS)
-def linear_serial(w, z0, zb, ub, K, k, alpha, z, u):
-    A, B = w
-    for b in range(z0.shape[0]):
-        _linear_one(A, B, z0[b], zb[b], ub[b], K[b], k[b], alpha[b], z[b], u[b])
-
-
-@njit(parallel=True, **_FLAGS)
-def linear_parallel(w, z0, zb, ub, K, k, alpha, z, u):
-    A, B = w
-    for b in prange(z0.shape[0]):
-        _linear_one(A, B, z0[b], zb[b], ub[b], K[b], k[b], alpha[b], z[b], u[b])
-
-
-@njit(**_FLAGS)
-def _adjoint_one(A, gz, lam):
-    T = A.shape[0]
-    n = A.shape[1]
-    for i in range(n):
-        lam[T, i] = gz[T, i]
-    for t in range(T - 1, -1, -1):
-        for i in range(n):
-            lam[t, i] = gz[t, i]
-        for j in range(n):
-            s = lam[t + 1, j]
+        for a in range(m):
+            u[t, a] = ub[t, a]
+        if closed:
+            for a in range(m):
+                u[t, a] += alpha * k[t, a]
             for i in range(n):
-                lam[t, i] += A[t, j, i] * s
+                deviation[i] = z[t, i] - zb[t, i]
+            add_product(u[t], K[t], deviation)
+        times_panels(u, t * m, m, 1, drive, driven, 0, n8)
+        if family == LINEAR:
+            times_panels(z, t * n, n, 1, state, moved, 0, n8)
+            for i in range(n):
+                z[t + 1, i] = moved[i] + driven[i]
+        else:
+            times_panels(z, t * n, n, 1, state, f, t * n8, n8)
+            for i in range(n):
+                f[t, i] = -(f[t, i] + state_bias[i])
+            exp_inplace(f, t * n8, n)
+            for i in range(n):
+                f[t, i] = one / (one + f[t, i])
+                gated[i] = f[t, i] * z[t, i]
+            times_panels(gated, 0, n, 1, hidden, h, t * n8, n8)
+            for i in range(n):
+                h[t, i] = two * (h[t, i] + driven[i] + hidden_bias[i])
+            exp_inplace(h, t * n8, n)
+            for i in range(n):
+                h[t, i] = one - two / (one + h[t, i])
+                z[t + 1, i] = z[t, i] + f[t, i] * (h[t, i] - z[t, i])
 
 
-@njit(parallel=True, **_FLAGS)
-def adjoint(A, gz, lam):
-    """lam_T = gz_T; lam_k = gz_k + A_k' lam_{k+1}."""
-    for b in prange(A.shape[0]):
-        _adjoint_one(A[b], gz[b], lam[b])
+@inner
+def linearise(family, weights, z, f, h, A, B, scratch):
+    """Jacobians A (T, n, n), B (T, n, m) along a rollout that left f and h."""
+    _, _, _, _, _, state, hidden, drive, straight = weights
+    T, n, m = B.shape
+    n8 = eight(n)
+    one = z.dtype.type(1.0)
+    if family == LINEAR:
+        for t in range(T):
+            for i in range(n):
+                for j in range(n):
+                    A[t, i, j] = state[i, j]
+                for j in range(m):
+                    B[t, i, j] = drive[i, j]
+        return
+    slope = scratch[:n]
+    X, end = carve(scratch, n8, n, n)
+    M, end = carve(scratch, end, n, n8)
+    for t in range(T):
+        for l in range(n):
+            slope[l] = f[t, l] * (one - f[t, l])
+        for i in range(n):
+            for l in range(n):
+                X[i, l] = hidden[i, l] * z[t, l] * slope[l]
+        times_panels(X, 0, n, n, straight, M, 0, n8)
+        for i in range(n):
+            steep = f[t, i] * (one - h[t, i] * h[t, i])
+            through_gate = (h[t, i] - z[t, i]) * slope[i]
+            for j in range(n):
+                A[t, i, j] = through_gate * state[i, j] + steep * (
+                    hidden[i, j] * f[t, j] + M[i, j]
+                )
+            A[t, i, i] += one - f[t, i]
+            for j in range(m):
+                B[t, i, j] = steep * drive[i, j]
 
 
-KERNELS = {
-    "mgu2": (mgu2_serial, mgu2_parallel),
-    "linear": (linear_serial, linear_parallel),
-}
+@compiled
+def closed_loop(first, last, family, weights, closed, z0, zb, ub, K, k, alpha, z, u, scratch):
+    """``roll_out`` of problems ``first`` to ``last`` of a batch, f and h thrown away.
+
+    Where not ``closed``, zb, K and k have one problem and are not read.
+    """
+    T = ub.shape[1]
+    n, m = z0.shape[1], ub.shape[2]
+    base = 4 * eight(n + m)
+    f, end = carve(scratch, base, T, eight(n))
+    h, end = carve(scratch, end, T, eight(n))
+    for b in range(first, last):
+        law = b if closed else 0
+        roll_out(
+            family, weights, closed, z0[b], zb[law], ub[b], K[law], k[law], alpha[law], z[b], u[b],
+            f, h, scratch,
+        )  # fmt: skip
+
+
+@compiled
+def adjoint(first, last, A, gz, lam, scratch):
+    """lam_T = gz_T; lam_k = gz_k + A_k' lam_{k+1}; for problems ``first`` to ``last``."""
+    T, n = A.shape[1], A.shape[2]
+    for b in range(first, last):
+        for i in range(n):
+            lam[b, T, i] = gz[b, T, i]
+        for t in range(T - 1, -1, -1):
+            for i in range(n):
+                lam[b, t, i] = gz[b, t, i]
+            for j in range(n):
+                s = lam[b, t + 1, j]
+                for i in range(n):
+                    lam[b, t, i] += A[b, t, j, i] * s

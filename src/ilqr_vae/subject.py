@@ -124,7 +124,7 @@ class Subject:
         self.latents[_SHARED] = self._rng.normal(size=4)
         self.intended = np.zeros(2)
         self._goal = np.zeros(2)
-        self._pace = 0.0
+        self._pace = 1.0
         self._reach: _Reach | None = None
         self._wait: float | None = None
 

@@ -112,6 +112,9 @@ class Crops:
             groups["kinematics"] = Observed(k, valid.expand_as(k))
         return groups
 
+    def live(self, index: Tensor) -> None:
+        """Crops have one length."""
+
     def warm(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Initial state and inputs as last solved (zeros before)."""
         return self.z[index[:, 0]], self.u[index]

@@ -6,31 +6,74 @@ Everything a run can be continued from is in ``Run``; ``train_steps`` is the loo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ilqr_training.config import LoopConfig
-from ilqr_training.data import Crops
 from ilqr_vae import elbo, ilqr, implicit
 from ilqr_vae.errors import TrainingError
+from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import solve_lqr
 from ilqr_vae.model import Model, conditioned_on
 from ilqr_vae.posterior import Draw, Kronecker, laplace_draw
 
 
+class Batches(Protocol):
+    """Where a batch comes from: random crops of a recording, or whole trials.
+
+    Attributes:
+        chunk: bins per batch member.
+        z, u: solutions kept as warm starts.
+        rng: which members are drawn.
+    """
+
+    chunk: int
+    z: Tensor
+    u: Tensor
+    rng: np.random.Generator
+
+    def draw(self, batch: int) -> Tensor:
+        """An index of ``batch`` members, for the methods below."""
+        ...
+
+    def observed(self, index: Tensor) -> Mapping[str, Observed]:
+        """Every group's values and masks."""
+        ...
+
+    def live(self, index: Tensor) -> Tensor | None:
+        """(B, chunk) one up to each member's end; None where all have the same length."""
+        ...
+
+    def warm(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Initial state and inputs to start from."""
+        ...
+
+    def remember(self, index: Tensor, z: Tensor, u: Tensor) -> None:
+        """Keep a solution."""
+        ...
+
+
 @dataclass
 class Run:
-    """What changes while training."""
+    """What changes while training.
+
+    ``condition`` names the groups recognition sees; ``rate``, step -> learning rate, replaces the
+    configured schedule where it is given.
+    """
 
     model: Model
     posterior: Kronecker | None
-    crops: Crops
+    crops: Batches
     optimiser: torch.optim.Adam
     generator: torch.Generator
     step: int = 0
+    condition: tuple[str, ...] = ("spikes",)
+    rate: Callable[[int], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +100,7 @@ class Report:
     unsolved: float
 
 
-def start(model: Model, crops: Crops, config: LoopConfig) -> Run:
+def start(model: Model, crops: Batches, config: LoopConfig) -> Run:
     """Optimiser and posterior for a fresh run."""
     like = model.initial.mean
     posterior = None
@@ -100,22 +143,27 @@ def gradient_step(run: Run, config: LoopConfig) -> Report:
     observed = crops.observed(index)
     w = model.dynamics.weights()
     problem = ilqr.Problem(
-        model, w, conditioned_on(observed, ("spikes",)), model.initial.cost(config.batch)
+        model, w, conditioned_on(observed, run.condition), model.initial.cost(config.batch)
     )
     solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
     state, _ = ilqr.solve(problem, *crops.warm(index), solver)
     crops.remember(index, state.z, state.u)
 
     z0, u = implicit.attach_gradient(problem, state, exact=config.exact_gradient)
-    parts = elbo.bound(model, w, z0, u, _draw(run, problem, state), observed)
+    parts = elbo.bound(
+        model, w, z0, u, _draw(run, problem, state), observed, live=crops.live(index)
+    )
     kl_weight = min(1.0, (run.step + 1) / max(1, config.kl_warmup))
     weighted = parts.value(
         kl_weight=kl_weight, group_weights={"kinematics": config.kinematic_weight}
     )
     loss = -weighted.mean() / config.chunk
 
+    rate = config.learning_rate / math.sqrt(1 + run.step / config.decay)
+    if run.rate is not None:
+        rate = run.rate(run.step)
     for group in run.optimiser.param_groups:
-        group["lr"] = config.learning_rate / math.sqrt(1 + run.step / config.decay)
+        group["lr"] = rate
     run.optimiser.zero_grad(set_to_none=True)
     loss.backward()
     parameters: list[Tensor] = [p for g in run.optimiser.param_groups for p in g["params"]]
@@ -133,7 +181,7 @@ def gradient_step(run: Run, config: LoopConfig) -> Report:
     return Report(
         step=run.step,
         bound=sum(per_bin.values()) - kl,
-        spikes=per_bin["spikes"],
+        spikes=per_bin.get("spikes", 0.0),
         kinematics=per_bin.get("kinematics", 0.0),
         kl=kl,
         gradient_norm=float(norm),

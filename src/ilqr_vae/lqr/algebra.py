@@ -29,71 +29,94 @@ from numba.extending import intrinsic
 ROWS = 4
 COLUMNS = 8
 
-#: How everything here and in `kernels.py` is compiled.
+#: How entry points are compiled: what Python calls.
 compiled = njit(cache=True, nogil=True, error_model="numpy")
+#: How everything they call is compiled: without a wrapper of its own, which for functions of many
+#: arrays takes longer to compile than the function.
+inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-@intrinsic
-def _tile(
-    typingctx: Any,
-    X: Any,
-    x0: Any,
-    ldx: Any,
-    Y: Any,
-    y0: Any,
-    ldy: Any,
-    C: Any,
-    c0: Any,
-    ldc: Any,
-    length: Any,
-) -> Any:
-    """C[c0 + i ldc + j] = sum_l X[x0 + l ldx + i] Y[y0 + l ldy + j] for i < 4, j < 8; all flat."""
-    index = types.intp
-    signature = types.void(X, index, index, Y, index, index, C, index, index, index)
+def make_tile(rows: int, *, across: bool) -> Any:
+    """An intrinsic that computes ``rows`` x 8 numbers of a product; all arrays flat.
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def data(position: int) -> Any:
-            array = context.make_array(signature.args[position])(context, builder, args[position])
-            return array.data
+    tile(X, x0, ldx, Y, y0, ldy, C, c0, ldc, length):
+    C[c0 + i ldc + j] = sum_l X(l, i) Y[y0 + l ldy + j] for i < rows, j < 8, where X(l, i) is
+    X[x0 + l ldx + i], or with ``across`` X[x0 + i ldx + l] (X as it stands, not transposed).
+    """
 
-        scalar = context.get_value_type(X.dtype)
-        vector = ir.VectorType(scalar, COLUMNS)
-        size = X.dtype.bitwidth // 8
-        fused = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(vector, [vector] * 3),
-            f"llvm.fmuladd.v{COLUMNS}f{X.dtype.bitwidth}",
-        )
-        lane = ir.IntType(32)
-        undefined = ir.Constant(vector, ir.Undefined)
-        everywhere = ir.Constant(ir.VectorType(lane, COLUMNS), [lane(0)] * COLUMNS)
+    def tile(
+        typingctx: Any,
+        X: Any,
+        x0: Any,
+        ldx: Any,
+        Y: Any,
+        y0: Any,
+        ldy: Any,
+        C: Any,
+        c0: Any,
+        ldc: Any,
+        length: Any,
+    ) -> Any:
+        index = types.intp
+        signature = types.void(X, index, index, Y, index, index, C, index, index, index)
 
-        sums = [cgutils.alloca_once(builder, vector) for _ in range(ROWS)]
-        for total in sums:
-            builder.store(ir.Constant(vector, [scalar(0.0)] * COLUMNS), total)
-        x_base = builder.gep(data(0), [args[1]])
-        y_base = builder.gep(data(3), [args[4]])
-        with cgutils.for_range(builder, args[9]) as loop:
-            x_row = builder.gep(x_base, [builder.mul(loop.index, args[2])])
-            y_row = builder.gep(y_base, [builder.mul(loop.index, args[5])])
-            y = builder.load(builder.bitcast(y_row, vector.as_pointer()), align=size)
-            for i, total in enumerate(sums):
-                x = builder.load(builder.gep(x_row, [ir.Constant(args[1].type, i)]))
-                x = builder.insert_element(undefined, x, lane(0))
-                x = builder.shuffle_vector(x, undefined, everywhere)
-                builder.store(builder.call(fused, [x, y, builder.load(total)]), total)
-        c_base = builder.gep(data(6), [args[7]])
-        for i, total in enumerate(sums):
-            c_row = builder.gep(c_base, [builder.mul(ir.Constant(args[8].type, i), args[8])])
-            builder.store(
-                builder.load(total), builder.bitcast(c_row, vector.as_pointer()), align=size
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            def data(position: int) -> Any:
+                array = context.make_array(signature.args[position])(
+                    context, builder, args[position]
+                )
+                return array.data
+
+            scalar = context.get_value_type(X.dtype)
+            vector = ir.VectorType(scalar, COLUMNS)
+            size = X.dtype.bitwidth // 8
+            fused = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(vector, [vector] * 3),
+                f"llvm.fmuladd.v{COLUMNS}f{X.dtype.bitwidth}",
             )
-        return context.get_dummy_value()
+            lane = ir.IntType(32)
+            undefined = ir.Constant(vector, ir.Undefined)
+            everywhere = ir.Constant(ir.VectorType(lane, COLUMNS), [lane(0)] * COLUMNS)
 
-    return signature, codegen
+            sums = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
+            for total in sums:
+                builder.store(ir.Constant(vector, [scalar(0.0)] * COLUMNS), total)
+            x_base = builder.gep(data(0), [args[1]])
+            y_base = builder.gep(data(3), [args[4]])
+            x_rows = [
+                builder.gep(x_base, [builder.mul(ir.Constant(args[2].type, i), args[2])])
+                for i in range(rows if across else 0)
+            ]
+            with cgutils.for_range(builder, args[9]) as loop:
+                x_row = builder.gep(x_base, [builder.mul(loop.index, args[2])])
+                y_row = builder.gep(y_base, [builder.mul(loop.index, args[5])])
+                y = builder.load(builder.bitcast(y_row, vector.as_pointer()), align=size)
+                for i, total in enumerate(sums):
+                    if across:
+                        place = builder.gep(x_rows[i], [loop.index])
+                    else:
+                        place = builder.gep(x_row, [ir.Constant(args[1].type, i)])
+                    x = builder.insert_element(undefined, builder.load(place), lane(0))
+                    x = builder.shuffle_vector(x, undefined, everywhere)
+                    builder.store(builder.call(fused, [x, y, builder.load(total)]), total)
+            c_base = builder.gep(data(6), [args[7]])
+            for i, total in enumerate(sums):
+                c_row = builder.gep(c_base, [builder.mul(ir.Constant(args[8].type, i), args[8])])
+                builder.store(
+                    builder.load(total), builder.bitcast(c_row, vector.as_pointer()), align=size
+                )
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return intrinsic(tile)
 
 
-@compiled
+_tile = make_tile(ROWS, across=False)
+
+
+@inner
 def multiply(X, x0, ldx, Y, y0, ldy, C, ldc, length, rows, columns, upper):
     """C = X' Y over ``length`` rows; C gets ``rows`` (to 4) by ``columns`` (to 8) written.
 
@@ -107,21 +130,27 @@ def multiply(X, x0, ldx, Y, y0, ldy, C, ldc, length, rows, columns, upper):
             _tile(X, x0 + i, ldx, Y, y0 + j, ldy, C, i * ldc + j, ldc, length)
 
 
-@compiled
+@inner
 def round_up(size, unit):
     return (size + unit - 1) // unit * unit
 
 
-@compiled
-def eliminate(E, size, width):
+@inner
+def carve(scratch, start, rows, columns):
+    """A (rows, columns) view of a flat buffer, and where the next one can start."""
+    end = start + rows * columns
+    return scratch[start:end].reshape(rows, columns), end
+
+
+@inner
+def eliminate(E, size, width, diagonal):
     """Cholesky U'U of the first ``size`` columns of E, its other columns multiplied by U^{-T}.
 
     Returns whether the matrix was positive definite to working precision: each squared pivot above
-    size * eps * its diagonal entry. Only the upper triangle is read.
+    size * eps * its diagonal entry. Only the upper triangle is read. ``diagonal`` is scratch.
     """
     tiny = size * np.finfo(E.dtype).eps
     one = E.dtype.type(1.0)
-    diagonal = np.empty(size, E.dtype)
     for p in range(size):
         diagonal[p] = E[p, p]
     for p in range(size):
@@ -140,7 +169,7 @@ def eliminate(E, size, width):
     return True
 
 
-@compiled
+@inner
 def back_substitute(E, size, first, width):
     """Columns ``first`` to ``width`` of E multiplied by U^{-1}."""
     one = E.dtype.type(1.0)
@@ -156,7 +185,7 @@ def back_substitute(E, size, first, width):
             row[j] *= scale
 
 
-@compiled
+@inner
 def add_product(out, matrix, vector):
     """out += matrix @ vector, four rows at a time."""
     rows, columns = matrix.shape
@@ -179,7 +208,7 @@ def add_product(out, matrix, vector):
         i += 1
 
 
-@compiled
+@inner
 def all_finite(array):
     largest = np.finfo(array.dtype).max
     finite = True

@@ -1,10 +1,9 @@
 """The LQR problem solved by compiled code on the CPU: torch tensors in, torch tensors out.
 
-Contiguous tensors are read where they are, without a copy. A batch is shared out in equal runs
-among as many threads as torch itself would use (``torch.set_num_threads``), where there is enough
-work to pay for waking them; the compiled code holds no GIL. The threads are plain Python ones:
-unlike numba's, they may be used by several callers at once and through a fork. A problem's bits do
-not depend on its neighbours, on the batch size, or on the number of threads.
+Contiguous tensors are read where they are, without a copy. A batch is shared out among threads
+(``ilqr_vae.threads``) where there is enough work to pay for waking them; the compiled code holds no
+GIL. A problem's bits do not depend on its neighbours, on the batch size, or on the number of
+threads.
 
 Where numba cannot be imported the reference solves instead, after one warning in the log.
 """
@@ -12,18 +11,16 @@ Where numba cannot be imported the reference solves instead, after one warning i
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from ilqr_vae import threads
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
 from ilqr_vae.lqr.types import LQRProblem, LQRSolution, damping_per_problem
@@ -37,9 +34,6 @@ from ilqr_vae.shapes import (
 )
 
 _log = logging.getLogger(__name__)
-
-#: Multiply-adds below which waking another thread costs more than it saves (about 0.1 ms).
-_WORTH_A_THREAD = 2_000_000
 
 
 def solve_cpu(
@@ -91,7 +85,7 @@ def solve_cpu(
         tuple(value.reshape(batch, value.size // max(batch, 1)) for value in written),
         ok,
     )
-    _share_out(kernels.solve, batch, steps * n * (n + m) ** 2, arguments)
+    _run(kernels, kernels.solve, (batch, steps * n * (n + m) ** 2), (n, m), arguments, dtype)
     if not ok.all():
         for value in written:
             value[~ok] = 0.0
@@ -144,7 +138,8 @@ def marginal_covariance_cpu(
     Sigma = A.new_empty(batch, steps + 1, n, n)
     ok = torch.empty(batch, dtype=torch.bool)
     arguments = (*_arrays((A, B, K, Quu_inv, V0)), Sigma.numpy(), ok.numpy())
-    _share_out(kernels.covariance, batch, steps * n * n * (2 * n + 3 * m), arguments)
+    work = steps * n * n * (2 * n + 3 * m)
+    _run(kernels, kernels.covariance, (batch, work), (n, m), arguments, arguments[0].dtype)
     if not bool(ok.all()):
         Sigma[~ok] = 0.0
     return Sigma
@@ -178,36 +173,14 @@ def _arrays(tensors: tuple[Tensor, ...]) -> tuple[NDArray[np.floating], ...]:
     return tuple(_array(tensor) for tensor in tensors)
 
 
-class _Threads:
-    """The helper threads, made when first needed, forgotten in a forked child."""
-
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._pool = None
-
-    def get(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lqr")
-        return self._pool
-
-
-_threads = _Threads()
-
-
-def _share_out(
-    kernel: Callable[..., None], batch: int, work: int, arguments: tuple[object, ...]
+def _run(
+    kernels: ModuleType,
+    kernel: Callable[..., None],
+    load: tuple[int, int],
+    sizes: tuple[int, int],
+    arguments: tuple[object, ...],
+    dtype: DTypeLike,
 ) -> None:
-    """Run ``kernel(first, last, *arguments)`` over a batch of problems of ``work`` operations."""
-    shares = min(torch.get_num_threads(), batch, 1 + batch * work // _WORTH_A_THREAD)
-    if shares <= 1:
-        kernel(0, batch, *arguments)
-        return
-    edges = [batch * share // shares for share in range(shares + 1)]
-    pool = _threads.get()
-    pending = [pool.submit(kernel, first, last, *arguments) for first, last in pairwise(edges[1:])]
-    kernel(edges[0], edges[1], *arguments)
-    for one in pending:
-        one.result()
+    """Share a batch out; load is (problems, work of each), sizes (n, m)."""
+    need = kernels.scratch_size(*sizes)
+    threads.share_out(kernel, *load, arguments, dtype=dtype, scratch_size=need)

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from ilqr_vae import backend as switch
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.lqr.cpu import marginal_covariance_cpu, solve_cpu
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
@@ -126,7 +127,7 @@ def marginal_covariance(
 def _pick(name: str, used: tuple[Tensor | float, ...]) -> Backend:
     if name == "auto":
         tensors = [value for value in used if isinstance(value, Tensor)]
-        plain = tensors[0].dtype in _COMPILED_DTYPES and not (
+        plain = switch.current() == "auto" and tensors[0].dtype in _COMPILED_DTYPES and not (
             torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
         )
         name = FOR_DEVICE.get(tensors[0].device.type, "reference") if plain else "reference"

@@ -15,23 +15,30 @@ hook.
 
 from __future__ import annotations
 
-import numpy as np
-
 from ilqr_vae.lqr.algebra import (
     COLUMNS,
     ROWS,
     add_product,
     all_finite,
     back_substitute,
+    carve,
     compiled,
+    inner,
     eliminate,
     multiply,
     round_up,
 )
 
 
-@compiled
-def _backward(problem, has_c, has_S, damping, law, cost):
+def scratch_size(n, m):
+    """Numbers of scratch that one problem's solution or covariance needs."""
+    wide, narrow = n + COLUMNS, m + COLUMNS
+    both = n + m + 2 * COLUMNS
+    return 6 * both * both + 4 * wide * wide + 4 * narrow * both
+
+
+@inner
+def _backward(problem, has_c, has_S, damping, law, cost, scratch):
     """Fill K, k, V, v and Quu_inv of one problem; False where some Quu is not positive definite."""
     A, B, Q, q, R, r, c, S = problem
     K, k, Quu_inv = law
@@ -43,13 +50,15 @@ def _backward(problem, has_c, has_S, damping, law, cost):
     ldf = round_up(m + padded, COLUMNS)  # row length of F, V F and H
     lde = ldf + round_up(m + 1, COLUMNS)  # row length of E = [Quu | Qux | I | qu]
     gradient = ldf + m  # E's last column
-    F = np.zeros((n, ldf), dtype)
-    VF = np.zeros((round_up(n, ROWS), ldf), dtype)
-    H = np.zeros((round_up(n + m, ROWS), ldf), dtype)
-    E = np.zeros((m, lde), dtype)
-    P = np.zeros((padded, padded), dtype)  # the current V, padded
-    slope = np.empty(n, dtype)
-    g = np.empty(m + n, dtype)
+    F, end = carve(scratch, 0, n, ldf)
+    VF, end = carve(scratch, end, round_up(n, ROWS), ldf)
+    H, end = carve(scratch, end, round_up(n + m, ROWS), ldf)
+    E, end = carve(scratch, end, m, lde)
+    P, end = carve(scratch, end, padded, padded)  # the current V, padded
+    scratch[:end] = zero
+    slope = scratch[end : end + n]
+    g = scratch[end + n : end + 2 * n + m]
+    diagonal = scratch[end + 2 * n + m :]
 
     for i in range(n):
         v[T, i] = q[T, i]
@@ -91,7 +100,7 @@ def _backward(problem, has_c, has_S, damping, law, cost):
                 row[ldf + b] = zero
             row[ldf + a] = one
             row[gradient] = g[a]
-        if not eliminate(E, m, gradient + 1):
+        if not eliminate(E, m, gradient + 1, diagonal):
             return False
 
         multiply(E, m, lde, E, m, lde, P, padded, m, n, n, True)
@@ -120,17 +129,17 @@ def _backward(problem, has_c, has_S, damping, law, cost):
     return True
 
 
-@compiled
-def _initial(V, v, damping, dz):
+@inner
+def _initial(V, v, damping, dz, scratch):
     """dz = -V^{-1} v after adding the damping to V; False where V is not positive definite."""
     n = v.size
-    E = np.empty((n, n + 1), V.dtype)
+    E, end = carve(scratch, 0, n, n + 1)
     for i in range(n):
         V[i, i] += damping
         for j in range(n):
             E[i, j] = V[i, j]
         E[i, n] = v[i]
-    if not eliminate(E, n, n + 1):
+    if not eliminate(E, n, n + 1, scratch[end:]):
         return False
     back_substitute(E, n, n, n + 1)
     for i in range(n):
@@ -138,7 +147,7 @@ def _initial(V, v, damping, dz):
     return True
 
 
-@compiled
+@inner
 def _forward(problem, has_c, damping, law, cost, step):
     """Roll the rest of the step out from dz[0]; model = (decrease, linear).
 
@@ -177,8 +186,32 @@ def _forward(problem, has_c, damping, law, cost, step):
     model[1] = linear
 
 
+@inner
+def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, flat, scratch):
+    """Solve problem ``b`` of a batch; the arguments of ``solve``. Returns whether it is ok."""
+    A, B, Q, q, R, r, c, S = problem
+    K, k, Quu_inv = law
+    V, v = cost
+    dz, du, costate, model = step
+    one, cross = (b if has_c else 0), (b if has_S else 0)
+    problem_b = (A[b], B[b], Q[b], q[b], R[b], r[b], c[one], S[cross])
+    law_b = (K[b], k[b], Quu_inv[b])
+    cost_b = (V[b], v[b])
+    step_b = (dz[b], du[b], costate[b], model[b])
+    for i in range(dz.shape[2]):
+        dz[b, 0, i] = 0.0
+    good = _backward(problem_b, has_c, has_S, damping[b], law_b, cost_b, scratch)
+    if good and free:
+        good = _initial(V[b, 0], v[b, 0], damping[b], dz[b, 0], scratch)
+    if good:
+        _forward(problem_b, has_c, damping[b], law_b, cost_b, step_b)
+        for values in flat:
+            good = good and all_finite(values[b])
+    return good
+
+
 @compiled
-def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, flat, ok):
+def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, flat, ok, scratch):
     """Solve problems ``first`` to ``last`` of a batch.
 
     Args:
@@ -192,56 +225,44 @@ def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, fl
         step: (dz, du, costate, model), written; model is (B, 2), decrease and linear.
         flat: everything written, each as (B, -1): what has to be finite.
         ok: (B,) bool, written. What is written for a problem that is not ok has no meaning.
+        scratch: flat, ``scratch_size(n, m)`` numbers.
     """
-    A, B, Q, q, R, r, c, S = problem
-    K, k, Quu_inv = law
-    V, v = cost
-    dz, du, costate, model = step
     for b in range(first, last):
-        one, cross = (b if has_c else 0), (b if has_S else 0)
-        problem_b = (A[b], B[b], Q[b], q[b], R[b], r[b], c[one], S[cross])
-        law_b = (K[b], k[b], Quu_inv[b])
-        cost_b = (V[b], v[b])
-        step_b = (dz[b], du[b], costate[b], model[b])
-        for i in range(dz.shape[2]):
-            dz[b, 0, i] = 0.0
-        good = _backward(problem_b, has_c, has_S, damping[b], law_b, cost_b)
-        if good and free:
-            good = _initial(V[b, 0], v[b, 0], damping[b], dz[b, 0])
-        if good:
-            _forward(problem_b, has_c, damping[b], law_b, cost_b, step_b)
-            for values in flat:
-                good = good and all_finite(values[b])
-        ok[b] = good
+        ok[b] = solve_one(
+            b, problem, has_c, has_S, damping, free, law, cost, step, flat, scratch
+        )  # fmt: skip
 
 
-@compiled
-def _covariance_of_one(A, B, K, Quu_inv, V0, Sigma):
+@inner
+def covariance_of_one(A, B, K, Quu_inv, V0, Sigma, scratch):
     """Fill Sigma of one problem; False where V0 is not positive definite.
 
     With C = A + B K a step is Sigma' = C Sigma C' + B Quu_inv B', each term a product X' Y.
     """
     T, n, m = B.shape
     dtype = A.dtype
-    half, one = dtype.type(0.5), dtype.type(1.0)
+    half, one, zero = dtype.type(0.5), dtype.type(1.0), dtype.type(0.0)
     wide, narrow = round_up(n, COLUMNS), round_up(m, COLUMNS)
-    E = np.zeros((n, 2 * n), dtype)
+    E, end = carve(scratch, 0, n, 2 * n)
     for i in range(n):
         for j in range(n):
+            E[i, n + j] = zero
             E[i, j] = half * (V0[i, j] + V0[j, i])
         E[i, n + i] = one
-    if not eliminate(E, n, 2 * n):
+    if not eliminate(E, n, 2 * n, scratch[end:]):
         return False
     back_substitute(E, n, n, 2 * n)
 
-    P = np.zeros((wide, wide), dtype)  # the current Sigma, padded
-    Ct = np.zeros((wide, wide), dtype)
-    PCt = np.zeros((wide, wide), dtype)
-    gain = np.zeros((m, wide), dtype)
-    Bt = np.zeros((m, wide), dtype)
-    inverse = np.zeros((m, narrow), dtype)
-    noise_Bt = np.zeros((narrow, wide), dtype)
-    noise = np.zeros((wide, wide), dtype)
+    start = end
+    P, end = carve(scratch, start, wide, wide)  # the current Sigma, padded
+    Ct, end = carve(scratch, end, wide, wide)
+    PCt, end = carve(scratch, end, wide, wide)
+    gain, end = carve(scratch, end, m, wide)
+    Bt, end = carve(scratch, end, m, wide)
+    inverse, end = carve(scratch, end, m, narrow)
+    noise_Bt, end = carve(scratch, end, narrow, wide)
+    noise, end = carve(scratch, end, wide, wide)
+    scratch[start:end] = zero
     for i in range(n):
         for j in range(i, n):
             P[i, j] = E[i, n + j]
@@ -276,7 +297,7 @@ def _covariance_of_one(A, B, K, Quu_inv, V0, Sigma):
 
 
 @compiled
-def covariance(first, last, A, B, K, Quu_inv, V0, Sigma, ok):
+def covariance(first, last, A, B, K, Quu_inv, V0, Sigma, ok, scratch):
     """`marginal_covariance_reference` for problems ``first`` to ``last`` of a batch, into Sigma."""
     for b in range(first, last):
-        ok[b] = _covariance_of_one(A[b], B[b], K[b], Quu_inv[b], V0[b], Sigma[b])
+        ok[b] = covariance_of_one(A[b], B[b], K[b], Quu_inv[b], V0[b], Sigma[b], scratch)

@@ -1,0 +1,60 @@
+"""One switch for everything that has more than one implementation.
+
+``auto`` (the default) takes the compiled code of the tensors' device where there is one for the
+families in use, else torch. ``reference`` takes the plain torch definition everywhere. The
+environment variable ``ILQR_VAE_BACKEND`` sets it for a process, ``use`` while it runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ilqr_vae.errors import ConfigError
+
+NAMES = ("auto", "reference")
+VARIABLE = "ILQR_VAE_BACKEND"
+
+
+def _checked(name: str, field: str) -> str:
+    if name not in NAMES:
+        raise ConfigError(field, expected=f"one of {', '.join(NAMES)}", got=repr(name))
+    return name
+
+
+class _Switch:
+    """The choice; read from the environment when first asked for."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_switch = _Switch()
+
+
+def current() -> str:
+    """The backend in use. Raises ConfigError: the environment names another."""
+    if _switch.name is None:
+        _switch.name = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    return _switch.name
+
+
+def use(name: str) -> None:
+    """Choose for the whole process. Raises ConfigError: not ``auto`` or ``reference``."""
+    _switch.name = _checked(name, "backend")
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Choose for a while (the whole process: for tests and measurements).
+
+    Raises:
+        ConfigError: not ``auto`` or ``reference``.
+    """
+    before = current()
+    use(name)
+    try:
+        yield
+    finally:
+        _switch.name = before

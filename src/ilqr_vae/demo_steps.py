@@ -1,0 +1,151 @@
+"""Child processes of the demo: one verb each, and none of them outlives the demo."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from ilqr_vae.errors import IlqrVaeError
+
+STOP_S = 15.0
+"""How long a child that was asked to stop may take before it is killed."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StepError(IlqrVaeError):
+    """A step of the demo failed; it has already said why. Exits as the step did."""
+
+    def __init__(self, step: str, code: int, *, said: str = "") -> None:
+        super().__init__(step, expected="exit code 0", got=f"{code}{said}")
+        self.exit_code = code if 0 < code < 126 else 1
+
+
+class Interrupted(BaseException):
+    """A signal asked the demo to stop.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def interruptible() -> Generator[None]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP into ``Interrupted``, and ignore what follows it.
+
+    What follows must not cut short the stopping of the children, which takes ``STOP_S`` at most
+    for each. Only in the main thread; what was there before comes back.
+    """
+
+    def handle(number: int, _: FrameType | None) -> None:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def command(arguments: Sequence[str]) -> list[str]:
+    """The command line of a verb, run by this interpreter."""
+    return [sys.executable, "-m", "ilqr_vae.cli", *arguments]
+
+
+def stop(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Ask a child to stop; kill it where it does not within ``STOP_S``."""
+    if process.poll() is None:
+        process.send_signal(number)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def run(step: str, arguments: Sequence[str]) -> None:
+    """Run a verb to its end, on this terminal.
+
+    The child has a session of its own: Ctrl-C comes to the demo alone, which passes it on.
+
+    Raises:
+        StepError: it ended with another code than 0.
+    """
+    process = subprocess.Popen(command(arguments), stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        code = process.wait()
+    finally:
+        stop(process, signal.SIGINT)
+    if code != 0:
+        raise StepError(step, code)
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """What ``ilqr-vae serve --ready-file`` says once it answers."""
+
+    ingest: str
+    results: str
+    http: str
+    model: str
+    device: str
+    pid: int
+
+
+def serve_arguments(model: Path) -> list[str]:
+    """The verb and its options: free ports, and a line on standard output once it answers."""
+    free = "tcp://127.0.0.1:*"
+    where = ["--ingest", free, "--results", free, "--http", "127.0.0.1:0"]
+    return ["serve", str(model), *where, "--ready-file", "-"]
+
+
+def _failed(code: int, log: Path, lines: int = 15) -> StepError:
+    tail = log.read_text(errors="replace").splitlines()[-lines:]
+    said = "".join(f"\n  {line}" for line in tail)
+    return StepError("serve", code, said=f"; the end of {log}:{said}")
+
+
+@contextmanager
+def serving(model: Path, log: Path) -> Generator[Ready]:
+    """``ilqr-vae serve`` on free loopback ports for as long as the context lasts.
+
+    Args:
+        model: the model file.
+        log: where its log goes.
+
+    Raises:
+        StepError: it could not start, or did not end well; the end of its log is in the message.
+    """
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            command(serve_arguments(model)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()  # empty when the service ends instead
+        if not line:
+            raise _failed(process.wait(), log)
+        yield msgspec.json.decode(line, type=Ready)
+    finally:
+        stop(process, signal.SIGTERM)
+        if process.stdout is not None:
+            process.stdout.close()
+    if process.returncode != 0:
+        raise _failed(process.returncode, log)

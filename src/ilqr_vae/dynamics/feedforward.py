@@ -1,0 +1,128 @@
+"""Ungated networks: the vanilla RNN, and a residual step through a wide hidden layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ilqr_vae.dynamics.base import Dynamics, DynamicsOptions, Weights
+from ilqr_vae.errors import ConfigError
+
+
+def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.tanh(x)
+    return y, 1 - y * y
+
+
+def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.relu(x), (x > 0).to(x.dtype)
+
+
+def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(x)
+    return x * s, s * (1 + x * (1 - s))
+
+
+_ACTIVATIONS = {"tanh": _tanh, "relu": _relu, "silu": _silu}
+"""Name -> function that answers value and slope."""
+
+
+class _Activated(Dynamics):
+    """A family with a choice of activation."""
+
+    def __init__(self, n: int, m: int, activation: str) -> None:
+        super().__init__(n, m)
+        if activation not in _ACTIVATIONS:
+            raise ConfigError(
+                "dynamics.activation",
+                expected=f"one of {', '.join(_ACTIVATIONS)}",
+                got=repr(activation),
+            )
+        self.activation = activation
+        self._phi = _ACTIVATIONS[activation]
+
+
+class RNN(_Activated):
+    """Vanilla RNN: z' = phi(U z + W u + b).
+
+    Raises:
+        ConfigError: an unknown activation.
+    """
+
+    family = "rnn"
+
+    def __init__(self, n: int, m: int, *, activation: str = "tanh") -> None:
+        super().__init__(n, m, activation)
+        self.recurrent = nn.Parameter(torch.randn(n, n) / math.sqrt(n))
+        self.bias = nn.Parameter(torch.zeros(n))
+        self.input = nn.Parameter(torch.randn(n, m) / math.sqrt(m))
+
+    @classmethod
+    def from_options(cls, n: int, m: int, options: DynamicsOptions) -> RNN:
+        return cls(n, m, activation=options.activation)
+
+    def weights(self) -> Weights:
+        return self.recurrent, self.bias, self.input
+
+    def step(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
+        U, b, W = w
+        return self._phi(z @ U.mT + u @ W.mT + b)[0]
+
+    def jacobians(self, w: Weights, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        U, b, W = w
+        slope = self._phi(z @ U.mT + u @ W.mT + b)[1].unsqueeze(-1)
+        return slope * U, slope * W
+
+
+class ResidualMLP(_Activated):
+    """Inverted-bottleneck step: z' = z + V phi(U z + W u + b) + c + B u, hidden layer wider than z.
+
+    With a bounded activation z moves at most linearly in time, whatever the parameters.
+
+    Raises:
+        ConfigError: an unknown activation, or an expansion below one.
+    """
+
+    family = "mlp"
+
+    def __init__(
+        self, n: int, m: int, *, activation: str = "tanh", expansion: int = 4, step: float = 0.1
+    ) -> None:
+        super().__init__(n, m, activation)
+        if expansion < 1:
+            raise ConfigError("dynamics.expansion", expected="at least 1", got=str(expansion))
+        wide = expansion * n
+        self.up = nn.Parameter(torch.randn(wide, n) / math.sqrt(n))
+        self.up_input = nn.Parameter(torch.zeros(wide, m))
+        self.up_bias = nn.Parameter(torch.randn(wide))
+        self.down = nn.Parameter(step * torch.randn(n, wide) / math.sqrt(wide))
+        self.down_bias = nn.Parameter(torch.zeros(n))
+        self.input = nn.Parameter(step * torch.randn(n, m) / math.sqrt(m))
+
+    @classmethod
+    def from_options(cls, n: int, m: int, options: DynamicsOptions) -> ResidualMLP:
+        return cls(
+            n,
+            m,
+            activation=options.activation,
+            expansion=options.expansion,
+            step=options.step,
+        )
+
+    def weights(self) -> Weights:
+        return self.up, self.up_input, self.up_bias, self.down, self.down_bias, self.input
+
+    def step(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
+        U, W, b, V, c, B = w
+        return z + self._phi(z @ U.mT + u @ W.mT + b)[0] @ V.mT + c + u @ B.mT
+
+    def jacobians(self, w: Weights, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        U, W, b, V, _c, B = w
+        slope = self._phi(z @ U.mT + u @ W.mT + b)[1].unsqueeze(-2)
+        # V diag(slope) [U W] for all times as one matrix product
+        wide = (V * slope) @ torch.cat([U, W], 1)
+        n = z.shape[-1]
+        eye = torch.eye(n, dtype=z.dtype, device=z.device)
+        return wide[..., :n] + eye, wide[..., n:] + B

@@ -1,0 +1,141 @@
+"""The torch side of the compiled moving-horizon step.
+
+A model is packed once. What a step reads is the streams' state; what it writes is fresh, since
+``HorizonState`` is never changed; everything between lives in work arrays that are kept and used
+again, so that a steady stream allocates its answers and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ilqr_vae import threads
+from ilqr_vae.dynamics import Weights
+from ilqr_vae.fused import solver
+from ilqr_vae.fused.solver import Array, Options, Plan, Stopped, Work, array, cost_of_iteration
+from ilqr_vae.model import Model
+from ilqr_vae.readout import KinematicReadout
+
+#: Sets of work arrays kept per batch size, and batch sizes kept.
+_SPARE, _SIZES = 2, 8
+
+
+class _Room:
+    """Work arrays for one batch of streams."""
+
+    def __init__(self, plan: Plan, streams: int, horizon: int, dtype: np.dtype[Any]) -> None:
+        n, m, _ = plan.sizes
+        self.work = Work(plan, streams, horizon, dtype)
+        z0 = np.empty((streams, n), dtype)
+        z = np.empty((streams, horizon + 1, n), dtype)
+        u = np.empty((streams, horizon, m), dtype)
+        self.predicted = (z0, z, u)
+
+
+class Estimator:
+    """One model and readout, packed.
+
+    Args:
+        model: one that ``solver.usable`` accepts for the group "spikes".
+        w: its effective weights.
+        readout: kinematics from latents, or None.
+        mean_rate: (N,).
+        horizon: H.
+        options: of the solves.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        w: Weights,
+        readout: KinematicReadout | None,
+        mean_rate: Tensor,
+        horizon: int,
+        options: Options,
+    ) -> None:
+        from ilqr_vae.fused import window
+
+        self._code = window
+        self.plan = solver.plan(model, w, ("spikes",))
+        self.horizon, self.options = horizon, options
+        n, m, N = self.plan.sizes
+        self.dtype = array(mean_rate).dtype
+        self.scratch_size = window.scratch_size(horizon, n, m, N)
+        prior = array(model.initial.cost(1).precision[0])
+        if readout is None:
+            self.channels, self.features = 0, n
+            W = np.zeros((0, n), self.dtype)
+            affine = (W, *(np.zeros(0, self.dtype) for _ in range(3)))
+        else:
+            self.channels, self.features = readout.W.shape
+            given = (readout.W, readout.b, readout.variance, readout.gain)
+            affine = tuple(array(t.to(mean_rate.dtype)) for t in given)
+        self.fixed = (self.plan.arrays, prior, array(mean_rate))
+        self.readout = affine
+        self._spare: dict[int, list[_Room]] = {}
+
+    def _take(self, streams: int) -> _Room:
+        spare = self._spare.get(streams)
+        if spare:
+            return spare.pop()
+        return _Room(self.plan, streams, self.horizon, self.dtype)
+
+    def _put(self, streams: int, room: _Room) -> None:
+        if streams not in self._spare and len(self._spare) >= _SIZES:
+            self._spare.clear()
+        spare = self._spare.setdefault(streams, [])
+        if len(spare) < _SPARE:
+            spare.append(room)
+
+    def step(
+        self, state: Sequence[Tensor], counts: Tensor, mask: Tensor, stopped: Stopped | None
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """One bin of each stream.
+
+        Args:
+            state: the fields of ``HorizonState``.
+            counts, mask: (S, N).
+            stopped: asked between iterations with the statuses, which it may change; True ends.
+
+        Returns:
+            the fields of the next state, and (window, z_cov, rates, kinematics, kinematics_std,
+            bits, spikes, iterations, status).
+        """
+        before = tuple(array(t) for t in state)
+        S, N = counts.shape
+        n = self.plan.sizes[0]
+        after = tuple(np.empty_like(x) for x in before)
+        shapes = ((self.features,), (n, n), (N,), (self.channels,), (self.channels,), (), ())
+        estimate = (
+            *(np.empty((S, *shape), self.dtype) for shape in shapes),
+            np.empty(S, np.int64),
+            np.empty(S, np.int64),
+        )
+        room = self._take(S)
+        code = self._code
+        self._share(
+            S, code.enter, self.fixed, before, after, (array(counts), array(mask)),
+            room.predicted, estimate,
+        )  # fmt: skip
+        inputs = ((after[5], after[6]), (after[1], after[2]), (room.predicted[0], room.predicted[2]))
+        solver.iterate(self.plan, room.work, 1, inputs, self.options, stopped)
+        work = (room.work.state, room.work.info)
+        self._share(
+            S, code.leave, self.plan.arrays[2], self.readout, work, after, room.predicted, estimate
+        )
+        self._put(S, room)
+        return after, estimate
+
+    def _share(self, streams: int, kernel: Callable[..., None], *arguments: Any) -> None:
+        threads.share_out(
+            kernel,
+            streams,
+            cost_of_iteration(self.plan, self.horizon) // 4,
+            arguments,
+            dtype=self.dtype,
+            scratch_size=self.scratch_size,
+        )

@@ -1,0 +1,307 @@
+"""Compiled moving horizon: ``MovingHorizon.step`` of a range of streams, stream by stream.
+
+A stream's window comes in, moves where it is full (the bin that leaves is absorbed into the arrival
+cost), takes the new bin, is solved, and answers. Letters and formulas are those of ``horizon``.
+
+Only numba code lives here: it must not be wrapped by a type-checking import hook.
+"""
+
+# numba infers the types of what it compiles.
+# pyright: reportMissingParameterType=false
+
+from __future__ import annotations
+
+import math
+
+
+from ilqr_vae.fused import observations
+from ilqr_vae.fused.iteration import NOT_FINITE
+from ilqr_vae.fused.primitives import eight
+from ilqr_vae.lqr.algebra import (
+    COLUMNS,
+    back_substitute,
+    carve,
+    compiled,
+    inner,
+    eliminate,
+    multiply,
+)
+from ilqr_vae.lqr.kernels import covariance_of_one
+from ilqr_vae.lqr.kernels import scratch_size as lqr_scratch
+from ilqr_vae.rollout_kernels import linearise, roll_out
+from ilqr_vae.rollout_kernels import scratch_size as rollout_scratch
+
+
+def scratch_size(T, n, m, N):
+    """Numbers of scratch that one thread needs."""
+    n8, N8 = n + COLUMNS, N + COLUMNS
+    absorb = 2 * n + m + 2 * n8 + 2 * N8 + 5 * n * n + 2 * n + n * m
+    absorb += 6 * n8 * n8 + m * n8 + 2 * n8 + 2 * n * n8 + n8
+    absorb += max(rollout_scratch(n, m), observations.scratch_size(1, n))
+    answer = (T + 1) * n * n + lqr_scratch(n, m) + N8 + n
+    return max(absorb, answer)
+
+
+@inner
+def _carve3(scratch, start, count, rows, columns):
+    end = start + count * rows * columns
+    return scratch[start:end].reshape(count, rows, columns), end
+
+
+@inner
+def _spd_inverse(M, out, n, scratch):
+    """out[:n, :n] = M[:n, :n]^-1; False where M is not positive definite."""
+    E, end = carve(scratch, 0, n, 2 * n)
+    zero, one = E.dtype.type(0.0), E.dtype.type(1.0)
+    for i in range(n):
+        for j in range(n):
+            E[i, j] = M[i, j]
+            E[i, n + j] = zero
+        E[i, n + i] = one
+    if not eliminate(E, n, 2 * n, scratch[end:]):
+        return False
+    back_substitute(E, n, n, 2 * n)
+    for i in range(n):
+        for j in range(i, n):
+            out[i, j] = E[i, n + j]
+            out[j, i] = E[i, n + j]
+    return True
+
+
+@inner
+def _absorb(b, model, before, mean, precision, scratch):
+    """Arrival mean and precision one bin later, for stream ``b``; False where they break down."""
+    family, weights, bank, prior = model
+    centre, input_precision, _ = prior
+    _, old_mean, old_precision, z, u, counts, mask = before
+    n, m = z.shape[2], u.shape[2]
+    n8, N8 = eight(n), eight(counts.shape[2])
+    zero = z.dtype.type(0.0)
+
+    # the model around the oldest transition
+    z_two, end = carve(scratch, 0, 2, n)
+    u_one, end = carve(scratch, end, 1, m)
+    f, end = carve(scratch, end, 1, n8)
+    h, end = carve(scratch, end, 1, n8)
+    d, end = carve(scratch, end, 1, N8)
+    w, end = carve(scratch, end, 1, N8)
+    A, end = _carve3(scratch, end, 1, n, n)
+    B, end = _carve3(scratch, end, 1, n, m)
+    Q, end = _carve3(scratch, end, 2, n, n)
+    q, end = carve(scratch, end, 2, n)
+    rest = scratch[end:]
+    nothing = z[b]
+    law = z
+    roll_out(
+        family, weights, False, z[b, 0], nothing, u[b, :1], law, nothing, zero, z_two, u_one, f, h,
+        rest,
+    )  # fmt: skip
+    linearise(family, weights, z_two, f, h, A, B, rest)
+    observations.score(bank, z[b, :2], counts[b, :1], mask[b, :1], d, w)
+    observations.quadratise(bank, d, w, q, Q, rest)
+
+    start = end
+    P, end = carve(scratch, start, n8, n8)
+    At, end = carve(scratch, end, n8, n8)
+    PAt, end = carve(scratch, end, n8, n8)
+    P_minus, end = carve(scratch, end, n8, n8)
+    noise, end = carve(scratch, end, n8, n8)
+    Bt, end = carve(scratch, end, m, n8)
+    information, end = carve(scratch, end, n, n)
+    scratch[start:end] = zero
+    shift, rest = scratch[end : end + n], scratch[end + n :]
+
+    if not _spd_inverse(old_precision[b], P, n, rest):
+        return False
+    for i in range(n):
+        shift[i] = zero
+        for j in range(n):
+            At[j, i] = A[0, i, j]
+            shift[i] += A[0, i, j] * (old_mean[b, j] - z[b, 0, j])
+        for a in range(m):
+            # R is diagonal, so R^-1 r = u - centre
+            shift[i] -= B[0, i, a] * (u[b, 0, a] - centre[a])
+            Bt[a, i] = B[0, i, a] / math.sqrt(input_precision[a])
+    multiply(P, 0, n8, At, 0, n8, PAt, n8, n, n, n, False)
+    multiply(At, 0, n8, PAt, 0, n8, P_minus, n8, n, n, n, True)
+    multiply(Bt, 0, n8, Bt, 0, n8, noise, n8, m, n, n, True)
+    trace = zero
+    for i in range(n):
+        for j in range(i, n):
+            P_minus[i, j] += noise[i, j]
+            P_minus[j, i] = P_minus[i, j]
+        trace += P_minus[i, i]
+    for i in range(n):
+        P_minus[i, i] += 1e-10 * trace / n
+    if not _spd_inverse(P_minus, information, n, rest):
+        return False
+
+    E, end = carve(rest, 0, n, n + 1)
+    for i in range(n):
+        total = -q[1, i]
+        for j in range(n):
+            total += information[i, j] * shift[j]
+            precision[b, i, j] = information[i, j] + Q[1, i, j]
+            E[i, j] = precision[b, i, j]
+        E[i, n] = total
+    if not eliminate(E, n, n + 1, rest[end:]):
+        return False
+    back_substitute(E, n, n, n + 1)
+    for i in range(n):
+        mean[b, i] = z[b, 1, i] + E[i, n]
+    return True
+
+
+@inner
+def _enter(b, model, prior_precision, null, before, after, arriving, predicted, estimate, scratch):
+    """Move stream ``b``'s window if it is full, put the new bin in, and predict that bin."""
+    family, weights, bank, prior = model
+    age, old_mean, old_precision, old_z, old_u, old_counts, old_mask = before
+    new_age, mean, precision, _, _, counts, mask = after
+    new_counts, new_mask = arriving
+    z, u = predicted
+    _, _, _, _, _, bits, spikes, _, _ = estimate
+    H, m = old_u.shape[1], old_u.shape[2]
+    n, N = old_z.shape[2], old_counts.shape[2]
+    zero = old_z.dtype.type(0.0)
+    moves = 1 if age[b] == H else 0
+    if moves == 1:
+        if not _absorb(b, model, before, mean, precision, scratch):
+            for i in range(n):
+                mean[b, i] = old_z[b, 1, i]
+                for j in range(n):
+                    precision[b, i, j] = prior_precision[i, j]
+    else:
+        mean[b] = old_mean[b]
+        precision[b] = old_precision[b]
+    kept = H - moves
+    for t in range(kept):
+        u[b, t] = old_u[b, t + moves]
+        counts[b, t] = old_counts[b, t + moves]
+        mask[b, t] = old_mask[b, t + moves]
+    for t in range(kept + 1):
+        z[b, t] = old_z[b, t + moves]
+    if moves == 1:
+        centre = prior[0]
+        z_two, end = carve(scratch, 0, 2, n)
+        u_one, end = carve(scratch, end, 1, m)
+        f, end = carve(scratch, end, 1, eight(n))
+        h, end = carve(scratch, end, 1, eight(n))
+        rest, end = carve(scratch, end, 1, m)
+        for a in range(m):
+            rest[0, a] = centre[a]
+            u[b, H - 1, a] = centre[a]
+        roll_out(
+            family, weights, False, old_z[b, H], old_z[b], rest, old_z, old_z[b], zero, z_two,
+            u_one, f, h, scratch[end:],
+        )  # fmt: skip
+        for i in range(n):
+            z[b, H, i] = z_two[1, i]
+    newest = age[b] - moves
+    new_age[b] = newest + 1
+
+    expected, end = carve(scratch, 0, 1, eight(N))
+    at, end = carve(scratch, end, 1, n)
+    for i in range(n):
+        at[0, i] = z[b, newest + 1, i]
+    observations.expected(bank, at, expected)
+    gain, seen = 0.0, 0.0
+    for i in range(N):
+        here = new_mask[b, i]
+        count = new_counts[b, i] if here > zero else zero
+        counts[b, newest, i] = count
+        mask[b, newest, i] = here
+        floor, base = 1e-9, max(null[i], 1e-9)
+        rate = max(expected[0, i], floor) if expected[0, i] == expected[0, i] else expected[0, i]
+        gain += (count * (math.log(rate) - math.log(base)) - (rate - base)) * here
+        seen += count * here
+    bits[b] = gain / math.log(2.0)
+    spikes[b] = seen
+
+
+@inner
+def _leave(b, bank, readout, work, after, predicted, estimate, scratch):
+    """Write stream ``b``'s solved window and its answer."""
+    W, offset, variance, gain = readout
+    state, info = work
+    solved_z, solved_u, _, _, status, iterations = state
+    problem, law, value, _, _, _, _ = info
+    age, _, _, z, u, _, _ = after
+    window, z_cov, rates, kinematics, kinematics_std, _, _, done, ended = estimate
+    n, N = z.shape[2], rates.shape[1]
+    zero = z.dtype.type(0.0)
+    newest = age[b]
+    done[b] = iterations[b]
+    ended[b] = status[b]
+    broken = status[b] == NOT_FINITE
+    # a solve that broke down keeps the prediction rather than spreading what is not finite
+    z[b] = predicted[1][b] if broken else solved_z[b]
+    u[b] = predicted[2][b] if broken else solved_u[b]
+
+    Sigma, end = _carve3(scratch, 0, newest + 1, n, n)
+    good = covariance_of_one(
+        problem[0][b, :newest], problem[1][b, :newest], law[0][b, :newest], law[2][b, :newest],
+        value[0][b, 0], Sigma, scratch[end:],
+    )  # fmt: skip
+    for i in range(n):
+        for j in range(n):
+            z_cov[b, i, j] = Sigma[newest, i, j] if good else zero
+
+    for lag in range(window.shape[1] // n):
+        slot = max(newest - lag, 0)
+        for i in range(n):
+            window[b, lag * n + i] = z[b, slot, i]
+    for k in range(W.shape[0]):
+        total, spread = offset[k], zero
+        for j in range(W.shape[1]):
+            total += W[k, j] * window[b, j]
+        for i in range(n):
+            row = zero
+            for j in range(n):
+                row += z_cov[b, i, j] * W[k, j]
+            spread += W[k, i] * row
+        kinematics[b, k] = total
+        kinematics_std[b, k] = math.sqrt(gain[k] * spread + variance[k])
+    expected, end = carve(scratch, 0, 1, eight(N))
+    at, end = carve(scratch, end, 1, n)
+    for i in range(n):
+        at[0, i] = z[b, newest, i]
+    observations.expected(bank, at, expected)
+    for i in range(N):
+        rates[b, i] = expected[0, i]
+
+
+@compiled
+def enter(first, last, fixed, before, after, arriving, predicted, estimate, scratch):
+    """Streams ``first`` to ``last`` move their windows and take the new bin in.
+
+    Args:
+        fixed: (model, prior precision of z_0, mean rates).
+        before, after: the fields of ``HorizonState``; ``after`` is written but for z and u.
+        arriving: (counts, mask) of the new bin.
+        predicted: (z_0, z, u) of the window before the solve, written.
+        estimate: the answer's arrays, written as far as they are known.
+    """
+    model, prior_precision, null = fixed
+    z0, z, u = predicted
+    for b in range(first, last):
+        _enter(
+            b, model, prior_precision, null, before, after, arriving, (z, u), estimate, scratch
+        )
+        for i in range(z.shape[2]):
+            z0[b, i] = z[b, 0, i]
+
+
+@compiled
+def leave(first, last, bank, readout, work, after, predicted, estimate, scratch):
+    """Streams ``first`` to ``last`` answer.
+
+    Args:
+        bank: the channels.
+        readout: (W, b, variance, gain).
+        work: (state, info) of ``iteration`` after the solve.
+        after: the fields of ``HorizonState``; z and u are written.
+        predicted, estimate: see ``enter``; the estimate is written.
+    """
+    for b in range(first, last):
+        _leave(b, bank, readout, work, after, predicted, estimate, scratch)

@@ -1,0 +1,113 @@
+"""Threads of the compiled kernels: one pool, one number, one way to share a batch out.
+
+Kernels are called as ``kernel(first, last, *arguments, scratch)`` on ranges of a batch; they hold
+no GIL and keep one problem's numbers apart from its neighbours', so the bits of an answer depend
+neither on the number of threads nor on the rest of the batch. The threads are plain Python ones:
+they sleep when idle (spinning pools slow each other and their callers on busy cores), may be used
+by several callers at once, and survive a fork.
+
+Their number is what ``use`` said, else torch's (``torch.get_num_threads``). torch's own threads
+help little at these sizes: where the kernels have the cores, give torch one thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+
+#: Multiply-adds below which waking another thread costs more than it saves (about 0.1 ms).
+WORTH_A_THREAD = 2_000_000
+
+_ALIGNMENT = 64
+
+
+class _Pool:
+    """The helper threads, made when first needed, forgotten in a forked child."""
+
+    def __init__(self) -> None:
+        self.count: int | None = None
+        self._helpers: ThreadPoolExecutor | None = None
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._helpers = None
+
+    def helpers(self) -> ThreadPoolExecutor:
+        if self._helpers is None:
+            self._helpers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kernels")
+        return self._helpers
+
+
+_pool = _Pool()
+_local = threading.local()
+
+
+def use(count: int | None) -> None:
+    """How many threads the kernels share a batch among; None means as many as torch has."""
+    _pool.count = None if count is None else max(1, count)
+
+
+def count() -> int:
+    """How many threads the kernels share a batch among."""
+    return torch.get_num_threads() if _pool.count is None else _pool.count
+
+
+def scratch(dtype: DTypeLike, size: int) -> NDArray[np.floating]:
+    """This thread's buffer of at least ``size`` numbers, aligned; its contents have no meaning.
+
+    It grows to the largest ever asked for and stays.
+    """
+    kept: dict[np.dtype[np.floating], NDArray[np.floating]] = _local.__dict__
+    key = np.dtype(dtype)
+    buffer = kept.get(key.char)
+    if buffer is None or buffer.size < size:
+        raw = np.zeros(size + _ALIGNMENT, key)
+        start = -raw.ctypes.data % _ALIGNMENT // key.itemsize
+        buffer = raw[start : start + size]
+        kept[key.char] = buffer
+    return buffer
+
+
+def share_out(
+    kernel: Callable[..., None],
+    batch: int,
+    work: int,
+    arguments: tuple[object, ...],
+    *,
+    dtype: DTypeLike,
+    scratch_size: int,
+) -> None:
+    """Run ``kernel(first, last, *arguments, scratch)`` over a batch.
+
+    Args:
+        batch: problems.
+        work: multiply-adds per problem, roughly: decides whether threads are woken.
+        arguments: the kernel's, between the range and the scratch buffer.
+        dtype, scratch_size: of the buffer each thread brings.
+    """
+    threads = min(count(), batch, 1 + batch * work // WORTH_A_THREAD)
+    if threads <= 1:
+        kernel(0, batch, *arguments, scratch(dtype, scratch_size))
+        return
+    # small runs, taken when free: problems differ in how long they take
+    runs = min(batch, 4 * threads)
+    edges = [batch * run // runs for run in range(runs + 1)]
+    queue = iter(itertools.pairwise(edges))
+
+    def work_through(queue: Iterator[tuple[int, int]]) -> None:
+        buffer = scratch(dtype, scratch_size)
+        for first, last in queue:
+            kernel(first, last, *arguments, buffer)
+
+    helpers = _pool.helpers()
+    pending = [helpers.submit(work_through, queue) for _ in range(threads - 1)]
+    work_through(queue)
+    for one in pending:
+        one.result()

@@ -1,0 +1,160 @@
+"""The demo: real verbs as real processes, and nothing left running whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ilqr_vae.cli import main
+from ilqr_vae.demo_steps import Interrupted, StepError, interruptible, run, serving
+from rig import make_model
+
+TINY = """
+[model]
+latents = 4
+inputs = 2
+[training]
+steps = 2
+batch = 2
+chunk = 10
+validate_every = 0
+[estimator]
+horizon = 3
+iterations = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_orphans() -> Iterator[None]:
+    """Whatever a test does, its processes are gone when it ends."""
+    yield
+    left = psutil.Process().children(recursive=True)
+    assert [p.cmdline() for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_the_whole_chain(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made here"
+    size = ("--minutes", "0.5", "--units", "12", "--reaches", "1")
+    assert main(["demo", str(config), "--out", str(out), "--speed", "max", *size]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["bins"] == 150
+    assert report["speed"] is None
+    assert set(report["scores"]) == {"iLQR-VAE", "Wiener filter"}
+    assert report["latency_ms"]["total"]["n"] > 0
+    assert json.loads((out / "closed-loop.json").read_text())["kind"] == "closed-loop"
+    page = (out / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "<script" not in page
+    said = " ".join(capfd.readouterr().out.split())
+    for verb in ("simulate", "train", "serve", "replay", "closed-loop"):
+        assert f"$ ilqr-vae {verb} " in said
+    summary = said.partition("service stopped")[2]
+    for word in ("causal R²", "90 % interval", "p99.9", "statuses", "report.html"):
+        assert word in summary
+
+    # Once more on a recording of one's own, that cannot be read: its step's error and code, and
+    # nothing of the run before is taken for a result.
+    broken = tmp_path / "mine.nwb"
+    broken.write_bytes(b"not NWB")
+    mine = ("--recording", str(broken))
+    assert main(["demo", str(config), "--out", str(out), *mine]) == 2
+    said = capfd.readouterr().err
+    assert "mine.nwb" in said
+    assert said.splitlines()[-1] == "error: train: expected exit code 0, got 2"
+    assert not (out / "report.json").exists()
+    assert not (out / "report.html").exists()
+    assert broken.read_bytes() == b"not NWB"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("absent.toml",), "config: expected a TOML file"),
+        (("{config}", "--recording", "absent.nwb"), "--recording: expected"),
+        (("{config}", "--speed", "fast"), "--speed: expected a number above zero, or max"),
+        (("{config}", "--speed", "0"), "--speed: expected a number above zero, or max"),
+        (("{config}", "--out", "{config}"), "--out: expected a folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    options: tuple[str, ...],
+    said: str,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *(o.format(config=config) for o in options)]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_what_it_started(
+    config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ilqr_vae.cli", "demo", str(config), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    with process.stdout as said:
+        # Its first step, a simulation of ten minutes, has been announced and begins.
+        assert any(b"$ ilqr-vae simulate" in line for line in said)
+        process.send_signal(number)
+        rest = said.read()
+    assert process.wait(60) == 128 + number
+    assert b"everything it started has been stopped" in rest
+    assert not (out / "session.nwb").exists()
+
+
+def test_the_service_stops_when_a_step_fails_or_a_signal_comes(tmp_path: Path) -> None:
+    model, log = make_model(tmp_path / "m.safetensors", n_units=4), tmp_path / "service.log"
+    served: list[psutil.Process] = []
+
+    def fail() -> None:
+        with serving(model, log) as ready:
+            served.append(psutil.Process(ready.pid))
+            run("replay", ["replay", str(tmp_path / "absent.mat"), "--to", ready.ingest])
+
+    def interrupt() -> None:
+        with interruptible(), serving(model, log) as ready:
+            served.append(psutil.Process(ready.pid))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StepError) as failed:
+        fail()
+    assert failed.value.exit_code == 2
+    assert "stopped" in log.read_text()
+    with pytest.raises(Interrupted):
+        interrupt()
+    assert len(served) == 2
+    assert not any(service.is_running() for service in served)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(StepError, match="error: ") as failed, serving(broken, tmp_path / "log"):
+        pass
+    assert failed.value.exit_code == 2

@@ -1,0 +1,188 @@
+"""The gradient through the optimum against finite differences of everything, solves included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from ilqr_vae import elbo, ilqr, implicit
+from ilqr_vae.dynamics import FAMILIES
+from ilqr_vae.ilqr import Status
+from ilqr_vae.likelihoods import Observed
+from ilqr_vae.model import Model
+from ilqr_vae.posterior import Kronecker
+from small import TIGHT, as_problem, draw_data, make_model, perturb, rest
+
+B, T = 2, 5
+# central differences of fourth order: truncation and rounding both stay far below 1e-6
+H = 2e-3
+STENCIL = ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12))
+
+
+@dataclass
+class Setting:
+    """A model, data with masks, a posterior, the recognition's groups and a first optimum."""
+
+    model: Model
+    observed: dict[str, Observed]
+    posterior: Kronecker
+    names: tuple[str, ...]
+    start: tuple[Tensor, Tensor] | None = None
+
+    def parameters(self) -> dict[str, Tensor]:
+        named = {**dict(self.model.named_parameters())}
+        named |= {f"posterior.{k}": v for k, v in self.posterior.named_parameters()}
+        return {k: v for k, v in named.items() if v.requires_grad}
+
+    def solved(self) -> tuple[ilqr.Problem, ilqr.State]:
+        problem = as_problem(self.model, self.observed, self.names)
+        state, _ = ilqr.solve(problem, *(self.start or rest(problem)), TIGHT)
+        assert not (state.status == Status.NOT_FINITE).any()
+        return problem, state
+
+    def loss(
+        self, *, exact: bool = True, at: tuple[ilqr.Problem, ilqr.State] | None = None
+    ) -> Tensor:
+        """The bound summed over trials; the sample's noise is always the same."""
+        problem, state = at or self.solved()
+        z0, u = implicit.attach_gradient(problem, state, exact=exact)
+        draw = self.posterior.draw(B, torch.Generator().manual_seed(7))
+        parts = elbo.bound(self.model, problem.w, z0, u, draw, self.observed)
+        return parts.value(kl_weight=0.9, group_weights={"kinematics": 1.3}).sum()
+
+    def gradient(self, *, exact: bool) -> dict[str, Tensor]:
+        named = self.parameters()
+        grads = torch.autograd.grad(self.loss(exact=exact), list(named.values()))
+        return dict(zip(named, grads, strict=True))
+
+
+def setting(dynamics: str, kinds: str, *, n: int = 3, m: int = 2) -> Setting:
+    model = make_model(
+        dynamics,
+        n=n,
+        m=m,
+        units=3,
+        spikes="gaussian" if kinds == "gaussian" else "poisson",
+        kinematics=2 if kinds == "joint" else 0,
+        seed=3,
+    )
+    posterior = Kronecker(n, m, T).double()
+    perturb(posterior, 0.2, torch.Generator().manual_seed(1))
+    observed = draw_data(model, B, T, seed=2, missing=0.25)
+    made = Setting(model, observed, posterior, ("spikes",))
+    _, state = made.solved()
+    made.start = state.z[:, 0], state.u  # every perturbed solve starts at the unperturbed optimum
+    return made
+
+
+@torch.no_grad()
+def finite_differences(s: Setting) -> dict[str, Tensor]:
+    """dL/dtheta entry by entry, solving again each time."""
+    found: dict[str, Tensor] = {}
+    here = s.solved()  # the posterior's own parameters move no optimum
+    for name, p in s.parameters().items():
+        at = here if name.startswith("posterior") else None
+        flat, grad = p.data.view(-1), torch.zeros(p.numel(), dtype=p.dtype)
+        for i in range(p.numel()):
+            kept = float(flat[i])
+            for step, weight in STENCIL:
+                flat[i] = kept + step * H
+                grad[i] += weight / H * s.loss(at=at)
+            flat[i] = kept
+        found[name] = grad.view(p.shape)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "kinds"),
+    [("mgu2", "poisson"), ("linear", "poisson"), ("mgu2", "joint"), ("linear", "gaussian")],
+)
+def test_exact_gradient_is_finite_differences_for_every_parameter(
+    dynamics: str, kinds: str
+) -> None:
+    s = setting(dynamics, kinds, n=2, m=1)
+    exact, truth = s.gradient(exact=True), finite_differences(s)
+    assert exact.keys() == truth.keys()
+    # the scale of the whole gradient's rounding, for entries that vanish
+    floor = 1e-9 * max(float(g.abs().max()) for g in truth.values())
+    for name, g in truth.items():
+        error = float((exact[name] - g).norm())
+        assert error < 1e-6 * float(g.norm()) + floor, f"{name}: {error} of {float(g.norm())}"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_exact_gradient_along_random_directions(family: str) -> None:
+    s = setting(family, "joint")
+    exact, named = s.gradient(exact=True), s.parameters()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        along = {
+            k: torch.randn(p.shape, generator=generator, dtype=p.dtype) for k, p in named.items()
+        }
+        slope = 0.0
+        with torch.no_grad():
+            kept = {k: p.clone() for k, p in named.items()}
+            for step, weight in STENCIL:
+                for k, p in named.items():
+                    p.copy_(kept[k] + step * H / 4 * along[k])
+                slope += float(weight / (H / 4) * s.loss())
+            for k, p in named.items():
+                p.copy_(kept[k])
+        ours = sum(float((exact[k] * along[k]).sum()) for k in named)
+        assert ours == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize(("dynamics", "kinds"), [("mgu2", "poisson"), ("mgu2", "joint")])
+def test_gauss_newton_points_the_same_way(dynamics: str, kinds: str) -> None:
+    s = setting(dynamics, kinds)
+    exact, rough = s.gradient(exact=True), s.gradient(exact=False)
+    a, b = (torch.cat([g.flatten() for g in x.values()]) for x in (exact, rough))
+    cosine = float(a @ b / a.norm() / b.norm())
+    assert cosine > 0.9
+    assert float((a - b).norm() / a.norm()) > 1e-6  # and is not the exact one by another name
+
+
+def test_for_linear_dynamics_gauss_newton_is_exact() -> None:
+    s = setting("linear", "poisson")
+    exact, rough = s.gradient(exact=True), s.gradient(exact=False)
+    for name, g in exact.items():
+        torch.testing.assert_close(rough[name], g, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_the_optimum_itself_is_passed_through() -> None:
+    s = setting("mgu2", "poisson")
+    problem, state = s.solved()
+    z0, u = implicit.attach_gradient(problem, state)
+    torch.testing.assert_close(z0, state.z[:, 0], rtol=0, atol=0)
+    torch.testing.assert_close(u, state.u, rtol=0, atol=0)
+    assert z0.requires_grad
+    assert u.requires_grad
+
+
+def test_frozen_parameters_get_none() -> None:
+    s = setting("mgu2", "poisson")
+    s.model.initial.requires_grad_(False)
+    assert not any(name.startswith("initial") for name in s.parameters())
+    s.loss().backward()
+    assert all(p.grad is None for p in s.model.initial.parameters())
+    assert all(p.grad is not None for p in s.parameters().values())
+
+
+def test_a_trial_whose_hessian_is_indefinite_falls_back_and_spreads_nothing() -> None:
+    """Far from an optimum the exact Hessian need not be positive definite: still finite."""
+    s = setting("mgu2", "poisson")
+    problem = as_problem(s.model, s.observed)
+    generator = torch.Generator().manual_seed(0)
+    z0, u = rest(problem)
+    z0 = z0 + torch.tensor([[0.0], [4.0]]) * torch.randn(z0.shape, generator=generator).double()
+    u = u + torch.tensor([0.0, 6.0]).view(2, 1, 1) * torch.randn(u.shape, generator=generator)
+    with torch.no_grad():
+        state = ilqr.init(problem, z0, u)
+    z0_, u_ = implicit.attach_gradient(problem, state, exact=True)
+    (z0_.sum() + u_.sum()).backward()
+    grads = [p.grad for p in s.model.parameters() if p.grad is not None]
+    assert grads
+    assert all(bool(g.isfinite().all()) for g in grads)

@@ -1,0 +1,235 @@
+"""What the experiments share: whole trials as training batches, a fit, and who is told about it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ilqr_training.config import LoopConfig
+from ilqr_training.loop import Report, Run, start, train_steps
+from ilqr_vae.artifact import GroupSpec, ModelSpec, build
+from ilqr_vae.dynamics import DynamicsOptions
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.likelihoods import Gaussian, Observed
+from ilqr_vae.model import Model
+
+Array = NDArray[np.float64]
+
+
+class FitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a model is fitted to trials.
+
+    Attributes:
+        steps, batch: gradient steps, and trials per step (capped at what there is).
+        learning_rate, final_rate: of Adam, from the one to the other along a half cosine.
+        clip: largest gradient norm, of the bound per bin.
+        kl_warmup: steps over which the KL's weight grows to one.
+        posterior: per-trial Laplace, or the paper's Kronecker.
+        iterations, tolerance: of the iLQR solves.
+        exact_gradient: implicit gradient with all curvature; else Gauss-Newton.
+        dtype: to train in.
+    """
+
+    steps: int = 500
+    batch: int = 32
+    learning_rate: float = 0.02
+    final_rate: float = 0.001
+    clip: float = 5.0
+    kl_warmup: int = 50
+    posterior: Literal["laplace", "kronecker"] = "laplace"
+    iterations: int = 6
+    tolerance: float = 1e-4
+    exact_gradient: bool = False
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from zero."""
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
+        return self.final_rate + (self.learning_rate - self.final_rate) * share
+
+
+class NetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The generative model of an experiment: families and sizes, see ``artifact.ModelSpec``."""
+
+    dynamics: str = "mgu2"
+    prior: str = "gaussian"
+    latents: int = 20
+    inputs: int = 5
+    options: DynamicsOptions = DynamicsOptions()
+
+
+class Watch(Protocol):
+    """Who is told how an experiment goes."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A part of ``total`` units of work begins."""
+        ...
+
+    def advance(self, done: int, note: str = "") -> None:
+        """So much of it is done."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line worth keeping."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment came to.
+
+    Attributes:
+        figures: plain numbers, lists and names, ready for JSON.
+        draw: puts the picture on a matplotlib figure; None where there is none.
+    """
+
+    figures: dict[str, Any]
+    draw: Callable[[Any], None] | None = None
+
+
+def observed_of(
+    model: Model, values: Array, mask: Array | None = None, *, group: str = "observations"
+) -> dict[str, Observed]:
+    """One group of observations in the model's dtype; all of them observed unless masked."""
+    v = torch.as_tensor(values).to(model.initial.mean)
+    seen = torch.ones_like(v) if mask is None else torch.as_tensor(mask).to(v)
+    return {group: Observed(v * seen, seen)}
+
+
+class Trials:
+    """Whole trials as ``loop.Batches``, each starting warm from its own last solution."""
+
+    def __init__(
+        self,
+        model: Model,
+        observed: Mapping[str, Observed],
+        seed: int,
+        *,
+        live: Tensor | None = None,
+    ) -> None:
+        model.check(observed)
+        first = next(iter(observed.values())).values
+        K, self.chunk = first.shape[:2]
+        self.count = K
+        self._observed, self._live = observed, live
+        self.z = first.new_zeros(K, model.n)
+        self.u = first.new_zeros(K, self.chunk, model.m)
+        self.rng = np.random.default_rng(seed)
+        self._order = np.zeros(0, dtype=np.int64)
+
+    def draw(self, batch: int) -> Tensor:
+        """The next ``batch`` trials of a random order that is drawn anew when used up."""
+        while len(self._order) < batch:
+            self._order = np.concatenate([self._order, self.rng.permutation(self.count)])
+        chosen, self._order = self._order[:batch], self._order[batch:]
+        return torch.as_tensor(chosen)
+
+    def observed(self, index: Tensor) -> Mapping[str, Observed]:
+        return {k: Observed(o.values[index], o.mask[index]) for k, o in self._observed.items()}
+
+    def live(self, index: Tensor) -> Tensor | None:
+        return None if self._live is None else self._live[index]
+
+    def warm(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.z[index], self.u[index]
+
+    def remember(self, index: Tensor, z: Tensor, u: Tensor) -> None:
+        self.z[index], self.u[index] = z[:, 0], u
+
+
+def network(net: NetConfig, group: GroupSpec, *, seed: int, dtype: str) -> Model:
+    """A fresh model with one observation group, ``observations``."""
+    torch.manual_seed(seed)
+    spec = ModelSpec(
+        dynamics=net.dynamics,
+        prior=net.prior,
+        latents=net.latents,
+        inputs=net.inputs,
+        groups={"observations": group},
+        options=net.options,
+    )
+    return build(spec).to(getattr(torch, dtype))
+
+
+def start_noise(model: Model, values: Array, share: float = 0.3) -> None:
+    """Start a Gaussian readout at the data's mean, its noise at a share of their deviation."""
+    family = model.group("observations")
+    if not isinstance(family, Gaussian):
+        raise ShapeError("observations", expected="a Gaussian group", got=family.family)
+    with torch.no_grad():
+        family.b.copy_(torch.as_tensor(values.mean((0, 1))))
+        family.log_scale.copy_(torch.as_tensor(np.log(share * values.std((0, 1)))))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model.
+
+    Attributes:
+        run: model, posterior and warm starts as training left them.
+        bounds: nats per bin at each step (noisy: one sample of one batch).
+        seconds: wall-clock.
+    """
+
+    run: Run
+    bounds: list[float]
+    seconds: float
+
+
+def fit(
+    model: Model,
+    trials: Trials,
+    config: FitConfig,
+    seed: int,
+    watch: Watch,
+    *,
+    what: str = "training",
+    after: Callable[[Run, Report], None] | None = None,
+) -> Fit:
+    """Train on trials.
+
+    Args:
+        after: called after every step, e.g. to evaluate.
+
+    Raises:
+        TrainingError: a bound or gradient that is not finite.
+    """
+    began = time.monotonic()
+    loop = LoopConfig(
+        steps=config.steps,
+        batch=min(config.batch, trials.count),
+        chunk=trials.chunk,
+        learning_rate=config.learning_rate,
+        clip=config.clip,
+        kl_warmup=config.kl_warmup,
+        posterior=config.posterior,
+        exact_gradient=config.exact_gradient,
+        iterations=config.iterations,
+        tolerance=config.tolerance,
+        seed=seed,
+        dtype=config.dtype,
+    )
+    run = start(model, trials, loop)
+    run.condition = tuple(model.groups)
+    run.rate = config.rate
+    bounds: list[float] = []
+    watch.begin(what, config.steps)
+    for report in train_steps(run, loop):
+        bounds.append(report.bound)
+        watch.advance(
+            report.step,
+            f"bound {report.bound:.3f} nats/bin, KL {report.kl:.3f}, "
+            f"{report.iterations:.1f} iterations",
+        )
+        if after is not None:
+            after(run, report)
+    return Fit(run, bounds, time.monotonic() - began)

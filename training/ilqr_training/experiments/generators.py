@@ -1,0 +1,183 @@
+"""Made-up data with known truth: linear systems, the Lorenz attractor, Duffing oscillators.
+
+All shapes are (trials, bins, channels), float64; everything drawn comes from the generator given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class LinearData(NamedTuple):
+    """A linear system's trials.
+
+    Attributes:
+        values: (K, T, N) noisy observations.
+        inputs: (K, T, m); states: (K, T + 1, n), states[:, k + 1] seen in bin k.
+        A, B, C: the system.
+    """
+
+    values: Array
+    inputs: Array
+    states: Array
+    A: Array
+    B: Array
+    C: Array
+
+
+def stable_matrix(n: int, rng: np.random.Generator, *, slowest: float, fastest: float) -> Array:
+    """A random n x n matrix whose eigenvalues have moduli between ``fastest`` and ``slowest``.
+
+    Conjugate pairs that turn 0.05 to 0.4 radians a step, and one real one where n is odd, in a
+    random, moderately skewed basis.
+    """
+    block = np.zeros((n, n))
+    for i in range(0, n - 1, 2):
+        r, angle = rng.uniform(fastest, slowest), rng.uniform(0.05, 0.4)
+        c, s = r * np.cos(angle), r * np.sin(angle)
+        block[i : i + 2, i : i + 2] = [[c, -s], [s, c]]
+    if n % 2:
+        block[-1, -1] = rng.uniform(fastest, slowest)
+    rotation = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    basis = rotation @ np.diag(rng.uniform(0.7, 1.4, n))
+    return basis @ block @ np.linalg.inv(basis)
+
+
+def linear_trials(
+    rng: np.random.Generator,
+    A: Array,
+    B: Array,
+    C: Array,
+    inputs: Array,
+    initial: Array,
+    *,
+    noise: float,
+) -> LinearData:
+    """Run z' = A z + B u from ``initial`` (K, n) under ``inputs`` (K, T, m); see through C."""
+    z = np.empty((inputs.shape[0], inputs.shape[1] + 1, A.shape[0]))
+    z[:, 0] = initial
+    for k in range(inputs.shape[1]):
+        z[:, k + 1] = z[:, k] @ A.T + inputs[:, k] @ B.T
+    clean = z[:, 1:] @ C.T
+    return LinearData(clean + noise * rng.normal(size=clean.shape), inputs, z, A, B, C)
+
+
+def sparse_inputs(
+    rng: np.random.Generator, trials: int, bins: int, m: int, probability: float
+) -> Array:
+    """(trials, bins, m): zero, but for events that hit all channels of a bin, N(0, I) each."""
+    event = rng.random((trials, bins, 1)) < probability
+    return event * rng.normal(size=(trials, bins, m))
+
+
+def autoregressive_inputs(
+    rng: np.random.Generator, trials: int, bins: int, m: int, *, memory: float = 0.9
+) -> Array:
+    """(trials, bins, m) of AR(1) channels with the variance sparse events of 0.03 have."""
+    u = np.empty((trials, bins, m))
+    scale = np.sqrt(0.03)
+    u[:, 0] = scale * rng.normal(size=(trials, m))
+    for k in range(1, bins):
+        fresh = scale * np.sqrt(1 - memory**2) * rng.normal(size=(trials, m))
+        u[:, k] = memory * u[:, k - 1] + fresh
+    return u
+
+
+def _runge_kutta(field: Callable[[Array], Array], x: Array, dt: float) -> Array:
+    a = field(x)
+    b = field(x + 0.5 * dt * a)
+    c = field(x + 0.5 * dt * b)
+    return x + dt / 6 * (a + 2 * b + 2 * c + field(x + dt * c))
+
+
+def _lorenz(x: Array) -> Array:
+    a, b, c = x[..., 0], x[..., 1], x[..., 2]
+    return np.stack([10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c], -1)
+
+
+def lorenz_bouts(
+    rng: np.random.Generator, bouts: int, bins: int, *, dt: float = 0.01, spread: float = 10.0
+) -> Array:
+    """(bouts, bins, 3) of the Lorenz system, each from its own point near the attractor.
+
+    Starts are drawn around the attractor's centre and run for 5 time units, so that every bout lies
+    on it. Fourth-order Runge-Kutta at the bin width.
+    """
+    x = np.array([0.0, 0.0, 25.0]) + spread * rng.normal(size=(bouts, 3))
+    out = np.empty((bouts, bins, 3))
+    for _ in range(round(5 / dt)):
+        x = _runge_kutta(_lorenz, x, dt)
+    for k in range(bins):
+        x = _runge_kutta(_lorenz, x, dt)
+        out[:, k] = x
+    return out
+
+
+def duffing_trials(
+    rng: np.random.Generator, trials: int, bins: int, *, dt: float = 0.05, damping: float = 0.05
+) -> Array:
+    """(trials, bins, 2): position and velocity of x'' = x - x^3 - damping x', two wells.
+
+    Starts are uniform over [-1.5, 1.5] x [-1, 1]; no input.
+    """
+
+    def field(x: Array) -> Array:
+        return np.stack([x[..., 1], x[..., 0] - x[..., 0] ** 3 - damping * x[..., 1]], -1)
+
+    x = rng.uniform([-1.5, -1.0], [1.5, 1.0], size=(trials, 2))
+    out = np.empty((trials, bins, 2))
+    for k in range(bins):
+        for _ in range(2):
+            x = _runge_kutta(field, x, dt / 2)
+        out[:, k] = x
+    return out
+
+
+class Spiking(NamedTuple):
+    """Poisson units driven by a few variables.
+
+    Attributes:
+        counts, rates: (K, T, N); rates in expected counts per bin.
+    """
+
+    counts: Array
+    rates: Array
+
+
+def spiking(
+    rng: np.random.Generator,
+    variables: Array,
+    units: int,
+    *,
+    mean_rate: float,
+    gain: float,
+    weights: Array | None = None,
+) -> Spiking:
+    """Counts of units with log rate = log mean_rate + gain w . (standardised variables).
+
+    Args:
+        variables: (K, T, d).
+        mean_rate: expected counts per bin at the variables' mean, times a factor per unit.
+        gain: how strongly log rates vary.
+        weights: (units, d + 1) to reuse between calls, the last column the log factor.
+    """
+    x = variables - variables.mean((0, 1))
+    x = x / x.std((0, 1))
+    if weights is None:
+        weights = tuning(rng, units, x.shape[-1])
+    log_rate = np.log(mean_rate) + gain * x @ weights[:, :-1].T + weights[:, -1]
+    rates = np.exp(log_rate)
+    return Spiking(rng.poisson(rates).astype(np.float64), rates)
+
+
+def tuning(rng: np.random.Generator, units: int, d: int) -> Array:
+    """(units, d + 1): directions of unit length, then log factors of the rates."""
+    w = rng.normal(size=(units, d))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    return np.concatenate([w, 0.3 * rng.normal(size=(units, 1))], 1)
