@@ -1,30 +1,34 @@
-# The service. CPU by default; for an NVIDIA GPU:
-#   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 -t ilqr-vae:cuda .
+# The service. CPU by default; for an NVIDIA GPU name an index with a CUDA build of the torch in
+# constraints.txt, e.g.
+#   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 -t ilqr-vae:cuda .
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
+# Compiled kernels are kept where the service may write: a volume, see compose.yaml.
 ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    NUMBA_CACHE_DIR=/tmp/numba
+    NUMBA_CACHE_DIR=/var/cache/ilqr-vae
 
 WORKDIR /app
-RUN pip install --index-url "${TORCH_INDEX}" "torch>=2.6"
+COPY constraints.txt ./
+RUN pip install -c constraints.txt --index-url "${TORCH_INDEX}" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
 COPY training ./training
 COPY service ./service
 COPY clients ./clients
-RUN pip install ".[engine]"
+RUN pip install -c constraints.txt ".[engine]"
 COPY configs ./configs
 
-RUN useradd --create-home --uid 10001 ilqr
+RUN useradd --create-home --uid 10001 ilqr \
+    && install -d -o ilqr -g ilqr "${NUMBA_CACHE_DIR}"
 USER ilqr
 
-# Ready means: warmed up and answering bins.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+# Ready means: warmed up and answering bins. The first start compiles the kernels.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=180s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:9464/readyz', timeout=2)"]
 
 STOPSIGNAL SIGTERM

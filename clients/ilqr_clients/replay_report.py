@@ -96,7 +96,9 @@ def _facts(
 ) -> dict[str, str]:
     facts: dict[str, str] = {}
     if scores is not None:
-        facts["causal velocity R², mean"] = f"{scores.methods[OURS]['r2']:.3f}"
+        names = run.model.kinematic_names
+        what = ", ".join(names) if len(names) <= 3 else f"{len(names)} channels"
+        facts[f"causal R², mean of {what}"] = f"{scores.methods[OURS]['r2']:.3f}"
         if WIENER in scores.methods:
             facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
         facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"

@@ -1,11 +1,13 @@
 """The engine: a model file, its moving-horizon estimator, and the estimator's state of every run.
 
-One thread uses it. ``solve`` takes a list of bins, each of another run, and returns their answers
-in order; ``batch`` says how many it can use at once.
+One thread uses it. ``solve`` takes a list of bins, each of another run, and returns their answers;
+``batch`` says how many it can use at once. A bin that comes late is put into the window and every
+bin from it on is answered again.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,8 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from ilqr_service import logs
+from ilqr_service.runs import Entry, PackedRun, Run, pack_run, unpack_state, unpack_work
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.work import FAILED, Answer, ModelFacts, Work
+from ilqr_service.units import UnitWatch
+from ilqr_service.work import FAILED, STOPPED, Answer, ModelFacts, Work
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, ServiceError
 from ilqr_vae.horizon import Estimate, HorizonState
@@ -28,6 +32,7 @@ from ilqr_vae.ilqr import Status
 
 Clock = Callable[[], int]
 
+_NOBODY = -1
 _ROUND = 16
 _MAX_ROUNDS = 24
 _STEADY = 1.25
@@ -108,7 +113,7 @@ class Engine:
         self._threads = settings.threads
         self._estimator = artifact.estimator(iterations=iterations, horizon=horizon)
         self._clock = clock
-        self._states: dict[int, HorizonState] = {}
+        self._runs: dict[int, Run] = {}
         self._iteration_ns = 0
 
     @classmethod
@@ -119,11 +124,55 @@ class Engine:
 
     def __len__(self) -> int:
         """Runs whose state is held."""
-        return len(self._states)
+        return len(self._runs) - (_NOBODY in self._runs)
 
     def forget(self, run: int) -> None:
         """Drop a run's state."""
-        self._states.pop(run, None)
+        self._runs.pop(run, None)
+
+    def window(self, run: int) -> list[Work]:
+        """The bins held of a run, oldest first."""
+        held = self._runs.get(run)
+        return [] if held is None else [e.work for e in held.entries]
+
+    def flagged(self, run: int) -> tuple[str, ...]:
+        """``NAME:reason`` of a run's masked units."""
+        held = self._runs.get(run)
+        return (
+            () if held is None or held.watch is None else held.watch.flagged(self.facts.unit_names)
+        )
+
+    def adopt(self, run: int, works: list[Work], serial: int = -1) -> None:
+        """Begin a run from the bins that another model held of it."""
+        self.forget(run)
+        for k, work in enumerate(works):
+            model = self.facts.model
+            self._solve(
+                replace(work, fresh=k == 0, late=False, anytime=False, budget=0, model=model)
+            )
+        held = self._runs.get(run)
+        if held is not None:
+            held.serial = serial
+
+    def keep_warm(self) -> None:
+        """A step that nobody sees, on the run that ``warm_up`` uses."""
+        n_units = len(self.facts.unit_names)
+        fresh = _NOBODY not in self._runs
+        self._solve(Work(_NOBODY, 0, np.ones(n_units), None, fresh, 0, 0, 2**62, False, budget=0))
+
+    def pack(self, run: int) -> PackedRun | None:
+        """A run as a snapshot keeps it; None where nothing is held."""
+        held = self._runs.get(run)
+        return None if held is None else pack_run(run, self.facts.model, held)
+
+    def restore(self, packed: PackedRun) -> None:
+        """Take up a run from a snapshot. Raises ProtocolError: bytes that do not fit."""
+        state, watch = unpack_state(packed, self.device)
+        held = Run(self.facts.horizon, state, watch)
+        self._runs[packed.run] = held
+        for one in packed.works:
+            self._solve(replace(unpack_work(one), fresh=False, late=False))
+        held.serial = packed.serial
 
     def warm_up(self) -> WarmUp:
         """Compile and touch everything: a growing window, a moving one, masked and missing bins.
@@ -139,7 +188,7 @@ class Engine:
         rng = np.random.default_rng(0)
         n_units = len(self.facts.unit_names)
         began = self._clock()
-        run, steps, first_ns, best_ns, typical = -1, 0, 0, 0, 0
+        run, steps, first_ns, best_ns, typical = _NOBODY, 0, 0, 0, 0
         rates = np.ones(n_units)
         for round_ in range(_MAX_ROUNDS):
             spent: list[int] = []
@@ -178,37 +227,109 @@ class Engine:
     def solve(self, works: list[Work]) -> list[Answer]:
         """Answer bins of different runs. Never raises for what a bin or a state holds: a bin whose
         solve fails is answered with the prediction of the run so far (solver ``FAILED``)."""
-        return [self._solve(work) for work in works]
+        answers: list[Answer] = []
+        for work in works:
+            answers += self._insert(work) if work.late else [self._solve(work)]
+        return answers
 
     def _solve(self, work: Work) -> Answer:
         started = self._clock()
-        state = None if work.fresh else self._states.get(work.run)
+        held = None if work.fresh else self._runs.get(work.run)
         # Where a state was lost to a failure, the run starts again.
         try:
-            state = self._estimator.init(batch=1) if state is None else state
-            after, estimate = self._step(state, work)
+            if held is None:
+                watch = UnitWatch.fresh(len(self.facts.unit_names)) if work.watch else None
+                held = Run(self.facts.horizon, self._estimator.init(batch=1), watch)
+            after, estimate = self._step(held.state, work, held.watch)
             solver = Status(int(estimate.status[0])).name.lower()
             if bool(torch.isfinite(estimate.z).all()):
-                self._states[work.run] = after
-                return self._answer(work, estimate, solver, started)
+                return self._keep(held, work, after, estimate, solver, started)
         except Exception:
             logs.exception("a solve failed", run=work.run, index=work.index)
             solver = FAILED
-        return self._predict(work, state, solver, started)
+        return self._predict(work, held, solver, started)
 
-    def _predict(self, work: Work, state: HorizonState | None, solver: str, started: int) -> Answer:
+    def _keep(
+        self,
+        held: Run,
+        work: Work,
+        after: HorizonState,
+        estimate: Estimate,
+        solver: str,
+        started: int,
+    ) -> Answer:
+        """Put a solved bin into its run and answer it."""
+        answer = self._answer(work, estimate, solver, started)
+        before, watch = held.watch, held.watch
+        if before is not None:
+            watch = before.after(work.counts, work.mask, answer.rates)
+            answer = replace(answer, flags=watch.changes(before, self.facts.unit_names))
+        budget = answer.iterations if solver == STOPPED else 0
+        kept = replace(work, budget=budget, late=False)
+        held.add(Entry(kept, held.state, before), after, watch)
+        held.serial = max(held.serial, work.serial)
+        self._runs[work.run] = held
+        return answer
+
+    def _insert(self, work: Work) -> list[Answer]:
+        """Put a late bin in its place; all answers from there on, or one that is void."""
+        held = self._runs.get(work.run)
+        place = None if held is None else held.place(work.index)
+        if held is not None and place is not None:
+            entries = list(held.entries)
+            again = Run(held.size, entries[place].before, entries[place].watch, held.serial)
+            again.entries.extend(entries[:place])
+            works = [replace(work, fresh=entries[place].work.fresh, anytime=False)]
+            works += [replace(e.work, budget=0, anytime=False) for e in entries[place + 1 :]]
+            answers: list[Answer] = []
+            try:
+                for one in works:
+                    started = self._clock()
+                    after, estimate = self._step(again.state, one, again.watch)
+                    if not bool(torch.isfinite(estimate.z).all()):
+                        break
+                    solver = Status(int(estimate.status[0])).name.lower()
+                    answer = self._keep(again, one, after, estimate, solver, started)
+                    answers.append(
+                        replace(
+                            answer,
+                            revised=True,
+                            settles=False,
+                            flags=(),
+                            due_ns=work.due_ns,
+                            serial=work.serial,
+                        )
+                    )
+            except Exception:
+                logs.exception("a late bin could not be solved", run=work.run, index=work.index)
+            if len(answers) == len(works):
+                flags = ()
+                if again.watch is not None and held.watch is not None:
+                    flags = again.watch.changes(held.watch, self.facts.unit_names)
+                again.serial = work.serial
+                answers[-1] = replace(answers[-1], settles=True, flags=flags)
+                return answers
+            self._runs[work.run] = held
+            held.serial = work.serial
+        now = self._clock()
+        return [replace(self._nothing(work, FAILED, now), void=True, revised=True)]
+
+    def _predict(self, work: Work, held: Run | None, solver: str, started: int) -> Answer:
         """The bin as if it had not come; all NaN, and the run starts again, where not even that
         can be had."""
         blind = replace(work, counts=None, mask=None)
         try:
-            if state is not None:
-                after, estimate = self._step(state, blind)
+            if held is not None:
+                after, estimate = self._step(held.state, blind, held.watch)
                 if bool(torch.isfinite(estimate.z).all()):
-                    self._states[work.run] = after
-                    return self._answer(work, estimate, solver, started)
+                    answer = self._keep(held, blind, after, estimate, solver, started)
+                    return replace(answer, work=work)
         except Exception:
             logs.exception("a prediction failed", run=work.run, index=work.index)
         self.forget(work.run)
+        return self._nothing(work, solver, started)
+
+    def _nothing(self, work: Work, solver: str, started: int) -> Answer:
         n, d = self.facts.latents, len(self.facts.kinematic_names)
         return Answer(
             work=work,
@@ -223,9 +344,13 @@ class Engine:
             solver=solver,
             solve_start_ns=started,
             solve_end_ns=self._clock(),
+            model=self.facts.model,
+            serial=work.serial,
         )
 
-    def _step(self, state: HorizonState, work: Work) -> tuple[HorizonState, Estimate]:
+    def _step(
+        self, state: HorizonState, work: Work, watch: UnitWatch | None
+    ) -> tuple[HorizonState, Estimate]:
         n_units = len(self.facts.unit_names)
         if work.counts is None:
             counts = np.zeros(n_units)
@@ -233,15 +358,26 @@ class Engine:
         else:
             counts = work.counts
             mask = np.ones(n_units, dtype=bool) if work.mask is None else work.mask
+            if watch is not None:
+                mask = mask & ~watch.masked
         dtype = self._estimator.mean_rate.dtype
-        # One more iteration must still fit before the answer is due.
-        last_start = work.due_ns - 2 * self._iteration_ns
         return self._estimator.step(
             state,
             torch.from_numpy(counts).unsqueeze(0).to(self.device, dtype),
             torch.from_numpy(mask).unsqueeze(0).to(self.device, dtype),
-            stop=(lambda: self._clock() >= last_start) if work.anytime else None,
+            stop=self._stop(work),
         )
+
+    def _stop(self, work: Work) -> Callable[[], bool] | None:
+        """When to end the solve early, asked before every iteration after the first."""
+        if work.budget:
+            asked = itertools.count(1)
+            return lambda: next(asked) >= work.budget
+        if not work.anytime:
+            return None
+        # One more iteration must still fit before the answer is due.
+        last_start = work.due_ns - 2 * self._iteration_ns
+        return lambda: self._clock() >= last_start
 
     def _answer(self, work: Work, estimate: Estimate, solver: str, started: int) -> Answer:
         return Answer(
@@ -257,4 +393,6 @@ class Engine:
             solver=solver,
             solve_start_ns=started,
             solve_end_ns=self._clock(),
+            model=self.facts.model,
+            serial=work.serial,
         )

@@ -42,13 +42,17 @@ class Publisher:
 
     def publish(self, message: wire.Result | wire.Notice) -> None:
         """Send to the session's subscribers; never waits."""
+        self._send(*self.remember(message))
+
+    def remember(self, message: wire.Result | wire.Notice) -> tuple[bytes, bytes]:
+        """Keep as the topic's last message; returns topic and frame."""
         topic = wire.topic(message.session)
         frame = wire.encode(message)
         self._last.pop(topic, None)  # so that the newest topics are last
         self._last[topic] = frame
         if len(self._last) > self._topics:
             del self._last[next(iter(self._last))]
-        self._send(topic, frame)
+        return topic, frame
 
     def welcome(self) -> None:
         """Take all (un)subscriptions off the socket and answer each."""

@@ -40,10 +40,14 @@ class Scheduler:
     def __len__(self) -> int:
         return self._waiting
 
-    def push(self, work: Work) -> None:
-        """Queue a bin behind those of its run."""
+    def push(self, work: Work, spacing_ns: int = 0) -> None:
+        """Queue a bin behind those of its run; ``spacing_ns`` is the run's own, 0 the default."""
         queue = self._queues.setdefault(work.run, _Queue())
-        rank = max(work.due_ns, queue.rank + self._spacing) if queue.works else work.due_ns
+        rank = (
+            max(work.due_ns, queue.rank + (spacing_ns or self._spacing))
+            if queue.works
+            else work.due_ns
+        )
         queue.rank = rank
         queue.works.append((rank, work))
         self._waiting += 1

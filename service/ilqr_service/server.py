@@ -11,20 +11,27 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from ilqr_service import logs
 from ilqr_service.engine import Engine
+from ilqr_service.fleet import Fleet
+from ilqr_service.hygiene import Hygiene
+from ilqr_service.ledger import Ledger
 from ilqr_service.publisher import Publisher
+from ilqr_service.runs import PackedRun
+from ilqr_service.security import Gate, RateLimit
 from ilqr_service.session import Effects, Limits
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
+from ilqr_service.slots import Slots
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
-from ilqr_service.work import FAILED
+from ilqr_service.work import FAILED, Answer
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError, ServiceError
 
@@ -33,24 +40,39 @@ _BURST = 256
 _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
+_COLLECT_S = 5.0
 _TROUBLE = ("stalled", "not_finite")
 
 
 class Service:
-    """A model being served.
+    """Models being served.
 
     Args:
-        engine: the loaded model.
+        engine: the first slot's model, for sessions that name none.
         settings: addresses and limits.
+        more: further slots by name.
+        hygiene: applied to the threads.
 
     Attributes:
         ingest, results, http: the addresses in use, once started.
-        model, device: the model's id and where it computes.
+        model, device: the first model's id and where it computes.
         ended: set when the service has stopped, by itself or not.
         failure: what ended it, if something did.
+
+    Raises:
+        ConfigError: keys that cannot be read.
+        ServiceError: a journal that cannot be read.
     """
 
-    def __init__(self, engine: Engine, settings: ServiceSettings) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServiceSettings,
+        *,
+        more: dict[str, Engine] | None = None,
+        folder: Path | None = None,
+        hygiene: Hygiene | None = None,
+    ) -> None:
         self.ingest = self.results = self.http = ""
         self.model = engine.facts.model
         self.device = str(engine.device)
@@ -63,15 +85,36 @@ class Service:
             credits=settings.credits,
             gap_limit=settings.gap_limit,
             max_sessions=settings.max_sessions,
-            deadline_ns=round(settings.deadline_ms * 1e6) or engine.facts.bin_width_ns,
+            deadline_ns=round(settings.deadline_ms * 1e6),
             idle_ns=round(settings.idle_s * 1e9),
+            backlog=max(2 * settings.credits, settings.gap_limit + settings.credits),
         )
         self._table = SessionTable(engine.facts, limits)
+        engines = {"main": engine} | (more or {})
+        fleet = Fleet(engine)
+        for name, other in engines.items():
+            fleet.engines[other.facts.model] = other
+            self._table.slots[name] = other.facts
         self._table.drain("still warming up")
+        self._slots = Slots(
+            engines, fleet, self._table, settings, Path(settings.models or folder or ".")
+        )
+        self._ledger = Ledger(settings, engines, fleet, self._table)
+        self._hygiene = hygiene or Hygiene(settings)
+        self._limit = RateLimit(settings.control_rate)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._solver = SolverThread(engine, self._context, _WAKE)
+        self._gate = Gate(self._context, Path(settings.keys)) if settings.keys else None
+        self._solver = SolverThread(
+            fleet,
+            self._context,
+            _WAKE,
+            resume=self._ledger.resumed,
+            snapshot_every=settings.snapshot_every if settings.journal else 0,
+            keep_warm_s=settings.keep_warm_ms / 1e3,
+            prepare=self._hygiene.thread,
+        )
         self._stop = threading.Event()
-        self._seen = time.monotonic()
+        self._seen = self._collected = time.monotonic()
         self._web: Web | None = None
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
 
@@ -84,13 +127,16 @@ class Service:
             ServiceError: an address is wrong, in use, or beyond loopback. Nothing is left bound.
         """
         try:
+            self._ledger.start()
             self._router = self._bind_router()
             self._publisher = Publisher(
                 self._context,
                 queue=self._settings.results_queue,
                 topics=2 * self._settings.max_sessions,
             )
-            self.results = _bind("results", self._publisher.socket, self._settings.results)
+            self.results = self._bind("results", self._publisher.socket, self._settings.results)
+            for result in self._ledger.last:
+                self._publisher.remember(result)
             self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
             self._wake.bind(_WAKE)
             if self._settings.http:
@@ -102,6 +148,7 @@ class Service:
                 )
                 self.http = self._web.address
         except ServiceError:
+            self._ledger.close()
             self._context.destroy(linger=0)
             raise
         self._solver.start()
@@ -135,21 +182,30 @@ class Service:
 
     def _bind_router(self) -> zmq.Socket[bytes]:
         router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        router.maxmsgsize = self._settings.max_message_bytes
+        # Up to this, a message too large is refused and counted; beyond, libzmq cuts its sender off.
+        router.maxmsgsize = 4 * self._settings.max_message_bytes
         router.rcvhwm = router.sndhwm = 10_000
         # Say so when a reply's feeder is gone, rather than dropping the reply silently.
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.ingest = _bind("ingest", router, self._settings.ingest)
+        self.ingest = self._bind("ingest", router, self._settings.ingest)
         return router
+
+    def _bind(self, field: str, socket: zmq.Socket[bytes], endpoint: str) -> str:
+        address = loopback_endpoint(field, endpoint, secured=self._gate is not None)
+        if self._gate is not None:
+            self._gate.guard(socket, field)
+        return _bind(field, socket, address)
 
     def _run(self) -> None:
         try:
+            self._hygiene.thread()
             self._serve()
         except BaseException as error:
             self.failure = error
             logs.exception("the I/O thread ended")
         finally:
             self._solver.stop()
+            self._ledger.close()
             self._context.destroy(linger=_LINGER_MS)
             self.failure = self.failure or self._solver.failure
             self.ended.set()
@@ -158,14 +214,18 @@ class Service:
         poller = zmq.Poller()
         for socket in (self._wake, self._router, self._publisher.socket):
             poller.register(socket, zmq.POLLIN)
+        if self._gate is not None:
+            poller.register(self._gate.socket, zmq.POLLIN)
         drained_by: int | None = None
         ticked = 0
         while self._solver.failure is None:
-            events = dict(poller.poll(_POLL_MS))
+            events = dict(poller.poll(self._patience_ms()))
             now = time.monotonic_ns()
             self._seen = now / 1e9
             if self._wake in events:
                 _empty(self._wake)
+            if self._gate is not None and self._gate.socket in events:
+                self._gate.answer()
             self._answers()
             if self._publisher.socket in events:
                 self._publisher.welcome()
@@ -176,10 +236,12 @@ class Service:
             if not self._table.accepting and self._solver.ready.is_set() and drained_by is None:
                 self._table.accepting = True
                 self.telemetry.ready(True)
-            if now - ticked > _POLL_MS * 1_000_000:
+            due = self._table.next_due()
+            if now - ticked > _POLL_MS * 1_000_000 or (due is not None and due <= now):
                 ticked = now
                 self._carry_out(self._table.tick(now))
-                self.telemetry.gauge(sessions=len(self._table), queued=self._table.waiting)
+                self._carry_out(self._slots.loaded())
+                self._housekeeping()
             if self._stop.is_set():
                 if drained_by is None:
                     self._table.drain("shutting down")
@@ -187,31 +249,63 @@ class Service:
                     drained_by = now + round(self._settings.drain_s * 1e9)
                 if self._table.waiting == 0 or now > drained_by:
                     break
-        self._carry_out(self._table.end_all("shutdown"))
+        if self._solver.failure is None:
+            self._carry_out(self._table.end_all("shutdown"))
+
+    def _patience_ms(self) -> int:
+        due = self._table.next_due()
+        if due is None:
+            return _POLL_MS
+        return max(0, min(_POLL_MS, -((time.monotonic_ns() - due) // 1_000_000)))
+
+    def _housekeeping(self) -> None:
+        """Ten times a second."""
+        waiting = self._table.waiting
+        self.telemetry.gauge(sessions=len(self._table), queued=waiting)
+        self.telemetry.masked(sum(len(s.flagged) for s in self._table))
+        self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
+        self._ledger.flush()
+        if self._gate is not None:
+            self._gate.refresh()
+            strangers, self._gate.strangers = self._gate.strangers, 0
+            if strangers:
+                self.telemetry.count(Counter({"refused:key": strangers}))
+        if waiting == 0 and self._seen - self._collected > _COLLECT_S:
+            self._collected = self._seen
+            self._hygiene.collect()
 
     def _answers(self) -> None:
         answers = self._solver.finished()
         while answers:
             answer = answers.popleft()
-            if answer.solver == FAILED:
+            if isinstance(answer, PackedRun):
+                self._ledger.keep(answer)
+                continue
+            if answer.solver == FAILED and not answer.void:
                 self.telemetry.count(Counter({"solve_failed": 1}))
             elif answer.solver in _TROUBLE:
                 self.telemetry.count(Counter({"non_converged": 1}))
-            self._carry_out(self._table.answered(answer, time.monotonic_ns()))
+            self._carry_out(self._table.answered(answer, time.monotonic_ns()), answer)
 
     def _messages(self) -> None:
         """Take what has come, each stamped as it is taken, then handle it; answers go first."""
-        came: list[tuple[bytes, list[bytes], int]] = []
+        came: list[tuple[bytes, str, list[bytes], int]] = []
         while len(came) < _BURST:
+            user = ""
             try:
-                owner, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                if self._gate is None:
+                    owner, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                else:
+                    first, *rest = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                    owner, frames = first.bytes, [frame.bytes for frame in rest]
+                    user = str(rest[0].get("User-Id")) if rest else ""
             except zmq.Again:
                 break
-            came.append((owner, frames, time.monotonic_ns()))
-        for owner, frames, received in came:
+            came.append((owner, user, frames, time.monotonic_ns()))
+        for owner, user, frames, received in came:
             self._answers()
             try:
-                self._message(owner, frames, received)
+                self._message(owner, user, frames, received)
             except ProtocolError as error:
                 self._carry_out(self._table.refuse(owner, error))
             except Exception:
@@ -219,47 +313,69 @@ class Service:
                 error = ProtocolError("internal", expected="a message that can be handled", got="")
                 self._carry_out(self._table.refuse(owner, error))
 
-    def _message(self, owner: bytes, frames: list[bytes], received: int) -> None:
+    def _message(self, owner: bytes, user: str, frames: list[bytes], received: int) -> None:
         if len(frames) != 1:
             raise ProtocolError("frames", expected="1 frame", got=f"{len(frames)} frames")
+        limit = self._settings.max_message_bytes
+        if len(frames[0]) > limit:
+            raise ProtocolError("size", expected=f"{limit} bytes", got=f"{len(frames[0])}")
         message = wire.decode_upstream(frames[0])
+        if self._gate is not None:
+            self._gate.check(user, message)
+        if isinstance(message, wire.Open | wire.Bin | wire.Close):
+            self._carry_out(self._table.receive(owner, message, received, user))
+            return
+        self._limit.check(owner, received)
         match message:
-            case wire.Open() | wire.Bin() | wire.Close():
-                self._carry_out(self._table.receive(owner, message, received))
             case wire.Probe():
                 probed = wire.Probed(client_ns=message.client_ns, service_ns=received)
                 self._reply(owner, probed)
             case wire.Sessions():
                 self._reply(owner, wire.SessionList(sessions=self._table.infos(received)))
+            case wire.Models():
+                self._reply(owner, self._slots.list())
             case wire.Describe():
-                self._reply(
-                    owner,
-                    wire.Described(
-                        protocol=wire.PROTOCOL,
-                        model=self.model,
-                        ready=self.ready,
-                        device=self.device,
-                        results=self.results,
-                        manifest=self._engine.manifest,
-                    ),
-                )
+                self._reply(owner, self._described())
+            case wire.Load() | wire.Swap() | wire.Rollback():
+                self._ledger.control(user, frames[0])
+                if isinstance(message, wire.Load):
+                    self._slots.load(owner, message)
+                elif isinstance(message, wire.Swap):
+                    self._carry_out(self._slots.swap(owner, message))
+                else:
+                    self._carry_out(self._slots.rollback(owner, message))
 
-    def _carry_out(self, effects: Effects) -> None:
+    def _described(self) -> wire.Described:
+        engine = next(iter(self._slots.slots.values())).serving
+        return wire.Described(
+            protocol=wire.PROTOCOL,
+            model=engine.facts.model,
+            ready=self.ready,
+            device=self.device,
+            results=self.results,
+            manifest=engine.manifest,
+        )
+
+    def _carry_out(self, effects: Effects, answer: Answer | None = None) -> None:
+        """Do what the table asks; written to the journal before it counts."""
+        self._ledger.note(effects, answer)
         for run in effects.forget:
             if dropped := self._solver.forget(run):
                 effects.events["dropped"] += dropped
         if effects.work:
             self._solver.submit(effects.work)
-        for message in effects.published:
+        for message in (*effects.again, *effects.published):
             self._publisher.publish(message)
         for owner, reply in effects.replies:
             self._reply(owner, reply)
         for message in effects.published:
-            if isinstance(message, wire.Result):
+            if isinstance(message, wire.Result) and message.revision == 0:
                 self.telemetry.observe(message)
-        self.telemetry.count(effects.events)
+        self.telemetry.count(effects.events, effects.bits)
 
     def _reply(self, owner: bytes, message: wire.Message) -> None:
+        if not owner:
+            return  # a session that outlived its service, and has no feeder yet
         try:
             self._router.send_multipart([owner, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
@@ -267,9 +383,8 @@ class Service:
             self.telemetry.count(Counter({"unreachable": 1}))
 
 
-def _bind(field: str, socket: zmq.Socket[bytes], endpoint: str) -> str:
+def _bind(field: str, socket: zmq.Socket[bytes], address: str) -> str:
     """Bind with heartbeats; returns the address with its port."""
-    address = loopback_endpoint(field, endpoint)
     if address.startswith("tcp://["):
         socket.ipv6 = True
     socket.heartbeat_ivl = 2_000
@@ -279,7 +394,7 @@ def _bind(field: str, socket: zmq.Socket[bytes], endpoint: str) -> str:
         socket.bind(address)
     except zmq.ZMQError as error:
         raise ServiceError(
-            field, expected="an address that can be bound", got=f"{endpoint} ({error})"
+            field, expected="an address that can be bound", got=f"{address} ({error})"
         ) from error
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\x00")
 

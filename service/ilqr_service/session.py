@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from ilqr_service.work import Work
+from ilqr_service.work import Answer, ModelFacts, Work
 from ilqr_vae import wire
 
 
@@ -20,15 +21,17 @@ class Limits:
         credits: bins a feeder may have unanswered.
         gap_limit: longest gap answered bin by bin.
         max_sessions: open at once.
-        deadline_ns: for a session that asks for 0.
+        deadline_ns: for a session that asks for 0; itself 0, the model's bin width.
         idle_ns: a session silent for longer ends.
+        backlog: works queued of a session beyond which a gap is not bridged.
     """
 
     credits: int = 64
     gap_limit: int = 100
     max_sessions: int = 256
-    deadline_ns: int
+    deadline_ns: int = 0
     idle_ns: int = 600_000_000_000
+    backlog: int = 256
 
 
 @dataclass(slots=True)
@@ -38,13 +41,22 @@ class Effects:
     Attributes:
         forget: runs whose queue and estimator state are to be dropped.
         work: bins to solve.
+        opened: runs that begin here, for the journal.
+        ended: runs that end here and why, for the journal.
+        again: results published before, to be published again as they were.
         published: results and notices for subscribers.
+        serials: of the works that caused the results in ``published``, in order.
         replies: messages by feeder.
+        served: slot, model and manifest of models that serve from here on, for the journal.
         events: what to count; ``refused:REASON`` for refusals.
+        bits: log-likelihood gained over the mean rates, in bits.
     """
 
     forget: list[int] = field(default_factory=list[int])
     work: list[Work] = field(default_factory=list[Work])
+    opened: list[Session] = field(default_factory=list["Session"])
+    ended: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    again: list[wire.Result] = field(default_factory=list[wire.Result])
     published: list[wire.Result | wire.Notice] = field(
         default_factory=list["wire.Result | wire.Notice"]
     )
@@ -52,6 +64,11 @@ class Effects:
         default_factory=list[tuple[bytes, wire.Message]]
     )
     events: Counter[str] = field(default_factory=Counter[str])
+    serials: list[int] = field(default_factory=list[int])
+    served: list[tuple[str, str, dict[str, Any]]] = field(
+        default_factory=list[tuple[str, str, dict[str, Any]]]
+    )
+    bits: float = 0.0
 
 
 class Recent:
@@ -74,9 +91,31 @@ class Recent:
         return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)
 
 
+ARRIVALS = 256
+"""Newest arrivals that a clocked session's time table follows."""
+
+RECENT = 64
+"""Newest results that are kept to be published again to whoever resumes."""
+
+_REMEMBERED = 4096
+
+
 @dataclass(slots=True)
 class Session:
-    """One run of a session."""
+    """One run of a session.
+
+    Attributes:
+        run: its serial number.
+        slot, facts: what it is served by.
+        request: what it was opened with.
+        owner: its feeder; empty while none has taken up a session that outlived its service.
+        user: who the feeder is, where the service can tell.
+        next_index: the first bin that has not come.
+        base: where the estimate began.
+        serial: works queued so far.
+        missing: indices answered without a bin.
+        revisions: of the bins that were answered again.
+    """
 
     run: int
     name: str
@@ -85,7 +124,13 @@ class Session:
     deadline_ns: int
     anytime: bool
     seen_ns: int
+    slot: str
+    facts: ModelFacts
+    request: wire.Open
+    user: str = ""
     next_index: int = 0
+    base: int = 0
+    serial: int = 0
     newest: int = -1
     started: bool = False
     closing: bool = False
@@ -93,10 +138,46 @@ class Session:
     unanswered: int = 0
     owed: int = 0
     bins: int = 0
+    revised: int = 0
     bits: float = 0.0
     spikes: int = 0
+    silent: int = 0
+    flagged: tuple[str, ...] = ()
+    missing: set[int] = field(default_factory=set[int])
+    revisions: dict[int, int] = field(default_factory=dict[int, int])
     statuses: Counter[str] = field(default_factory=Counter[str])
     solves: Recent = field(default_factory=Recent)
+    recent: deque[wire.Result] = field(default_factory=lambda: deque[wire.Result](maxlen=RECENT))
+    arrivals: deque[int] = field(default_factory=lambda: deque[int](maxlen=ARRIVALS))
+    anchor_ns: int = 0
+
+    def arrived(self, index: int, now_ns: int) -> None:
+        """Follow when bins come: bin k is expected at ``anchor_ns`` + k bin widths, the earliest
+        that the newest arrivals bear out."""
+        self.silent = 0
+        self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
+        self.anchor_ns = min(self.arrivals)
+
+    def overdue_ns(self, limits: Limits) -> int | None:
+        """When the next bin is to be answered without it; None for a session that waits."""
+        if not (self.request.clocked and self.arrivals) or self.closing:
+            return None
+        if self.silent >= limits.gap_limit or self.waiting >= limits.backlog:
+            return None
+        grace = self.request.grace_ns or self.facts.bin_width_ns // 2
+        return self.anchor_ns + self.next_index * self.facts.bin_width_ns + grace
+
+    def in_window(self, index: int) -> bool:
+        """Whether a bin answered as missing can still be put in its place."""
+        return index >= max(self.base, self.next_index - self.facts.horizon)
+
+    def prune(self) -> None:
+        """Forget what lies too far back to matter."""
+        if len(self.missing) > _REMEMBERED:
+            self.missing = {i for i in self.missing if i >= self.next_index - _REMEMBERED // 2}
+        if len(self.revisions) > 4 * self.facts.horizon:
+            limit = self.next_index - 2 * self.facts.horizon
+            self.revisions = {i: r for i, r in self.revisions.items() if i >= limit}
 
     def info(self, now_ns: int) -> wire.SessionInfo:
         p50, p99 = self.solves.quantiles(0.5, 0.99)
@@ -111,6 +192,25 @@ class Session:
             solve_p99_ns=p99,
             bits_per_spike=self.bits / self.spikes if self.spikes else 0.0,
             idle_ns=max(0, now_ns - self.seen_ns),
+            model=self.facts.model,
+            revised=self.revised,
+            flagged=self.flagged,
+        )
+
+    def opened(self, credits: int, *, resumed: bool = False) -> wire.Opened:
+        facts = self.facts
+        return wire.Opened(
+            session=self.name,
+            epoch=self.epoch,
+            model=facts.model,
+            latents=facts.latents,
+            kinematic_names=facts.kinematic_names,
+            kinematic_units=facts.kinematic_units,
+            horizon=facts.horizon,
+            iterations=facts.iterations,
+            credits=credits,
+            next_index=self.next_index,
+            resumed=resumed,
         )
 
     def notice(self, what: str) -> wire.Notice:
@@ -120,3 +220,31 @@ class Session:
         """The credits owed, which this call settles."""
         owed, self.owed = self.owed, 0
         return wire.Credit(session=self.name, epoch=self.epoch, index=self.newest, credits=owed)
+
+    def result(
+        self, answer: Answer, revision: int, status: wire.Status, published_ns: int
+    ) -> wire.Result:
+        """An answer as it is published."""
+        work = answer.work
+        return wire.Result(
+            session=self.name,
+            epoch=self.epoch,
+            index=work.index,
+            revision=revision,
+            model=answer.model or self.facts.model,
+            status=status,
+            solver=answer.solver,
+            iterations=answer.iterations,
+            source_ns=work.source_ns,
+            received_ns=work.received_ns,
+            solve_start_ns=answer.solve_start_ns,
+            solve_end_ns=answer.solve_end_ns,
+            published_ns=published_ns,
+            latent=wire.pack(answer.latent, "<f8"),
+            latent_std=wire.pack(answer.latent_std, "<f8"),
+            rates=wire.pack(answer.rates, "<f8"),
+            kinematics=wire.pack(answer.kinematics, "<f8"),
+            kinematics_std=wire.pack(answer.kinematics_std, "<f8"),
+            bits=answer.bits,
+            spikes=answer.spikes,
+        )

@@ -8,12 +8,19 @@ Rules:
 - A session belongs to the feeder that opened it. Opening it again while it is open needs a higher
   epoch (from whichever feeder); the older run ends there, with a notice, and what was queued of it
   is dropped and counted. An ended session's name and epoch are free again.
-- Indices rise from 0. An index at or below the newest accepted one is refused and counted.
-- Gap rule: when bin k+g arrives after bin k, the bins between are answered first, as ``missing``:
-  predictions from an all-masked bin. This is done for gaps up to ``gap_limit`` bins. A longer gap
-  is not answered bin by bin: the estimate starts again at the bin that came, a notice names the
-  range that has no answers, and a reset is counted. So one message never causes more than
-  ``gap_limit`` + 1 solves.
+- Opening with ``resume`` and the epoch of an open session takes it over where it stands, from a
+  feeder that is gone or after a restart of the service.
+- Indices rise from 0, but may come out of order. Gap rule: when bin k+g arrives after bin k, the
+  bins between are answered first, as ``missing``: predictions from an all-masked bin. This is done
+  for gaps up to ``gap_limit`` bins while no more than ``backlog`` works of the session are queued.
+  Otherwise the gap is not answered bin by bin: the estimate starts again at the bin that came, a
+  notice names the range that has no answers, and a reset is counted. So one message never causes
+  more than ``gap_limit`` + 1 new bins, and an overloaded session sheds what it cannot keep up with.
+- A ``clocked`` session does not wait for a later bin: a bin is answered as missing once its time
+  and the grace have passed, for up to ``gap_limit`` bins in a row.
+- A bin that comes after it was answered as missing is put in its place while it is in the window
+  of the newest H bins; it and all bins after it are answered again with a higher revision. Further
+  back it is refused (``late``). An index that had its bin is refused (``index``).
 - Credits: a feeder may have ``credits`` bins unanswered. Each bin returns its credit when it is
   answered or refused; a bin beyond them is refused (its index is then a gap).
 - A session idle for ``idle_ns`` with nothing queued ends, with a notice.
@@ -25,29 +32,37 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ilqr_service.checks import check_bin, check_open
 from ilqr_service.session import Effects, Limits, Session
-from ilqr_service.work import Answer, ModelFacts, Work, status_of
+from ilqr_service.work import Answer, ModelFacts, Vector, Work, status_of
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
 
 
 class SessionTable:
-    """All sessions of one model.
+    """All sessions.
+
+    Args:
+        facts: of the first slot's model.
+        limits: what is granted.
+        slot: the first slot's name.
 
     Attributes:
         accepting: False refuses whatever would bring new work, with ``why_not``.
+        slots: what is served, by slot; the first is for sessions that name none.
+        next_run: the next run's number.
     """
 
-    def __init__(self, facts: ModelFacts, limits: Limits) -> None:
-        self.facts = facts
+    def __init__(self, facts: ModelFacts, limits: Limits, slot: str = "main") -> None:
         self.limits = limits
         self.accepting = True
         self.why_not = "the service is not taking sessions"
+        self.slots: dict[str, ModelFacts] = {slot: facts}
+        self.next_run = 0
         self._sessions: dict[str, Session] = {}
         self._runs: dict[int, Session] = {}
-        self._next_run = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -60,10 +75,24 @@ class SessionTable:
         """Bins queued or being solved."""
         return sum(s.waiting for s in self._sessions.values())
 
+    def slot_of(self, model: str) -> str:
+        """The slot of that name or model. Raises ProtocolError."""
+        if not model:
+            return next(iter(self.slots))
+        for slot, facts in self.slots.items():
+            if model in (slot, facts.model):
+                return slot
+        known = ", ".join(f"{slot} ({facts.model})" for slot, facts in self.slots.items())
+        raise ProtocolError("model", expected=f"one of {known}", got=repr(model[:64]))
+
     # ---- messages ------------------------------------------------------------------------------
 
     def receive(
-        self, owner: bytes, message: wire.Open | wire.Bin | wire.Close, now_ns: int
+        self,
+        owner: bytes,
+        message: wire.Open | wire.Bin | wire.Close,
+        now_ns: int,
+        user: str = "",
     ) -> Effects:
         """Take a feeder's message that arrived at ``now_ns``. Never raises for what it holds."""
         try:
@@ -71,7 +100,7 @@ class SessionTable:
                 raise ProtocolError("service", expected="ready", got=self.why_not)
             match message:
                 case wire.Open():
-                    return self._open(owner, message, now_ns)
+                    return self._open(owner, message, now_ns, user)
                 case wire.Bin():
                     return self._bin(owner, message, now_ns)
                 case wire.Close():
@@ -98,10 +127,14 @@ class SessionTable:
         )
         return Effects(replies=[(owner, refused)], events=Counter({f"refused:{reason}": 1}))
 
-    def _open(self, owner: bytes, message: wire.Open, now_ns: int) -> Effects:
-        check_open(message, self.facts)
-        effects = Effects()
+    def _open(self, owner: bytes, message: wire.Open, now_ns: int, user: str) -> Effects:
         before = self._sessions.get(message.session)
+        if message.resume and before is not None and message.epoch == before.epoch:
+            return self._resume(before, owner, message, now_ns, user)
+        slot = self.slot_of(message.model)
+        facts = self.slots[slot]
+        check_open(message, facts)
+        effects = Effects()
         if before is not None:
             if message.epoch <= before.epoch:
                 raise ProtocolError(
@@ -117,32 +150,49 @@ class SessionTable:
                 expected=f"at most {self.limits.max_sessions} open sessions",
                 got="one more",
             )
+        deadline = message.deadline_ns or self.limits.deadline_ns or facts.bin_width_ns
         session = Session(
-            run=self._next_run,
+            run=self.next_run,
             name=message.session,
             epoch=message.epoch,
             owner=owner,
-            deadline_ns=message.deadline_ns or self.limits.deadline_ns,
+            deadline_ns=deadline,
             anytime=message.anytime,
             seen_ns=now_ns,
+            slot=slot,
+            facts=facts,
+            request=message,
+            user=user,
         )
-        self._next_run += 1
-        self._sessions[session.name] = session
-        self._runs[session.run] = session
-        opened = wire.Opened(
-            session=session.name,
-            epoch=session.epoch,
-            model=self.facts.model,
-            latents=self.facts.latents,
-            kinematic_names=self.facts.kinematic_names,
-            kinematic_units=self.facts.kinematic_units,
-            horizon=self.facts.horizon,
-            iterations=self.facts.iterations,
-            credits=self.limits.credits,
-        )
-        effects.replies.append((owner, opened))
+        self.add(session)
+        effects.opened.append(session)
+        effects.replies.append((owner, session.opened(self.limits.credits)))
         effects.published.append(session.notice("opened"))
         effects.events["opened"] += 1
+        return effects
+
+    def add(self, session: Session) -> None:
+        """Put a session, new or resumed from a journal, into the table."""
+        self.next_run = max(self.next_run, session.run + 1)
+        self._sessions[session.name] = session
+        self._runs[session.run] = session
+
+    def _resume(
+        self, session: Session, owner: bytes, message: wire.Open, now_ns: int, user: str
+    ) -> Effects:
+        check_open(message, session.facts)
+        if session.closing:
+            raise ProtocolError("session", expected="open", got="closing")
+        if session.user != user:
+            raise ProtocolError("session", expected="one of this user", got=message.session)
+        session.owner, session.seen_ns, session.owed = owner, now_ns, 0
+        session.arrivals.clear()
+        session.silent = 0
+        effects = Effects(again=[r for r in session.recent if r.index > message.answered])
+        credits = max(0, self.limits.credits - session.unanswered)
+        effects.replies.append((owner, session.opened(credits, resumed=True)))
+        effects.published.append(session.notice(f"resumed: next bin {session.next_index}"))
+        effects.events["resumed"] += 1
         return effects
 
     def _own(self, owner: bytes, name: str, epoch: int) -> Session:
@@ -158,67 +208,86 @@ class SessionTable:
         session.seen_ns = now_ns
         if session.closing:
             raise ProtocolError("session", expected="open", got="closing")
-        counts, mask = check_bin(message, self.facts)
-        if message.index < session.next_index:
+        counts, mask = check_bin(message, session.facts)
+        index = message.index
+        late = index < session.next_index
+        if late and index not in session.missing:
+            raise ProtocolError("index", expected=f"{session.next_index} or above", got=str(index))
+        if late and not session.in_window(index):
             raise ProtocolError(
-                "index", expected=f"{session.next_index} or above", got=str(message.index)
+                "late",
+                expected=f"a bin of the newest {session.facts.horizon}",
+                got=f"bin {index} after bin {session.next_index - 1}",
             )
         if session.unanswered >= self.limits.credits:
             raise ProtocolError(
                 "credits",
                 expected=f"at most {self.limits.credits} bins unanswered",
-                got=f"bin {message.index} beyond them",
+                got=f"bin {index} beyond them",
             )
         effects = Effects()
-        due_ns = now_ns + session.deadline_ns
-        gap = range(session.next_index, message.index)
-        if gap:
-            effects.events["gap"] += 1
-            effects.events["gap_bins"] += len(gap)
-        if len(gap) > self.limits.gap_limit:
+        session.arrived(index, now_ns)
+        if late:
+            session.missing.discard(index)
+            effects.events["late_in"] += 1
+        else:
+            self._bridge(session, index, now_ns, effects)
+        self._queue(session, index, now_ns, effects, message.source_ns, counts, mask, late)
+        session.unanswered += 1
+        session.prune()
+        return effects
+
+    def _bridge(self, session: Session, index: int, now_ns: int, effects: Effects) -> None:
+        """Answer the bins that did not come before ``index``, or start again there."""
+        gap = range(session.next_index, index)
+        if not gap:
+            return
+        effects.events["gap"] += 1
+        effects.events["gap_bins"] += len(gap)
+        crowded = session.waiting + len(gap) > self.limits.backlog
+        if len(gap) > self.limits.gap_limit or crowded:
             what = f"reset: bins {gap[0]} to {gap[-1]} did not come and have no answers"
             effects.published.append(session.notice(what))
             effects.events["reset"] += 1
+            effects.events["shed"] += len(gap) if crowded else 0
             session.started = False
-            gap = range(0)
-        for index in gap:
-            self._queue(
-                session,
-                Work(
-                    run=session.run,
-                    index=index,
-                    counts=None,
-                    mask=None,
-                    fresh=not session.started,
-                    source_ns=0,
-                    received_ns=now_ns,
-                    due_ns=due_ns,
-                    anytime=session.anytime,
-                ),
-                effects,
-            )
-        self._queue(
-            session,
-            Work(
-                run=session.run,
-                index=message.index,
-                counts=counts,
-                mask=mask,
-                fresh=not session.started,
-                source_ns=message.source_ns,
-                received_ns=now_ns,
-                due_ns=due_ns,
-                anytime=session.anytime,
-            ),
-            effects,
-        )
-        session.unanswered += 1
-        session.next_index = message.index + 1
-        return effects
+            session.base = index
+            return
+        for one in gap:
+            self._queue(session, one, now_ns, effects)
 
-    def _queue(self, session: Session, work: Work, effects: Effects) -> None:
+    def _queue(
+        self,
+        session: Session,
+        index: int,
+        now_ns: int,
+        effects: Effects,
+        source_ns: int = 0,
+        counts: Vector | None = None,
+        mask: NDArray[np.bool_] | None = None,
+        late: bool = False,
+    ) -> None:
+        work = Work(
+            run=session.run,
+            index=index,
+            counts=counts,
+            mask=mask,
+            fresh=not session.started,
+            source_ns=source_ns,
+            received_ns=now_ns,
+            due_ns=now_ns + session.deadline_ns,
+            anytime=session.anytime,
+            serial=session.serial,
+            late=late,
+            watch=session.request.watch_units,
+            model=session.facts.model,
+        )
+        session.serial += 1
         session.started = True
         session.waiting += 1
+        if counts is None:
+            session.missing.add(index)
+        session.next_index = max(session.next_index, index + 1)
         effects.work.append(work)
 
     def _close(self, owner: bytes, message: wire.Close, now_ns: int) -> Effects:
@@ -239,46 +308,58 @@ class SessionTable:
         if session is None:
             effects.events["dropped"] += 1
             return effects
-        status = status_of(answer, published_ns)
-        session.waiting -= 1
-        session.bins += 1
-        session.newest = work.index
-        session.statuses[status] += 1
-        session.solves.add(answer.solve_end_ns - answer.solve_start_ns)
-        if np.isfinite(answer.bits):
-            session.bits += answer.bits
-            session.spikes += answer.spikes
-        if not work.missing:
-            session.unanswered -= 1
-            session.owed += 1
-        effects.published.append(
-            wire.Result(
-                session=session.name,
-                epoch=session.epoch,
-                index=work.index,
-                revision=0,
-                model=self.facts.model,
-                status=status,
-                solver=answer.solver,
-                iterations=answer.iterations,
-                source_ns=work.source_ns,
-                received_ns=work.received_ns,
-                solve_start_ns=answer.solve_start_ns,
-                solve_end_ns=answer.solve_end_ns,
-                published_ns=published_ns,
-                latent=wire.pack(answer.latent, "<f8"),
-                latent_std=wire.pack(answer.latent_std, "<f8"),
-                rates=wire.pack(answer.rates, "<f8"),
-                kinematics=wire.pack(answer.kinematics, "<f8"),
-                kinematics_std=wire.pack(answer.kinematics_std, "<f8"),
-                bits=answer.bits,
-                spikes=answer.spikes,
-            )
-        )
-        effects.events[f"status:{status}"] += 1
+        if answer.settles:
+            session.waiting -= 1
+            if answer.revised or not work.missing:
+                session.unanswered -= 1
+                session.owed += 1
+        if answer.void:
+            effects.events["late_lost"] += 1
+        else:
+            self._publish(session, answer, published_ns, effects)
         if session.closing:
             self._end_if_answered(session, effects)
         return effects
+
+    def _publish(
+        self, session: Session, answer: Answer, published_ns: int, effects: Effects
+    ) -> None:
+        work = answer.work
+        status = status_of(answer, published_ns)
+        revision = 0
+        if answer.revised:
+            revision = session.revisions[work.index] = session.revisions.get(work.index, 0) + 1
+            session.revised += 1
+            effects.events["revised"] += 1
+        else:
+            session.bins += 1
+            session.newest = work.index
+            session.statuses[status] += 1
+            session.solves.add(answer.solve_end_ns - answer.solve_start_ns)
+            effects.events[f"status:{status}"] += 1
+        if np.isfinite(answer.bits) and (work.late or not answer.revised):
+            session.bits += answer.bits
+            session.spikes += answer.spikes
+            effects.events["spikes"] += answer.spikes
+            effects.bits += answer.bits
+        result = session.result(answer, revision, status, published_ns)
+        session.recent.append(result)
+        effects.published.append(result)
+        effects.serials.append(answer.serial)
+        for flag in answer.flags:
+            effects.published.append(session.notice(flag))
+            effects.events["unit_changes"] += 1
+            self._flag(session, flag)
+
+    @staticmethod
+    def _flag(session: Session, flag: str) -> None:
+        """Keep the list of masked units: ``unit NAME masked: WHY`` or ``unit NAME used again``."""
+        name, _, why = flag.removeprefix("unit ").rpartition(" masked: ")
+        if why and name:
+            session.flagged = (*session.flagged, f"{name}:{why}")
+        else:
+            name = flag.removeprefix("unit ").removesuffix(" used again")
+            session.flagged = tuple(f for f in session.flagged if f.rpartition(":")[0] != name)
 
     def credits(self) -> list[tuple[bytes, wire.Credit]]:
         """The credits that came free since the last call, one message per session."""
@@ -290,13 +371,51 @@ class SessionTable:
 
     # ---- time and ends -------------------------------------------------------------------------
 
+    def next_due(self) -> int | None:
+        """When ``tick`` has the next bin to answer without it."""
+        due = [s.overdue_ns(self.limits) for s in self._sessions.values()]
+        return min((d for d in due if d is not None), default=None)
+
     def tick(self, now_ns: int) -> Effects:
-        """End the sessions that have been silent for too long."""
+        """Answer bins whose time has passed; end the sessions that have been silent too long."""
         effects = Effects()
         for session in list(self._sessions.values()):
+            while (due := session.overdue_ns(self.limits)) is not None and due <= now_ns:
+                session.silent += 1
+                effects.events["overdue"] += 1
+                self._queue(session, session.next_index, now_ns, effects)
             if session.waiting == 0 and now_ns - session.seen_ns > self.limits.idle_ns:
                 self._end(session, "idle", effects)
                 effects.events["idle"] += 1
+        return effects
+
+    def swap(self, slot: str, facts: ModelFacts) -> Effects:
+        """Serve a slot by another model, each of its sessions from its next bin on."""
+        self.slots[slot] = facts
+        effects = Effects()
+        for session in self._sessions.values():
+            if session.slot != slot:
+                continue
+            before, session.facts = session.facts.model, facts
+            work = Work(
+                run=session.run,
+                index=session.next_index,
+                counts=None,
+                mask=None,
+                fresh=False,
+                source_ns=0,
+                received_ns=0,
+                due_ns=0,
+                anytime=False,
+                serial=session.serial,
+                swap=facts.model,
+                watch=session.request.watch_units,
+                model=before,
+            )
+            session.serial += 1
+            effects.work.append(work)
+            what = f"model: {facts.model} from bin {session.next_index}"
+            effects.published.append(session.notice(what))
         return effects
 
     def drain(self, why: str) -> None:
@@ -324,6 +443,7 @@ class SessionTable:
         if session.owed:
             effects.replies.append((session.owner, session.credit()))
         effects.forget.append(session.run)
+        effects.ended.append((session.run, what))
         effects.published.append(session.notice(what))
         effects.replies.append(
             (

@@ -33,6 +33,21 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         max_message_bytes: a larger message ends its sender's connection.
         results_queue: results kept for a subscriber that does not read.
         log: plain lines or JSON ones.
+        journal: folder of the journal; "" is none.
+        journal_sync: ``always`` (an fsync before anything counts), ``interval`` (each second),
+            ``never``.
+        journal_segment_mb: megabytes after which a new file is begun.
+        journal_keep: files kept; 0 is all.
+        snapshot_every: bins of a session between snapshots.
+        keys: folder of CURVE keys and the allow-list (``ilqr-vae keys``); "" is open to all on
+            loopback.
+        control_rate: requests other than bins a second, of one sender.
+        models: folder that models are loaded from; "" is that of the first.
+        keep_warm_ms: after so long without a bin a step is made that nobody sees; 0 is never.
+        cpus: cores for the I/O and solver threads, e.g. ``2-3``; "" is any.
+        realtime: SCHED_FIFO priority of those threads; 0 is none.
+        lock_memory: keep all memory out of swap.
+        gc: ``idle`` collects garbage only while nothing is queued; ``auto`` is Python's own way.
     """
 
     ingest: str = "tcp://127.0.0.1:5555"
@@ -51,6 +66,19 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 1 << 20
     results_queue: Positive = 10_000
     log: Literal["plain", "json"] = "plain"
+    journal: str = ""
+    journal_sync: Literal["always", "interval", "never"] = "interval"
+    journal_segment_mb: Annotated[float, msgspec.Meta(gt=0)] = 256.0
+    journal_keep: Annotated[int, msgspec.Meta(ge=0)] = 0
+    snapshot_every: Annotated[int, msgspec.Meta(gt=0, le=64)] = 50
+    keys: str = ""
+    control_rate: Annotated[float, msgspec.Meta(gt=0)] = 100.0
+    models: str = ""
+    keep_warm_ms: Annotated[float, msgspec.Meta(ge=0)] = 200.0
+    cpus: str = ""
+    realtime: Annotated[int, msgspec.Meta(ge=0, le=99)] = 0
+    lock_memory: bool = False
+    gc: Literal["idle", "auto"] = "idle"
 
 
 def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettings:
@@ -91,12 +119,12 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettin
 _ENDPOINT = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+|\*):(\d{1,5}|\*)")
 
 
-def loopback_endpoint(field: str, endpoint: str) -> str:
+def loopback_endpoint(field: str, endpoint: str, *, secured: bool = False) -> str:
     """``endpoint`` as libzmq binds it; port 0 becomes ``*`` (a free port).
 
     Raises:
-        ServiceError: not tcp://HOST:PORT, or beyond loopback, which is refused until the service
-            can tell who connects.
+        ServiceError: not tcp://HOST:PORT, or beyond loopback, which is refused where the service
+            cannot tell who connects (it has no keys).
     """
     match = _ENDPOINT.fullmatch(endpoint)
     port = match[2] if match else ""
@@ -108,11 +136,11 @@ def loopback_endpoint(field: str, endpoint: str) -> str:
             local = ipaddress.ip_address(host).is_loopback
         except ValueError:
             local = False
-        if not local:
+        if not (local or secured):
             raise ServiceError(
                 field,
                 expected="a loopback address such as tcp://127.0.0.1:5555 "
-                "(messages are neither encrypted nor authenticated yet)",
+                "or --keys (without, anyone who reaches the port could feed)",
                 got=repr(endpoint),
             )
     name = "127.0.0.1" if host == "localhost" else match[1]

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 
 from ilqr_service import logs
-from ilqr_service.engine import Engine
+from ilqr_service.fleet import Fleet
+from ilqr_service.resume import Resumed
+from ilqr_service.runs import PackedRun
 from ilqr_service.scheduler import Scheduler
 from ilqr_service.work import Answer, Work
 
@@ -24,26 +27,45 @@ class SolverThread:
     """Runs an engine in a thread of its own.
 
     Args:
-        engine: used by this thread alone once started.
+        fleet: its engines are used by this thread alone once started.
         context: for the wake-up socket.
         wake: inproc address that the I/O thread has bound.
+        resume: runs to take up before the first bin.
+        snapshot_every: works of a run from one snapshot to the next; 0 is none.
+        keep_warm_s: seconds without a bin after which a step is made that nobody sees; 0 is never.
+        prepare: called in the thread before anything else.
 
     Attributes:
         ready: set once the engine is warm.
         failure: what ended the thread, if anything did.
     """
 
-    def __init__(self, engine: Engine, context: zmq.Context[Any], wake: str) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        context: zmq.Context[Any],
+        wake: str,
+        *,
+        resume: list[Resumed] | None = None,
+        snapshot_every: int = 0,
+        keep_warm_s: float = 0.0,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         self.ready = threading.Event()
         self.failure: BaseException | None = None
-        self._engine = engine
+        self._fleet = fleet
         self._context = context
         self._wake = wake
-        self._scheduler = Scheduler(engine.facts.bin_width_ns)
+        self._resume = resume or []
+        self._snapshot_every = snapshot_every
+        self._keep_warm_s = keep_warm_s
+        self._prepare = prepare
+        self._since: dict[int, int] = {}
+        self._scheduler = Scheduler(fleet.first.facts.bin_width_ns)
         self._forgotten: list[int] = []
         self._stopping = False
         self._changed = threading.Condition()
-        self._answers: deque[Answer] = deque()
+        self._answers: deque[Answer | PackedRun] = deque()
         self._thread = threading.Thread(target=self._run, name="solver", daemon=True)
 
     def start(self) -> None:
@@ -53,7 +75,7 @@ class SolverThread:
         """Queue bins."""
         with self._changed:
             for work in works:
-                self._scheduler.push(work)
+                self._scheduler.push(work, self._fleet.spacing_ns(work))
             self._changed.notify()
 
     def forget(self, run: int) -> int:
@@ -65,8 +87,8 @@ class SolverThread:
             self._changed.notify()
         return dropped
 
-    def finished(self) -> deque[Answer]:
-        """The answers not yet taken; the caller pops them from the left."""
+    def finished(self) -> deque[Answer | PackedRun]:
+        """The answers and snapshots not yet taken; the caller pops them from the left."""
         return self._answers
 
     def stop(self) -> None:
@@ -80,40 +102,70 @@ class SolverThread:
     def _next(self) -> tuple[list[int], list[Work]] | None:
         with self._changed:
             while not (self._stopping or self._forgotten or len(self._scheduler)):
-                self._changed.wait()
+                if not self._changed.wait(self._keep_warm_s or None):
+                    return [], []
             if self._stopping:
                 return None
             forgotten, self._forgotten = self._forgotten, []
-            return forgotten, self._scheduler.take(self._engine.batch)
+            return forgotten, self._scheduler.take(self._fleet.batch)
 
     def _run(self) -> None:
         wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
         wake.linger = 0
         wake.connect(self._wake)
         try:
-            warm = self._engine.warm_up()
-            logs.info(
-                "warm",
-                steps=warm.steps,
-                seconds=round(warm.seconds, 2),
-                first_ms=round(warm.first_ms, 2),
-                steady_ms=round(warm.steady_ms, 3),
-            )
+            if self._prepare is not None:
+                self._prepare()
+            for warm in self._fleet.warm_up():
+                logs.info(
+                    "warm",
+                    steps=warm.steps,
+                    seconds=round(warm.seconds, 2),
+                    first_ms=round(warm.first_ms, 2),
+                    steady_ms=round(warm.steady_ms, 3),
+                )
+            for resumed in self._resume:
+                self._take_up(resumed)
             self.ready.set()
             self._tell(wake)
             while (task := self._next()) is not None:
                 forgotten, works = task
                 for run in forgotten:
-                    self._engine.forget(run)
+                    self._fleet.forget(run)
+                    self._since.pop(run, None)
                 if works:
-                    self._answers.extend(self._engine.solve(works))
+                    self._answers.extend(self._fleet.solve(works))
                     self._tell(wake)
+                    self._fleet.between()
+                    self._snapshots(works)
+                elif not forgotten:
+                    self._fleet.keep_warm()
         except BaseException as error:
             self.failure = error
             logs.exception("the solver thread ended")
             self._tell(wake)
         finally:
             wake.close()
+
+    def _take_up(self, resumed: Resumed) -> None:
+        """Solve again what a snapshot does not hold; answer what was not answered."""
+        if resumed.packed is not None:
+            self._fleet.restore(resumed.packed)
+        for work in resumed.works:
+            answers = self._fleet.solve([work])
+            if work.serial > resumed.answered:
+                self._answers.extend(answers)
+
+    def _snapshots(self, works: list[Work]) -> None:
+        if not self._snapshot_every:
+            return
+        for work in works:
+            since = self._since[work.run] = self._since.get(work.run, 0) + 1
+            if since >= self._snapshot_every:
+                self._since[work.run] = 0
+                packed = self._fleet.pack(work)
+                if packed is not None:
+                    self._answers.append(packed)
 
     @staticmethod
     def _tell(wake: zmq.Socket[bytes]) -> None:

@@ -20,6 +20,7 @@ from ilqr_vae import wire
 
 STAGES = ("wire_in", "queue", "solve", "publish", "total")
 _EDGES_MS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 250)
+_HALF_LIFE = 5_000
 _MINUTE_NS = 60_000_000_000
 _QUANTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "p99.99": 99.99, "max": 100.0}
 
@@ -35,6 +36,16 @@ EVENTS = {
     "solve_failed": "solves that raised, answered with a prediction",
     "non_converged": "solves that stalled or were not finite",
     "unreachable": "replies to a feeder that is gone or does not read",
+    "overdue": "bins answered without having come, by the clock",
+    "late_in": "bins that came late and were put in their place",
+    "late_lost": "late bins that could not be put in their place",
+    "revised": "answers that superseded one",
+    "shed": "bins not answered for overload",
+    "resumed": "sessions taken over where they stood",
+    "unit_changes": "units masked or used again",
+    "spikes": "spikes in the bins answered",
+    "swapped": "models put in another's place",
+    "load_failed": "models that could not be loaded",
 }
 
 
@@ -78,13 +89,27 @@ class Telemetry:
         self._queued = Gauge("ilqr_queued_bins", "bins queued or being solved", registry=r)
         self._ready = Gauge("ilqr_ready", "1 when bins are answered", registry=r)
         Gauge("ilqr_bin_width_seconds", "the model's bin width", registry=r).set(bin_width)
+        self._bits = Gauge(
+            "ilqr_bits_per_spike", "one step ahead, over the newest spikes", registry=r
+        )
+        self._masked = Gauge("ilqr_masked_units", "units masked, over all sessions", registry=r)
+        self._journal_ok = Gauge("ilqr_journal_ok", "0 while the journal fails", registry=r)
+        self._journal_lost = Gauge("ilqr_journal_lost_records", "records not written", registry=r)
+        self._journal_bytes = Gauge("ilqr_journal_bytes", "bytes written", registry=r)
+        self._journal_ok.set(1)
+        self._recent = (0.0, 0.0)
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
         self._exact = {stage: HdrHistogram(1_000, 60_000_000_000, 3) for stage in STAGES}
         self._tally: Tally[str] = Tally()
 
-    def count(self, events: Tally[str]) -> None:
-        """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``."""
+    def count(self, events: Tally[str], bits: float = 0.0) -> None:
+        """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; and
+        the bits that their spikes gained over the mean rates."""
         self._tally.update(events)
+        if spikes := events["spikes"]:
+            keep = 0.5 ** (spikes / _HALF_LIFE)
+            self._recent = (keep * self._recent[0] + bits, keep * self._recent[1] + spikes)
+            self._bits.set(self._recent[0] / self._recent[1])
         for event, n in events.items():
             kind, _, label = event.partition(":")
             if kind == "status":
@@ -111,6 +136,14 @@ class Telemetry:
     def gauge(self, *, sessions: int, queued: int) -> None:
         self._sessions.set(sessions)
         self._queued.set(queued)
+
+    def masked(self, units: int) -> None:
+        self._masked.set(units)
+
+    def journal(self, ok: bool, lost: int, written: int) -> None:
+        self._journal_ok.set(ok)
+        self._journal_lost.set(lost)
+        self._journal_bytes.set(written)
 
     def ready(self, ready: bool) -> None:
         self._ready.set(ready)

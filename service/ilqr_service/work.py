@@ -62,6 +62,13 @@ class Work:
         received_ns: arrival of the bin, or of the bin that showed this one to be missing.
         due_ns: when the answer is due.
         anytime: the solver stops at ``due_ns`` with what it has.
+        serial: the work's place in its run, from 0.
+        late: put the bin into the window, where it is held as missing, and solve again from there.
+        budget: stop the solve after so many iterations (how a replay repeats a solve that the
+            clock had cut short); 0 is none.
+        swap: no bin; go on with the model of this id, its window refilled from the bins held.
+        watch: mask units that misbehave.
+        model: id of the model to solve with; "" is the only one.
     """
 
     run: int
@@ -73,6 +80,12 @@ class Work:
     received_ns: int
     due_ns: int
     anytime: bool
+    serial: int = 0
+    late: bool = False
+    budget: int = 0
+    swap: str = ""
+    watch: bool = False
+    model: str = ""
 
     @property
     def missing(self) -> bool:
@@ -98,6 +111,13 @@ class Answer:
         iterations: iLQR iterations done.
         solver: the solver's status in lower case, or ``FAILED``.
         solve_start_ns, solve_end_ns: stage times.
+        model: id of the model that answered.
+        revised: the bin was answered before.
+        settles: no other answer follows for the work that caused this one.
+        void: no answer; the late bin could not be put in its place.
+        due_ns: instead of the work's own; 0 is that.
+        serial: of the work that caused this answer.
+        flags: what changed about units, for people.
     """
 
     work: Work
@@ -112,6 +132,13 @@ class Answer:
     solver: str
     solve_start_ns: int
     solve_end_ns: int
+    model: str = ""
+    revised: bool = False
+    settles: bool = True
+    void: bool = False
+    due_ns: int = 0
+    serial: int = 0
+    flags: tuple[str, ...] = ()
 
 
 def status_of(answer: Answer, published_ns: int) -> Status:
@@ -125,6 +152,6 @@ def status_of(answer: Answer, published_ns: int) -> Status:
         return "missing"
     if answer.work.blind or answer.solver in (FAILED, NOT_FINITE):
         return "extrapolated"
-    if published_ns > answer.work.due_ns:
+    if published_ns > (answer.due_ns or answer.work.due_ns):
         return "late"
     return "degraded" if answer.solver == STOPPED else "ok"

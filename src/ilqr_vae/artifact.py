@@ -2,7 +2,8 @@
 
 Tensors: ``model.*`` (the generative model), ``readout.*`` (where there are kinematics),
 ``mean_rate``. The manifest is JSON in the file's metadata under ``ilqr_vae``. It carries a hash of
-all tensors, checked on load: a file with a flipped bit is refused. Written atomically.
+all tensors, and its own hash stands beside it; both are checked on load: a file with a flipped bit
+is refused. Written atomically.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ilqr_vae.recordings import RecordingSpec
 
 SCHEMA = 1
 KEY = "ilqr_vae"
+MANIFEST_SHA256 = "ilqr_vae.sha256"
 
 
 class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -203,7 +205,9 @@ def save_artifact(
     tensors = _tensors(model, readout, mean_rate)
     digest = _digest(tensors)
     manifest = msgspec.structs.replace(manifest, sha256=digest, model_id=digest[:12])
-    blob = save(tensors, metadata={KEY: msgspec.json.encode(manifest).decode()})
+    text = msgspec.json.encode(manifest)
+    hashed = {KEY: text.decode(), MANIFEST_SHA256: hashlib.sha256(text).hexdigest()}
+    blob = save(tensors, metadata=hashed)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(blob)
@@ -235,6 +239,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if schema != SCHEMA:
             raise _refuse(path, f"schema version {SCHEMA}", str(schema))
+        if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(MANIFEST_SHA256):
+            raise _refuse(path, "the manifest that was written", "one that differs from its hash")
         return tensors, msgspec.convert(raw, Manifest)
     except msgspec.MsgspecError as error:
         raise _refuse(path, "a valid manifest", str(error)) from error
@@ -276,7 +282,12 @@ def load_artifact(
     for name, t in tensors.items():
         if not bool(t.isfinite().all()):
             raise _refuse(path, "finite tensors", f"{name} with values that are not")
-    model = build(manifest.model)
+    units = len(manifest.unit_names)
+    spikes = manifest.model.groups.get("spikes")
+    if spikes is None or spikes.channels != units:
+        got = "none" if spikes is None else f"one of {spikes.channels}"
+        raise _refuse(path, f"a group of spikes of the {units} named units", got)
+    model = build(manifest.model).double()  # a file may hold float64, which float32 would round
     _load_into(path, model, tensors, "model.")
     readout = None
     if manifest.readout_lags is not None:
@@ -288,7 +299,7 @@ def load_artifact(
         for name in ("W", "b", "variance", "gain"):
             setattr(readout, name, tensors[f"readout.{name}"])
         readout = readout.to(device=device, dtype=dtype)
-    if "mean_rate" not in tensors or tensors["mean_rate"].shape != (len(manifest.unit_names),):
-        raise _refuse(path, f"mean_rate of {len(manifest.unit_names)} units", "another shape")
+    if "mean_rate" not in tensors or tensors["mean_rate"].shape != (units,):
+        raise _refuse(path, f"mean_rate of {units} units", "another shape")
     mean_rate = tensors["mean_rate"].to(device=device, dtype=dtype)
     return Artifact(manifest, model.to(device=device, dtype=dtype), readout, mean_rate)

@@ -23,6 +23,7 @@ SUMMARIES = {
     "train": "fit a model to a recording and write it as one .safetensors file",
     "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
     "inspect": "show what is inside a model file",
+    "experiment": "run one of the paper's experiments on made-up data",
     "serve": "load a model and answer spike bins over ZeroMQ",
     "replay": "stream a recording through a running service and report decodes and latency",
     "monitor": "watch a running service live in the terminal",

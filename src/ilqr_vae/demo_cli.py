@@ -158,19 +158,22 @@ def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
     for stage in ("solve", "total"):
         values = report["latency_ms"].get(stage, {"n": 0})
         if values["n"]:
-            numbers = "  ".join(f"{q} {_number(values[q], 2)}" for q in list(values)[1:])
-            table.add_row(f"{stage}, ms", f"{numbers}   ({values['n']} bins)")
-    statuses = "  ".join(f"{k} {v}" for k, v in report["statuses"].items())
-    speed = report["speed"]
-    pace = "as fast as answers came" if speed is None else f"{speed:g} x real time"
-    table.add_row("statuses", f"{statuses}   at {pace}, deadline {report['deadline_ms']:g} ms")
+            numbers = "  ".join(
+                f"{q} {_number(values[q], 2)}" for q in ("p50", "p99", "p99.9", "max")
+            )
+            table.add_row(f"{stage}, ms", numbers)
+    pace = (
+        "as fast as it answers" if report["speed"] is None else f"{report['speed']:g} x real time"
+    )
+    table.add_row("replayed at", f"{pace}, deadline {report['deadline_ms']:g} ms a bin")
+    table.add_row("statuses", "  ".join(f"{k} {v}" for k, v in report["statuses"].items()))
     if loop is not None:
         ours, chance = loop["decoder"], loop["chance"]
         table.add_row(
             "closed loop",
-            f"{100 * ours['success_rate']:.0f} % of reaches successful "
-            f"(by chance {100 * chance['success_rate']:.0f} %), "
-            f"{_number(ours['time_to_target_s'], 2)} s to the target",
+            f"{100 * ours['success_rate']:.0f} % of reaches succeed "
+            f"(chance {100 * chance['success_rate']:.0f} %), "
+            f"{_number(ours['time_to_target_s'], 2)} s to target",
         )
     return table
 

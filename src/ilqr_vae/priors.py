@@ -153,7 +153,8 @@ class StudentPrior(InputPrior):
 
     def __init__(self, m: int, *, scale: float = 1.0, nu: float = 5.0) -> None:
         super().__init__(m, scale=scale)
-        self.raw_nu = nn.Parameter(torch.tensor(math.log(math.expm1(nu - 2.0))))
+        over = nu - 2.0
+        self.raw_nu = nn.Parameter(torch.tensor(over + math.log(-math.expm1(-over))))
 
     @property
     def nu(self) -> Tensor:
@@ -193,7 +194,7 @@ class StudentPrior(InputPrior):
         nu = self.nu
         normal = self._normal(shape, generator)
         seed = int(torch.randint(2**62, (), generator=generator, device=normal.device))
-        chi2 = np.random.default_rng(seed).chisquare(float(nu), size=shape)
+        chi2 = np.random.default_rng(seed).chisquare(float(nu.detach()), size=shape)
         mix = torch.as_tensor(np.asarray(chi2)).to(normal).unsqueeze(-1)
         s = self.log_scale.exp() * torch.sqrt((nu - 2.0) / nu)
         return self.mean + s * normal * torch.sqrt(nu / mix)

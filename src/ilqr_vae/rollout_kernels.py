@@ -22,7 +22,7 @@ from ilqr_vae.fused.primitives import (
     pack_transposed,
     times_panels,
 )
-from ilqr_vae.lqr.algebra import COLUMNS, add_product, carve, compiled, inner
+from ilqr_vae.lqr.algebra import COLUMNS, add_product, carve, compiled, inner, never_inline
 
 LINEAR, MGU2 = 0, 1
 #: Dynamics families with kernels, by the name in configs.
@@ -87,6 +87,7 @@ def pack_weights(family, w):
 def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scratch):
     """z_0 = z0; z_{k+1} = f(z_k, u_k); u_k = ub_k, or if ``closed`` ub_k + alpha k_k + K_k (z_k -
     zb_k). Writes z, u, and for an MGU2 f and h."""
+    never_inline()
     state, state_bias, hidden, hidden_bias, drive, _, _, _, _ = weights
     T, m = ub.shape
     n = z0.size
@@ -132,6 +133,7 @@ def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scrat
 @inner
 def linearise(family, weights, z, f, h, A, B, scratch):
     """Jacobians A (T, n, n), B (T, n, m) along a rollout that left f and h."""
+    never_inline()
     _, _, _, _, _, state, hidden, drive, straight = weights
     T, n, m = B.shape
     n8 = eight(n)

@@ -69,6 +69,16 @@ class Open(Message, frozen=True, kw_only=True):
         deadline_ns: an answer published later than this after ``received`` is flagged late.
         anytime: let the deadline cut a solve short (``degraded``); default is a fixed number of
             iterations, so that answers do not depend on the clock.
+        clocked: a bin that has not come ``grace_ns`` after its time is answered as ``missing``
+            without waiting for the next one; it is corrected where it still comes within the
+            window. Off, only a later bin shows that one is missing.
+        grace_ns: for ``clocked``; 0 is half a bin width.
+        watch_units: mask units that are dead, saturated or drifting, and say so by notices.
+        resume: go on with this session and epoch where it stands (another feeder of it is gone, or
+            the service was restarted); where it is not known it begins.
+        answered: with ``resume``, the newest index whose answer is held; later ones that the
+            service still has are published again as they were.
+        model: a slot's name or a model's id; "" is the service's first.
     """
 
     protocol: int
@@ -78,6 +88,12 @@ class Open(Message, frozen=True, kw_only=True):
     epoch: int = 0
     deadline_ns: int
     anytime: bool = False
+    clocked: bool = False
+    grace_ns: int = 0
+    watch_units: bool = False
+    resume: bool = False
+    answered: int = -1
+    model: str = ""
 
 
 class Bin(Message, frozen=True, kw_only=True):
@@ -100,7 +116,13 @@ class Close(Message, frozen=True, kw_only=True):
 
 
 class Opened(Message, frozen=True, kw_only=True):
-    """The session is open. ``credits``: bins that may be in flight unanswered."""
+    """The session is open.
+
+    Attributes:
+        credits: bins that may be in flight unanswered.
+        next_index: the first bin that has not been taken yet.
+        resumed: it goes on where it stood, from ``next_index``.
+    """
 
     session: str
     epoch: int
@@ -111,6 +133,8 @@ class Opened(Message, frozen=True, kw_only=True):
     horizon: int
     iterations: int
     credits: int
+    next_index: int = 0
+    resumed: bool = False
 
 
 class Credit(Message, frozen=True, kw_only=True):
@@ -170,6 +194,9 @@ class SessionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     solve_p99_ns: int
     bits_per_spike: float
     idle_ns: int
+    model: str = ""
+    revised: int = 0
+    flagged: tuple[str, ...] = ()
 
 
 class SessionList(Message, frozen=True, kw_only=True):
@@ -187,6 +214,50 @@ class Probed(Message, frozen=True, kw_only=True):
     service_ns: int
 
 
+class Load(Message, frozen=True, kw_only=True):
+    """Load a model file into a slot ("" is the first) beside what is served there.
+
+    Attributes:
+        path: on the service's machine, inside its model folder.
+        shadow: run it beside the serving model and keep both scores; else serve it once warm.
+    """
+
+    path: str
+    slot: str = ""
+    shadow: bool = False
+
+
+class Swap(Message, frozen=True, kw_only=True):
+    """Serve the slot's shadow from each session's next bin on."""
+
+    slot: str = ""
+
+
+class Rollback(Message, frozen=True, kw_only=True):
+    """Serve again what the slot served before, or drop its shadow where there is one."""
+
+    slot: str = ""
+
+
+class Models(Message, frozen=True, kw_only=True):
+    """Ask for the models."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A model of a slot. ``bits_per_spike`` is over the ``bins`` that it and its slot's other one
+    both answered."""
+
+    slot: str
+    model: str
+    role: Literal["serving", "shadow", "loading", "before"]
+    bins: int = 0
+    bits_per_spike: float = 0.0
+
+
+class ModelList(Message, frozen=True, kw_only=True):
+    models: tuple[ModelInfo, ...]
+
+
 # ---- results -----------------------------------------------------------------------------------
 
 
@@ -194,7 +265,9 @@ class Result(Message, frozen=True, kw_only=True):
     """The answer for one bin.
 
     Attributes:
-        revision: 0 for the first answer for a bin; higher supersedes.
+        revision: 0 for the first answer for a bin; higher supersedes. A bin that comes late within
+            the window, after it was answered as missing, is put in its place: it and all bins
+            after it are answered again.
         status: ok, degraded (stopped early), late, missing (no bin came: prediction), extrapolated.
         solver: the solver's own status, e.g. converged, iteration_limit.
         iterations: iLQR iterations done.
@@ -236,8 +309,9 @@ class Notice(Message, frozen=True, kw_only=True):
     what: str
 
 
-Upstream = Open | Bin | Close | Describe | Sessions | Probe
-Downstream = Opened | Credit | Closed | Refused | Described | SessionList | Probed
+Control = Load | Swap | Rollback
+Upstream = Open | Bin | Close | Describe | Sessions | Probe | Models | Load | Swap | Rollback
+Downstream = Opened | Credit | Closed | Refused | Described | SessionList | Probed | ModelList
 Published = Result | Notice
 
 _encoder = msgspec.msgpack.Encoder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,15 @@ class Progress:
     history: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
 
     def offer(self, step: int, score: float, model: torch.nn.Module) -> bool:
-        """Record a validation; True where it is the best so far."""
+        """Record a validation; True where it is the best so far.
+
+        Raises:
+            TrainingError: the score is not a number.
+        """
+        if math.isnan(score):
+            raise TrainingError(
+                f"validation at step {step}", expected="a score that is a number", got="NaN"
+            )
         self.history.append((step, score))
         if score > self.best_score:
             self.best_score, self.best_step, self.waited = score, step, 0

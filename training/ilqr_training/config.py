@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -87,7 +88,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     readout: ReadoutConfig = msgspec.field(default_factory=ReadoutConfig)
 
 
-def _require(field: str, value: float, expected: str, ok: bool) -> None:
+def _require(field: str, value: float | str, expected: str, ok: bool) -> None:
     if not ok:
         raise ConfigError(field, expected=expected, got=str(value))
 
@@ -103,10 +104,14 @@ def check(config: TrainConfig) -> TrainConfig:
         _require(f"training.{name}", value, "at least 1", value >= 1)
     for name in ("learning_rate", "decay", "clip", "tolerance"):
         value = getattr(loop, name)
-        _require(f"training.{name}", value, "above zero", value > 0)
+        _require(f"training.{name}", value, "above zero", 0 < value < math.inf)
     for name in ("kinematic_weight", "kl_warmup", "validate_every", "patience", "seed"):
         value = getattr(loop, name)
-        _require(f"training.{name}", value, "zero or more", value >= 0)
+        _require(f"training.{name}", value, "zero or more", 0 <= value < math.inf)
+    _require("training.seed", loop.seed, "below 2^63", loop.seed < 2**63)
+    bias, tolerance = config.model.forget_bias, config.estimator.tolerance
+    _require("model.forget_bias", bias, "a finite number", math.isfinite(bias))
+    _require("estimator.tolerance", tolerance, "zero or more", 0 <= tolerance < math.inf)
     for name in ("horizon", "iterations"):
         value = getattr(config.estimator, name)
         _require(f"estimator.{name}", value, "at least 1", value >= 1)
@@ -114,11 +119,13 @@ def check(config: TrainConfig) -> TrainConfig:
     _require("readout.lags", lags, f"0 to the horizon, {horizon}", 0 <= lags <= horizon)
     _require(
         "readout.alphas",
-        len(config.readout.alphas),
+        str(config.readout.alphas),
         "at least one, all above zero",
-        bool(config.readout.alphas) and min(config.readout.alphas) > 0,
+        bool(config.readout.alphas) and all(0 < a < math.inf for a in config.readout.alphas),
     )
-    _require("data.bin_width", config.data.bin_width, "above zero", config.data.bin_width > 0)
+    width, rate = config.data.bin_width, config.data.min_rate
+    _require("data.bin_width", width, "above zero", 0 < width < math.inf)
+    _require("data.min_rate", rate, "zero or more", 0 <= rate < math.inf)
     split = config.data.split
     _require(
         "data.split",

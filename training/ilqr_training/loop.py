@@ -124,9 +124,11 @@ def _draw(run: Run, problem: ilqr.Problem, state: ilqr.State) -> Draw:
 
 
 def _first_not_finite(model: Model) -> str:
+    """A parameter, since it spoils every gradient; else a gradient."""
     for name, p in model.named_parameters():
         if not bool(p.isfinite().all()):
             return f"parameter {name}"
+    for name, p in model.named_parameters():
         if p.grad is not None and not bool(p.grad.isfinite().all()):
             return f"gradient of {name}"
     return "the bound"

@@ -23,7 +23,7 @@ class DynamicsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         activation: rnn, mlp: "tanh", "relu" or "silu" (relu has no second derivative: the exact
             gradient then holds wherever no unit sits on its kink).
         expansion: mlp: width of its hidden layer, in latents.
-        step: mlp: how far one step moves at the start (scale of the last layer).
+        step: mlp: share of the way to where its network points that one step covers.
     """
 
     forget_bias: float = 0.0

@@ -77,12 +77,20 @@ class RNN(_Activated):
 
 
 class ResidualMLP(_Activated):
-    """Inverted-bottleneck step: z' = z + V phi(U z + W u + b) + c + B u, hidden layer wider than z.
+    """Inverted-bottleneck step: a hidden layer wider than z says where z should go.
 
-    With a bounded activation z moves at most linearly in time, whatever the parameters.
+    z' = z + step (h - z) + step B u,   h = V phi(U z + W u + b) + c
+
+    ``step`` is fixed; with a bounded activation |z| stays bounded whatever the parameters. Weights
+    are stored at unit scale and divided by the root of their fan-in, so that one learning rate
+    suits them all.
+
+    Args:
+        expansion: width of the hidden layer, in latents.
+        step: share of the way to h that one step covers, above 0 and at most 1.
 
     Raises:
-        ConfigError: an unknown activation, or an expansion below one.
+        ConfigError: an unknown activation, an expansion below one, a step out of range.
     """
 
     family = "mlp"
@@ -93,13 +101,15 @@ class ResidualMLP(_Activated):
         super().__init__(n, m, activation)
         if expansion < 1:
             raise ConfigError("dynamics.expansion", expected="at least 1", got=str(expansion))
-        wide = expansion * n
-        self.up = nn.Parameter(torch.randn(wide, n) / math.sqrt(n))
-        self.up_input = nn.Parameter(torch.zeros(wide, m))
-        self.up_bias = nn.Parameter(torch.randn(wide))
-        self.down = nn.Parameter(step * torch.randn(n, wide) / math.sqrt(wide))
+        if not 0 < step <= 1:
+            raise ConfigError("dynamics.step", expected="above 0, at most 1", got=f"{step:g}")
+        self.wide, self.share = expansion * n, step
+        self.up = nn.Parameter(torch.randn(self.wide, n))
+        self.up_input = nn.Parameter(torch.zeros(self.wide, m))
+        self.up_bias = nn.Parameter(torch.randn(self.wide))
+        self.down = nn.Parameter(torch.randn(n, self.wide))
         self.down_bias = nn.Parameter(torch.zeros(n))
-        self.input = nn.Parameter(step * torch.randn(n, m) / math.sqrt(m))
+        self.input = nn.Parameter(torch.randn(n, m))
 
     @classmethod
     def from_options(cls, n: int, m: int, options: DynamicsOptions) -> ResidualMLP:
@@ -112,11 +122,20 @@ class ResidualMLP(_Activated):
         )
 
     def weights(self) -> Weights:
-        return self.up, self.up_input, self.up_bias, self.down, self.down_bias, self.input
+        share = self.share
+        return (
+            self.up / math.sqrt(self.n),
+            self.up_input / math.sqrt(self.m),
+            self.up_bias,
+            self.down * (share / math.sqrt(self.wide)),
+            self.down_bias * share,
+            self.input * (share / math.sqrt(self.m)),
+        )
 
     def step(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
         U, W, b, V, c, B = w
-        return z + self._phi(z @ U.mT + u @ W.mT + b)[0] @ V.mT + c + u @ B.mT
+        h = self._phi(z @ U.mT + u @ W.mT + b)[0] @ V.mT + c
+        return (1 - self.share) * z + h + u @ B.mT
 
     def jacobians(self, w: Weights, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         U, W, b, V, _c, B = w
@@ -125,4 +144,4 @@ class ResidualMLP(_Activated):
         wide = (V * slope) @ torch.cat([U, W], 1)
         n = z.shape[-1]
         eye = torch.eye(n, dtype=z.dtype, device=z.device)
-        return wide[..., :n] + eye, wide[..., n:] + B
+        return wide[..., :n] + (1 - self.share) * eye, wide[..., n:] + B

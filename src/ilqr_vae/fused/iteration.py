@@ -19,7 +19,7 @@ import numpy as np
 from ilqr_vae.fused import observations
 from ilqr_vae.fused.primitives import finite
 from ilqr_vae.lqr import kernels as lqr
-from ilqr_vae.lqr.algebra import all_finite, carve, compiled, inner
+from ilqr_vae.lqr.algebra import all_finite, carve, compiled, inner, never_inline, part
 from ilqr_vae.rollout_kernels import linearise, roll_out
 from ilqr_vae.rollout_kernels import scratch_size as rollout_scratch
 
@@ -38,6 +38,7 @@ def scratch_size(T, n, m):
 @inner
 def _initial_and_prior(b, z, u, prior, initial):
     """The parts of J that are not observations."""
+    never_inline()
     centre, precision, constant = prior
     mean, arrival = initial
     n, (T, m) = z.shape[1], u.shape
@@ -54,7 +55,7 @@ def _initial_and_prior(b, z, u, prior, initial):
     return total
 
 
-@inner
+@part
 def begin(b, fresh, model, data, initial, start, state, kept, scratch):
     """Roll problem ``b`` out from its start; sets z, u, cost and status. If not ``fresh``, from the
     state, which is left as it is."""
@@ -80,7 +81,7 @@ def begin(b, fresh, model, data, initial, start, state, kept, scratch):
     status[b] = RUNNING if finite(cost[b]) else NOT_FINITE
 
 
-@inner
+@part
 def _quadratic_model(b, model, initial, state, kept, problem, scratch):
     """Fill the LQR problem around the current trajectory."""
     family, weights, bank, prior = model
@@ -108,7 +109,7 @@ def _quadratic_model(b, model, initial, state, kept, problem, scratch):
             r[b, t, i] = (u[b, t, i] - centre[i]) * precision[i]
 
 
-@inner
+@part
 def _search(b, model, data, initial, state, kept, answer, options, scratch):
     """Backtrack from the full step; takes the first that lowers J enough. Returns alpha or 0."""
     family, weights, bank, prior = model
@@ -156,7 +157,7 @@ def _zero(values, b):
         array[b] = array.dtype.type(0.0)
 
 
-@inner
+@part
 def solve_one(b, limit, entry, model, data, initial, start, state, kept, info, options, scratch):
     """At most ``limit`` iterations of problem ``b`` while it runs; see ``solve``."""
     z, u, cost, damping, status, iterations = state
@@ -177,8 +178,9 @@ def solve_one(b, limit, entry, model, data, initial, start, state, kept, info, o
             b, problem, False, False, damping, True, law, value, found, flat, scratch
         )  # fmt: skip
         if not ok[b]:
-            for array in flat:
-                array[b] = nothing_taken
+            for values in flat:
+                for i in range(values.shape[1]):
+                    values[b, i] = nothing_taken
         taken[b] = nothing_taken
         if looking:
             break

@@ -24,7 +24,7 @@ from ilqr_vae.fused.primitives import (
     pack_transposed,
     times_panels,
 )
-from ilqr_vae.lqr.algebra import COLUMNS, carve, inner
+from ilqr_vae.lqr.algebra import COLUMNS, carve, inner, never_inline
 
 
 def scratch_size(T, n):
@@ -62,6 +62,7 @@ def pack_bank(C, b, limit, precision, poisson):
 @inner
 def _poisson_row(t, count, bias, limit, values, mask, d, w):
     """Turn a row of d = C z into d and w; returns the row's part of the cost."""
+    never_inline()
     one, zero = d.dtype.type(1.0), d.dtype.type(0.0)
     N8 = d.shape[1]
     beyond = False
@@ -106,6 +107,7 @@ def _gaussian_row(t, first, count, bias, precision, values, mask, d, w):
 @inner
 def score(bank, z, values, mask, d, w):
     """-sum over bins and channels of log p without log y!, and d and w on the way."""
+    never_inline()
     poisson, affine, bias, limit, precision, _, _ = bank
     T, N = values.shape
     n = z.shape[1]
@@ -122,6 +124,7 @@ def score(bank, z, values, mask, d, w):
 @inner
 def quadratise(bank, d, w, q, Q, scratch):
     """q[1:] = C' d and Q[1:] = C' diag(w) C, per bin."""
+    never_inline()
     _, _, _, _, _, slope, curvature = bank
     T, N8 = d.shape
     n = q.shape[1]
@@ -144,6 +147,7 @@ def quadratise(bank, d, w, q, Q, scratch):
 @inner
 def expected(bank, z, mean):
     """E[o | z] of one state z (1, n), into mean (1, N rounded up to 8)."""
+    never_inline()
     poisson, affine, bias, limit, _, _, _ = bank
     N8 = mean.shape[1]
     n = z.shape[1]

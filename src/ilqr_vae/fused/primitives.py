@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ilqr_vae.lqr.algebra import COLUMNS, ROWS, compiled, inner, make_tile, round_up
+from ilqr_vae.lqr.algebra import COLUMNS, ROWS, compiled, inner, never_inline, make_tile, round_up
 
 _four_rows = make_tile(ROWS, across=True)
 _one_row = make_tile(1, across=True)
@@ -141,6 +141,7 @@ def times_panels(X, x0, ldx, rows, panels, C, c0, ldc):
 
     X and C are flat, with row lengths ldx and ldc, and start at x0 and c0.
     """
+    never_inline()
     count, length, _ = panels.shape
     whole = rows // ROWS * ROWS
     for p in range(count):

@@ -23,6 +23,8 @@ from ilqr_vae.lqr.algebra import (
     carve,
     compiled,
     inner,
+    never_inline,
+    part,
     eliminate,
     multiply,
 )
@@ -51,6 +53,7 @@ def _carve3(scratch, start, count, rows, columns):
 @inner
 def _spd_inverse(M, out, n, scratch):
     """out[:n, :n] = M[:n, :n]^-1; False where M is not positive definite."""
+    never_inline()
     E, end = carve(scratch, 0, n, 2 * n)
     zero, one = E.dtype.type(0.0), E.dtype.type(1.0)
     for i in range(n):
@@ -68,7 +71,7 @@ def _spd_inverse(M, out, n, scratch):
     return True
 
 
-@inner
+@part
 def _absorb(b, model, before, mean, precision, scratch):
     """Arrival mean and precision one bin later, for stream ``b``; False where they break down."""
     family, weights, bank, prior = model
@@ -152,7 +155,7 @@ def _absorb(b, model, before, mean, precision, scratch):
     return True
 
 
-@inner
+@part
 def _enter(b, model, prior_precision, null, before, after, arriving, predicted, estimate, scratch):
     """Move stream ``b``'s window if it is full, put the new bin in, and predict that bin."""
     family, weights, bank, prior = model
@@ -172,15 +175,19 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
                 for j in range(n):
                     precision[b, i, j] = prior_precision[i, j]
     else:
-        mean[b] = old_mean[b]
-        precision[b] = old_precision[b]
-    kept = H - moves
-    for t in range(kept):
-        u[b, t] = old_u[b, t + moves]
-        counts[b, t] = old_counts[b, t + moves]
-        mask[b, t] = old_mask[b, t + moves]
-    for t in range(kept + 1):
-        z[b, t] = old_z[b, t + moves]
+        for i in range(n):
+            mean[b, i] = old_mean[b, i]
+            for j in range(n):
+                precision[b, i, j] = old_precision[b, i, j]
+    for t in range(H - moves):
+        for a in range(m):
+            u[b, t, a] = old_u[b, t + moves, a]
+        for i in range(N):
+            counts[b, t, i] = old_counts[b, t + moves, i]
+            mask[b, t, i] = old_mask[b, t + moves, i]
+    for t in range(H - moves + 1):
+        for i in range(n):
+            z[b, t, i] = old_z[b, t + moves, i]
     if moves == 1:
         centre = prior[0]
         z_two, end = carve(scratch, 0, 2, n)
@@ -191,6 +198,9 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
         for a in range(m):
             rest[0, a] = centre[a]
             u[b, H - 1, a] = centre[a]
+        for i in range(N):
+            counts[b, H - 1, i] = zero
+            mask[b, H - 1, i] = zero
         roll_out(
             family, weights, False, old_z[b, H], old_z[b], rest, old_z, old_z[b], zero, z_two,
             u_one, f, h, scratch[end:],
@@ -219,7 +229,7 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
     spikes[b] = seen
 
 
-@inner
+@part
 def _leave(b, bank, readout, work, after, predicted, estimate, scratch):
     """Write stream ``b``'s solved window and its answer."""
     W, offset, variance, gain = readout
@@ -235,8 +245,14 @@ def _leave(b, bank, readout, work, after, predicted, estimate, scratch):
     ended[b] = status[b]
     broken = status[b] == NOT_FINITE
     # a solve that broke down keeps the prediction rather than spreading what is not finite
-    z[b] = predicted[1][b] if broken else solved_z[b]
-    u[b] = predicted[2][b] if broken else solved_u[b]
+    z_best = predicted[1] if broken else solved_z
+    u_best = predicted[2] if broken else solved_u
+    for t in range(z.shape[1]):
+        for i in range(n):
+            z[b, t, i] = z_best[b, t, i]
+    for t in range(u.shape[1]):
+        for a in range(u.shape[2]):
+            u[b, t, a] = u_best[b, t, a]
 
     Sigma, end = _carve3(scratch, 0, newest + 1, n, n)
     good = covariance_of_one(

@@ -30,10 +30,26 @@ ROWS = 4
 COLUMNS = 8
 
 #: How entry points are compiled: what Python calls.
-compiled = njit(cache=True, nogil=True, error_model="numpy")
+compiled = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
 #: How everything they call is compiled: without a wrapper of its own, which for functions of many
 #: arrays takes longer to compile than the function.
 inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+#: How a long function is written in parts. LLVM works again on everything a function calls, at each
+#: level of calls; parts that are merged before it sees them are worked on once.
+part = njit(
+    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always"
+)
+
+
+@intrinsic
+def never_inline(typingctx: Any) -> Any:
+    """Keeps the function that calls it whole: called, not copied, by what LLVM makes of others."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pass
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 def make_tile(rows: int, *, across: bool) -> Any:
@@ -124,6 +140,7 @@ def multiply(X, x0, ldx, Y, y0, ldy, C, ldc, length, rows, columns, upper):
     must be readable, C writable, up to the rounded size. With ``upper`` only the tiles that touch
     the upper triangle are computed.
     """
+    never_inline()
     for i in range(0, rows, ROWS):
         first = (i // COLUMNS) * COLUMNS if upper else 0
         for j in range(first, columns, COLUMNS):
@@ -149,6 +166,7 @@ def eliminate(E, size, width, diagonal):
     Returns whether the matrix was positive definite to working precision: each squared pivot above
     size * eps * its diagonal entry. Only the upper triangle is read. ``diagonal`` is scratch.
     """
+    never_inline()
     tiny = size * np.finfo(E.dtype).eps
     one = E.dtype.type(1.0)
     for p in range(size):
@@ -172,6 +190,7 @@ def eliminate(E, size, width, diagonal):
 @inner
 def back_substitute(E, size, first, width):
     """Columns ``first`` to ``width`` of E multiplied by U^{-1}."""
+    never_inline()
     one = E.dtype.type(1.0)
     for p in range(size - 1, -1, -1):
         row = E[p]
@@ -188,6 +207,7 @@ def back_substitute(E, size, first, width):
 @inner
 def add_product(out, matrix, vector):
     """out += matrix @ vector, four rows at a time."""
+    never_inline()
     rows, columns = matrix.shape
     i = 0
     while i + 3 < rows:
@@ -210,6 +230,7 @@ def add_product(out, matrix, vector):
 
 @inner
 def all_finite(array):
+    never_inline()
     largest = np.finfo(array.dtype).max
     finite = True
     for i in range(array.size):

@@ -24,6 +24,8 @@ from ilqr_vae.lqr.algebra import (
     carve,
     compiled,
     inner,
+    never_inline,
+    part,
     eliminate,
     multiply,
     round_up,
@@ -37,7 +39,7 @@ def scratch_size(n, m):
     return 6 * both * both + 4 * wide * wide + 4 * narrow * both
 
 
-@inner
+@part
 def _backward(problem, has_c, has_S, damping, law, cost, scratch):
     """Fill K, k, V, v and Quu_inv of one problem; False where some Quu is not positive definite."""
     A, B, Q, q, R, r, c, S = problem
@@ -129,7 +131,7 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
     return True
 
 
-@inner
+@part
 def _initial(V, v, damping, dz, scratch):
     """dz = -V^{-1} v after adding the damping to V; False where V is not positive definite."""
     n = v.size
@@ -147,7 +149,7 @@ def _initial(V, v, damping, dz, scratch):
     return True
 
 
-@inner
+@part
 def _forward(problem, has_c, damping, law, cost, step):
     """Roll the rest of the step out from dz[0]; model = (decrease, linear).
 
@@ -186,7 +188,7 @@ def _forward(problem, has_c, damping, law, cost, step):
     model[1] = linear
 
 
-@inner
+@part
 def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, flat, scratch):
     """Solve problem ``b`` of a batch; the arguments of ``solve``. Returns whether it is ok."""
     A, B, Q, q, R, r, c, S = problem
@@ -239,6 +241,7 @@ def covariance_of_one(A, B, K, Quu_inv, V0, Sigma, scratch):
 
     With C = A + B K a step is Sigma' = C Sigma C' + B Quu_inv B', each term a product X' Y.
     """
+    never_inline()
     T, n, m = B.shape
     dtype = A.dtype
     half, one, zero = dtype.type(0.5), dtype.type(1.0), dtype.type(0.0)

@@ -1,0 +1,83 @@
+"""What the operating system can do for steady latency: each thing optional, and reported."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+from ilqr_service import logs
+from ilqr_service.settings import ServiceSettings
+
+_MCL_CURRENT_AND_FUTURE = 3
+
+
+def parse_cpus(text: str) -> set[int]:
+    """``0,2-3`` as {0, 2, 3}. Raises ValueError."""
+    cpus: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        cpus |= set(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+class Hygiene:
+    """Applies what the settings ask for and remembers what came of it.
+
+    Attributes:
+        report: by what was asked: ``on``, or why not.
+    """
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings = settings
+        self.report: dict[str, str] = {}
+
+    def process(self) -> None:
+        """What holds for the whole process: memory, garbage collector."""
+        settings = self._settings
+        if settings.lock_memory:
+            self._try("lock_memory", _lock_memory)
+        if settings.gc == "idle":
+            gc.disable()
+            self.report["gc"] = "on"
+
+    def thread(self) -> None:
+        """What holds for the calling thread: cores and scheduling class."""
+        settings, name = self._settings, threading.current_thread().name
+        if settings.cpus:
+            self._try(f"cpus {name}", lambda: _pin(settings.cpus))
+        if settings.realtime:
+            self._try(f"realtime {name}", lambda: _realtime(settings.realtime))
+
+    def collect(self) -> None:
+        """The garbage collection that was put off, while nothing is queued."""
+        if self._settings.gc == "idle":
+            gc.collect(1)
+
+    def _try(self, what: str, do: Callable[[], None]) -> None:
+        try:
+            do()
+            self.report[what] = "on"
+        except (OSError, ValueError, AttributeError) as error:
+            self.report[what] = f"off: {error}"
+        logs.info("hygiene", **{what.replace(" ", "_"): self.report[what]})
+
+
+def _lock_memory() -> None:
+    if not sys.platform.startswith("linux"):
+        raise OSError("not on this system")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(_MCL_CURRENT_AND_FUTURE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _pin(cpus: str) -> None:
+    os.sched_setaffinity(0, parse_cpus(cpus))
+
+
+def _realtime(priority: int) -> None:
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))

@@ -1,0 +1,173 @@
+"""CURVE keys of a service and of those it lets in, as small TOML files in one folder.
+
+``server.key`` is the service's pair; ``NAME.key`` a client's, with the service's public key beside
+it, so that one file is all a client needs; ``authorized.toml`` lists who is let in and as what.
+Files with a secret are readable by their owner alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+import zmq
+
+from ilqr_vae.errors import ConfigError
+
+Role = Literal["feed", "read", "control"]
+ROLES: tuple[Role, ...] = ("feed", "read", "control")
+SERVER, AUTHORIZED = "server.key", "authorized.toml"
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+VARIABLE = "ILQR_VAE_KEY"
+T = TypeVar("T")
+
+
+class ServerKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A service's key pair, Z85."""
+
+    public: str
+    secret: str
+
+
+class ClientKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A client's key pair and the public key of its service, Z85."""
+
+    name: str
+    public: str
+    secret: str
+    server: str
+
+    def apply(self, socket: zmq.Socket[bytes]) -> None:
+        """Make a socket that is not connected yet speak with this key."""
+        socket.curve_publickey = self.public.encode()
+        socket.curve_secretkey = self.secret.encode()
+        socket.curve_serverkey = self.server.encode()
+
+
+class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who is let in: the user's name, public key, and what they may do."""
+
+    name: str
+    public: str
+    roles: tuple[Role, ...]
+
+
+class Authorized(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The allow-list."""
+
+    client: tuple[Client, ...] = ()
+
+
+def _read(path: Path, kind: type[T], what: str) -> T:
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise ConfigError(what, expected="a readable file", got=str(error)) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {path.name}", expected="a key file", got=str(error)) from error
+
+
+def _write(path: Path, values: object, *, private: bool) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        fd = os.open(part, flags, 0o600 if private else 0o644)
+        with os.fdopen(fd, "wb") as file:
+            file.write(_toml(values))
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            "keys", expected="a folder that can be written", got=str(error)
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _toml(values: object) -> bytes:
+    """The two shapes written here, as TOML: strings hold Z85, names and roles, none with quotes
+    or backslashes."""
+    if isinstance(values, Authorized):
+        blocks = [
+            f"[[client]]\nname = '{c.name}'\npublic = '{c.public}'\n"
+            f"roles = [{', '.join(repr(r) for r in c.roles)}]\n"
+            for c in values.client
+        ]
+        return "\n".join(blocks).encode()
+    table: dict[str, str] = msgspec.to_builtins(values)
+    return "".join(f"{key} = '{value}'\n" for key, value in table.items()).encode()
+
+
+def read_client_key(path: Path) -> ClientKey:
+    """Raises ConfigError."""
+    return _read(path, ClientKey, "key")
+
+
+def key_from_environment() -> ClientKey | None:
+    """The key that ``ILQR_VAE_KEY`` names, if it does. Raises ConfigError."""
+    path = os.environ.get(VARIABLE)
+    return read_client_key(Path(path)) if path else None
+
+
+def read_server_key(folder: Path) -> ServerKey:
+    """Raises ConfigError."""
+    return _read(folder / SERVER, ServerKey, "keys")
+
+
+def read_authorized(folder: Path) -> Authorized:
+    """The allow-list; empty where there is none yet. Raises ConfigError."""
+    path = folder / AUTHORIZED
+    return _read(path, Authorized, "keys") if path.exists() else Authorized()
+
+
+def _pair() -> tuple[str, str]:
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
+def make_server_key(folder: Path) -> ServerKey:
+    """The service's pair, made where there is none. Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError("keys", expected="a folder", got=str(error)) from error
+    if (folder / SERVER).exists():
+        return read_server_key(folder)
+    public, secret = _pair()
+    key = ServerKey(public=public, secret=secret)
+    _write(folder / SERVER, key, private=True)
+    return key
+
+
+def add_client(folder: Path, name: str, roles: tuple[Role, ...]) -> Path:
+    """Make a client's key and let it in; returns its key file.
+
+    Raises:
+        ConfigError: a name that is not 1-64 of [A-Za-z0-9._-], is taken, or no role.
+    """
+    if not NAME.fullmatch(name) or name in ("server", "authorized"):
+        raise ConfigError("name", expected="1-64 of [A-Za-z0-9._-]", got=repr(name))
+    if not roles:
+        raise ConfigError("role", expected=f"at least one of {', '.join(ROLES)}", got="none")
+    server = make_server_key(folder)
+    known = read_authorized(folder)
+    path = folder / f"{name}.key"
+    if path.exists() or any(c.name == name for c in known.client):
+        raise ConfigError("name", expected="one that is not taken", got=repr(name))
+    public, secret = _pair()
+    key = ClientKey(name=name, public=public, secret=secret, server=server.public)
+    _write(path, key, private=True)
+    client = Client(name=name, public=public, roles=roles)
+    _write(folder / AUTHORIZED, Authorized(client=(*known.client, client)), private=False)
+    return path
+
+
+def revoke_client(folder: Path, name: str) -> None:
+    """Let a client in no more; its key file stays. Raises ConfigError: no such client."""
+    known = read_authorized(folder)
+    kept = tuple(c for c in known.client if c.name != name)
+    if len(kept) == len(known.client):
+        raise ConfigError("name", expected="a client that is let in", got=repr(name))
+    _write(folder / AUTHORIZED, Authorized(client=kept), private=False)

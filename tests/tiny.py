@@ -1,0 +1,75 @@
+"""A training run small enough for a test: seconds, start to model file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ilqr_training.config import LoopConfig, ModelConfig, TrainConfig
+from ilqr_training.data import Prepared
+from ilqr_training.loop import Report
+from ilqr_training.validate import Validation
+from ilqr_vae.horizon import HorizonConfig
+from ilqr_vae.recordings.spec import RecordingSpec
+from rig import spec
+
+LOOP = LoopConfig(
+    steps=12, batch=4, chunk=15, kl_warmup=5, validate_every=4, iterations=4, seed=5
+)
+
+
+def config(*, kinematics: bool = True, data: RecordingSpec | None = None, **loop: Any) -> TrainConfig:
+    """For what ``rig.write_recording`` writes."""
+    return TrainConfig(
+        data=data or spec(kinematics=kinematics),
+        model=ModelConfig(latents=4, inputs=2),
+        training=msgspec.structs.replace(LOOP, **loop),
+        estimator=HorizonConfig(horizon=4, iterations=2),
+    )
+
+
+def write_config(path: Path, settings: TrainConfig, **sections: dict[str, Any]) -> Path:
+    """The same as a file; ``sections`` change or add keys, known or not."""
+    content: dict[str, Any] = msgspec.to_builtins(settings)
+    for name, keys in sections.items():
+        content[name] = content.get(name, {}) | keys
+    lines: list[str] = []
+
+    def table(name: str, values: dict[str, Any]) -> None:
+        lines.append(f"[{name}]" if name else "")
+        for key, value in values.items():
+            if not isinstance(value, dict):
+                lines.append(f"{key} = {msgspec.json.encode(value).decode()}")
+        for key, value in values.items():
+            if isinstance(value, dict):
+                table(f"{name}.{key}" if name else key, value)
+
+    table("", content)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+class Recorder:
+    """A watcher that remembers, and interrupts after a step where it is told to."""
+
+    def __init__(self, interrupt_after: int | None = None) -> None:
+        self.reports: list[Report] = []
+        self.validations: list[tuple[int, Validation, bool]] = []
+        self.data: Prepared | None = None
+        self.interrupt_after = interrupt_after
+
+    def prepared(self, data: Prepared) -> None:
+        self.data = data
+
+    def stepped(self, report: Report) -> None:
+        self.reports.append(report)
+        if report.step == self.interrupt_after:
+            raise KeyboardInterrupt
+
+    def validating(self, what: str, done: int, of: int) -> None:
+        assert 0 < done <= of, what
+
+    def validated(self, step: int, validation: Validation, best: bool) -> None:
+        self.validations.append((step, validation, best))

@@ -1,0 +1,127 @@
+"""``ilqr-vae experiment``: one of the paper's experiments, made-up data to figures and a picture."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ilqr_training.experiments import NAMES, find
+from ilqr_training.experiments.driver import Outcome
+from ilqr_training.train_cli import use_threads
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.report import check_writable, write_whole
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+EXAMPLE = "Example: ilqr-vae experiment lorenz --seed 0 --json lorenz.json"
+
+
+class _Terminal:
+    """Shows each part of an experiment as a progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self.task: TaskID | None = None
+
+    def begin(self, what: str, total: int) -> None:
+        self.task = self.bar.add_task(what, total=total, note="")
+
+    def advance(self, done: int, note: str = "") -> None:
+        if self.task is not None:
+            self.bar.update(self.task, completed=done, note=note)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+
+def settings_of(name: str, config: Path | None) -> msgspec.Struct:
+    """An experiment's settings: its defaults, with what a TOML file overrides.
+
+    Raises:
+        ConfigError: no such experiment, no such file, not TOML, an unknown key or a wrong type.
+    """
+    kind = find(name).settings
+    if config is None:
+        return kind()
+    try:
+        return msgspec.convert(tomllib.loads(config.read_text()), kind)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"config {config.name}", expected="a readable TOML file", got=str(error)
+        ) from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"config {config.name}", expected="known keys of the right types", got=str(error)
+        ) from error
+
+
+def _picture(outcome: Outcome, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    if outcome.draw is None:
+        return
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    outcome.draw(figure)
+    figure.savefig(path, dpi=130)
+
+
+@app.command(epilog=EXAMPLE)
+def experiment(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the data and of training.")] = 0,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML with overrides; see configs/experiments.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here, a picture beside it.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default one per core.")
+    ] = None,
+) -> None:
+    """Run one of the paper's experiments on made-up data and say what it came to."""
+    settings = settings_of(name, config)
+    check_writable(json_file, "--json")
+    use_threads(threads)
+    console = Console(stderr=True)
+    terminal = _Terminal(console)
+    with terminal.bar:
+        outcome = find(name).run(settings, seed, terminal)
+    figures = {
+        **outcome.figures,
+        "experiment": name,
+        "seed": seed,
+        "settings": msgspec.to_builtins(settings),
+        "versions": {
+            "ilqr_vae": version("ilqr-vae"),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    }
+    if json_file is not None:
+        write_whole(json_file, json.dumps(figures, indent=2) + "\n")
+        if str(json_file) != "-":
+            _picture(outcome, json_file.with_suffix(".png"))
+    if str(json_file) != "-":
+        out = Console(soft_wrap=True)
+        for key, value in outcome.figures.items():
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            out.print(f"  {key:<24} {shown}", highlight=False, markup=False)

@@ -1,0 +1,48 @@
+"""The paper's experiments on made-up data: one settings class and one ``run`` each.
+
+``run(settings, seed, watch) -> Outcome``. Names are those of ``ilqr-vae experiment NAME``; the module
+behind a name is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ilqr_training.experiments.driver import Outcome, Watch
+from ilqr_vae.errors import ConfigError
+
+Run = Callable[[Any, int, Watch], Outcome]
+
+_WHERE = {
+    "autonomous-linear": ("linear", "AutonomousConfig", "autonomous"),
+    "lorenz": ("oscillators", "LorenzConfig", "lorenz"),
+    "sparse-inputs": ("linear", "SparseConfig", "sparse"),
+    "duffing": ("oscillators", "DuffingConfig", "duffing"),
+    "inference-gap": ("gap", "GapConfig", "inference_gap"),
+    "long-trial": ("inference", "LongConfig", "long_trial"),
+    "missing-data": ("inference", "MissingConfig", "missing_data"),
+    "maze-size": ("maze", "MazeConfig", "maze_size"),
+}
+
+NAMES = tuple(_WHERE)
+"""In the order of the results table."""
+
+
+class Experiment(NamedTuple):
+    """An experiment: the class of its settings, and what runs it."""
+
+    settings: type[msgspec.Struct]
+    run: Run
+
+
+def find(name: str) -> Experiment:
+    """The experiment of that name. Raises ConfigError: there is none."""
+    if name not in _WHERE:
+        raise ConfigError("experiment", expected=f"one of {', '.join(NAMES)}", got=repr(name))
+    module, settings, run = _WHERE[name]
+    home = importlib.import_module(f"{__name__}.{module}")
+    return Experiment(getattr(home, settings), getattr(home, run))

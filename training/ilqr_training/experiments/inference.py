@@ -1,0 +1,226 @@
+"""Inference where training did not look: long sequences after chunks, missing bins and units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from ilqr_training.experiments.driver import (
+    Array,
+    Fit,
+    FitConfig,
+    NetConfig,
+    Outcome,
+    Trials,
+    Watch,
+    fit,
+    network,
+    observed_of,
+    start_noise,
+)
+from ilqr_training.experiments.generators import (
+    linear_trials,
+    lorenz_bouts,
+    sparse_inputs,
+    spiking,
+    stable_matrix,
+)
+from ilqr_vae import ilqr, prediction
+from ilqr_vae.artifact import GroupSpec
+from ilqr_vae.dynamics import DynamicsOptions
+from ilqr_vae.likelihoods import Observed, padded
+from ilqr_vae.metrics import bits_per_spike
+
+_SOLVER = ilqr.SolverConfig(iterations=60, tolerance=1e-7)
+
+
+class LongConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A linear system with sparse inputs: chunks of mixed lengths to train on, one long sequence.
+
+    Attributes:
+        chunks: training chunks; lengths: each is drawn from these, all in one padded batch.
+        chunk: bins of the chunks the long sequence is cut into for comparison.
+        times: how many of them it holds.
+        samples: of the importance-weighted bound.
+    """
+
+    chunks: int = 40
+    lengths: tuple[int, ...] = (50, 75, 100)
+    chunk: int = 100
+    times: int = 20
+    outputs: int = 10
+    noise: float = 0.3
+    probability: float = 0.03
+    samples: int = 100
+    net: NetConfig = NetConfig(dynamics="linear", prior="student", latents=3, inputs=3)
+    fit: FitConfig = FitConfig(steps=300, batch=20, learning_rate=0.03, iterations=4)
+
+
+def long_trial(config: LongConfig, seed: int, watch: Watch) -> Outcome:
+    """Train on chunks of different lengths; infer on one sequence ``times`` longer."""
+    rng = np.random.default_rng(seed)
+    n, m = config.net.latents, config.net.inputs
+    A = stable_matrix(n, rng, slowest=0.97, fastest=0.85)
+    B = np.linalg.qr(rng.normal(size=(n, m)))[0]
+    C = rng.normal(size=(config.outputs, n))
+
+    def run(trials: int, bins: int) -> Array:
+        u = sparse_inputs(rng, trials, bins, m, config.probability)
+        start = 0.5 * rng.normal(size=(trials, n))
+        return linear_trials(rng, A, B, C, u, start, noise=config.noise).values
+
+    longest = max(config.lengths)
+    made = run(config.chunks, longest)
+    lengths = rng.choice(config.lengths, size=config.chunks)
+    whole = run(1, config.chunk * config.times)
+    group = GroupSpec(family="gaussian", channels=config.outputs)
+    model = network(config.net, group, seed=seed, dtype=config.fit.dtype)
+    start_noise(model, made)
+    like = model.initial.mean
+    values, live = padded(
+        [torch.as_tensor(x[:k]).to(like) for x, k in zip(made, lengths, strict=True)]
+    )
+    trials = Trials(model, {"observations": values}, seed, live=live)
+    f = fit(model, trials, config.fit, seed, watch, what="chunks of mixed lengths")
+    model = model.double()
+    generator = torch.Generator().manual_seed(seed)
+    total = config.chunk * config.times
+
+    def score(x: Array, *, joint: bool) -> dict[str, float]:
+        observed = observed_of(model, x)
+        if joint:
+            posterior = prediction.infer_long(
+                model, observed, chunk=config.chunk, solver=_SOLVER, generator=generator
+            )
+        else:
+            posterior = prediction.infer(model, observed, solver=_SOLVER, generator=generator)
+        z = posterior.sample(config.samples).states.flatten(0, 1)
+        o = observed["observations"]
+        tiled = Observed(*(x.repeat(config.samples, 1, 1) for x in o))
+        with torch.no_grad():
+            fitted = model.log_likelihood(z, {"observations": tiled})["observations"]
+        return {
+            "log_likelihood": float(fitted.sum()) / config.samples / total,
+            "bound": float(posterior.bound(observed, samples=config.samples).sum()) / total,
+            "converged": float((posterior.state.status == ilqr.Status.CONVERGED).double().mean()),
+        }
+
+    watch.begin("inference, one long sequence and its chunks", 2)
+    long = score(whole, joint=True)
+    watch.advance(1)
+    chunked = score(whole.reshape(config.times, config.chunk, -1), joint=False)
+    watch.advance(2)
+    figures: dict[str, Any] = {f"{k}_long": v for k, v in long.items()}
+    figures |= {f"{k}_chunked": v for k, v in chunked.items()}
+    figures["bound_gain"] = long["bound"] - chunked["bound"]
+    figures["log_likelihood_gain"] = long["log_likelihood"] - chunked["log_likelihood"]
+    figures["seconds"] = f.seconds
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        left.plot(f.bounds)
+        left.set(xlabel="step", ylabel="bound, nats per bin")
+        names = ("log_likelihood", "bound")
+        for i, (label, scores) in enumerate((("long", long), ("chunks", chunked))):
+            right.bar(
+                [x + 0.35 * i for x in range(2)], [scores[k] for k in names], 0.3, label=label
+            )
+        right.set_xticks([0.17, 1.17], [k.replace("_", " ") for k in names])
+        right.set_ylabel("nats per bin")
+        right.legend()
+
+    return Outcome(figures, draw)
+
+
+class MissingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Spikes driven by the Lorenz system, with bins and units missing from every trial.
+
+    Attributes:
+        bins_missing, units_missing: shares missing, drawn anew for each trial.
+    """
+
+    trials: int = 80
+    bins: int = 100
+    units: int = 60
+    mean_rate: float = 0.3
+    gain: float = 0.8
+    bins_missing: float = 0.3
+    units_missing: float = 0.2
+    net: NetConfig = NetConfig(
+        dynamics="mgu2", latents=12, inputs=4, options=DynamicsOptions(forget_bias=-1.0)
+    )
+    fit: FitConfig = FitConfig(steps=300, batch=20, learning_rate=0.02, iterations=4)
+
+
+def masks(
+    rng: np.random.Generator, shape: tuple[int, int, int], bins: float, units: float
+) -> tuple[Array, Array]:
+    """Per trial, which bins and which units are there.
+
+    Returns:
+        (K, T, 1) and (K, 1, N), ones and zeros, with the exact share of zeros in every trial.
+    """
+    K, T, N = shape
+
+    def pick(size: int, share: float) -> Array:
+        order = np.argsort(rng.random((K, size)), axis=1)
+        return (order >= round(share * size)).astype(np.float64)
+
+    return pick(T, bins)[:, :, None], pick(N, units)[:, None, :]
+
+
+def missing_data(config: MissingConfig, seed: int, watch: Watch) -> Outcome:
+    """Train and infer with entries masked; score what was imputed against a fit that saw all."""
+    rng = np.random.default_rng(seed)
+    bouts = lorenz_bouts(rng, config.trials, config.bins, dt=0.02)
+    made = spiking(rng, bouts, config.units, mean_rate=config.mean_rate, gain=config.gain)
+    bins, units = masks(rng, made.counts.shape, config.bins_missing, config.units_missing)
+    seen = bins * units
+    parts = {
+        "observed": seen,
+        "missing_bins": (1 - bins) * units,
+        "missing_units": bins * (1 - units),
+        "missing": 1 - seen,
+    }
+    group = GroupSpec(
+        family="poisson",
+        channels=config.units,
+        log_rate_max=float(np.log(10 * (1 + made.counts.max()))),
+    )
+    figures: dict[str, Any] = {"share_missing": float(1 - seen.mean())}
+    fits: dict[str, Fit] = {}
+    shown: dict[str, Array] = {}
+    for name, mask in (("masked", seen), ("unmasked", np.ones_like(seen))):
+        model = network(config.net, group, seed=seed, dtype=config.fit.dtype)
+        spikes = model.group("observations")
+        spikes.start_at(torch.as_tensor(made.counts.mean((0, 1))).to(spikes.b))
+        with torch.no_grad():
+            spikes.C.mul_(0.5)
+        observed = observed_of(model, made.counts, mask)
+        f = fit(model, Trials(model, observed, seed), config.fit, seed, watch, what=name)
+        posterior = prediction.infer(model, observed, solver=_SOLVER)
+        rates = posterior.rates()["observations"].detach().double().numpy()
+        for part, where in parts.items():
+            counts = np.where(where > 0, made.counts, np.nan)
+            figures[f"bps_{part}_{name}"] = bits_per_spike(rates, counts)
+        fits[name], shown[name] = f, rates
+    truth = {p: np.where(w > 0, made.counts, np.nan) for p, w in parts.items()}
+    figures["bps_missing_true_rates"] = bits_per_spike(made.rates, truth["missing"])
+    figures["seconds"] = sum(f.seconds for f in fits.values())
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 3)
+        for ax, (title, x) in zip(
+            axes,
+            (("true", made.rates), ("all seen", shown["unmasked"]), ("masked", shown["masked"])),
+            strict=True,
+        ):
+            ax.imshow(np.log(x[0].T), aspect="auto", interpolation="none")
+            ax.set(title=f"log rates of one trial: {title}", xlabel="bin")
+        hidden = np.ma.masked_where(seen[0].T > 0, np.ones_like(seen[0].T))
+        axes[2].imshow(hidden, aspect="auto", interpolation="none", cmap="gray", alpha=0.35)
+
+    return Outcome(figures, draw)

@@ -1,0 +1,239 @@
+"""Linear systems: autonomous data fitted with free inputs, and sparse inputs recovered."""
+
+from __future__ import annotations
+
+import time
+from itertools import permutations
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import torch
+
+from ilqr_training.experiments.driver import (
+    Array,
+    Fit,
+    FitConfig,
+    NetConfig,
+    Outcome,
+    Trials,
+    Watch,
+    fit,
+    network,
+    observed_of,
+    start_noise,
+)
+from ilqr_training.experiments.generators import (
+    LinearData,
+    autoregressive_inputs,
+    linear_trials,
+    sparse_inputs,
+    stable_matrix,
+)
+from ilqr_vae import prediction
+from ilqr_vae.artifact import GroupSpec
+from ilqr_vae.dynamics import Linear
+from ilqr_vae.model import Model
+
+
+class AutonomousConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Autonomous linear data, n = 8, m = 3, 8 outputs, 56 trials.
+
+    Attributes:
+        noise: standard deviation of the observations, whose signal has about one.
+        bound_samples: posterior samples the final bounds are averaged over.
+    """
+
+    trials: int = 56
+    bins: int = 100
+    outputs: int = 8
+    noise: float = 0.1
+    bound_samples: int = 20
+    net: NetConfig = NetConfig(dynamics="linear", latents=8, inputs=3)
+    fit: FitConfig = FitConfig(steps=400, batch=56, learning_rate=0.03, iterations=2)
+
+
+def _autonomous_data(config: AutonomousConfig, rng: np.random.Generator) -> LinearData:
+    n = config.net.latents
+    A = stable_matrix(n, rng, slowest=0.995, fastest=0.95)
+    C = rng.normal(size=(config.outputs, n)) / np.sqrt(n)
+    start = rng.normal(size=(config.trials, n))
+    none = np.zeros((config.trials, config.bins, config.net.inputs))
+    B = np.zeros((n, config.net.inputs))
+    return linear_trials(rng, A, B, C, none, start, noise=config.noise)
+
+
+def _fit_linear(
+    values: Array, net: NetConfig, how: FitConfig, seed: int, watch: Watch, what: str, *, free: bool
+) -> Fit:
+    group = GroupSpec(family="gaussian", channels=values.shape[-1])
+    model = network(net, group, seed=seed, dtype=how.dtype)
+    start_noise(model, values)
+    if not free and isinstance(model.dynamics, Linear):
+        with torch.no_grad():
+            model.dynamics.input.zero_()
+        model.dynamics.input.requires_grad_(False)
+    trials = Trials(model, observed_of(model, values), seed)
+    return fit(model, trials, how, seed, watch, what=what)
+
+
+def initial_share(model: Model, z: torch.Tensor, u: torch.Tensor) -> float:
+    """Energy put into the state at the start, as a share of all of it.
+
+    |z_0|^2 (what surrogate bins write) and |B u_0|^2 over these and every later |B u_k|^2, summed
+    over trials.
+    """
+    dynamics = model.dynamics
+    _, B = dynamics.jacobians(dynamics.weights(), z[:, :-1], u)
+    energy = ((B @ u.unsqueeze(-1)).squeeze(-1) ** 2).sum(-1).sum(0)
+    start = (z[:, 0] ** 2).sum() + energy[0]
+    return float((start / (start + energy[1:].sum())).detach())
+
+
+def autonomous(config: AutonomousConfig, seed: int, watch: Watch) -> Outcome:
+    """Fit with inputs free and with inputs forced to zero; compare bounds, see where inputs are."""
+    data = _autonomous_data(config, np.random.default_rng(seed))
+    fits: dict[str, Fit] = {}
+    figures: dict[str, Any] = {}
+    energy = np.zeros(config.bins)
+    for name in ("free", "forced"):
+        f = _fit_linear(
+            data.values, config.net, config.fit, seed, watch, f"inputs {name}", free=name == "free"
+        )
+        fits[name] = f
+        model = f.run.model
+        observed = observed_of(model, data.values)
+        posterior = prediction.infer(model, observed, generator=f.run.generator)
+        bound = posterior.bound(observed, samples=config.bound_samples).mean() / config.bins
+        figures[f"bound_{name}"] = float(bound)
+        figures[f"seconds_{name}"] = f.seconds
+        if name == "free":
+            figures["initial_energy_share"] = initial_share(model, posterior.z, posterior.u)
+            energy = (posterior.u**2).sum(-1).mean(0).numpy()
+    figures["gain"] = figures["bound_free"] - figures["bound_forced"]
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for name, f in fits.items():
+            left.plot(f.bounds, label=f"inputs {name}")
+        low = min(np.quantile(f.bounds, 0.1) for f in fits.values())
+        left.set(xlabel="step", ylabel="bound, nats per bin", ylim=(low, None))
+        left.legend()
+        right.semilogy(energy)
+        right.set(xlabel="bin", ylabel="mean squared input")
+
+    return Outcome(figures, draw)
+
+
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Another size of the sparse-input data set."""
+
+    trials: int
+    bins: int
+    kind: Literal["sparse", "autoregressive"] = "sparse"
+
+    @property
+    def key(self) -> str:
+        kind = "" if self.kind == "sparse" else "_autoregressive"
+        return f"input_r2_{self.trials}x{self.bins}{kind}"
+
+
+class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Sparse inputs into a linear system, n = m = 3, 10 outputs, one trial of 1000 bins.
+
+    Attributes:
+        probability: of an event in a bin; an event hits all inputs, N(0, 1) each.
+        noise: standard deviation of the observations.
+        seeds: how many data sets, seeds upwards from the one given.
+        variants: further sizes, one data set each.
+    """
+
+    trials: int = 1
+    bins: int = 1000
+    outputs: int = 10
+    probability: float = 0.03
+    noise: float = 0.1
+    seeds: int = 5
+    variants: tuple[Variant, ...] = ()
+    net: NetConfig = NetConfig(dynamics="linear", prior="student", latents=3, inputs=3)
+    fit: FitConfig = FitConfig(
+        steps=500, batch=8, learning_rate=0.03, iterations=4, kl_warmup=20, dtype="float64"
+    )
+
+
+def input_r2(truth: Array, found: Array) -> float:
+    """R2 of true inputs from found ones, through the best linear map (it is not identifiable).
+
+    Args:
+        truth, found: (K, T, m).
+    """
+    x, y = found.reshape(-1, found.shape[-1]), truth.reshape(-1, truth.shape[-1])
+    M = np.linalg.lstsq(x, y, rcond=None)[0]
+    return float(1 - ((y - x @ M) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
+
+
+def eigenvalue_error(A: Array, found: Array) -> float:
+    """Largest distance between eigenvalues, matched as well as can be."""
+    a, b = np.linalg.eigvals(A), np.linalg.eigvals(found)
+    return float(min(np.abs(a - b[list(p)]).max() for p in permutations(range(len(b)))))
+
+
+def _sparse_one(
+    config: SparseConfig, size: Variant, seed: int, watch: Watch, what: str
+) -> tuple[dict[str, float], LinearData, Array, Array]:
+    rng = np.random.default_rng(seed)
+    n, m = config.net.latents, config.net.inputs
+    A = stable_matrix(n, rng, slowest=0.97, fastest=0.85)
+    B = np.linalg.qr(rng.normal(size=(n, m)))[0]
+    C = rng.normal(size=(config.outputs, n))
+    if size.kind == "sparse":
+        u = sparse_inputs(rng, size.trials, size.bins, m, config.probability)
+    else:
+        u = autoregressive_inputs(rng, size.trials, size.bins, m)
+    start = 0.5 * rng.normal(size=(size.trials, n))
+    data = linear_trials(rng, A, B, C, u, start, noise=config.noise)
+    f = _fit_linear(data.values, config.net, config.fit, seed, watch, what, free=True)
+    model = f.run.model
+    posterior = prediction.infer(model, observed_of(model, data.values))
+    found = posterior.u.double().numpy()
+    A_found = model.dynamics.weights()[0].detach().double().numpy()
+    scores = {
+        "input_r2": input_r2(u, found),
+        "eigenvalue_error": eigenvalue_error(A, A_found),
+        "seconds": f.seconds,
+    }
+    return scores, data, found, A_found
+
+
+def sparse(config: SparseConfig, seed: int, watch: Watch) -> Outcome:
+    """Recover inputs and eigenvalues, over several seeds, and at other sizes if asked to."""
+    began = time.monotonic()
+    size = Variant(config.trials, config.bins)
+    runs = [
+        _sparse_one(config, size, seed + i, watch, f"seed {seed + i}") for i in range(config.seeds)
+    ]
+    figures: dict[str, Any] = {
+        "input_r2": float(np.mean([r[0]["input_r2"] for r in runs])),
+        "input_r2_per_seed": [r[0]["input_r2"] for r in runs],
+        "eigenvalue_error": float(np.mean([r[0]["eigenvalue_error"] for r in runs])),
+    }
+    for variant in config.variants:
+        scores, *_ = _sparse_one(config, variant, seed, watch, variant.key)
+        figures[variant.key] = scores["input_r2"]
+        watch.say(f"{variant.key} {scores['input_r2']:.4f}")
+    figures["seconds"] = time.monotonic() - began
+    _, data, found, A_found = runs[0]
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+        x, y = found[0], data.inputs[0]
+        M = np.linalg.lstsq(x, y, rcond=None)[0]
+        for i in range(y.shape[-1]):
+            left.plot(y[:300, i] + 4 * i, color="k", lw=1.5)
+            left.plot((x @ M)[:300, i] + 4 * i, color="C1", lw=0.8)
+        left.set(xlabel="bin", title="inputs: true (black), inferred", yticks=[])
+        for eig, mark in ((np.linalg.eigvals(data.A), "ko"), (np.linalg.eigvals(A_found), "C1x")):
+            right.plot(eig.real, eig.imag, mark)
+        right.set(title="eigenvalues", xlabel="real", ylabel="imaginary")
+
+    return Outcome(figures, draw)

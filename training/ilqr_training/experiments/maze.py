@@ -1,0 +1,153 @@
+"""The size of the Neural Latents Benchmark's maze recording: does it train, how fast, how large?
+
+The file has the benchmark's own layout (HDF5, ``train_spikes_heldin`` and ``train_spikes_heldout``,
+trials x bins x units), so that a user's file of the real recording takes its place.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from ilqr_training.experiments.driver import (
+    Array,
+    FitConfig,
+    NetConfig,
+    Outcome,
+    Trials,
+    Watch,
+    fit,
+    network,
+    observed_of,
+)
+from ilqr_training.experiments.generators import duffing_trials, spiking
+from ilqr_training.loop import Report, Run
+from ilqr_vae.artifact import GroupSpec
+from ilqr_vae.dynamics import DynamicsOptions
+from ilqr_vae.errors import RecordingError
+
+HELD_IN, HELD_OUT = "train_spikes_heldin", "train_spikes_heldout"
+
+
+class MazeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """182 units (137 held in, 45 held out), 140 bins of 5 ms, n = 60, m = 15, batches of 168.
+
+    Attributes:
+        file: an HDF5 file in the benchmark's layout; empty makes one up.
+        trials: of the made-up file.
+    """
+
+    file: str = ""
+    trials: int = 336
+    bins: int = 140
+    held_in: int = 137
+    held_out: int = 45
+    net: NetConfig = NetConfig(
+        dynamics="mgu2", latents=60, inputs=15, options=DynamicsOptions(forget_bias=-1.0)
+    )
+    fit: FitConfig = FitConfig(
+        steps=3, batch=168, learning_rate=0.01, iterations=3, posterior="kronecker", kl_warmup=0
+    )
+
+
+def write_layout(path: Path, config: MazeConfig, seed: int) -> None:
+    """Make up a file in the benchmark's layout."""
+    import h5py
+
+    rng = np.random.default_rng(seed)
+    moves = duffing_trials(rng, config.trials, config.bins)
+    units = config.held_in + config.held_out
+    counts = spiking(rng, moves, units, mean_rate=0.03, gain=0.8).counts
+    with h5py.File(path, "w") as file:
+        file[HELD_IN] = counts[..., : config.held_in]
+        file[HELD_OUT] = counts[..., config.held_in :]
+
+
+def read_layout(path: Path) -> Array:
+    """(trials, bins, units), held-in units first; units that never fire are left out.
+
+    Raises:
+        RecordingError: no such file, not HDF5, or without the benchmark's arrays.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            parts = [np.asarray(file[key], dtype=np.float64) for key in (HELD_IN, HELD_OUT)]
+    except (OSError, KeyError) as error:
+        raise RecordingError(
+            path.name,
+            expected=f"an HDF5 file with {HELD_IN} and {HELD_OUT}",
+            got=str(error),
+        ) from error
+    if any(p.ndim != 3 or p.shape[:2] != parts[0].shape[:2] for p in parts):
+        raise RecordingError(
+            path.name,
+            expected="(trials, bins, units) of the same trials and bins",
+            got=str([p.shape for p in parts]),
+        )
+    counts = np.concatenate(parts, -1)
+    return counts[..., counts.sum((0, 1)) > 0]
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def maze_size(config: MazeConfig, seed: int, watch: Watch) -> Outcome:
+    """A few gradient steps at the recording's size; seconds and memory of each."""
+    if config.file:
+        counts = read_layout(Path(config.file))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "maze_size.h5"
+            write_layout(path, config, seed)
+            counts = read_layout(path)
+    group = GroupSpec(
+        family="poisson",
+        channels=counts.shape[-1],
+        log_rate_max=float(np.log(10 * (1 + counts.max()))),
+    )
+    model = network(config.net, group, seed=seed, dtype=config.fit.dtype)
+    spikes = model.group("observations")
+    spikes.start_at(torch.as_tensor(counts.mean((0, 1))).to(spikes.b))
+    with torch.no_grad():
+        spikes.C.mul_(0.5)
+    before = peak_bytes()
+    clock: list[float] = [time.monotonic()]
+
+    def after(run: Run, report: Report) -> None:
+        clock.append(time.monotonic())
+
+    trials = Trials(model, observed_of(model, counts), seed)
+    f = fit(model, trials, config.fit, seed, watch, after=after)
+    each = np.diff(clock)
+    later = each[1:] if len(each) > 1 else each  # the first step compiles
+    figures = {
+        "trials": counts.shape[0],
+        "bins": counts.shape[1],
+        "units": counts.shape[2],
+        "seconds_per_step": float(later.mean()),
+        "seconds_first_step": float(each[0]),
+        "peak_memory_gb": peak_bytes() / 1e9,
+        "memory_before_gb": before / 1e9,
+        "bound": f.bounds,
+        "steps": len(f.bounds),
+    }
+
+    def draw(figure: Any) -> None:
+        ax = figure.subplots()
+        ax.plot(range(1, len(f.bounds) + 1), f.bounds, marker="o")
+        ax.set(xlabel="step", ylabel="bound, nats per bin")
+
+    return Outcome(figures, draw)
