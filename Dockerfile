@@ -27,8 +27,8 @@ RUN useradd --create-home --uid 10001 ilqr \
     && install -d -o ilqr -g ilqr "${NUMBA_CACHE_DIR}"
 USER ilqr
 
-# Ready means: warmed up and answering bins. The first start compiles the kernels.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=180s --retries=3 \
+# Ready means: warmed up and answering bins. The first start compiles the kernels, for minutes on a slow machine.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=300s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:9464/readyz', timeout=2)"]
 
 STOPSIGNAL SIGTERM

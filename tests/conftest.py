@@ -1,4 +1,4 @@
-"""What holds for every test: one torch thread, so that timings and bits do not depend on the machine.
+"""What holds for every test: one torch thread, so that no test depends on the number of cores.
 
 Shape checking of the library under pytest is switched on in pyproject.toml (``addopts``).
 """

@@ -52,8 +52,10 @@ def make_model(
     n_units: int,
     kinematics: bool = True,
     names: tuple[str, ...] | None = None,
+    seed: int = 0,
+    horizon: int = 5,
 ) -> Path:
-    """A tiny model file that was never trained but answers: 4 latents, horizon 5."""
+    """A tiny model file that was never trained but answers: 4 latents."""
     shapes = ModelSpec(
         dynamics="mgu2",
         latents=4,
@@ -61,7 +63,7 @@ def make_model(
         groups={"spikes": GroupSpec(family="poisson", channels=n_units)},
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = build(shapes)
         readout = None
         if kinematics:
@@ -73,7 +75,7 @@ def make_model(
         kinematic_names=("vx", "vy") if kinematics else (),
         kinematic_units=("m/s", "m/s") if kinematics else (),
         data=spec(kinematics=kinematics),
-        horizon=HorizonConfig(horizon=5, iterations=2),
+        horizon=HorizonConfig(horizon=horizon, iterations=2),
         model=shapes,
         readout_lags=0 if kinematics else None,
     )
@@ -82,8 +84,10 @@ def make_model(
 
 
 @contextmanager
-def serving(model: Path, **settings: object) -> Iterator[Service]:
-    """The real service on free ports, warm."""
+def serving(
+    model: Path, *, extra: dict[str, Path] | None = None, **settings: object
+) -> Iterator[Service]:
+    """The real service on free ports, warm; ``extra`` are further slots."""
     options = ServiceSettings(
         **(
             {
@@ -95,7 +99,8 @@ def serving(model: Path, **settings: object) -> Iterator[Service]:
             | settings
         )  # pyright: ignore[reportArgumentType]  # a mapping of settings by name
     )
-    service = Service(Engine.load(model, options), options)
+    more = {name: Engine.load(path, options) for name, path in (extra or {}).items()}
+    service = Service(Engine.load(model, options), options, more=more, folder=model.parent)
     service.start()
     try:
         assert service.wait_ready(120)

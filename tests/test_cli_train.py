@@ -15,7 +15,7 @@ from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.recordings import MatSpec, RecordingSpec
 from ilqr_vae.recordings.spec import plan_drops, warmup_start
-from rig import N_BINS, SPLIT, make_model, spec, write_recording
+from rig import N_BINS, SPLIT, make_model, write_recording
 from tiny import config, write_config
 
 N_UNITS = 5
@@ -77,7 +77,7 @@ def test_train_then_inspect_then_evaluate(
 
     assert main(["inspect", str(out), "--json", str(tmp_path / "i.json")]) == 0
     table = capsys.readouterr().out
-    for what in (manifest.sha256, "mgu2, n = 4, m = 2", "vx [m/s], vy [m/s]", "50 ms"):
+    for what in (manifest.model_id, "mgu2, n = 4, m = 2", "vx [m/s], vy [m/s]", "50 ms"):
         assert what in table
     assert json.loads((tmp_path / "i.json").read_text())["model_id"] == manifest.model_id
 
@@ -112,14 +112,16 @@ def test_evaluate_writes_every_answer(rig: Rig, tmp_path: Path) -> None:
     assert page.read_text().startswith("<!doctype html>")
 
 
-def spikes(value: float | None = None, shape: tuple[int, int] = (N_UNITS, N_BINS)) -> NDArray:
+def spikes(
+    value: float | None = None, shape: tuple[int, int] = (N_UNITS, N_BINS)
+) -> NDArray[np.float64]:
     counts = np.random.default_rng(0).poisson(1.0, shape).astype(np.float64)
     if value is not None:
         counts[1, 7] = value
     return counts
 
 
-def mat(path: Path, counts: NDArray, **variables: object) -> Path:
+def mat(path: Path, counts: NDArray[np.float64], **variables: object) -> Path:
     velocity = np.random.default_rng(1).normal(size=(2, counts.shape[-1]))
     io.savemat(path, {"spikes": counts, "velocity": velocity} | variables)
     return path
@@ -143,7 +145,7 @@ def test_bad_recordings_end_training_with_their_field(
     rig: Rig,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    counts: NDArray,
+    counts: NDArray[np.float64],
     expected: str,
 ) -> None:
     folder = tmp_path / "out"
@@ -163,9 +165,11 @@ def test_a_wrong_bin_width_is_named(
     assert rig.train(tmp_path / "m.safetensors", recording=recording, config=settings) == 2
     assert "data.bin_width: expected the file's 0.01 s (dt), got 0.05 s" in said(capsys)
     # and a model of one bin width refuses a recording of another
-    model = make_model(tmp_path / "dt.safetensors", n_units=N_UNITS, data=named)
+    model = tmp_path / "m.safetensors"
+    right = mat(tmp_path / "right.mat", spikes(), dt=0.05)
+    assert rig.train(model, "--steps", "1", recording=right, config=settings) == 0
     assert rig.evaluate(recording=recording, model=model) == 2
-    assert "bin_width: expected the file's 0.01 s" in said(capsys)
+    assert "data.bin_width: expected the file's 0.01 s (dt), got 0.05 s" in said(capsys)
 
 
 def test_training_does_not_begin_with_bad_options(
@@ -181,17 +185,13 @@ def test_training_does_not_begin_with_bad_options(
     broken = tmp_path / "b.mat"
     broken.write_bytes(b"no recording either" * 20)
     absent = tmp_path / "absent"
-    nowhere = absent / "m.safetensors"
-    for code, expected in [
-        (rig.train(tmp_path / "m.pt"), "--out: expected a name ending in .safetensors"),
-        (rig.train(nowhere), "--out: expected a file in a folder"),
-        (rig.train(folder), "--out: expected a file to write"),
-        (rig.train(out, "--json", str(absent / "s.json")), "--json: expected"),
-        (rig.train(out, "--seed", "-1"), "training.seed: expected zero or more, got -1"),
-        (rig.train(out, "--steps", "0"), "training.steps: expected at least 1, got 0"),
+    for place, expected in [
+        (tmp_path / "m.pt", "--out: expected a name ending in .safetensors"),
+        (absent / "m.safetensors", "--out: expected a file in a folder"),
+        (folder, "--out: expected a file to write"),
     ]:
-        assert code == 2
-        del expected
+        assert rig.train(place) == 2
+        assert expected in said(capsys)
     for options, changed, expected in [
         ([], {"config": absent}, "config absent: expected a readable TOML file"),
         ([], {"config": unknown}, "unknown field `latent_size` - at `$.model`"),
@@ -256,7 +256,7 @@ def test_bad_options_and_recordings_end_evaluate(
     fraction = mat(tmp_path / "fraction.mat", spikes(0.5))
     short = mat(tmp_path / "short.mat", spikes(shape=(N_UNITS, 1)))
     one = ("--json", tmp_path / "e.json")
-    for code, expected in [
+    for (options, changed), expected in [
         ((("--span", "tests"), {}), "--span: expected train, validation, test or all"),
         ((("--html", tmp_path / "no" / "e.html"), {}), "--html: expected"),
         ((("--arrays", tmp_path / "no" / "a.npz"), {}), "--arrays: expected"),
@@ -265,7 +265,6 @@ def test_bad_options_and_recordings_end_evaluate(
         (((), {"recording": short}), "recording: expected at least one bin in the test span"),
         (((), {"recording": tmp_path / "absent.mat"}), "recording: expected a file"),
     ]:
-        options, changed = code
         assert rig.evaluate(*one, *options, **changed) == 2
         assert expected in said(capsys)
     for options in (("--drop", "1.5"), ("--seed", "-1"), ("--nonsense",)):
@@ -273,16 +272,12 @@ def test_bad_options_and_recordings_end_evaluate(
     assert {p.suffix for p in tmp_path.iterdir()} == {".mat"}
 
 
-def test_kinematics_of_other_names_are_refused_and_none_are_not(
-    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A recording's own kinematics must be those the model decodes; decoding needs none."""
+def test_a_model_that_decodes_nothing_is_scored_on_spikes_alone(rig: Rig, tmp_path: Path) -> None:
     blind = make_model(tmp_path / "blind.safetensors", n_units=N_UNITS, kinematics=False)
     assert rig.evaluate("--json", tmp_path / "e.json", model=blind) == 0
     report = json.loads((tmp_path / "e.json").read_text())
     assert report["scores"] == {}
     assert np.isfinite(report["bits_per_spike"])
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "inspect"])
@@ -297,4 +292,3 @@ def test_unknown_verbs_and_missing_arguments(capsys: pytest.CaptureFixture[str])
     for verb in ("train", "evaluate", "inspect"):
         assert main([verb]) == 2
     assert main(["--help"]) == main([]) == main(["--version"]) == 0
-    assert spec().bin_width == 0.05

@@ -109,9 +109,7 @@ def test_wrong_types_are_named(tmp_path: Path, text: str, said: str) -> None:
         ("data", "min_rate", "nan"),
     ],
 )
-def test_impossible_values_are_named(
-    tmp_path: Path, section: str, key: str, value: object
-) -> None:
+def test_impossible_values_are_named(tmp_path: Path, section: str, key: str, value: object) -> None:
     path = tmp_path / "c.toml"
     path.write_text(f"[{section}]\n{key} = {value}\n")
     with pytest.raises(ConfigError) as caught:

@@ -1,9 +1,10 @@
-"""Every family beside the first ones: densities, curvatures, and the exact gradient of the bound."""
+"""Every family: densities, curvatures, files, and the exact gradient of the bound."""
 
 from __future__ import annotations
 
 import math
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +22,11 @@ from ilqr_vae.likelihoods import (
     Observed,
     Poisson,
     SoftplusPoisson,
-    padded,
 )
 from ilqr_vae.lqr import LQRProblem, solve_lqr
 from ilqr_vae.model import Model
-from ilqr_vae.posterior import Kronecker, laplace, laplace_at
-from ilqr_vae.priors import INPUT_PRIORS, DiagonalGaussian, InitialPrior, StudentPrior
+from ilqr_vae.posterior import Kronecker, laplace_at
+from ilqr_vae.priors import INPUT_PRIORS, DiagonalGaussian, StudentPrior
 from ilqr_vae.recordings import RecordingSpec
 
 DTYPE = torch.float64
@@ -64,7 +64,9 @@ def make(
     return model
 
 
-def observations(model: Model, batch: int = 2, steps: int = 4, seed: int = 1) -> dict[str, Observed]:
+def observations(
+    model: Model, batch: int = 2, steps: int = 4, seed: int = 1
+) -> dict[str, Observed]:
     """Drawn from the model, with some entries missing."""
     g = rng(seed)
     with torch.no_grad():
@@ -149,7 +151,9 @@ def test_student_derivatives_and_positive_curvature() -> None:
     torch.testing.assert_close(r, gradient)
     torch.testing.assert_close(prior.hessian(u), hessian)
     assert float(torch.linalg.eigvalsh((R).detach()).min()) > 0
-    assert float(torch.linalg.eigvalsh((hessian).detach()).min()) < 0  # which is why a term is dropped
+    assert (
+        float(torch.linalg.eigvalsh((hessian).detach()).min()) < 0
+    )  # which is why a term is dropped
     # what is dropped is negative: R majorises the Hessian
     assert float(torch.linalg.eigvalsh((R - hessian).detach()).min()) > -1e-12
 
@@ -347,3 +351,46 @@ def test_exact_gradient_of_every_combination(dynamics: str, prior: str, likeliho
     model = make(dynamics, prior, {"o": likelihood})
     errors = worst_gradient_error(model, Kronecker(3, 2, 4).double())
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("dynamics", ["linear", "mgu2", "mlp"])
+def test_exact_gradient_through_the_laplace_covariance(dynamics: str) -> None:
+    model = make(dynamics, "student", {"o": "gaussian", "spikes": "poisson"})
+    errors = worst_gradient_error(model, None)
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize(("dynamics", "prior", "likelihood"), COMBINATIONS[::5])
+def test_every_family_goes_through_a_model_file(
+    dynamics: str, prior: str, likelihood: str, tmp_path: Path
+) -> None:
+    spec = ModelSpec(
+        dynamics=dynamics,
+        prior=prior,
+        latents=4,
+        inputs=2,
+        groups={
+            "spikes": GroupSpec(family="poisson", channels=3),
+            "other": GroupSpec(family=likelihood, channels=2),
+        },
+        options=DynamicsOptions(normalise_input=True, activation="silu", expansion=3, step=0.2),
+        initial_mean=False,
+    )
+    model = build(spec).double()
+    assert not model.initial.mean.requires_grad
+    manifest = Manifest(
+        bin_width=0.01,
+        unit_names=("a", "b", "c"),
+        data=RecordingSpec(),
+        horizon=HorizonConfig(),
+        model=spec,
+    )
+    path = tmp_path / "model.safetensors"
+    save_artifact(path, manifest, model, None, torch.ones(3, dtype=DTYPE))
+    loaded = load_artifact(path)
+    assert loaded.manifest.model == spec
+    z, u = normal(5, 4), normal(5, 2, seed=1)
+    before, after = model.dynamics, loaded.model.dynamics
+    got = after.step(after.weights(), z, u)
+    torch.testing.assert_close(got, before.step(before.weights(), z, u), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loaded.model.prior.log_prob(u), model.prior.log_prob(u))

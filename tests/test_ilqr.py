@@ -126,8 +126,9 @@ def test_bad_data_ends_its_own_problem_and_no_other(family: str, poison: float) 
     assert "NaN in the data" in Status(int(state.status[2])).explain
     assert bool(state.z.isfinite().all())  # it stays where it began
     neighbours = torch.tensor([0, 1, 3])
-    assert_same(*(ilqr.State(*(getattr(s, f.name)[neighbours] for f in fields(s)))
-                  for s in (state, clean)))
+    assert_same(
+        *(ilqr.State(*(getattr(s, f.name)[neighbours] for f in fields(s))) for s in (state, clean))
+    )
 
 
 class Cubic(Dynamics):
@@ -245,7 +246,8 @@ def test_a_batch_is_a_loop(family: str) -> None:
 def test_float32_ends_too() -> None:
     model = make_model("mgu2").float()
     observed = {
-        k: Observed(*(x.float() for x in o)) for k, o in draw_data(make_model("mgu2"), 8, 20).items()
+        k: Observed(*(x.float() for x in o))
+        for k, o in draw_data(make_model("mgu2"), 8, 20).items()
     }
     problem = as_problem(model, observed)
     state, _ = ilqr.solve(problem, *rest(problem), SolverConfig(iterations=60, tolerance=1e-6))

@@ -90,9 +90,7 @@ def test_the_bound_of_the_exact_posterior_is_the_log_likelihood(missing: float) 
     model, observed = linear_gaussian(missing)
     state, at, lqr = solved(model, observed)
     draw = still(laplace_draw(at, lqr))
-    parts = elbo.bound(
-        model, model.dynamics.weights(), state.z[:, 0], state.u, draw, observed
-    )
+    parts = elbo.bound(model, model.dynamics.weights(), state.z[:, 0], state.u, draw, observed)
     spikes, mask = model.group("spikes"), observed["spikes"].mask
     assert isinstance(spikes, Gaussian)
     Sigma = marginal_covariance(at.A, at.B, lqr.K, lqr.Quu_inv, lqr.V[:, 0])[:, 1:]
@@ -109,14 +107,16 @@ def test_the_sampled_bound_averages_to_the_log_likelihood() -> None:
     model, observed = linear_gaussian(0.2)
     K = 4000
     one = {k: Observed(o.values[:1], o.mask[:1]) for k, o in observed.items()}
-    state, at, lqr = solved(model, one)
+    state, at, _ = solved(model, one)
     many = {k: Observed(*(x.expand(K, *x.shape[1:]) for x in o)) for k, o in one.items()}
     repeated = {
         k: None if v is None else v.expand(K, *v.shape[1:]).contiguous()
         for k, v in {f: getattr(at, f) for f in LQRProblem.__dataclass_fields__}.items()
     }
     tiled = LQRProblem(**repeated)
-    draw = laplace_draw(tiled, solve_lqr(tiled, free_initial=True), torch.Generator().manual_seed(0))
+    draw = laplace_draw(
+        tiled, solve_lqr(tiled, free_initial=True), torch.Generator().manual_seed(0)
+    )
     value = elbo.bound(
         model,
         model.dynamics.weights(),
@@ -170,7 +170,9 @@ def test_laplace_samples_have_those_moments() -> None:
             for k, v in fields.items()
         }
     )
-    draw = laplace_draw(tiled, solve_lqr(tiled, free_initial=True), torch.Generator().manual_seed(1))
+    draw = laplace_draw(
+        tiled, solve_lqr(tiled, free_initial=True), torch.Generator().manual_seed(1)
+    )
     assert_moments(joined(draw), dense_covariance(at, 0))
 
 

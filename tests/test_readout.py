@@ -1,4 +1,4 @@
-"""Latents to kinematics: the affine map, what its standard deviations mean, and how it is fitted."""
+"""Latents to kinematics: the affine map, its standard deviations, and how it is fitted."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def causal(rng: np.random.Generator, T: int) -> Causal:
     )
 
 
-def decoded_by(
-    truth: KinematicReadout, x: Causal, rng: np.random.Generator
-) -> NDArray[np.float64]:
+def decoded_by(truth: KinematicReadout, x: Causal, rng: np.random.Generator) -> NDArray[np.float64]:
     mean, std = truth(torch.as_tensor(x.window), torch.as_tensor(x.covariance))
     return mean.numpy() + std.numpy() * rng.normal(size=std.shape)
 
@@ -104,9 +102,7 @@ def test_the_ridge_is_chosen_on_the_held_out_part() -> None:
     train, held = causal(rng, 12), causal(rng, 500)
     noise = [rng.normal(size=(len(x.bits), D)) for x in (train, held)]
     strong = fit_readout(train, noise[0], held, noise[1], N, ReadoutConfig(lags=LAGS))
-    weak = fit_readout(
-        train, noise[0], held, noise[1], N, ReadoutConfig(lags=LAGS, alphas=(1e-3,))
-    )
+    weak = fit_readout(train, noise[0], held, noise[1], N, ReadoutConfig(lags=LAGS, alphas=(1e-3,)))
     assert strong.score > weak.score  # nothing to find: the strongest shrinkage wins
     assert strong.score == pytest.approx(0, abs=0.1)
 

@@ -1,4 +1,4 @@
-"""Training end to end on a tiny recording: it learns, repeats itself, resumes, and fails cleanly."""
+"""Training on a tiny recording: it learns, repeats itself, resumes, and fails cleanly."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ from ilqr_vae.horizon import HorizonConfig
 from ilqr_vae.recordings.spec import RecordingSpec
 from rig import spec
 
-LOOP = LoopConfig(
-    steps=12, batch=4, chunk=15, kl_warmup=5, validate_every=4, iterations=4, seed=5
-)
+LOOP = LoopConfig(steps=12, batch=4, chunk=15, kl_warmup=5, validate_every=4, iterations=4, seed=5)
 
 
-def config(*, kinematics: bool = True, data: RecordingSpec | None = None, **loop: Any) -> TrainConfig:
+def config(
+    *, kinematics: bool = True, data: RecordingSpec | None = None, **loop: Any
+) -> TrainConfig:
     """For what ``rig.write_recording`` writes."""
     return TrainConfig(
         data=data or spec(kinematics=kinematics),

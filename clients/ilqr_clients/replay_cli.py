@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 
+from ilqr_clients.journal import verify_journal
 from ilqr_clients.live import LiveReplay, number, status_text
 from ilqr_clients.replay import stream
 from ilqr_clients.replay_report import Run, arrays_of, report_of
@@ -146,7 +147,9 @@ def _summary(console: Console, data: ReportData) -> None:
 
 @app.command(epilog=EXAMPLE)
 def replay(
-    recording: Annotated[Path, typer.Argument(help="A .nwb or .mat recording.")],
+    recording: Annotated[
+        Path | None, typer.Argument(help="A .nwb or .mat recording.", show_default=False)
+    ] = None,
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
     speed: Annotated[
         str, typer.Option(help="Multiple of real time, or max: as fast as the service takes them.")
@@ -182,12 +185,23 @@ def replay(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
     ] = 10.0,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="Instead: run a service's journal again offline (ilqr-vae verify)."),
+    ] = None,
+    model_files: Annotated[
+        list[Path] | None, typer.Option("--model", help="For --journal: the model files it served.")
+    ] = None,
 ) -> None:
     """Stream a recording through a running service, bin by bin, and report decodes and latency.
 
     The recording is read the way the served model was trained. Decodes are scored beside a Wiener
     filter's on the same bins. Exit codes: 0 done, 2 wrong input, 3 no service or it refused.
     """
+    if journal is not None:
+        raise typer.Exit(verify_journal(journal, model_files or []))
+    if recording is None:
+        raise ConfigError("recording", expected="a .nwb or .mat file, or --journal", got="none")
     pace = parse_speed(speed)
     if span not in SPANS:
         raise ConfigError("--span", expected="train, validation, test or all", got=repr(span))

@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from ilqr_clients.answers import Answer, ClockOffset
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError, ServiceError, ShapeError
+from ilqr_vae.keys import ClientKey, key_from_environment
 from ilqr_vae.recordings import RecordingSpec
 
-Reply = TypeVar("Reply", wire.Described, wire.SessionList, wire.Probed)
+Reply = TypeVar("Reply", wire.Described, wire.SessionList, wire.Probed, wire.ModelList)
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,16 +55,24 @@ def model_of(described: wire.Described) -> Model:
         ) from error
 
 
-def connect(context: zmq.Context[Any], kind: int, endpoint: str) -> zmq.Socket[bytes]:
+def connect(
+    context: zmq.Context[Any], kind: int, endpoint: str, key: ClientKey | None = None
+) -> zmq.Socket[bytes]:
     """A connected socket that never lingers and keeps every message until it is read.
 
+    It speaks with ``key``, or the one that the environment variable ``ILQR_VAE_KEY`` names.
+
     Raises:
+        ConfigError: that key cannot be read.
         ServiceError: ``endpoint`` is not one.
     """
     socket: zmq.Socket[bytes] = context.socket(kind)
     socket.linger = 0
     socket.rcvhwm = 0
     socket.sndhwm = 0
+    key = key or key_from_environment()
+    if key is not None:
+        key.apply(socket)
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
@@ -103,17 +112,21 @@ class ServiceClient:
     Args:
         endpoint: the service's address, e.g. ``tcp://127.0.0.1:5555``.
         timeout: seconds any one request may take.
+        key: of a service that has keys; default what ``ILQR_VAE_KEY`` names.
 
     Raises:
         ServiceError: the address is not one.
     """
 
-    def __init__(self, endpoint: str, *, timeout: float = 3.0) -> None:
+    def __init__(
+        self, endpoint: str, *, timeout: float = 3.0, key: ClientKey | None = None
+    ) -> None:
         self.endpoint = endpoint
         self.timeout = timeout
+        self.key = key
         self._context: zmq.Context[Any] = zmq.Context()
         try:
-            self._socket = connect(self._context, zmq.DEALER, endpoint)
+            self._socket = connect(self._context, zmq.DEALER, endpoint, key)
         except ServiceError:
             self._context.term()
             raise
@@ -133,9 +146,9 @@ class ServiceClient:
         """Close the socket. Sessions opened from here stay open."""
         self._context.destroy(linger=0)
 
-    def _ask(self, request: wire.Message, kind: type[Reply]) -> Reply:
+    def _ask(self, request: wire.Message, kind: type[Reply], timeout: float | None = None) -> Reply:
         self._socket.send(wire.encode(request))
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + (timeout or self.timeout)
         while (left := end - time.monotonic()) > 0:
             if not self._socket.poll(max(1, int(left * 1e3))):
                 continue
@@ -146,7 +159,7 @@ class ServiceClient:
                 raise refusal(self.endpoint, reply)
         # A reply that still comes must not answer the next question.
         self._socket.close()
-        self._socket = connect(self._context, zmq.DEALER, self.endpoint)
+        self._socket = connect(self._context, zmq.DEALER, self.endpoint, self.key)
         raise ServiceError(
             f"service at {self.endpoint}",
             expected=f"an answer within {self.timeout:g} s",
@@ -160,6 +173,29 @@ class ServiceClient:
     def sessions(self) -> tuple[wire.SessionInfo, ...]:
         """The open sessions. Raises ServiceError (no answer, refused), ProtocolError."""
         return self._ask(wire.Sessions(), wire.SessionList).sessions
+
+    def models(self) -> tuple[wire.ModelInfo, ...]:
+        """What serves, and what runs beside it. Raises ServiceError, ProtocolError."""
+        return self._ask(wire.Models(), wire.ModelList).models
+
+    def load(
+        self, path: str, *, slot: str = "", shadow: bool = False, timeout: float = 120.0
+    ) -> tuple[wire.ModelInfo, ...]:
+        """Load a model into a slot, as its shadow or to serve at once; the models after it.
+
+        Raises:
+            ServiceError: refused (what serves goes on serving), or no answer in ``timeout`` s.
+        """
+        request = wire.Load(path=path, slot=slot, shadow=shadow)
+        return self._ask(request, wire.ModelList, timeout).models
+
+    def swap(self, slot: str = "") -> tuple[wire.ModelInfo, ...]:
+        """Serve a slot's shadow. Raises ServiceError (no answer, refused)."""
+        return self._ask(wire.Swap(slot=slot), wire.ModelList).models
+
+    def roll_back(self, slot: str = "") -> tuple[wire.ModelInfo, ...]:
+        """Drop the shadow, else serve what served before. Raises ServiceError."""
+        return self._ask(wire.Rollback(slot=slot), wire.ModelList).models
 
     def clock(self, probes: int = 15) -> ClockOffset:
         """The service's clock against this one. Raises ServiceError (no answer), ProtocolError."""
@@ -183,6 +219,12 @@ class ServiceClient:
         deadline: float | None = None,
         epoch: int | None = None,
         anytime: bool = False,
+        clocked: bool = False,
+        grace: float = 0.0,
+        watch_units: bool = False,
+        resume: bool = False,
+        answered: int = -1,
+        model: str = "",
     ) -> Session:
         """Open a session and its results.
 
@@ -193,13 +235,21 @@ class ServiceClient:
             deadline: seconds from a bin's arrival to its answer; default the bin width.
             epoch: run number; default one more than the open session of that name, else 0.
             anytime: let the deadline cut a solve short.
+            clocked: answer bins that do not come in time as missing, at once.
+            grace: seconds after its time that a bin is waited for; 0 is half a bin width.
+            watch_units: mask units that are dead, saturated or drifting.
+            resume: go on with the open session of that name where it stands
+                (``Session.opened.next_index``), else begin it.
+            answered: newest index whose answer is held; later ones still kept come again.
+            model: a slot's name or model id; default the service's first.
 
         Raises:
             ServiceError: no answer, or refused (the field says which).
         """
         results = reachable(self.describe().results, self.endpoint)
         if epoch is None:
-            epoch = max((s.epoch + 1 for s in self.sessions() if s.session == session), default=0)
+            known = [s.epoch for s in self.sessions() if s.session == session]
+            epoch = max((e if resume else e + 1 for e in known), default=0)
         request = wire.Open(
             protocol=wire.PROTOCOL,
             session=session,
@@ -208,8 +258,14 @@ class ServiceClient:
             epoch=epoch,
             deadline_ns=round((bin_width if deadline is None else deadline) * 1e9),
             anytime=anytime,
+            clocked=clocked,
+            grace_ns=round(grace * 1e9),
+            watch_units=watch_units,
+            resume=resume,
+            answered=answered,
+            model=model,
         )
-        return Session(self.endpoint, results, request, timeout=self.timeout)
+        return Session(self.endpoint, results, request, timeout=self.timeout, key=self.key)
 
 
 class Session:
@@ -223,7 +279,13 @@ class Session:
     """
 
     def __init__(
-        self, endpoint: str, results: str, request: wire.Open, *, timeout: float = 3.0
+        self,
+        endpoint: str,
+        results: str,
+        request: wire.Open,
+        *,
+        timeout: float = 3.0,
+        key: ClientKey | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.request = request
@@ -234,11 +296,12 @@ class Session:
         self.closed: wire.Closed | None = None
         self._opened: wire.Opened | None = None
         self._confirmed = False
+        self._early: list[Answer] = []
         self._context: zmq.Context[Any] = zmq.Context()
         try:
-            self._sub = connect(self._context, zmq.SUB, results)
+            self._sub = connect(self._context, zmq.SUB, results, key)
             self._sub.setsockopt(zmq.SUBSCRIBE, wire.topic(request.session))
-            self._dealer = connect(self._context, zmq.DEALER, endpoint)
+            self._dealer = connect(self._context, zmq.DEALER, endpoint, key)
             self._poller = zmq.Poller()
             self._poller.register(self._sub, zmq.POLLIN)
             self._poller.register(self._dealer, zmq.POLLIN)
@@ -260,7 +323,7 @@ class Session:
                     expected=f"{what} within {self.timeout:g} s",
                     got="none",
                 )
-            self.receive(left)
+            self._early += self.receive(left)
             if self.refused:
                 raise refusal(self.endpoint, self.refused[0])
 
@@ -338,7 +401,9 @@ class Session:
         Raises:
             ProtocolError: a message that is not the protocol's.
         """
-        answers: list[Answer] = []
+        answers, self._early = self._early, []
+        if answers and self._opened is not None and self._confirmed:
+            timeout = 0.0
         if not self._poller.poll(max(0, int(timeout * 1e3))):
             return answers
         while True:
@@ -376,6 +441,10 @@ class Session:
                 self.refused.append(reply)
             case _:
                 pass
+
+    def abandon(self) -> None:
+        """Close the sockets and leave the session open, as a feeder that dies does."""
+        self._context.destroy(linger=0)
 
     def close(self) -> None:
         """Tell the service, wait up to a second for its word, and close the sockets."""

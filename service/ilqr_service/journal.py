@@ -115,7 +115,7 @@ class Journal:
         folder: made where it is not there.
         header: makes a segment's header; asked for the number of lost records.
         sync: ``always``, ``interval`` or ``never``.
-        segment_bytes: a segment that has grown beyond this is the last but one.
+        segment_bytes: what is written to a segment, beyond what it repeats, until the next.
         keep: segments kept; 0 is all.
         clock: seconds, monotonic.
 
@@ -146,7 +146,7 @@ class Journal:
         self._live: dict[int, Live] = {}
         self._pending: list[bytes] = []
         self._fd = -1
-        self._size = 0
+        self._size = self._repeated = 0
         self._retry = 0.0
         self._dirty = threading.Event()
         self._closing = threading.Event()
@@ -198,20 +198,20 @@ class Journal:
 
     def flush(self) -> None:
         """Write what was added. Never raises: what cannot be written is counted as lost."""
-        if not self._pending:
-            return
         if self.failed:
             self.lost += len(self._pending)
             self._pending.clear()
             if self._clock() >= self._retry:
                 self._begin()
             return
+        if not self._pending:
+            return
         lost, data = len(self._pending), b"".join(self._pending)
         self._pending.clear()
         if not self._append(data):
             self.lost += lost
             return
-        if self._size > self._segment_bytes:
+        if self._size - self._repeated > self._segment_bytes:
             self._begin()
 
     def close(self) -> None:
@@ -284,6 +284,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 path.unlink()
             return
+        self._repeated = self._size
         if was_failed:
             logs.info("the journal can be written again", lost=self.lost)
         if self._keep:

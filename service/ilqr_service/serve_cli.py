@@ -15,8 +15,9 @@ import typer
 
 from ilqr_service import logs
 from ilqr_service.engine import Engine
+from ilqr_service.hygiene import Hygiene
 from ilqr_service.server import Service
-from ilqr_service.settings import load_settings
+from ilqr_service.settings import ServiceSettings, load_settings
 from ilqr_vae.errors import ConfigError, ServiceError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -69,6 +70,24 @@ def serve(
         typer.Option(help='once ready, write the addresses here as one JSON line; "-" is stdout'),
     ] = None,
     log: Annotated[str | None, typer.Option(help="plain or json, to stderr")] = None,
+    slot: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE: a further model, for sessions that ask for it; repeatable"),
+    ] = None,
+    journal: Annotated[
+        str | None,
+        typer.Option(help="folder to record everything in; sessions resume from it"),
+    ] = None,
+    keys: Annotated[
+        str | None, typer.Option(help="folder of ilqr-vae keys; needed beyond loopback")
+    ] = None,
+    cpus: Annotated[str | None, typer.Option(help="cores for the two threads, e.g. 2-3")] = None,
+    realtime: Annotated[
+        int | None, typer.Option(help="SCHED_FIFO priority of the two threads; 0 is none")
+    ] = None,
+    lock_memory: Annotated[
+        bool | None, typer.Option("--lock-memory", help="keep all memory out of swap")
+    ] = None,
 ) -> None:
     """Load a model and answer spike bins over ZeroMQ until SIGINT or SIGTERM.
 
@@ -91,10 +110,23 @@ def serve(
         "horizon": horizon,
         "deadline_ms": deadline_ms,
         "log": log,
+        "journal": journal,
+        "keys": keys,
+        "cpus": cpus,
+        "realtime": realtime,
+        "lock_memory": lock_memory,
     }
     settings = load_settings(config, overrides)
     logs.configure(settings.log)
-    service = Service(Engine.load(model, settings), settings)
+    hygiene = Hygiene(settings)
+    hygiene.process()
+    service = Service(
+        Engine.load(model, settings),
+        settings,
+        more=_more(slot or [], settings),
+        folder=model.parent,
+        hygiene=hygiene,
+    )
     service.start()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -112,6 +144,7 @@ def serve(
                 "model": service.model,
                 "device": service.device,
                 "pid": os.getpid(),
+                "hygiene": hygiene.report,
             }
             logs.info("ready", **ready)
             if ready_file is not None:
@@ -125,6 +158,17 @@ def serve(
         raise ServiceError(
             "service", expected="to run until stopped", got=f"{service.failure!r}"
         ) from service.failure
+
+
+def _more(slots: list[str], settings: ServiceSettings) -> dict[str, Engine]:
+    """Engines of the further slots. Raises ConfigError, ArtifactError."""
+    more: dict[str, Engine] = {}
+    for text in slots:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path) or name in more or name == "main":
+            raise ConfigError("slot", expected="NAME=FILE, each name once", got=repr(text))
+        more[name] = Engine.load(Path(path), settings)
+    return more
 
 
 def _await_ready(service: Service, stop: threading.Event) -> None:

@@ -33,7 +33,7 @@ from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
 from ilqr_service.work import FAILED, Answer
 from ilqr_vae import wire
-from ilqr_vae.errors import ProtocolError, ServiceError
+from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
 
 _POLL_MS = 100
 _BURST = 256
@@ -99,11 +99,15 @@ class Service:
         self._slots = Slots(
             engines, fleet, self._table, settings, Path(settings.models or folder or ".")
         )
-        self._ledger = Ledger(settings, engines, fleet, self._table)
         self._hygiene = hygiene or Hygiene(settings)
         self._limit = RateLimit(settings.control_rate)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._gate = Gate(self._context, Path(settings.keys)) if settings.keys else None
+        try:
+            self._gate = Gate(self._context, Path(settings.keys)) if settings.keys else None
+            self._ledger = Ledger(settings, engines, fleet, self._table)
+        except IlqrVaeError:
+            self._context.destroy(linger=0)
+            raise
         self._solver = SolverThread(
             fleet,
             self._context,
@@ -182,7 +186,7 @@ class Service:
 
     def _bind_router(self) -> zmq.Socket[bytes]:
         router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        # Up to this, a message too large is refused and counted; beyond, libzmq cuts its sender off.
+        # Up to this, one too large is refused and counted; beyond, libzmq cuts its sender off.
         router.maxmsgsize = 4 * self._settings.max_message_bytes
         router.rcvhwm = router.sndhwm = 10_000
         # Say so when a reply's feeder is gone, rather than dropping the reply silently.
@@ -371,7 +375,7 @@ class Service:
         for message in effects.published:
             if isinstance(message, wire.Result) and message.revision == 0:
                 self.telemetry.observe(message)
-        self.telemetry.count(effects.events, effects.bits)
+        self.telemetry.count(effects.events, effects.bits, effects.spikes)
 
     def _reply(self, owner: bytes, message: wire.Message) -> None:
         if not owner:

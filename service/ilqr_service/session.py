@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ilqr_service.work import Answer, ModelFacts, Work
+from ilqr_service.work import Answer, ModelFacts, Work, status_of
 from ilqr_vae import wire
 
 
@@ -45,11 +45,10 @@ class Effects:
         ended: runs that end here and why, for the journal.
         again: results published before, to be published again as they were.
         published: results and notices for subscribers.
-        serials: of the works that caused the results in ``published``, in order.
         replies: messages by feeder.
         served: slot, model and manifest of models that serve from here on, for the journal.
         events: what to count; ``refused:REASON`` for refusals.
-        bits: log-likelihood gained over the mean rates, in bits.
+        bits, spikes: log-likelihood gained over the mean rates, and spikes, of bins that came.
     """
 
     forget: list[int] = field(default_factory=list[int])
@@ -64,11 +63,11 @@ class Effects:
         default_factory=list[tuple[bytes, wire.Message]]
     )
     events: Counter[str] = field(default_factory=Counter[str])
-    serials: list[int] = field(default_factory=list[int])
     served: list[tuple[str, str, dict[str, Any]]] = field(
         default_factory=list[tuple[str, str, dict[str, Any]]]
     )
     bits: float = 0.0
+    spikes: int = 0
 
 
 class Recent:
@@ -248,3 +247,40 @@ class Session:
             bits=answer.bits,
             spikes=answer.spikes,
         )
+
+    def publish(self, answer: Answer, published_ns: int, effects: Effects) -> None:
+        """Account for an answer and add it, with what it says of units, to what goes out."""
+        work = answer.work
+        status = status_of(answer, published_ns)
+        revision = 0
+        if answer.revised:
+            revision = self.revisions[work.index] = self.revisions.get(work.index, 0) + 1
+            self.revised += 1
+            effects.events["revised"] += 1
+        else:
+            self.bins += 1
+            self.newest = work.index
+            self.statuses[status] += 1
+            self.solves.add(answer.solve_end_ns - answer.solve_start_ns)
+            effects.events[f"status:{status}"] += 1
+        if np.isfinite(answer.bits) and (work.late or not answer.revised):
+            self.bits += answer.bits
+            self.spikes += answer.spikes
+            effects.spikes += answer.spikes
+            effects.bits += answer.bits
+        result = self.result(answer, revision, status, published_ns)
+        self.recent.append(result)
+        effects.published.append(result)
+        for flag in answer.flags:
+            effects.published.append(self.notice(flag))
+            effects.events["unit_changes"] += 1
+            self._flag(flag)
+
+    def _flag(self, flag: str) -> None:
+        """Keep the list of masked units: ``unit NAME masked: WHY`` or ``unit NAME used again``."""
+        name, masked, why = flag.removeprefix("unit ").rpartition(" masked: ")
+        if masked:
+            self.flagged = (*self.flagged, f"{name}:{why}")
+            return
+        name = flag.removeprefix("unit ").removesuffix(" used again")
+        self.flagged = tuple(f for f in self.flagged if f.rpartition(":")[0] != name)

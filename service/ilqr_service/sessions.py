@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from ilqr_service.checks import check_bin, check_open
 from ilqr_service.session import Effects, Limits, Session
-from ilqr_service.work import Answer, ModelFacts, Vector, Work, status_of
+from ilqr_service.work import Answer, ModelFacts, Vector, Work
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
 
@@ -316,50 +316,10 @@ class SessionTable:
         if answer.void:
             effects.events["late_lost"] += 1
         else:
-            self._publish(session, answer, published_ns, effects)
+            session.publish(answer, published_ns, effects)
         if session.closing:
             self._end_if_answered(session, effects)
         return effects
-
-    def _publish(
-        self, session: Session, answer: Answer, published_ns: int, effects: Effects
-    ) -> None:
-        work = answer.work
-        status = status_of(answer, published_ns)
-        revision = 0
-        if answer.revised:
-            revision = session.revisions[work.index] = session.revisions.get(work.index, 0) + 1
-            session.revised += 1
-            effects.events["revised"] += 1
-        else:
-            session.bins += 1
-            session.newest = work.index
-            session.statuses[status] += 1
-            session.solves.add(answer.solve_end_ns - answer.solve_start_ns)
-            effects.events[f"status:{status}"] += 1
-        if np.isfinite(answer.bits) and (work.late or not answer.revised):
-            session.bits += answer.bits
-            session.spikes += answer.spikes
-            effects.events["spikes"] += answer.spikes
-            effects.bits += answer.bits
-        result = session.result(answer, revision, status, published_ns)
-        session.recent.append(result)
-        effects.published.append(result)
-        effects.serials.append(answer.serial)
-        for flag in answer.flags:
-            effects.published.append(session.notice(flag))
-            effects.events["unit_changes"] += 1
-            self._flag(session, flag)
-
-    @staticmethod
-    def _flag(session: Session, flag: str) -> None:
-        """Keep the list of masked units: ``unit NAME masked: WHY`` or ``unit NAME used again``."""
-        name, _, why = flag.removeprefix("unit ").rpartition(" masked: ")
-        if why and name:
-            session.flagged = (*session.flagged, f"{name}:{why}")
-        else:
-            name = flag.removeprefix("unit ").removesuffix(" used again")
-            session.flagged = tuple(f for f in session.flagged if f.rpartition(":")[0] != name)
 
     def credits(self) -> list[tuple[bytes, wire.Credit]]:
         """The credits that came free since the last call, one message per session."""

@@ -43,7 +43,6 @@ EVENTS = {
     "shed": "bins not answered for overload",
     "resumed": "sessions taken over where they stood",
     "unit_changes": "units masked or used again",
-    "spikes": "spikes in the bins answered",
     "swapped": "models put in another's place",
     "load_failed": "models that could not be loaded",
 }
@@ -102,11 +101,11 @@ class Telemetry:
         self._exact = {stage: HdrHistogram(1_000, 60_000_000_000, 3) for stage in STAGES}
         self._tally: Tally[str] = Tally()
 
-    def count(self, events: Tally[str], bits: float = 0.0) -> None:
+    def count(self, events: Tally[str], bits: float = 0.0, spikes: int = 0) -> None:
         """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; and
         the bits that their spikes gained over the mean rates."""
         self._tally.update(events)
-        if spikes := events["spikes"]:
+        if spikes:
             keep = 0.5 ** (spikes / _HALF_LIFE)
             self._recent = (keep * self._recent[0] + bits, keep * self._recent[1] + spikes)
             self._bits.set(self._recent[0] / self._recent[1])

@@ -1,8 +1,8 @@
 """Which units can be believed: counts against the model's own prediction, with hysteresis.
 
-For each unit three things are followed, all exponentially forgotten over ``MEMORY`` bins: how many
-spikes came, how many the model had expected, and in what share of bins the count was far above what
-a Poisson count of that mean would be. A unit is masked when it is
+For each unit three things are followed and forgotten exponentially: how many spikes came and how
+many the model had expected (over ``MEMORY`` bins), and in what share of bins the count was far
+above what a Poisson count of that mean would be (over ``SHORT``). A unit is masked when it is
 
 - dead: no spike while ``DEAD`` of them were expected since its last one;
 - saturated: most bins far above expectation;
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 
 MEMORY = 200
+SHORT = 30
 DEAD = 30.0
 DRIFT = 3.0
 SURE = 8.0
@@ -82,9 +83,11 @@ class UnitWatch:
         use = ok if observed is None else ok & observed
         keep = np.where(use, 1 - 1 / MEMORY, 1.0)
         x, r = np.where(use, counts, 0.0), np.where(use, self.predicted, 0.0)
-        seen, expected = keep * self.seen + x, keep * self.expected + r
-        high = use & (counts > self.predicted + SURPRISE * np.sqrt(self.predicted + 1.0))
-        above = keep * self.above + high / MEMORY
+        most = r + SURPRISE * np.sqrt(r + 1.0)
+        high = use & (x > most)
+        # one wild bin says little about drift
+        seen, expected = keep * self.seen + np.minimum(x, most), keep * self.expected + r
+        above = np.where(use, self.above + (high - self.above) / SHORT, self.above)
         silent = np.where(use & (counts > 0), 0.0, self.silent + r)
         ratio = np.abs(np.log((seen + 1.0) / (expected + 1.0)))
         sure = np.abs(seen - expected) > SURE * np.sqrt(expected + seen + 1.0)

@@ -26,6 +26,11 @@ SUMMARIES = {
     "experiment": "run one of the paper's experiments on made-up data",
     "serve": "load a model and answer spike bins over ZeroMQ",
     "replay": "stream a recording through a running service and report decodes and latency",
+    "verify": "run a service's journal again and compare every answer, bit for bit",
+    "export": "write a session of a service's journal as NWB",
+    "keys": "make the keys of those a service lets in",
+    "models": "list, load, swap or roll back the models of a running service",
+    "load": "load a running service with many sessions and faults, and report latency",
     "monitor": "watch a running service live in the terminal",
     "closed-loop": "let a simulated subject reach for targets through a running service",
 }

@@ -81,7 +81,10 @@ class Chain:
     def serve_and_stream(self, speed: str, units: int, reaches: int) -> None:
         """The service as a process of its own; the held-out part through it; then reaches."""
         self.say("Serve the model, as a process of its own", serve_arguments(self.model))
-        with serving(self.model, self.log) as ready:
+        warming = self.console.status(
+            "warming up; a first start compiles its kernels, a minute or two"
+        )
+        with serving(self.model, self.log, waiting=warming) as ready:
             self.console.print(
                 f"ready on {ready.ingest}: model {ready.model}, device {ready.device}, process "
                 f"{ready.pid}",

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import msgspec
 
@@ -119,12 +120,15 @@ def _failed(code: int, log: Path, lines: int = 15) -> StepError:
 
 
 @contextmanager
-def serving(model: Path, log: Path) -> Generator[Ready]:
+def serving(
+    model: Path, log: Path, *, waiting: AbstractContextManager[Any] | None = None
+) -> Generator[Ready]:
     """``ilqr-vae serve`` on free loopback ports for as long as the context lasts.
 
     Args:
         model: the model file.
         log: where its log goes.
+        waiting: entered while it warms up, e.g. something that says so.
 
     Raises:
         StepError: it could not start, or did not end well; the end of its log is in the message.
@@ -139,7 +143,8 @@ def serving(model: Path, log: Path) -> Generator[Ready]:
         )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()  # empty when the service ends instead
+        with waiting or nullcontext():
+            line = process.stdout.readline()  # empty when the service ends instead
         if not line:
             raise _failed(process.wait(), log)
         yield msgspec.json.decode(line, type=Ready)

@@ -253,19 +253,11 @@ class MovingHorizon:
             stop: asked before every iteration after the first; True ends the solve (anytime). One
                 truth value, or one per stream.
         """
-        finite = counts.isfinite()
-        if not bool(finite.all()):
-            bad = (~finite & (mask > 0)).any(-1)
-            counts = torch.where(finite, counts, torch.zeros_like(counts))
-            after, answer = self.step(state, counts, mask * finite, stop)
-            status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
-            return after, replace(answer, status=status)
         if not solver.usable(self.model, ("spikes",), state.z):
             return self.step_reference(state, counts, mask, stop)
         after, answer = self._estimator().step(
             tuple(getattr(state, f.name) for f in _STATE), counts, mask, ilqr.stopping(stop)
         )
-        ilqr.finish(answer[-1])
         window, *rest = (torch.from_numpy(x) for x in answer)
         moved = HorizonState(*(torch.from_numpy(x) for x in after))
         return moved, Estimate(window[:, : self.model.n], rest[0], window, *rest[1:])
@@ -292,6 +284,13 @@ class MovingHorizon:
         stop: ilqr.Stop | None = None,
     ) -> tuple[HorizonState, Estimate]:
         """``step`` in torch: what the compiled one must do."""
+        finite = counts.isfinite()
+        if not bool(finite.all()):
+            bad = (~finite & (mask > 0)).any(-1)
+            counts = torch.where(finite, counts, torch.zeros_like(counts))
+            after, answer = self.step_reference(state, counts, mask * finite, stop)
+            status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
+            return after, replace(answer, status=status)
         counts = torch.where(mask > 0, counts, torch.zeros_like(counts))
         s = self._shift(state)
         row = torch.arange(s.z.shape[0], device=s.z.device)

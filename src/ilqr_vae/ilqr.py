@@ -165,15 +165,11 @@ def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, I
     if _compiled(problem, config, state.u):
         given = tuple(getattr(state, f.name) for f in fields(State))
         p = problem
-        return _outcome(
-            solver.resume(p.model, p.w, p.observed, p.initial, given, options(config))
-        )
+        return _outcome(solver.resume(p.model, p.w, p.observed, p.initial, given, options(config)))
     return step_reference(problem, state, config)
 
 
-def step_reference(
-    problem: Problem, state: State, config: SolverConfig
-) -> tuple[State, Info]:
+def step_reference(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
     """``step`` in torch: what the compiled one must do."""
     model, w = problem.model, problem.w
     running = state.status == Status.RUNNING

@@ -278,7 +278,7 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 
 
 def padded(
-    trials: Sequence[Float[Tensor, "T N"]],
+    trials: Sequence[Float[Tensor, "_ N"]],
 ) -> tuple[Observed, Float[Tensor, "B T"]]:
     """Trials of different lengths as one batch: zeros and a mask of zeros after each one's end.
 

@@ -202,8 +202,9 @@ class Laplace:
         """Samples of every trial; shapes (samples * B, ...), sample by sample."""
         b, T, m, n = self.K.shape
         like = self.K
-        kind = {"generator": generator, "dtype": like.dtype, "device": like.device}
-        e, e0 = torch.randn(b, T, m, samples, **kind), torch.randn(b, n, samples, **kind)
+        dtype, device = like.dtype, like.device
+        e = torch.randn(b, T, m, samples, generator=generator, dtype=dtype, device=device)
+        e0 = torch.randn(b, n, samples, generator=generator, dtype=dtype, device=device)
         noise = self.Lu @ e
         # du_k = K_k dz_k + noise_k, so one product per bin advances the state
         closed, pushed = self.A + self.B @ self.K, self.B @ noise

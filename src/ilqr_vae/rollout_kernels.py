@@ -150,19 +150,17 @@ def linearise(family, weights, z, f, h, A, B, scratch):
     X, end = carve(scratch, n8, n, n)
     M, end = carve(scratch, end, n, n8)
     for t in range(T):
-        for l in range(n):
-            slope[l] = f[t, l] * (one - f[t, l])
         for i in range(n):
-            for l in range(n):
-                X[i, l] = hidden[i, l] * z[t, l] * slope[l]
+            slope[i] = f[t, i] * (one - f[t, i])
+        for i in range(n):
+            for j in range(n):
+                X[i, j] = hidden[i, j] * z[t, j] * slope[j]
         times_panels(X, 0, n, n, straight, M, 0, n8)
         for i in range(n):
             steep = f[t, i] * (one - h[t, i] * h[t, i])
             through_gate = (h[t, i] - z[t, i]) * slope[i]
             for j in range(n):
-                A[t, i, j] = through_gate * state[i, j] + steep * (
-                    hidden[i, j] * f[t, j] + M[i, j]
-                )
+                A[t, i, j] = through_gate * state[i, j] + steep * (hidden[i, j] * f[t, j] + M[i, j])
             A[t, i, i] += one - f[t, i]
             for j in range(m):
                 B[t, i, j] = steep * drive[i, j]

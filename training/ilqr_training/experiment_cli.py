@@ -1,4 +1,4 @@
-"""``ilqr-vae experiment``: one of the paper's experiments, made-up data to figures and a picture."""
+"""``ilqr-vae experiment``: one of the paper's experiments, from made-up data to a picture."""
 
 from __future__ import annotations
 

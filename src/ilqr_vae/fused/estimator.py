@@ -121,7 +121,11 @@ class Estimator:
             S, code.enter, self.fixed, before, after, (array(counts), array(mask)),
             room.predicted, estimate,
         )  # fmt: skip
-        inputs = ((after[5], after[6]), (after[1], after[2]), (room.predicted[0], room.predicted[2]))
+        inputs = (
+            (after[5], after[6]),
+            (after[1], after[2]),
+            (room.predicted[0], room.predicted[2]),
+        )
         solver.iterate(self.plan, room.work, 1, inputs, self.options, stopped)
         work = (room.work.state, room.work.info)
         self._share(

@@ -23,7 +23,7 @@ from ilqr_vae.lqr.algebra import all_finite, carve, compiled, inner, never_inlin
 from ilqr_vae.rollout_kernels import linearise, roll_out
 from ilqr_vae.rollout_kernels import scratch_size as rollout_scratch
 
-RUNNING, CONVERGED, STALLED, NOT_FINITE = 0, 1, 3, 4
+RUNNING, CONVERGED, ITERATION_LIMIT, STALLED, NOT_FINITE = 0, 1, 2, 3, 4
 CONTINUE, START, RESUME = 0, 1, 2
 
 
@@ -151,62 +151,6 @@ def _search(b, model, data, initial, state, kept, answer, options, scratch):
     return alpha * z.dtype.type(0.0)
 
 
-@inner
-def _zero(values, b):
-    for array in values:
-        array[b] = array.dtype.type(0.0)
-
-
-@part
-def solve_one(b, limit, entry, model, data, initial, start, state, kept, info, options, scratch):
-    """At most ``limit`` iterations of problem ``b`` while it runs; see ``solve``."""
-    z, u, cost, damping, status, iterations = state
-    problem, law, value, found, flat, ok, taken = info
-    K, k, _ = law
-    dz, _, _, expected = found
-    tolerance, _, _, damping_min, damping_max = options
-    nothing_taken = z.dtype.type(0.0)
-    # a problem that has stopped already gets its LQR solution, and no step
-    looking = False
-    if entry != CONTINUE:
-        begin(b, entry == START, model, data, initial, start, state, kept, scratch)
-        looking = status[b] != RUNNING
-    done = 0
-    while looking or (status[b] == RUNNING and done < limit):
-        _quadratic_model(b, model, initial, state, kept, problem, scratch)
-        ok[b] = lqr.solve_one(
-            b, problem, False, False, damping, True, law, value, found, flat, scratch
-        )  # fmt: skip
-        if not ok[b]:
-            for values in flat:
-                for i in range(values.shape[1]):
-                    values[b, i] = nothing_taken
-        taken[b] = nothing_taken
-        if looking:
-            break
-        done += 1
-        iterations[b] += 1
-        converged = False
-        if ok[b]:
-            before, decrease = abs(cost[b]), expected[b, 0]
-            taken[b] = _search(
-                b, model, data, initial, state, kept, (K, k, dz, decrease), options, scratch
-            )
-            converged = decrease <= tolerance * (1 + before)
-        if converged:
-            status[b] = CONVERGED
-        if taken[b] > 0:
-            damping[b] = 0.0
-        elif not converged:
-            raised = max(10 * damping[b], damping_min)
-            damping[b] = raised
-            q = problem[3]
-            if not all_finite(q[b].reshape(q[b].size)):
-                status[b] = NOT_FINITE
-            elif raised > damping_max:
-                status[b] = STALLED
-
-
 @compiled
 def solve(
     first, last, limit, entry, model, data, initial, start, state, kept, info, options, scratch
@@ -217,7 +161,49 @@ def solve(
         entry: START from ``start``, RESUME from the state (z and u of a trajectory), or CONTINUE
             where the last call with these arrays ended.
     """
+    z, _, cost, damping, status, iterations = state
+    problem, law, value, found, flat, ok, taken = info
+    K, k, _ = law
+    dz, _, _, expected = found
+    tolerance, _, _, damping_min, damping_max = options
+    nothing_taken = z.dtype.type(0.0)
     for b in range(first, last):
-        solve_one(
-            b, limit, entry, model, data, initial, start, state, kept, info, options, scratch
-        )
+        # a problem that has stopped already gets its LQR solution, and no step
+        looking = False
+        if entry != CONTINUE:
+            begin(b, entry == START, model, data, initial, start, state, kept, scratch)
+            looking = status[b] != RUNNING
+        done = 0
+        while looking or (status[b] == RUNNING and done < limit):
+            _quadratic_model(b, model, initial, state, kept, problem, scratch)
+            ok[b] = lqr.solve_one(
+                b, problem, False, False, damping, True, law, value, found, flat, scratch
+            )  # fmt: skip
+            if not ok[b]:
+                for values in flat:
+                    for i in range(values.shape[1]):
+                        values[b, i] = nothing_taken
+            taken[b] = nothing_taken
+            if looking:
+                break
+            done += 1
+            iterations[b] += 1
+            converged = False
+            if ok[b]:
+                before, decrease = abs(cost[b]), expected[b, 0]
+                taken[b] = _search(
+                    b, model, data, initial, state, kept, (K, k, dz, decrease), options, scratch
+                )
+                converged = decrease <= tolerance * (1 + before)
+            if converged:
+                status[b] = CONVERGED
+            if taken[b] > 0:
+                damping[b] = 0.0
+            elif not converged:
+                raised = max(10 * damping[b], damping_min)
+                damping[b] = raised
+                q = problem[3]
+                if not all_finite(q[b].reshape(q[b].size)):
+                    status[b] = NOT_FINITE
+                elif raised > damping_max:
+                    status[b] = STALLED

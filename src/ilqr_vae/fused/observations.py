@@ -1,8 +1,8 @@
 """Compiled cost and curvature of what is observed: Poisson and Gaussian channels, with masks.
 
 All observed groups are one bank of N channels, the Poisson ones first, each an affine readout
-a = C z + b (see ``pack_bank``). Shapes of one problem: z (T + 1, n), values and mask (T, N); d and w
-(T, N rounded up to 8) are slope and curvature of -log p in a, masked.
+a = C z + b (see ``pack_bank``). Shapes of one problem: z (T + 1, n), values and mask (T, N); d and
+w (T, N rounded up to 8) are slope and curvature of -log p in a, masked.
 
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """

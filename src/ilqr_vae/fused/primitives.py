@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ilqr_vae.lqr.algebra import COLUMNS, ROWS, compiled, inner, never_inline, make_tile, round_up
+from ilqr_vae.lqr.algebra import COLUMNS, ROWS, compiled, inner, make_tile, never_inline, round_up
 
 _four_rows = make_tile(ROWS, across=True)
 _one_row = make_tile(1, across=True)
@@ -65,15 +65,11 @@ def _exp_eight(typingctx: Any, X: Any, x0: Any) -> Any:
 
         place = builder.bitcast(builder.gep(array.data, [args[1]]), vector.as_pointer())
         given = builder.load(place, align=bits // 8)
-        x = builder.select(
-            builder.fcmp_ordered(">", given, all_of(high)), all_of(high), given
-        )
+        x = builder.select(builder.fcmp_ordered(">", given, all_of(high)), all_of(high), given)
         x = builder.select(builder.fcmp_ordered("<", x, all_of(low)), all_of(low), x)
         # adding 1.5 * 2^mantissa rounds to an integer, which then stands in the lowest bits
         magic = all_of(1.5 * 2.0**mantissa)
-        shifted = builder.fadd(
-            builder.fmul(x, all_of(1.0 / math.log(2.0))), magic
-        )
+        shifted = builder.fadd(builder.fmul(x, all_of(1.0 / math.log(2.0))), magic)
         k = builder.fsub(shifted, magic)
         r = fma(k, all_of(-log2_high), x)
         r = fma(k, all_of(-log2_low), r)
@@ -84,9 +80,7 @@ def _exp_eight(typingctx: Any, X: Any, x0: Any) -> Any:
             builder.bitcast(shifted, integers),
             ir.Constant(integers, [ir.IntType(bits)(mantissa)] * COLUMNS),
         )
-        total = builder.bitcast(
-            builder.add(builder.bitcast(total, integers), exponent), vector
-        )
+        total = builder.bitcast(builder.add(builder.bitcast(total, integers), exponent), vector)
         total = builder.select(builder.fcmp_unordered("uno", given, given), given, total)
         builder.store(total, place, align=bits // 8)
         return context.get_dummy_value()
@@ -148,9 +142,7 @@ def times_panels(X, x0, ldx, rows, panels, C, c0, ldc):
         y0 = p * length * COLUMNS
         column = c0 + p * COLUMNS
         for i in range(0, whole, ROWS):
-            _four_rows(
-                X, x0 + i * ldx, ldx, panels, y0, COLUMNS, C, column + i * ldc, ldc, length
-            )
+            _four_rows(X, x0 + i * ldx, ldx, panels, y0, COLUMNS, C, column + i * ldc, ldc, length)
         for i in range(whole, rows):
             _one_row(X, x0 + i * ldx, ldx, panels, y0, COLUMNS, C, column + i * ldc, ldc, length)
 

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import math
 
-
 from ilqr_vae.fused import observations
-from ilqr_vae.fused.iteration import NOT_FINITE
-from ilqr_vae.fused.primitives import eight
+from ilqr_vae.fused.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING
+from ilqr_vae.fused.primitives import eight, finite
 from ilqr_vae.lqr.algebra import (
     COLUMNS,
     back_substitute,
     carve,
     compiled,
+    eliminate,
     inner,
+    multiply,
     never_inline,
     part,
-    eliminate,
-    multiply,
 )
 from ilqr_vae.lqr.kernels import covariance_of_one
 from ilqr_vae.lqr.kernels import scratch_size as lqr_scratch
@@ -163,7 +162,7 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
     new_age, mean, precision, _, _, counts, mask = after
     new_counts, new_mask = arriving
     z, u = predicted
-    _, _, _, _, _, bits, spikes, _, _ = estimate
+    _, _, _, _, _, bits, spikes, _, ended = estimate
     H, m = old_u.shape[1], old_u.shape[2]
     n, N = old_z.shape[2], old_counts.shape[2]
     zero = old_z.dtype.type(0.0)
@@ -216,9 +215,14 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
         at[0, i] = z[b, newest + 1, i]
     observations.expected(bank, at, expected)
     gain, seen = 0.0, 0.0
+    ended[b] = RUNNING
     for i in range(N):
         here = new_mask[b, i]
         count = new_counts[b, i] if here > zero else zero
+        if not finite(count):
+            # counts as not observed, and is reported
+            here, count = zero, zero
+            ended[b] = NOT_FINITE
         counts[b, newest, i] = count
         mask[b, newest, i] = here
         floor, base = 1e-9, max(null[i], 1e-9)
@@ -242,7 +246,8 @@ def _leave(b, bank, readout, work, after, predicted, estimate, scratch):
     zero = z.dtype.type(0.0)
     newest = age[b]
     done[b] = iterations[b]
-    ended[b] = status[b]
+    if ended[b] == RUNNING:
+        ended[b] = ITERATION_LIMIT if status[b] == RUNNING else status[b]
     broken = status[b] == NOT_FINITE
     # a solve that broke down keeps the prediction rather than spreading what is not finite
     z_best = predicted[1] if broken else solved_z
@@ -301,9 +306,7 @@ def enter(first, last, fixed, before, after, arriving, predicted, estimate, scra
     model, prior_precision, null = fixed
     z0, z, u = predicted
     for b in range(first, last):
-        _enter(
-            b, model, prior_precision, null, before, after, arriving, (z, u), estimate, scratch
-        )
+        _enter(b, model, prior_precision, null, before, after, arriving, (z, u), estimate, scratch)
         for i in range(z.shape[2]):
             z0[b, i] = z[b, 0, i]
 

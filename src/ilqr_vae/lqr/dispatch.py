@@ -127,8 +127,10 @@ def marginal_covariance(
 def _pick(name: str, used: tuple[Tensor | float, ...]) -> Backend:
     if name == "auto":
         tensors = [value for value in used if isinstance(value, Tensor)]
-        plain = switch.current() == "auto" and tensors[0].dtype in _COMPILED_DTYPES and not (
-            torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
+        plain = (
+            switch.current() == "auto"
+            and tensors[0].dtype in _COMPILED_DTYPES
+            and not (torch.is_grad_enabled() and any(value.requires_grad for value in tensors))
         )
         name = FOR_DEVICE.get(tensors[0].device.type, "reference") if plain else "reference"
     if name not in BACKENDS:

@@ -23,11 +23,11 @@ from ilqr_vae.lqr.algebra import (
     back_substitute,
     carve,
     compiled,
+    eliminate,
     inner,
+    multiply,
     never_inline,
     part,
-    eliminate,
-    multiply,
     round_up,
 )
 
@@ -188,9 +188,10 @@ def _forward(problem, has_c, damping, law, cost, step):
     model[1] = linear
 
 
-@part
+@inner
 def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, flat, scratch):
     """Solve problem ``b`` of a batch; the arguments of ``solve``. Returns whether it is ok."""
+    never_inline()
     A, B, Q, q, R, r, c, S = problem
     K, k, Quu_inv = law
     V, v = cost

@@ -1,7 +1,7 @@
 """The paper's experiments on made-up data: one settings class and one ``run`` each.
 
-``run(settings, seed, watch) -> Outcome``. Names are those of ``ilqr-vae experiment NAME``; the module
-behind a name is imported when it is asked for.
+``run(settings, seed, watch) -> Outcome``. Names are those of ``ilqr-vae experiment NAME``; the
+module behind a name is imported when it is asked for.
 """
 
 from __future__ import annotations

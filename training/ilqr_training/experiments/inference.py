@@ -32,7 +32,7 @@ from ilqr_vae import ilqr, prediction
 from ilqr_vae.artifact import GroupSpec
 from ilqr_vae.dynamics import DynamicsOptions
 from ilqr_vae.likelihoods import Observed, padded
-from ilqr_vae.metrics import bits_per_spike
+from ilqr_vae.metrics import poisson_nll
 
 _SOLVER = ilqr.SolverConfig(iterations=60, tolerance=1e-7)
 
@@ -172,6 +172,18 @@ def masks(
     return pick(T, bins)[:, :, None], pick(N, units)[:, None, :]
 
 
+def bits_where(rates: Array, counts: Array, where: Array) -> float:
+    """Bits per spike over the entries chosen, against each unit's mean over all entries.
+
+    Args:
+        rates, counts: (K, T, N); where: the same shape, one for entries that count.
+    """
+    keep = where > 0
+    null = np.broadcast_to(counts.mean((0, 1)), counts.shape)
+    gain = poisson_nll(null[keep], counts[keep]) - poisson_nll(rates[keep], counts[keep])
+    return gain / max(1.0, float(counts[keep].sum())) / float(np.log(2))
+
+
 def missing_data(config: MissingConfig, seed: int, watch: Watch) -> Outcome:
     """Train and infer with entries masked; score what was imputed against a fit that saw all."""
     rng = np.random.default_rng(seed)
@@ -204,11 +216,9 @@ def missing_data(config: MissingConfig, seed: int, watch: Watch) -> Outcome:
         posterior = prediction.infer(model, observed, solver=_SOLVER)
         rates = posterior.rates()["observations"].detach().double().numpy()
         for part, where in parts.items():
-            counts = np.where(where > 0, made.counts, np.nan)
-            figures[f"bps_{part}_{name}"] = bits_per_spike(rates, counts)
+            figures[f"bps_{part}_{name}"] = bits_where(rates, made.counts, where)
         fits[name], shown[name] = f, rates
-    truth = {p: np.where(w > 0, made.counts, np.nan) for p, w in parts.items()}
-    figures["bps_missing_true_rates"] = bits_per_spike(made.rates, truth["missing"])
+    figures["bps_missing_true_rates"] = bits_where(made.rates, made.counts, parts["missing"])
     figures["seconds"] = sum(f.seconds for f in fits.values())
 
     def draw(figure: Any) -> None:

@@ -164,12 +164,15 @@ class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 def input_r2(truth: Array, found: Array) -> float:
     """R2 of true inputs from found ones, through the best linear map (it is not identifiable).
 
+    NaN where there are no inputs.
+
     Args:
         truth, found: (K, T, m).
     """
     x, y = found.reshape(-1, found.shape[-1]), truth.reshape(-1, truth.shape[-1])
     M = np.linalg.lstsq(x, y, rcond=None)[0]
-    return float(1 - ((y - x @ M) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
+    total = ((y - y.mean(0)) ** 2).sum()
+    return float(1 - ((y - x @ M) ** 2).sum() / total) if total > 0 else float("nan")
 
 
 def eigenvalue_error(A: Array, found: Array) -> float:

@@ -57,7 +57,7 @@ class LorenzConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         dynamics="mlp", prior="student", latents=20, inputs=5, options=DynamicsOptions(step=0.1)
     )
     pieces: FitConfig = FitConfig(
-        steps=1500, batch=64, learning_rate=0.02, final_rate=0.001, iterations=3
+        steps=1200, batch=64, learning_rate=0.005, final_rate=0.0005, iterations=8
     )
     whole: FitConfig = FitConfig(
         steps=200, batch=28, learning_rate=0.001, final_rate=0.0002, iterations=4, kl_warmup=0

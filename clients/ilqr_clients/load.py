@@ -1,0 +1,313 @@
+"""Load on a running service: many sessions at once, open-loop, with faults on purpose.
+
+Send times are fixed beforehand and latency counts from them, so a service (or this generator) that
+falls behind shows it (no coordinated omission). Faults are drawn from a seed: bins left out, sent
+twice, sent out of order, sent with jitter, and a stall after which everything held back is sent at
+once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
+from ilqr_vae import wire
+from ilqr_vae.errors import ServiceError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """What goes wrong on the way.
+
+    Attributes:
+        drop, duplicate: share of bins.
+        reorder: bins may be sent up to so many places late.
+        jitter: bin widths that a send may be late by, uniformly.
+        stall: seconds, half-way, in which nothing is sent; then all of it at once.
+        seed: of everything drawn.
+    """
+
+    drop: float = 0.0
+    duplicate: float = 0.0
+    reorder: int = 0
+    jitter: float = 0.0
+    stall: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How much.
+
+    Attributes:
+        sessions: at once.
+        bins: of each session.
+        speed: multiple of real time.
+        deadline: seconds from arrival to answer; 0 is the bin width.
+        clocked, anytime: of the sessions; see ``wire.Open``.
+        rate: mean spikes per unit and bin.
+        patience: seconds to wait for the last answers.
+    """
+
+    sessions: int = 1
+    bins: int = 200
+    speed: float = 1.0
+    deadline: float = 0.0
+    clocked: bool = False
+    anytime: bool = False
+    rate: float = 1.0
+    patience: float = 5.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        sent: bins sent, without repeats.
+        first, revised: answers of revision 0, and later ones.
+        repeated: answers that came twice under one index and revision.
+        unanswered: sent bins without any answer.
+        latency_ms: intended send to arrival here, of the bins that were answered first with data.
+        statuses: of the newest revision of each bin; ``first_statuses`` of the first.
+        refused: by field.
+        notices: by first word.
+        results: by session, index: the newest revision (kept where asked for).
+    """
+
+    sent: int = 0
+    first: int = 0
+    revised: int = 0
+    repeated: int = 0
+    unanswered: int = 0
+    seconds: float = 0.0
+    latency_ms: list[float] = field(default_factory=list[float])
+    feeder_ms: list[float] = field(default_factory=list[float])
+    statuses: Counter[str] = field(default_factory=Counter[str])
+    first_statuses: Counter[str] = field(default_factory=Counter[str])
+    refused: Counter[str] = field(default_factory=Counter[str])
+    notices: Counter[str] = field(default_factory=Counter[str])
+    results: dict[str, dict[int, wire.Result]] = field(
+        default_factory=dict[str, dict[int, wire.Result]]
+    )
+    sends: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for ``json.dumps``."""
+        return {
+            "sent": self.sent,
+            "answered": self.first,
+            "revised": self.revised,
+            "repeated": self.repeated,
+            "unanswered": self.unanswered,
+            "seconds": round(self.seconds, 3),
+            "answers_per_second": round(self.first / self.seconds, 1) if self.seconds else 0.0,
+            "latency_ms": quantiles(self.latency_ms),
+            "feeder_ms": quantiles(self.feeder_ms),
+            "statuses": dict(self.statuses),
+            "first_statuses": dict(self.first_statuses),
+            "refused": dict(self.refused),
+            "notices": dict(self.notices),
+        }
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """n, p50, p90, p99, p99.9 and max; n alone where there is nothing."""
+    if not values:
+        return {"n": 0}
+    held = np.sort(np.asarray(values))
+
+    def at(q: float) -> float:
+        return round(float(held[max(0, int(np.ceil(q * held.size)) - 1)]), 4)
+
+    names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+    return {"n": float(held.size)} | {name: at(q) for name, q in names.items()}
+
+
+def schedule(load: Load, faults: Faults, bin_width: float) -> list[tuple[int, int, int]]:
+    """All sends as (nanoseconds from the start, session, index), in order of time."""
+    rng = np.random.default_rng(faults.seed)
+    width = bin_width / load.speed * 1e9
+    sends: list[tuple[int, int, int]] = []
+    for session in range(load.sessions):
+        offset = width * session / load.sessions  # sessions are not in step
+        for index in range(load.bins):
+            draws = rng.random(4)
+            at = offset + width * (index + 1)
+            if faults.reorder and draws[2] < 0.3:
+                at += width * (rng.integers(1, faults.reorder + 1) + 0.5)
+            at += width * faults.jitter * draws[3]
+            if draws[0] < faults.drop and index < load.bins - 1:
+                continue
+            sends.append((int(at), session, index))
+            if draws[1] < faults.duplicate:
+                sends.append((int(at + width * rng.random()), session, index))
+    if faults.stall:
+        begin = width * load.bins / 2
+        end = begin + faults.stall * 1e9
+        sends = [(int(end) if begin <= at < end else at, s, i) for at, s, i in sends]
+    heapq.heapify(sends)
+    return [heapq.heappop(sends) for _ in range(len(sends))]
+
+
+def counts_of(load: Load, faults: Faults, session: int, n_units: int) -> NDArray[np.int64]:
+    """The bins (T, N) that a session is fed."""
+    rng = np.random.default_rng([faults.seed, session])
+    return rng.poisson(load.rate, (load.bins, n_units))
+
+
+class Generator:
+    """Opens the sessions, and runs a load on them.
+
+    Args:
+        endpoint: the service's.
+        load, faults: how much, and what goes wrong.
+        prefix: of the session names.
+        keep: keep every answer.
+
+    Raises:
+        ServiceError: no answer, or a session is refused.
+    """
+
+    def __init__(
+        self, endpoint: str, load: Load, faults: Faults, *, prefix: str = "load", keep: bool = False
+    ) -> None:
+        self.load, self.faults, self.keep = load, faults, keep
+        self.outcome = Outcome()
+        self.names = [f"{prefix}-{k}" for k in range(load.sessions)]
+        with ServiceClient(endpoint) as service:
+            described = service.describe()
+        self.model: Model = model_of(described)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._sub = connect(self._context, zmq.SUB, reachable(described.results, endpoint))
+        self._dealer = connect(self._context, zmq.DEALER, endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._sub, zmq.POLLIN)
+        self._poller.register(self._dealer, zmq.POLLIN)
+        self._intended: dict[tuple[str, int], int] = {}
+        self._newest: dict[tuple[str, int], int] = {}
+        self._status: dict[tuple[str, int], str] = {}
+        self._opened: set[str] = set()
+        self._seen: set[str] = set()
+        self._closed: set[str] = set()
+
+    def open(self) -> None:
+        """Open all sessions and wait for that. Raises ServiceError."""
+        for name in self.names:
+            self._sub.setsockopt(zmq.SUBSCRIBE, wire.topic(name))
+        for name in self.names:
+            request = wire.Open(
+                protocol=wire.PROTOCOL,
+                session=name,
+                units=self.model.unit_names,
+                bin_width_ns=round(self.model.bin_width * 1e9),
+                deadline_ns=round((self.load.deadline or self.model.bin_width) * 1e9),
+                clocked=self.load.clocked,
+                anytime=self.load.anytime,
+            )
+            self._dealer.send(wire.encode(request))
+        end = time.monotonic() + 10.0 + 0.1 * len(self.names)
+        while not (len(self._opened) == len(self._seen) == len(self.names)):
+            if time.monotonic() > end or self.outcome.refused:
+                raise ServiceError(
+                    "sessions",
+                    expected=f"{len(self.names)} open",
+                    got=f"{len(self._opened)}, refused: {dict(self.outcome.refused)}",
+                )
+            self._take(100)
+
+    def run(self) -> Outcome:
+        """Send everything at its time, and take what comes; then close the sessions."""
+        plan = schedule(self.load, self.faults, self.model.bin_width)
+        counts = [
+            counts_of(self.load, self.faults, k, len(self.model.unit_names))
+            for k in range(len(self.names))
+        ]
+        packed = [[wire.pack(row, "<u2") for row in rows] for rows in counts]
+        began = time.monotonic_ns() + 50_000_000
+        for at, k, index in plan:
+            intended = began + at
+            while (left := intended - time.monotonic_ns()) > 0:
+                self._take(left // 1_000_000)
+            name = self.names[k]
+            message = wire.Bin(
+                session=name, index=index, source_ns=intended, counts=packed[k][index]
+            )
+            self._dealer.send(wire.encode(message))
+            if (name, index) not in self._intended:
+                self.outcome.sent += 1
+                self._intended[name, index] = intended
+                self.outcome.sends.setdefault(name, set()).add(index)
+            self.outcome.feeder_ms.append((time.monotonic_ns() - intended) / 1e6)
+        self._finish()
+        self.outcome.seconds = (time.monotonic_ns() - began) / 1e9
+        self.outcome.unanswered = sum(key not in self._newest for key in self._intended)
+        self.outcome.statuses.update(self._status.values())
+        return self.outcome
+
+    def _finish(self) -> None:
+        for name in self.names:
+            self._dealer.send(wire.encode(wire.Close(session=name)))
+        end = time.monotonic() + self.load.patience
+        while len(self._closed) < len(self.names) and time.monotonic() < end:
+            self._take(50)
+        self._take(0)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._context.destroy(linger=0)
+
+    def _take(self, wait_ms: int) -> None:
+        if not self._poller.poll(wait_ms):
+            return
+        while True:
+            try:
+                frames = self._sub.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._published(wire.decode_published(frames[-1]), time.monotonic_ns())
+        while True:
+            try:
+                frame = self._dealer.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            match wire.decode_downstream(frame):
+                case wire.Opened() as opened:
+                    self._opened.add(opened.session)
+                case wire.Refused() as refused:
+                    self.outcome.refused[refused.field] += 1
+                case wire.Closed() as closed:
+                    self._closed.add(closed.session)
+                case _:
+                    pass
+
+    def _published(self, message: wire.Published, arrived: int) -> None:
+        out = self.outcome
+        self._seen.add(message.session)
+        if isinstance(message, wire.Notice):
+            out.notices[message.what.split(":")[0].split()[0]] += 1
+            return
+        key = (message.session, message.index)
+        before = self._newest.get(key, -1)
+        if message.revision <= before:
+            out.repeated += 1
+            return
+        self._newest[key] = message.revision
+        self._status[key] = message.status
+        if self.keep:
+            out.results.setdefault(message.session, {})[message.index] = message
+        if message.revision:
+            out.revised += 1
+            return
+        out.first += 1
+        out.first_statuses[message.status] += 1
+        if message.status != "missing" and key in self._intended:
+            out.latency_ms.append((arrived - self._intended[key]) / 1e6)

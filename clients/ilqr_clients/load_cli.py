@@ -1,0 +1,76 @@
+"""``ilqr-vae load``: load a running service and report."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ilqr_clients.load import Faults, Generator, Load
+from ilqr_clients.sdk import ServiceClient, model_of
+from ilqr_vae.report import STDOUT, check_writable, write_whole
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("load")
+def command(
+    to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
+    sessions: Annotated[int, typer.Option(min=1, max=10_000, help="At once.")] = 1,
+    duration: Annotated[float, typer.Option(min=0.01, help="Seconds of real time.")] = 10.0,
+    speed: Annotated[float, typer.Option(min=0.001, help="Multiple of real time.")] = 1.0,
+    deadline_ms: Annotated[
+        float, typer.Option(min=0.0, help="Arrival to answer; 0 is the bin width.")
+    ] = 0.0,
+    clocked: Annotated[
+        bool, typer.Option("--clocked", help="Bins not there in time are answered at once.")
+    ] = False,
+    anytime: Annotated[
+        bool, typer.Option("--anytime", help="The deadline may cut a solve short.")
+    ] = False,
+    rate: Annotated[float, typer.Option(min=0.0, help="Mean spikes per unit and bin.")] = 1.0,
+    drop: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of bins left out.")] = 0.0,
+    duplicate: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share sent twice.")] = 0.0,
+    reorder: Annotated[int, typer.Option(min=0, help="Places a bin may be sent late.")] = 0,
+    jitter: Annotated[float, typer.Option(min=0.0, help="Bin widths a send may be late.")] = 0.0,
+    stall: Annotated[float, typer.Option(min=0.0, help="Seconds of silence, half-way.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
+    ] = None,
+) -> None:
+    """Feed a running service made-up bins, open-loop and timed from the intended send.
+
+    Example: ilqr-vae load --sessions 20 --duration 30 --drop 0.1 --jitter 2 --json -
+
+    Exit codes: 0 done, 2 wrong usage, 3 no service or it refused.
+    """
+    check_writable(json_file, "--json")
+    with ServiceClient(to) as service:
+        width = model_of(service.describe()).bin_width
+    load = Load(
+        sessions=sessions,
+        bins=max(1, round(duration * speed / width)),
+        speed=speed,
+        deadline=deadline_ms / 1e3,
+        clocked=clocked,
+        anytime=anytime,
+        rate=rate,
+    )
+    faults = Faults(
+        drop=drop, duplicate=duplicate, reorder=reorder, jitter=jitter, stall=stall, seed=seed
+    )
+    generator = Generator(to, load, faults, prefix=f"load-{secrets.token_hex(3)}")
+    try:
+        generator.open()
+        outcome = generator.run().to_json()
+    finally:
+        generator.close()
+    if json_file is not None:
+        write_whole(json_file, json.dumps(outcome, indent=2) + "\n")
+    if json_file != STDOUT:
+        for key, value in outcome.items():
+            typer.echo(f"{key:<20} {value}")

@@ -1,0 +1,50 @@
+"""``ilqr-vae models``: what a running service serves, and putting another model in its place."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ilqr_clients.sdk import ServiceClient
+from ilqr_vae.errors import ConfigError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+ACTIONS = ("list", "load", "shadow", "swap", "rollback")
+
+
+@app.command()
+def models(
+    action: Annotated[str, typer.Argument(help=", ".join(ACTIONS))] = "list",
+    path: Annotated[
+        str, typer.Argument(help="for load and shadow: a file in the service's model folder")
+    ] = "",
+    to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
+    slot: Annotated[str, typer.Option(help="Default the service's first.")] = "",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait.")] = 120.0,
+) -> None:
+    """List, load, swap or roll back the models of a running service.
+
+    load serves a file once it is warm; shadow runs it beside what is served, so that both scores
+    can be compared (list); swap then serves it; rollback drops a shadow, else serves what served
+    before. Sessions change over at their next bin. A refused file changes nothing.
+
+    Example: ilqr-vae models shadow newer.safetensors; ilqr-vae models; ilqr-vae models swap
+    """
+    if action not in ACTIONS:
+        raise ConfigError("action", expected=", ".join(ACTIONS), got=repr(action))
+    if action in ("load", "shadow") and not path:
+        raise ConfigError("path", expected="a model file", got="none")
+    with ServiceClient(to, timeout=timeout) as service:
+        match action:
+            case "load" | "shadow":
+                infos = service.load(path, slot=slot, shadow=action == "shadow", timeout=timeout)
+            case "swap":
+                infos = service.swap(slot)
+            case "rollback":
+                infos = service.roll_back(slot)
+            case _:
+                infos = service.models()
+    for info in infos:
+        score = f"  {info.bits_per_spike:.4f} bits/spike over {info.bins} bins" if info.bins else ""
+        typer.echo(f"{info.slot:<12} {info.role:<8} {info.model}{score}")

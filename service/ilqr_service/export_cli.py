@@ -1,0 +1,48 @@
+"""``ilqr-vae export``: a session of a journal as NWB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ilqr_service.export import choose, runs_of, write
+from ilqr_vae.recordings.nwb_write import SubjectInfo
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def export(
+    journal: Annotated[Path, typer.Argument(help="a service's journal folder")],
+    out: Annotated[Path, typer.Option(help="the .nwb file to write")],
+    session: Annotated[str | None, typer.Option(help="needed where there are several")] = None,
+    epoch: Annotated[int | None, typer.Option(help="needed where there are several")] = None,
+    subject: Annotated[str, typer.Option(help="who was recorded")] = "",
+    species: Annotated[str, typer.Option(help="Latin binomial")] = "",
+    sex: Annotated[str, typer.Option(help="M, F, O or U")] = "U",
+    age: Annotated[str, typer.Option(help="ISO 8601, e.g. P8Y")] = "",
+    experimenter: Annotated[str, typer.Option(help="Last, First")] = "",
+    institution: Annotated[str, typer.Option(help="where")] = "",
+    force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
+) -> None:
+    """Write a session as NWB: its bins, the answers, the model's manifest and the settings.
+
+    Example: ilqr-vae export journal/ --session rat-7 --out rat-7.nwb
+    """
+    runs, manifests = runs_of(journal)
+    run = choose(runs, session, epoch)
+    who = None
+    if subject:
+        who = SubjectInfo(subject, species, sex, age, "recorded subject")
+    write(
+        out,
+        run,
+        manifests,
+        subject=who,
+        experimenter=experimenter,
+        institution=institution,
+        force=force,
+    )
+    typer.echo(f"{out}: {len(run.results)} bins of session {run.began.request.session}")

@@ -1,0 +1,328 @@
+"""The journal: what is written is what happened, and a torn or missing end costs only itself."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
+from ilqr_service.engine import Engine
+from ilqr_service.journal import Journal
+from ilqr_service.records import Answered, Began, Ended, Header, Kept, Worked, records, segments
+from ilqr_service.resume import open_runs, results_of, take_up
+from ilqr_service.runs import pack_work
+from ilqr_service.server import Service
+from ilqr_service.settings import ServiceSettings
+from ilqr_service.verify import Verdict, verify
+from ilqr_service.work import Work
+from ilqr_vae import wire
+from ilqr_vae.cli import main
+from ilqr_vae.errors import ServiceError
+from rig import make_model, serving
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m.safetensors", n_units=7, names=UNITS)
+
+
+@pytest.fixture(scope="module")
+def journal(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a service that met gaps, late bins, masks, deadlines and two epochs, in small files."""
+    folder = tmp_path_factory.mktemp("journal")
+    counts = spikes(150)
+    with (
+        serving(
+            model_file,
+            journal=str(folder),
+            journal_segment_mb=0.05,
+            snapshot_every=20,
+            credits=500,
+            keep_warm_ms=0,
+        ) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("a")
+        feeder.subscribe("b")
+        feeder.send(open_("a"), open_("b", deadline_ns=1, anytime=True, watch_units=True))
+        order = [i for i in range(150) if i % 13 != 5]
+        order[40:44] = order[43:39:-1]  # out of order, within the window
+        mask = wire.pack(np.arange(7) != 3, "u1")
+        for i in order:
+            feeder.send(bin_("a", i, counts[i], mask=mask if i % 3 == 0 else None))
+            feeder.send(bin_("b", i, counts[i]))
+        feeder.ask(wire.Close(session="a"), wire.Closed)
+        feeder.send(open_("a", epoch=1), *(bin_("a", i, counts[i], epoch=1) for i in range(30)))
+        feeder.ask(wire.Close(session="a", epoch=1), wire.Closed)
+        feeder.ask(wire.Close(session="b"), wire.Closed)
+    return folder
+
+
+def engine(model: Path) -> Engine:
+    return Engine.load(model, ServiceSettings(device="cpu"))
+
+
+def test_a_journal_run_again_gives_the_same_bits(journal: Path, model_file: Path) -> None:
+    assert len(segments(journal)) > 3
+    verdict = verify(journal, [engine(model_file)])
+    assert verdict.runs == 3
+    assert verdict.answers >= 330
+    assert verdict == Verdict(3, verdict.answers, verdict.answers)
+    statuses, revisions = set[str](), set[int]()
+    for path in segments(journal):
+        for record in records(path):
+            if isinstance(record, Answered):
+                result = wire.decode_published(record.frame)
+                assert isinstance(result, wire.Result)
+                statuses.add(result.status)
+                revisions.add(result.revision)
+    assert {"missing", "late"} <= statuses
+    assert {0, 1} <= revisions
+
+
+def test_verify_says_where_another_model_differs(
+    journal: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(journal), "--model", str(model_file)]) == 0
+    assert "identical to the last bit" in capsys.readouterr().out
+    other = make_model(tmp_path / "other.safetensors", n_units=7, names=UNITS, kinematics=False)
+    assert main(["verify", str(journal), "--model", str(other)]) == 3
+    assert main(["verify", str(tmp_path), "--model", str(model_file)]) == 3
+
+
+def test_one_altered_bit_is_found(journal: Path, model_file: Path, tmp_path: Path) -> None:
+    """Altered together with its checksum: only computing again can tell."""
+    folder = tmp_path / "altered"
+    shutil.copytree(journal, folder)
+    path = segments(folder)[0]
+    data = bytearray(path.read_bytes())
+    record = next(r for r in records(path) if isinstance(r, Answered) and r.index == 3)
+    result = wire.decode_published(record.frame)
+    assert isinstance(result, wire.Result)
+    at = data.index(record.frame)
+    inner = at + record.frame.index(result.latent.data)
+    data[inner] ^= 1
+    start = at
+    while True:  # the frame's head lies before the record
+        start -= 1
+        length = int.from_bytes(data[start : start + 4], "little")
+        payload = bytes(data[start + 8 : start + 8 + length])
+        if start + 8 < at < start + 8 + length and length < 4096 and payload[:1] == b"\x97":
+            break
+    data[start + 4 : start + 8] = zlib.crc32(payload).to_bytes(4, "little")
+    path.write_bytes(bytes(data))
+    verdict = verify(folder, [engine(model_file)])
+    assert verdict.answers - verdict.identical == 1
+    assert 0 < verdict.largest < 1e-12
+    assert verdict.first.endswith("bin 3")
+
+
+# ---- torn ends ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left_open(model_file: Path, tmp_path: Path) -> tuple[Path, list[wire.Result]]:
+    """A journal copied while its session is open, and the answers given."""
+    with (
+        serving(model_file, journal=str(tmp_path / "live"), snapshot_every=8) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), wire.Opened)
+        feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(30))))
+        results = feeder.results(30)
+        feeder.ask(wire.Describe(), wire.Described)
+        shutil.copytree(tmp_path / "live", tmp_path / "copy")
+    return tmp_path / "copy", results
+
+
+def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone(
+    left_open: tuple[Path, list[wire.Result]], model_file: Path
+) -> None:
+    folder, results = left_open
+    (path,) = segments(folder)
+    data, whole = path.read_bytes(), list(records(path))
+    facts = engine(model_file).facts
+    last = max(k for k, r in enumerate(whole) if isinstance(r, Answered))
+    at = data.rindex(whole[last].frame)  # pyright: ignore[reportAttributeAccessIssue]
+    end = at + len(results[-1].latent.data) + 200
+    start = next(
+        s
+        for s in range(at, 0, -1)
+        if s + 8 + int.from_bytes(data[s : s + 4], "little") > at
+        and zlib.crc32(data[s + 8 : s + 8 + int.from_bytes(data[s : s + 4], "little")])
+        == int.from_bytes(data[s + 4 : s + 8], "little")
+    )
+    end = start + 8 + int.from_bytes(data[start : start + 4], "little")
+    for cut in range(start, end):
+        path.write_bytes(data[:cut])
+        assert list(records(path)) == whole[:last]
+    for cut in (start, start + 3, start + 9, end - 1):
+        path.write_bytes(data[:cut])
+        next_run, live = open_runs(folder)
+        assert next_run == 1
+        session, resumed = take_up(live[0], facts, 0, 0)
+        assert (session.next_index, session.waiting) == (30, 1)
+        assert [r.index for _, r in results_of(live[0])][-1] == 28
+        assert resumed.answered == 28
+        assert resumed.works[-1].index == 29
+    for wrong in (start + 4, start + 20):  # a byte that is not what was written
+        broken = bytearray(data)
+        broken[wrong] ^= 0x40
+        path.write_bytes(bytes(broken))
+        assert list(records(path)) == whole[:last]
+
+
+def test_a_segment_torn_in_its_beginning_counts_for_nothing(
+    left_open: tuple[Path, list[wire.Result]],
+) -> None:
+    folder, _ = left_open
+    (path,) = segments(folder)
+    expected = open_runs(folder)
+    for cut in (0, 5, 16, 40, 200):
+        (folder / "00000002.journal").write_bytes(path.read_bytes()[:cut])
+        next_run, live = open_runs(folder)
+        assert (next_run, live.keys()) == (expected[0], expected[1].keys())
+        assert live[0].works.keys() == expected[1][0].works.keys()
+    (folder / "00000002.journal").write_bytes(b"something else altogether")
+    with pytest.raises(ServiceError, match="journal"):
+        open_runs(folder)
+
+
+# ---- the disk ----------------------------------------------------------------------------------
+
+
+def header(lost: int) -> Header:
+    return Header(
+        boot="b", at_ns=0, clock_ns=0, next_run=0, lost=lost, versions={}, settings={}, manifests={}
+    )
+
+
+def worked(serial: int) -> Worked:
+    return Worked(
+        work=pack_work(Work(0, serial, np.ones(7), None, serial == 0, 0, 0, 0, False, serial))
+    )
+
+
+def test_a_disk_that_is_full_loses_records_not_the_run(tmp_path: Path) -> None:
+    now = 0.0
+    keeper = Journal(tmp_path, header, clock=lambda: now)
+    keeper.start({})
+    keeper.write(Began(run=0, slot="main", model="m", user="", request=open_("s")))
+    keeper.write(worked(0))
+    keeper.flush()
+    (path,) = segments(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        keeper.write(worked(1))
+        keeper.flush()
+        assert (keeper.failed, keeper.lost) == (True, 1)
+        for serial in (2, 3):
+            keeper.write(worked(serial))
+            keeper.flush()
+        assert keeper.lost == 3
+        assert len(list(records(path))) == 4  # whole up to the fault
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    now = 5.0
+    keeper.write(worked(4))
+    keeper.flush()
+    assert not keeper.failed
+    keeper.write(worked(5))
+    keeper.close()
+    _, live = open_runs(tmp_path)
+    assert list(live[0].works) == [0, 1, 2, 3, 4, 5]
+    first = next(iter(records(segments(tmp_path)[-1])))
+    assert isinstance(first, Header)
+    assert first.lost == 4
+
+
+def test_old_segments_go_and_the_rest_is_enough(model_file: Path, tmp_path: Path) -> None:
+    with (
+        serving(
+            model_file,
+            journal=str(tmp_path),
+            journal_segment_mb=0.02,
+            journal_keep=2,
+            snapshot_every=10,
+            credits=500,
+        ) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), wire.Opened)
+        feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(120))))
+        feeder.results(120)
+    assert len(segments(tmp_path)) == 2
+    verdict = verify(tmp_path, [engine(model_file)])
+    assert verdict.answers == verdict.identical > 0
+
+
+def test_two_services_do_not_share_a_journal(model_file: Path, tmp_path: Path) -> None:
+    with serving(model_file, journal=str(tmp_path)):
+        child = os.fork()  # a lock is a process's own
+        if child == 0:
+            try:
+                Journal(tmp_path, header)
+            except ServiceError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_restarted_service_goes_on_where_the_other_stood(
+    model_file: Path, tmp_path: Path
+) -> None:
+    """Without a process: the journal of an open session, taken up by another service."""
+    counts = spikes(60)
+    with serving(model_file) as plain, Feeder(plain.ingest, plain.results) as feeder:
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), wire.Opened)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(60)))
+        expected = feeder.results(60)
+    with (
+        serving(model_file, journal=str(tmp_path / "a"), snapshot_every=7) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), wire.Opened)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(33)))
+        feeder.results(33)
+        feeder.ask(wire.Describe(), wire.Described)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with (
+        serving(model_file, journal=str(tmp_path / "b")) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        last = feeder.subscribe("s")
+        assert isinstance(last, wire.Result)
+        assert last.index == 32
+        opened = feeder.ask(open_("s", resume=True, answered=32), wire.Opened)
+        assert (opened.resumed, opened.next_index) == (True, 33)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(33, 60)))
+        for got, want in zip(feeder.results(27), expected[33:], strict=True):
+            assert (got.index, got.revision) == (want.index, 0)
+            np.testing.assert_array_equal(numbers(got), numbers(want))
+        feeder.ask(wire.Close(session="s"), wire.Closed)
+    verdict = verify(tmp_path / "b", [engine(model_file)])
+    assert verdict == Verdict(1, 60, 60)
+    kinds = {type(r) for p in segments(tmp_path / "b") for r in records(p)}
+    assert {Kept, Ended} <= kinds
+
+
+def test_without_its_model_a_session_ends_and_the_service_runs(
+    model_file: Path, left_open: tuple[Path, list[wire.Result]], tmp_path: Path
+) -> None:
+    folder, _ = left_open
+    other = make_model(tmp_path / "other.safetensors", n_units=7, names=UNITS, kinematics=False)
+    with serving(other, journal=str(folder)) as service:
+        assert isinstance(service, Service)
+        assert service.ready
+    assert open_runs(folder)[1] == {}

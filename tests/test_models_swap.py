@@ -1,0 +1,184 @@
+"""Models: load, shadow, swap and roll back under load; refusals that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
+from ilqr_clients.sdk import ServiceClient
+from ilqr_service.engine import Engine
+from ilqr_service.server import Service
+from ilqr_service.settings import ServiceSettings
+from ilqr_service.units import UnitWatch
+from ilqr_service.verify import verify
+from ilqr_vae import wire
+from ilqr_vae.errors import ServiceError
+from process import offline
+from rig import make_model, serving
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "a.safetensors", n_units=7, names=UNITS)
+    make_model(folder / "b.safetensors", n_units=7, names=UNITS, seed=1)
+    make_model(folder / "units.safetensors", n_units=7, names=tuple(reversed(UNITS)), seed=2)
+    (folder / "bad.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-9])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Service, Path]]:
+    journal = tmp_path_factory.mktemp("journal")
+    with serving(
+        models / "a.safetensors",
+        models=str(models),
+        journal=str(journal),
+        credits=500,
+        keep_warm_ms=0,
+    ) as running:
+        yield running, journal
+    assert running.failure is None
+
+
+def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
+    service: tuple[Service, Path], models: Path
+) -> None:
+    running, journal = service
+    counts = spikes(120)
+    a, b = running.model, ""
+    results: list[wire.Result] = []
+    with (
+        Feeder(running.ingest, running.results) as feeder,
+        ServiceClient(running.ingest, timeout=60.0) as control,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), wire.Opened)
+
+        def feed(first: int, last: int) -> None:
+            feeder.send(*(bin_("s", i, counts[i]) for i in range(first, last)))
+            # taken by the time this is answered: control comes by another connection
+            feeder.ask(wire.Probe(client_ns=0), wire.Probed)
+
+        feed(0, 20)
+        for name, said in (
+            ("bad.safetensors", "model file bad"),
+            ("units.safetensors", "unit_names"),
+            ("a.safetensors", "model"),
+            ("absent.safetensors", "path"),
+            ("../a.safetensors", "path"),
+        ):
+            with pytest.raises(ServiceError, match=said):
+                control.load(name)
+        feed(20, 40)
+        control.load("b.safetensors", shadow=True)
+        feed(40, 80)
+        results += feeder.results(80)
+        (serving_, shadow) = control.models()
+        assert (serving_.role, serving_.model, shadow.role) == ("serving", a, "shadow")
+        b = shadow.model
+        assert 0 < shadow.bins == serving_.bins <= 40
+        assert shadow.bits_per_spike != serving_.bits_per_spike
+        feed(80, 100)
+        control.swap()  # behind what is queued
+        feed(100, 110)
+        assert [m.role for m in control.roll_back()] == ["serving", "before"]
+        feed(110, 120)
+        results += feeder.results(40)
+        feeder.ask(wire.Close(session="s"), wire.Closed)
+    assert [r.index for r in results] == list(range(120))
+    assert {r.status for r in results} == {"ok"}
+    at = [r.model for r in results]
+    assert at == [a] * 100 + [b] * 10 + [a] * 10
+    everything = np.ones(counts.shape, dtype=bool)
+    expected = offline(models / "a.safetensors", counts, everything)
+    for r in results[:100]:
+        np.testing.assert_array_equal(numbers(r), expected[r.index])
+    # the other model begins from the window's bins
+    expected = offline(models / "b.safetensors", counts[95:], everything[95:])
+    for r in results[100:110]:
+        np.testing.assert_array_equal(numbers(r), expected[r.index - 95])
+    counted = running.telemetry.counts()
+    assert counted["swapped"] == 2
+    assert counted["load_failed"] == 3
+    files = [models / f"{name}.safetensors" for name in "ab"]
+    verdict = verify(journal, [Engine.load(f, ServiceSettings(device="cpu")) for f in files])
+    assert verdict.answers == verdict.identical == 120
+
+
+def test_slots_serve_models_side_by_side(models: Path) -> None:
+    with (
+        serving(models / "a.safetensors", extra={"other": models / "units.safetensors"}) as running,
+        Feeder(running.ingest, running.results) as feeder,
+    ):
+        feeder.subscribe("a")
+        feeder.subscribe("b")
+        first = feeder.ask(open_("a"), wire.Opened)
+        second = feeder.ask(open_("b", model="other", units=UNITS[::-1]), wire.Opened)
+        assert first.model != second.model
+        assert feeder.ask(open_("c", model="other"), wire.Refused).field == "units[0]"
+        counts = spikes(1)[0]
+        feeder.send(bin_("a", 0, counts), bin_("b", 0, counts))
+        by_session = {r.session: r.model for r in feeder.results(2)}
+        assert by_session == {"a": first.model, "b": second.model}
+
+
+# ---- units -------------------------------------------------------------------------------------
+
+
+def watched(counts: np.ndarray, rate: float = 1.0) -> list[UnitWatch]:
+    watch, out = UnitWatch.fresh(counts.shape[1]), list[UnitWatch]()
+    for row in counts:
+        watch = watch.after(row.astype(float), None, np.full(counts.shape[1], rate))
+        out.append(watch)
+    return out
+
+
+def test_dead_saturated_and_drifting_units_are_masked_and_come_back() -> None:
+    counts = np.random.default_rng(0).poisson(1.0, (3000, 24))
+    healthy = watched(counts)
+    assert not any(w.masked.any() for w in healthy)
+    bad = counts.copy()
+    bad[500:1500, 2] = 0
+    bad[500:1500, 5] = 60
+    bad[500:1500, 9] = np.random.default_rng(1).poisson(4.5, 1000)
+    seen = watched(bad)
+    names = tuple(f"u{i}" for i in range(24))
+    assert seen[1499].flagged(names) == ("u2:dead", "u5:saturated", "u9:drifting")
+    assert not seen[499].masked.any()
+    assert seen[540].flagged(names)[0] == "u2:dead"
+    assert not seen[2999].masked.any()
+    changes = [c for a, b in pairwise(seen) for c in b.changes(a, names)]
+    assert len(changes) == 6  # each masked once and used again once: no flicker
+    most = watched(np.zeros((200, 24), dtype=int))[-1]
+    assert most.masked.sum() == 6  # never more than a quarter
+
+
+def test_a_dead_unit_is_masked_in_a_session_that_asked(service: tuple[Service, Path]) -> None:
+    running, _ = service
+    counts = np.random.default_rng(3).poisson(1.0, (300, 7))
+    counts[60:, 4] = 0
+    with Feeder(running.ingest, running.results) as feeder:
+        for name, watch in (("plain", False), ("watched", True)):
+            feeder.subscribe(name)
+            feeder.ask(open_(name, watch_units=watch), wire.Opened)
+            feeder.send(*(bin_(name, i, row) for i, row in enumerate(counts)))
+            notice = None
+            results: list[wire.Result] = []
+            while len(results) < 300:
+                message = feeder.published()
+                if isinstance(message, wire.Result):
+                    results.append(message)
+                elif message.what.startswith("unit"):
+                    notice = message.what
+            assert (notice == "unit u4 masked: dead") == watch
+        infos = {i.session: i for i in feeder.ask(wire.Sessions(), wire.SessionList).sessions}
+        assert infos["watched"].flagged == ("u4:dead",)
+        assert infos["plain"].flagged == ()

@@ -1,0 +1,232 @@
+"""Operations: rules, dashboard, a real Prometheus; export to NWB; replay of a journal; hygiene."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
+from ilqr_clients.load import Faults, Load, quantiles, schedule
+from ilqr_service.hygiene import Hygiene, parse_cpus
+from ilqr_service.server import Service
+from ilqr_service.settings import ServiceSettings
+from ilqr_vae import wire
+from ilqr_vae.cli import main
+from rig import make_model, serving
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Path, Path]]:
+    folder = tmp_path_factory.mktemp("ops")
+    model = make_model(folder / "m.safetensors", n_units=7, names=UNITS)
+    journal = folder / "journal"
+    with serving(model, journal=str(journal), http="127.0.0.1:0", credits=500) as running:
+        yield running, journal, model
+    assert running.failure is None
+
+
+@pytest.fixture(scope="module")
+def fed(served: tuple[Service, Path, Path]) -> tuple[Service, Path, Path]:
+    service, _, _ = served
+    counts = spikes(80)
+    with Feeder(service.ingest, service.results) as feeder:
+        feeder.subscribe("rat-7")
+        feeder.ask(open_("rat-7"), wire.Opened)
+        feeder.send(*(bin_("rat-7", i, counts[i]) for i in range(80) if i not in (9, 30)))
+        feeder.results(80)
+        feeder.ask(wire.Close(session="rat-7"), wire.Closed)
+    return served
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed (Debian: apt-get install prometheus)")
+    return path
+
+
+def test_rules_are_right_by_promtool() -> None:
+    promtool, folder = tool("promtool"), CONFIGS / "prometheus"
+    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "rules_test.yml"]):
+        done = subprocess.run(
+            [promtool, *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def queries() -> list[str]:
+    """Every expression of the dashboard and the rules."""
+    board = json.loads((CONFIGS / "grafana/dashboards/ilqr.json").read_text())
+    return [t["expr"] for panel in board["panels"] for t in panel["targets"]]
+
+
+def test_every_metric_that_is_asked_for_is_there(fed: tuple[Service, Path, Path]) -> None:
+    service, _, _ = fed
+    with urllib.request.urlopen(f"http://{service.http}/metrics", timeout=WAIT_S) as page:
+        shown = set(re.findall(r"^(ilqr_\w+?)(?:\{| )", page.read().decode(), re.MULTILINE))
+    rules = (CONFIGS / "prometheus/rules.yml").read_text()
+    asked = set(re.findall(r"\bilqr_\w+", " ".join([*queries(), rules])))
+    assert len(asked) > 20
+    assert asked <= shown, asked - shown
+    alerts = re.findall(r"alert: (\w+)", rules)
+    told = (CONFIGS.parent / "docs/operations.md").read_text()
+    assert [a for a in alerts if f"| {a} |" not in told] == []
+
+
+def test_a_real_prometheus_scrapes_and_evaluates(
+    fed: tuple[Service, Path, Path], tmp_path: Path
+) -> None:
+    service, _, _ = fed
+    prometheus = tool("prometheus")
+    config = (CONFIGS / "prometheus/prometheus.yml").read_text()
+    config = config.replace("127.0.0.1:9464", service.http).replace("5s", "1s")
+    (tmp_path / "prometheus.yml").write_text(config)
+    shutil.copy(CONFIGS / "prometheus/rules.yml", tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    log = (tmp_path / "log").open("wb")
+    process = subprocess.Popen(
+        [
+            prometheus,
+            f"--config.file={tmp_path / 'prometheus.yml'}",
+            f"--storage.tsdb.path={tmp_path / 'data'}",
+            f"--web.listen-address={address}",
+        ],
+        stdout=log,
+        stderr=log,
+    )
+    try:
+        asked = 'sum by (status) (ilqr_bins_total{status=~"ok|late|missing"})'
+        found: list[dict[str, Any]] = []
+        end = time.monotonic() + 30.0
+        while not found and time.monotonic() < end:
+            found = query(address, asked)
+        values = {r["metric"]["status"]: float(r["value"][1]) for r in found}
+        assert values["missing"] >= 2
+        assert values["ok"] + values["late"] >= 78
+        with urllib.request.urlopen(f"http://{address}/api/v1/rules", timeout=WAIT_S) as page:
+            groups = json.load(page)["data"]["groups"]
+        assert {r.get("lastError", "") for g in groups for r in g["rules"]} <= {""}
+        for one in queries():
+            query(address, one, strict=True)
+    finally:
+        process.terminate()
+        process.wait(WAIT_S)
+        log.close()
+
+
+def query(address: str, text: str, *, strict: bool = False) -> list[dict[str, Any]]:
+    """An instant query; nothing where Prometheus is not up yet, unless ``strict``."""
+    url = f"http://{address}/api/v1/query?" + urllib.parse.urlencode({"query": text})
+    try:
+        with urllib.request.urlopen(url, timeout=WAIT_S) as page:
+            answer = json.load(page)
+    except OSError:
+        if strict:
+            raise
+        return []
+    assert answer["status"] == "success"
+    return list(answer["data"]["result"])
+
+
+# ---- the journal's verbs -----------------------------------------------------------------------
+
+
+def test_a_journal_becomes_nwb_that_the_inspector_finds_clean(
+    fed: tuple[Service, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service, journal, _ = fed
+    out = tmp_path / "rat-7.nwb"
+    who = ("--subject", "rat-7", "--species", "Rattus norvegicus", "--sex", "F", "--age", "P90D")
+    by = ("--experimenter", "Doe, Jane", "--institution", "A Lab")
+    arguments = ["export", str(journal), "--out", str(out), "--session", "rat-7", *who, *by]
+    assert main(arguments) == 0
+    assert main(arguments) == 2  # exists
+    assert main(["export", str(journal), "--out", str(out), "--session", "nobody"]) == 2
+    capsys.readouterr()
+    import h5py
+    from nwbinspector import inspect_nwbfile
+
+    assert [m.message for m in inspect_nwbfile(nwbfile_path=out)] == []
+    with h5py.File(out) as file:
+        counts = np.asarray(file["processing/ecephys/binned_spikes/data"])
+        assert counts.shape == (80, 7)
+        assert np.flatnonzero(np.isnan(counts[:, 0])).tolist() == [9, 30]
+        np.testing.assert_array_equal(counts[10], spikes(80)[10])
+        assert np.isfinite(file["processing/decoder/kinematics/data"]).all()
+        assert (np.asarray(file["processing/decoder/status/data"])[[9, 30]] == 4).all()
+        manifest = json.loads(file["scratch/model_manifest"][()])
+        assert list(manifest) == [service.model]
+        assert json.loads(file["scratch/service_settings"][()])["credits"] == 500
+
+
+def test_replay_of_a_journal_is_verify(
+    fed: tuple[Service, Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, journal, model = fed
+    assert main(["replay", "--journal", str(journal), "--model", str(model)]) == 0
+    assert "80 identical to the last bit" in capfd.readouterr().out
+    assert main(["replay", "--journal", str(journal)]) == 2
+    assert main(["replay"]) == 2
+    assert "error: " in capfd.readouterr().err
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+def test_hygiene_is_optional_and_reported() -> None:
+    assert parse_cpus("0,2-4") == {0, 2, 3, 4}
+    plain = Hygiene(ServiceSettings(gc="auto"))
+    plain.process()
+    plain.thread()
+    plain.collect()
+    assert plain.report == {}
+    impossible = Hygiene(ServiceSettings(gc="auto", cpus="100000"))
+    impossible.thread()
+    ((what, came),) = impossible.report.items()
+    assert what.startswith("cpus")
+    assert came.startswith("off: ")
+
+
+def test_a_load_is_open_loop_and_drawn_from_its_seed() -> None:
+    load = Load(sessions=3, bins=100)
+    even = schedule(load, Faults(), 0.05)
+    assert len(even) == 300
+    assert [at for at, s, _ in even if s == 0] == [50_000_000 * (i + 1) for i in range(100)]
+    faults = Faults(drop=0.2, duplicate=0.1, reorder=5, jitter=2.0, stall=1.0, seed=4)
+    bad = schedule(load, faults, 0.05)
+    assert bad == schedule(load, faults, 0.05) == sorted(bad)
+    assert len({(s, i) for _, s, i in bad}) < 300 * 0.9
+    assert len(bad) > len({(s, i) for _, s, i in bad})
+    held = [at for at, _, _ in bad if 2.5e9 <= at < 3.5e9]
+    assert held == []
+    assert quantiles([]) == {"n": 0}
+    assert quantiles([1.0, 2.0, 3.0, 4.0])["p50"] == 2.0
+
+
+def test_load_reports_as_json(
+    served: tuple[Service, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    service, _, _ = served
+    arguments = ["load", "--to", service.ingest, "--sessions", "3", "--duration", "1"]
+    assert main([*arguments, "--deadline-ms", "60000", "--drop", "0.1", "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["answered"] == 60
+    assert set(told["statuses"]) == {"ok", "missing"}
+    assert told["unanswered"] == told["repeated"] == 0
+    assert told["latency_ms"]["n"] == told["statuses"]["ok"]

@@ -1,0 +1,135 @@
+"""What a user installs, types and reads fits together: verbs, wheel, constraints, README, image."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+import zipfile
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.main import get_command
+
+from ilqr_service.settings import ServiceSettings, http_address, load_settings
+from ilqr_training.config import load_config
+from ilqr_vae.cli import GROUP, SUMMARIES, main
+
+ROOT = Path(__file__).parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+README = (ROOT / "README.md").read_text()
+VERBS = PROJECT["project"]["entry-points"][GROUP]
+
+
+@cache
+def options(verb: str) -> frozenset[str]:
+    """Every option a verb takes, from the code itself."""
+    app = next(e for e in entry_points(group=GROUP) if e.name == verb).load()
+    return frozenset(o for p in get_command(app).params for o in (*p.opts, *p.secondary_opts))
+
+
+def test_every_verb_has_a_summary_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(SUMMARIES) == set(VERBS)
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for verb, summary in SUMMARIES.items():
+        assert f"  {verb} " in said
+        assert summary in said
+
+
+def commands(text: str) -> list[list[str]]:
+    """The ``ilqr-vae`` command lines in a text's indented or fenced blocks, words split."""
+    lines = re.findall(r"^ilqr-vae (.+)$", text, re.MULTILINE)
+    return [line.split() for line in lines]
+
+
+def test_the_readme_names_what_there_is() -> None:
+    typed = commands(README)
+    assert {words[0] for words in typed} >= {"simulate", "train", "evaluate", "serve", "replay"}
+    for words in typed:
+        assert words[0] in VERBS
+        assert {w for w in words if w.startswith("--")} <= options(words[0]), words
+    for _, link in re.findall(r"\[([^]]*)\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+    for target in re.findall(r"^make ([a-z]+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_the_readmes_configs_and_ours_are_valid(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        path = tmp_path / "config.toml"
+        path.write_text(block)
+        load_config(path)
+    for path in (ROOT / "configs").glob("*.toml"):
+        if path.name != "service.toml":
+            load_config(path)
+    assert load_settings(ROOT / "configs" / "service.toml", {}) == ServiceSettings()
+
+
+def test_the_wheel_holds_all_four_packages_and_their_data(tmp_path: Path) -> None:
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for package in ("ilqr_vae", "ilqr_training", "ilqr_service", "ilqr_clients"):
+        assert f"{package}/__init__.py" in names
+        assert f"{package}/py.typed" in names
+    assert "ilqr_vae/report/page.html.j2" in names
+    tops = {name.partition("/")[0] for name in names}
+    assert len(tops) == 5  # and the metadata: no tests, no configs
+
+
+def test_constraints_pin_every_direct_dependency_above_its_floor() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {canonicalize_name(p.name): next(iter(p.specifier)).version for p in pins}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for text in (*PROJECT["project"]["dependencies"], *(x for e in extras.values() for x in e)):
+        need = Requirement(text)
+        if need.name != PROJECT["project"]["name"]:
+            assert need.specifier.contains(versions[canonicalize_name(need.name)]), text
+
+
+def test_the_image_is_built_from_what_there_is_and_probes_the_right_port() -> None:
+    docker = (ROOT / "Dockerfile").read_text()
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for sources in re.findall(r"^COPY (.+) \S+$", docker, re.MULTILINE):
+        for source in sources.split():
+            name = source.removeprefix("./")
+            assert (ROOT / name).exists()
+            assert f"!{name}" in ignored
+    _, port = http_address(ServiceSettings().http)
+    assert f"http://127.0.0.1:{port}/readyz" in docker
+    assert re.search(r"^USER ilqr$", docker, re.MULTILINE)
+    entry = re.search(r"^CMD \[(.+)\]$", docker, re.MULTILINE)
+    assert entry is not None
+    words = re.findall(r'"([^"]+)"', entry[1])
+    assert words[0] in VERBS
+    assert {w for w in words if w.startswith("--")} <= options(words[0])
+    service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["service"]
+    cache_folder = re.search(r"NUMBA_CACHE_DIR=(\S+)", docker)
+    assert cache_folder is not None
+    mounted = {volume.split(":")[1] for volume in service["volumes"] if "}" not in volume}
+    assert cache_folder[1] in mounted
+    prometheus = (ROOT / "configs" / "prometheus" / "prometheus.yml").read_text()
+    assert f"127.0.0.1:{port}" in prometheus
+
+
+def test_make_says_what_it_can_do_and_refuses_an_old_python() -> None:
+    make = ["make", "--no-print-directory", "-C", str(ROOT)]
+    said = subprocess.run([*make, "help"], capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "check", "clean"):
+        assert f"make {target}" in said
+    old = subprocess.run(
+        [*make, "-B", "install", "PYTHON="], capture_output=True, text=True, check=False
+    )
+    assert old.returncode == 2
+    assert "error: PYTHON: expected Python 3.11 or newer" in old.stderr
