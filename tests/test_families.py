@@ -298,7 +298,7 @@ def solved(
     problem = ilqr.Problem(model, w, observed, model.initial.cost(B))
     z0 = first.new_zeros(B, model.n) if start is None else start.z[:, 0]
     u = first.new_zeros(B, T, model.m) if start is None else start.u
-    config = ilqr.SolverConfig(iterations=400, tolerance=1e-20, exact=True)
+    config = ilqr.SolverConfig(iterations=400, tolerance=1e-24, exact=True)
     return problem, ilqr.solve(problem, z0, u, config)[0]
 
 
@@ -332,7 +332,7 @@ def worst_gradient_error(model: Model, posterior: Kronecker | None) -> dict[str,
         direction = normal(*p.shape, seed=100 + i)
         direction /= direction.norm() + 1e-300
         exact = float((grads[name] * direction).sum())
-        h, ends = 3e-4, []
+        h, ends = 1e-4, []
         for sign in (-1, 1):
             with torch.no_grad():
                 p.add_(sign * h * direction)

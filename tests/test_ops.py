@@ -82,7 +82,7 @@ def test_every_metric_that_is_asked_for_is_there(fed: tuple[Service, Path, Path]
     asked = set(re.findall(r"\bilqr_\w+", " ".join([*queries(), rules])))
     assert len(asked) > 20
     assert asked <= shown, asked - shown
-    alerts = re.findall(r"alert: (\w+)", rules)
+    alerts = re.findall(r"- alert: (\w+)", rules)
     told = (CONFIGS.parent / "docs/operations.md").read_text()
     assert [a for a in alerts if f"| {a} |" not in told] == []
 
@@ -168,8 +168,8 @@ def test_a_journal_becomes_nwb_that_the_inspector_finds_clean(
         assert counts.shape == (80, 7)
         assert np.flatnonzero(np.isnan(counts[:, 0])).tolist() == [9, 30]
         np.testing.assert_array_equal(counts[10], spikes(80)[10])
-        assert np.isfinite(file["processing/decoder/kinematics/data"]).all()
-        assert (np.asarray(file["processing/decoder/status/data"])[[9, 30]] == 4).all()
+        assert np.isfinite(file["processing/misc/kinematics/data"]).all()
+        assert (np.asarray(file["processing/misc/status/data"])[[9, 30]] == 4).all()
         manifest = json.loads(file["scratch/model_manifest"][()])
         assert list(manifest) == [service.model]
         assert json.loads(file["scratch/service_settings"][()])["credits"] == 500

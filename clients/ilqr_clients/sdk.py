@@ -18,92 +18,19 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import msgspec
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
 from ilqr_clients.answers import Answer, ClockOffset
+from ilqr_clients.connection import Model, connect, model_of, reachable, refusal
 from ilqr_vae import wire
-from ilqr_vae.errors import ProtocolError, ServiceError, ShapeError
-from ilqr_vae.keys import ClientKey, key_from_environment
-from ilqr_vae.recordings import RecordingSpec
+from ilqr_vae.errors import ServiceError, ShapeError
+from ilqr_vae.keys import ClientKey
+
+__all__ = ["Model", "ServiceClient", "Session", "connect", "model_of", "reachable", "refusal"]
 
 Reply = TypeVar("Reply", wire.Described, wire.SessionList, wire.Probed, wire.ModelList)
-
-
-class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of a served model's manifest that a client needs; other fields are ignored."""
-
-    model_id: str
-    bin_width: float
-    unit_names: tuple[str, ...]
-    kinematic_names: tuple[str, ...] = ()
-    kinematic_units: tuple[str, ...] = ()
-    data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
-    scores: dict[str, float] = msgspec.field(default_factory=dict[str, float])
-    provenance: dict[str, str] = msgspec.field(default_factory=dict[str, str])
-
-
-def model_of(described: wire.Described) -> Model:
-    """The manifest, typed. Raises ProtocolError where the service describes no such model."""
-    try:
-        return msgspec.convert(described.manifest, Model)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(
-            "described.manifest", expected="a model manifest", got=str(error)
-        ) from error
-
-
-def connect(
-    context: zmq.Context[Any], kind: int, endpoint: str, key: ClientKey | None = None
-) -> zmq.Socket[bytes]:
-    """A connected socket that never lingers and keeps every message until it is read.
-
-    It speaks with ``key``, or the one that the environment variable ``ILQR_VAE_KEY`` names.
-
-    Raises:
-        ConfigError: that key cannot be read.
-        ServiceError: ``endpoint`` is not one.
-    """
-    socket: zmq.Socket[bytes] = context.socket(kind)
-    socket.linger = 0
-    socket.rcvhwm = 0
-    socket.sndhwm = 0
-    key = key or key_from_environment()
-    if key is not None:
-        key.apply(socket)
-    try:
-        socket.connect(endpoint)
-    except zmq.ZMQError as error:
-        socket.close()
-        raise ServiceError(
-            "endpoint",
-            expected="an address such as tcp://127.0.0.1:5555",
-            got=f"{endpoint!r} ({error})",
-        ) from error
-    return socket
-
-
-def reachable(results: str, endpoint: str) -> str:
-    """The results address as seen from here: a wildcard host becomes the host of ``endpoint``.
-
-    >>> reachable("tcp://0.0.0.0:5556", "tcp://lab-pc:5555")
-    'tcp://lab-pc:5556'
-    """
-    scheme, _, address = results.partition("://")
-    host, _, port = address.rpartition(":")
-    if scheme != "tcp" or host not in {"*", "0.0.0.0", "[::]"}:
-        return results
-    here, _, _ = endpoint.removeprefix("tcp://").rpartition(":")
-    return f"tcp://{here}:{port}"
-
-
-def refusal(endpoint: str, refused: wire.Refused) -> ServiceError:
-    """A refusal as an error of this side."""
-    return ServiceError(
-        f"{refused.field} (refused by {endpoint})", expected=refused.expected, got=refused.got
-    )
 
 
 class ServiceClient:

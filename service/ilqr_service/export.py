@@ -179,7 +179,9 @@ def _build(
     add(spikes, "binned_spikes", counts, "count", what, list(request.units))
     what = "1 where the feeder observed the unit"
     add(spikes, "observed", observed, "n.a.", what, list(request.units))
-    decoder = nwb.create_processing_module("decoder", "answers; of each bin the newest revision")
+    decoder = nwb.create_processing_module(
+        "misc", "decoder's answers; of each bin the newest revision"
+    )
     for name in SERIES:
         base = name.removesuffix("_std")
         data = np.full((n_bins, getattr(first, name).shape[0]), np.nan)

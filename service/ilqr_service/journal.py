@@ -56,23 +56,23 @@ class Live:
         began: what it began with, brought up to the newest snapshot.
         kept: the newest snapshot, framed.
         works: framed works since, by serial, with their index and whether a bin came.
-        answers: framed newest answers.
+        answers: the newest answer of each of the newest bins, framed, by index.
     """
 
     began: Began
     kept: bytes = b""
     works: dict[int, tuple[bytes, Worked]] = field(default_factory=dict[int, tuple[bytes, Worked]])
-    answers: dict[tuple[int, int], bytes] = field(default_factory=dict[tuple[int, int], bytes])
+    answers: dict[int, bytes] = field(default_factory=dict[int, bytes])
 
     def note(self, record: Record, framed: bytes) -> None:
         """Follow one record of this run."""
         if isinstance(record, Worked):
             self.works[record.work.serial] = (framed, record)
         elif isinstance(record, Answered):
-            key = (record.index, record.revision)
-            self.answers[key] = framed
+            self.answers.pop(record.index, None)  # so that the newest are last
+            self.answers[record.index] = framed
             if len(self.answers) > TAIL:
-                del self.answers[next(iter(self.answers))]
+                del self.answers[min(self.answers)]
         elif isinstance(record, Kept):
             self.kept = framed
             done = [s for s in self.works if s <= record.packed.serial]

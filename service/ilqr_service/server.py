@@ -28,6 +28,7 @@ from ilqr_service.session import Effects, Limits
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.slots import Slots
+from ilqr_service.sockets import bind, empty
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
@@ -198,7 +199,7 @@ class Service:
         address = loopback_endpoint(field, endpoint, secured=self._gate is not None)
         if self._gate is not None:
             self._gate.guard(socket, field)
-        return _bind(field, socket, address)
+        return bind(field, socket, address)
 
     def _run(self) -> None:
         try:
@@ -227,7 +228,7 @@ class Service:
             now = time.monotonic_ns()
             self._seen = now / 1e9
             if self._wake in events:
-                _empty(self._wake)
+                empty(self._wake)
             if self._gate is not None and self._gate.socket in events:
                 self._gate.answer()
             self._answers()
@@ -385,27 +386,3 @@ class Service:
         except zmq.ZMQError:
             # EHOSTUNREACH: gone. EAGAIN: it does not read. Either way it is the feeder's loss.
             self.telemetry.count(Counter({"unreachable": 1}))
-
-
-def _bind(field: str, socket: zmq.Socket[bytes], address: str) -> str:
-    """Bind with heartbeats; returns the address with its port."""
-    if address.startswith("tcp://["):
-        socket.ipv6 = True
-    socket.heartbeat_ivl = 2_000
-    socket.heartbeat_timeout = 10_000
-    socket.heartbeat_ttl = 10_000
-    try:
-        socket.bind(address)
-    except zmq.ZMQError as error:
-        raise ServiceError(
-            field, expected="an address that can be bound", got=f"{address} ({error})"
-        ) from error
-    return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\x00")
-
-
-def _empty(socket: zmq.Socket[bytes]) -> None:
-    while True:
-        try:
-            socket.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            return

@@ -175,7 +175,8 @@ class Session:
         if len(self.missing) > _REMEMBERED:
             self.missing = {i for i in self.missing if i >= self.next_index - _REMEMBERED // 2}
         if len(self.revisions) > 4 * self.facts.horizon:
-            limit = self.next_index - 2 * self.facts.horizon
+            # by what is answered, not by what has come: answers to late bins may be queued yet
+            limit = self.newest - 2 * self.facts.horizon
             self.revisions = {i: r for i, r in self.revisions.items() if i >= limit}
 
     def info(self, now_ns: int) -> wire.SessionInfo:
@@ -210,6 +211,26 @@ class Session:
             credits=credits,
             next_index=self.next_index,
             resumed=resumed,
+        )
+
+    def swap(self, facts: ModelFacts) -> Work:
+        """Go on with another model from the next bin on; the work that does it."""
+        before, self.facts = self.facts.model, facts
+        self.serial += 1
+        return Work(
+            run=self.run,
+            index=self.next_index,
+            counts=None,
+            mask=None,
+            fresh=False,
+            source_ns=0,
+            received_ns=0,
+            due_ns=0,
+            anytime=False,
+            serial=self.serial - 1,
+            swap=facts.model,
+            watch=self.request.watch_units,
+            model=before,
         )
 
     def notice(self, what: str) -> wire.Notice:

@@ -356,24 +356,7 @@ class SessionTable:
         for session in self._sessions.values():
             if session.slot != slot:
                 continue
-            before, session.facts = session.facts.model, facts
-            work = Work(
-                run=session.run,
-                index=session.next_index,
-                counts=None,
-                mask=None,
-                fresh=False,
-                source_ns=0,
-                received_ns=0,
-                due_ns=0,
-                anytime=False,
-                serial=session.serial,
-                swap=facts.model,
-                watch=session.request.watch_units,
-                model=before,
-            )
-            session.serial += 1
-            effects.work.append(work)
+            effects.work.append(session.swap(facts))
             what = f"model: {facts.model} from bin {session.next_index}"
             effects.published.append(session.notice(what))
         return effects

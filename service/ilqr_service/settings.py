@@ -72,7 +72,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     journal_keep: Annotated[int, msgspec.Meta(ge=0)] = 0
     snapshot_every: Annotated[int, msgspec.Meta(gt=0, le=64)] = 50
     keys: str = ""
-    control_rate: Annotated[float, msgspec.Meta(gt=0)] = 100.0
+    control_rate: Annotated[float, msgspec.Meta(gt=0)] = 1000.0
     models: str = ""
     keep_warm_ms: Annotated[float, msgspec.Meta(ge=0)] = 200.0
     cpus: str = ""

@@ -20,6 +20,7 @@ from ilqr_vae import wire
 
 STAGES = ("wire_in", "queue", "solve", "publish", "total")
 _EDGES_MS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 250)
+_REASONS = ("credits", "index", "late", "message", "size", "session", "key", "role", "rate")
 _HALF_LIFE = 5_000
 _MINUTE_NS = 60_000_000_000
 _QUANTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "p99.99": 99.99, "max": 100.0}
@@ -81,6 +82,8 @@ class Telemetry:
         self._refused = Counter(
             "ilqr_refused", "messages refused, by the field that was wrong", ["reason"], registry=r
         )
+        for reason in _REASONS:  # there from the start, so that the first one is an increase
+            self._refused.labels(reason)
         self._events = {
             name: Counter(f"ilqr_{name}", text, registry=r) for name, text in EVENTS.items()
         }

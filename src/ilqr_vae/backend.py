@@ -8,7 +8,7 @@ environment variable ``ILQR_VAE_BACKEND`` sets it for a process, ``use`` while i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from ilqr_vae.errors import ConfigError
@@ -46,7 +46,7 @@ def use(name: str) -> None:
 
 
 @contextmanager
-def using(name: str) -> Iterator[None]:
+def using(name: str) -> Generator[None]:
     """Choose for a while (the whole process: for tests and measurements).
 
     Raises:

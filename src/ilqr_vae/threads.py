@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,19 +60,24 @@ def count() -> int:
     return torch.get_num_threads() if _pool.count is None else _pool.count
 
 
-def scratch(dtype: DTypeLike, size: int) -> NDArray[np.floating]:
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def scratch(dtype: DTypeLike, size: int) -> NDArray[Any]:
     """This thread's buffer of at least ``size`` numbers, aligned; its contents have no meaning.
 
     It grows to the largest ever asked for and stays.
     """
-    kept: dict[np.dtype[np.floating], NDArray[np.floating]] = _local.__dict__
+    kept: dict[str, NDArray[Any]] = _local.__dict__
     key = np.dtype(dtype)
-    buffer = kept.get(key.char)
+    buffer = kept.get(key.name)
     if buffer is None or buffer.size < size:
-        raw = np.zeros(size + _ALIGNMENT, key)
+        raw: NDArray[Any] = np.zeros(size + _ALIGNMENT, key)
         start = -raw.ctypes.data % _ALIGNMENT // key.itemsize
         buffer = raw[start : start + size]
-        kept[key.char] = buffer
+        kept[key.name] = buffer
     return buffer
 
 

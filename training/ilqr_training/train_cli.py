@@ -17,6 +17,7 @@ from ilqr_training.data import Prepared
 from ilqr_training.loop import Report
 from ilqr_training.train import checkpoint_path, train
 from ilqr_training.validate import Validation
+from ilqr_vae import threads
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.report import check_writable, write_whole
 
@@ -157,14 +158,11 @@ def train_command(
     )
 
 
-def use_threads(threads: int | None) -> None:
-    """Give the compiled kernels the cores; torch's own pool only spins beside them.
+def use_threads(count: int | None) -> None:
+    """Give the compiled kernels the cores, and torch one thread.
 
-    The batched torch operations here are small, and two pools of spinning threads on the same cores
-    slow each other by an order of magnitude on a busy machine.
+    The batched torch operations here are small, and two pools of threads on the same cores slow
+    each other by an order of magnitude on a busy machine.
     """
     torch.set_num_threads(1)
-    if threads is not None:
-        import numba
-
-        numba.set_num_threads(min(threads, numba.get_num_threads()))
+    threads.use(count or threads.cores())

@@ -7,8 +7,8 @@ w (T, N rounded up to 8) are slope and curvature of -log p in a, masked.
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
 
-# numba infers the types of what it compiles.
-# pyright: reportMissingParameterType=false
+# numba infers the types of what it compiles, and gives an intrinsic's first parameter itself.
+# pyright: reportMissingParameterType=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ cost), takes the new bin, is solved, and answers. Letters and formulas are those
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
 
-# numba infers the types of what it compiles.
-# pyright: reportMissingParameterType=false
+# numba infers the types of what it compiles, and gives an intrinsic's first parameter itself.
+# pyright: reportMissingParameterType=false, reportCallIssue=false
 
 from __future__ import annotations
 
