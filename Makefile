@@ -20,7 +20,7 @@ PARTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test check chaos format clean
 
 help:  ## show this
 	@echo "make demo    simulate, train, serve, replay and report; results in $(OUT)/"
@@ -28,6 +28,7 @@ help:  ## show this
 	@echo "             SPEED=1|4|max   multiple of real time   OUT=folder   for the results"
 	@echo "make test    every check and every test"
 	@echo "make check   lint, format, types, layers (no tests)"
+	@echo "make chaos   the fault tests at full size"
 	@echo "make format  put the code into the project's format"
 	@echo "make install what the demo needs, into .venv"
 	@echo "make clean   remove .venv, caches and builds (not $(OUT)/)"
@@ -63,6 +64,9 @@ check: .venv/.dev  ## lint, format, types, layers
 
 test: check  ## every check and every test
 	$(BIN)/pytest
+
+chaos: .venv/.dev  ## every fault at full size
+	CHAOS=full $(BIN)/pytest -m chaos --timeout 3600
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,31 @@ Shape checking of the library under pytest is switched on in pyproject.toml (``a
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from ilqr_vae.artifact import GroupSpec, ModelSpec, build
+from ilqr_vae.horizon import HorizonConfig, MovingHorizon
+
 torch.set_num_threads(1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the kernels before the first test, so that no test's time limit includes it.
+
+    numba keeps what it compiled beside the sources: the child processes of the tests find it there.
+    """
+    del session
+    for dtype in (torch.float32, torch.float64):
+        spec = ModelSpec(
+            dynamics="mgu2",
+            latents=3,
+            inputs=2,
+            groups={"spikes": GroupSpec(family="poisson", channels=4)},
+        )
+        model = build(spec).to(dtype)
+        ones = torch.ones(4, dtype=dtype)
+        estimator = MovingHorizon(model, None, ones, HorizonConfig(horizon=2))
+        state = estimator.init(2)
+        for _ in range(3):
+            state, _ = estimator.step(state, ones.expand(2, 4), ones.expand(2, 4))

@@ -115,8 +115,6 @@ def test_importance_weighting_tightens_the_bound() -> None:
     tight = float(q.importance_weighted(observed, samples=4000, at_once=500).mean())
     assert loose < some < tight
     laplace = prediction.infer(model, observed, solver=TIGHT, generator=g)
-    both = float(laplace.importance_weighted(observed, samples=4000, at_once=500).mean())
-    assert both == pytest.approx(tight, abs=0.2)  # two proposals, one log p(o)
     assert float(laplace.bound(observed, samples=400).mean()) > loose
 
 

@@ -23,7 +23,7 @@ from ilqr_clients.replay import stream
 from ilqr_clients.replay_report import Run, arrays_of, report_of
 from ilqr_clients.sdk import Model, ServiceClient, model_of
 from ilqr_vae.errors import ConfigError, RecordingError
-from ilqr_vae.recordings import Recording, RecordingSpec, load_recording
+from ilqr_vae.recordings import Recording, RecordingSpec, load_matching
 from ilqr_vae.recordings.spec import SPANS, Span, plan_drops, warmup_start
 from ilqr_vae.report import (
     STDOUT,
@@ -88,27 +88,14 @@ def spec_from(config: Path | None, model: Model) -> RecordingSpec:
 
 
 def read_for(model: Model, path: Path, spec: RecordingSpec) -> Recording:
-    """The recording, the model's units alone.
-
-    Raises:
-        RecordingError: it cannot be read, has another bin width, lacks a unit, or its kinematics
-            are not those the model decodes.
-    """
-    recording = load_recording(path, spec)
-    if abs(recording.bin_width - model.bin_width) > 1e-9:
-        raise RecordingError(
-            "recording.bin_width",
-            expected=f"the model's {model.bin_width} s",
-            got=f"{recording.bin_width} s",
-        )
-    decoded = model.kinematic_names
-    if decoded and recording.kinematics is not None and recording.kinematic_names != decoded:
-        raise RecordingError(
-            "recording.kinematics",
-            expected=f"the channels the model decodes, {', '.join(decoded)}",
-            got=", ".join(recording.kinematic_names),
-        )
-    return recording.select_units(model.unit_names)
+    """The recording, the model's units alone. Raises RecordingError."""
+    return load_matching(
+        path,
+        spec,
+        bin_width=model.bin_width,
+        unit_names=model.unit_names,
+        kinematic_names=model.kinematic_names,
+    )
 
 
 def _npz(arrays: dict[str, NDArray[Any]]) -> bytes:

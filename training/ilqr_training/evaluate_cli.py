@@ -23,7 +23,7 @@ from ilqr_training.causal import Causal, causal_pass
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, RecordingError
-from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.recordings import Recording, load_matching
 from ilqr_vae.recordings.spec import SPANS, Span, plan_drops, warmup_start
 from ilqr_vae.report import (
     ReportData,
@@ -45,27 +45,15 @@ EXAMPLE = (
 
 
 def read_for(artifact: Artifact, path: Path) -> Recording:
-    """The recording as the model was trained on one, its units alone.
-
-    Raises:
-        RecordingError: unreadable, another bin width, or units the model needs are absent.
-    """
+    """The recording as the model was trained on one, its units alone. Raises RecordingError."""
     manifest = artifact.manifest
-    recording = load_recording(path, manifest.data)
-    if abs(recording.bin_width - manifest.bin_width) > 1e-9:
-        raise RecordingError(
-            "recording.bin_width",
-            expected=f"the model's {manifest.bin_width:g} s",
-            got=f"{recording.bin_width:g} s",
-        )
-    names = manifest.kinematic_names
-    if names and recording.kinematics is not None and recording.kinematic_names != names:
-        raise RecordingError(
-            "recording.kinematics",
-            expected=f"the channels the model decodes, {', '.join(names)}",
-            got=", ".join(recording.kinematic_names),
-        )
-    return recording.select_units(manifest.unit_names)
+    return load_matching(
+        path,
+        manifest.data,
+        bin_width=manifest.bin_width,
+        unit_names=manifest.unit_names,
+        kinematic_names=manifest.kinematic_names,
+    )
 
 
 def _run(

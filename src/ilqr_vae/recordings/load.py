@@ -31,3 +31,38 @@ def load_recording(path: str | Path, spec: RecordingSpec | None = None) -> Recor
 
         return read_nwb(path, spec)
     raise RecordingError("recording", expected="a .nwb or .mat file", got=path.name)
+
+
+def load_matching(
+    path: str | Path,
+    spec: RecordingSpec,
+    *,
+    bin_width: float,
+    unit_names: tuple[str, ...],
+    kinematic_names: tuple[str, ...],
+) -> Recording:
+    """Read a recording for a trained model: its units alone, in its order.
+
+    Args:
+        spec: how to read it.
+        bin_width, unit_names, kinematic_names: the model's; no names: it decodes nothing.
+
+    Raises:
+        RecordingError: it cannot be read, has another bin width, lacks a unit, or its kinematics
+            are not those the model decodes.
+    """
+    recording = load_recording(path, spec)
+    if abs(recording.bin_width - bin_width) > 1e-9:
+        raise RecordingError(
+            "recording.bin_width",
+            expected=f"the model's {bin_width:g} s",
+            got=f"{recording.bin_width:g} s",
+        )
+    decoded = kinematic_names and recording.kinematics is not None
+    if decoded and recording.kinematic_names != kinematic_names:
+        raise RecordingError(
+            "recording.kinematics",
+            expected=f"the channels the model decodes, {', '.join(kinematic_names)}",
+            got=", ".join(recording.kinematic_names),
+        )
+    return recording.select_units(unit_names)

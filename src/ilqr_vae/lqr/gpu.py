@@ -1,0 +1,159 @@
+"""The LQR problem solved by Triton kernels: one launch for the whole recursion of a batch.
+
+The contract of `solve_reference`, without gradients and without waiting for the device: nothing of
+the answer is looked at here. n to 128, m to 32; larger problems are solved by the reference, after
+one line in the log, as is everything where Triton cannot be imported.
+
+``TRITON_INTERPRET=1``, set before Triton is imported, runs the same kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
+from ilqr_vae.lqr.types import LQRProblem, LQRSolution, damping_per_problem
+from ilqr_vae.shapes import (
+    InputByState,
+    InputJacobians,
+    InputMatrices,
+    StateJacobians,
+    StateMatrices,
+    StateMatrix,
+)
+
+_log = logging.getLogger(__name__)
+
+#: The largest problem whose blocks a program can hold.
+LARGEST_N, LARGEST_M = 128, 32
+#: A tensor product takes no smaller block.
+_SMALLEST = 16
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The Triton functions, or None (said once in the log) where there is no Triton."""
+    try:
+        from ilqr_vae.lqr import gpu_kernels
+    except ImportError as error:
+        _log.warning("Triton cannot be imported (%s): LQR problems are solved in torch", error)
+        return None
+    return gpu_kernels
+
+
+@cache
+def _say_too_large(n: int, m: int) -> None:
+    _log.warning(
+        "no GPU kernel for n = %d, m = %d (to %d and %d): solved in torch",
+        n, m, LARGEST_N, LARGEST_M,
+    )  # fmt: skip
+
+
+def _block(size: int) -> int:
+    return max(_SMALLEST, 1 << (size - 1).bit_length())
+
+
+def _fitting(n: int, m: int) -> ModuleType | None:
+    kernels = _kernels()
+    if kernels is not None and (n > LARGEST_N or m > LARGEST_M):
+        _say_too_large(n, m)
+        return None
+    return kernels
+
+
+def _check_dtype(tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ShapeError("A", expected="float32 or float64", got=str(tensor.dtype))
+
+
+def _warps(n: int) -> int:
+    return 4 if n <= 32 else 8
+
+
+def solve_gpu(
+    problem: LQRProblem, *, free_initial: bool, regularisation: Tensor | float = 0.0
+) -> LQRSolution:
+    """Solve a batch of LQR problems on their device.
+
+    Args:
+        problem: the batch, float32 or float64.
+        free_initial: whether dz_0 is optimised (else it is zero).
+        regularisation: Levenberg damping, (B,) or a number.
+
+    Returns:
+        The solution, detached; problems that are not well posed have ``ok`` False and zeros.
+
+    Raises:
+        ShapeError: tensors that do not fit each other, or of another dtype.
+    """
+    batch, T, n, m = problem.sizes()
+    kernels = _fitting(n, m)
+    if kernels is None:
+        return solve_reference(problem, free_initial=free_initial, regularisation=regularisation)
+    A = problem.A.detach()
+    _check_dtype(A)
+    damping = damping_per_problem(regularisation, A, batch).detach().contiguous()
+    given = [t.detach().contiguous() for t in problem.tensors().values()]
+    named = dict(zip(problem.tensors(), given, strict=True))
+    dz, v, costate = (A.new_empty(batch, T + 1, n) for _ in range(3))
+    du, k = (A.new_empty(batch, T, m) for _ in range(2))
+    K, V = A.new_empty(batch, T, m, n), A.new_empty(batch, T + 1, n, n)
+    Quu_inv, model = A.new_empty(batch, T, m, m), A.new_empty(batch, 2)
+    ok = torch.empty(batch, dtype=torch.int8, device=A.device)
+    limits = torch.finfo(A.dtype)
+    if batch:
+        kernels.solve[(batch,)](
+            named["A"], named["B"], named["Q"], named["q"], named["R"], named["r"],
+            named.get("c", A), named.get("S", A), damping,
+            K, k, Quu_inv, V, v, dz, du, costate, model, ok,
+            T, n, m, limits.eps, limits.max,
+            HAS_C="c" in named, HAS_S="S" in named, FREE=free_initial,
+            NP=_block(n), MP=_block(m), num_warps=_warps(n),
+        )  # fmt: skip
+    return LQRSolution(
+        dz=dz, du=du, K=K, k=k, dz0=dz[:, 0], V=V, v=v, costate=costate, Quu_inv=Quu_inv,
+        decrease=model[:, 0], linear=model[:, 1], ok=ok.bool(),
+    )  # fmt: skip
+
+
+def marginal_covariance_gpu(
+    A: StateJacobians,
+    B: InputJacobians,
+    K: InputByState,
+    Quu_inv: InputMatrices,
+    V0: StateMatrix,
+) -> StateMatrices:
+    """Covariance of each state; the contract of `marginal_covariance_reference`, no gradients.
+
+    Raises:
+        ShapeError: tensors that do not fit each other, or of another dtype.
+    """
+    batch, T, n, m = B.shape
+    kernels = _fitting(n, m)
+    if kernels is None:
+        return marginal_covariance_reference(A, B, K, Quu_inv, V0)
+    _check_dtype(A)
+    expected = {
+        "A": (A, (batch, T, n, n)),
+        "K": (K, (batch, T, m, n)),
+        "Quu_inv": (Quu_inv, (batch, T, m, m)),
+        "V0": (V0, (batch, n, n)),
+    }
+    for name, (value, shape) in expected.items():
+        if value.shape != shape or value.dtype != B.dtype:
+            raise ShapeError(
+                name, expected=f"{shape} {B.dtype}", got=f"{tuple(value.shape)} {value.dtype}"
+            )
+    Sigma = A.new_empty(batch, T + 1, n, n)
+    if batch:
+        kernels.covariance[(batch,)](
+            *(t.detach().contiguous() for t in (A, B, K, Quu_inv, V0)), Sigma,
+            T, n, m, torch.finfo(A.dtype).eps, NP=_block(n), MP=_block(m), num_warps=_warps(n),
+        )  # fmt: skip
+    return Sigma
