@@ -21,6 +21,8 @@ from ilqr_vae.errors import ServiceError
 from process import offline
 from rig import make_model, serving
 
+pytestmark = pytest.mark.chaos
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ from ilqr_vae.errors import ConfigError, ProtocolError, ServiceError
 from ilqr_vae.keys import add_client, make_server_key, read_authorized, read_client_key
 from rig import BIN_S, make_model, serving
 
+pytestmark = pytest.mark.chaos
+
 SECOND = 1_000_000_000
 
 

@@ -91,7 +91,7 @@ def _eliminate(M, X, y, size, floor, P: tl.constexpr, R: tl.constexpr):
     index = tl.arange(0, P)
     diagonal = tl.sum(tl.where(index[:, None] == index[None, :], M, 0.0), axis=1)
     good = 1
-    for p in range(0, size):
+    for p in range(size):
         pivot, row, column = _pivot(M, p, P)
         own = tl.sum(tl.where(index == p, diagonal, 0.0))
         good = good & ((pivot > 0.0) & (pivot > floor * own)).to(tl.int32)
@@ -143,7 +143,7 @@ def solve(
     _put(V + T * n * n, P, n, n, NP, NP)
     _put_row(v + T * n, w, n, NP)
     good = good & _fits(P, largest) & _fits(w, largest)
-    for s in range(0, T):
+    for s in range(T):
         t = T - 1 - s
         A_t = _at(A + t * n * n, n, n, NP, NP)
         B_t = _at(B + t * n * m, n, m, NP, MP)
@@ -187,7 +187,7 @@ def solve(
     linear = tl.sum(0.0 * x)
     offsets = linear
     squares = tl.sum(x * x)
-    for t in range(0, T + 1):
+    for t in range(T + 1):
         lam = _row_at(v + t * n, n, NP) + _times(_at(V + t * n * n, n, n, NP, NP), x)
         _put_row(dz + t * n, x, n, NP)
         _put_row(costate + t * n, lam, n, NP)
@@ -219,7 +219,7 @@ def solve(
         square, gain = tl.zeros((NP, NP), tl.float32), tl.zeros((MP, NP), tl.float32)
         small = tl.zeros((MP, MP), tl.float32)
         state, input_ = tl.zeros((NP,), tl.float32), tl.zeros((MP,), tl.float32)
-        for t in range(0, T + 1):
+        for t in range(T + 1):
             _put(V + t * n * n, square, n, n, NP, NP)
             _put_row(v + t * n, state, n, NP)
             _put_row(dz + t * n, state, n, NP)
@@ -251,7 +251,7 @@ def covariance(
     )
     P = tl.where(good == 1, inverse, 0.0).to(start.dtype)
     _put(Sigma, P, n, n, NP, NP)
-    for t in range(0, T):
+    for t in range(T):
         B_t = _at(B + t * n * m, n, m, NP, MP)
         closed = _at(A + t * n * n, n, n, NP, NP)
         closed += _product(B_t, _at(K + t * m * n, m, n, MP, NP))
