@@ -5,6 +5,8 @@ Shape checking of the library under pytest is switched on in pyproject.toml (``a
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -12,6 +14,11 @@ from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.horizon import HorizonConfig, MovingHorizon
 
 torch.set_num_threads(1)
+
+# A shell that runs the tests in the background has SIGINT ignored, and programs started by them
+# would inherit that; a handler of our own they do not inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

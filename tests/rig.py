@@ -95,6 +95,7 @@ def serving(
                 "results": "tcp://127.0.0.1:*",
                 "http": "",
                 "device": "cpu",
+                "control_rate": 1e9,  # tests ask without pause until something is so
             }
             | settings
         )  # pyright: ignore[reportArgumentType]  # a mapping of settings by name

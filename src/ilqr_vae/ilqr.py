@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ilqr_vae.dynamics import Weights
 from ilqr_vae.fused import solver
-from ilqr_vae.likelihoods import Observations
+from ilqr_vae.likelihoods import Observations, Observed
 from ilqr_vae.lqr import LQRProblem, LQRSolution, solve_lqr
 from ilqr_vae.model import Model
 from ilqr_vae.priors import InitialCost
@@ -169,6 +169,88 @@ def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, I
     return step_reference(problem, state, config)
 
 
+def _waits(like: Tensor) -> bool:
+    """Whether looking at a tensor's numbers makes the program wait for its device."""
+    return like.device.type != "cpu"
+
+
+_Found = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _target(state: State, lqr: LQRSolution, alpha: Tensor, config: SolverConfig) -> Tensor:
+    """The largest J that a step of size alpha may lead to."""
+    # the slack is what float rounding of J can hide
+    slack = 10 * torch.finfo(state.cost.dtype).eps * state.cost.abs()
+    promised = alpha * (2 - alpha) * lqr.decrease
+    return state.cost - config.armijo * promised + slack
+
+
+def _search(
+    problem: Problem,
+    state: State,
+    lqr: LQRSolution,
+    seeking: Bool[Tensor, " B"],
+    config: SolverConfig,
+) -> _Found:
+    """(z, u, cost, alpha taken): halve the step until J falls enough, for those that seek."""
+    dynamics = problem.model.dynamics
+    alpha = seeking.to(state.cost.dtype)
+    taken = torch.zeros_like(alpha)
+    z, u, cost = state.z, state.u, state.cost
+    for _ in range(config.backtracks + 1):
+        z0 = state.z[:, 0] + alpha.unsqueeze(-1) * lqr.dz0
+        z_try, u_try = closed_loop(dynamics, problem.w, z0, state.z, state.u, lqr.K, lqr.k, alpha)
+        cost_try = problem.cost(z_try, u_try)
+        accept = seeking & (cost_try <= _target(state, lqr, alpha, config))
+        z, u, cost = (
+            _where(accept, z_try, z),
+            _where(accept, u_try, u),
+            _where(accept, cost_try, cost),
+        )
+        taken = torch.where(accept, alpha, taken)
+        seeking = seeking & ~accept
+        if not bool(seeking.any()):
+            break
+        alpha = torch.where(seeking, 0.5 * alpha, torch.zeros_like(alpha))
+    return z, u, cost, taken
+
+
+def _search_at_once(
+    problem: Problem,
+    state: State,
+    lqr: LQRSolution,
+    seeking: Bool[Tensor, " B"],
+    config: SolverConfig,
+) -> _Found:
+    """``_search`` without looking at its numbers: every step size in one batch."""
+    B, sizes = state.z.shape[0], config.backtracks + 1
+
+    def each(x: Tensor) -> Tensor:
+        return x.repeat(sizes, *[1] * (x.ndim - 1))
+
+    steps = 0.5 ** torch.arange(sizes, dtype=state.cost.dtype, device=state.cost.device)
+    alpha = steps.repeat_interleave(B)
+    z_ref, u_ref = each(state.z), each(state.u)
+    z0 = z_ref[:, 0] + alpha.unsqueeze(-1) * each(lqr.dz0)
+    trials = closed_loop(
+        problem.model.dynamics, problem.w, z0, z_ref, u_ref, each(lqr.K), each(lqr.k), alpha
+    )
+    initial = InitialCost(each(problem.initial.mean), each(problem.initial.precision))
+    observed = {k: Observed(each(o.values), each(o.mask)) for k, o in problem.observed.items()}
+    cost = problem.model.cost(*trials, observed, initial).view(sizes, B)
+    accept = seeking & (cost <= _target(state, lqr, steps.unsqueeze(-1), config))
+    first = accept.to(torch.int64).argmax(0)
+    row = torch.arange(B, device=first.device)
+    some = accept.any(0)
+    z, u = (x.view(sizes, B, *x.shape[1:])[first, row] for x in trials)
+    return (
+        _where(some, z, state.z),
+        _where(some, u, state.u),
+        torch.where(some, cost[first, row], state.cost),
+        torch.where(some, steps[first], torch.zeros_like(state.cost)),
+    )
+
+
 def step_reference(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
     """``step`` in torch: what the compiled one must do."""
     model, w = problem.model, problem.w
@@ -180,29 +262,8 @@ def step_reference(problem: Problem, state: State, config: SolverConfig) -> tupl
     else:
         lqr = solve_lqr(quadratic, free_initial=True, regularisation=state.regularisation)
 
-    # merit test: the slack is what float rounding of J can hide
-    slack = 10 * torch.finfo(state.cost.dtype).eps * state.cost.abs()
-    seeking = running & lqr.ok
-    alpha = seeking.to(state.cost.dtype)
-    taken = torch.zeros_like(alpha)
-    z, u, cost = state.z, state.u, state.cost
-    for _ in range(config.backtracks + 1):
-        z0 = state.z[:, 0] + alpha.unsqueeze(-1) * lqr.dz0
-        z_try, u_try = closed_loop(model.dynamics, w, z0, state.z, state.u, lqr.K, lqr.k, alpha)
-        cost_try = problem.cost(z_try, u_try)
-        promised = alpha * (2 - alpha) * lqr.decrease
-        accept = seeking & (cost_try <= state.cost - config.armijo * promised + slack)
-        z, u, cost = (
-            _where(accept, z_try, z),
-            _where(accept, u_try, u),
-            _where(accept, cost_try, cost),
-        )
-        taken = torch.where(accept, alpha, taken)
-        seeking = seeking & ~accept
-        if not bool(seeking.any()):
-            break
-        alpha = torch.where(seeking, 0.5 * alpha, torch.zeros_like(alpha))
-
+    search = _search_at_once if _waits(state.z) else _search
+    z, u, cost, taken = search(problem, state, lqr, running & lqr.ok, config)
     moved = taken > 0
     converged = running & lqr.ok & (lqr.decrease <= config.tolerance * (1 + state.cost.abs()))
     raised = (10 * state.regularisation).clamp(min=config.regularisation_min)
@@ -298,8 +359,15 @@ def solve_reference(
     u: Float[Tensor, "B T m"],
     config: SolverConfig,
     stop: Stop | None = None,
+    *,
+    waitless: bool = False,
 ) -> tuple[State, Info]:
-    """``solve`` in torch: what the compiled one must do."""
+    """``solve`` in torch: what the compiled one must do.
+
+    Args:
+        waitless: never look at a number, so that the device need not be waited for: the whole
+            budget of iterations is done, those of problems that have stopped changing nothing.
+    """
     stopped = stopping(stop)
     state = init(problem, z0, u)
     state, info = step_reference(problem, state, config)
@@ -312,10 +380,11 @@ def solve_reference(
             running = state.status == Status.RUNNING
             if ended:
                 break
-        if not bool(running.any()):
+        if not waitless and not bool(running.any()):
             break
         state, later = step_reference(problem, state, config)
-        info = _latest(running, later, info)
+        all_run = not waitless and bool(running.all())
+        info = later if all_run else _latest(running, later, info)
     running = state.status == Status.RUNNING
     limit = torch.where(running, int(Status.ITERATION_LIMIT), state.status)
     return replace(state, status=limit), info
@@ -323,8 +392,6 @@ def solve_reference(
 
 def _latest(running: Bool[Tensor, " B"], new: Info, old: Info) -> Info:
     """``new`` for the problems that were running, ``old`` for those that had stopped."""
-    if bool(running.all()):
-        return new
 
     def merged(after: Any, before: Any) -> dict[str, Any]:
         pairs = {f.name: (getattr(after, f.name), getattr(before, f.name)) for f in fields(after)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ilqr_vae import backend as switch
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.lqr.cpu import marginal_covariance_cpu, solve_cpu
+from ilqr_vae.lqr.gpu import marginal_covariance_gpu, solve_gpu
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
 from ilqr_vae.lqr.types import LQRProblem, LQRSolution
 from ilqr_vae.shapes import (
@@ -26,7 +27,7 @@ from ilqr_vae.shapes import (
     StateMatrix,
 )
 
-BackendName: TypeAlias = Literal["auto", "reference", "cpu"]
+BackendName: TypeAlias = Literal["auto", "reference", "cpu", "gpu"]
 
 
 class _Solve(Protocol):
@@ -62,9 +63,10 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(solve_reference, marginal_covariance_reference),
     "cpu": Backend(solve_cpu, marginal_covariance_cpu),
+    "gpu": Backend(solve_gpu, marginal_covariance_gpu),
 }
 #: What "auto" picks, by torch device type, for tensors that carry no gradient in a dtype listed.
-FOR_DEVICE: dict[str, str] = {"cpu": "cpu"}
+FOR_DEVICE: dict[str, str] = {"cpu": "cpu", "cuda": "gpu"}
 _COMPILED_DTYPES = (torch.float32, torch.float64)
 
 

@@ -1,8 +1,9 @@
 """The LQR problem solved by Triton kernels: one launch for the whole recursion of a batch.
 
 The contract of `solve_reference`, without gradients and without waiting for the device: nothing of
-the answer is looked at here. n to 128, m to 32; larger problems are solved by the reference, after
-one line in the log, as is everything where Triton cannot be imported.
+the answer is looked at here. n to 128 in float32 and 64 in float64 (what a multiprocessor's shared
+memory holds), m to 32; larger problems are solved by the reference, after one line in the log, as
+is everything where Triton cannot be imported.
 
 ``TRITON_INTERPRET=1``, set before Triton is imported, runs the same kernels on the CPU.
 """
@@ -30,8 +31,9 @@ from ilqr_vae.shapes import (
 
 _log = logging.getLogger(__name__)
 
-#: The largest problem whose blocks a program can hold.
-LARGEST_N, LARGEST_M = 128, 32
+#: The largest problem whose blocks a program can hold: n by dtype, and m.
+LARGEST_N = {torch.float32: 128, torch.float64: 64}
+LARGEST_M = 32
 #: A tensor product takes no smaller block.
 _SMALLEST = 16
 
@@ -48,28 +50,23 @@ def _kernels() -> ModuleType | None:
 
 
 @cache
-def _say_too_large(n: int, m: int) -> None:
-    _log.warning(
-        "no GPU kernel for n = %d, m = %d (to %d and %d): solved in torch",
-        n, m, LARGEST_N, LARGEST_M,
-    )  # fmt: skip
+def _say_too_large(n: int, m: int, dtype: torch.dtype, why: str) -> None:
+    _log.warning("no GPU kernel for n = %d, m = %d, %s (%s): solved in torch", n, m, dtype, why)
 
 
-def _block(size: int) -> int:
+def block(size: int) -> int:
+    """Rows of the block that holds ``size`` of them."""
     return max(_SMALLEST, 1 << (size - 1).bit_length())
 
 
-def _fitting(n: int, m: int) -> ModuleType | None:
+def _fitting(n: int, m: int, dtype: torch.dtype) -> ModuleType | None:
     kernels = _kernels()
-    if kernels is not None and (n > LARGEST_N or m > LARGEST_M):
-        _say_too_large(n, m)
+    if dtype not in LARGEST_N:
+        raise ShapeError("A", expected="float32 or float64", got=str(dtype))
+    if kernels is not None and (n > LARGEST_N[dtype] or m > LARGEST_M):
+        _say_too_large(n, m, dtype, f"to {LARGEST_N[dtype]} and {LARGEST_M}")
         return None
     return kernels
-
-
-def _check_dtype(tensor: Tensor) -> None:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise ShapeError("A", expected="float32 or float64", got=str(tensor.dtype))
 
 
 def _warps(n: int) -> int:
@@ -93,11 +90,10 @@ def solve_gpu(
         ShapeError: tensors that do not fit each other, or of another dtype.
     """
     batch, T, n, m = problem.sizes()
-    kernels = _fitting(n, m)
+    A = problem.A.detach()
+    kernels = _fitting(n, m, A.dtype)
     if kernels is None:
         return solve_reference(problem, free_initial=free_initial, regularisation=regularisation)
-    A = problem.A.detach()
-    _check_dtype(A)
     damping = damping_per_problem(regularisation, A, batch).detach().contiguous()
     given = [t.detach().contiguous() for t in problem.tensors().values()]
     named = dict(zip(problem.tensors(), given, strict=True))
@@ -114,7 +110,7 @@ def solve_gpu(
             K, k, Quu_inv, V, v, dz, du, costate, model, ok,
             T, n, m, limits.eps, limits.max,
             HAS_C="c" in named, HAS_S="S" in named, FREE=free_initial,
-            NP=_block(n), MP=_block(m), num_warps=_warps(n),
+            NP=block(n), MP=block(m), num_warps=_warps(n),
         )  # fmt: skip
     return LQRSolution(
         dz=dz, du=du, K=K, k=k, dz0=dz[:, 0], V=V, v=v, costate=costate, Quu_inv=Quu_inv,
@@ -135,10 +131,9 @@ def marginal_covariance_gpu(
         ShapeError: tensors that do not fit each other, or of another dtype.
     """
     batch, T, n, m = B.shape
-    kernels = _fitting(n, m)
+    kernels = _fitting(n, m, A.dtype)
     if kernels is None:
         return marginal_covariance_reference(A, B, K, Quu_inv, V0)
-    _check_dtype(A)
     expected = {
         "A": (A, (batch, T, n, n)),
         "K": (K, (batch, T, m, n)),
@@ -154,6 +149,6 @@ def marginal_covariance_gpu(
     if batch:
         kernels.covariance[(batch,)](
             *(t.detach().contiguous() for t in (A, B, K, Quu_inv, V0)), Sigma,
-            T, n, m, torch.finfo(A.dtype).eps, NP=_block(n), MP=_block(m), num_warps=_warps(n),
+            T, n, m, torch.finfo(A.dtype).eps, NP=block(n), MP=block(m), num_warps=_warps(n),
         )  # fmt: skip
     return Sigma
