@@ -66,7 +66,8 @@ BACKENDS: dict[str, Backend] = {
     "gpu": Backend(solve_gpu, marginal_covariance_gpu),
 }
 #: What "auto" picks, by torch device type, for tensors that carry no gradient in a dtype listed.
-FOR_DEVICE: dict[str, str] = {"cpu": "cpu", "cuda": "gpu"}
+#: "gpu" has run through Triton's interpreter alone; until it has run on a GPU it is taken by name.
+FOR_DEVICE: dict[str, str] = {"cpu": "cpu"}
 _COMPILED_DTYPES = (torch.float32, torch.float64)
 
 
