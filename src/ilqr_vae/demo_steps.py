@@ -62,6 +62,23 @@ def interruptible() -> Generator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _held() -> Generator[None]:
+    """Put off what signals ask for to the end of the context.
+
+    Around the start of a child: interrupted inside ``Popen`` it would run on, known to nobody.
+    """
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
 def command(arguments: Sequence[str]) -> list[str]:
     """The command line of a verb, run by this interpreter."""
     return [sys.executable, "-m", "ilqr_vae.cli", *arguments]
@@ -86,11 +103,16 @@ def run(step: str, arguments: Sequence[str]) -> None:
     Raises:
         StepError: it ended with another code than 0.
     """
-    process = subprocess.Popen(command(arguments), stdin=subprocess.DEVNULL, start_new_session=True)
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with _held():
+            process = subprocess.Popen(
+                command(arguments), stdin=subprocess.DEVNULL, start_new_session=True
+            )
         code = process.wait()
     finally:
-        stop(process, signal.SIGINT)
+        if process is not None:
+            stop(process, signal.SIGINT)
     if code != 0:
         raise StepError(step, code)
 
@@ -133,15 +155,16 @@ def serving(
     Raises:
         StepError: it could not start, or did not end well; the end of its log is in the message.
     """
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            command(serve_arguments(model)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with log.open("wb") as errors, _held():
+            process = subprocess.Popen(
+                command(serve_arguments(model)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
         assert process.stdout is not None
         with waiting or nullcontext():
             line = process.stdout.readline()  # empty when the service ends instead
@@ -149,8 +172,9 @@ def serving(
             raise _failed(process.wait(), log)
         yield msgspec.json.decode(line, type=Ready)
     finally:
-        stop(process, signal.SIGTERM)
-        if process.stdout is not None:
-            process.stdout.close()
+        if process is not None:
+            stop(process, signal.SIGTERM)
+            if process.stdout is not None:
+                process.stdout.close()
     if process.returncode != 0:
         raise _failed(process.returncode, log)
