@@ -6,12 +6,17 @@ Shape checking of the library under pytest is switched on in pyproject.toml (``a
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from feeder import UNITS, Feeder
+from ilqr_service.server import Service
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.horizon import HorizonConfig, MovingHorizon
+from rig import make_model, serving
 
 torch.set_num_threads(1)
 
@@ -40,3 +45,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         state = estimator.init(2)
         for _ in range(3):
             state, _ = estimator.step(state, ones.expand(2, 4), ones.expand(2, 4))
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m.safetensors", n_units=7, names=UNITS)
+
+
+@pytest.fixture(scope="module")
+def service(model_file: Path) -> Iterator[Service]:
+    with serving(model_file, credits=200, gap_limit=20, http="127.0.0.1:0") as running:
+        yield running
+    assert running.failure is None
+
+
+@pytest.fixture
+def feeder(service: Service) -> Iterator[Feeder]:
+    with Feeder(service.ingest, service.results) as f:
+        yield f

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
+from feeder import WAIT_S, Feeder, bin_, open_, spikes
 from ilqr_service.engine import Engine
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
@@ -24,27 +23,8 @@ from ilqr_service.web import Web
 from ilqr_vae import wire
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
-from rig import make_model, serving
 
 FREE = {"ingest": "tcp://127.0.0.1:*", "results": "tcp://127.0.0.1:0", "http": "127.0.0.1:0"}
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "m.safetensors", n_units=7, names=UNITS)
-
-
-@pytest.fixture(scope="module")
-def service(model_file: Path) -> Iterator[Service]:
-    with serving(model_file, credits=200, gap_limit=20, http="127.0.0.1:0") as running:
-        yield running
-    assert running.failure is None
-
-
-@pytest.fixture
-def feeder(service: Service) -> Iterator[Feeder]:
-    with Feeder(service.ingest, service.results) as f:
-        yield f
 
 
 def get(address: str, path: str) -> tuple[int, str]:

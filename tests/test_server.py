@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,6 @@ from ilqr_vae.artifact import (
     load_artifact,
 )
 from ilqr_vae.errors import ConfigError
-from rig import make_model, serving
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "m.safetensors", n_units=7, names=UNITS)
-
-
-@pytest.fixture(scope="module")
-def service(model_file: Path) -> Iterator[Service]:
-    with serving(model_file, credits=200, gap_limit=20, http="127.0.0.1:0") as running:
-        yield running
-    assert running.failure is None
-
-
-@pytest.fixture
-def feeder(service: Service) -> Iterator[Feeder]:
-    with Feeder(service.ingest, service.results) as f:
-        yield f
 
 
 def offline(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import zmq
 from rich.console import Group, RenderableType
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ilqr_clients.answers import Answer
+from ilqr_clients.closing import Closing
 from ilqr_clients.live import number, status_text
 from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
 from ilqr_vae import wire
@@ -75,7 +75,7 @@ class Snapshot:
         }
 
 
-class Monitor:
+class Monitor(Closing):
     """Asks a service for its sessions and listens to their results.
 
     Raises:
@@ -98,17 +98,6 @@ class Monitor:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the sockets."""

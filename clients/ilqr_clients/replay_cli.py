@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
 import secrets
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 
@@ -22,19 +19,10 @@ from ilqr_clients.live import LiveReplay, number, status_text
 from ilqr_clients.replay import stream
 from ilqr_clients.replay_report import Run, arrays_of, report_of
 from ilqr_clients.sdk import Model, ServiceClient, model_of
-from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording, RecordingSpec, load_matching
-from ilqr_vae.recordings.spec import SPANS, Span, plan_drops, warmup_start
-from ilqr_vae.report import (
-    STDOUT,
-    ReportData,
-    check_html,
-    check_writable,
-    distribution,
-    render_html,
-    to_json,
-    write_whole,
-)
+from ilqr_vae.recordings.spec import parse_span, plan_drops, warmup_start
+from ilqr_vae.report import STDOUT, Outputs, ReportData, distribution
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -96,12 +84,6 @@ def read_for(model: Model, path: Path, spec: RecordingSpec) -> Recording:
         unit_names=model.unit_names,
         kinematic_names=model.kinematic_names,
     )
-
-
-def _npz(arrays: dict[str, NDArray[Any]]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
 
 
 def _summary(console: Console, data: ReportData) -> None:
@@ -190,12 +172,9 @@ def replay(
     if recording is None:
         raise ConfigError("recording", expected="a .nwb or .mat file, or --journal", got="none")
     pace = parse_speed(speed)
-    if span not in SPANS:
-        raise ConfigError("--span", expected="train, validation, test or all", got=repr(span))
-    chosen: Span = span
-    check_html(html_file, "--html")
-    for option, path in {"--json": json_file, "--arrays": arrays_file}.items():
-        check_writable(path, option)
+    chosen = parse_span(span)
+    outputs = Outputs(json_file=json_file, html_file=html_file, arrays_file=arrays_file)
+    outputs.check()
     console = Console(stderr=True)
     try:
         with ServiceClient(to, timeout=timeout) as service:
@@ -203,11 +182,7 @@ def replay(
             model = model_of(described)
             spec = spec_from(config, model)
             read = read_for(model, recording, spec)
-            start, stop = spec.split.bins(chosen, len(read))
-            if stop <= start:
-                raise RecordingError(
-                    "recording", expected=f"at least one bin in the {chosen} span", got="none"
-                )
+            start, stop = spec.split.occupied(chosen, len(read))
             first = warmup_start(start)
             run = Run(
                 recording=read,
@@ -256,14 +231,5 @@ def replay(
         console.print("interrupted: nothing written")
         raise typer.Exit(130) from None
     data = report_of(run, log)
-    # Everything is made before anything is written.
-    made: list[tuple[Path, str | bytes]] = []
-    if json_file is not None:
-        made.append((json_file, json.dumps(to_json(data), indent=2) + "\n"))
-    if html_file is not None:
-        made.append((html_file, render_html(data)))
-    if arrays_file is not None:
-        made.append((arrays_file, _npz(arrays_of(run, log))))
-    for path, content in made:
-        write_whole(path, content)
+    outputs.write(data, arrays_of(run, log))
     _summary(Console(soft_wrap=True, stderr=json_file == STDOUT), data)

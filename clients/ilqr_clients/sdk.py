@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
 from ilqr_clients.answers import Answer, ClockOffset
+from ilqr_clients.closing import Closing
 from ilqr_clients.connection import Model, connect, model_of, reachable, refusal
 from ilqr_vae import wire
 from ilqr_vae.errors import ServiceError, ShapeError
@@ -33,7 +33,7 @@ __all__ = ["Model", "ServiceClient", "Session", "connect", "model_of", "reachabl
 Reply = TypeVar("Reply", wire.Described, wire.SessionList, wire.Probed, wire.ModelList)
 
 
-class ServiceClient:
+class ServiceClient(Closing):
     """Requests about a service.
 
     Args:
@@ -57,17 +57,6 @@ class ServiceClient:
         except ServiceError:
             self._context.term()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the socket. Sessions opened from here stay open."""
@@ -195,7 +184,7 @@ class ServiceClient:
         return Session(self.endpoint, results, request, timeout=self.timeout, key=self.key)
 
 
-class Session:
+class Session(Closing):
     """One stream of bins and its results; made by ``ServiceClient.open``.
 
     Attributes:
@@ -258,17 +247,6 @@ class Session:
     def opened(self) -> wire.Opened:
         assert self._opened is not None
         return self._opened
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def send(
         self,

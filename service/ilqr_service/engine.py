@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -184,7 +183,6 @@ class Engine:
             ServiceError: a solve failed.
         """
         torch.set_num_threads(self._threads)
-        numba.set_num_threads(min(self._threads, numba.get_num_threads()))
         rng = np.random.default_rng(0)
         n_units = len(self.facts.unit_names)
         began = self._clock()

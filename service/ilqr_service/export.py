@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from ilqr_service.verify import stream
 from ilqr_service.work import Work
 from ilqr_vae import wire
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.nwb_write import SubjectInfo
+from ilqr_vae.recordings.nwb_write import SubjectInfo, write_whole_nwb
 
 STATUSES = ("none", "ok", "degraded", "late", "missing", "extrapolated")
 SERIES = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
@@ -109,13 +108,7 @@ def write(
         raise RecordingError("out", expected="pynwb installed", got="none") from error
     pynwb: Any = pynwb_module  # its classes are made at run time
     nwb = _build(pynwb, run, manifests, subject, experimenter, institution)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part.nwb")
-    try:
-        with pynwb.NWBHDF5IO(str(part), mode="w") as file:
-            file.write(nwb)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole_nwb(pynwb, nwb, path)
     return path
 
 

@@ -22,7 +22,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         results: ZeroMQ address for subscribers.
         http: HOST:PORT of /metrics, /healthz and /readyz; port 0 takes a free one; "" for none.
         device: cpu, cuda, cuda:N, or auto (cuda where torch sees one).
-        threads: of torch and numba; 1 is fastest for one stream.
+        threads: of torch, and of the kernels with it; 1 is fastest for one stream.
         iterations, horizon: instead of the model's own; 0 keeps them.
         deadline_ms: for sessions that state none; 0 is the bin width.
         credits: bins a feeder may have unanswered.

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -95,24 +95,45 @@ def stop(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
             process.wait()
 
 
-def run(step: str, arguments: Sequence[str]) -> None:
-    """Run a verb to its end, on this terminal.
+@contextmanager
+def _child(
+    arguments: Sequence[str],
+    asked: signal.Signals,
+    *,
+    stdout: int | None = None,
+    stderr: BinaryIO | None = None,
+) -> Generator[subprocess.Popen[bytes]]:
+    """A verb as a child process for as long as the context lasts, then asked to stop.
 
     The child has a session of its own: Ctrl-C comes to the demo alone, which passes it on.
-
-    Raises:
-        StepError: it ended with another code than 0.
     """
     process: subprocess.Popen[bytes] | None = None
     try:
         with _held():
             process = subprocess.Popen(
-                command(arguments), stdin=subprocess.DEVNULL, start_new_session=True
+                command(arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
             )
-        code = process.wait()
+        assert process is not None
+        yield process
     finally:
         if process is not None:
-            stop(process, signal.SIGINT)
+            stop(process, asked)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def run(step: str, arguments: Sequence[str]) -> None:
+    """Run a verb to its end, on this terminal.
+
+    Raises:
+        StepError: it ended with another code than 0.
+    """
+    with _child(arguments, signal.SIGINT) as process:
+        code = process.wait()
     if code != 0:
         raise StepError(step, code)
 
@@ -155,26 +176,17 @@ def serving(
     Raises:
         StepError: it could not start, or did not end well; the end of its log is in the message.
     """
-    process: subprocess.Popen[bytes] | None = None
-    try:
-        with log.open("wb") as errors, _held():
-            process = subprocess.Popen(
-                command(serve_arguments(model)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-            )
+    with (
+        log.open("wb") as errors,
+        _child(
+            serve_arguments(model), signal.SIGTERM, stdout=subprocess.PIPE, stderr=errors
+        ) as process,
+    ):
         assert process.stdout is not None
         with waiting or nullcontext():
             line = process.stdout.readline()  # empty when the service ends instead
         if not line:
             raise _failed(process.wait(), log)
         yield msgspec.json.decode(line, type=Ready)
-    finally:
-        if process is not None:
-            stop(process, signal.SIGTERM)
-            if process.stdout is not None:
-                process.stdout.close()
     if process.returncode != 0:
         raise _failed(process.returncode, log)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -33,29 +32,7 @@ from ilqr_vae.lqr import LQRProblem, LQRSolution, solve_lqr
 from ilqr_vae.model import Model
 from ilqr_vae.priors import InitialCost
 from ilqr_vae.rollout import adjoint, closed_loop
-
-
-class Status(IntEnum):
-    """Why a solve ended. ``explain`` says it in words."""
-
-    RUNNING = 0
-    CONVERGED = 1
-    ITERATION_LIMIT = 2
-    STALLED = 3
-    NOT_FINITE = 4
-    STOPPED = 5
-
-    @property
-    def explain(self) -> str:
-        return {
-            Status.RUNNING: "the solve has not ended",
-            Status.CONVERGED: "the expected decrease fell below the tolerance",
-            Status.ITERATION_LIMIT: "the iteration budget was used up first",
-            Status.STALLED: "no step lowered the cost, at any regularisation",
-            Status.NOT_FINITE: "the cost or its model is not finite: NaN in the data, or dynamics "
-            "that explode",
-            Status.STOPPED: "the caller's deadline ended the solve early",
-        }[self]
+from ilqr_vae.status import Status as Status
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
 import platform
 import shlex
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,19 +20,9 @@ from rich.progress import Progress
 from ilqr_training.causal import Causal, causal_pass
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.artifact import Artifact, load_artifact
-from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.recordings import Recording, load_matching
-from ilqr_vae.recordings.spec import SPANS, Span, plan_drops, warmup_start
-from ilqr_vae.report import (
-    ReportData,
-    Scores,
-    check_html,
-    check_writable,
-    render_html,
-    score_decodes,
-    to_json,
-    write_whole,
-)
+from ilqr_vae.recordings.spec import Span, parse_span, plan_drops, warmup_start
+from ilqr_vae.report import STDOUT, Outputs, ReportData, Scores, score_decodes
 from ilqr_vae.report.score import OURS, WIENER
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -154,20 +142,16 @@ def _report(
     )
 
 
-def _arrays(start: int, result: Causal, latents: int) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        allow_pickle=False,
-        index=np.arange(start, start + len(result.bits)),
-        kinematics=result.kinematics,
-        kinematics_std=result.kinematics_std,
-        latents=result.window[:, :latents],
-        latents_std=result.latent_std,
-        bits=result.bits,
-        spikes=result.spikes,
-    )
-    return buffer.getvalue()
+def _arrays(start: int, result: Causal, latents: int) -> dict[str, NDArray[Any]]:
+    return {
+        "index": np.arange(start, start + len(result.bits)),
+        "kinematics": result.kinematics,
+        "kinematics_std": result.kinematics_std,
+        "latents": result.window[:, :latents],
+        "latents_std": result.latent_std,
+        "bits": result.bits,
+        "spikes": result.spikes,
+    }
 
 
 def _say(report: ReportData) -> None:
@@ -205,20 +189,13 @@ def evaluate(
 
     The estimator is the one the service streams with, so its answers are the same.
     """
-    if span not in SPANS:
-        raise ConfigError("--span", expected="train, validation, test or all", got=repr(span))
-    chosen: Span = span
-    check_html(html_file, "--html")
-    for option, path in {"--json": json_file, "--arrays": arrays_file}.items():
-        check_writable(path, option)
+    chosen = parse_span(span)
+    outputs = Outputs(json_file=json_file, html_file=html_file, arrays_file=arrays_file)
+    outputs.check()
     use_threads(None)
     artifact = load_artifact(model)
     read = read_for(artifact, recording)
-    start, stop = artifact.manifest.data.split.bins(chosen, len(read))
-    if stop <= start:
-        raise RecordingError(
-            "recording", expected=f"at least one bin in the {chosen} span", got="none"
-        )
+    start, stop = artifact.manifest.data.split.occupied(chosen, len(read))
     first = warmup_start(start)
     drops = np.zeros(len(read), dtype=bool)
     drops[first:stop] = plan_drops(stop - first, drop, seed)
@@ -227,14 +204,6 @@ def evaluate(
     seconds = time.monotonic() - began
     scores = _scores(artifact, read, (start, stop), result, drops)
     report = _report(artifact, read, chosen, (start, stop), result, scores, drops, seconds)
-    made: list[tuple[Path, str | bytes]] = []
-    if json_file is not None:
-        made.append((json_file, json.dumps(to_json(report), indent=2) + "\n"))
-    if html_file is not None:
-        made.append((html_file, render_html(report)))
-    if arrays_file is not None:
-        made.append((arrays_file, _arrays(start, result, artifact.manifest.latents)))
-    for path, content in made:
-        write_whole(path, content)
-    if json_file != Path("-"):
+    outputs.write(report, _arrays(start, result, artifact.manifest.latents))
+    if json_file != STDOUT:
         _say(report)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ilqr_vae import threads
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
-from ilqr_vae.lqr.types import LQRProblem, LQRSolution, damping_per_problem
+from ilqr_vae.lqr.types import LQRProblem, LQRSolution, check_covariance, damping_per_problem
 from ilqr_vae.shapes import (
     InputByState,
     InputJacobians,
@@ -124,17 +124,7 @@ def marginal_covariance_cpu(
         return marginal_covariance_reference(A, B, K, Quu_inv, V0)
     _check_supported(A)
     batch, steps, n, m = B.shape
-    expected = {
-        "A": (A, (batch, steps, n, n)),
-        "K": (K, (batch, steps, m, n)),
-        "Quu_inv": (Quu_inv, (batch, steps, m, m)),
-        "V0": (V0, (batch, n, n)),
-    }
-    for name, (value, shape) in expected.items():
-        if value.shape != shape or value.dtype != B.dtype:
-            raise ShapeError(
-                name, expected=f"{shape} {B.dtype}", got=f"{tuple(value.shape)} {value.dtype}"
-            )
+    check_covariance(A, B, K, Quu_inv, V0)
     Sigma = A.new_empty(batch, steps + 1, n, n)
     ok = torch.empty(batch, dtype=torch.bool)
     arguments = (*_arrays((A, B, K, Quu_inv, V0)), Sigma.numpy(), ok.numpy())

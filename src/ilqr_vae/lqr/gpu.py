@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
-from ilqr_vae.lqr.types import LQRProblem, LQRSolution, damping_per_problem
+from ilqr_vae.lqr.types import LQRProblem, LQRSolution, check_covariance, damping_per_problem
 from ilqr_vae.shapes import (
     InputByState,
     InputJacobians,
@@ -134,17 +134,7 @@ def marginal_covariance_gpu(
     kernels = _fitting(n, m, A.dtype)
     if kernels is None:
         return marginal_covariance_reference(A, B, K, Quu_inv, V0)
-    expected = {
-        "A": (A, (batch, T, n, n)),
-        "K": (K, (batch, T, m, n)),
-        "Quu_inv": (Quu_inv, (batch, T, m, m)),
-        "V0": (V0, (batch, n, n)),
-    }
-    for name, (value, shape) in expected.items():
-        if value.shape != shape or value.dtype != B.dtype:
-            raise ShapeError(
-                name, expected=f"{shape} {B.dtype}", got=f"{tuple(value.shape)} {value.dtype}"
-            )
+    check_covariance(A, B, K, Quu_inv, V0)
     Sigma = A.new_empty(batch, T + 1, n, n)
     if batch:
         kernels.covariance[(batch,)](

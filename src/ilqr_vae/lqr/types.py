@@ -33,6 +33,7 @@ from ilqr_vae.shapes import (
     State,
     StateJacobians,
     StateMatrices,
+    StateMatrix,
     States,
     Transitions,
 )
@@ -110,6 +111,24 @@ class LQRProblem:
         if n < 1 or m < 1 or steps < 1:
             raise ShapeError("T, n, m", expected="1 or more each", got=f"{steps}, {n}, {m}")
         return batch, steps, n, m
+
+
+def check_covariance(
+    A: StateJacobians, B: InputJacobians, K: InputByState, Quu_inv: InputMatrices, V0: StateMatrix
+) -> None:
+    """That the arguments of a marginal covariance fit each other. Raises ShapeError naming one."""
+    batch, steps, n, m = B.shape
+    expected = {
+        "A": (A, (batch, steps, n, n)),
+        "K": (K, (batch, steps, m, n)),
+        "Quu_inv": (Quu_inv, (batch, steps, m, m)),
+        "V0": (V0, (batch, n, n)),
+    }
+    for name, (value, shape) in expected.items():
+        if value.shape != shape or value.dtype != B.dtype:
+            raise ShapeError(
+                name, expected=f"{shape} {B.dtype}", got=f"{tuple(value.shape)} {value.dtype}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

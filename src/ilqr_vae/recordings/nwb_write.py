@@ -151,6 +151,12 @@ def write_nwb(
     _add_series(nwb, pynwb, series)
     if trials is not None and len(trials.start):
         _add_trials(nwb, trials)
+    write_whole_nwb(pynwb, nwb, path)
+    return path
+
+
+def write_whole_nwb(pynwb: Any, nwb: Any, path: Path) -> None:
+    """Write an ``NWBFile`` beside ``path`` and rename: the whole file, or none."""
     part = path.with_name(f".{path.stem}.{os.getpid()}.part.nwb")
     try:
         with pynwb.NWBHDF5IO(str(part), mode="w") as file:
@@ -158,7 +164,6 @@ def write_nwb(
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    return path
 
 
 def _add_spikes(

@@ -8,6 +8,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ilqr_vae.errors import ConfigError, RecordingError
+
 Span = Literal["train", "validation", "test", "all"]
 SPANS: tuple[Span, ...] = ("train", "validation", "test", "all")
 
@@ -22,6 +24,14 @@ start there, so that their decodes of a span are the same.
 def warmup_start(start: int) -> int:
     """The first bin to stream for a span that begins at bin ``start``."""
     return max(0, start - WARMUP_BINS)
+
+
+def parse_span(text: str) -> Span:
+    """A span by name. Raises ConfigError."""
+    for span in SPANS:
+        if text == span:
+            return span
+    raise ConfigError("--span", expected="train, validation, test or all", got=repr(text))
 
 
 def plan_drops(n_bins: int, share: float, seed: int) -> NDArray[np.bool_]:
@@ -91,6 +101,15 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             "test": (b, n_bins),
             "all": (0, n_bins),
         }[span]
+
+    def occupied(self, span: Span, n_bins: int) -> tuple[int, int]:
+        """``bins``, of a span that has some. Raises RecordingError."""
+        start, stop = self.bins(span, n_bins)
+        if stop <= start:
+            raise RecordingError(
+                "recording", expected=f"at least one bin in the {span} span", got="none"
+            )
+        return start, stop
 
 
 class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,0 +1,73 @@
+"""The files a causal run leaves: numbers, a page, every answer."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.report.data import ReportData, to_json
+from ilqr_vae.report.files import check_writable, write_whole
+
+
+def check_html(path: Path | None, field: str) -> None:
+    """Refuse to promise a page that cannot be made, before the work begins.
+
+    Raises:
+        ConfigError: ``path`` cannot be written, or the extra ``report`` is not installed.
+    """
+    check_writable(path, field)
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if path is not None and missing:
+        raise ConfigError(
+            field,
+            expected="the extra 'report' (pip install 'ilqr-vae[report]')",
+            got=f"no {missing[0]}",
+        )
+
+
+def render_html(data: ReportData) -> str:
+    """The page. Needs the extra ``report``: see ``check_html``."""
+    from ilqr_vae.report.page import render
+
+    return render(data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Where ``--json``, ``--html`` and ``--arrays`` go; None for not asked for."""
+
+    json_file: Path | None
+    html_file: Path | None
+    arrays_file: Path | None
+
+    def check(self) -> None:
+        """Refuse what could not be written, before the work begins. Raises ConfigError."""
+        check_html(self.html_file, "--html")
+        for option, path in {"--json": self.json_file, "--arrays": self.arrays_file}.items():
+            check_writable(path, option)
+
+    def write(self, report: ReportData, arrays: dict[str, NDArray[Any]]) -> None:
+        """Write what was asked for; everything is made before anything is written.
+
+        Raises:
+            ConfigError: a folder cannot be written.
+        """
+        made: list[tuple[Path, str | bytes]] = []
+        if self.json_file is not None:
+            made.append((self.json_file, json.dumps(to_json(report), indent=2) + "\n"))
+        if self.html_file is not None:
+            made.append((self.html_file, render_html(report)))
+        if self.arrays_file is not None:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, allow_pickle=False, **arrays)
+            made.append((self.arrays_file, buffer.getvalue()))
+        for path, content in made:
+            write_whole(path, content)
