@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilqr_vae import backend, ilqr, threads
+from ilqr_vae import backend, ilqr, line_search, threads
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.fused import solver
-from ilqr_vae.horizon import HorizonConfig, HorizonState, MovingHorizon
+from ilqr_vae.fused.graphs import Graphs, padded_size, record_plainly
+from ilqr_vae.horizon import Estimate, HorizonConfig, HorizonState, MovingHorizon
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.readout import KinematicReadout
 from ilqr_vae.rollout import adjoint, closed_loop, rollout
@@ -94,7 +95,7 @@ def test_a_solve_is_the_one_torch_defines(
     for iterations in (1, 3, 8):
         config = ilqr.SolverConfig(iterations=iterations, tolerance=settled)
         state, info = ilqr.solve(problem, z0, u, config)
-        with torch.no_grad():
+        with torch.no_grad(), backend.using("reference"):
             expected, theirs = ilqr.solve_reference(problem, z0, u, config)
         assert_same(state, expected, tolerance)
         assert_same(info.problem, theirs.problem, tolerance)
@@ -233,7 +234,8 @@ def test_a_streaming_step_is_the_one_torch_defines(dynamics: str) -> None:
         if t == 7:
             counts[0, 2], mask[0, 2] = float("nan"), 1.0
         after, answer = est.step(state, counts, mask)
-        expected, theirs = est.step_reference(state, counts, mask)
+        with backend.using("reference"):
+            expected, theirs = est.step_reference(state, counts, mask)
         assert_same(after, expected, 1e-10)
         assert_same(answer, theirs, 1e-10)
         asked = est.step(state, counts, mask, stop=lambda: False)
@@ -270,6 +272,60 @@ def test_an_arrival_cost_that_breaks_down_starts_from_the_models_own() -> None:
         after, answer = take(broken, *stream.bin(1))
         assert torch.equal(after.precision, est.model.initial.cost(1).precision)
         assert answer.z.isfinite().all()
+
+
+def test_trying_every_step_size_at_once_finds_the_same_step() -> None:
+    problem, z0, u = problem_of("mgu2", SIZES[0], torch.float64)
+    config = ilqr.SolverConfig()
+    with torch.no_grad():
+        state = ilqr.init(problem, z0, u)
+        _, info = ilqr.step_reference(problem, state, config)
+        # steps that overshoot by different factors, so that different halvings are needed
+        factor = torch.tensor([1.0, 7.0, 40.0]).double()
+        lqr = replace(
+            info.lqr,
+            k=info.lqr.k * factor.view(-1, 1, 1),
+            dz0=info.lqr.dz0 * factor.view(-1, 1),
+            decrease=info.lqr.decrease * factor,
+        )
+        for seeking in ([True, True, True], [True, False, True], [False] * 3):
+            given = (problem, state, lqr, torch.tensor(seeking), config)
+            ours, theirs = line_search.all_at_once(*given), line_search.backtrack(*given)
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    alphas = line_search.backtrack(problem, state, lqr, torch.ones(3).bool(), config)[-1]
+    assert len(set(alphas.tolist())) > 1
+
+
+def test_a_recorded_step_of_any_batch_is_the_step() -> None:
+    """Padding and bookkeeping of CUDA graphs, with a recorder that runs the step on the CPU."""
+    stream = Stream()
+    est = stream.estimator
+    graphs = est.graphs(record_plainly)
+    state = est.init(3)
+    for t in range(8):
+        if t == 5:
+            state = HorizonState.stack([est.init(1), state[0], state[1], state[2], state[2]])
+        counts, mask = stream.bin(state.z.shape[0])
+        after, answer = est.step(state, counts, mask)
+        given = (*(getattr(state, f.name) for f in fields(state)), counts, mask)
+        out = graphs(given)
+        assert_same(after, HorizonState(*out[:7]), 1e-10)
+        assert_same(answer, Estimate(*out[7:]), 1e-10)
+        state = after
+    assert [padded_size(s) for s in (1, 2, 64, 65, 1024, 1025)] == [1, 4, 64, 256, 1024, 2048]
+
+
+def test_a_step_that_cannot_be_recorded_is_run_and_the_log_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(step: object, inputs: object) -> object:
+        raise RuntimeError("no recorder here")
+
+    graphs = Graphs(lambda given: (given[0] + 1,), (torch.zeros(1),), refuse)
+    for _ in range(3):
+        assert torch.equal(graphs((torch.zeros(2),))[0], torch.ones(2))
+    assert len(caplog.records) == 1
 
 
 STEADY = """

@@ -1,7 +1,8 @@
 """One switch for everything that has more than one implementation.
 
 ``auto`` (the default) takes the compiled code of the tensors' device where there is one for the
-families in use, else torch. ``reference`` takes the plain torch definition everywhere. The
+families in use, else torch. ``reference`` takes the plain torch definition everywhere. ``gpu`` is
+``auto``, and on CUDA the Triton kernels and recorded graphs, which have not run on a GPU yet. The
 environment variable ``ILQR_VAE_BACKEND`` sets it for a process, ``use`` while it runs.
 """
 
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 
 from ilqr_vae.errors import ConfigError
 
-NAMES = ("auto", "reference")
+NAMES = ("auto", "reference", "gpu")
 VARIABLE = "ILQR_VAE_BACKEND"
 
 
@@ -41,7 +42,7 @@ def current() -> str:
 
 
 def use(name: str) -> None:
-    """Choose for the whole process. Raises ConfigError: not ``auto`` or ``reference``."""
+    """Choose for the whole process. Raises ConfigError: not one of ``NAMES``."""
     _switch.name = _checked(name, "backend")
 
 
@@ -50,7 +51,7 @@ def using(name: str) -> Generator[None]:
     """Choose for a while (the whole process: for tests and measurements).
 
     Raises:
-        ConfigError: not ``auto`` or ``reference``.
+        ConfigError: not one of ``NAMES``.
     """
     before = current()
     use(name)

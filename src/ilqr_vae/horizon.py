@@ -32,9 +32,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ilqr_vae import ilqr
+from ilqr_vae import backend, ilqr
 from ilqr_vae.fused import solver
 from ilqr_vae.fused.estimator import Estimator
+from ilqr_vae.fused.graphs import Graphs, Record, record_cuda
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
 from ilqr_vae.model import Model
@@ -153,6 +154,7 @@ class MovingHorizon:
         self._w = tuple(t.contiguous() for t in model.dynamics.weights())
         self._solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
         self._packed: Estimator | None = None
+        self._graphs: Graphs | None = None
 
     def init(self, batch: int = 1) -> HorizonState:
         """Fresh streams: the model's own prior, an empty window."""
@@ -196,10 +198,10 @@ class MovingHorizon:
             sound[:, None, None], precision, own
         )
 
-    def _shift(self, s: HorizonState) -> HorizonState:
+    def _shift(self, s: HorizonState, waitless: bool) -> HorizonState:
         """The window one bin later, its newest slot empty; streams not yet full stay."""
         model, full = self.model, s.age == self.config.horizon
-        if not bool(full.any()):
+        if not waitless and not bool(full.any()):
             return s
         mean, precision = self._absorb(s)
         rest = model.prior.mean.expand(s.z.shape[0], model.m)
@@ -218,7 +220,7 @@ class MovingHorizon:
             counts=roll(s.counts, empty),
             mask=roll(s.mask, empty),
         )
-        if bool(full.all()):
+        if not waitless and bool(full.all()):
             return moved
         pick = {
             f.name: torch.where(
@@ -254,6 +256,8 @@ class MovingHorizon:
                 truth value, or one per stream.
         """
         if not solver.usable(self.model, ("spikes",), state.z):
+            if state.z.device.type == "cuda" and stop is None and backend.current() == "gpu":
+                return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
         after, answer = self._estimator().step(
             tuple(getattr(state, f.name) for f in _STATE), counts, mask, ilqr.stopping(stop)
@@ -261,6 +265,33 @@ class MovingHorizon:
         window, *rest = (torch.from_numpy(x) for x in answer)
         moved = HorizonState(*(torch.from_numpy(x) for x in after))
         return moved, Estimate(window[:, : self.model.n], rest[0], window, *rest[1:])
+
+    def _graphed(
+        self, state: HorizonState, counts: Tensor, mask: Tensor
+    ) -> tuple[HorizonState, Estimate]:
+        """The step as a recorded CUDA graph."""
+        if self._graphs is None:
+            self._graphs = self.graphs()
+        given = (*(getattr(state, f.name) for f in _STATE), counts, mask)
+        out = self._graphs(given)
+        return HorizonState(*out[: len(_STATE)]), Estimate(*out[len(_STATE) :])
+
+    def graphs(self, record: Record = record_cuda) -> Graphs:
+        """The step without waiting, to be recorded for each batch size that comes."""
+
+        def step(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            after, answer = self.step_reference(
+                HorizonState(*given[:-2]), given[-2], given[-1], waitless=True
+            )
+            return (
+                *(getattr(after, f.name) for f in _STATE),
+                *(getattr(answer, f.name) for f in fields(Estimate)),
+            )
+
+        fresh = self.init(1)
+        missing = torch.zeros_like(fresh.counts[:, 0])
+        blank = (*(getattr(fresh, f.name) for f in _STATE), missing, missing)
+        return Graphs(step, blank, record)
 
     def _estimator(self) -> Estimator:
         """The model packed for the compiled step, once."""
@@ -282,17 +313,20 @@ class MovingHorizon:
         counts: Float[Tensor, "S N"],
         mask: Float[Tensor, "S N"],
         stop: ilqr.Stop | None = None,
+        *,
+        waitless: bool = False,
     ) -> tuple[HorizonState, Estimate]:
-        """``step`` in torch: what the compiled one must do."""
+        """``step`` in torch: what the compiled one must do.
+
+        Args:
+            waitless: never look at a number, so that the device need not be waited for; without
+                ``stop``.
+        """
         finite = counts.isfinite()
-        if not bool(finite.all()):
-            bad = (~finite & (mask > 0)).any(-1)
-            counts = torch.where(finite, counts, torch.zeros_like(counts))
-            after, answer = self.step_reference(state, counts, mask * finite, stop)
-            status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
-            return after, replace(answer, status=status)
+        bad = (~finite & (mask > 0)).any(-1)
+        counts, mask = torch.where(finite, counts, torch.zeros_like(counts)), mask * finite
         counts = torch.where(mask > 0, counts, torch.zeros_like(counts))
-        s = self._shift(state)
+        s = self._shift(state, waitless)
         row = torch.arange(s.z.shape[0], device=s.z.device)
         window_counts, window_mask = s.counts.clone(), s.mask.clone()
         window_counts[row, s.age] = counts
@@ -305,7 +339,9 @@ class MovingHorizon:
             {"spikes": Observed(window_counts, window_mask)},
             InitialCost(s.mean, s.precision),
         )
-        solved, info = ilqr.solve(problem, s.z[:, 0], s.u, self._solver, stop)
+        solved, info = ilqr.solve_reference(
+            problem, s.z[:, 0], s.u, self._solver, stop, waitless=waitless
+        )
         # a solve that broke down keeps the prediction rather than spreading what is not finite
         broken = (solved.status == ilqr.Status.NOT_FINITE).view(-1, 1, 1)
         z, u = torch.where(broken, s.z, solved.z), torch.where(broken, s.u, solved.u)
@@ -314,7 +350,9 @@ class MovingHorizon:
             info.problem.A, info.problem.B, info.lqr.K, info.lqr.Quu_inv, info.lqr.V[:, 0]
         )[row, newest]
         after = replace(s, age=newest, z=z, u=u, counts=window_counts, mask=window_mask)
-        return after, self._answer(after, Sigma, predicted, counts, mask, solved)
+        answer = self._answer(after, Sigma, predicted, counts, mask, solved)
+        status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
+        return after, replace(answer, status=status)
 
     def _answer(
         self,

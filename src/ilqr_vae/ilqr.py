@@ -25,13 +25,15 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ilqr_vae import line_search
 from ilqr_vae.dynamics import Weights
 from ilqr_vae.fused import solver
-from ilqr_vae.likelihoods import Observations, Observed
+from ilqr_vae.likelihoods import Observations
+from ilqr_vae.line_search import where
 from ilqr_vae.lqr import LQRProblem, LQRSolution, solve_lqr
 from ilqr_vae.model import Model
 from ilqr_vae.priors import InitialCost
-from ilqr_vae.rollout import adjoint, closed_loop
+from ilqr_vae.rollout import adjoint
 from ilqr_vae.status import Status as Status
 
 
@@ -110,10 +112,6 @@ def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) 
     return State(z, u, cost, zero, status, torch.zeros_like(status))
 
 
-def _where(mask: Bool[Tensor, " B"], new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)
-
-
 def solve_exact(
     problem: Problem,
     quadratic: LQRProblem,
@@ -131,7 +129,7 @@ def solve_exact(
     plain = solve_lqr(quadratic, free_initial=True, regularisation=regularisation)
     return LQRSolution(
         **{
-            field.name: _where(exact.ok, getattr(exact, field.name), getattr(plain, field.name))
+            field.name: where(exact.ok, getattr(exact, field.name), getattr(plain, field.name))
             for field in fields(LQRSolution)
         }
     )
@@ -146,88 +144,6 @@ def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, I
     return step_reference(problem, state, config)
 
 
-def _waits(like: Tensor) -> bool:
-    """Whether looking at a tensor's numbers makes the program wait for its device."""
-    return like.device.type != "cpu"
-
-
-_Found = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _target(state: State, lqr: LQRSolution, alpha: Tensor, config: SolverConfig) -> Tensor:
-    """The largest J that a step of size alpha may lead to."""
-    # the slack is what float rounding of J can hide
-    slack = 10 * torch.finfo(state.cost.dtype).eps * state.cost.abs()
-    promised = alpha * (2 - alpha) * lqr.decrease
-    return state.cost - config.armijo * promised + slack
-
-
-def _search(
-    problem: Problem,
-    state: State,
-    lqr: LQRSolution,
-    seeking: Bool[Tensor, " B"],
-    config: SolverConfig,
-) -> _Found:
-    """(z, u, cost, alpha taken): halve the step until J falls enough, for those that seek."""
-    dynamics = problem.model.dynamics
-    alpha = seeking.to(state.cost.dtype)
-    taken = torch.zeros_like(alpha)
-    z, u, cost = state.z, state.u, state.cost
-    for _ in range(config.backtracks + 1):
-        z0 = state.z[:, 0] + alpha.unsqueeze(-1) * lqr.dz0
-        z_try, u_try = closed_loop(dynamics, problem.w, z0, state.z, state.u, lqr.K, lqr.k, alpha)
-        cost_try = problem.cost(z_try, u_try)
-        accept = seeking & (cost_try <= _target(state, lqr, alpha, config))
-        z, u, cost = (
-            _where(accept, z_try, z),
-            _where(accept, u_try, u),
-            _where(accept, cost_try, cost),
-        )
-        taken = torch.where(accept, alpha, taken)
-        seeking = seeking & ~accept
-        if not bool(seeking.any()):
-            break
-        alpha = torch.where(seeking, 0.5 * alpha, torch.zeros_like(alpha))
-    return z, u, cost, taken
-
-
-def _search_at_once(
-    problem: Problem,
-    state: State,
-    lqr: LQRSolution,
-    seeking: Bool[Tensor, " B"],
-    config: SolverConfig,
-) -> _Found:
-    """``_search`` without looking at its numbers: every step size in one batch."""
-    B, sizes = state.z.shape[0], config.backtracks + 1
-
-    def each(x: Tensor) -> Tensor:
-        return x.repeat(sizes, *[1] * (x.ndim - 1))
-
-    steps = 0.5 ** torch.arange(sizes, dtype=state.cost.dtype, device=state.cost.device)
-    alpha = steps.repeat_interleave(B)
-    z_ref, u_ref = each(state.z), each(state.u)
-    z0 = z_ref[:, 0] + alpha.unsqueeze(-1) * each(lqr.dz0)
-    trials = closed_loop(
-        problem.model.dynamics, problem.w, z0, z_ref, u_ref, each(lqr.K), each(lqr.k), alpha
-    )
-    initial = InitialCost(each(problem.initial.mean), each(problem.initial.precision))
-    observed = {k: Observed(each(o.values), each(o.mask)) for k, o in problem.observed.items()}
-    cost = problem.model.cost(*trials, observed, initial).view(sizes, B)
-    accept = seeking & (cost <= _target(state, lqr, steps.unsqueeze(-1), config))
-    first = accept.to(torch.int64).argmax(0)
-    row = torch.arange(B, device=first.device)
-    some = accept.any(0)
-    z, u = (x.view(sizes, B, *x.shape[1:])[first, row] for x in trials)
-    return (
-        _where(some, z, state.z),
-        _where(some, u, state.u),
-        torch.where(some, cost[first, row], state.cost),
-        torch.where(some, steps[first], torch.zeros_like(state.cost)),
-    )
-
-
 def step_reference(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
     """``step`` in torch: what the compiled one must do."""
     model, w = problem.model, problem.w
@@ -239,7 +155,8 @@ def step_reference(problem: Problem, state: State, config: SolverConfig) -> tupl
     else:
         lqr = solve_lqr(quadratic, free_initial=True, regularisation=state.regularisation)
 
-    search = _search_at_once if _waits(state.z) else _search
+    on_cpu = state.z.device.type == "cpu"
+    search = line_search.backtrack if on_cpu else line_search.all_at_once
     z, u, cost, taken = search(problem, state, lqr, running & lqr.ok, config)
     moved = taken > 0
     converged = running & lqr.ok & (lqr.decrease <= config.tolerance * (1 + state.cost.abs()))
@@ -372,10 +289,10 @@ def _latest(running: Bool[Tensor, " B"], new: Info, old: Info) -> Info:
 
     def merged(after: Any, before: Any) -> dict[str, Any]:
         pairs = {f.name: (getattr(after, f.name), getattr(before, f.name)) for f in fields(after)}
-        return {k: None if a is None else _where(running, a, b) for k, (a, b) in pairs.items()}
+        return {k: None if a is None else where(running, a, b) for k, (a, b) in pairs.items()}
 
     return Info(
         LQRProblem(**merged(new.problem, old.problem)),
         LQRSolution(**merged(new.lqr, old.lqr)),
-        _where(running, new.alpha, old.alpha),
+        where(running, new.alpha, old.alpha),
     )

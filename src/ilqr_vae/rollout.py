@@ -138,7 +138,7 @@ def _open_loop(dynamics: Dynamics, w: Weights, z0: Tensor, u: Tensor) -> Tensor:
 
 def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[Tensor, "B T1 n"]:
     """lam_T = gz_T, lam_k = gz_k + A_k' lam_{k+1}."""
-    compiled = _compiled() if A.device.type == "cpu" and backend.current() == "auto" else None
+    compiled = _compiled() if A.device.type == "cpu" and backend.current() != "reference" else None
     if compiled is not None and A.dtype in (torch.float32, torch.float64):
         lam = torch.empty_like(gz, memory_format=torch.contiguous_format)
         given = _arrays(A, gz)

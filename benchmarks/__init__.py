@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks lqr|stream|train|service|gpu --json F [--quick]``."""

@@ -1,0 +1,68 @@
+"""Made-up models and recordings that benchmarks measure on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ilqr_training.build import build_model
+from ilqr_training.config import LoopConfig, ModelConfig
+from ilqr_training.data import Crops, Prepared, prepare
+from ilqr_training.loop import Run, start
+from ilqr_vae.artifact import GroupSpec, ModelSpec, build
+from ilqr_vae.horizon import HorizonConfig, MovingHorizon
+from ilqr_vae.model import Model
+from ilqr_vae.recordings import MatSpec, Recording, RecordingSpec, SplitSpec
+
+BIN_S = 0.05
+
+
+def model_of(n: int, m: int, units: int) -> Model:
+    """An MGU2 with Poisson units of about 0.4 spikes per bin; float64."""
+    groups = {"spikes": GroupSpec(family="poisson", channels=units)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build(ModelSpec(dynamics="mgu2", latents=n, inputs=m, groups=groups)).double()
+        with torch.no_grad():
+            model.group("spikes").b.fill_(-1.0)
+            model.group("spikes").C.mul_(0.5)
+    return model
+
+
+def estimator_of(
+    n: int, m: int, units: int, horizon: int, iterations: int, device: str = "cpu"
+) -> MovingHorizon:
+    """A moving-horizon estimator of such a model."""
+    rate = torch.full((units,), 0.4, dtype=torch.float64, device=device)
+    config = HorizonConfig(horizon=horizon, iterations=iterations)
+    return MovingHorizon(model_of(n, m, units).to(device), None, rate, config)
+
+
+def recording_of(units: int, bins: int = 6000) -> Recording:
+    """Units tuned to a smooth velocity in the plane."""
+    rng = np.random.default_rng(0)
+    phase = np.arange(bins) * BIN_S * 2 * np.pi
+    velocity = 0.2 * np.stack([np.cos(0.31 * phase), np.sin(0.47 * phase)], 1)
+    rates = np.exp(-1.0 + velocity @ rng.normal(size=(2, units)) * 4)
+    return Recording(
+        counts=rng.poisson(rates).astype(np.uint16),
+        bin_width=BIN_S,
+        unit_names=tuple(f"unit{i}" for i in range(units)),
+        kinematics=velocity,
+        kinematic_names=("vx", "vy"),
+        kinematic_units=("m/s", "m/s"),
+        name="made up",
+    )
+
+
+def training_run(units: int, loop: LoopConfig) -> tuple[Run, Prepared]:
+    """A fresh training run of the default model on such a recording."""
+    spec = RecordingSpec(
+        bin_width=BIN_S,
+        mat=MatSpec(spikes="spikes"),
+        split=SplitSpec(train=0.6, validation=0.75),
+    )
+    data = prepare(recording_of(units), spec, chunk=loop.chunk)
+    torch.manual_seed(loop.seed)
+    model = build_model(ModelConfig(), data)
+    return start(model, Crops(data, model, loop.chunk, loop.seed), loop), data

@@ -1,0 +1,163 @@
+"""One bin of one or many streams: how long, where the time goes, how it grows."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.models import estimator_of
+from benchmarks.rows import Row, quantiles, row
+from ilqr_vae import backend, threads
+from ilqr_vae.fused import estimator as fused_estimator
+from ilqr_vae.horizon import MovingHorizon
+
+BASE = {"n": 20, "m": 5, "units": 196, "H": 20, "streams": 1, "iterations": 2}
+GRID: list[Row] = [
+    *({"H": H} for H in (5, 10, 20, 50)),
+    *({"n": n, "m": n // 4} for n in (10, 20, 32, 64)),
+    *({"units": N} for N in (50, 100, 200, 400)),
+    *({"streams": S} for S in (1, 8, 64, 100, 256)),
+    *({"n": 32, "m": 8, "units": N, "H": H} for N in (100, 200) for H in (10, 50)),
+    {"n": 32, "m": 8, "units": 192, "H": 64},
+    {"n": 20, "m": 8, "units": 143, "H": 10},
+]
+QUICK: list[Row] = [{}, {"H": 10}, {"streams": 8}]
+#: What the picture shows: the sizes that vary one at a time.
+AXES = ("H", "n", "units", "streams")
+
+
+def bins_of(est: MovingHorizon, streams: int, count: int = 64) -> torch.Tensor:
+    """Made-up bins (count, S, N)."""
+    g = torch.Generator().manual_seed(1)
+    N = est.mean_rate.shape[0]
+    return torch.poisson(torch.full((count, streams, N), 0.4, dtype=torch.float64), generator=g)
+
+
+def measure(est: MovingHorizon, streams: int, seconds: float) -> list[float]:
+    """Seconds of single steps of a window that is full."""
+    like = est.mean_rate
+    counts = bins_of(est, streams).to(like)
+    mask = torch.ones_like(counts[0])
+    wait: Callable[[], None] = torch.cuda.synchronize if like.is_cuda else lambda: None
+    state = est.init(streams)
+    for t in range(est.config.horizon + 3):
+        state, _ = est.step(state, counts[t % 64], mask)
+    wait()
+    spent: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(spent) < 20 or time.perf_counter() < end:
+        began = time.perf_counter()
+        state, answer = est.step(state, counts[len(spent) % 64], mask)
+        answer.z.sum().item()
+        spent.append(time.perf_counter() - began)
+    return spent
+
+
+class _Stopwatch:
+    """Time inside each compiled entry point, for as long as it is in place."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, list[float]] = defaultdict(list)
+
+    def __enter__(self) -> _Stopwatch:
+        self._original = threads.share_out
+
+        def timed(kernel: Any, *given: Any, **options: Any) -> None:
+            began = time.perf_counter()
+            self._original(kernel, *given, **options)
+            self.spent[kernel.py_func.__name__].append(time.perf_counter() - began)
+
+        fused_estimator.threads.share_out = timed
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        fused_estimator.threads.share_out = self._original
+
+
+def _parts(est: MovingHorizon, whole: float) -> Row:
+    """Median microseconds of moving the window, solving, answering, and everything in Python."""
+    with _Stopwatch() as watch:
+        measure(est, 1, 0.3)
+    medians = {name: float(np.median(spent)) * 1e6 for name, spent in watch.spent.items()}
+    parts = {k: round(medians[k], 1) for k in ("enter", "solve", "leave") if k in medians}
+    return parts | {"python": round(whole - sum(parts.values()), 1)}
+
+
+def exponents(rows: list[Row]) -> dict[str, float]:
+    """Of the fitted power law cost ~ size^e, for each size that varies alone."""
+    found: dict[str, float] = {}
+    for axis in AXES:
+        points = sorted(line(rows, axis))
+        if len(points) > 2:
+            x, y = np.log(np.asarray(points)).T
+            found[axis] = round(float(np.polyfit(x, y, 1)[0]), 2)
+    return found
+
+
+def line(rows: list[Row], axis: str) -> list[tuple[float, float]]:
+    """(size, median us) of our rows where only ``axis`` (m with n) differs from the base."""
+    held = [k for k in BASE if k not in {axis, "m" if axis == "n" else axis}]
+    return sorted(
+        {
+            r[axis]: r["median_us"]
+            for r in rows
+            if r["implementation"] == "ilqr-vae" and all(r[k] == BASE[k] for k in held)
+        }.items()
+    )
+
+
+def run(quick: bool) -> list[Row]:
+    """Rows for every configuration, and the torch definition's for a few."""
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    seconds = 1.0 if quick else 4.0
+    for change in QUICK if quick else GRID:
+        size = BASE | change
+        est = estimator_of(size["n"], size["m"], size["units"], size["H"], size["iterations"])
+        threads.use(1 if size["streams"] == 1 else threads.cores())
+        found = quantiles(measure(est, size["streams"], seconds))
+        common = size | {"dtype": "float64", "device": "cpu", "threads": threads.count()}
+        ours = row("stream", "ilqr-vae", **common) | found
+        if size["streams"] == 1:
+            ours["parts_us"] = _parts(est, found["median_us"])
+        rows.append(ours)
+        if change in QUICK:
+            with backend.using("reference"):
+                found = quantiles(measure(est, size["streams"], seconds / 2))
+            rows.append(row("stream", "torch reference", **common) | found)
+    threads.use(None)
+    if not quick:
+        for axis, exponent in exponents(rows).items():
+            rows.append(row("stream", "exponent", axis=axis, exponent=exponent))
+    return rows
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Cost against each size on log axes, with the fitted exponent."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fitted = exponents(rows)
+    names = {"H": "H, bins in the window", "n": "n, latents (m = n / 4)", "units": "N, units"}
+    figure, axes = plt.subplots(1, len(AXES), figsize=(13, 3.4), sharey=True)
+    for ax, axis in zip(axes, AXES, strict=True):
+        points = line(rows, axis)
+        if not points:
+            continue
+        x, y = np.asarray(points).T
+        ax.loglog(x, y / 1e3, "o-", label=f"exponent {fitted.get(axis, float('nan')):.2f}")
+        ax.set_xlabel(names.get(axis, axis))
+        ax.legend(frameon=False)
+        ax.grid(visible=True, which="both", alpha=0.3)
+    axes[0].set_ylabel("ms per bin, median")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
