@@ -30,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "a.safetensors", n_units=7, names=UNITS)
     make_model(folder / "b.safetensors", n_units=7, names=UNITS, seed=1)
     make_model(folder / "units.safetensors", n_units=7, names=tuple(reversed(UNITS)), seed=2)
+    make_model(folder / "same.safetensors", n_units=7, names=tuple(reversed(UNITS)))
     (folder / "bad.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-9])
     return folder
 
@@ -73,6 +74,7 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
         for name, said in (
             ("bad.safetensors", "model file bad"),
             ("units.safetensors", "unit_names"),
+            ("same.safetensors", "unit_names"),  # the same weights, for other units
             ("a.safetensors", "model"),
             ("absent.safetensors", "path"),
             ("../a.safetensors", "path"),
@@ -109,7 +111,7 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
         np.testing.assert_array_equal(numbers(r), expected[r.index - 95])
     counted = running.telemetry.counts()
     assert counted["swapped"] == 2
-    assert counted["load_failed"] == 3
+    assert counted["load_failed"] == 4
     files = [models / f"{name}.safetensors" for name in "ab"]
     verdict = verify(journal, [Engine.load(f, ServiceSettings(device="cpu")) for f in files])
     assert verdict.answers == verdict.identical == 120
