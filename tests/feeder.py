@@ -15,6 +15,7 @@ from ilqr_vae import wire
 WAIT_S = 20.0
 UNITS = tuple(f"u{i}" for i in range(7))
 BIN_NS = 50_000_000
+_BEGAN_NS = time.monotonic_ns()
 GENEROUS_NS = 60_000_000_000
 T = TypeVar("T", bound=wire.Message)
 
@@ -125,7 +126,7 @@ def bin_(session: str, index: int, counts: NDArray[Any], **changes: Any) -> wire
     return wire.Bin(
         session=session,
         index=index,
-        source_ns=time.monotonic_ns(),
+        source_ns=_BEGAN_NS + index,  # rising with the index, whatever order bins are sent in
         counts=wire.pack(counts, "<u2"),
         **changes,
     )

@@ -100,8 +100,18 @@ def test_the_report_says_what_was_asked_of_it(
         summary = report["latency_ms"][stage]
         assert summary["n"] == n
         assert 0 <= summary["p50"] <= summary["p99"] <= summary["p99.9"] <= summary["max"]
+        assert "clock_uncertainty" not in summary  # by one clock alone
+    clock = report["clock"]
+    for stage in ("wire_in", "wire_out"):
+        assert report["latency_ms"][stage]["n"] == n
+        assert report["latency_ms"][stage]["clock_uncertainty"] == clock["uncertainty_ms"]
+    said = "same clock as the service" if clock["same"] else "probes"
+    assert said in page.read_text()
+    assert report["flagged"] == report["unit_notices"] == []
     assert page.read_text().startswith("<!doctype html>")
-    assert "Wiener filter" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Wiener filter" in shown
+    assert said in shown
 
 
 def test_without_kinematics_latents_and_bits_are_reported(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class PackedWork(msgspec.Struct, frozen=True, array_like=True):
     budget: int
     swap: str
     model: str
+    clock: wire.Offset | None = None
 
 
 def pack_work(work: Work) -> PackedWork:
@@ -100,6 +101,7 @@ def pack_work(work: Work) -> PackedWork:
         budget=work.budget,
         swap=work.swap,
         model=work.model,
+        clock=work.clock,
     )
 
 
@@ -122,6 +124,7 @@ def unpack_work(packed: PackedWork) -> Work:
         swap=packed.swap,
         watch=packed.watch,
         model=packed.model,
+        clock=packed.clock,
     )
 
 

@@ -34,6 +34,7 @@ from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
 from ilqr_service.work import FAILED, Answer
 from ilqr_vae import wire
+from ilqr_vae.clock import this_clock
 from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
 
 _POLL_MS = 100
@@ -333,8 +334,8 @@ class Service:
         self._limit.check(owner, received)
         match message:
             case wire.Probe():
-                probed = wire.Probed(client_ns=message.client_ns, service_ns=received)
-                self._reply(owner, probed)
+                at, name = message.client_ns, this_clock()
+                self._reply(owner, wire.Probed(client_ns=at, service_ns=received, clock=name))
             case wire.Sessions():
                 self._reply(owner, wire.SessionList(sessions=self._table.infos(received)))
             case wire.Models():

@@ -187,6 +187,7 @@ class SessionTable:
             raise ProtocolError("session", expected="one of this user", got=message.session)
         session.owner, session.seen_ns, session.owed = owner, now_ns, 0
         session.arrivals.clear()
+        session.source = (-1, -(2**62))  # another feeder's clock may be another
         session.silent = 0
         effects = Effects(again=[r for r in session.recent if r.index > message.answered])
         credits = max(0, self.limits.credits - session.unanswered)
@@ -225,6 +226,7 @@ class SessionTable:
                 expected=f"at most {self.limits.credits} bins unanswered",
                 got=f"bin {index} beyond them",
             )
+        session.check_source(index, message.source_ns)
         effects = Effects()
         session.arrived(index, now_ns)
         if late:
@@ -232,7 +234,7 @@ class SessionTable:
             effects.events["late_in"] += 1
         else:
             self._bridge(session, index, now_ns, effects)
-        self._queue(session, index, now_ns, effects, message.source_ns, counts, mask, late)
+        self._queue(session, index, now_ns, effects, message, counts, mask, late)
         session.unanswered += 1
         session.prune()
         return effects
@@ -262,7 +264,7 @@ class SessionTable:
         index: int,
         now_ns: int,
         effects: Effects,
-        source_ns: int = 0,
+        message: wire.Bin | None = None,
         counts: Vector | None = None,
         mask: NDArray[np.bool_] | None = None,
         late: bool = False,
@@ -273,7 +275,8 @@ class SessionTable:
             counts=counts,
             mask=mask,
             fresh=not session.started,
-            source_ns=source_ns,
+            source_ns=0 if message is None else message.source_ns,
+            clock=None if message is None else message.clock,
             received_ns=now_ns,
             due_ns=now_ns + session.deadline_ns,
             anytime=session.anytime,
