@@ -28,7 +28,7 @@ from ilqr_service.session import Effects, Limits
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.slots import Slots
-from ilqr_service.sockets import bind, empty
+from ilqr_service.sockets import Connections, bind, empty
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
@@ -193,6 +193,7 @@ class Service:
         router.rcvhwm = router.sndhwm = 10_000
         # Say so when a reply's feeder is gone, rather than dropping the reply silently.
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._connections = Connections(self._context, router, "ingest")
         self.ingest = self._bind("ingest", router, self._settings.ingest)
         return router
 
@@ -270,6 +271,7 @@ class Service:
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
         self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
+        self.telemetry.count(self._connections.events())
         self._ledger.flush()
         if self._gate is not None:
             self._gate.refresh()
