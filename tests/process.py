@@ -58,9 +58,16 @@ class Served:
 
 
 @contextmanager
-def served(model: Path, log: Path, *options: str, port: str = "*") -> Iterator[Served]:
-    """``ilqr-vae serve`` on free ports; killed at the end where it still runs."""
+def served(
+    model: Path, log: Path, *options: str, port: str = "*", under: tuple[str, ...] = ()
+) -> Iterator[Served]:
+    """``ilqr-vae serve`` on free ports; killed at the end where it still runs.
+
+    Args:
+        under: a command that becomes the service, such as ``prlimit``.
+    """
     command = [
+        *under,
         *(sys.executable, "-m", "ilqr_vae.cli", "serve", str(model), "--device", "cpu"),
         *("--ingest", f"tcp://127.0.0.1:{port}", "--results", "tcp://127.0.0.1:*"),
         *("--http", "127.0.0.1:0", "--log", "json", "--ready-file", "-", *options),

@@ -102,6 +102,7 @@ class Service:
             engines, fleet, self._table, settings, Path(settings.models or folder or ".")
         )
         self._hygiene = hygiene or Hygiene(settings)
+        self.telemetry.registry.register(self._hygiene.metrics)
         self._limit = RateLimit(settings.control_rate)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
