@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from ilqr_service.settings import ServiceSettings
 from ilqr_service.units import UnitWatch
 from ilqr_service.verify import verify
 from ilqr_vae import wire
+from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
 from process import offline
 from rig import make_model, serving
@@ -165,7 +167,9 @@ def test_dead_saturated_and_drifting_units_are_masked_and_come_back() -> None:
     assert most.masked.sum() == 6  # never more than a quarter
 
 
-def test_a_dead_unit_is_masked_in_a_session_that_asked(service: tuple[Service, Path]) -> None:
+def test_a_dead_unit_is_masked_in_a_session_that_asked(
+    service: tuple[Service, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     running, _ = service
     counts = np.random.default_rng(3).poisson(1.0, (300, 7))
     counts[60:, 4] = 0
@@ -186,3 +190,8 @@ def test_a_dead_unit_is_masked_in_a_session_that_asked(service: tuple[Service, P
         infos = {i.session: i for i in feeder.ask(wire.Sessions(), wire.SessionList).sessions}
         assert infos["watched"].flagged == ("u4:dead",)
         assert infos["plain"].flagged == ()
+        assert main(["monitor", "--to", running.ingest, "--once"]) == 0
+        assert "watched: masked u4:dead" in capsys.readouterr().out
+        assert main(["monitor", "--to", running.ingest, "--once", "--json", "-"]) == 0
+        seen = {s["session"]: s["flagged"] for s in json.loads(capsys.readouterr().out)["sessions"]}
+        assert (seen["watched"], seen["plain"]) == (["u4:dead"], [])

@@ -176,11 +176,15 @@ def test_a_journal_becomes_nwb_that_the_inspector_finds_clean(
 
 
 def test_replay_of_a_journal_is_verify(
-    fed: tuple[Service, Path, Path], capfd: pytest.CaptureFixture[str]
+    fed: tuple[Service, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     _, journal, model = fed
-    assert main(["replay", "--journal", str(journal), "--model", str(model)]) == 0
-    assert "80 identical to the last bit" in capfd.readouterr().out
+    options = ("--model", str(model), "--tolerance", "1e-6", "--json", "-")
+    assert main(["replay", "--journal", str(journal), *options]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["answers"] == told["identical"] == 80
+    other = make_model(tmp_path / "o.safetensors", n_units=7, names=UNITS, seed=1)
+    assert main(["replay", "--journal", str(journal), "--model", str(other)]) == 3  # its id differs
     assert main(["replay", "--journal", str(journal)]) == 2
     assert main(["replay"]) == 2
     assert "error: " in capfd.readouterr().err

@@ -28,7 +28,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 EXAMPLE = (
     "Example: ilqr-vae replay reach.nwb --to tcp://127.0.0.1:5555 --speed max --span test "
-    "--json r.json --html r.html"
+    "--json r.json --html r.html   A service's journal: "
+    "ilqr-vae replay --journal journal/ --model model.safetensors"
 )
 
 
@@ -178,14 +179,21 @@ def replay(
     model_files: Annotated[
         list[Path] | None, typer.Option("--model", help="For --journal: the model files it served.")
     ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0.0, help="For --journal: largest difference allowed; 0 is bit for bit."),
+    ] = 0.0,
 ) -> None:
     """Stream a recording through a running service, bin by bin, and report decodes and latency.
 
     The recording is read the way the served model was trained. Decodes are scored beside a Wiener
-    filter's on the same bins. Exit codes: 0 done, 2 wrong input, 3 no service or it refused.
+    filter's on the same bins. With --journal and --model no service is asked: everything one took
+    is solved again (this needs the engine) and compared with what it answered. Exit codes: 0 done,
+    1 a journal's answers differ, 2 wrong input, 3 no service or it refused.
     """
     if journal is not None:
-        raise typer.Exit(verify_journal(journal, model_files or []))
+        same = verify_journal(journal, model_files or [], tolerance=tolerance, json_file=json_file)
+        raise typer.Exit(same)
     if recording is None:
         raise ConfigError("recording", expected="a .nwb or .mat file, or --journal", got="none")
     pace = parse_speed(speed)
