@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from feeder import WAIT_S
 from ilqr_vae.artifact import load_artifact
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -83,6 +85,14 @@ def served(
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def metrics(service: Served) -> dict[str, float]:
+    """What /metrics shows, by name with labels."""
+    with urllib.request.urlopen(f"http://{service.http}/metrics", timeout=WAIT_S) as page:
+        lines = page.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
 
 
 def offline(

@@ -48,8 +48,9 @@ Frames = tuple[bytes, ...]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fuzz")
-    for name, roles in (("rig", ("feed", "read")), ("fuzz", ("feed", "read", "control"))):
-        add_client(path / "keys", name, roles)
+    add_client(path / "keys", "rig", ("feed", "read"))
+    add_client(path / "keys", "fuzz", ("feed", "read", "control"))
+    add_client(path / "keys", "reader", ("read",))
     (path / "s.toml").write_text(SETTINGS)
     make_model(path / "m.safetensors", n_units=7, names=UNITS)
     return path
@@ -291,3 +292,24 @@ def test_what_libzmq_cuts_off_or_lets_not_in_is_counted_too(service: Served, fol
         steady.send(*(bin_("held", i, ROW) for i in range(5)))
         assert {r.status for r in steady.results(5)} == {"ok"}
         steady.ask(wire.Close(session="held"), wire.Closed)
+
+
+def test_a_reader_that_tries_to_feed_is_refused_and_counted(service: Served, folder: Path) -> None:
+    addresses = (service.ingest, service.results)
+    with (
+        Feeder(*addresses, key=key(folder, "rig")) as steady,
+        Feeder(*addresses, key=key(folder, "reader")) as reader,
+    ):
+        steady.subscribe("mine")
+        reader.subscribe("mine")  # that it may
+        steady.ask(open_("mine"), wire.Opened)
+        before = counted(service)
+        tried = (open_("mine", epoch=1), bin_("mine", 0, ROW), wire.Close(session="mine"))
+        for message in (*tried, wire.Swap(), wire.Load(path="m.safetensors"), wire.Rollback()):
+            assert reader.ask(message, wire.Refused).field == "role"
+        assert counted(service) - before == Counter({"role": 6})
+        steady.send(bin_("mine", 0, ROW))
+        (mine,), (seen,) = steady.results(1), reader.results(1)
+        assert mine == seen
+        assert (mine.index, mine.epoch, mine.status) == (0, 0, "ok")
+        steady.ask(wire.Close(session="mine"), wire.Closed)

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
+from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_service.engine import Engine
 from ilqr_service.hygiene import Hygiene
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.verify import verify
 from ilqr_vae import wire
-from process import Served, offline, served
+from process import metrics, offline, served
 from rig import make_model
 
 pytestmark = pytest.mark.chaos
@@ -31,13 +30,6 @@ pytestmark = pytest.mark.chaos
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "m.safetensors", n_units=7, names=UNITS)
-
-
-def metrics(service: Served) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{service.http}/metrics", timeout=WAIT_S) as page:
-        lines = page.read().decode().splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
 
 
 # ---- a disk that is full -----------------------------------------------------------------------

@@ -170,6 +170,7 @@ def standing(folder: Path) -> tuple[object, ...]:
     return next_run, set(runs), live.began, live.kept, dict(live.works), dict(live.answers)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("kind", [Worked, Answered, Kept])
 def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone(
     left_open: tuple[Path, list[wire.Result]], model_file: Path, kind: type[Record]
@@ -200,6 +201,7 @@ def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone
         assert standing(folder) == without
 
 
+@pytest.mark.chaos
 def test_a_service_takes_up_a_torn_journal_and_answers_again_what_was_torn(
     left_open: tuple[Path, list[wire.Result]], model_file: Path
 ) -> None:
@@ -256,6 +258,7 @@ def worked(serial: int) -> Worked:
     )
 
 
+@pytest.mark.chaos
 def test_a_disk_that_is_full_loses_records_not_the_run(tmp_path: Path) -> None:
     now = 0.0
     keeper = Journal(tmp_path, header, clock=lambda: now)
