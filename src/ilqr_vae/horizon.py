@@ -40,7 +40,7 @@ from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
 from ilqr_vae.model import Model
 from ilqr_vae.priors import InitialCost
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 
 LOG_2 = 0.6931471805599453
 
@@ -358,6 +358,21 @@ class MovingHorizon:
         status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
         return after, replace(answer, status=status)
 
+    def _features(self, s: HorizonState) -> Float[Tensor, "S F"]:
+        """What the readout reads (``readout``); the newest estimate first."""
+        shape = ReadoutShape() if self.readout is None else self.readout.shape
+        S, device = s.z.shape[0], s.z.device
+        row = torch.arange(S, device=device).unsqueeze(1)
+        back = s.age.unsqueeze(1) - torch.arange(shape.lags + 1, device=device)
+        z = s.z[row, back.clamp(min=0)].reshape(S, -1)
+        if not shape.residuals:
+            return z
+        back = s.age.unsqueeze(1) - torch.arange(shape.residuals, device=device)
+        held, slot = (back > 0).unsqueeze(-1), back.clamp(min=1)
+        rates = self.spikes.mean(s.z[row, slot])
+        residual = s.mask[row, slot - 1] * (s.counts[row, slot - 1] - rates) * held
+        return torch.cat([z, residual.reshape(S, -1)], -1)
+
     def _answer(
         self,
         s: HorizonState,
@@ -367,14 +382,10 @@ class MovingHorizon:
         mask: Tensor,
         solved: ilqr.State,
     ) -> Estimate:
-        S = s.z.shape[0]
-        lags = self.readout.lags if self.readout is not None else 0
-        row = torch.arange(S, device=s.z.device)
-        slots = (s.age.unsqueeze(1) - torch.arange(lags + 1, device=s.z.device)).clamp(min=0)
-        window = s.z[row.unsqueeze(1), slots].reshape(S, -1)
+        window = self._features(s)
         z = window[:, : self.model.n]
         if self.readout is None:
-            kinematics = kinematics_std = z.new_zeros(S, 0)
+            kinematics = kinematics_std = z.new_zeros(len(z), 0)
         else:
             kinematics, kinematics_std = self.readout(window, Sigma)
         return Estimate(
