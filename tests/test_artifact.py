@@ -27,7 +27,7 @@ from ilqr_vae.artifact import (
 from ilqr_vae.errors import ArtifactError, ConfigError
 from ilqr_vae.horizon import HorizonConfig
 from ilqr_vae.likelihoods import Poisson
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import MatSpec, RecordingSpec
 from small import perturb
 
@@ -52,7 +52,7 @@ def manifest(**changes: Any) -> Manifest:
         "data": RecordingSpec(bin_width=0.02, mat=MatSpec(spikes="s", kinematic_rows=(0, 1))),
         "horizon": HorizonConfig(horizon=4, iterations=3),
         "model": SHAPES,
-        "readout_lags": 1,
+        "readout": ReadoutShape(lags=1),
         "scores": {"r2": 0.8732191823712},
         "provenance": {"recording": "made up"},
         "config": {"training": {"steps": 3, "learning_rate": 1e-3}},
@@ -68,7 +68,7 @@ def write(path: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> 
         torch.manual_seed(0)
         model = build(made.model).to(dtype)
     perturb(model, 0.3, generator)
-    readout = KinematicReadout(3, 2, lags=1).double()
+    readout = KinematicReadout(3, 2, ReadoutShape(lags=1)).double()
     for b in readout.buffers():
         b.copy_(torch.rand(b.shape, generator=generator, dtype=torch.float64))
     rate = torch.rand(3, generator=generator, dtype=torch.float64)
@@ -138,7 +138,7 @@ def test_a_loaded_estimator_answers_as_the_saved_model(tmp_path: Path) -> None:
 def test_no_readout_without_kinematics(tmp_path: Path) -> None:
     path, made = (
         tmp_path / "m.safetensors",
-        manifest(kinematic_names=(), kinematic_units=(), readout_lags=None),
+        manifest(kinematic_names=(), kinematic_units=(), readout=None),
     )
     save_artifact(path, made, build(SHAPES), None, torch.ones(3, dtype=torch.float64))
     assert load_artifact(path).readout is None
@@ -255,7 +255,7 @@ def test_an_unknown_key_in_the_manifest_is_refused(tmp_path: Path) -> None:
     [
         ({"unit_names": ("a", "b")}, "2 named units, got one of 3"),
         ({"kinematic_names": ("vx",)}, "readout"),
-        ({"readout_lags": 0}, "readout"),
+        ({"readout": ReadoutShape()}, "readout"),
         ({"model": msgspec.structs.replace(SHAPES, groups={})}, "spikes"),
     ],
     ids=["units", "kinematics", "lags", "no spikes"],
@@ -265,7 +265,10 @@ def test_counts_that_disagree_are_refused(
 ) -> None:
     path = tmp_path / "m.safetensors"
     model = build(SHAPES)
-    readout, rate = KinematicReadout(3, 2, lags=1).double(), torch.ones(3, dtype=torch.float64)
+    readout, rate = (
+        KinematicReadout(3, 2, ReadoutShape(lags=1)).double(),
+        torch.ones(3, dtype=torch.float64),
+    )
     save_artifact(path, manifest(**changes), model, readout, rate)
     with pytest.raises(ArtifactError, match=said):
         load_artifact(path)
@@ -273,7 +276,10 @@ def test_counts_that_disagree_are_refused(
 
 def test_shapes_other_than_the_manifests_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    readout, rate = KinematicReadout(3, 2, lags=1).double(), torch.ones(3, dtype=torch.float64)
+    readout, rate = (
+        KinematicReadout(3, 2, ReadoutShape(lags=1)).double(),
+        torch.ones(3, dtype=torch.float64),
+    )
     smaller = build(msgspec.structs.replace(SHAPES, inputs=1))
     save_artifact(path, manifest(), smaller, readout, rate)
     with pytest.raises(ArtifactError, match=r"model\.\*"):
@@ -288,7 +294,10 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     model = build(SHAPES)
     with torch.no_grad():
         model.group("spikes").b[1] = float("nan")
-    readout, rate = KinematicReadout(3, 2, lags=1).double(), torch.ones(3, dtype=torch.float64)
+    readout, rate = (
+        KinematicReadout(3, 2, ReadoutShape(lags=1)).double(),
+        torch.ones(3, dtype=torch.float64),
+    )
     save_artifact(path, manifest(), model, readout, rate)
     with pytest.raises(ArtifactError, match=r"model\.groups\.spikes\.b with values that are not"):
         load_artifact(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ilqr_vae.horizon import Estimate, HorizonConfig, HorizonState, MovingHorizo
 from ilqr_vae.ilqr import SolverConfig, Status
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.model import Model
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from small import as_problem, draw_data, kalman, make_model, rest
 
 NUMBERS = ("z", "z_cov", "window", "rates", "kinematics", "kinematics_std", "bits", "spikes")
@@ -36,9 +36,12 @@ def estimator(
 ) -> MovingHorizon:
     readout = None
     if lags is not None:
-        readout = KinematicReadout(model.n, 2, lags=lags).double()
+        shape = ReadoutShape(lags=lags, residuals=lags, hidden=2)
+        units = model.group("spikes").b.shape[0]
+        readout = KinematicReadout(model.n, 2, shape, units=units).double()
         generator = torch.Generator().manual_seed(9)
-        readout.W.copy_(torch.randn(readout.W.shape, generator=generator, dtype=torch.float64))
+        for b in (readout.W, readout.U, readout.O):
+            b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float64))
     channels = model.group("spikes").b.shape[0]
     rate = torch.full((channels,), 1.5, dtype=torch.float64)
     config = HorizonConfig(horizon=horizon, iterations=iterations, tolerance=tolerance)
@@ -300,3 +303,25 @@ def test_without_a_readout_there_are_no_kinematics() -> None:
     est = estimator(make_model("mgu2"), 3)
     _, answer = est.step(est.init(2), torch.ones(2, 5).double(), torch.ones(2, 5).double())
     assert answer.kinematics.shape == answer.kinematics_std.shape == (2, 0)
+
+
+@pytest.mark.parametrize("method", ["step", "step_reference"])
+def test_a_solve_that_breaks_down_states_the_priors_covariance(method: str) -> None:
+    """It must not look certain; its neighbour in the batch is not touched."""
+    model = make_model("mgu2")
+    est = estimator(model, 6, 4, lags=1)
+    values, mask = draw_data(model, 2, 4)["spikes"]
+    take = getattr(est, method)
+    state = est.init(2)
+    for t in range(3):
+        state, _ = take(state, values[:, t], mask[:, t])
+    _, clean = take(state, values[:, 3], mask[:, 3])
+    precision = state.precision.clone()
+    precision[0] = float("nan")
+    _, answer = take(replace(state, precision=precision), values[:, 3], mask[:, 3])
+    assert answer.status[0] == Status.NOT_FINITE
+    wide = torch.diag_embed(1 / model.initial.cost(1).precision.diagonal(dim1=-2, dim2=-1))[0]
+    torch.testing.assert_close(answer.z_cov[0], wide)
+    assert bool((answer.kinematics_std[0] > clean.kinematics_std[0]).all())
+    assert bool(answer.z.isfinite().all())
+    assert_same(stream_of(answer, 1), stream_of(clean, 1), 1e-12)

@@ -27,7 +27,7 @@ from ilqr_vae.horizon import HorizonConfig, MovingHorizon
 from ilqr_vae.likelihoods import LIKELIHOODS, Likelihood, Poisson
 from ilqr_vae.model import Model
 from ilqr_vae.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
 
 SCHEMA = 2
@@ -78,7 +78,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         data: how the recording was read; a replay reads it the same way.
         horizon: the estimator's settings.
         model: shapes and families.
-        readout_lags: L of the readout, None without kinematics.
+        readout: what the readout reads, None without kinematics.
         scores: causal validation scores and what they were measured on.
         provenance: recording name and hash, versions, seed, time.
         config: the whole training configuration.
@@ -94,7 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     data: RecordingSpec
     horizon: HorizonConfig
     model: ModelSpec
-    readout_lags: int | None = None
+    readout: ReadoutShape | None = None
     scores: dict[str, float] = msgspec.field(default_factory=dict)
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     config: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -158,7 +158,8 @@ class Artifact:
         """The moving-horizon estimator, with the file's settings unless overridden.
 
         Raises:
-            ConfigError: iterations or horizon below one, or a horizon under the readout's lags.
+            ConfigError: iterations or horizon below one, or a horizon shorter than
+                what the readout reads.
         """
         config = self.manifest.horizon
         config = msgspec.structs.replace(
@@ -166,13 +167,12 @@ class Artifact:
             iterations=config.iterations if iterations is None else iterations,
             horizon=config.horizon if horizon is None else horizon,
         )
-        lags = self.manifest.readout_lags or 0
+        shape = self.manifest.readout or ReadoutShape()
+        least = max(1, shape.lags, shape.residuals)
         if config.iterations < 1:
             raise ConfigError("iterations", expected="at least 1", got=str(config.iterations))
-        if config.horizon < max(1, lags):
-            raise ConfigError(
-                "horizon", expected=f"at least {max(1, lags)}", got=str(config.horizon)
-            )
+        if config.horizon < least:
+            raise ConfigError("horizon", expected=f"at least {least}", got=str(config.horizon))
         return MovingHorizon(self.model, self.readout, self.mean_rate, config)
 
 
@@ -301,13 +301,12 @@ def load_artifact(
     model = build(manifest.model).double()  # a file may hold float64, which float32 would round
     _load_into(path, model, tensors, "model.")
     readout = None
-    if manifest.readout_lags is not None:
-        readout = KinematicReadout(
-            manifest.latents, len(manifest.kinematic_names), lags=manifest.readout_lags
-        )
+    if manifest.readout is not None:
+        channels = len(manifest.kinematic_names)
+        readout = KinematicReadout(manifest.latents, channels, manifest.readout, units=units)
         _load_into(path, readout, tensors, "readout.")
         # the buffers are stored in float64, and float32 ones would round them
-        for name in ("W", "b", "variance", "gain"):
+        for name, _ in list(readout.named_buffers()):
             setattr(readout, name, tensors[f"readout.{name}"])
         readout = readout.to(device=device, dtype=dtype)
     if "mean_rate" not in tensors or tensors["mean_rate"].shape != (units,):

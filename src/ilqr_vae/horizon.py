@@ -40,7 +40,7 @@ from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
 from ilqr_vae.model import Model
 from ilqr_vae.priors import InitialCost
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 
 LOG_2 = 0.6931471805599453
 
@@ -153,6 +153,7 @@ class MovingHorizon:
         self.spikes = model.group("spikes")
         self._w = tuple(t.contiguous() for t in model.dynamics.weights())
         self._solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
+        self._wide = model.initial.cost(1).precision[0].inverse()
         self._packed: Estimator | None = None
         self._graphs: Graphs | None = None
 
@@ -349,10 +350,28 @@ class MovingHorizon:
         Sigma = marginal_covariance(
             info.problem.A, info.problem.B, info.lqr.K, info.lqr.Quu_inv, info.lqr.V[:, 0]
         )[row, newest]
+        # of a solve that broke down nothing is known but what was known before any bin came
+        unknown = broken | ~(Sigma.diagonal(dim1=-2, dim2=-1) > 0).all(-1).view(-1, 1, 1)
+        Sigma = torch.where(unknown, self._wide, Sigma)
         after = replace(s, age=newest, z=z, u=u, counts=window_counts, mask=window_mask)
         answer = self._answer(after, Sigma, predicted, counts, mask, solved)
         status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
         return after, replace(answer, status=status)
+
+    def _features(self, s: HorizonState) -> Float[Tensor, "S F"]:
+        """What the readout reads (``readout``); the newest estimate first."""
+        shape = ReadoutShape() if self.readout is None else self.readout.shape
+        S, device = s.z.shape[0], s.z.device
+        row = torch.arange(S, device=device).unsqueeze(1)
+        back = s.age.unsqueeze(1) - torch.arange(shape.lags + 1, device=device)
+        z = s.z[row, back.clamp(min=0)].reshape(S, -1)
+        if not shape.residuals:
+            return z
+        back = s.age.unsqueeze(1) - torch.arange(shape.residuals, device=device)
+        held, slot = (back > 0).unsqueeze(-1), back.clamp(min=1)
+        rates = self.spikes.mean(s.z[row, slot])
+        residual = s.mask[row, slot - 1] * (s.counts[row, slot - 1] - rates) * held
+        return torch.cat([z, residual.reshape(S, -1)], -1)
 
     def _answer(
         self,
@@ -363,14 +382,10 @@ class MovingHorizon:
         mask: Tensor,
         solved: ilqr.State,
     ) -> Estimate:
-        S = s.z.shape[0]
-        lags = self.readout.lags if self.readout is not None else 0
-        row = torch.arange(S, device=s.z.device)
-        slots = (s.age.unsqueeze(1) - torch.arange(lags + 1, device=s.z.device)).clamp(min=0)
-        window = s.z[row.unsqueeze(1), slots].reshape(S, -1)
+        window = self._features(s)
         z = window[:, : self.model.n]
         if self.readout is None:
-            kinematics = kinematics_std = z.new_zeros(S, 0)
+            kinematics = kinematics_std = z.new_zeros(len(z), 0)
         else:
             kinematics, kinematics_std = self.readout(window, Sigma)
         return Estimate(

@@ -176,7 +176,7 @@ def manifest_of(
         data=config.data,
         horizon=config.estimator,
         model=model_spec(config.model, data),
-        readout_lags=config.readout.lags if decoded else None,
+        readout=None if final.readout is None else final.readout.shape,
         scores=final.scores,
         provenance={
             "recording": recording.name,

@@ -53,7 +53,9 @@ def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHor
     k = data.recording.kinematics
     blank = None
     if k is not None:
-        blank = KinematicReadout(model.n, k.shape[1], lags=config.readout.lags).double()
+        blank = KinematicReadout(
+            model.n, k.shape[1], config.readout.shape, units=data.recording.counts.shape[1]
+        ).double()
     frozen = copy.deepcopy(model).double().cpu()
     return MovingHorizon(frozen, blank, mean_rate(data), config.estimator)
 
@@ -95,7 +97,7 @@ def validate(
     k = data.recording.kinematics
     if k is None:
         return Validation(held.bits_per_spike, scores, None, estimator.mean_rate)
-    fitted = _decode(train, held, k, data, model.n, config)
+    fitted = _decode(train, held, k, data, model.n, config, thorough)
     return Validation(fitted[1]["r2"], scores | fitted[1], fitted[0], estimator.mean_rate)
 
 
@@ -106,6 +108,7 @@ def _decode(
     data: Prepared,
     n: int,
     config: TrainConfig,
+    thorough: bool,
 ) -> tuple[KinematicReadout, dict[str, float]]:
     valid = data.recording.valid
     a, b = data.train
@@ -117,6 +120,8 @@ def _decode(
         k[c:d][valid[c:d]],
         n,
         config.readout,
+        seed=config.training.seed,
+        quick=not thorough,
     )
     names = data.recording.kinematic_names
     scores = {"r2": fit.score} | {
