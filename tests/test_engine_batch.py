@@ -78,7 +78,7 @@ KINDS = (
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     rounds=st.lists(
         st.lists(
@@ -102,7 +102,9 @@ def test_a_batch_of_any_composition_is_each_alone(
     for serial, chosen in enumerate(rounds):
         works: list[Work] = []
         for run, kind in chosen:
-            if kind == "packed" and (packed := engine.pack(run)) is not None:
+            whole = all(w.missing or np.isfinite(w.counts).all() for w in engine.window(run))
+            # (what is not a number has no place on the wire, nor in a snapshot)
+            if kind == "packed" and whole and (packed := engine.pack(run)) is not None:
                 engine.restore(packed)
             if kind == "late" and lost[run]:
                 place = max(lost[run])
