@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -300,3 +300,25 @@ def test_without_a_readout_there_are_no_kinematics() -> None:
     est = estimator(make_model("mgu2"), 3)
     _, answer = est.step(est.init(2), torch.ones(2, 5).double(), torch.ones(2, 5).double())
     assert answer.kinematics.shape == answer.kinematics_std.shape == (2, 0)
+
+
+@pytest.mark.parametrize("method", ["step", "step_reference"])
+def test_a_solve_that_breaks_down_states_the_priors_covariance(method: str) -> None:
+    """It must not look certain; its neighbour in the batch is not touched."""
+    model = make_model("mgu2")
+    est = estimator(model, 6, 4, lags=1)
+    values, mask = draw_data(model, 2, 4)["spikes"]
+    take = getattr(est, method)
+    state = est.init(2)
+    for t in range(3):
+        state, _ = take(state, values[:, t], mask[:, t])
+    _, clean = take(state, values[:, 3], mask[:, 3])
+    precision = state.precision.clone()
+    precision[0] = float("nan")
+    _, answer = take(replace(state, precision=precision), values[:, 3], mask[:, 3])
+    assert answer.status[0] == Status.NOT_FINITE
+    wide = torch.diag_embed(1 / model.initial.cost(1).precision.diagonal(dim1=-2, dim2=-1))[0]
+    torch.testing.assert_close(answer.z_cov[0], wide)
+    assert bool((answer.kinematics_std[0] > clean.kinematics_std[0]).all())
+    assert bool(answer.z.isfinite().all())
+    assert_same(stream_of(answer, 1), stream_of(clean, 1), 1e-12)

@@ -94,7 +94,8 @@ def test_constraints_pin_every_direct_dependency_above_its_floor() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     for text in (*PROJECT["project"]["dependencies"], *(x for e in extras.values() for x in e)):
         need = Requirement(text)
-        if need.name != PROJECT["project"]["name"]:
+        # torch's CUDA builds ask for one triton each: a pin here would rule them out
+        if need.name not in {PROJECT["project"]["name"], "triton"}:
             assert need.specifier.contains(versions[canonicalize_name(need.name)]), text
 
 

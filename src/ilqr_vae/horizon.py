@@ -153,6 +153,7 @@ class MovingHorizon:
         self.spikes = model.group("spikes")
         self._w = tuple(t.contiguous() for t in model.dynamics.weights())
         self._solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
+        self._wide = model.initial.cost(1).precision[0].inverse()
         self._packed: Estimator | None = None
         self._graphs: Graphs | None = None
 
@@ -349,6 +350,9 @@ class MovingHorizon:
         Sigma = marginal_covariance(
             info.problem.A, info.problem.B, info.lqr.K, info.lqr.Quu_inv, info.lqr.V[:, 0]
         )[row, newest]
+        # of a solve that broke down nothing is known but what was known before any bin came
+        unknown = broken | ~(Sigma.diagonal(dim1=-2, dim2=-1) > 0).all(-1).view(-1, 1, 1)
+        Sigma = torch.where(unknown, self._wide, Sigma)
         after = replace(s, age=newest, z=z, u=u, counts=window_counts, mask=window_mask)
         answer = self._answer(after, Sigma, predicted, counts, mask, solved)
         status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)

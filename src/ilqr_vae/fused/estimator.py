@@ -68,6 +68,7 @@ class Estimator:
         self.dtype = array(mean_rate).dtype
         self.scratch_size = window.scratch_size(horizon, n, m, N)
         prior = array(model.initial.cost(1).precision[0])
+        self.wide = array(model.initial.cost(1).precision[0].inverse())
         if readout is None:
             self.channels, self.features = 0, n
             W = np.zeros((0, n), self.dtype)
@@ -130,8 +131,9 @@ class Estimator:
         solver.iterate(self.plan, room.work, 1, inputs, self.options, stopped)
         work = (room.work.state, room.work.info)
         self._share(
-            S, code.leave, self.plan.arrays[2], self.readout, work, after, room.predicted, estimate
-        )
+            S, code.leave, self.plan.arrays[2], self.wide, self.readout, work, after,
+            room.predicted, estimate,
+        )  # fmt: skip
         self._put(room)
         return after, estimate
 

@@ -234,7 +234,7 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
 
 
 @part
-def _leave(b, bank, readout, work, after, predicted, estimate, scratch):
+def _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
     """Write stream ``b``'s solved window and its answer."""
     W, offset, variance, gain = readout
     state, info = work
@@ -264,9 +264,15 @@ def _leave(b, bank, readout, work, after, predicted, estimate, scratch):
         problem[0][b, :newest], problem[1][b, :newest], law[0][b, :newest], law[2][b, :newest],
         value[0][b, 0], Sigma, scratch[end:],
     )  # fmt: skip
+    if broken:
+        good = False
+    for i in range(n):
+        if not Sigma[newest, i, i] > zero:
+            good = False
+    # of a solve that broke down nothing is known but what was known before any bin came
     for i in range(n):
         for j in range(n):
-            z_cov[b, i, j] = Sigma[newest, i, j] if good else zero
+            z_cov[b, i, j] = Sigma[newest, i, j] if good else wide[i, j]
 
     for lag in range(window.shape[1] // n):
         slot = max(newest - lag, 0)
@@ -312,15 +318,16 @@ def enter(first, last, fixed, before, after, arriving, predicted, estimate, scra
 
 
 @compiled
-def leave(first, last, bank, readout, work, after, predicted, estimate, scratch):
+def leave(first, last, bank, wide, readout, work, after, predicted, estimate, scratch):
     """Streams ``first`` to ``last`` answer.
 
     Args:
         bank: the channels.
+        wide: (n, n) covariance of z_0, stated where a solve broke down.
         readout: (W, b, variance, gain).
         work: (state, info) of ``iteration`` after the solve.
         after: the fields of ``HorizonState``; z and u are written.
         predicted, estimate: see ``enter``; the estimate is written.
     """
     for b in range(first, last):
-        _leave(b, bank, readout, work, after, predicted, estimate, scratch)
+        _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch)
