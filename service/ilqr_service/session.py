@@ -11,6 +11,7 @@ import numpy as np
 
 from ilqr_service.work import Answer, ModelFacts, Work, status_of
 from ilqr_vae import wire
+from ilqr_vae.errors import ProtocolError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,18 @@ class Effects:
     )
     bits: float = 0.0
     spikes: int = 0
+
+    @staticmethod
+    def refusal(owner: bytes, error: ProtocolError, session: str) -> Effects:
+        """What tells a sender what was wrong with its message."""
+        reason = error.field.split(".")[0].split("[")[0]
+        refused = wire.Refused(
+            field=error.field,
+            expected=error.expected,
+            got=error.got[:200],
+            session=session[:64],
+        )
+        return Effects(replies=[(owner, refused)], events=Counter({f"refused:{reason}": 1}))
 
 
 class Recent:
@@ -154,8 +167,9 @@ class Session:
         """Follow when bins come: bin k is expected at ``anchor_ns`` + k bin widths, the earliest
         that the newest arrivals bear out."""
         self.silent = 0
-        self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
-        self.anchor_ns = min(self.arrivals)
+        if self.request.clocked:
+            self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
+            self.anchor_ns = min(self.arrivals)
 
     def overdue_ns(self, limits: Limits) -> int | None:
         """When the next bin is to be answered without it; None for a session that waits."""

@@ -28,7 +28,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,6 +62,8 @@ class SessionTable:
         self.next_run = 0
         self._sessions: dict[str, Session] = {}
         self._runs: dict[int, Session] = {}
+        self._owing: dict[int, Session] = {}
+        self._clocked: dict[int, Session] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -113,19 +114,16 @@ class SessionTable:
                 and session is not None
                 and (session.owner, session.epoch) == (owner, message.epoch)
             ):
-                session.owed += 1
+                self._owe(session)
             return effects
+
+    def _owe(self, session: Session) -> None:
+        session.owed += 1
+        self._owing[session.run] = session
 
     def refuse(self, owner: bytes, error: ProtocolError, session: str = "") -> Effects:
         """Say what was wrong with one message, and count it by the field that was wrong."""
-        reason = error.field.split(".")[0].split("[")[0]
-        refused = wire.Refused(
-            field=error.field,
-            expected=error.expected,
-            got=error.got[:200],
-            session=session[:64],
-        )
-        return Effects(replies=[(owner, refused)], events=Counter({f"refused:{reason}": 1}))
+        return Effects.refusal(owner, error, session)
 
     def _open(self, owner: bytes, message: wire.Open, now_ns: int, user: str) -> Effects:
         before = self._sessions.get(message.session)
@@ -176,6 +174,8 @@ class SessionTable:
         self.next_run = max(self.next_run, session.run + 1)
         self._sessions[session.name] = session
         self._runs[session.run] = session
+        if session.request.clocked:
+            self._clocked[session.run] = session
 
     def _resume(
         self, session: Session, owner: bytes, message: wire.Open, now_ns: int, user: str
@@ -312,7 +312,7 @@ class SessionTable:
             session.waiting -= 1
             if answer.revised or not work.missing:
                 session.unanswered -= 1
-                session.owed += 1
+                self._owe(session)
         if answer.void:
             effects.events["late_lost"] += 1
         else:
@@ -323,17 +323,14 @@ class SessionTable:
 
     def credits(self) -> list[tuple[bytes, wire.Credit]]:
         """The credits that came free since the last call, one message per session."""
-        due: list[tuple[bytes, wire.Credit]] = []
-        for session in self._sessions.values():
-            if session.owed:
-                due.append((session.owner, session.credit()))
-        return due
+        owing, self._owing = self._owing, {}
+        return [(s.owner, s.credit()) for s in owing.values() if s.owed]
 
     # ---- time and ends -------------------------------------------------------------------------
 
     def next_due(self) -> int | None:
         """When ``tick`` has the next bin to answer without it."""
-        due = [s.overdue_ns(self.limits) for s in self._sessions.values()]
+        due = [s.overdue_ns(self.limits) for s in self._clocked.values()]
         return min((d for d in due if d is not None), default=None)
 
     def tick(self, now_ns: int) -> Effects:
@@ -383,6 +380,8 @@ class SessionTable:
     def _end(self, session: Session, what: str, effects: Effects) -> None:
         del self._sessions[session.name]
         del self._runs[session.run]
+        self._owing.pop(session.run, None)
+        self._clocked.pop(session.run, None)
         if session.owed:
             effects.replies.append((session.owner, session.credit()))
         effects.forget.append(session.run)
