@@ -125,7 +125,7 @@ class Engine:
 
     @property
     def batch(self) -> int:
-        """How many runs one call of ``solve`` should bring at most."""
+        """How many runs are solved in that time; 1 where each is solved alone."""
         if not self._stepper.batches:
             return 1
         room = (self.slice_ns - self.cost.ns(1)) / (self.cost.ns(2) - self.cost.ns(1))

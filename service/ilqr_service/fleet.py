@@ -14,6 +14,8 @@ from ilqr_service.engine import Engine, WarmUp
 from ilqr_service.runs import PackedRun
 from ilqr_service.work import Answer, Work
 
+CATCH_UP = 4
+
 
 @dataclass(slots=True)
 class Score:
@@ -44,7 +46,8 @@ class Shadow:
 
 class Quota:
     """Says which bins still fit into the next solve: a step's longest time, and half of what is
-    left until the first of them is due. What is overdue anyway does not hold the others up.
+    left until the first of them is due. Where the most urgent is overdue, a step may take
+    ``CATCH_UP`` times as long: many at once are solved in less time each.
 
     Args:
         fleet: whose bins.
@@ -53,15 +56,18 @@ class Quota:
 
     def __init__(self, fleet: Fleet, now_ns: int) -> None:
         self._fleet, self._now = fleet, now_ns
-        self._limit = float("inf")
+        self._longest = 0.0
+        self._left = float("inf")
         self._whole = 0.0
         self._bins: dict[str, int] = {}
 
     def __call__(self, work: Work) -> bool:
         engine = self._fleet.engine(work.model)
-        self._limit = min(self._limit, engine.slice_ns)
-        if work.due_ns > self._now:
-            self._limit = min(self._limit, (work.due_ns - self._now) / 2)
+        overdue = work.due_ns <= self._now and not work.swap
+        if not self._longest:
+            self._longest = engine.slice_ns * (CATCH_UP if overdue else 1)
+        if not overdue:
+            self._left = min(self._left, work.due_ns - self._now if work.due_ns else self._left)
         if work.late or work.swap:
             self._whole += engine.facts.horizon * engine.cost.ns(1)
         else:
@@ -69,7 +75,7 @@ class Quota:
         spent = self._whole + sum(
             self._fleet.engine(model).cost.ns(bins) for model, bins in self._bins.items()
         )
-        return spent <= self._limit
+        return spent <= min(self._longest, self._left / 2)
 
 
 class Fleet:
@@ -92,7 +98,7 @@ class Fleet:
     @property
     def batch(self) -> int:
         """The most bins to solve at once."""
-        return max(engine.batch for engine in list(self.engines.values()))
+        return CATCH_UP * max(engine.batch for engine in list(self.engines.values()))
 
     def engine(self, model: str) -> Engine:
         return self.engines[model] if model else self.first
@@ -113,12 +119,15 @@ class Fleet:
 
     def parts(self, works: list[Work]) -> list[list[Work]]:
         """Bins of different runs as the calls of ``solve`` that answer soonest: the bins of each
-        model together, then one by one what takes a window to solve."""
+        model together, then one by one what takes a window, or cannot be solved together."""
         together: dict[str, list[Work]] = {}
+        alone: list[list[Work]] = []
         for work in works:
-            if not (work.late or work.swap):
+            if work.late or work.swap or self.engine(work.model).batch == 1:
+                alone.append([work])
+            else:
                 together.setdefault(work.model, []).append(work)
-        return [*together.values(), *([work] for work in works if work.late or work.swap)]
+        return [*together.values(), *alone]
 
     def solve(self, works: list[Work]) -> list[Answer]:
         """Answers to bins of different runs; a swap has none. See ``Engine.solve``."""
