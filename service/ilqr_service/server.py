@@ -241,16 +241,16 @@ class Service:
                 self._publisher.welcome()
             if self._router in events:
                 self._messages()
-            for owner, credit in self._table.credits():
-                self._reply(owner, credit)
             if not self._table.accepting and self._solver.ready.is_set() and drained_by is None:
                 self._table.accepting = True
                 self.telemetry.ready(True)
             due = self._table.next_due()
+            self._credits(all_owed=False)
             if now - ticked > _POLL_MS * 1_000_000 or (due is not None and due <= now):
                 ticked = now
                 self._noted(self._table.tick(now))
                 self._noted(self._slots.loaded())
+                self._credits()
                 self._housekeeping()
             if self._stop.is_set():
                 if drained_by is None:
@@ -261,6 +261,10 @@ class Service:
                     break
         if self._solver.failure is None:
             self._noted(self._table.end_all("shutdown"))
+
+    def _credits(self, *, all_owed: bool = True) -> None:
+        for owner, credit in self._table.credits(all_owed=all_owed):
+            self._reply(owner, credit)
 
     def _patience_ms(self) -> int:
         due = self._table.next_due()
@@ -320,11 +324,11 @@ class Service:
         try:
             return self._message(owner, user, frames, at_ns)
         except ProtocolError as error:
-            return self._table.refuse(owner, error)
+            return Effects.refusal(owner, error)
         except Exception:
             logs.exception("a message could not be handled")
             error = ProtocolError("internal", expected="a message that can be handled", got="")
-            return self._table.refuse(owner, error)
+            return Effects.refusal(owner, error)
 
     def _message(self, owner: bytes, user: str, frames: list[bytes], at_ns: int) -> Effects:
         if len(frames) != 1:

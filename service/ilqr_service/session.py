@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ilqr_service.work import Answer, ModelFacts, Work, status_of
+from ilqr_service.work import Answer, ModelFacts, Vector, Work, status_of
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
 
@@ -71,8 +71,8 @@ class Effects:
     spikes: int = 0
 
     @staticmethod
-    def refusal(owner: bytes, error: ProtocolError, session: str) -> Effects:
-        """What tells a sender what was wrong with its message."""
+    def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
+        """Say what was wrong with one message, and count it by the field that was wrong."""
         reason = error.field.split(".")[0].split("[")[0]
         refused = wire.Refused(
             field=error.field,
@@ -101,6 +101,10 @@ class Recent:
         if held.size == 0:
             return (0,) * len(qs)
         return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)
+
+
+def _packed(values: Vector) -> wire.Array:
+    return wire.Array("<f8", values.shape, values.astype("<f8", copy=False).tobytes())
 
 
 ARRIVALS = 256
@@ -274,11 +278,11 @@ class Session:
             solve_start_ns=answer.solve_start_ns,
             solve_end_ns=answer.solve_end_ns,
             published_ns=published_ns,
-            latent=wire.pack(answer.latent, "<f8"),
-            latent_std=wire.pack(answer.latent_std, "<f8"),
-            rates=wire.pack(answer.rates, "<f8"),
-            kinematics=wire.pack(answer.kinematics, "<f8"),
-            kinematics_std=wire.pack(answer.kinematics_std, "<f8"),
+            latent=_packed(answer.latent),
+            latent_std=_packed(answer.latent_std),
+            rates=_packed(answer.rates),
+            kinematics=_packed(answer.kinematics),
+            kinematics_std=_packed(answer.kinematics_std),
             bits=answer.bits,
             spikes=answer.spikes,
         )

@@ -22,7 +22,8 @@ Rules:
   of the newest H bins; it and all bins after it are answered again with a higher revision. Further
   back it is refused (``late``). An index that had its bin is refused (``index``).
 - Credits: a feeder may have ``credits`` bins unanswered. Each bin returns its credit when it is
-  answered or refused; a bin beyond them is refused (its index is then a gap).
+  answered or refused, told at the latest with the next tick; a bin beyond them is refused (its
+  index is then a gap).
 - A session idle for ``idle_ns`` with nothing queued ends, with a notice.
 """
 
@@ -107,7 +108,7 @@ class SessionTable:
                 case wire.Close():
                     return self._close(owner, message, now_ns)
         except ProtocolError as error:
-            effects = self.refuse(owner, error, message.session)
+            effects = Effects.refusal(owner, error, message.session)
             session = self._sessions.get(message.session)
             if (
                 isinstance(message, wire.Bin)
@@ -120,10 +121,6 @@ class SessionTable:
     def _owe(self, session: Session) -> None:
         session.owed += 1
         self._owing[session.run] = session
-
-    def refuse(self, owner: bytes, error: ProtocolError, session: str = "") -> Effects:
-        """Say what was wrong with one message, and count it by the field that was wrong."""
-        return Effects.refusal(owner, error, session)
 
     def _open(self, owner: bytes, message: wire.Open, now_ns: int, user: str) -> Effects:
         before = self._sessions.get(message.session)
@@ -321,10 +318,17 @@ class SessionTable:
             self._end_if_answered(session, effects)
         return effects
 
-    def credits(self) -> list[tuple[bytes, wire.Credit]]:
-        """The credits that came free since the last call, one message per session."""
-        owing, self._owing = self._owing, {}
-        return [(s.owner, s.credit()) for s in owing.values() if s.owed]
+    def credits(self, *, all_owed: bool = True) -> list[tuple[bytes, wire.Credit]]:
+        """The credits that came free since they were last told, one message per session.
+
+        Args:
+            all_owed: also the few that a feeder cannot be short of yet.
+        """
+        least = 1 if all_owed else max(1, self.limits.credits // 8)
+        due = [s for s in self._owing.values() if s.owed >= least]
+        for session in due:
+            del self._owing[session.run]
+        return [(s.owner, s.credit()) for s in due]
 
     # ---- time and ends -------------------------------------------------------------------------
 
