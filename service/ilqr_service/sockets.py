@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -64,6 +65,30 @@ class Connections:
             kind = _COUNTED.get(int(parse_monitor_message(frames)["event"]))
             if kind is not None:
                 counted[kind] += 1
+
+
+def received(
+    router: zmq.Socket[bytes], limit: int, *, users: bool
+) -> list[tuple[bytes, str, list[bytes], int]]:
+    """Up to ``limit`` messages that have come: sender, user, frames, and when each was taken off.
+
+    Args:
+        users: ask who the sender is, which takes copies that know; else "".
+    """
+    came: list[tuple[bytes, str, list[bytes], int]] = []
+    while len(came) < limit:
+        user = ""
+        try:
+            if not users:
+                owner, *frames = router.recv_multipart(zmq.NOBLOCK)
+            else:
+                first, *rest = router.recv_multipart(zmq.NOBLOCK, copy=False)
+                owner, frames = first.bytes, [frame.bytes for frame in rest]
+                user = str(rest[0].get("User-Id")) if rest else ""
+        except zmq.Again:
+            break
+        came.append((owner, user, frames, time.monotonic_ns()))
+    return came
 
 
 def empty(socket: zmq.Socket[bytes]) -> None:
