@@ -182,7 +182,7 @@ def replay(
             model = model_of(described)
             spec = spec_from(config, model)
             read = read_for(model, recording, spec)
-            start, stop = spec.split.occupied(chosen, len(read))
+            start, stop = spec.split.occupied(chosen, read)
             first = warmup_start(start)
             run = Run(
                 recording=read,

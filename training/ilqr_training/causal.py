@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ilqr_training.segments import restarted
 from ilqr_vae.horizon import MovingHorizon
 from ilqr_vae.ilqr import Status
 from ilqr_vae.recordings import Recording
@@ -88,9 +89,10 @@ def causal_pass(
     lead = min(run_in, start) if streams == 1 else run_in
     like = estimator.mean_rate
     counts = torch.as_tensor(recording.counts.astype(np.float64)).to(like)
-    seen = recording.valid if dropped is None else recording.valid & ~dropped
+    seen = recording.mask() if dropped is None else recording.mask() & ~dropped[:, None]
     valid = torch.as_tensor(seen.astype(np.float64)).to(like)
-    N = counts.shape[1]
+    fresh = np.zeros(len(recording), dtype=bool)
+    fresh[[0, *recording.breaks]] = True
 
     state = estimator.init(streams)
     kept: dict[str, list[torch.Tensor]] = {}
@@ -101,8 +103,8 @@ def causal_pass(
         # a piece whose run-in would start before the recording sees missing bins there
         inside = (bins >= 0) & (bins < stop)
         index = torch.as_tensor(np.clip(bins, 0, stop - 1))
-        present = valid[index] * torch.as_tensor(inside.astype(np.float64)).to(like)
-        mask = present.unsqueeze(1).expand(streams, N)
+        mask = valid[index] * torch.as_tensor(inside.astype(np.float64)).to(like).unsqueeze(1)
+        state = restarted(estimator, state, fresh[index] & inside)
         state, answer = estimator.step(state, counts[index], mask)
         if progress is not None:
             progress(j + lead + 1, length + lead)

@@ -195,7 +195,7 @@ def evaluate(
     use_threads(None)
     artifact = load_artifact(model)
     read = read_for(artifact, recording)
-    start, stop = artifact.manifest.data.split.occupied(chosen, len(read))
+    start, stop = artifact.manifest.data.split.occupied(chosen, read)
     first = warmup_start(start)
     drops = np.zeros(len(read), dtype=bool)
     drops[first:stop] = plan_drops(stop - first, drop, seed)

@@ -12,6 +12,7 @@ from scipy.special import ndtri
 from ilqr_vae.baselines import WienerFilter
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.recordings.spacing import spaced_out
 
 Array = NDArray[np.float64]
 
@@ -69,6 +70,12 @@ def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, 
     return scores | {f"r2.{name}": float(v) for name, v in zip(names, each, strict=True)}
 
 
+def _begun(recording: Recording, bin_: int) -> int:
+    """The first bin of the segment a bin lies in."""
+    before = recording.breaks[recording.breaks <= bin_]
+    return int(before[-1]) if len(before) else 0
+
+
 def fit_wiener(recording: Recording, split: SplitSpec, history: int = 10) -> WienerFilter:
     """The baseline: trained on the train span, its penalty chosen on the validation span.
 
@@ -77,13 +84,22 @@ def fit_wiener(recording: Recording, split: SplitSpec, history: int = 10) -> Wie
     """
     if recording.kinematics is None:
         raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+    train, validation = split.span("train", recording), split.span("validation", recording)
+    spaced, place = spaced_out(recording, history)
+    assert spaced.kinematics is not None  # as above
+    counts = spaced.counts.astype(np.float64)
+    counts[~spaced.mask()] = 0.0
+    mean = counts.sum(axis=0) / np.maximum(spaced.mask().sum(axis=0), 1)
+    counts = np.where(spaced.mask(), counts, mean)  # as the filter takes bins it has not seen
     return WienerFilter.fit(
-        recording.counts,
-        recording.kinematics,
-        train=split.bins("train", len(recording)),
-        validation=split.bins("validation", len(recording)),
+        counts,
+        spaced.kinematics,
+        train=(place[train[0]], place[train[1] - 1] + 1) if train[1] > train[0] else train,
+        validation=(place[validation[0]], place[validation[1] - 1] + 1)
+        if validation[1] > validation[0]
+        else validation,
         history=history,
-        valid=recording.valid,
+        valid=spaced.scored,
     )
 
 
@@ -120,7 +136,7 @@ def score_decodes(
     if decoded.shape != truth.shape or (std is not None and std.shape != truth.shape):
         got = decoded.shape if std is None else (decoded.shape, std.shape)
         raise ShapeError("decoded", expected=str(truth.shape), got=str(got))
-    rows = recording.valid[start:stop] & np.isfinite(decoded).all(axis=1)
+    rows = recording.scored[start:stop] & np.isfinite(decoded).all(axis=1)
     if not rows.any():
         raise ShapeError("decoded", expected="at least one valid, answered bin", got="none")
     names = recording.kinematic_names
@@ -138,9 +154,16 @@ def score_decodes(
             notes = (f"No Wiener filter beside it: {error}.",)
         else:
             counts = recording.counts.astype(np.float64)
-            counts[~recording.valid] = fitted.mean
+            unseen = ~recording.mask()
+            counts[unseen] = np.broadcast_to(fitted.mean, counts.shape)[unseen]
             if seen is not None:
                 counts[start:stop][~seen] = fitted.mean
-            wiener = fitted.predict(counts, start, stop)
+            wiener = np.concatenate(
+                [
+                    fitted.predict(counts[whole:b], a - whole, b - whole)
+                    for a, b in recording.segments(start, stop)
+                    for whole in [_begun(recording, a)]
+                ]
+            )
             methods[WIENER] = _methods(truth[rows], wiener[rows], names)
     return Scores(methods, int(rows.sum()), LEVELS if actual else (), actual, wiener, notes)
