@@ -62,6 +62,7 @@ def causal(rng: np.random.Generator, T: int) -> Causal:
         rates=empty,
         kinematics=empty,
         kinematics_std=empty,
+        inputs=empty,
         bits=np.zeros(T),
         spikes=np.zeros(T),
         statuses={},

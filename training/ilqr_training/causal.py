@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ilqr_training.segments import restarted
+from ilqr_training.segments import INPUT_DELAY, delayed_inputs, moved_back, restarted
 from ilqr_vae.horizon import MovingHorizon
 from ilqr_vae.ilqr import Status
 from ilqr_vae.recordings import Recording
@@ -31,6 +31,8 @@ class Causal:
         covariance: (T, n, n), of z.
         rates: (T, N), expected counts per bin.
         kinematics, kinematics_std: (T, D).
+        inputs: (T, m), of each bin as known ``INPUT_DELAY`` bins later (a bin alone tells little
+            of its own input); NaN for the last of a segment.
         bits, spikes: (T,), see ``horizon.Estimate``.
         statuses: solver status -> bins.
         iterations: mean per bin.
@@ -42,6 +44,7 @@ class Causal:
     rates: NDArray[np.float64]
     kinematics: NDArray[np.float64]
     kinematics_std: NDArray[np.float64]
+    inputs: NDArray[np.float64]
     bits: NDArray[np.float64]
     spikes: NDArray[np.float64]
     statuses: dict[str, int]
@@ -94,6 +97,7 @@ def causal_pass(
     fresh = np.zeros(len(recording), dtype=bool)
     fresh[[0, *recording.breaks]] = True
 
+    delay = min(INPUT_DELAY, estimator.config.horizon - 1)
     state = estimator.init(streams)
     kept: dict[str, list[torch.Tensor]] = {}
     tally = torch.zeros(len(Status), dtype=torch.int64)
@@ -112,6 +116,7 @@ def causal_pass(
             continue
         for name in ("window", "z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
             kept.setdefault(name, []).append(getattr(answer, name))
+        kept.setdefault("inputs", []).append(delayed_inputs(state, delay))
         tally += torch.bincount(answer.status.cpu(), minlength=len(Status))
         iterations += int(answer.iterations.sum())
 
@@ -128,6 +133,7 @@ def causal_pass(
         rates=in_order("rates"),
         kinematics=in_order("kinematics"),
         kinematics_std=in_order("kinematics_std"),
+        inputs=moved_back(in_order("inputs"), delay),
         bits=in_order("bits"),
         spikes=in_order("spikes"),
         statuses={s.name.lower(): int(c) for s, c in zip(Status, tally, strict=True) if c},

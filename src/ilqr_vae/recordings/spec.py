@@ -224,3 +224,8 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     hdf5: Hdf5Spec = msgspec.field(default_factory=Hdf5Spec)
     trials: TrialSpec = msgspec.field(default_factory=TrialSpec)
     split: SplitSpec = msgspec.field(default_factory=SplitSpec)
+
+    def as_it_ran(self) -> RecordingSpec:
+        """The same, in one piece: to stream it, since a stream runs on between trials."""
+        split = msgspec.structs.replace(self.split, column="")
+        return msgspec.structs.replace(self, mode="continuous", split=split)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ilqr_vae.baselines import WienerFilter
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.recordings.spacing import spaced_out
+from ilqr_vae.report.bootstrap import FEWEST, interval, pieces, r2_draws
 
 Array = NDArray[np.float64]
 
@@ -33,6 +35,9 @@ class Scores:
             nominal level; empty without a standard deviation.
         wiener: (T, D) its decodes of all the bins, or None where it could not be fitted.
         notes: sentences a reader should know.
+        intervals: by decoder: ``r2``, the 95 % bootstrap interval of its mean R2, and for others
+            than ours ``ahead``, that of ours less theirs on the same draws.
+        resampled: what the bootstrap draws, and how many of them: ``34 trials``; "" for none.
     """
 
     methods: dict[str, dict[str, float]]
@@ -41,6 +46,10 @@ class Scores:
     actual: tuple[float, ...]
     wiener: Array | None
     notes: tuple[str, ...] = ()
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(
+        default_factory=dict[str, dict[str, tuple[float, float]]]
+    )
+    resampled: str = ""
 
 
 def r2_per_channel(truth: Array, decoded: Array) -> Array:
@@ -112,6 +121,8 @@ def score_decodes(
     std: NDArray[Any] | None = None,
     seen: NDArray[np.bool_] | None = None,
     baseline: bool = True,
+    others: Mapping[str, NDArray[Any]] | None = None,
+    others_std: Mapping[str, NDArray[Any]] | None = None,
 ) -> Scores:
     """Score decodes of the bins [a, b) of ``recording``, and a Wiener filter's on the same bins.
 
@@ -124,6 +135,8 @@ def score_decodes(
         seen: bool (T,), False where the decoder was not given the bin; the Wiener filter is given
             the mean there. None means all.
         baseline: fit and score the Wiener filter too.
+        others: (T, D) decodes of further decoders by name, scored on the same bins and listed in
+            this order; ``others_std``: their standard deviations where they state them.
 
     Raises:
         ShapeError: no kinematics, wrong shapes, or no bin to score.
@@ -166,4 +179,46 @@ def score_decodes(
                 ]
             )
             methods[WIENER] = _methods(truth[rows], wiener[rows], names)
-    return Scores(methods, int(rows.sum()), LEVELS if actual else (), actual, wiener, notes)
+    decodes: dict[str, NDArray[Any]] = {OURS: decoded}
+    if wiener is not None:
+        decodes[WIENER] = wiener
+    for name, values in (others or {}).items():
+        if values.shape != truth.shape or not np.isfinite(values[rows]).all():
+            raise ShapeError(
+                f"others.{name}", expected=f"finite {truth.shape}", got=str(values.shape)
+            )
+        decodes[name] = values
+        methods[name] = _methods(truth[rows], values[rows], names)
+        if others_std is not None and name in others_std:
+            covered = calibration(truth[rows], values[rows], others_std[name][rows], (0.9,))
+            methods[name]["coverage_90"] = covered[0]
+    intervals, resampled = _intervals(recording.slice(start, stop), truth, decodes, rows)
+    return Scores(
+        methods=methods,
+        n=int(rows.sum()),
+        nominal=LEVELS if actual else (),
+        actual=actual,
+        wiener=wiener,
+        notes=notes,
+        intervals=intervals,
+        resampled=resampled,
+    )
+
+
+def _intervals(
+    part: Recording, truth: Array, decodes: Mapping[str, NDArray[Any]], rows: NDArray[np.bool_]
+) -> tuple[dict[str, dict[str, tuple[float, float]]], str]:
+    made = pieces(len(part), part.bin_width, part.trials)
+    used = rows & (made.of >= 0)
+    _, place = np.unique(made.of[used], return_inverse=True)
+    number = int(place.max()) + 1 if len(place) else 0
+    if number < FEWEST:
+        return {}, ""
+    draws = {name: r2_draws(truth[used], d[used], place, number) for name, d in decodes.items()}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, values in draws.items():
+        both = {"r2": interval(values)}
+        if name != OURS:
+            both["ahead"] = interval(draws[OURS] - values)
+        intervals[name] = {key: found for key, found in both.items() if found is not None}
+    return intervals, f"{number} {made.what}"
