@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ilqr_training.causal import Causal, causal_pass
+from ilqr_training.followed import learning_curves
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.recordings import Recording, load_matching
@@ -90,6 +91,7 @@ def _report(
     scores: Scores | None,
     drops: NDArray[np.bool_],
     seconds: float,
+    learning: dict[str, tuple[tuple[int, float], ...]],
 ) -> ReportData:
     manifest, (start, stop) = artifact.manifest, bins
     part = recording.slice(start, stop)
@@ -102,6 +104,7 @@ def _report(
             facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
         facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
     notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
+    notes += recording.notes
     sha = recording.sha256
     return ReportData(
         title=f"Offline causal evaluation on {recording.name}",
@@ -112,6 +115,9 @@ def _report(
         status=tuple("missing" if m else "ok" for m in missing),
         latents=result.window[:, : manifest.latents],
         latents_std=result.latent_std,
+        rates=result.rates,
+        inputs=result.inputs,
+        learning=learning,
         bits_per_spike=result.bits_per_spike,
         names=names,
         units=manifest.kinematic_units,
@@ -149,6 +155,7 @@ def _arrays(start: int, result: Causal, latents: int) -> dict[str, NDArray[Any]]
         "kinematics_std": result.kinematics_std,
         "latents": result.window[:, :latents],
         "latents_std": result.latent_std,
+        "inputs": result.inputs,
         "bits": result.bits,
         "spikes": result.spikes,
     }
@@ -160,6 +167,9 @@ def _say(report: ReportData) -> None:
     if report.scores is not None:
         for name, values in report.scores.methods.items():
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+            found = report.scores.intervals.get(name, {}).get("r2")
+            if found is not None:
+                shown += f"  r2 95 % interval {found[0]:.4f} to {found[1]:.4f}"
             console.print(f"  {name:<14} {shown}", highlight=False, markup=False)
     console.print(f"  bits per spike {report.bits_per_spike:.4f}", highlight=False)
     for note in report.notes:
@@ -195,7 +205,7 @@ def evaluate(
     use_threads(None)
     artifact = load_artifact(model)
     read = read_for(artifact, recording)
-    start, stop = artifact.manifest.data.split.occupied(chosen, len(read))
+    start, stop = artifact.manifest.data.split.occupied(chosen, read)
     first = warmup_start(start)
     drops = np.zeros(len(read), dtype=bool)
     drops[first:stop] = plan_drops(stop - first, drop, seed)
@@ -203,7 +213,8 @@ def evaluate(
     result = _run(artifact, read, start, stop, drops)
     seconds = time.monotonic() - began
     scores = _scores(artifact, read, (start, stop), result, drops)
-    report = _report(artifact, read, chosen, (start, stop), result, scores, drops, seconds)
+    curves = learning_curves(model, artifact.manifest)
+    report = _report(artifact, read, chosen, (start, stop), result, scores, drops, seconds, curves)
     outputs.write(report, _arrays(start, result, artifact.manifest.latents))
     if json_file != STDOUT:
         _say(report)
