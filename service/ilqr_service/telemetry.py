@@ -35,6 +35,7 @@ _REASONS = (
     "source_ns",
     "frames",
     "protocol",
+    "subscription",
 )
 _HALF_LIFE = 5_000
 _MINUTE_NS = 60_000_000_000
