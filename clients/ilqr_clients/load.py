@@ -9,8 +9,10 @@ once.
 from __future__ import annotations
 
 import heapq
+import select
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,6 +186,15 @@ def counts_of(load: Load, faults: Faults, session: int, n_units: int) -> NDArray
     return rng.poisson(load.rate, (load.bins, n_units))
 
 
+def _drained(socket: zmq.Socket[bytes]) -> Iterator[bytes]:
+    """The last frames of all messages that have come."""
+    while True:
+        try:
+            yield socket.recv_multipart(zmq.NOBLOCK)[-1]
+        except zmq.Again:
+            return
+
+
 class Generator:
     """Opens the sessions, and runs a load on them.
 
@@ -221,9 +232,7 @@ class Generator:
         self._context: zmq.Context[Any] = zmq.Context()
         self._sub = connect(self._context, zmq.SUB, reachable(described.results, endpoint))
         self._dealer = connect(self._context, zmq.DEALER, endpoint)
-        self._poller = zmq.Poller()
-        self._poller.register(self._sub, zmq.POLLIN)
-        self._poller.register(self._dealer, zmq.POLLIN)
+        self._doors = [int(s.getsockopt(zmq.FD)) for s in (self._sub, self._dealer)]
         self._intended: dict[tuple[str, int], int] = {}
         self._sent: dict[tuple[str, int], int] = {}
         self._crossings: list[tuple[int, int, int, int]] = []
@@ -256,7 +265,7 @@ class Generator:
                     expected=f"{len(self.names)} open",
                     got=f"{len(self._opened)}, refused: {dict(self.outcome.refused)}",
                 )
-            self._take(100)
+            self._take(0.1)
 
     def run(self) -> Outcome:
         """Send everything at its time, and take what comes; then close the sessions."""
@@ -270,8 +279,9 @@ class Generator:
         began = now_ns() + 50_000_000
         for at, k, index in plan:
             intended = began + at
+            self._take(0.0)
             while (left := intended - now_ns()) > 0:
-                self._take(left // 1_000_000)
+                self._take(left / 1e9)
             name = self.names[k]
             sent = now_ns()
             message = wire.Bin(
@@ -313,27 +323,29 @@ class Generator:
             self._dealer.send(wire.encode(wire.Close(session=name)))
         end = time.monotonic() + self.load.patience
         while len(self._closed) < len(self.names) and time.monotonic() < end:
-            self._take(50)
-        self._take(0)
+            self._take(0.05)
+        self._take(0.0)
 
     def close(self) -> None:
         """Close the sockets."""
         self._context.destroy(linger=0)
 
-    def _take(self, wait_ms: int) -> None:
-        if not self._poller.poll(wait_ms):
-            return
-        while True:
-            try:
-                frames = self._sub.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._published(wire.decode_published(frames[-1]), self._timer.now_ns())
-        while True:
-            try:
-                frame = self._dealer.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
+    def _take(self, wait: float) -> None:
+        """Take what has come; where nothing has, wait for it, in seconds. Idle, not spinning: what
+        is loaded shall have the cores."""
+        # When all was taken, and only then, more makes a door readable.
+        if not self._emptied() and wait > 0:
+            select.select(self._doors, [], [], wait)
+            self._emptied()
+
+    def _emptied(self) -> bool:
+        """Whether anything was there to take."""
+        # Each is stamped as it comes off the socket, before any is looked at.
+        came = [(self._timer.now_ns(), frame) for frame in _drained(self._sub)]
+        for arrived, frame in came:
+            self._published(wire.decode_published(frame), arrived)
+        replies = list(_drained(self._dealer))
+        for frame in replies:
             match wire.decode_downstream(frame):
                 case wire.Opened() as opened:
                     self._opened.add(opened.session)
@@ -345,6 +357,7 @@ class Generator:
                     self._clock.take(probed)
                 case _:
                     pass
+        return bool(came or replies)
 
     def _published(self, message: wire.Published, arrived: int) -> None:
         out = self.outcome

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ilqr_service.work import Answer, ModelFacts, Work, status_of
+from ilqr_service.work import Answer, ModelFacts, Vector, Work, status_of
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
 
@@ -70,6 +70,18 @@ class Effects:
     bits: float = 0.0
     spikes: int = 0
 
+    @staticmethod
+    def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
+        """Say what was wrong with one message, and count it by the field that was wrong."""
+        reason = error.field.split(".")[0].split("[")[0]
+        refused = wire.Refused(
+            field=error.field,
+            expected=error.expected,
+            got=error.got[:200],
+            session=session[:64],
+        )
+        return Effects(replies=[(owner, refused)], events=Counter({f"refused:{reason}": 1}))
+
 
 class Recent:
     """The newest durations, for quantiles. Holds ``size`` int64 values."""
@@ -89,6 +101,10 @@ class Recent:
         if held.size == 0:
             return (0,) * len(qs)
         return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)
+
+
+def _packed(values: Vector) -> wire.Array:
+    return wire.Array("<f8", values.shape, values.astype("<f8", copy=False).tobytes())
 
 
 ARRIVALS = 256
@@ -170,8 +186,9 @@ class Session:
         """Follow when bins come: bin k is expected at ``anchor_ns`` + k bin widths, the earliest
         that the newest arrivals bear out."""
         self.silent = 0
-        self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
-        self.anchor_ns = min(self.arrivals)
+        if self.request.clocked:
+            self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
+            self.anchor_ns = min(self.arrivals)
 
     def overdue_ns(self, limits: Limits) -> int | None:
         """When the next bin is to be answered without it; None for a session that waits."""
@@ -249,6 +266,9 @@ class Session:
             model=before,
         )
 
+    def closed(self) -> wire.Closed:
+        return wire.Closed(session=self.name, epoch=self.epoch, bins=self.bins)
+
     def notice(self, what: str) -> wire.Notice:
         return wire.Notice(session=self.name, epoch=self.epoch, what=what)
 
@@ -276,11 +296,11 @@ class Session:
             solve_start_ns=answer.solve_start_ns,
             solve_end_ns=answer.solve_end_ns,
             published_ns=published_ns,
-            latent=wire.pack(answer.latent, "<f8"),
-            latent_std=wire.pack(answer.latent_std, "<f8"),
-            rates=wire.pack(answer.rates, "<f8"),
-            kinematics=wire.pack(answer.kinematics, "<f8"),
-            kinematics_std=wire.pack(answer.kinematics_std, "<f8"),
+            latent=_packed(answer.latent),
+            latent_std=_packed(answer.latent_std),
+            rates=_packed(answer.rates),
+            kinematics=_packed(answer.kinematics),
+            kinematics_std=_packed(answer.kinematics_std),
             bits=answer.bits,
             spikes=answer.spikes,
             clock=work.clock,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import zmq
 
 from ilqr_vae.errors import ServiceError
@@ -21,6 +23,30 @@ def bind(field: str, socket: zmq.Socket[bytes], address: str) -> str:
             field, expected="an address that can be bound", got=f"{address} ({error})"
         ) from error
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\x00")
+
+
+def received(
+    router: zmq.Socket[bytes], limit: int, *, users: bool
+) -> list[tuple[bytes, str, list[bytes], int]]:
+    """Up to ``limit`` messages that have come: sender, user, frames, and when each was taken off.
+
+    Args:
+        users: ask who the sender is, which takes copies that know; else "".
+    """
+    came: list[tuple[bytes, str, list[bytes], int]] = []
+    while len(came) < limit:
+        user = ""
+        try:
+            if not users:
+                owner, *frames = router.recv_multipart(zmq.NOBLOCK)
+            else:
+                first, *rest = router.recv_multipart(zmq.NOBLOCK, copy=False)
+                owner, frames = first.bytes, [frame.bytes for frame in rest]
+                user = str(rest[0].get("User-Id")) if rest else ""
+        except zmq.Again:
+            break
+        came.append((owner, user, frames, time.monotonic_ns()))
+    return came
 
 
 def empty(socket: zmq.Socket[bytes]) -> None:

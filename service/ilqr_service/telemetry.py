@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections import Counter as Tally
 from typing import Any, get_args
 
-from hdrh.histogram import HdrHistogram
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from ilqr_service.tails import Stage
 from ilqr_vae import wire
 
 STAGES = ("wire_in", "queue", "solve", "publish", "total")
@@ -87,14 +87,13 @@ class Telemetry:
         self.registry = CollectorRegistry(auto_describe=True)
         r = self.registry
         self._stages = {
-            stage: Histogram(
-                f"ilqr_{stage}_seconds",
-                f"time a bin spent in stage {stage}",
-                buckets=edges(bin_width),
-                registry=r,
+            stage: Stage(
+                f"ilqr_{stage}_seconds", f"time a bin spent in stage {stage}", edges(bin_width)
             )
             for stage in STAGES
         }
+        for stage in self._stages.values():
+            r.register(stage)
         bins = Counter("ilqr_bins", "bins answered, by status", ["status"], registry=r)
         self._bins = {status: bins.labels(status) for status in get_args(wire.Status)}
         self._refused = Counter(
@@ -118,24 +117,25 @@ class Telemetry:
         self._journal_bytes = Gauge("ilqr_journal_bytes", "bytes written", registry=r)
         self._journal_ok.set(1)
         self._recent = (0.0, 0.0)
-        self._uncertainty = Histogram(
+        self._uncertainty = Stage(
             "ilqr_wire_in_uncertainty_seconds",
             "how far wire_in may be off, from the offset between the clocks; 0 on one clock",
-            buckets=(0.0, *edges(bin_width)),
-            registry=r,
+            (0.0, *edges(bin_width)),
         )
+        r.register(self._uncertainty)
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
-        self._exact = {stage: HdrHistogram(1_000, 60_000_000_000, 3) for stage in STAGES}
         self._tally: Tally[str] = Tally()
 
     def count(self, events: Tally[str], bits: float = 0.0, spikes: int = 0) -> None:
         """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; and
         the bits that their spikes gained over the mean rates."""
-        self._tally.update(events)
         if spikes:
             keep = 0.5 ** (spikes / _HALF_LIFE)
             self._recent = (keep * self._recent[0] + bits, keep * self._recent[1] + spikes)
             self._bits.set(self._recent[0] / self._recent[1])
+        if not events:
+            return
+        self._tally.update(events)
         for event, n in events.items():
             kind, _, label = event.partition(":")
             if kind == "status":
@@ -155,15 +155,19 @@ class Telemetry:
                 wire_in = result.received_ns - result.source_ns - clock.offset_ns
                 within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
                 times["wire_in"] = 0 if within else wire_in
-                self._uncertainty.observe(clock.uncertainty_ns / 1e9)
+                self._uncertainty.add(min(clock.uncertainty_ns, _MINUTE_NS))
             times["queue"] = result.solve_start_ns - result.received_ns
             times["publish"] = result.published_ns - result.solve_end_ns
             times["total"] = result.published_ns - result.received_ns
         for stage, ns in times.items():
             if 0 <= ns < _MINUTE_NS:
-                self._stages[stage].observe(ns / 1e9)
-                self._exact[stage].record_value(max(ns, 1_000))
+                self._stages[stage].add(ns)
         self._iterations.inc(result.iterations)
+
+    def settle(self) -> None:
+        """Count what was only noted; to be called now and then."""
+        for stage in (*self._stages.values(), self._uncertainty):
+            stage.settle()
 
     def gauge(self, *, sessions: int, queued: int) -> None:
         self._sessions.set(sessions)
@@ -187,7 +191,8 @@ class Telemetry:
     def summary(self) -> dict[str, Any]:
         """Counts, and per stage the exact quantiles in milliseconds (JSON-like)."""
         tails: dict[str, Any] = {}
-        for stage, histogram in self._exact.items():
+        for stage, times in self._stages.items():
+            histogram = times.exact()
             n = int(histogram.get_total_count())
             if n:
                 tails[stage] = {"n": n} | {
