@@ -279,14 +279,16 @@ def test_an_old_offset_is_probed_anew_while_bins_are_sent(service: Service) -> N
     ):
         first = session.clock.offset
         assert first is not None
-        leaps = 1
-        session.send(0, spikes(1)[0])
         end = time.monotonic() + WAIT_S
         while session.clock.offset is first and time.monotonic() < end:
-            session.receive(0.1)
+            leaps += 1  # each is a probe, and a better one the older the first has become
+            session.send(leaps - 1, spikes(1)[0])
+            for _ in range(10):
+                session.receive(0.02)
         newer = session.clock.offset
     assert newer is not None
-    assert abs(newer.offset_ns + 11 * SECOND) <= newer.uncertainty_ns
+    assert newer is not first
+    assert abs(newer.offset_ns + leaps * 11 * SECOND) <= newer.uncertainty_ns
 
 
 def test_source_times_rise_with_the_index(service: Service) -> None:
