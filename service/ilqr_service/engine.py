@@ -21,7 +21,7 @@ from ilqr_service.batch import Clock, Cost, Stepped, Stepper
 from ilqr_service.runs import Entry, PackedRun, Run, pack_run, unpack_state, unpack_work
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.units import UnitWatch
-from ilqr_service.work import FAILED, STOPPED, Answer, ModelFacts, Work
+from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, ModelFacts, Work
 from ilqr_vae import threads
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, ServiceError
@@ -177,7 +177,7 @@ class Engine:
         held = Run(self.facts.horizon, row, watch)
         self._runs[packed.run] = held
         for one in packed.works:
-            self._solve([replace(unpack_work(one), fresh=False, late=False)])
+            self.solve([replace(unpack_work(one), fresh=False, late=False)])
         held.serial = packed.serial
 
     def warm_up(self) -> WarmUp:
@@ -256,7 +256,7 @@ class Engine:
         """Answer bins of different runs, the late ones last; the others in one step where that
         changes no bit. Never raises for what a bin or a state holds: a bin whose solve fails is
         answered with the prediction of the run so far (solver ``FAILED``)."""
-        bins = [work for work in works if not work.late]
+        bins = [work for work in works if not work.late and work.budget != NO_SOLVE]
         answers: list[Answer] = []
         size = self._most if self._stepper.batches else 1
         for first in range(0, len(bins), size):
@@ -264,7 +264,20 @@ class Engine:
         for work in works:
             if work.late:
                 answers += self._insert(work)
+            elif work.budget == NO_SOLVE:
+                answers.append(self._take_in(work))
         return answers
+
+    def _take_in(self, work: Work) -> Answer:
+        held = self._run_of(work)
+        try:
+            stepped = self._stepper.take_in(held.state, work, held.watch)
+        except Exception:
+            logs.exception("a bin could not be taken in", run=work.run, index=work.index)
+            return self._predict(work, held, FAILED, self._clock())
+        if stepped is None or not stepped.sound:
+            return self._solve([replace(work, budget=0)])[0]
+        return self._keep(held, work, stepped)
 
     def _solve(self, works: list[Work]) -> list[Answer]:
         started = self._clock()
@@ -304,7 +317,7 @@ class Engine:
             answer = replace(answer, flags=watch.changes(before, self.facts.unit_names))
         kept = work
         if work.late or work.budget or answer.solver == STOPPED:
-            budget = answer.iterations if answer.solver == STOPPED else 0
+            budget = {STOPPED: answer.iterations, SHED: NO_SOLVE}.get(answer.solver, 0)
             kept = replace(work, budget=budget, late=False)
         held.add(Entry(kept, held.state, before), stepped.after, watch)
         held.serial = max(held.serial, work.serial)

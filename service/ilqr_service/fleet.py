@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ilqr_service import logs
 from ilqr_service.engine import Engine, WarmUp
 from ilqr_service.runs import PackedRun
-from ilqr_service.work import Answer, Work
+from ilqr_service.work import NO_SOLVE, Answer, Work
 
 CATCH_UP = 4
 
@@ -68,7 +68,9 @@ class Quota:
             self._longest = engine.slice_ns * (CATCH_UP if overdue else 1)
         if not overdue:
             self._left = min(self._left, work.due_ns - self._now if work.due_ns else self._left)
-        if work.late or work.swap:
+        if work.budget == NO_SOLVE:
+            pass  # next to nothing
+        elif work.late or work.swap:
             self._whole += engine.facts.horizon * engine.cost.ns(1)
         else:
             self._bins[work.model] = self._bins.get(work.model, 0) + 1
@@ -121,13 +123,16 @@ class Fleet:
         """Bins of different runs as the calls of ``solve`` that answer soonest: the bins of each
         model together, then one by one what takes a window, or cannot be solved together."""
         together: dict[str, list[Work]] = {}
+        quick: list[list[Work]] = []
         alone: list[list[Work]] = []
         for work in works:
-            if work.late or work.swap or self.engine(work.model).batch == 1:
+            if work.budget == NO_SOLVE:
+                quick.append([work])
+            elif work.late or work.swap or self.engine(work.model).batch == 1:
                 alone.append([work])
             else:
                 together.setdefault(work.model, []).append(work)
-        return [*together.values(), *alone]
+        return [*quick, *together.values(), *alone]
 
     def solve(self, works: list[Work]) -> list[Answer]:
         """Answers to bins of different runs; a swap has none. See ``Engine.solve``."""
