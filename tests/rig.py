@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from scipy import io
@@ -54,6 +55,7 @@ def make_model(
     names: tuple[str, ...] | None = None,
     seed: int = 0,
     horizon: int = 5,
+    bin_width: float = BIN_S,
 ) -> Path:
     """A tiny model file that was never trained but answers: 4 latents."""
     shapes = ModelSpec(
@@ -70,11 +72,11 @@ def make_model(
             readout = KinematicReadout(4, 2)
             readout.W = torch.randn(2, 4, dtype=torch.float64) * 0.1
     manifest = Manifest(
-        bin_width=BIN_S,
+        bin_width=bin_width,
         unit_names=names or tuple(f"unit{i}" for i in range(n_units)),
         kinematic_names=("vx", "vy") if kinematics else (),
         kinematic_units=("m/s", "m/s") if kinematics else (),
-        data=spec(kinematics=kinematics),
+        data=msgspec.structs.replace(spec(kinematics=kinematics), bin_width=bin_width),
         horizon=HorizonConfig(horizon=horizon, iterations=2),
         model=shapes,
         readout_lags=0 if kinematics else None,
