@@ -143,7 +143,7 @@ def test_nonsense_is_refused_message_by_message(service: Served) -> None:
 
 def test_sessions_that_come_and_go_leave_nothing_behind(service: Served) -> None:
     process = psutil.Process(service.process.pid)
-    rounds, sessions = (40, 200) if FULL else (6, 50)
+    rounds, sessions = (40, 200) if FULL else (6, 200)
     row = spikes(1)[0]
     grown: list[tuple[int, int, int]] = []
     for round_ in range(rounds):

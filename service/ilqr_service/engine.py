@@ -22,7 +22,6 @@ from ilqr_service.runs import Entry, PackedRun, Run, pack_run, unpack_state, unp
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.units import UnitWatch
 from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, ModelFacts, Work
-from ilqr_vae import threads
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, ServiceError
 
@@ -76,6 +75,7 @@ class Engine:
         manifest: the model file's manifest, JSON-like.
         device: where it computes.
         cost: of a step.
+        threads: to share a step among, as set; 0 is all cores.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Engine:
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
         self.device = choose_device(settings.device)
         self.cost = Cost()
-        self._threads, self._most = settings.threads, settings.max_sessions
+        self.threads, self._most = settings.threads, settings.max_sessions
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
         self._stepper = Stepper(estimator, self.facts, self._most, clock=clock)
         self._clock = clock
@@ -189,9 +189,7 @@ class Engine:
         Raises:
             ServiceError: a solve failed.
         """
-        # the kernels have the cores; torch's own threads would only be in their way
-        torch.set_num_threads(1)
-        threads.use(self._threads or threads.cores())
+        torch.set_num_threads(1)  # the kernels have the cores; torch would only be in their way
         rng = np.random.default_rng(0)
         n_units = len(self.facts.unit_names)
         began = self._clock()
@@ -292,7 +290,8 @@ class Engine:
                 return [answer for work in works for answer in self._solve([work])]
             logs.exception("a solve failed", run=works[0].run, index=works[0].index)
             return [self._predict(works[0], runs[0], FAILED, started)]
-        self.cost.learn(len(works), self._clock() - started)
+        if works[0].run > _NOBODY:
+            self.cost.learn(len(works), self._clock() - started)
         return [
             self._keep(run, work, one)
             if one.sound

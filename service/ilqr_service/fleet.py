@@ -13,6 +13,7 @@ from ilqr_service import logs
 from ilqr_service.engine import Engine, WarmUp
 from ilqr_service.runs import PackedRun
 from ilqr_service.work import NO_SOLVE, Answer, Work
+from ilqr_vae import threads
 
 CATCH_UP = 4
 
@@ -110,7 +111,8 @@ class Fleet:
         return self.engine(work.model).facts.bin_width_ns
 
     def warm_up(self) -> list[WarmUp]:
-        """Warm every engine. Raises ServiceError: a solve failed."""
+        """Warm every engine, in the thread that will solve. Raises ServiceError: a solve failed."""
+        threads.use(self.first.threads or threads.cores())
         return [engine.warm_up() for engine in self.engines.values()]
 
     def forget(self, run: int) -> None:
