@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ilqr_vae.report.score import OURS, WIENER
 TRIAL, K, N = 30, 40, 6
 
 
+@cache
 def reaching(*, trials: bool = True, events: bool = True) -> tuple[ReportData, Recording]:
     """Trials of 1.5 s that move from 0.6 s on; two conditions; inputs that jump as they move."""
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ from ilqr_training.config import TrainConfig, check, load_config
 from ilqr_training.data import Prepared
 from ilqr_training.followed import log_folder
 from ilqr_training.loop import Report
+from ilqr_training.memory import estimate
 from ilqr_training.train import checkpoint_path, train
 from ilqr_training.validate import Validation
 from ilqr_vae import threads
@@ -30,8 +31,8 @@ EXAMPLE = "Example: ilqr-vae train configs/demo.toml --recording reach.nwb --out
 class _Terminal:
     """Shows training as a progress bar with the newest numbers."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, config: TrainConfig) -> None:
+        self.console, self.config, self.steps = console, config, config.training.steps
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,8 +42,10 @@ class _Terminal:
             console=console,
             transient=True,
         )
-        self.task: TaskID = self.bar.add_task("training", total=steps, note="")
+        self.task: TaskID = self.bar.add_task("training", total=self.steps, note="")
         self.side: TaskID | None = None
+        self.began: tuple[float, int] | None = None
+        self.newest = ""
 
     def prepared(self, data: Prepared) -> None:
         r = data.recording
@@ -54,12 +57,16 @@ class _Terminal:
             highlight=False,
             markup=False,
         )
+        for text in (*r.notes, str(estimate(self.config, data))):
+            self.console.print(f"  {text}", highlight=False, markup=False)
 
     def stepped(self, report: Report) -> None:
         self._end_side()
+        if self.began is None:  # after the first step: it compiles, and a resumed run begins late
+            self.began = time.monotonic(), report.step
         note = (
             f"bound {report.bound:.1f} nats/bin, KL {report.kl:.2f}, "
-            f"{report.iterations:.1f} iterations"
+            f"{report.iterations:.1f} iterations{self.newest}"
         )
         self.bar.update(self.task, completed=report.step, note=note)
 
@@ -73,16 +80,32 @@ class _Terminal:
         scores = validation.scores
         decode = f"causal R2 {scores['r2']:.4f}, " if "r2" in scores else ""
         mark = "  (best so far)" if best else ""
+        if decode:
+            self.newest = f"; causal R2 {scores['r2']:.3f} at step {step}"
         self.console.print(
             f"step {step}: {decode}{scores['bits_per_spike']:.4f} bits per spike on the "
-            f"validation part{mark}",
+            f"validation part{mark}{self._left(step)}",
             highlight=False,
         )
+
+    def _left(self, step: int) -> str:
+        """Time until the last step at the pace so far, validations included."""
+        if self.began is None or step <= self.began[1] or step >= self.steps:
+            return ""
+        pace = (time.monotonic() - self.began[0]) / (step - self.began[1])
+        return f"; {clock(pace * (self.steps - step))} left at most"
 
     def _end_side(self) -> None:
         if self.side is not None:
             self.bar.remove_task(self.side)
             self.side = None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _overridden(config: TrainConfig, seed: int | None, steps: int | None) -> TrainConfig:
@@ -123,7 +146,7 @@ def train_command(
     settings = _overridden(load_config(config), seed, steps)
     use_threads(threads)
     console = Console(stderr=True)
-    terminal = _Terminal(console, settings.training.steps)
+    terminal = _Terminal(console, settings)
     began = time.monotonic()
     try:
         with terminal.bar:
