@@ -58,7 +58,7 @@ class _Terminal:
             markup=False,
         )
         for text in (*r.notes, str(estimate(self.config, data))):
-            self.console.print(f"  {text}", highlight=False, markup=False)
+            self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
     def stepped(self, report: Report) -> None:
         self._end_side()
@@ -86,6 +86,7 @@ class _Terminal:
             f"step {step}: {decode}{scores['bits_per_spike']:.4f} bits per spike on the "
             f"validation part{mark}{self._left(step)}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def _left(self, step: int) -> str:
