@@ -54,6 +54,7 @@ def make_model(
     names: tuple[str, ...] | None = None,
     seed: int = 0,
     horizon: int = 5,
+    bin_width: float = BIN_S,
 ) -> Path:
     """A tiny model file that was never trained but answers: 4 latents."""
     shapes = ModelSpec(
@@ -70,7 +71,7 @@ def make_model(
             readout = KinematicReadout(4, 2)
             readout.W = torch.randn(2, 4, dtype=torch.float64) * 0.1
     manifest = Manifest(
-        bin_width=BIN_S,
+        bin_width=bin_width,
         unit_names=names or tuple(f"unit{i}" for i in range(n_units)),
         kinematic_names=("vx", "vy") if kinematics else (),
         kinematic_units=("m/s", "m/s") if kinematics else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from ilqr_vae.artifact import (
     KEY,
+    MANIFEST_SHA256,
     SCHEMA,
     GroupSpec,
     Manifest,
@@ -62,7 +64,9 @@ def write(path: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> 
     """Save a model in general position; returns what was saved."""
     made = manifest(**changes)
     generator = torch.Generator().manual_seed(0)
-    model = build(made.model).to(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build(made.model).to(dtype)
     perturb(model, 0.3, generator)
     readout = KinematicReadout(3, 2, ReadoutShape(lags=1)).double()
     for b in readout.buffers():
@@ -72,8 +76,10 @@ def write(path: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> 
     return {"model": model, "readout": readout, "rate": rate, "manifest": written}
 
 
-def rewrite(path: Path, text: str | None = None, **tensors: torch.Tensor | None) -> None:
-    """A file of another writer: this manifest text, these tensors changed or left out."""
+def rewrite(
+    path: Path, text: str | None = None, digest: str | None = None, **tensors: torch.Tensor | None
+) -> None:
+    """A file of another writer: this manifest text and hash, these tensors changed or left out."""
     with safe_open(path, framework="pt") as f:
         metadata = dict(f.metadata())
         kept = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
@@ -83,6 +89,8 @@ def rewrite(path: Path, text: str | None = None, **tensors: torch.Tensor | None)
             kept[name.replace("__", ".")] = value
     if text is not None:
         metadata[KEY] = text
+    if digest is not None:
+        metadata[MANIFEST_SHA256] = digest
     save_file(kept, path, metadata)
 
 
@@ -92,7 +100,7 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     saved = write(path, dtype=dtype)
     loaded = load_artifact(path)
     assert loaded.manifest == saved["manifest"] == read_manifest(path)
-    assert loaded.manifest.model_id == loaded.manifest.sha256[:12] != ""
+    assert len(loaded.manifest.model_id) == 12
     assert (loaded.manifest.latents, loaded.manifest.inputs) == (3, 2)
     state = saved["model"].state_dict()
     assert loaded.model.state_dict().keys() == state.keys()
@@ -181,7 +189,9 @@ def test_another_schema_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     for schema in (SCHEMA + 1, 0):
         write(path, schema=schema)
-        with pytest.raises(ArtifactError, match=f"expected schema version {SCHEMA}, got {schema}"):
+        with pytest.raises(
+            ArtifactError, match=rf"expected schema version {SCHEMA} \(.*, got {schema}"
+        ):
             load_artifact(path)
     for text in ("[]", "{", "null", '"x"'):
         write(path)
@@ -199,6 +209,37 @@ def test_a_manifest_altered_by_hand_is_refused(tmp_path: Path) -> None:
     rewrite(path, text.replace('"bin_width":0.02', '"bin_width":0.05'))
     with pytest.raises(ArtifactError, match="differs from its hash"):
         load_artifact(path)
+
+
+def test_the_id_is_of_the_weights_and_of_what_decides_their_answers(tmp_path: Path) -> None:
+    """Same weights for other units, another bin width, ...: another model."""
+    path = tmp_path / "m.safetensors"
+    ids = {name: write(path, **changes)["manifest"].model_id for name, changes in SAME.items()}
+    assert len(set(ids.values())) == 1, ids
+    others = {name: write(path, **changes)["manifest"].model_id for name, changes in OTHER.items()}
+    assert len({*others.values(), *ids.values()}) == len(OTHER) + 1, others
+    assert load_artifact(path).manifest.model_id == list(others.values())[-1]
+    forged = msgspec.structs.replace(read_manifest(path), model_id="0" * 12)
+    text = msgspec.json.encode(forged)
+    rewrite(path, text.decode(), digest=hashlib.sha256(text).hexdigest())
+    with pytest.raises(ArtifactError, match=r"expected model id .*, got 000000000000"):
+        load_artifact(path)
+
+
+SAME: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scores": {"scores": {"r2": 0.1}},
+    "provenance": {"provenance": {"recording": "another"}},
+    "config": {"config": {}},
+}
+OTHER: dict[str, dict[str, Any]] = {
+    "units": {"unit_names": UNITS[::-1]},
+    "bin width": {"bin_width": 0.05},
+    "kinematic units": {"kinematic_units": ("mm/s", "mm/s")},
+    "kinematic names": {"kinematic_names": ("vy", "vx")},
+    "iterations": {"horizon": HorizonConfig(horizon=4, iterations=2)},
+    "recording": {"data": RecordingSpec(bin_width=0.02)},
+}
 
 
 def test_an_unknown_key_in_the_manifest_is_refused(tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ bin from it on is answered again.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +15,25 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ilqr_service import logs
+from ilqr_service.batch import Clock, Cost, Stepped, Stepper
 from ilqr_service.runs import Entry, PackedRun, Run, pack_run, unpack_state, unpack_work
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.units import UnitWatch
 from ilqr_service.work import FAILED, STOPPED, Answer, ModelFacts, Work
+from ilqr_vae import threads
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, ServiceError
-from ilqr_vae.horizon import Estimate, HorizonState
-from ilqr_vae.ilqr import Status
-
-Clock = Callable[[], int]
 
 _NOBODY = -1
 _ROUND = 16
 _MAX_ROUNDS = 24
 _STEADY = 1.25
+
+SHARE = 8
+"""A step takes no more bins than are solved in a bin width divided by this: so long may a bin that
+has just come wait for others."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -64,11 +63,6 @@ class WarmUp:
     steady_ms: float
 
 
-def _array(values: torch.Tensor) -> NDArray[np.float64]:
-    """The only row of (1, K), as float64 (K,)."""
-    return values[0].detach().cpu().numpy().astype(np.float64, copy=False)
-
-
 class Engine:
     """Solves bins.
 
@@ -81,10 +75,8 @@ class Engine:
         facts: what the sessions must know of the model.
         manifest: the model file's manifest, JSON-like.
         device: where it computes.
-        batch: how many runs one call of ``solve`` should bring at most.
+        cost: of a step.
     """
-
-    batch = 1
 
     def __init__(
         self,
@@ -109,11 +101,12 @@ class Engine:
         )
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
         self.device = choose_device(settings.device)
-        self._threads = settings.threads
-        self._estimator = artifact.estimator(iterations=iterations, horizon=horizon)
+        self.cost = Cost()
+        self._threads, self._most = settings.threads, settings.max_sessions
+        estimator = artifact.estimator(iterations=iterations, horizon=horizon)
+        self._stepper = Stepper(estimator, self.facts, self._most, clock=clock)
         self._clock = clock
         self._runs: dict[int, Run] = {}
-        self._iteration_ns = 0
 
     @classmethod
     def load(cls, path: Path, settings: ServiceSettings) -> Engine:
@@ -124,6 +117,19 @@ class Engine:
     def __len__(self) -> int:
         """Runs whose state is held."""
         return len(self._runs) - (_NOBODY in self._runs)
+
+    @property
+    def slice_ns(self) -> float:
+        """The longest that one step should take."""
+        return self.facts.bin_width_ns / SHARE
+
+    @property
+    def batch(self) -> int:
+        """How many runs are solved in that time; 1 where each is solved alone."""
+        if not self._stepper.batches:
+            return 1
+        room = (self.slice_ns - self.cost.ns(1)) / (self.cost.ns(2) - self.cost.ns(1))
+        return max(1, min(self._most, 1 + int(room)))
 
     def forget(self, run: int) -> None:
         """Drop a run's state."""
@@ -147,7 +153,7 @@ class Engine:
         for k, work in enumerate(works):
             model = self.facts.model
             self._solve(
-                replace(work, fresh=k == 0, late=False, anytime=False, budget=0, model=model)
+                [replace(work, fresh=k == 0, late=False, anytime=False, budget=0, model=model)]
             )
         held = self._runs.get(run)
         if held is not None:
@@ -157,20 +163,21 @@ class Engine:
         """A step that nobody sees, on the run that ``warm_up`` uses."""
         n_units = len(self.facts.unit_names)
         fresh = _NOBODY not in self._runs
-        self._solve(Work(_NOBODY, 0, np.ones(n_units), None, fresh, 0, 0, 2**62, False, budget=0))
+        self._solve([Work(_NOBODY, 0, np.ones(n_units), None, fresh, 0, 0, 2**62, False)])
 
     def pack(self, run: int) -> PackedRun | None:
         """A run as a snapshot keeps it; None where nothing is held."""
         held = self._runs.get(run)
-        return None if held is None else pack_run(run, self.facts.model, held)
+        return None if held is None else pack_run(run, self.facts.model, held, self._stepper.pool)
 
     def restore(self, packed: PackedRun) -> None:
         """Take up a run from a snapshot. Raises ProtocolError: bytes that do not fit."""
         state, watch = unpack_state(packed, self.device)
-        held = Run(self.facts.horizon, state, watch)
+        (row,) = self._stepper.pool.put(state)
+        held = Run(self.facts.horizon, row, watch)
         self._runs[packed.run] = held
         for one in packed.works:
-            self._solve(replace(unpack_work(one), fresh=False, late=False))
+            self._solve([replace(unpack_work(one), fresh=False, late=False)])
         held.serial = packed.serial
 
     def warm_up(self) -> WarmUp:
@@ -182,7 +189,9 @@ class Engine:
         Raises:
             ServiceError: a solve failed.
         """
-        torch.set_num_threads(self._threads)
+        # the kernels have the cores; torch's own threads would only be in their way
+        torch.set_num_threads(1)
+        threads.use(self._threads or threads.cores())
         rng = np.random.default_rng(0)
         n_units = len(self.facts.unit_names)
         began = self._clock()
@@ -214,57 +223,90 @@ class Engine:
                 first_ns = first_ns or spent[0]
                 steps += 1
             typical = int(np.median(spent))
-            self._iteration_ns = typical // max(1, self.facts.iterations)
             if round_ >= 2 and typical <= _STEADY * best_ns:
                 break
             best_ns = min(best_ns or typical, typical)
-        self.forget(run)
+        self.cost = Cost(0.0, float(max(typical, 1)))
+        bins, many = self._fill()
+        self.cost = Cost.measured(float(typical), many, bins)
         seconds = (self._clock() - began) / 1e9
         return WarmUp(steps, seconds, first_ns / 1e6, typical / 1e6)
 
+    def _fill(self) -> tuple[int, float]:
+        """Steps of more and more runs, up to what fits; the last number and what it takes."""
+        size, took = 1, self.cost.ns(1)
+        counts = np.ones(len(self.facts.unit_names))
+        while self._stepper.batches and size < self._most and took < self.slice_ns:
+            size = min(2 * size, self._most)
+            spent: list[int] = []
+            for k in range(5):
+                works = [
+                    Work(_NOBODY - r, k, counts, None, k == 0, 0, 0, 2**62, False)
+                    for r in range(size)
+                ]
+                started = self._clock()
+                self._solve(works)
+                spent.append(self._clock() - started)
+            took = float(np.median(spent))
+        for r in range(size):
+            self.forget(_NOBODY - r)
+        return size, took
+
     def solve(self, works: list[Work]) -> list[Answer]:
-        """Answer bins of different runs. Never raises for what a bin or a state holds: a bin whose
-        solve fails is answered with the prediction of the run so far (solver ``FAILED``)."""
+        """Answer bins of different runs, the late ones last; the others in one step where that
+        changes no bit. Never raises for what a bin or a state holds: a bin whose solve fails is
+        answered with the prediction of the run so far (solver ``FAILED``)."""
+        bins = [work for work in works if not work.late]
         answers: list[Answer] = []
+        size = self._most if self._stepper.batches else 1
+        for first in range(0, len(bins), size):
+            answers += self._solve(bins[first : first + size])
         for work in works:
-            answers += self._insert(work) if work.late else [self._solve(work)]
+            if work.late:
+                answers += self._insert(work)
         return answers
 
-    def _solve(self, work: Work) -> Answer:
+    def _solve(self, works: list[Work]) -> list[Answer]:
         started = self._clock()
-        held = None if work.fresh else self._runs.get(work.run)
         # Where a state was lost to a failure, the run starts again.
+        runs = [self._run_of(work) for work in works]
         try:
-            if held is None:
-                watch = UnitWatch.fresh(len(self.facts.unit_names)) if work.watch else None
-                held = Run(self.facts.horizon, self._estimator.init(batch=1), watch)
-            after, estimate = self._step(held.state, work, held.watch)
-            solver = Status(int(estimate.status[0])).name.lower()
-            if bool(torch.isfinite(estimate.z).all()):
-                return self._keep(held, work, after, estimate, solver, started)
+            stepped = self._stepper.step(
+                [run.state for run in runs], works, [run.watch for run in runs]
+            )
         except Exception:
-            logs.exception("a solve failed", run=work.run, index=work.index)
-            solver = FAILED
-        return self._predict(work, held, solver, started)
+            if len(works) > 1:  # whichever it was, the others are not to know
+                return [answer for work in works for answer in self._solve([work])]
+            logs.exception("a solve failed", run=works[0].run, index=works[0].index)
+            return [self._predict(works[0], runs[0], FAILED, started)]
+        self.cost.learn(len(works), self._clock() - started)
+        return [
+            self._keep(run, work, one)
+            if one.sound
+            else self._predict(work, run, one.answer.solver, started)
+            for run, work, one in zip(runs, works, stepped, strict=True)
+        ]
 
-    def _keep(
-        self,
-        held: Run,
-        work: Work,
-        after: HorizonState,
-        estimate: Estimate,
-        solver: str,
-        started: int,
-    ) -> Answer:
+    def _run_of(self, work: Work) -> Run:
+        held = None if work.fresh else self._runs.get(work.run)
+        if held is not None:
+            return held
+        # It begins; or, where its state was lost to a failure, begins again.
+        watch = UnitWatch.fresh(len(self.facts.unit_names)) if work.watch else None
+        return Run(self.facts.horizon, self._stepper.fresh, watch)
+
+    def _keep(self, held: Run, work: Work, stepped: Stepped) -> Answer:
         """Put a solved bin into its run and answer it."""
-        answer = self._answer(work, estimate, solver, started)
+        answer = stepped.answer
         before, watch = held.watch, held.watch
         if before is not None:
             watch = before.after(work.counts, work.mask, answer.rates)
             answer = replace(answer, flags=watch.changes(before, self.facts.unit_names))
-        budget = answer.iterations if solver == STOPPED else 0
-        kept = replace(work, budget=budget, late=False)
-        held.add(Entry(kept, held.state, before), after, watch)
+        kept = work
+        if work.late or work.budget or answer.solver == STOPPED:
+            budget = answer.iterations if answer.solver == STOPPED else 0
+            kept = replace(work, budget=budget, late=False)
+        held.add(Entry(kept, held.state, before), stepped.after, watch)
         held.serial = max(held.serial, work.serial)
         self._runs[work.run] = held
         return answer
@@ -282,12 +324,10 @@ class Engine:
             answers: list[Answer] = []
             try:
                 for one in works:
-                    started = self._clock()
-                    after, estimate = self._step(again.state, one, again.watch)
-                    if not bool(torch.isfinite(estimate.z).all()):
+                    (stepped,) = self._stepper.step([again.state], [one], [again.watch])
+                    if not stepped.sound:
                         break
-                    solver = Status(int(estimate.status[0])).name.lower()
-                    answer = self._keep(again, one, after, estimate, solver, started)
+                    answer = self._keep(again, one, stepped)
                     answers.append(
                         replace(
                             answer,
@@ -312,16 +352,15 @@ class Engine:
         now = self._clock()
         return [replace(self._nothing(work, FAILED, now), void=True, revised=True)]
 
-    def _predict(self, work: Work, held: Run | None, solver: str, started: int) -> Answer:
+    def _predict(self, work: Work, held: Run, solver: str, started: int) -> Answer:
         """The bin as if it had not come; all NaN, and the run starts again, where not even that
         can be had."""
-        blind = replace(work, counts=None, mask=None)
+        blind = replace(work, counts=None, mask=None, anytime=False, budget=0)
         try:
-            if held is not None:
-                after, estimate = self._step(held.state, blind, held.watch)
-                if bool(torch.isfinite(estimate.z).all()):
-                    answer = self._keep(held, blind, after, estimate, solver, started)
-                    return replace(answer, work=work)
+            (stepped,) = self._stepper.step([held.state], [blind], [held.watch])
+            if stepped.sound:
+                answer = self._keep(held, blind, stepped)
+                return replace(answer, work=work, solver=solver, solve_start_ns=started)
         except Exception:
             logs.exception("a prediction failed", run=work.run, index=work.index)
         self.forget(work.run)
@@ -339,55 +378,6 @@ class Engine:
             bits=0.0,
             spikes=0,
             iterations=0,
-            solver=solver,
-            solve_start_ns=started,
-            solve_end_ns=self._clock(),
-            model=self.facts.model,
-            serial=work.serial,
-        )
-
-    def _step(
-        self, state: HorizonState, work: Work, watch: UnitWatch | None
-    ) -> tuple[HorizonState, Estimate]:
-        n_units = len(self.facts.unit_names)
-        if work.counts is None:
-            counts = np.zeros(n_units)
-            mask: NDArray[np.bool_] = np.zeros(n_units, dtype=bool)
-        else:
-            counts = work.counts
-            mask = np.ones(n_units, dtype=bool) if work.mask is None else work.mask
-            if watch is not None:
-                mask = mask & ~watch.masked
-        dtype = self._estimator.mean_rate.dtype
-        return self._estimator.step(
-            state,
-            torch.from_numpy(counts).unsqueeze(0).to(self.device, dtype),
-            torch.from_numpy(mask).unsqueeze(0).to(self.device, dtype),
-            stop=self._stop(work),
-        )
-
-    def _stop(self, work: Work) -> Callable[[], bool] | None:
-        """When to end the solve early, asked before every iteration after the first."""
-        if work.budget:
-            asked = itertools.count(1)
-            return lambda: next(asked) >= work.budget
-        if not work.anytime:
-            return None
-        # One more iteration must still fit before the answer is due.
-        last_start = work.due_ns - 2 * self._iteration_ns
-        return lambda: self._clock() >= last_start
-
-    def _answer(self, work: Work, estimate: Estimate, solver: str, started: int) -> Answer:
-        return Answer(
-            work=work,
-            latent=_array(estimate.z),
-            latent_std=_array(estimate.z_std),
-            rates=_array(estimate.rates),
-            kinematics=_array(estimate.kinematics),
-            kinematics_std=_array(estimate.kinematics_std),
-            bits=float(estimate.bits[0]),
-            spikes=int(estimate.spikes[0]),
-            iterations=int(estimate.iterations[0]),
             solver=solver,
             solve_start_ns=started,
             solve_end_ns=self._clock(),

@@ -14,6 +14,8 @@ from ilqr_service.engine import Engine, WarmUp
 from ilqr_service.runs import PackedRun
 from ilqr_service.work import Answer, Work
 
+CATCH_UP = 4
+
 
 @dataclass(slots=True)
 class Score:
@@ -42,14 +44,46 @@ class Shadow:
     other: Score
 
 
+class Quota:
+    """Says which bins still fit into the next solve: a step's longest time, and half of what is
+    left until the first of them is due. Where the most urgent is overdue, a step may take
+    ``CATCH_UP`` times as long: many at once are solved in less time each.
+
+    Args:
+        fleet: whose bins.
+        now_ns: the time.
+    """
+
+    def __init__(self, fleet: Fleet, now_ns: int) -> None:
+        self._fleet, self._now = fleet, now_ns
+        self._longest = 0.0
+        self._left = float("inf")
+        self._whole = 0.0
+        self._bins: dict[str, int] = {}
+
+    def __call__(self, work: Work) -> bool:
+        engine = self._fleet.engine(work.model)
+        overdue = work.due_ns <= self._now and not work.swap
+        if not self._longest:
+            self._longest = engine.slice_ns * (CATCH_UP if overdue else 1)
+        if not overdue:
+            self._left = min(self._left, work.due_ns - self._now if work.due_ns else self._left)
+        if work.late or work.swap:
+            self._whole += engine.facts.horizon * engine.cost.ns(1)
+        else:
+            self._bins[work.model] = self._bins.get(work.model, 0) + 1
+        spent = self._whole + sum(
+            self._fleet.engine(model).cost.ns(bins) for model, bins in self._bins.items()
+        )
+        return spent <= min(self._longest, self._left / 2)
+
+
 class Fleet:
     """Engines by model id.
 
     Args:
         engine: the first one, also for works that name none.
     """
-
-    batch = 1
 
     def __init__(self, engine: Engine) -> None:
         self.first = engine
@@ -60,6 +94,11 @@ class Fleet:
     def __len__(self) -> int:
         """Runs whose state is held."""
         return sum(len(e) for e in self.engines.values())
+
+    @property
+    def batch(self) -> int:
+        """The most bins to solve at once."""
+        return CATCH_UP * max(engine.batch for engine in list(self.engines.values()))
 
     def engine(self, model: str) -> Engine:
         return self.engines[model] if model else self.first
@@ -78,43 +117,63 @@ class Fleet:
         for shadow in list(self.shadows.values()):
             shadow.engine.forget(run)
 
+    def parts(self, works: list[Work]) -> list[list[Work]]:
+        """Bins of different runs as the calls of ``solve`` that answer soonest: the bins of each
+        model together, then one by one what takes a window, or cannot be solved together."""
+        together: dict[str, list[Work]] = {}
+        alone: list[list[Work]] = []
+        for work in works:
+            if work.late or work.swap or self.engine(work.model).batch == 1:
+                alone.append([work])
+            else:
+                together.setdefault(work.model, []).append(work)
+        return [*together.values(), *alone]
+
     def solve(self, works: list[Work]) -> list[Answer]:
         """Answers to bins of different runs; a swap has none. See ``Engine.solve``."""
         answers: list[Answer] = []
-        for work in works:
-            engine = self.engine(work.model)
-            if work.swap:
-                other = self.engines[work.swap]
-                other.adopt(work.run, engine.window(work.run), work.serial)
-                if other is not engine:
-                    engine.forget(work.run)
+        for part in self.parts(works):
+            first = part[0]
+            engine = self.engine(first.model)
+            if first.swap:
+                self._swap(engine, first)
                 continue
-            got = engine.solve([work])
+            got = engine.solve(part)
             answers += got
-            if work.model in self.shadows:
-                self._pending.append((work, got[-1]))
+            if first.model in self.shadows and not first.late:
+                self._pending += zip(part, got, strict=True)
         return answers
+
+    def _swap(self, engine: Engine, work: Work) -> None:
+        other = self.engines[work.swap]
+        other.adopt(work.run, engine.window(work.run), work.serial)
+        if other is not engine:
+            engine.forget(work.run)
 
     def between(self) -> None:
         """What may wait until answers are out: the shadows."""
         pending, self._pending = self._pending, []
+        by_model: dict[str, list[tuple[Work, Answer]]] = {}
         for work, answer in pending:
-            shadow = self.shadows.get(work.model)
-            if shadow is None or work.late:
+            by_model.setdefault(work.model, []).append((work, answer))
+        for model, answered in by_model.items():
+            shadow = self.shadows.get(model)
+            if shadow is None:
                 continue
             engine = shadow.engine
-            held = engine.window(work.run)
-            if not held and not work.fresh:
-                engine.adopt(work.run, self.engine(work.model).window(work.run)[:-1])
             try:
-                (own,) = engine.solve([replace(work, anytime=False)])
+                for work, _ in answered:
+                    if not work.fresh and not engine.window(work.run):
+                        engine.adopt(work.run, self.engine(model).window(work.run)[:-1])
+                own = engine.solve([replace(work, anytime=False) for work, _ in answered])
             except Exception:
                 logs.exception("the shadow broke and is dropped", model=engine.facts.model)
-                self.shadows.pop(work.model, None)
+                self.shadows.pop(model, None)
                 continue
-            if not work.missing:
-                shadow.own.add(own)
-                shadow.other.add(answer)
+            for mine, (work, answer) in zip(own, answered, strict=True):
+                if not work.missing:
+                    shadow.own.add(mine)
+                    shadow.other.add(answer)
 
     def pack(self, work: Work) -> PackedRun | None:
         """A snapshot of the run that ``work`` is of."""

@@ -131,7 +131,7 @@ class Ledger:
             self._journal.flush()
 
     def note(self, effects: Effects, answer: Answer | None) -> None:
-        """Write what a step of the table brought."""
+        """Add what a step of the table brought; it is written by the next ``flush``."""
         journal = self._journal
         if journal is None:
             return
@@ -167,7 +167,6 @@ class Ledger:
             )
         for work in effects.work:
             journal.write(Worked(work=pack_work(work)))
-        journal.flush()
 
     def keep(self, packed: PackedRun) -> None:
         """Write a snapshot."""

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import torch
 
+from ilqr_service.states import Pool, Row
 from ilqr_service.units import UnitWatch
 from ilqr_service.work import Work
 from ilqr_vae import wire
@@ -34,7 +35,7 @@ class Entry:
     """
 
     work: Work
-    before: HorizonState
+    before: Row
     watch: UnitWatch | None
 
 
@@ -43,12 +44,12 @@ class Run:
     """A run: the newest state, and up to ``size`` entries, oldest first."""
 
     size: int
-    state: HorizonState
+    state: Row
     watch: UnitWatch | None
     serial: int = -1
     entries: deque[Entry] = field(default_factory=deque[Entry])
 
-    def add(self, entry: Entry, state: HorizonState, watch: UnitWatch | None) -> None:
+    def add(self, entry: Entry, state: Row, watch: UnitWatch | None) -> None:
         self.entries.append(entry)
         if len(self.entries) > self.size:
             self.entries.popleft()
@@ -81,6 +82,7 @@ class PackedWork(msgspec.Struct, frozen=True, array_like=True):
     budget: int
     swap: str
     model: str
+    clock: wire.Offset | None = None
 
 
 def pack_work(work: Work) -> PackedWork:
@@ -100,6 +102,7 @@ def pack_work(work: Work) -> PackedWork:
         budget=work.budget,
         swap=work.swap,
         model=work.model,
+        clock=work.clock,
     )
 
 
@@ -122,6 +125,7 @@ def unpack_work(packed: PackedWork) -> Work:
         swap=packed.swap,
         watch=packed.watch,
         model=packed.model,
+        clock=packed.clock,
     )
 
 
@@ -155,9 +159,9 @@ def _array(raw: tuple[str, tuple[int, ...], bytes]) -> np.ndarray:
     return np.frombuffer(data, dtype=np.dtype(dtype)).reshape(shape).copy()
 
 
-def pack_run(run: int, model: str, held: Run) -> PackedRun:
+def pack_run(run: int, model: str, held: Run, pool: Pool) -> PackedRun:
     first = held.entries[0] if held.entries else None
-    state = held.state if first is None else first.before
+    state = pool.get([held.state if first is None else first.before])
     watch = held.watch if first is None else first.watch
     return PackedRun(
         run=run,

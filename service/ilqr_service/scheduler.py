@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ilqr_service.work import Work
@@ -54,15 +55,24 @@ class Scheduler:
         if len(queue.works) == 1:
             heapq.heappush(self._heads, (rank, work.run, work.index))
 
-    def take(self, limit: int) -> list[Work]:
-        """Up to ``limit`` bins of as many different runs, most urgent first."""
+    def take(self, limit: int, fits: Callable[[Work], bool] | None = None) -> list[Work]:
+        """Up to ``limit`` bins of as many different runs, most urgent first.
+
+        Args:
+            fits: asked of each, in order; the first that does not is left where it is, and all
+                behind it. The very first is taken whatever is said of it.
+        """
         taken: list[Work] = []
         while self._heads and len(taken) < limit:
-            rank, run, index = heapq.heappop(self._heads)
+            rank, run, index = self._heads[0]
             queue = self._queues.get(run)
             # A head of a run that was forgotten meanwhile is stale.
             if queue is None or (queue.works[0][0], queue.works[0][1].index) != (rank, index):
+                heapq.heappop(self._heads)
                 continue
+            if fits is not None and not fits(queue.works[0][1]) and taken:
+                break
+            heapq.heappop(self._heads)
             taken.append(queue.works.popleft()[1])
         self._waiting -= len(taken)
         for work in taken:

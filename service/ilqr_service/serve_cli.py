@@ -56,7 +56,9 @@ def serve(
         str | None, typer.Option(help='HOST:PORT of /metrics, /healthz, /readyz; "" for none')
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
-    threads: Annotated[int | None, typer.Option(help="of torch and the kernels")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="that share the bins solved together; 0 is all cores")
+    ] = None,
     iterations: Annotated[int | None, typer.Option(help="per bin; 0 is the model's own")] = None,
     horizon: Annotated[int | None, typer.Option(help="bins; 0 is the model's own")] = None,
     deadline_ms: Annotated[

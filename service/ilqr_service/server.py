@@ -17,27 +17,30 @@ from typing import Any
 import zmq
 
 from ilqr_service import logs
+from ilqr_service.control import Control
 from ilqr_service.engine import Engine
 from ilqr_service.fleet import Fleet
 from ilqr_service.hygiene import Hygiene
 from ilqr_service.ledger import Ledger
 from ilqr_service.publisher import Publisher
 from ilqr_service.runs import PackedRun
-from ilqr_service.security import Gate, RateLimit
+from ilqr_service.security import Gate
 from ilqr_service.session import Effects, Limits
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.slots import Slots
-from ilqr_service.sockets import bind, empty
+from ilqr_service.sockets import Connections, bind, empty, received
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
-from ilqr_service.work import FAILED, Answer
+from ilqr_service.work import FAILED, Work
 from ilqr_vae import wire
 from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
 
 _POLL_MS = 100
 _BURST = 256
+# Messages or answers that are written to the journal, and told to the solver, at once.
+_TOGETHER = 16
 _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
@@ -101,7 +104,7 @@ class Service:
             engines, fleet, self._table, settings, Path(settings.models or folder or ".")
         )
         self._hygiene = hygiene or Hygiene(settings)
-        self._limit = RateLimit(settings.control_rate)
+        self.telemetry.registry.register(self._hygiene.metrics)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._gate = Gate(self._context, Path(settings.keys)) if settings.keys else None
@@ -109,6 +112,9 @@ class Service:
         except IlqrVaeError:
             self._context.destroy(linger=0)
             raise
+        self._control = Control(
+            self._table, self._slots, self._ledger, settings.control_rate, self._described
+        )
         self._solver = SolverThread(
             fleet,
             self._context,
@@ -192,6 +198,7 @@ class Service:
         router.rcvhwm = router.sndhwm = 10_000
         # Say so when a reply's feeder is gone, rather than dropping the reply silently.
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._connections = Connections(self._context, router, "ingest")
         self.ingest = self._bind("ingest", router, self._settings.ingest)
         return router
 
@@ -236,16 +243,16 @@ class Service:
                 self._publisher.welcome()
             if self._router in events:
                 self._messages()
-            for owner, credit in self._table.credits():
-                self._reply(owner, credit)
             if not self._table.accepting and self._solver.ready.is_set() and drained_by is None:
                 self._table.accepting = True
                 self.telemetry.ready(True)
             due = self._table.next_due()
+            self._credits(all_owed=False)
             if now - ticked > _POLL_MS * 1_000_000 or (due is not None and due <= now):
                 ticked = now
-                self._carry_out(self._table.tick(now))
-                self._carry_out(self._slots.loaded())
+                self._noted(self._table.tick(now))
+                self._noted(self._slots.loaded())
+                self._credits()
                 self._housekeeping()
             if self._stop.is_set():
                 if drained_by is None:
@@ -255,7 +262,11 @@ class Service:
                 if self._table.waiting == 0 or now > drained_by:
                     break
         if self._solver.failure is None:
-            self._carry_out(self._table.end_all("shutdown"))
+            self._noted(self._table.end_all("shutdown"))
+
+    def _credits(self, *, all_owed: bool = True) -> None:
+        for owner, credit in self._table.credits(all_owed=all_owed):
+            self._reply(owner, credit)
 
     def _patience_ms(self) -> int:
         due = self._table.next_due()
@@ -269,6 +280,8 @@ class Service:
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
         self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
+        self.telemetry.count(self._connections.events())
+        self.telemetry.settle()
         self._ledger.flush()
         if self._gate is not None:
             self._gate.refresh()
@@ -281,44 +294,46 @@ class Service:
 
     def _answers(self) -> None:
         answers = self._solver.finished()
+        step: list[Effects] = []
         while answers:
             answer = answers.popleft()
             if isinstance(answer, PackedRun):
                 self._ledger.keep(answer)
                 continue
+            effects = self._table.answered(answer, time.monotonic_ns())
             if answer.solver == FAILED and not answer.void:
-                self.telemetry.count(Counter({"solve_failed": 1}))
+                effects.events["solve_failed"] += 1
             elif answer.solver in _TROUBLE:
-                self.telemetry.count(Counter({"non_converged": 1}))
-            self._carry_out(self._table.answered(answer, time.monotonic_ns()), answer)
+                effects.events["non_converged"] += 1
+            self._ledger.note(effects, answer)
+            step.append(effects)
+            if len(step) == _TOGETHER:
+                self._carry_out(step)
+                step = []
+        self._carry_out(step)
 
     def _messages(self) -> None:
         """Take what has come, each stamped as it is taken, then handle it; answers go first."""
-        came: list[tuple[bytes, str, list[bytes], int]] = []
-        while len(came) < _BURST:
-            user = ""
-            try:
-                if self._gate is None:
-                    owner, *frames = self._router.recv_multipart(zmq.NOBLOCK)
-                else:
-                    first, *rest = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-                    owner, frames = first.bytes, [frame.bytes for frame in rest]
-                    user = str(rest[0].get("User-Id")) if rest else ""
-            except zmq.Again:
-                break
-            came.append((owner, user, frames, time.monotonic_ns()))
-        for owner, user, frames, received in came:
+        came = received(self._router, _BURST, users=self._gate is not None)
+        for first in range(0, len(came), _TOGETHER):
             self._answers()
-            try:
-                self._message(owner, user, frames, received)
-            except ProtocolError as error:
-                self._carry_out(self._table.refuse(owner, error))
-            except Exception:
-                logs.exception("a message could not be handled")
-                error = ProtocolError("internal", expected="a message that can be handled", got="")
-                self._carry_out(self._table.refuse(owner, error))
+            step: list[Effects] = []
+            for message in came[first : first + _TOGETHER]:
+                step.append(self._handled(*message))
+                self._ledger.note(step[-1], None)
+            self._carry_out(step)
 
-    def _message(self, owner: bytes, user: str, frames: list[bytes], received: int) -> None:
+    def _handled(self, owner: bytes, user: str, frames: list[bytes], at_ns: int) -> Effects:
+        try:
+            return self._message(owner, user, frames, at_ns)
+        except ProtocolError as error:
+            return Effects.refusal(owner, error)
+        except Exception:
+            logs.exception("a message could not be handled")
+            error = ProtocolError("internal", expected="a message that can be handled", got="")
+            return Effects.refusal(owner, error)
+
+    def _message(self, owner: bytes, user: str, frames: list[bytes], at_ns: int) -> Effects:
         if len(frames) != 1:
             raise ProtocolError("frames", expected="1 frame", got=f"{len(frames)} frames")
         limit = self._settings.max_message_bytes
@@ -328,27 +343,8 @@ class Service:
         if self._gate is not None:
             self._gate.check(user, message)
         if isinstance(message, wire.Open | wire.Bin | wire.Close):
-            self._carry_out(self._table.receive(owner, message, received, user))
-            return
-        self._limit.check(owner, received)
-        match message:
-            case wire.Probe():
-                probed = wire.Probed(client_ns=message.client_ns, service_ns=received)
-                self._reply(owner, probed)
-            case wire.Sessions():
-                self._reply(owner, wire.SessionList(sessions=self._table.infos(received)))
-            case wire.Models():
-                self._reply(owner, self._slots.list())
-            case wire.Describe():
-                self._reply(owner, self._described())
-            case wire.Load() | wire.Swap() | wire.Rollback():
-                self._ledger.control(user, frames[0])
-                if isinstance(message, wire.Load):
-                    self._slots.load(owner, message)
-                elif isinstance(message, wire.Swap):
-                    self._carry_out(self._slots.swap(owner, message))
-                else:
-                    self._carry_out(self._slots.rollback(owner, message))
+            return self._table.receive(owner, message, at_ns, user)
+        return self._control.answer(owner, user, message, frames[0], at_ns)
 
     def _described(self) -> wire.Described:
         engine = next(iter(self._slots.slots.values())).serving
@@ -361,22 +357,36 @@ class Service:
             manifest=engine.manifest,
         )
 
-    def _carry_out(self, effects: Effects, answer: Answer | None = None) -> None:
-        """Do what the table asks; written to the journal before it counts."""
-        self._ledger.note(effects, answer)
-        for run in effects.forget:
-            if dropped := self._solver.forget(run):
-                effects.events["dropped"] += dropped
-        if effects.work:
-            self._solver.submit(effects.work)
-        for message in (*effects.again, *effects.published):
-            self._publisher.publish(message)
-        for owner, reply in effects.replies:
-            self._reply(owner, reply)
-        for message in effects.published:
-            if isinstance(message, wire.Result) and message.revision == 0:
-                self.telemetry.observe(message)
-        self.telemetry.count(effects.events, effects.bits, effects.spikes)
+    def _noted(self, effects: Effects) -> None:
+        """Carry out what no message and no answer brought."""
+        self._ledger.note(effects, None)
+        self._carry_out([effects])
+
+    def _carry_out(self, steps: list[Effects]) -> None:
+        """Do what the table asks, in its order; written to the journal before it counts."""
+        if not steps:
+            return
+        self._ledger.flush()
+        works: list[Work] = []
+        for effects in steps:
+            for run in effects.forget:
+                # what it queued in this very step goes with it
+                mine = [work for work in works if work.run == run]
+                works = [work for work in works if work.run != run]
+                if dropped := len(mine) + self._solver.forget(run):
+                    effects.events["dropped"] += dropped
+            works += effects.work
+        if works:
+            self._solver.submit(works)
+        for effects in steps:
+            for message in (*effects.again, *effects.published):
+                self._publisher.publish(message)
+            for owner, reply in effects.replies:
+                self._reply(owner, reply)
+            for message in effects.published:
+                if isinstance(message, wire.Result) and message.revision == 0:
+                    self.telemetry.observe(message)
+            self.telemetry.count(effects.events, effects.bits, effects.spikes)
 
     def _reply(self, owner: bytes, message: wire.Message) -> None:
         if not owner:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ilqr_service.work import Answer, ModelFacts, Work, status_of
+from ilqr_service.work import Answer, ModelFacts, Vector, Work, status_of
 from ilqr_vae import wire
+from ilqr_vae.errors import ProtocolError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,18 @@ class Effects:
     bits: float = 0.0
     spikes: int = 0
 
+    @staticmethod
+    def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
+        """Say what was wrong with one message, and count it by the field that was wrong."""
+        reason = error.field.split(".")[0].split("[")[0]
+        refused = wire.Refused(
+            field=error.field,
+            expected=error.expected,
+            got=error.got[:200],
+            session=session[:64],
+        )
+        return Effects(replies=[(owner, refused)], events=Counter({f"refused:{reason}": 1}))
+
 
 class Recent:
     """The newest durations, for quantiles. Holds ``size`` int64 values."""
@@ -88,6 +101,10 @@ class Recent:
         if held.size == 0:
             return (0,) * len(qs)
         return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)
+
+
+def _packed(values: Vector) -> wire.Array:
+    return wire.Array("<f8", values.shape, values.astype("<f8", copy=False).tobytes())
 
 
 ARRIVALS = 256
@@ -110,6 +127,7 @@ class Session:
         owner: its feeder; empty while none has taken up a session that outlived its service.
         user: who the feeder is, where the service can tell.
         next_index: the first bin that has not come.
+        source: index and source time of the newest bin of this feeder.
         base: where the estimate began.
         serial: works queued so far.
         missing: indices answered without a bin.
@@ -149,13 +167,28 @@ class Session:
     recent: deque[wire.Result] = field(default_factory=lambda: deque[wire.Result](maxlen=RECENT))
     arrivals: deque[int] = field(default_factory=lambda: deque[int](maxlen=ARRIVALS))
     anchor_ns: int = 0
+    source: tuple[int, int] = (-1, -(2**62))
+
+    def check_source(self, index: int, source_ns: int) -> None:
+        """Source times never fall from one index to a higher one. Raises ProtocolError."""
+        newest, at_ns = self.source
+        rising = source_ns >= at_ns if index > newest else source_ns <= at_ns
+        if not rising:
+            raise ProtocolError(
+                "source_ns",
+                expected=f"{'at least' if index > newest else 'at most'} bin {newest}'s {at_ns}",
+                got=f"{source_ns} of bin {index}",
+            )
+        if index > newest:
+            self.source = (index, source_ns)
 
     def arrived(self, index: int, now_ns: int) -> None:
         """Follow when bins come: bin k is expected at ``anchor_ns`` + k bin widths, the earliest
         that the newest arrivals bear out."""
         self.silent = 0
-        self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
-        self.anchor_ns = min(self.arrivals)
+        if self.request.clocked:
+            self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
+            self.anchor_ns = min(self.arrivals)
 
     def overdue_ns(self, limits: Limits) -> int | None:
         """When the next bin is to be answered without it; None for a session that waits."""
@@ -260,13 +293,14 @@ class Session:
             solve_start_ns=answer.solve_start_ns,
             solve_end_ns=answer.solve_end_ns,
             published_ns=published_ns,
-            latent=wire.pack(answer.latent, "<f8"),
-            latent_std=wire.pack(answer.latent_std, "<f8"),
-            rates=wire.pack(answer.rates, "<f8"),
-            kinematics=wire.pack(answer.kinematics, "<f8"),
-            kinematics_std=wire.pack(answer.kinematics_std, "<f8"),
+            latent=_packed(answer.latent),
+            latent_std=_packed(answer.latent_std),
+            rates=_packed(answer.rates),
+            kinematics=_packed(answer.kinematics),
+            kinematics_std=_packed(answer.kinematics_std),
             bits=answer.bits,
             spikes=answer.spikes,
+            clock=work.clock,
         )
 
     def publish(self, answer: Answer, published_ns: int, effects: Effects) -> None:

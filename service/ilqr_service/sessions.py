@@ -22,13 +22,13 @@ Rules:
   of the newest H bins; it and all bins after it are answered again with a higher revision. Further
   back it is refused (``late``). An index that had its bin is refused (``index``).
 - Credits: a feeder may have ``credits`` bins unanswered. Each bin returns its credit when it is
-  answered or refused; a bin beyond them is refused (its index is then a gap).
+  answered or refused, told at the latest with the next tick; a bin beyond them is refused (its
+  index is then a gap).
 - A session idle for ``idle_ns`` with nothing queued ends, with a notice.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,6 +63,8 @@ class SessionTable:
         self.next_run = 0
         self._sessions: dict[str, Session] = {}
         self._runs: dict[int, Session] = {}
+        self._owing: dict[int, Session] = {}
+        self._clocked: dict[int, Session] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -106,26 +108,19 @@ class SessionTable:
                 case wire.Close():
                     return self._close(owner, message, now_ns)
         except ProtocolError as error:
-            effects = self.refuse(owner, error, message.session)
+            effects = Effects.refusal(owner, error, message.session)
             session = self._sessions.get(message.session)
             if (
                 isinstance(message, wire.Bin)
                 and session is not None
                 and (session.owner, session.epoch) == (owner, message.epoch)
             ):
-                session.owed += 1
+                self._owe(session)
             return effects
 
-    def refuse(self, owner: bytes, error: ProtocolError, session: str = "") -> Effects:
-        """Say what was wrong with one message, and count it by the field that was wrong."""
-        reason = error.field.split(".")[0].split("[")[0]
-        refused = wire.Refused(
-            field=error.field,
-            expected=error.expected,
-            got=error.got[:200],
-            session=session[:64],
-        )
-        return Effects(replies=[(owner, refused)], events=Counter({f"refused:{reason}": 1}))
+    def _owe(self, session: Session) -> None:
+        session.owed += 1
+        self._owing[session.run] = session
 
     def _open(self, owner: bytes, message: wire.Open, now_ns: int, user: str) -> Effects:
         before = self._sessions.get(message.session)
@@ -176,6 +171,8 @@ class SessionTable:
         self.next_run = max(self.next_run, session.run + 1)
         self._sessions[session.name] = session
         self._runs[session.run] = session
+        if session.request.clocked:
+            self._clocked[session.run] = session
 
     def _resume(
         self, session: Session, owner: bytes, message: wire.Open, now_ns: int, user: str
@@ -187,6 +184,7 @@ class SessionTable:
             raise ProtocolError("session", expected="one of this user", got=message.session)
         session.owner, session.seen_ns, session.owed = owner, now_ns, 0
         session.arrivals.clear()
+        session.source = (-1, -(2**62))  # another feeder's clock may be another
         session.silent = 0
         effects = Effects(again=[r for r in session.recent if r.index > message.answered])
         credits = max(0, self.limits.credits - session.unanswered)
@@ -225,6 +223,7 @@ class SessionTable:
                 expected=f"at most {self.limits.credits} bins unanswered",
                 got=f"bin {index} beyond them",
             )
+        session.check_source(index, message.source_ns)
         effects = Effects()
         session.arrived(index, now_ns)
         if late:
@@ -232,7 +231,7 @@ class SessionTable:
             effects.events["late_in"] += 1
         else:
             self._bridge(session, index, now_ns, effects)
-        self._queue(session, index, now_ns, effects, message.source_ns, counts, mask, late)
+        self._queue(session, index, now_ns, effects, message, counts, mask, late)
         session.unanswered += 1
         session.prune()
         return effects
@@ -262,7 +261,7 @@ class SessionTable:
         index: int,
         now_ns: int,
         effects: Effects,
-        source_ns: int = 0,
+        message: wire.Bin | None = None,
         counts: Vector | None = None,
         mask: NDArray[np.bool_] | None = None,
         late: bool = False,
@@ -273,7 +272,8 @@ class SessionTable:
             counts=counts,
             mask=mask,
             fresh=not session.started,
-            source_ns=source_ns,
+            source_ns=0 if message is None else message.source_ns,
+            clock=None if message is None else message.clock,
             received_ns=now_ns,
             due_ns=now_ns + session.deadline_ns,
             anytime=session.anytime,
@@ -312,7 +312,7 @@ class SessionTable:
             session.waiting -= 1
             if answer.revised or not work.missing:
                 session.unanswered -= 1
-                session.owed += 1
+                self._owe(session)
         if answer.void:
             effects.events["late_lost"] += 1
         else:
@@ -321,19 +321,23 @@ class SessionTable:
             self._end_if_answered(session, effects)
         return effects
 
-    def credits(self) -> list[tuple[bytes, wire.Credit]]:
-        """The credits that came free since the last call, one message per session."""
-        due: list[tuple[bytes, wire.Credit]] = []
-        for session in self._sessions.values():
-            if session.owed:
-                due.append((session.owner, session.credit()))
-        return due
+    def credits(self, *, all_owed: bool = True) -> list[tuple[bytes, wire.Credit]]:
+        """The credits that came free since they were last told, one message per session.
+
+        Args:
+            all_owed: also the few that a feeder cannot be short of yet.
+        """
+        least = 1 if all_owed else max(1, self.limits.credits // 8)
+        due = [s for s in self._owing.values() if s.owed >= least]
+        for session in due:
+            del self._owing[session.run]
+        return [(s.owner, s.credit()) for s in due]
 
     # ---- time and ends -------------------------------------------------------------------------
 
     def next_due(self) -> int | None:
         """When ``tick`` has the next bin to answer without it."""
-        due = [s.overdue_ns(self.limits) for s in self._sessions.values()]
+        due = [s.overdue_ns(self.limits) for s in self._clocked.values()]
         return min((d for d in due if d is not None), default=None)
 
     def tick(self, now_ns: int) -> Effects:
@@ -383,6 +387,8 @@ class SessionTable:
     def _end(self, session: Session, what: str, effects: Effects) -> None:
         del self._sessions[session.name]
         del self._runs[session.run]
+        self._owing.pop(session.run, None)
+        self._clocked.pop(session.run, None)
         if session.owed:
             effects.replies.append((session.owner, session.credit()))
         effects.forget.append(session.run)

@@ -22,7 +22,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         results: ZeroMQ address for subscribers.
         http: HOST:PORT of /metrics, /healthz and /readyz; port 0 takes a free one; "" for none.
         device: cpu, cuda, cuda:N, or auto (cuda where torch sees one).
-        threads: of torch, and of the kernels with it; 1 is fastest for one stream.
+        threads: that share the bins solved together; 0 is as many as there are cores. A bin that
+            is solved alone takes one.
         iterations, horizon: instead of the model's own; 0 keeps them.
         deadline_ms: for sessions that state none; 0 is the bin width.
         credits: bins a feeder may have unanswered.
@@ -30,7 +31,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         max_sessions: open at once.
         idle_s: a session silent for longer ends.
         drain_s: longest time to answer what is queued when told to stop.
-        max_message_bytes: a larger message ends its sender's connection.
+        max_message_bytes: a larger message is refused; one beyond four times that cuts its sender
+            off.
         results_queue: results kept for a subscriber that does not read.
         log: plain lines or JSON ones.
         journal: folder of the journal; "" is none.
@@ -54,7 +56,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     results: str = "tcp://127.0.0.1:5556"
     http: str = "127.0.0.1:9464"
     device: str = "auto"
-    threads: Positive = 1
+    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     iterations: Annotated[int, msgspec.Meta(ge=0)] = 0
     horizon: Annotated[int, msgspec.Meta(ge=0)] = 0
     deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=3_600_000)] = 0.0

@@ -157,7 +157,7 @@ class Slots:
             if done.error is not None or done.engine is None:
                 error = done.error or ProtocolError("model", expected="one that loads", got="")
                 refused = ProtocolError(error.field, expected=error.expected, got=error.got)
-                failed = self._table.refuse(done.owner, refused)
+                failed = Effects.refusal(done.owner, refused)
                 effects.replies += failed.replies
                 effects.events.update(failed.events)
                 effects.events["load_failed"] += 1

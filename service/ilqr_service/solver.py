@@ -1,14 +1,17 @@
 """The solver thread: takes the most urgent bins, solves them, hands the answers back.
 
-The I/O thread calls ``submit``, ``forget`` and ``finished``; answers wait in a deque and a byte on
-an inproc PAIR socket wakes the I/O thread. Between a bin's arrival and its solve there is one lock
-held for microseconds, and the choice of the next bin is made when the engine is free for it.
+Bins of different runs that wait are solved together, as many as fit (``Quota``); where only one
+waits it is solved alone. The I/O thread calls ``submit``, ``forget`` and ``finished``; answers wait
+in a deque and a byte on an inproc PAIR socket wakes the I/O thread. Between a bin's arrival and its
+solve there is one lock held for microseconds, and the choice of the next bins is made when the
+engine is free for them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 import zmq
 
 from ilqr_service import logs
-from ilqr_service.fleet import Fleet
+from ilqr_service.fleet import Fleet, Quota
 from ilqr_service.resume import Resumed
 from ilqr_service.runs import PackedRun
 from ilqr_service.scheduler import Scheduler
@@ -107,7 +110,8 @@ class SolverThread:
             if self._stopping:
                 return None
             forgotten, self._forgotten = self._forgotten, []
-            return forgotten, self._scheduler.take(self._fleet.batch)
+            quota = Quota(self._fleet, time.monotonic_ns())
+            return forgotten, self._scheduler.take(self._fleet.batch, quota)
 
     def _run(self) -> None:
         wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
@@ -134,8 +138,9 @@ class SolverThread:
                     self._fleet.forget(run)
                     self._since.pop(run, None)
                 if works:
-                    self._answers.extend(self._fleet.solve(works))
-                    self._tell(wake)
+                    for part in self._fleet.parts(works):
+                        self._answers.extend(self._fleet.solve(part))
+                        self._tell(wake)
                     self._fleet.between()
                     self._snapshots(works)
                 elif not forgotten:

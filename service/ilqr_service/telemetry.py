@@ -3,9 +3,10 @@
 Prometheus edges are finer than the defaults, with one edge exactly at the bin width, so that the
 share of bins answered within a bin is a count and no estimate. No label grows with the sessions.
 
-Stages of a bin: ``wire_in`` (source to arrival; meaningful where feeder and service share a clock,
-and left out where the difference is negative or above a minute), ``queue`` (arrival to solve),
-``solve``, ``publish`` (end of solve to the socket), ``total`` (arrival to the socket).
+Stages of a bin: ``wire_in`` (source to arrival: from the feeder's clock to this one, by the offset
+that the feeder states with the bin; its uncertainty is a histogram beside it, and bins of feeders
+that state none are counted and left out), ``queue`` (arrival to solve), ``solve``, ``publish`` (end
+of solve to the socket), ``total`` (arrival to the socket).
 """
 
 from __future__ import annotations
@@ -13,14 +14,28 @@ from __future__ import annotations
 from collections import Counter as Tally
 from typing import Any, get_args
 
-from hdrh.histogram import HdrHistogram
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from ilqr_service.tails import Stage
 from ilqr_vae import wire
 
 STAGES = ("wire_in", "queue", "solve", "publish", "total")
 _EDGES_MS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 250)
-_REASONS = ("credits", "index", "late", "message", "size", "session", "key", "role", "rate")
+_REASONS = (
+    "credits",
+    "index",
+    "late",
+    "message",
+    "size",
+    "session",
+    "key",
+    "role",
+    "rate",
+    "handshake",
+    "source_ns",
+    "frames",
+    "protocol",
+)
 _HALF_LIFE = 5_000
 _MINUTE_NS = 60_000_000_000
 _QUANTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "p99.99": 99.99, "max": 100.0}
@@ -46,6 +61,8 @@ EVENTS = {
     "unit_changes": "units masked or used again",
     "swapped": "models put in another's place",
     "load_failed": "models that could not be loaded",
+    "unclocked": "bins whose feeder does not say how far its clock is from this one",
+    "disconnected": "connections of feeders and clients that ended, or were cut off",
 }
 
 
@@ -69,14 +86,13 @@ class Telemetry:
         self.registry = CollectorRegistry(auto_describe=True)
         r = self.registry
         self._stages = {
-            stage: Histogram(
-                f"ilqr_{stage}_seconds",
-                f"time a bin spent in stage {stage}",
-                buckets=edges(bin_width),
-                registry=r,
+            stage: Stage(
+                f"ilqr_{stage}_seconds", f"time a bin spent in stage {stage}", edges(bin_width)
             )
             for stage in STAGES
         }
+        for stage in self._stages.values():
+            r.register(stage)
         bins = Counter("ilqr_bins", "bins answered, by status", ["status"], registry=r)
         self._bins = {status: bins.labels(status) for status in get_args(wire.Status)}
         self._refused = Counter(
@@ -100,18 +116,25 @@ class Telemetry:
         self._journal_bytes = Gauge("ilqr_journal_bytes", "bytes written", registry=r)
         self._journal_ok.set(1)
         self._recent = (0.0, 0.0)
+        self._uncertainty = Histogram(
+            "ilqr_wire_in_uncertainty_seconds",
+            "how far wire_in may be off, from the offset between the clocks; 0 on one clock",
+            buckets=(0.0, *edges(bin_width)),
+            registry=r,
+        )
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
-        self._exact = {stage: HdrHistogram(1_000, 60_000_000_000, 3) for stage in STAGES}
         self._tally: Tally[str] = Tally()
 
     def count(self, events: Tally[str], bits: float = 0.0, spikes: int = 0) -> None:
         """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; and
         the bits that their spikes gained over the mean rates."""
-        self._tally.update(events)
         if spikes:
             keep = 0.5 ** (spikes / _HALF_LIFE)
             self._recent = (keep * self._recent[0] + bits, keep * self._recent[1] + spikes)
             self._bits.set(self._recent[0] / self._recent[1])
+        if not events:
+            return
+        self._tally.update(events)
         for event, n in events.items():
             kind, _, label = event.partition(":")
             if kind == "status":
@@ -125,15 +148,25 @@ class Telemetry:
         """Time one published answer; a missing bin has a solve time and no others."""
         times = {"solve": result.solve_end_ns - result.solve_start_ns}
         if result.status != "missing":
-            times["wire_in"] = result.received_ns - result.source_ns
+            if (clock := result.clock) is None:
+                self.count(Tally({"unclocked": 1}))
+            else:
+                wire_in = result.received_ns - result.source_ns - clock.offset_ns
+                within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
+                times["wire_in"] = 0 if within else wire_in
+                self._uncertainty.observe(clock.uncertainty_ns / 1e9)
             times["queue"] = result.solve_start_ns - result.received_ns
             times["publish"] = result.published_ns - result.solve_end_ns
             times["total"] = result.published_ns - result.received_ns
         for stage, ns in times.items():
             if 0 <= ns < _MINUTE_NS:
-                self._stages[stage].observe(ns / 1e9)
-                self._exact[stage].record_value(max(ns, 1_000))
+                self._stages[stage].add(ns)
         self._iterations.inc(result.iterations)
+
+    def settle(self) -> None:
+        """Count what was only noted; to be called now and then."""
+        for stage in self._stages.values():
+            stage.settle()
 
     def gauge(self, *, sessions: int, queued: int) -> None:
         self._sessions.set(sessions)
@@ -157,7 +190,8 @@ class Telemetry:
     def summary(self) -> dict[str, Any]:
         """Counts, and per stage the exact quantiles in milliseconds (JSON-like)."""
         tails: dict[str, Any] = {}
-        for stage, histogram in self._exact.items():
+        for stage, times in self._stages.items():
+            histogram = times.exact()
             n = int(histogram.get_total_count())
             if n:
                 tails[stage] = {"n": n} | {

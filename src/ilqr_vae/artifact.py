@@ -30,7 +30,7 @@ from ilqr_vae.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
 from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
 
-SCHEMA = 1
+SCHEMA = 2
 KEY = "ilqr_vae"
 MANIFEST_SHA256 = "ilqr_vae.sha256"
 
@@ -69,7 +69,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Everything a user or a client wants to know about a model file.
 
     Attributes:
-        model_id: the first 12 hex digits of ``sha256``.
+        model_id: 12 hex digits over ``sha256`` and every field above ``scores``: all that decides
+            what is answered to whom. Files that differ in scores, provenance or configuration
+            alone share it.
         sha256: of the tensors.
         bin_width: seconds.
         unit_names: in the order of the counts.
@@ -195,6 +197,12 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def _identity(manifest: Manifest) -> str:
+    """The model id: of the tensors' hash and of what decides which answers they give."""
+    same = msgspec.structs.replace(manifest, model_id="", scores={}, provenance={}, config={})
+    return hashlib.sha256(msgspec.json.encode(same, order="deterministic")).hexdigest()[:12]
+
+
 def save_artifact(
     path: str | Path,
     manifest: Manifest,
@@ -205,8 +213,8 @@ def save_artifact(
     """Write a model file (temporary file, then rename); returns the manifest with its hash."""
     path = Path(path)
     tensors = _tensors(model, readout, mean_rate)
-    digest = _digest(tensors)
-    manifest = msgspec.structs.replace(manifest, sha256=digest, model_id=digest[:12])
+    manifest = msgspec.structs.replace(manifest, sha256=_digest(tensors))
+    manifest = msgspec.structs.replace(manifest, model_id=_identity(manifest))
     text = msgspec.json.encode(manifest)
     hashed = {KEY: text.decode(), MANIFEST_SHA256: hashlib.sha256(text).hexdigest()}
     blob = save(tensors, metadata=hashed)
@@ -240,7 +248,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
         raw = msgspec.json.decode(metadata[KEY])
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if schema != SCHEMA:
-            raise _refuse(path, f"schema version {SCHEMA}", str(schema))
+            expected = f"schema version {SCHEMA} (as this version's ilqr-vae train writes)"
+            raise _refuse(path, expected, str(schema))
         if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(MANIFEST_SHA256):
             raise _refuse(path, "the manifest that was written", "one that differs from its hash")
         return tensors, msgspec.convert(raw, Manifest)
@@ -274,13 +283,15 @@ def load_artifact(
 
     Raises:
         ArtifactError: not there, not safetensors, no manifest, another schema, shapes that differ
-            from the manifest's, values that are not finite, or a hash that does not match.
+            from the manifest's, values that are not finite, or a hash or id that does not match.
     """
     path = Path(path)
     tensors, manifest = _read(path)
     digest = _digest(tensors)
     if digest != manifest.sha256:
         raise _refuse(path, f"tensors with hash {manifest.sha256[:12]}", digest[:12])
+    if manifest.model_id != _identity(manifest):
+        raise _refuse(path, f"model id {_identity(manifest)}", manifest.model_id)
     for name, t in tensors.items():
         if not bool(t.isfinite().all()):
             raise _refuse(path, "finite tensors", f"{name} with values that are not")

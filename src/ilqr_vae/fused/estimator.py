@@ -20,15 +20,17 @@ from ilqr_vae.fused.solver import Array, Options, Plan, Stopped, Work, array, co
 from ilqr_vae.model import Model
 from ilqr_vae.readout import KinematicReadout
 
-#: Sets of work arrays kept per batch size, and batch sizes kept.
-_SPARE, _SIZES = 2, 8
+#: Sets of work arrays kept per size.
+_SPARE = 2
 
 
 class _Room:
-    """Work arrays for one batch of streams."""
+    """Work arrays for a batch of up to so many streams: a power of two, so that batches that come
+    and go in all sizes share a few sets."""
 
     def __init__(self, plan: Plan, streams: int, horizon: int, dtype: np.dtype[Any]) -> None:
         n, m, _ = plan.sizes
+        self.size = streams
         self.work = Work(plan, streams, horizon, dtype)
         z0 = np.empty((streams, n), dtype)
         z = np.empty((streams, horizon + 1, n), dtype)
@@ -82,15 +84,14 @@ class Estimator:
         self._spare: dict[int, list[_Room]] = {}
 
     def _take(self, streams: int) -> _Room:
-        spare = self._spare.get(streams)
-        if spare:
-            return spare.pop()
-        return _Room(self.plan, streams, self.horizon, self.dtype)
+        size = 1 << max(0, streams - 1).bit_length()
+        spare = self._spare.get(size)
+        room = spare.pop() if spare else _Room(self.plan, size, self.horizon, self.dtype)
+        room.work.batch = streams
+        return room
 
-    def _put(self, streams: int, room: _Room) -> None:
-        if streams not in self._spare and len(self._spare) >= _SIZES:
-            self._spare.clear()
-        spare = self._spare.setdefault(streams, [])
+    def _put(self, room: _Room) -> None:
+        spare = self._spare.setdefault(room.size, [])
         if len(spare) < _SPARE:
             spare.append(room)
 
@@ -135,7 +136,7 @@ class Estimator:
             S, code.leave, self.plan.arrays[2], self.wide, self.readout, work, after,
             room.predicted, estimate,
         )  # fmt: skip
-        self._put(S, room)
+        self._put(room)
         return after, estimate
 
     def _share(self, streams: int, kernel: Callable[..., None], *arguments: Any) -> None:

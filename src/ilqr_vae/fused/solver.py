@@ -133,7 +133,11 @@ def observations(plan: Plan, observed: Observations) -> tuple[Array, Array]:
 
 
 class Work:
-    """Arrays of one batch of solves: state, what iterations keep, and what they report."""
+    """Arrays of one batch of solves: state, what iterations keep, and what they report.
+
+    Attributes:
+        batch: how many of them are solved; may be set to fewer than there is room for.
+    """
 
     def __init__(self, plan: Plan, batch: int, steps: int, dtype: np.dtype[Any]) -> None:
         n, m, N = plan.sizes
@@ -167,7 +171,7 @@ class Work:
 
     @property
     def status(self) -> NDArray[np.int64]:
-        return self.state[4]
+        return self.state[4][: self.batch]
 
     def lqr(self) -> tuple[LQRProblem, LQRSolution]:
         """The last iterations' LQR problems and solutions, as tensors over these arrays."""

@@ -52,6 +52,9 @@ class ReportData:
         trials: ranges of bins relative to the first, or None.
         scores: from ``score_decodes``, or None where there is no truth.
         latency_ms: milliseconds per bin (T,) by stage, e.g. solve, queue, wire, total.
+        latency_uncertainty_ms: of the stages that go from one clock to another, how far they may
+            be off.
+        clock: how the two clocks were compared, for people; "" where one alone was read.
         deadline_ms: what ``total`` is held against, or None.
         rates: (T, N), expected spikes per bin, or None.
         inputs: (T, m), inferred inputs, NaN where not known, or None.
@@ -80,6 +83,8 @@ class ReportData:
     trials: Trials | None = None
     scores: Scores | None = None
     latency_ms: dict[str, Array] = field(default_factory=dict[str, Array])
+    latency_uncertainty_ms: dict[str, float] = field(default_factory=dict[str, float])
+    clock: str = ""
     deadline_ms: float | None = None
     rates: Array | None = None
     inputs: Array | None = None
@@ -136,6 +141,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _bound(data: ReportData, stage: str) -> dict[str, float]:
+    known = stage in data.latency_uncertainty_ms
+    return {"clock_uncertainty": data.latency_uncertainty_ms[stage]} if known else {}
+
+
 def to_json(data: ReportData) -> dict[str, Any]:
     """The report's numbers, ready for ``json.dumps``; NaN becomes null."""
     scores = data.scores
@@ -155,7 +165,9 @@ def to_json(data: ReportData) -> dict[str, Any]:
             if scores is None
             else {"nominal": scores.nominal, "actual": scores.actual},
             "statuses": data.statuses,
-            "latency_ms": {k: distribution(v) for k, v in data.latency_ms.items()},
+            "latency_ms": {
+                k: distribution(v) | _bound(data, k) for k, v in data.latency_ms.items()
+            },
             "deadline_ms": data.deadline_ms,
             "residuals": summary(residuals(data)),
             "psth": summary(psths(data)),

@@ -77,7 +77,9 @@ def _latency_rows(data: ReportData) -> list[dict[str, Any]]:
         summary = distribution(values)
         if summary["n"]:
             cells = [_number(summary[k], 2) for k in ("p50", "p99", "p99.9", "max")]
-            rows.append({"stage": stage, "n": summary["n"], "cells": cells})
+            bound = data.latency_uncertainty_ms.get(stage, 0.0)
+            name = f"{stage} (± {_number(bound, 3)})" if bound else stage
+            rows.append({"stage": name, "n": summary["n"], "cells": cells})
     return rows
 
 

@@ -1,0 +1,196 @@
+"""One estimator step for the bins of many runs: what goes in and what comes out, run by run.
+
+No run changes another's answer. On the CPU the compiled step works stream by stream, so that the
+bits of an answer are the same alone and in any company; on a GPU they agree to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ilqr_service.states import Pool, Row
+from ilqr_service.units import UnitWatch
+from ilqr_service.work import Answer, ModelFacts, Work
+from ilqr_vae.fused import solver
+from ilqr_vae.horizon import Estimate, MovingHorizon
+from ilqr_vae.ilqr import Status
+
+Clock = Callable[[], int]
+
+_STATUS = {int(status): status.name.lower() for status in Status}
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What came of one run's bin.
+
+    Attributes:
+        after: the run's state after it.
+        answer: for the bin.
+        sound: the estimate is finite; where not, ``answer`` has no use but its ``solver``.
+    """
+
+    after: Row
+    answer: Answer
+    sound: bool
+
+
+class Cost:
+    """What a step of so many bins takes: a start, and so much a bin.
+
+    What was measured once while warming up is scaled by what steps take since.
+
+    Attributes:
+        start, each: nanoseconds.
+    """
+
+    def __init__(self, start: float = 0.0, each: float = 1e6) -> None:
+        self.start, self.each = start, each
+        self._scale = 1.0
+
+    def ns(self, bins: int) -> float:
+        """Of a step of ``bins``; 0 for none."""
+        return self._scale * (self.start + self.each * bins) if bins else 0.0
+
+    def learn(self, bins: int, ns: float) -> None:
+        """Follow what a step took."""
+        ratio = ns / (self.start + self.each * bins)
+        self._scale += (min(max(ratio, 0.25), 4.0) - self._scale) / 16
+
+    @staticmethod
+    def measured(one: float, many: float, bins: int) -> Cost:
+        """From what a step of one bin and a step of ``bins`` take."""
+        each = max((many - one) / (bins - 1), many / bins / 16, 1.0) if bins > 1 else max(one, 1.0)
+        return Cost(max(one - each, 0.0), each)
+
+
+def _array(values: torch.Tensor) -> NDArray[np.float64]:
+    return values.detach().cpu().numpy().astype(np.float64, copy=False)
+
+
+class Stepper:
+    """Steps of an estimator.
+
+    Args:
+        estimator: of the model.
+        facts: of the model.
+        streams: how many runs there may be, for the memory to reserve.
+        clock: nanoseconds; monotonic.
+
+    Attributes:
+        pool: the states of all runs.
+        fresh: the state that every run begins with.
+        separate: a run's bits are the same in a batch as alone.
+    """
+
+    def __init__(
+        self,
+        estimator: MovingHorizon,
+        facts: ModelFacts,
+        streams: int,
+        *,
+        clock: Clock = time.monotonic_ns,
+    ) -> None:
+        self._estimator, self._facts, self._clock = estimator, facts, clock
+        initial = estimator.init(batch=1)
+        # a window of states for each run, and the batch that is being solved
+        self.pool = Pool(initial, (facts.horizon + 2) * streams)
+        (self.fresh,) = self.pool.put(initial)
+        like = estimator.mean_rate
+        self._device, self._dtype = like.device, like.dtype
+        self.separate = solver.usable(estimator.model, ("spikes",), like)
+
+    @property
+    def batches(self) -> bool:
+        """Several runs may be stepped at once: bits that a batch could change are a GPU's."""
+        return self.separate or self._device.type == "cuda"
+
+    def step(
+        self, states: Sequence[Row], works: Sequence[Work], watches: Sequence[UnitWatch | None]
+    ) -> list[Stepped]:
+        """One bin of each run.
+
+        Args:
+            states: before the bins.
+            works: the bins, each of another run; none is late or a swap.
+            watches: the units' states; what they mask is not used.
+
+        Raises:
+            ValueError: counts or a mask of a wrong size.
+        """
+        started = self._clock()
+        counts = np.zeros((len(works), len(self._facts.unit_names)))
+        mask = np.zeros(counts.shape, dtype=bool)
+        for i, (work, watch) in enumerate(zip(works, watches, strict=True)):
+            if work.counts is None:
+                continue
+            counts[i] = work.counts
+            mask[i] = True if work.mask is None else work.mask
+            if watch is not None:
+                mask[i] &= ~watch.masked
+        after, estimate = self._estimator.step(
+            self.pool.get(states),
+            torch.from_numpy(counts).to(self._device, self._dtype),
+            torch.from_numpy(mask).to(self._device, self._dtype),
+            stop=self._stop(works, started),
+        )
+        rows = self.pool.put(after)
+        answers, sound = self._answers(works, estimate, started)
+        return [Stepped(*one) for one in zip(rows, answers, sound.tolist(), strict=True)]
+
+    def _stop(self, works: Sequence[Work], started: int) -> Callable[[], NDArray[np.bool_]] | None:
+        """Which solves to end early, asked before every iteration after the first."""
+        if not any(work.budget or work.anytime for work in works):
+            return None
+        budget = np.array([work.budget or 2**31 for work in works])
+        timed = np.array([work.anytime and not work.budget for work in works])
+        due = np.array([work.due_ns for work in works])
+        done = 0
+
+        def stop() -> NDArray[np.bool_]:
+            nonlocal done
+            done += 1
+            # One more iteration, and the answer, must still fit before it is due.
+            now = self._clock()
+            return (done >= budget) | (timed & (now + 2 * (now - started) // done >= due))
+
+        return stop
+
+    def _answers(
+        self, works: Sequence[Work], estimate: Estimate, started: int
+    ) -> tuple[list[Answer], NDArray[np.bool_]]:
+        e = estimate
+        vectors = [_array(v) for v in (e.z, e.z_std, e.rates, e.kinematics, e.kinematics_std)]
+        scalars = [v.tolist() for v in (e.bits, e.spikes, e.iterations, e.status)]
+        sound = np.atleast_1d(np.isfinite(vectors[0]).all(-1))
+        ended, model = self._clock(), self._facts.model
+        answers = [
+            Answer(
+                work=work,
+                latent=latent,
+                latent_std=latent_std,
+                rates=rates,
+                kinematics=kinematics,
+                kinematics_std=kinematics_std,
+                bits=bits,
+                spikes=int(spikes),
+                iterations=iterations,
+                solver=_STATUS[status],
+                solve_start_ns=start,
+                solve_end_ns=end,
+                model=model,
+                serial=work.serial,
+            )
+            for (
+                work, latent, latent_std, rates, kinematics, kinematics_std,
+                bits, spikes, iterations, status, start, end,
+            ) in zip(works, *vectors, *scalars, repeat(started), repeat(ended), strict=False)
+        ]  # fmt: skip
+        return answers, sound

@@ -1,0 +1,90 @@
+"""The estimator's states of all streams in one set of arrays, a row each.
+
+A batch of streams is gathered from its rows and scattered to new ones with one copy per field,
+whatever its size, on the CPU as on a GPU. A row is written once and never changed; it is free again
+when nothing refers to it any more. Rows freed last are used first, so that the memory touched is
+that of the streams there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from ilqr_vae.horizon import HorizonState
+
+_FIELDS = tuple(f.name for f in fields(HorizonState))
+
+# Address space, not memory: a page is taken when it is first written to. Beyond it the arrays are
+# copied into larger ones, which takes a moment.
+_RESERVE_BYTES = 1 << 30
+
+
+class Row:
+    """A place in a ``Pool``, held for as long as this object lives."""
+
+    __slots__ = ("_free", "at")
+
+    def __init__(self, free: list[int], at: int) -> None:
+        self._free, self.at = free, at
+
+    def __del__(self) -> None:
+        self._free.append(self.at)
+
+
+class Pool:
+    """Rows for states.
+
+    Args:
+        like: one stream's state (S = 1): shapes, dtypes and device of all.
+        rows: how many to reserve, within a bound on their bytes.
+    """
+
+    def __init__(self, like: HorizonState, rows: int) -> None:
+        self._like = [getattr(like, name) for name in _FIELDS]
+        size = sum(t.nbytes for t in self._like)
+        self._arrays: list[Tensor] = []
+        self._free: list[int] = []
+        self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
+
+    def __len__(self) -> int:
+        """Rows held."""
+        return self.capacity - len(self._free)
+
+    @property
+    def capacity(self) -> int:
+        return self._arrays[0].shape[0]
+
+    def _grow(self, rows: int) -> None:
+        before = self._arrays
+        first = before[0].shape[0] if before else 0
+        self._arrays = [t.new_empty((rows, *t.shape[1:])) for t in self._like]
+        for new, old in zip(self._arrays, before, strict=False):
+            new[:first] = old
+        self._free[:0] = range(rows - 1, first - 1, -1)
+
+    def put(self, states: HorizonState) -> list[Row]:
+        """Copy streams into rows."""
+        given = [getattr(states, name) for name in _FIELDS]
+        count = given[0].shape[0]
+        if len(self._free) < count:
+            self._grow(2 * self.capacity + count)
+        rows = [Row(self._free, self._free.pop()) for _ in range(count)]
+        at = self._index(rows)
+        for array, values in zip(self._arrays, given, strict=True):
+            array.index_copy_(0, at, values)
+        return rows
+
+    def get(self, rows: Sequence[Row]) -> HorizonState:
+        """The streams of these rows as one batch; of a single row, the row itself."""
+        if len(rows) == 1:
+            first = rows[0].at
+            return HorizonState(*(array[first : first + 1] for array in self._arrays))
+        at = self._index(rows)
+        return HorizonState(*(array.index_select(0, at) for array in self._arrays))
+
+    def _index(self, rows: Sequence[Row]) -> Tensor:
+        return torch.tensor([row.at for row in rows], device=self._arrays[0].device)

@@ -1,0 +1,232 @@
+"""Bins of many runs in one step: no run ever changes another's answer, not by a bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feeder import UNITS
+from ilqr_service.batch import Cost
+from ilqr_service.engine import Engine
+from ilqr_service.fleet import Fleet, Quota
+from ilqr_service.settings import ServiceSettings
+from ilqr_service.states import Pool
+from ilqr_service.verify import computed
+from ilqr_service.work import FAILED, STOPPED, Answer, Work
+from ilqr_vae import backend, threads
+from ilqr_vae.horizon import HorizonState
+from rig import make_model
+
+N = len(UNITS)
+H = 5
+RUNS = 6
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    path = tmp_path_factory.mktemp("batch") / "m.safetensors"
+    make_model(path, n_units=N, names=UNITS, horizon=H)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "WORTH_A_THREAD", 1)  # small as the model is, share it out
+        yield Engine.load(path, ServiceSettings(device="cpu", iterations=3))
+    threads.use(None)
+
+
+def work(run: int, index: int, kind: str, serial: int = 0) -> Work:
+    """A bin of a run; what is in it follows from the three alone."""
+    rng = np.random.default_rng([run, index])
+    counts = rng.poisson(1.0, N).astype(np.float64)
+    one = Work(run, index, counts, None, index == 0, 0, 0, 2**62, False, serial=serial)
+    match kind:
+        case "masked":
+            return dataclasses.replace(one, mask=rng.random(N) < 0.5)
+        case "missing":
+            return dataclasses.replace(one, counts=None)
+        case "cut":  # as a replay repeats what the clock had cut short
+            return dataclasses.replace(one, budget=1 + run % 2)
+        case "overdue":
+            return dataclasses.replace(one, anytime=True, due_ns=0)
+        case "again":
+            return dataclasses.replace(one, fresh=True)
+        case "watched":
+            return dataclasses.replace(one, watch=True)
+        case "not a number":
+            return dataclasses.replace(one, counts=np.where(rng.random(N) < 0.3, np.nan, counts))
+        case "wrong size":
+            return dataclasses.replace(one, counts=np.ones(N + 2))
+        case _:
+            return one
+
+
+def held(answer: Answer) -> tuple[bytes, str, int, bool, tuple[str, ...]]:
+    """What must be the same to the last bit."""
+    numbers = computed(answer).tobytes()
+    return numbers, answer.solver, answer.work.index, answer.revised, answer.flags
+
+
+KINDS = (
+    "plain", "plain", "masked", "missing", "cut", "overdue", "again", "watched",
+    "not a number", "wrong size", "late", "packed",
+)  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rounds=st.lists(
+        st.lists(
+            st.tuples(st.integers(0, RUNS - 1), st.sampled_from(KINDS)),
+            min_size=1,
+            max_size=RUNS,
+            unique_by=lambda one: one[0],
+        ),
+        min_size=1,
+        max_size=14,
+    ),
+    shared=st.integers(1, 3),
+)
+def test_a_batch_of_any_composition_is_each_alone(
+    engine: Engine, rounds: list[list[tuple[int, str]]], shared: int
+) -> None:
+    threads.use(shared)
+    for run in range(2 * RUNS):
+        engine.forget(run)
+    index, lost = [0] * RUNS, [set[int]() for _ in range(RUNS)]
+    for serial, chosen in enumerate(rounds):
+        works: list[Work] = []
+        for run, kind in chosen:
+            whole = all(w.missing or np.isfinite(w.counts).all() for w in engine.window(run))
+            # (what is not a number has no place on the wire, nor in a snapshot)
+            if kind == "packed" and whole and (packed := engine.pack(run)) is not None:
+                engine.restore(packed)
+            if kind == "late" and lost[run]:
+                place = max(lost[run])
+                lost[run].discard(place)
+                late = dataclasses.replace(work(run, place, "plain", serial), late=True)
+                works.append(dataclasses.replace(late, fresh=False))
+                continue
+            works.append(work(run, index[run], kind, serial))
+            if works[-1].counts is None:
+                lost[run].add(index[run])
+            index[run] += 1
+        together = engine.solve(works)
+        # their twins, runs of other numbers, one by one
+        alone = [
+            answer
+            for one in sorted(works, key=lambda w: w.late)
+            for answer in engine.solve([dataclasses.replace(one, run=one.run + RUNS)])
+        ]
+        assert [held(a) for a in together] == [held(a) for a in alone]
+
+
+def test_a_run_whose_state_is_broken_hurts_no_neighbour(engine: Engine) -> None:
+    for run in (100, 101, 102):
+        for index in range(3):
+            engine.solve([work(run, index, "plain")])
+    packed = engine.pack(101)
+    assert packed is not None
+    broken = tuple((d, s, b"\xff" * len(raw)) for d, s, raw in packed.state[1:])  # NaN throughout
+    engine.forget(101)
+    engine.restore(
+        type(packed)(101, packed.model, packed.serial, (packed.state[0], *broken), (), ())
+    )
+    bins = [work(100, 3, "plain"), work(101, 3, "plain"), work(102, 3, "plain")]
+    first, second, third = engine.solve(bins)
+    assert second.solver == "not_finite"
+    assert np.isnan(second.latent).all()
+    for answer in (first, third):
+        assert np.isfinite(computed(answer)).all()
+        twin = answer.work.run + 100
+        for index in range(4):
+            (alone,) = engine.solve(
+                [dataclasses.replace(work(answer.work.run, index, "plain"), run=twin)]
+            )
+        assert held(answer) == held(alone)
+    (begun,) = engine.solve([work(101, 4, "plain")])  # it begins again
+    assert begun.solver not in (FAILED, "not_finite")
+
+
+def test_the_reference_path_takes_one_run_at_a_time(engine: Engine, tmp_path: Path) -> None:
+    """Its sums over a batch are torch's, whose order may depend on the batch."""
+    path = make_model(tmp_path / "m.safetensors", n_units=N, names=UNITS, horizon=H)
+    with backend.using("reference"):
+        plain = Engine.load(path, ServiceSettings(device="cpu"))
+        together = plain.solve([work(run, 0, "plain") for run in range(3)])
+        alone = [plain.solve([work(run + 10, 0, "plain")])[0] for run in range(3)]
+    assert plain.batch == 1
+    assert all(a.solver == b.solver for a, b in zip(together, alone, strict=True))
+    assert engine.batch >= 1
+
+
+def test_a_solve_cut_short_in_company_says_so_for_itself_alone(engine: Engine) -> None:
+    cut, whole = engine.solve([work(200, 0, "overdue"), work(201, 0, "plain")])
+    assert (cut.iterations, cut.solver) == (1, STOPPED)
+    assert whole.iterations > 1
+
+
+def test_rows_are_free_when_nothing_refers_to_them(engine: Engine) -> None:
+    """Memory does not grow with bins, nor with runs that come and go."""
+    pool = engine._stepper.pool  # pyright: ignore[reportPrivateUsage]
+    for run in list(engine._runs):  # pyright: ignore[reportPrivateUsage]
+        engine.forget(run)
+    gc.collect()
+    assert len(pool) == 1  # the state that every run begins with
+    capacity = pool.capacity
+    for round_ in range(3):
+        runs = range(300 + 10 * round_, 310 + 10 * round_)
+        for index in range(3 * H):
+            engine.solve([work(run, index, "plain") for run in runs])
+        engine.solve([dataclasses.replace(work(run, 0, "late"), late=True) for run in runs])
+        assert len(pool) == 1 + len(runs) * (H + 1)  # the window's states and the newest
+        for run in runs:
+            engine.forget(run)
+        assert len(pool) == 1
+    assert pool.capacity == capacity
+
+
+def test_a_pool_grows_and_keeps_what_it_holds(engine: Engine) -> None:
+    like = engine._stepper.pool.get([engine._stepper.fresh])  # pyright: ignore[reportPrivateUsage]
+
+    def state(k: int) -> HorizonState:
+        return dataclasses.replace(like, z=torch.full_like(like.z, k))
+
+    pool = Pool(like, 64)
+    rows = [pool.put(state(k))[0] for k in range(300)]
+    assert (len(pool), pool.capacity >= 300) == (300, True)
+    assert pool.get(rows).z[:, 0, 0].tolist() == [float(k) for k in range(300)]
+    del rows[:100]
+    assert len(pool) == 200
+    assert pool.get(rows[:1]).z[0, 0, 0] == 100.0
+
+
+def test_a_step_takes_what_fits_before_the_first_is_due(engine: Engine) -> None:
+    fleet = Fleet(engine)
+    engine.cost = Cost(100_000.0, 100_000.0)  # 0.1 ms, and 0.1 ms a bin
+
+    def taken(due_ns: int, late: bool = False) -> int:
+        quota = Quota(fleet, 1_000_000_000)
+        one = dataclasses.replace(work(0, 1, "plain"), due_ns=due_ns, late=late)
+        return next(k for k in range(1000) if not quota(one))
+
+    assert taken(2**62) == 61  # 6.25 ms, an eighth of the bin
+    assert taken(1_002_000_000) == 9  # half of 2 ms
+    assert taken(999_000_000) == 249  # overdue: more at once take less time each
+    assert taken(2**62, late=True) == 6  # each a window of bins alone
+    assert engine.batch == 61
+
+
+def test_what_a_step_costs_is_followed() -> None:
+    cost = Cost.measured(one=1e6, many=5e6, bins=9)
+    assert (cost.ns(0), cost.ns(1), cost.ns(9)) == (0.0, 1e6, 5e6)
+    for _ in range(200):
+        cost.learn(3, 4e6)
+    assert cost.ns(3) == pytest.approx(4e6, rel=0.01)
+    lone = Cost.measured(one=1e6, many=1e6, bins=1)
+    assert lone.ns(2) == 2e6
