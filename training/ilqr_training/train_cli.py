@@ -17,9 +17,11 @@ from ilqr_training.data import Prepared
 from ilqr_training.followed import log_folder
 from ilqr_training.loop import Report
 from ilqr_training.memory import estimate
-from ilqr_training.train import checkpoint_path, train
+from ilqr_training.sessions import session_path, train_sessions
+from ilqr_training.train import Trained, Watcher, checkpoint_path, train
 from ilqr_training.validate import Validation
 from ilqr_vae import threads
+from ilqr_vae.artifact import Manifest
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.report import check_writable, write_whole
 
@@ -118,7 +120,13 @@ def _overridden(config: TrainConfig, seed: int | None, steps: int | None) -> Tra
 @app.command(epilog=EXAMPLE)
 def train_command(
     config: Annotated[Path, typer.Argument(help="TOML with overrides; see configs/.")],
-    recording: Annotated[Path, typer.Option(help="A .nwb or .mat recording.")],
+    recording: Annotated[
+        list[Path],
+        typer.Option(
+            help="A .nwb, .mat or .h5 recording. Several: their dynamics are shared, and each "
+            "session gets a model file of its own units beside --out."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The model file to write (.safetensors).")],
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")
@@ -151,14 +159,7 @@ def train_command(
     began = time.monotonic()
     try:
         with terminal.bar:
-            done = train(
-                settings,
-                recording,
-                out,
-                terminal,
-                resume=resume,
-                log_dir=log_dir or log_folder(out),
-            )
+            done, own = _fit(settings, recording, out, terminal, resume, log_dir or log_folder(out))
     except KeyboardInterrupt:
         kept = checkpoint_path(out)
         hint = f"; continue with --resume ({kept.name})" if kept.exists() else ""
@@ -181,6 +182,26 @@ def train_command(
         f"{done.best_step}, {time.monotonic() - began:.0f} s; causal validation scores: {scores}",
         highlight=False,
     )
+    for name, manifest in own.items():
+        shown = {k: round(v, 4) for k, v in manifest.scores.items()}
+        Console(soft_wrap=True).print(
+            f"wrote {session_path(out, name)} (model {manifest.model_id}): {shown}",
+            highlight=False,
+        )
+
+
+def _fit(
+    settings: TrainConfig,
+    recordings: list[Path],
+    out: Path,
+    watcher: Watcher,
+    resume: bool,
+    log_dir: Path,
+) -> tuple[Trained, dict[str, Manifest]]:
+    """The run, and each session's manifest where there are several."""
+    if len(recordings) == 1:
+        return train(settings, recordings[0], out, watcher, resume=resume, log_dir=log_dir), {}
+    return train_sessions(settings, recordings, out, watcher, resume=resume, log_dir=log_dir)
 
 
 def use_threads(count: int | None) -> None:
