@@ -172,6 +172,10 @@ def test_psths_average_what_was_counted_and_modelled() -> None:
     at = int(np.argmin(np.abs(found.time - 0.025)))
     mean = np.mean([recording.counts[k * TRIAL + 12, unit] for k in rows]) / 0.05
     assert found.counted[place, at, 0] == pytest.approx(mean)
+    assert data.trials is not None
+    unnamed = psths(replace(data, trials=replace(data.trials, condition=())))
+    assert unnamed is not None
+    assert set(unnamed.conditions) == {"45°", "135°"}  # 27° and 153°
     assert psths(replace(data, rates=None)) is None
     assert psths(reaching(trials=False)[0]) is None
 
