@@ -90,6 +90,9 @@ def test_train_then_inspect_then_evaluate(
     start, stop = SPLIT.bins("validation", N_BINS)
     assert report["bins"] == stop - start
     assert report["bits_per_spike"] == pytest.approx(manifest.scores["bits_per_spike"], rel=1e-9)
+    followed = report["learning"]  # from the model file, and from the log beside it
+    assert followed["causal R2, validation"] == [list(point) for point in manifest.history]
+    assert [step for step, _ in followed["bound (nats per bin)"]] == [1, 2, 3, 4]
 
 
 def test_steps_on_the_command_line_win(rig: Rig, tmp_path: Path) -> None:
