@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from ilqr_training.causal import Causal, causal_pass
 from ilqr_training.followed import learning_curves
+from ilqr_training.rivals import decode_rivals
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.recordings import Recording, load_matching
@@ -69,8 +70,9 @@ def _scores(
     bins: tuple[int, int],
     result: Causal,
     drops: NDArray[np.bool_],
+    others: dict[str, NDArray[np.float64]],
 ) -> Scores | None:
-    if recording.kinematics is None or not artifact.manifest.kinematic_names:
+    if not _decodes(artifact, recording):
         return None
     return score_decodes(
         recording,
@@ -79,7 +81,28 @@ def _scores(
         decoded=result.kinematics,
         std=result.kinematics_std,
         seen=~drops[bins[0] : bins[1]],
+        others=others,
     )
+
+
+def _decodes(artifact: Artifact, recording: Recording) -> bool:
+    return recording.kinematics is not None and bool(artifact.manifest.kinematic_names)
+
+
+def _rivals(
+    artifact: Artifact, recording: Recording, bins: tuple[int, int], drops: NDArray[np.bool_]
+) -> dict[str, NDArray[np.float64]]:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("fitting rivals")
+        return decode_rivals(
+            recording,
+            artifact.manifest.data.split,
+            bins,
+            ~drops,
+            say=lambda what, done, of: bar.update(
+                task, description=f"fitting the {what}", completed=done, total=of
+            ),
+        )
 
 
 def _report(
@@ -196,6 +219,9 @@ def evaluate(
     arrays_file: Annotated[
         Path | None, typer.Option("--arrays", help="Write every answer here (.npz).")
     ] = None,
+    rivals: Annotated[
+        bool, typer.Option(help="Fit and score a Kalman filter and a GRU too; takes minutes.")
+    ] = False,
 ) -> None:
     """Score causal decodes on a span, beside a Wiener filter's on the same bins.
 
@@ -214,7 +240,10 @@ def evaluate(
     began = time.monotonic()
     result = _run(artifact, read, start, stop, drops)
     seconds = time.monotonic() - began
-    scores = _scores(artifact, read, (start, stop), result, drops)
+    others: dict[str, NDArray[np.float64]] = {}
+    if rivals and _decodes(artifact, read):
+        others = _rivals(artifact, read, (start, stop), drops)
+    scores = _scores(artifact, read, (start, stop), result, drops, others)
     curves = learning_curves(model, artifact.manifest)
     report = _report(artifact, read, chosen, (start, stop), result, scores, drops, seconds, curves)
     outputs.write(report, _arrays(start, result, artifact.manifest.latents))
