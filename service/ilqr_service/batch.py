@@ -145,9 +145,7 @@ class Stepper:
         after = estimator.take_in(self.pool.get([state]), *self._given([work], [watch]))
         if after is None:
             return None
-        readout = estimator.readout
-        slots = after.age[0] - torch.arange((0 if readout is None else readout.lags) + 1)
-        window = after.z[:, slots.clamp(min=0)].flatten(1)
+        readout, window = estimator.readout, estimator.features(after)
         z, kinematics = window[:, : facts.latents], window[:, :0]
         if readout is not None:
             kinematics, _ = readout(window, torch.zeros_like(after.precision))

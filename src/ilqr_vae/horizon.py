@@ -40,7 +40,7 @@ from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
 from ilqr_vae.model import Model
 from ilqr_vae.priors import InitialCost
-from ilqr_vae.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.readout import KinematicReadout, ReadoutShape, read_window
 
 LOG_2 = 0.6931471805599453
 
@@ -362,20 +362,10 @@ class MovingHorizon:
         status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
         return after, replace(answer, status=status)
 
-    def _features(self, s: HorizonState) -> Float[Tensor, "S F"]:
-        """What the readout reads (``readout``); the newest estimate first."""
+    def features(self, s: HorizonState) -> Float[Tensor, "S F"]:
+        """What the readout reads of a window (``readout``); the newest estimate first."""
         shape = ReadoutShape() if self.readout is None else self.readout.shape
-        S, device = s.z.shape[0], s.z.device
-        row = torch.arange(S, device=device).unsqueeze(1)
-        back = s.age.unsqueeze(1) - torch.arange(shape.lags + 1, device=device)
-        z = s.z[row, back.clamp(min=0)].reshape(S, -1)
-        if not shape.residuals:
-            return z
-        back = s.age.unsqueeze(1) - torch.arange(shape.residuals, device=device)
-        held, slot = (back > 0).unsqueeze(-1), back.clamp(min=1)
-        rates = self.spikes.mean(s.z[row, slot])
-        residual = s.mask[row, slot - 1] * (s.counts[row, slot - 1] - rates) * held
-        return torch.cat([z, residual.reshape(S, -1)], -1)
+        return read_window(shape, s.age, s.z, s.counts, s.mask, self.spikes.mean)
 
     def _answer(
         self,
@@ -386,7 +376,7 @@ class MovingHorizon:
         mask: Tensor,
         solved: ilqr.State,
     ) -> Estimate:
-        window = self._features(s)
+        window = self.features(s)
         z = window[:, : self.model.n]
         if self.readout is None:
             kinematics = kinematics_std = z.new_zeros(len(z), 0)

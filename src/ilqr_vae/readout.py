@@ -17,9 +17,11 @@ what they say.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -39,6 +41,32 @@ class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def features(self, n: int, units: int) -> int:
         """Length of x."""
         return (self.lags + 1) * n + self.residuals * units
+
+
+def read_window(
+    shape: ReadoutShape,
+    age: Int[Tensor, " S"],
+    z: Float[Tensor, "S H1 n"],
+    counts: Float[Tensor, "S H N"],
+    mask: Float[Tensor, "S H N"],
+    rates: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "S F"]:
+    """x of each stream: its newest latents, then the spikes of its newest bins left unexplained.
+
+    Args:
+        age: bins in the window; z[:, age] is the newest estimate.
+        rates: expected counts from latents.
+    """
+    row = torch.arange(len(age), device=z.device).unsqueeze(1)
+    back = age.unsqueeze(1) - torch.arange(shape.lags + 1, device=z.device)
+    latents = z[row, back.clamp(min=0)].reshape(len(age), -1)
+    if not shape.residuals:
+        return latents
+    back = age.unsqueeze(1) - torch.arange(shape.residuals, device=z.device)
+    held, slot = (back > 0).unsqueeze(-1), back.clamp(min=1)
+    left = counts[row, slot - 1] - rates(z[row, slot])
+    residual = mask[row, slot - 1] * left * held
+    return torch.cat([latents, residual.reshape(len(age), -1)], -1)
 
 
 class KinematicReadout(nn.Module):
