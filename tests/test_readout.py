@@ -76,6 +76,7 @@ def causal(rng: np.random.Generator, T: int) -> Causal:
         rates=np.zeros((T, UNITS)),
         kinematics=empty,
         kinematics_std=empty,
+        inputs=empty,
         bits=np.zeros(T),
         spikes=np.zeros(T),
         statuses={},

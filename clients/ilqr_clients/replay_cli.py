@@ -205,9 +205,9 @@ def replay(
         with ServiceClient(to, timeout=timeout) as service:
             described = service.describe()
             model = model_of(described)
-            spec = spec_from(config, model)
+            spec = spec_from(config, model).as_it_ran()
             read = read_for(model, recording, spec)
-            start, stop = spec.split.occupied(chosen, len(read))
+            start, stop = spec.split.occupied(chosen, read)
             first = warmup_start(start)
             run = Run(
                 recording=read,

@@ -82,6 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         scores: causal validation scores and what they were measured on.
         provenance: recording name and hash, versions, seed, time.
         config: the whole training configuration.
+        history: (step, score) of each validation while training.
     """
 
     schema: int = SCHEMA
@@ -98,6 +99,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     scores: dict[str, float] = msgspec.field(default_factory=dict)
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     config: dict[str, Any] = msgspec.field(default_factory=dict)
+    history: tuple[tuple[int, float], ...] = ()
 
     @property
     def latents(self) -> int:

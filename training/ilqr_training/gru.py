@@ -3,24 +3,27 @@
     x_t = (counts_t - mean) / std,   h_t = GRU(x_t, h_{t-1}),   y_t = W h_t + b
 
 One pass over time, so bin t knows nothing later. Fitted on random crops of the training part with
-dropout on its inputs and its outputs, a cosine learning rate, and early stopping on the validation
-part; size and dropout are chosen there too, over ``GRID``. Missing bins are given zeros or the last
-bin that came: a GRU has no better way.
+dropout on its inputs and its outputs and a cosine learning rate. Size, dropout (over ``GRID``) and
+the number of steps are chosen on the validation part; what was chosen is fitted again on both, as
+the other decoders are. Missing bins are given zeros or the last bin that came: a GRU has no better
+way. It begins anew where the recording does.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ilqr_vae.errors import ShapeError
 from ilqr_vae.metrics import r2
+from ilqr_vae.recordings import Recording, SplitSpec
 
 Array = NDArray[np.float64]
 Missing = Literal["zeros", "last"]
@@ -36,19 +39,21 @@ class GRUConfig:
         hidden: units.
         dropout: of inputs and outputs.
         steps: gradient steps at most.
+        schedule: steps of the cosine that the learning rate follows.
         rate: highest learning rate of Adam.
         decay: weight decay.
     """
 
     hidden: int = 128
     dropout: float = 0.4
-    steps: int = 1500
+    steps: int = 1200
+    schedule: int = 1200
     rate: float = 3e-3
     decay: float = 1e-3
 
 
 GRID: tuple[GRUConfig, ...] = tuple(
-    GRUConfig(hidden=hidden, dropout=dropout) for hidden in (64, 128) for dropout in (0.3, 0.5)
+    GRUConfig(hidden=hidden, dropout=dropout) for hidden in (64, 128) for dropout in (0.3, 0.45)
 )
 
 
@@ -68,8 +73,8 @@ class GRUDecoder:
     """A fitted GRU.
 
     Attributes:
-        config: the candidate chosen.
-        validation_r2: its mean R2 on the validation part.
+        config: the candidate chosen, with the number of steps chosen.
+        validation_r2: its mean R2 on the validation part, before it was fitted on that too.
     """
 
     config: GRUConfig
@@ -80,63 +85,61 @@ class GRUDecoder:
 
     @staticmethod
     def fit(
-        counts: NDArray[np.float64],
-        kinematics: Array,
+        recording: Recording,
+        split: SplitSpec,
         *,
-        train: tuple[int, int],
-        validation: tuple[int, int],
-        valid: NDArray[np.bool_],
         seed: int = 0,
         grid: tuple[GRUConfig, ...] = GRID,
         progress: Callable[[int, int], None] | None = None,
     ) -> GRUDecoder:
-        """Fit every candidate; keep the best on the validation part.
+        """Fit every candidate; keep the best on the validation part; fit it again on both.
 
         Args:
-            counts: (T, N); kinematics: (T, D); valid: (T,) bins that are there.
-            train, validation: half-open ranges of bins.
+            recording: with kinematics.
             progress: called with (gradient steps done, of).
+
+        Raises:
+            ShapeError: no kinematics, or a part without a bin to score.
         """
-        total, made = sum(c.steps for c in grid), []
+        train, validation = split.span("train", recording), split.span("validation", recording)
+        table = _Table.of(recording, train)
+        total, made = sum(c.steps for c in grid) + max(c.steps for c in grid), []
+
+        def say(done: int) -> Callable[[int], None]:
+            return lambda step: None if progress is None else progress(done + step, total)
+
         for i, config in enumerate(grid):
-            done = sum(c.steps for c in grid[:i])
+            before = sum(c.steps for c in grid[:i])
+            made.append(_fit(table, config, seed, train, validation, say(before)))
+        chosen = max(made, key=lambda d: d.validation_r2)
+        both = (min(train[0], validation[0]), max(train[1], validation[1]))
+        again = _fit(table, chosen.config, seed, both, None, say(sum(c.steps for c in grid)))
+        return replace(again, validation_r2=chosen.validation_r2)
 
-            def say(step: int, done: int = done) -> None:
-                if progress is not None:
-                    progress(done + step, total)
-
-            made.append(_fit(counts, kinematics, train, validation, valid, seed, config, say))
-        return max(made, key=lambda d: d.validation_r2)
-
-    @torch.no_grad()
     def predict(
         self,
-        counts: NDArray[np.float64],
-        start: int = 0,
-        stop: int | None = None,
+        recording: Recording,
+        start: int,
+        stop: int,
         *,
         seen: NDArray[np.bool_] | None = None,
         missing: Missing = "zeros",
     ) -> Array:
-        """Decodes (stop - start, D) of bins [start, stop), from bin 0 on, causally.
+        """Decodes (stop - start, D) of bins [start, stop), causally, from their segment's start on.
 
         Args:
-            counts: (T, N).
-            seen: (T,), False where a bin is missing; None means all are there.
+            seen: (recording's bins,), False where one is missing; None: all that are valid.
             missing: what stands in for those.
         """
-        stop = len(counts) if stop is None else stop
-        x = (filled(counts, seen, missing) - self._x[0]) / self._x[1]
-        self._net.eval()
-        y = self._net(torch.as_tensor(x[:stop], dtype=torch.float32).unsqueeze(0))[0]
-        return y[start:].double().numpy() * self._y[1] + self._y[0]
+        there = recording.valid if seen is None else recording.valid & seen
+        x = (filled(recording.counts, there, missing) - self._x[0]) / self._x[1]
+        y = _run(self._net, torch.as_tensor(x, dtype=torch.float32), _segments(recording))
+        return y[start:stop].double().numpy() * self._y[1] + self._y[0]
 
 
-def filled(counts: Array, seen: NDArray[np.bool_] | None, missing: Missing) -> Array:
+def filled(counts: NDArray[Any], seen: NDArray[np.bool_], missing: Missing) -> Array:
     """Counts (T, N) with something in place of the bins that are missing."""
     x = np.asarray(counts, dtype=np.float64).copy()
-    if seen is None or bool(seen.all()):
-        return x
     if missing == "zeros":
         x[~seen] = 0.0
         return x
@@ -146,51 +149,101 @@ def filled(counts: Array, seen: NDArray[np.bool_] | None, missing: Missing) -> A
     return x
 
 
+def _segments(recording: Recording) -> list[tuple[int, int]]:
+    return list(recording.segments(0, len(recording)))
+
+
+@torch.no_grad()
+def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]]) -> Tensor:
+    net.eval()
+    return torch.cat([net(x[a:b].unsqueeze(0))[0] for a, b in segments])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Standardised counts and kinematics, and which bins count."""
+
+    x: Tensor
+    y: Tensor
+    truth: Array
+    scored: NDArray[np.bool_]
+    segments: list[tuple[int, int]]
+    x_scale: tuple[Array, Array]
+    y_scale: tuple[Array, Array]
+
+    @staticmethod
+    def of(recording: Recording, train: tuple[int, int]) -> _Table:
+        if recording.kinematics is None:
+            raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+        rows = np.arange(*train)[recording.scored[slice(*train)]]
+        if not len(rows):
+            raise ShapeError("train", expected="at least one valid bin", got="none")
+        counts = filled(recording.counts, recording.valid, "zeros")
+        truth = np.nan_to_num(recording.kinematics)
+        mean, std = counts[rows].mean(0), np.sqrt(counts[rows].var(0) + 1e-2)
+        centre, spread = truth[rows].mean(0), truth[rows].std(0) + 1e-12
+        return _Table(
+            torch.as_tensor((counts - mean) / std, dtype=torch.float32),
+            torch.as_tensor((truth - centre) / spread, dtype=torch.float32),
+            truth,
+            recording.scored,
+            _segments(recording),
+            (mean, std),
+            (centre, spread),
+        )
+
+    def crops(self, part: tuple[int, int]) -> tuple[Tensor, int]:
+        """First bins of all crops of a part that cross no segment's end, and their length."""
+        inside = [(max(a, part[0]), min(b, part[1])) for a, b in self.segments]
+        inside = [(a, b) for a, b in inside if b > a]
+        length = min(_CROP, int(np.median([b - a for a, b in inside])))
+        return torch.cat([torch.arange(a, b - length + 1) for a, b in inside]), length
+
+
 def _fit(
-    counts: Array,
-    kinematics: Array,
-    train: tuple[int, int],
-    validation: tuple[int, int],
-    valid: NDArray[np.bool_],
-    seed: int,
+    table: _Table,
     config: GRUConfig,
+    seed: int,
+    train: tuple[int, int],
+    validation: tuple[int, int] | None,
     say: Callable[[int], None],
 ) -> GRUDecoder:
+    """Without ``validation``: all of ``config.steps``, no choice made."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        a, b = train
-        rows = np.flatnonzero(valid[a:b]) + a
-        mean, std = counts[rows].mean(0), np.sqrt(counts[rows].var(0) + 1e-2)
-        centre, spread = kinematics[rows].mean(0), kinematics[rows].std(0) + 1e-12
-        x = torch.as_tensor((filled(counts, valid, "zeros") - mean) / std, dtype=torch.float32)
-        y = torch.as_tensor((kinematics - centre) / spread, dtype=torch.float32)
-        weight = torch.as_tensor(valid, dtype=torch.float32)
-        net = _Net(x.shape[1], y.shape[1], config)
+        net = _Net(table.x.shape[1], table.y.shape[1], config)
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.rate, weight_decay=config.decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
-        crop = min(_CROP, b - a)
-        run_in = min(_RUN_IN, crop - 1)
-        chosen = np.arange(*validation)[valid[slice(*validation)]]
-        decoder = GRUDecoder(config, -np.inf, net, (mean, std), (centre, spread))
-        best, state = -np.inf, copy.deepcopy(net.state_dict())
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.schedule)
+        starts, length = table.crops(train)
+        run_in = min(_RUN_IN, length - 1)
+        weight = torch.as_tensor(table.scored, dtype=torch.float32)
+        best, kept, steps = float("nan"), net.state_dict(), config.steps
         every = max(1, config.steps // 30)
-        for step in range(config.steps):
+        for step in range(1, config.steps + 1):
             net.train()
-            first = torch.randint(a, b - crop + 1, (_BATCH,))
-            index = first.unsqueeze(1) + torch.arange(crop)
+            first = starts[torch.randint(len(starts), (_BATCH,))]
+            index = first.unsqueeze(1) + torch.arange(length)
             scored = weight[index][:, run_in:].unsqueeze(-1)
-            error = (net(x[index])[:, run_in:] - y[index][:, run_in:]) ** 2
+            error = (net(table.x[index])[:, run_in:] - table.y[index][:, run_in:]) ** 2
             loss = (error * scored).sum() / scored.sum().clamp(min=1.0)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            if (step + 1) % every == 0 or step + 1 == config.steps:
-                decoded = decoder.predict(counts, 0, validation[1], seen=valid)
-                found = r2(kinematics[chosen], decoded[chosen])
-                if found > best:
-                    best, state = found, copy.deepcopy(net.state_dict())
-                say(step + 1)
-        net.load_state_dict(state)
-        return GRUDecoder(config, best, net, (mean, std), (centre, spread))
+            if validation is not None and (step % every == 0 or step == config.steps):
+                found = _score(table, net, validation)
+                if not found <= best:
+                    best, kept, steps = found, copy.deepcopy(net.state_dict()), step
+            if step % every == 0:
+                say(step)
+        net.load_state_dict(kept)
+        return GRUDecoder(replace(config, steps=steps), best, net, table.x_scale, table.y_scale)
+
+
+def _score(table: _Table, net: _Net, part: tuple[int, int]) -> float:
+    rows = np.arange(*part)[table.scored[slice(*part)]]
+    if not len(rows):
+        raise ShapeError("validation", expected="at least one valid bin", got="none")
+    y = _run(net, table.x, table.segments)[rows].double().numpy()
+    return r2(table.truth[rows], y * table.y_scale[1] + table.y_scale[0])

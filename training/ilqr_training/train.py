@@ -147,7 +147,10 @@ def train(
     final = validate(model, data, config, thorough=True, progress=watcher.validating)
     manifest = save_artifact(
         out,
-        manifest_of(config, data, final, run.step, progress.best_step),
+        msgspec.structs.replace(
+            manifest_of(config, data, final, run.step, progress.best_step),
+            history=tuple(progress.history),
+        ),
         model,
         final.readout,
         final.mean_rate,

@@ -41,8 +41,9 @@ class Validation:
 def mean_rate(data: Prepared) -> torch.Tensor:
     """(N,) expected counts per bin over the training part, float64."""
     a, b = data.train
-    valid = data.recording.valid[a:b]
-    return torch.as_tensor(data.recording.counts[a:b][valid].astype(np.float64).mean(0))
+    seen = data.recording.mask()[a:b]
+    spikes = np.where(seen, data.recording.counts[a:b], 0).sum(0, dtype=np.float64)
+    return torch.as_tensor(spikes / np.maximum(seen.sum(0), 1))
 
 
 def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHorizon:
@@ -110,7 +111,7 @@ def _decode(
     config: TrainConfig,
     thorough: bool,
 ) -> tuple[KinematicReadout, dict[str, float]]:
-    valid = data.recording.valid
+    valid = data.recording.scored
     a, b = data.train
     c, d = data.validation
     fit = fit_readout(
