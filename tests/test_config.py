@@ -100,13 +100,15 @@ def test_wrong_types_are_named(tmp_path: Path, text: str, said: str) -> None:
         ("estimator", "tolerance", -1e-9),
         ("estimator", "tolerance", "nan"),
         ("readout", "lags", -1),
-        ("readout", "lags", 11),
         ("readout", "alphas", []),
         ("readout", "alphas", [1.0, 0.0]),
         ("readout", "alphas", [1.0, -1.0]),
         *(("data", "bin_width", v) for v in (0.0, -0.05, "nan", "inf")),
         ("data", "min_rate", -0.1),
         ("data", "min_rate", "nan"),
+        *(("data", "lag", v) for v in ("nan", "inf")),
+        ("data.trials", "window", "[0.0, inf]"),
+        *(("data.nwb", "rate", v) for v in (-1.0, "nan")),
     ],
 )
 def test_impossible_values_are_named(tmp_path: Path, section: str, key: str, value: object) -> None:

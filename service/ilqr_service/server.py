@@ -34,7 +34,7 @@ from ilqr_service.sockets import bind, empty, received
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
-from ilqr_service.work import FAILED, Work
+from ilqr_service.work import FAILED, SHED, Work
 from ilqr_vae import wire
 from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
 
@@ -302,6 +302,8 @@ class Service:
             effects = self._table.answered(answer, time.monotonic_ns())
             if answer.solver == FAILED and not answer.void:
                 effects.events["solve_failed"] += 1
+            elif answer.solver == SHED:
+                effects.events["shed"] += 1
             elif answer.solver in _TROUBLE:
                 effects.events["non_converged"] += 1
             self._ledger.note(effects, answer)

@@ -71,21 +71,29 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """The ``[readout]`` part: from causal latents to kinematics, fitted on the training part.
 
     Attributes:
-        lags: how many earlier estimates of the window it reads beside the newest.
-        residuals: bins whose unexplained spikes it may read; zero for none.
+        lags: how many earlier estimates of the window it reads beside the newest, as far as the
+            estimator's horizon holds them.
+        residuals: bins whose unexplained spikes it may read, as far as the horizon holds them; zero
+            for none.
         hidden: units of the hidden layer it may have; zero for none.
         members: hidden layers averaged.
         epochs, dropout: of the hidden layer's training.
         alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
     """
 
-    lags: int = 0
-    residuals: int = 0
-    hidden: int = 0
+    lags: int = 6
+    residuals: int = 4
+    hidden: int = 128
     members: int = 2
     epochs: int = 60
-    dropout: float = 0.2
-    alphas: tuple[float, ...] = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
+    dropout: float = 0.3
+    alphas: tuple[float, ...] = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5)
+
+    def within(self, horizon: int) -> ReadoutConfig:
+        """With no more lags and residuals than the horizon holds."""
+        return msgspec.structs.replace(
+            self, lags=min(self.lags, horizon), residuals=min(self.residuals, horizon)
+        )
 
     @property
     def shape(self) -> ReadoutShape:
@@ -130,11 +138,10 @@ def check(config: TrainConfig) -> TrainConfig:
     for name in ("horizon", "iterations"):
         value = getattr(config.estimator, name)
         _require(f"estimator.{name}", value, "at least 1", value >= 1)
-    readout, horizon = config.readout, config.estimator.horizon
-    for name in ("lags", "residuals"):
+    readout = config.readout
+    for name in ("lags", "residuals", "hidden"):
         value = getattr(readout, name)
-        _require(f"readout.{name}", value, f"0 to the horizon, {horizon}", 0 <= value <= horizon)
-    _require("readout.hidden", readout.hidden, "zero or more", readout.hidden >= 0)
+        _require(f"readout.{name}", value, "zero or more", value >= 0)
     for name in ("members", "epochs"):
         value = getattr(readout, name)
         _require(f"readout.{name}", value, "at least 1", value >= 1)
@@ -148,6 +155,11 @@ def check(config: TrainConfig) -> TrainConfig:
     width, rate = config.data.bin_width, config.data.min_rate
     _require("data.bin_width", width, "above zero", 0 < width < math.inf)
     _require("data.min_rate", rate, "zero or more", 0 <= rate < math.inf)
+    window = config.data.trials.window
+    _require("data.lag", config.data.lag, "finite seconds", math.isfinite(config.data.lag))
+    _require("data.trials.window", str(window), "finite", all(map(math.isfinite, window)))
+    rate = config.data.nwb.rate
+    _require("data.nwb.rate", rate, "zero or more", 0 <= rate < math.inf)
     split = config.data.split
     _require(
         "data.split",

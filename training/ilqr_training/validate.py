@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ilqr_training.causal import Causal, causal_pass
-from ilqr_training.config import TrainConfig
+from ilqr_training.config import ReadoutConfig, TrainConfig
 from ilqr_training.data import Prepared
 from ilqr_training.readouts import fit_readout
 from ilqr_vae.horizon import MovingHorizon
@@ -46,6 +46,10 @@ def mean_rate(data: Prepared) -> torch.Tensor:
     return torch.as_tensor(spikes / np.maximum(seen.sum(0), 1))
 
 
+def _reads(config: TrainConfig) -> ReadoutConfig:
+    return config.readout.within(config.estimator.horizon)
+
+
 def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHorizon:
     """A float64 copy of the model as a moving-horizon estimator without a fitted readout.
 
@@ -55,7 +59,7 @@ def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHor
     blank = None
     if k is not None:
         blank = KinematicReadout(
-            model.n, k.shape[1], config.readout.shape, units=data.recording.counts.shape[1]
+            model.n, k.shape[1], _reads(config).shape, units=data.recording.counts.shape[1]
         ).double()
     frozen = copy.deepcopy(model).double().cpu()
     return MovingHorizon(frozen, blank, mean_rate(data), config.estimator)
@@ -120,7 +124,7 @@ def _decode(
         held.rows(valid[c:d]),
         k[c:d][valid[c:d]],
         n,
-        config.readout,
+        _reads(config),
         seed=config.training.seed,
         quick=not thorough,
     )
