@@ -247,14 +247,14 @@ class Session(Closing):
             raise
 
     def _open(self) -> None:
-        """Wait until the service has seen the subscription (it answers each), then open: of what
-        it publishes again to whoever resumes nothing is missed."""
+        """Wait until the service has seen the subscription (it answers each), then open, and wait
+        for its word on both ways: nothing it publishes from then on, or again, is missed."""
         end = time.monotonic() + self.timeout
-        asked = False
-        while self._opened is None or not self._confirmed:
-            if self._confirmed and not asked:
+        before = -1
+        while self._opened is None or not self._begun(before):
+            if self._confirmed and before < 0:
                 self._dealer.send(wire.encode(self.request))
-                asked = True
+                before = len(self.notices)
             left = end - time.monotonic()
             if left <= 0:
                 what = "opened" if self._confirmed else "the session's results"
@@ -266,6 +266,9 @@ class Session(Closing):
             self._early = self.receive(left)  # with what was early already
             if self.refused:
                 raise refusal(self.endpoint, self.refused[0])
+
+    def _begun(self, before: int) -> bool:
+        return any(what.startswith(("opened", "resumed")) for what in self.notices[before:])
 
     @property
     def opened(self) -> wire.Opened:

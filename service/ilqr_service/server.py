@@ -84,7 +84,6 @@ class Service:
         self.ended = threading.Event()
         self.failure: BaseException | None = None
         self.telemetry = Telemetry(engine.facts.bin_width_ns / 1e9)
-        self._engine = engine
         self._settings = settings
         limits = Limits(
             credits=settings.credits,
