@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from scipy import io
@@ -75,7 +76,7 @@ def make_model(
         unit_names=names or tuple(f"unit{i}" for i in range(n_units)),
         kinematic_names=("vx", "vy") if kinematics else (),
         kinematic_units=("m/s", "m/s") if kinematics else (),
-        data=spec(kinematics=kinematics),
+        data=msgspec.structs.replace(spec(kinematics=kinematics), bin_width=bin_width),
         horizon=HorizonConfig(horizon=horizon, iterations=2),
         model=shapes,
         readout=ReadoutShape() if kinematics else None,

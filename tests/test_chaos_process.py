@@ -218,7 +218,7 @@ def test_bins_that_pass_while_the_service_is_dead_are_a_stated_gap(
 
 def test_sessions_that_come_and_go_leave_nothing_behind(service: Served) -> None:
     process = psutil.Process(service.process.pid)
-    rounds, sessions = (40, 200) if FULL else (6, 50)
+    rounds, sessions = (40, 200) if FULL else (6, 200)
     row = spikes(1)[0]
     grown: list[tuple[int, int, int]] = []
     for round_ in range(rounds):

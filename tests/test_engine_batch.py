@@ -20,7 +20,7 @@ from ilqr_service.fleet import Fleet, Quota
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.states import Pool
 from ilqr_service.verify import computed
-from ilqr_service.work import FAILED, STOPPED, Answer, Work
+from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, Work
 from ilqr_vae import backend, threads
 from ilqr_vae.horizon import HorizonState
 from rig import make_model
@@ -54,6 +54,8 @@ def work(run: int, index: int, kind: str, serial: int = 0) -> Work:
             return dataclasses.replace(one, budget=1 + run % 2)
         case "overdue":
             return dataclasses.replace(one, anytime=True, due_ns=0)
+        case "shed":
+            return dataclasses.replace(one, budget=NO_SOLVE)
         case "again":
             return dataclasses.replace(one, fresh=True)
         case "watched":
@@ -74,7 +76,7 @@ def held(answer: Answer) -> tuple[bytes, str, int, bool, tuple[str, ...]]:
 
 KINDS = (
     "plain", "plain", "masked", "missing", "cut", "overdue", "again", "watched",
-    "not a number", "wrong size", "late", "packed",
+    "not a number", "wrong size", "late", "packed", "shed",
 )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def test_a_batch_of_any_composition_is_each_alone(
         # their twins, runs of other numbers, one by one
         alone = [
             answer
-            for one in sorted(works, key=lambda w: w.late)
+            for one in sorted(works, key=lambda w: w.late or w.budget == NO_SOLVE)
             for answer in engine.solve([dataclasses.replace(one, run=one.run + RUNS)])
         ]
         assert [held(a) for a in together] == [held(a) for a in alone]
@@ -169,6 +171,27 @@ def test_a_solve_cut_short_in_company_says_so_for_itself_alone(engine: Engine) -
     cut, whole = engine.solve([work(200, 0, "overdue"), work(201, 0, "plain")])
     assert (cut.iterations, cut.solver) == (1, STOPPED)
     assert whole.iterations > 1
+
+
+def test_a_bin_that_is_shed_is_in_the_window_all_the_same(engine: Engine) -> None:
+    def last(kind: str) -> Answer:
+        engine.forget(500)
+        for index in range(2 * H):
+            engine.solve([work(500, index, "plain")])
+        for index in range(2 * H, 3 * H):
+            engine.solve([work(500, index, kind)])
+        for index in range(3 * H, 5 * H):
+            (answer,) = engine.solve([work(500, index, "plain")])
+        return answer
+
+    (shed,) = engine.solve([work(501, 0, "shed")])
+    assert (shed.solver, shed.iterations) == (SHED, 0)
+    assert np.isfinite(shed.rates).all()
+    assert np.isnan(shed.latent_std).all()
+    whole, without, missing = last("plain"), last("shed"), last("missing")
+    near, far = (np.abs(a.latent - whole.latent).max() for a in (without, missing))
+    assert near < 0.01  # the arrival cost was linearised on a prediction, that is all
+    assert near < far
 
 
 def test_rows_are_free_when_nothing_refers_to_them(engine: Engine) -> None:

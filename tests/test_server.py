@@ -113,9 +113,19 @@ def test_credits_come_back(feeder: Feeder) -> None:
 def test_anytime_stops_at_the_deadline_and_says_so(feeder: Feeder) -> None:
     feeder.subscribe("anytime")
     feeder.ask(open_("anytime", deadline_ns=1, anytime=True), wire.Opened)
-    feeder.send(*(bin_("anytime", i, x) for i, x in enumerate(spikes(5))))
-    for r in feeder.results(5):
+    for i, x in enumerate(spikes(5)):
+        feeder.send(bin_("anytime", i, x))
+        (r,) = feeder.results(1)
         assert (r.iterations, r.status) == (1, "late")
+    # what is overdue while newer bins wait is not solved, and says so
+    feeder.send(*(bin_("anytime", i, x) for i, x in enumerate(spikes(40), start=5)))
+    burst = feeder.results(40)
+    assert {(r.iterations, r.status, r.solver == "shed") for r in burst} <= {
+        (1, "late", False),
+        (0, "extrapolated", True),
+    }
+    assert burst[-1].iterations == 1
+    assert any(r.solver == "shed" for r in burst)
     feeder.subscribe("fixed")
     feeder.ask(open_("fixed", deadline_ns=1), wire.Opened)
     feeder.send(bin_("fixed", 0, spikes(1)[0]))

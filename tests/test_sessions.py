@@ -373,6 +373,6 @@ def test_any_stream_is_answered_once_under_a_revision_and_credits_balance(data: 
 
 def test_refusal_quotes_no_more_than_a_little() -> None:
     error = ProtocolError("message", expected="x", got="y" * 10_000)
-    message = refused(table().refuse(b"f", error, "s" * 999))
+    message = refused(Effects.refusal(b"f", error, "s" * 999))
     assert len(message.got) <= 200
     assert len(message.session) <= 64

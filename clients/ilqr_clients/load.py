@@ -186,6 +186,9 @@ def counts_of(load: Load, faults: Faults, session: int, n_units: int) -> NDArray
     return rng.poisson(load.rate, (load.bins, n_units))
 
 
+_ENDS = ("closed", "idle", "shutdown")
+
+
 def _drained(socket: zmq.Socket[bytes]) -> Iterator[bytes]:
     """The last frames of all messages that have come."""
     while True:
@@ -241,6 +244,7 @@ class Generator:
         self._opened: set[str] = set()
         self._seen: set[str] = set()
         self._closed: set[str] = set()
+        self._ended: set[str] = set()
 
     def open(self) -> None:
         """Open all sessions and wait for that. Raises ServiceError."""
@@ -267,9 +271,13 @@ class Generator:
                 )
             self._take(0.1)
 
-    def run(self) -> Outcome:
-        """Send everything at its time, and take what comes; then close the sessions."""
-        plan = schedule(self.load, self.faults, self.model.bin_width)
+    def run(self, plan: list[tuple[int, int, int]] | None = None) -> Outcome:
+        """Send everything at its time, and take what comes; then close the sessions.
+
+        Args:
+            plan: as of ``schedule``, instead of the load's own.
+        """
+        plan = plan or schedule(self.load, self.faults, self.model.bin_width)
         counts = [
             counts_of(self.load, self.faults, k, len(self.model.unit_names))
             for k in range(len(self.names))
@@ -322,9 +330,11 @@ class Generator:
         for name in self.names:
             self._dealer.send(wire.encode(wire.Close(session=name)))
         end = time.monotonic() + self.load.patience
-        while len(self._closed) < len(self.names) and time.monotonic() < end:
+        # the notice comes after the last answer, on the same socket
+        while min(len(self._closed), len(self._ended)) < len(self.names):
+            if time.monotonic() > end:
+                break
             self._take(0.05)
-        self._take(0.0)
 
     def close(self) -> None:
         """Close the sockets."""
@@ -363,7 +373,10 @@ class Generator:
         out = self.outcome
         self._seen.add(message.session)
         if isinstance(message, wire.Notice):
-            out.notices[message.what.split(":")[0].split()[0]] += 1
+            kind = message.what.split(":")[0].split()[0]
+            out.notices[kind] += 1
+            if kind in _ENDS:
+                self._ended.add(message.session)
             return
         key = (message.session, message.index)
         before = self._newest.get(key, -1)

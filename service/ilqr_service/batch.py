@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ilqr_service.states import Pool, Row
 from ilqr_service.units import UnitWatch
-from ilqr_service.work import Answer, ModelFacts, Work
+from ilqr_service.work import SHED, Answer, ModelFacts, Work
 from ilqr_vae.fused import solver
 from ilqr_vae.horizon import Estimate, MovingHorizon
 from ilqr_vae.ilqr import Status
@@ -126,6 +126,54 @@ class Stepper:
             ValueError: counts or a mask of a wrong size.
         """
         started = self._clock()
+        counts, mask = self._given(works, watches)
+        after, estimate = self._estimator.step(
+            self.pool.get(states), counts, mask, stop=self._stop(works, started)
+        )
+        rows = self.pool.put(after)
+        answers, sound = self._answers(works, estimate, started)
+        return [Stepped(*one) for one in zip(rows, answers, sound.tolist(), strict=True)]
+
+    def take_in(self, state: Row, work: Work, watch: UnitWatch | None) -> Stepped | None:
+        """A run's bin without a solve: the answer is the prediction, its uncertainty not known.
+        None where the estimator cannot.
+
+        Raises:
+            ValueError: counts or a mask of a wrong size.
+        """
+        started, estimator, facts = self._clock(), self._estimator, self._facts
+        after = estimator.take_in(self.pool.get([state]), *self._given([work], [watch]))
+        if after is None:
+            return None
+        readout = estimator.readout
+        slots = after.age[0] - torch.arange((0 if readout is None else readout.lags) + 1)
+        window = after.z[:, slots.clamp(min=0)].flatten(1)
+        z, kinematics = window[:, : facts.latents], window[:, :0]
+        if readout is not None:
+            kinematics, _ = readout(window, torch.zeros_like(after.precision))
+        latent = _array(z)[0]
+        answer = Answer(
+            work=work,
+            latent=latent,
+            latent_std=np.full(facts.latents, np.nan),
+            rates=_array(estimator.spikes.mean(z))[0],
+            kinematics=_array(kinematics)[0],
+            kinematics_std=np.full(len(facts.kinematic_names), np.nan),
+            bits=0.0,
+            spikes=0,
+            iterations=0,
+            solver=SHED,
+            solve_start_ns=started,
+            solve_end_ns=self._clock(),
+            model=facts.model,
+            serial=work.serial,
+        )
+        return Stepped(self.pool.put(after)[0], answer, bool(np.isfinite(latent).all()))
+
+    def _given(
+        self, works: Sequence[Work], watches: Sequence[UnitWatch | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts and mask (S, N) of bins."""
         counts = np.zeros((len(works), len(self._facts.unit_names)))
         mask = np.zeros(counts.shape, dtype=bool)
         for i, (work, watch) in enumerate(zip(works, watches, strict=True)):
@@ -135,15 +183,10 @@ class Stepper:
             mask[i] = True if work.mask is None else work.mask
             if watch is not None:
                 mask[i] &= ~watch.masked
-        after, estimate = self._estimator.step(
-            self.pool.get(states),
+        return (
             torch.from_numpy(counts).to(self._device, self._dtype),
             torch.from_numpy(mask).to(self._device, self._dtype),
-            stop=self._stop(works, started),
         )
-        rows = self.pool.put(after)
-        answers, sound = self._answers(works, estimate, started)
-        return [Stepped(*one) for one in zip(rows, answers, sound.tolist(), strict=True)]
 
     def _stop(self, works: Sequence[Work], started: int) -> Callable[[], NDArray[np.bool_]] | None:
         """Which solves to end early, asked before every iteration after the first."""

@@ -21,8 +21,7 @@ from ilqr_service.batch import Clock, Cost, Stepped, Stepper
 from ilqr_service.runs import Entry, PackedRun, Run, pack_run, unpack_state, unpack_work
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.units import UnitWatch
-from ilqr_service.work import FAILED, STOPPED, Answer, ModelFacts, Work
-from ilqr_vae import threads
+from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, ModelFacts, Work
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, ServiceError
 
@@ -76,6 +75,7 @@ class Engine:
         manifest: the model file's manifest, JSON-like.
         device: where it computes.
         cost: of a step.
+        threads: to share a step among, as set; 0 is all cores.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Engine:
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
         self.device = choose_device(settings.device)
         self.cost = Cost()
-        self._threads, self._most = settings.threads, settings.max_sessions
+        self.threads, self._most = settings.threads, settings.max_sessions
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
         self._stepper = Stepper(estimator, self.facts, self._most, clock=clock)
         self._clock = clock
@@ -177,7 +177,7 @@ class Engine:
         held = Run(self.facts.horizon, row, watch)
         self._runs[packed.run] = held
         for one in packed.works:
-            self._solve([replace(unpack_work(one), fresh=False, late=False)])
+            self.solve([replace(unpack_work(one), fresh=False, late=False)])
         held.serial = packed.serial
 
     def warm_up(self) -> WarmUp:
@@ -189,9 +189,7 @@ class Engine:
         Raises:
             ServiceError: a solve failed.
         """
-        # the kernels have the cores; torch's own threads would only be in their way
-        torch.set_num_threads(1)
-        threads.use(self._threads or threads.cores())
+        torch.set_num_threads(1)  # the kernels have the cores; torch would only be in their way
         rng = np.random.default_rng(0)
         n_units = len(self.facts.unit_names)
         began = self._clock()
@@ -256,7 +254,7 @@ class Engine:
         """Answer bins of different runs, the late ones last; the others in one step where that
         changes no bit. Never raises for what a bin or a state holds: a bin whose solve fails is
         answered with the prediction of the run so far (solver ``FAILED``)."""
-        bins = [work for work in works if not work.late]
+        bins = [work for work in works if not work.late and work.budget != NO_SOLVE]
         answers: list[Answer] = []
         size = self._most if self._stepper.batches else 1
         for first in range(0, len(bins), size):
@@ -264,7 +262,20 @@ class Engine:
         for work in works:
             if work.late:
                 answers += self._insert(work)
+            elif work.budget == NO_SOLVE:
+                answers.append(self._take_in(work))
         return answers
+
+    def _take_in(self, work: Work) -> Answer:
+        held = self._run_of(work)
+        try:
+            stepped = self._stepper.take_in(held.state, work, held.watch)
+        except Exception:
+            logs.exception("a bin could not be taken in", run=work.run, index=work.index)
+            return self._predict(work, held, FAILED, self._clock())
+        if stepped is None or not stepped.sound:
+            return self._solve([replace(work, budget=0)])[0]
+        return self._keep(held, work, stepped)
 
     def _solve(self, works: list[Work]) -> list[Answer]:
         started = self._clock()
@@ -279,7 +290,8 @@ class Engine:
                 return [answer for work in works for answer in self._solve([work])]
             logs.exception("a solve failed", run=works[0].run, index=works[0].index)
             return [self._predict(works[0], runs[0], FAILED, started)]
-        self.cost.learn(len(works), self._clock() - started)
+        if works[0].run > _NOBODY:
+            self.cost.learn(len(works), self._clock() - started)
         return [
             self._keep(run, work, one)
             if one.sound
@@ -304,7 +316,7 @@ class Engine:
             answer = replace(answer, flags=watch.changes(before, self.facts.unit_names))
         kept = work
         if work.late or work.budget or answer.solver == STOPPED:
-            budget = answer.iterations if answer.solver == STOPPED else 0
+            budget = {STOPPED: answer.iterations, SHED: NO_SOLVE}.get(answer.solver, 0)
             kept = replace(work, budget=budget, late=False)
         held.add(Entry(kept, held.state, before), stepped.after, watch)
         held.serial = max(held.serial, work.serial)

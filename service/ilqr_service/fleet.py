@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from ilqr_service import logs
 from ilqr_service.engine import Engine, WarmUp
 from ilqr_service.runs import PackedRun
-from ilqr_service.work import Answer, Work
+from ilqr_service.work import NO_SOLVE, Answer, Work
+from ilqr_vae import threads
 
 CATCH_UP = 4
 
@@ -68,7 +69,9 @@ class Quota:
             self._longest = engine.slice_ns * (CATCH_UP if overdue else 1)
         if not overdue:
             self._left = min(self._left, work.due_ns - self._now if work.due_ns else self._left)
-        if work.late or work.swap:
+        if work.budget == NO_SOLVE:
+            pass  # next to nothing
+        elif work.late or work.swap:
             self._whole += engine.facts.horizon * engine.cost.ns(1)
         else:
             self._bins[work.model] = self._bins.get(work.model, 0) + 1
@@ -108,7 +111,8 @@ class Fleet:
         return self.engine(work.model).facts.bin_width_ns
 
     def warm_up(self) -> list[WarmUp]:
-        """Warm every engine. Raises ServiceError: a solve failed."""
+        """Warm every engine, in the thread that will solve. Raises ServiceError: a solve failed."""
+        threads.use(self.first.threads or threads.cores())
         return [engine.warm_up() for engine in self.engines.values()]
 
     def forget(self, run: int) -> None:
@@ -121,13 +125,16 @@ class Fleet:
         """Bins of different runs as the calls of ``solve`` that answer soonest: the bins of each
         model together, then one by one what takes a window, or cannot be solved together."""
         together: dict[str, list[Work]] = {}
+        quick: list[list[Work]] = []
         alone: list[list[Work]] = []
         for work in works:
-            if work.late or work.swap or self.engine(work.model).batch == 1:
+            if work.budget == NO_SOLVE:
+                quick.append([work])
+            elif work.late or work.swap or self.engine(work.model).batch == 1:
                 alone.append([work])
             else:
                 together.setdefault(work.model, []).append(work)
-        return [*together.values(), *alone]
+        return [*quick, *together.values(), *alone]
 
     def solve(self, works: list[Work]) -> list[Answer]:
         """Answers to bins of different runs; a swap has none. See ``Engine.solve``."""

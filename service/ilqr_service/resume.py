@@ -22,7 +22,7 @@ from ilqr_service.records import (
 )
 from ilqr_service.runs import PackedRun, unpack_work
 from ilqr_service.session import Session
-from ilqr_service.work import STOPPED, ModelFacts, Work
+from ilqr_service.work import ModelFacts, Work, budget_of
 from ilqr_vae import wire
 
 _HEAD = 8
@@ -153,7 +153,7 @@ def take_up(
             session.revisions[answer.index] = answer.revision
         session.newest = max(session.newest, result.index)
     session.bins = session.newest + 1
-    cut = {a.serial: r.iterations for a, r in results if not r.revision and r.solver == STOPPED}
+    cut = {a.serial: budget_of(r) for a, r in results if not r.revision}
     to_do: list[Work] = []
     for record in works:
         work = unpack_work(record.work)

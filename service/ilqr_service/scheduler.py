@@ -84,6 +84,10 @@ class Scheduler:
                 del self._queues[work.run]
         return taken
 
+    def waits(self, run: int) -> bool:
+        """Whether more of a run is queued."""
+        return run in self._queues
+
     def forget(self, run: int) -> int:
         """Drop what is queued of a run; returns how many bins that was."""
         queue = self._queues.pop(run, None)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import zmq
@@ -23,7 +24,7 @@ from ilqr_service.fleet import Fleet, Quota
 from ilqr_service.resume import Resumed
 from ilqr_service.runs import PackedRun
 from ilqr_service.scheduler import Scheduler
-from ilqr_service.work import Answer, Work
+from ilqr_service.work import NO_SOLVE, Answer, Work
 
 
 class SolverThread:
@@ -110,8 +111,17 @@ class SolverThread:
             if self._stopping:
                 return None
             forgotten, self._forgotten = self._forgotten, []
-            quota = Quota(self._fleet, time.monotonic_ns())
-            return forgotten, self._scheduler.take(self._fleet.batch, quota)
+            now = time.monotonic_ns()
+            works = self._scheduler.take(self._fleet.batch, Quota(self._fleet, now))
+            return forgotten, [self._shed(work, now) for work in works]
+
+    def _shed(self, work: Work, now_ns: int) -> Work:
+        """Where the deadline may cut solves short: a bin that is overdue while newer ones of its
+        run wait goes without, so that a run that fell behind is soon with its newest bin again."""
+        solved = bool(work.late or work.swap) or now_ns < work.due_ns
+        if solved or not work.anytime or not self._scheduler.waits(work.run):
+            return work
+        return replace(work, budget=NO_SOLVE)
 
     def _run(self) -> None:
         wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)

@@ -26,7 +26,7 @@ from ilqr_service.records import (
     segments,
 )
 from ilqr_service.runs import unpack_work
-from ilqr_service.work import STOPPED, Answer, Work
+from ilqr_service.work import Answer, Work, budget_of
 from ilqr_vae import wire
 from ilqr_vae.errors import ServiceError
 
@@ -163,8 +163,9 @@ class Verifier:
             run.sound = run.sound and work is not None
             if work is None or not run.sound:
                 continue
-            cut = s == serial and bool(expected) and expected[0].solver == STOPPED
-            work = replace(work, anytime=False, budget=expected[0].iterations if cut else 0)
+            # as the clock had it then
+            budget = budget_of(expected[0]) if s == serial and expected else 0
+            work = replace(work, anytime=False, budget=budget)
             answers = self._fleet.solve([work])
         run.done = serial
         if run.sound:

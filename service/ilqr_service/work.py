@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.wire import Offset, Status
+from ilqr_vae.wire import Offset, Result, Status
 
 Vector = NDArray[np.float64]
 
@@ -22,6 +22,12 @@ FAILED = "failed"
 """In place of the solver's status where the solve raised: the answer is a prediction."""
 
 NOT_FINITE = "not_finite"
+
+SHED = "shed"
+"""In place of the solver's status where a bin was taken into the window without a solve."""
+
+NO_SOLVE = -1
+"""A ``budget``: take the bin in without a solve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Work:
         serial: the work's place in its run, from 0.
         late: put the bin into the window, where it is held as missing, and solve again from there.
         budget: stop the solve after so many iterations (how a replay repeats a solve that the
-            clock had cut short); 0 is none.
+            clock had cut short); 0 is none, ``NO_SOLVE`` not at all.
         swap: no bin; go on with the model of this id, its window refilled from the bins held.
         watch: mask units that misbehave.
         model: id of the model to solve with; "" is the only one.
@@ -147,13 +153,18 @@ def status_of(answer: Answer, published_ns: int) -> Status:
     """The flag an answer goes out with: a pure function of the answer and the clock.
 
     First that holds: ``missing`` (no bin came), ``extrapolated`` (a bin came and the answer is a
-    prediction all the same: none of its units was observed, or its solve failed), ``late`` (after
-    its due time), ``degraded`` (the deadline cut the solve short), ``ok``.
+    prediction all the same: none of its units was observed, its solve failed or was shed), ``late``
+    (after its due time), ``degraded`` (the deadline cut the solve short), ``ok``.
     """
     if answer.work.missing:
         return "missing"
-    if answer.work.blind or answer.solver in (FAILED, NOT_FINITE):
+    if answer.work.blind or answer.solver in (FAILED, NOT_FINITE, SHED):
         return "extrapolated"
     if published_ns > (answer.due_ns or answer.work.due_ns):
         return "late"
     return "degraded" if answer.solver == STOPPED else "ok"
+
+
+def budget_of(result: Result) -> int:
+    """The ``budget`` that solves a bin again as the clock had it solved for this answer."""
+    return {STOPPED: result.iterations, SHED: NO_SOLVE}.get(result.solver, 0)

@@ -78,9 +78,13 @@ class HorizonState:
     counts: Float[Tensor, "S H N"]
     mask: Float[Tensor, "S H N"]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields, in order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
     def __getitem__(self, i: int) -> HorizonState:
         """One stream, as a batch of one."""
-        return HorizonState(*(getattr(self, f.name)[i : i + 1] for f in fields(self)))
+        return HorizonState(*(t[i : i + 1] for t in self.tensors()))
 
     @staticmethod
     def stack(states: Sequence[HorizonState]) -> HorizonState:
@@ -223,15 +227,8 @@ class MovingHorizon:
         )
         if not waitless and bool(full.all()):
             return moved
-        pick = {
-            f.name: torch.where(
-                full.view(-1, *[1] * (getattr(s, f.name).ndim - 1)),
-                getattr(moved, f.name),
-                getattr(s, f.name),
-            )
-            for f in fields(HorizonState)
-        }
-        return HorizonState(**pick)
+        pairs = zip(moved.tensors(), s.tensors(), strict=True)
+        return HorizonState(*(ilqr.where(full, new, old) for new, old in pairs))
 
     def _bits(self, predicted: Tensor, counts: Tensor, mask: Tensor) -> Tensor:
         """Poisson log-likelihood ratio of predicted to mean rates, in bits."""
@@ -260,12 +257,22 @@ class MovingHorizon:
             if state.z.device.type == "cuda" and stop is None and backend.current() == "gpu":
                 return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
-        after, answer = self._estimator().step(
-            tuple(getattr(state, f.name) for f in _STATE), counts, mask, ilqr.stopping(stop)
-        )
+        after, answer = self._estimator().step(state.tensors(), counts, mask, ilqr.stopping(stop))
         window, *rest = (torch.from_numpy(x) for x in answer)
         moved = HorizonState(*(torch.from_numpy(x) for x in after))
         return moved, Estimate(window[:, : self.model.n], rest[0], window, *rest[1:])
+
+    @torch.no_grad()
+    def take_in(
+        self, state: HorizonState, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]
+    ) -> HorizonState | None:
+        """Take one bin of each stream as ``step`` does, but without a solve: it is in the window
+        and counts from the next step on; the trajectory is the prediction. A small part of the
+        cost of a step. None where that is not compiled."""
+        if not solver.usable(self.model, ("spikes",), state.z):
+            return None
+        after = self._estimator().enter(state.tensors(), counts, mask)
+        return HorizonState(*(torch.from_numpy(x) for x in after))
 
     def _graphed(
         self, state: HorizonState, counts: Tensor, mask: Tensor
@@ -273,7 +280,7 @@ class MovingHorizon:
         """The step as a recorded CUDA graph."""
         if self._graphs is None:
             self._graphs = self.graphs()
-        given = (*(getattr(state, f.name) for f in _STATE), counts, mask)
+        given = (*state.tensors(), counts, mask)
         out = self._graphs(given)
         return HorizonState(*out[: len(_STATE)]), Estimate(*out[len(_STATE) :])
 
@@ -284,14 +291,11 @@ class MovingHorizon:
             after, answer = self.step_reference(
                 HorizonState(*given[:-2]), given[-2], given[-1], waitless=True
             )
-            return (
-                *(getattr(after, f.name) for f in _STATE),
-                *(getattr(answer, f.name) for f in fields(Estimate)),
-            )
+            return (*after.tensors(), *(getattr(answer, f.name) for f in fields(Estimate)))
 
         fresh = self.init(1)
         missing = torch.zeros_like(fresh.counts[:, 0])
-        blank = (*(getattr(fresh, f.name) for f in _STATE), missing, missing)
+        blank = (*fresh.tensors(), missing, missing)
         return Graphs(step, blank, record)
 
     def _estimator(self) -> Estimator:

@@ -109,22 +109,9 @@ class Estimator:
             the fields of the next state, and (window, z_cov, rates, kinematics, kinematics_std,
             bits, spikes, iterations, status).
         """
-        before = tuple(array(t) for t in state)
-        S, N = counts.shape
-        n = self.plan.sizes[0]
-        after = tuple(np.empty_like(x) for x in before)
-        shapes = ((self.features,), (n, n), (N,), (self.channels,), (self.channels,), (), ())
-        estimate = (
-            *(np.empty((S, *shape), self.dtype) for shape in shapes),
-            np.empty(S, np.int64),
-            np.empty(S, np.int64),
-        )
+        S, code = counts.shape[0], self._code
         room = self._take(S)
-        code = self._code
-        self._share(
-            S, code.enter, self.fixed, before, after, (array(counts), array(mask)),
-            room.predicted, estimate,
-        )  # fmt: skip
+        after, estimate = self._enter(room, state, counts, mask)
         inputs = (
             (after[5], after[6]),
             (after[1], after[2]),
@@ -137,6 +124,37 @@ class Estimator:
             room.predicted, estimate,
         )  # fmt: skip
         self._put(room)
+        return after, estimate
+
+    def enter(self, state: Sequence[Tensor], counts: Tensor, mask: Tensor) -> tuple[Array, ...]:
+        """``step`` without a solve: the windows hold the bins, the trajectories are predictions.
+        Returns the fields of the next state."""
+        S = counts.shape[0]
+        room = self._take(S)
+        after, _ = self._enter(room, state, counts, mask)
+        after[3][...], after[4][...] = room.predicted[1][:S], room.predicted[2][:S]
+        self._put(room)
+        return after
+
+    def _enter(
+        self, room: _Room, state: Sequence[Tensor], counts: Tensor, mask: Tensor
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Move the windows and take the bins in: the next states, but for the room's predicted
+        trajectories; and the answers, as far as they are known."""
+        before = tuple(array(t) for t in state)
+        S, N = counts.shape
+        n = self.plan.sizes[0]
+        after = tuple(np.empty_like(x) for x in before)
+        shapes = ((self.features,), (n, n), (N,), (self.channels,), (self.channels,), (), ())
+        estimate = (
+            *(np.empty((S, *shape), self.dtype) for shape in shapes),
+            np.empty(S, np.int64),
+            np.empty(S, np.int64),
+        )
+        self._share(
+            S, self._code.enter, self.fixed, before, after, (array(counts), array(mask)),
+            room.predicted, estimate,
+        )  # fmt: skip
         return after, estimate
 
     def _share(self, streams: int, kernel: Callable[..., None], *arguments: Any) -> None:
