@@ -28,10 +28,12 @@ from layouts import (
     area2_bump,
     falcon_h1,
     falcon_m2,
+    file,
     mc_maze,
     mc_rtt,
     nlb_hdf5,
     reaches,
+    save,
     self_paced,
 )
 
@@ -358,3 +360,21 @@ def test_to_stream_it_a_recording_is_read_as_it_ran(tmp_path: Path) -> None:
     read = load_recording(mc_rtt(tmp_path / "a.nwb"), spec)
     assert not len(read.breaks)
     assert spec.split.occupied("test", read)[1] == len(read)
+
+
+def test_a_unit_recorded_for_a_while_is_not_observed_afterwards(tmp_path: Path) -> None:
+    nwb = file()
+    spans = ([[0.0, 4.0]], [[1.0, 2.0], [2.0, 3.02]], [[0.0, 4.0]])
+    for i, span in enumerate(spans):
+        nwb.add_unit(spike_times=np.arange(0.01, 4.0, 0.1), obs_intervals=np.array(span), id=i)
+    read = load_recording(save(tmp_path / "a.nwb", nwb), RecordingSpec(bin_width=0.1))
+    assert read.valid[:40].all()
+    assert not read.valid[40:].any()
+    assert read.observed is not None
+    assert read.observed[:40, 0].all()
+    # intervals that touch are one; the bin from 3.0 on is not whole
+    assert np.flatnonzero(read.observed[:, 1]).tolist() == list(range(10, 30))
+    nothing = file()
+    nothing.add_unit(spike_times=[0.5], obs_intervals=np.array([[0.5, 0.52]]))
+    with pytest.raises(RecordingError, match=r"units.obs_intervals: expected intervals"):
+        load_recording(save(tmp_path / "b.nwb", nothing), RecordingSpec(bin_width=0.1))

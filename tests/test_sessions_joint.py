@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ilqr_training.causal import causal_pass
 from ilqr_training.sessions import session_path, train_sessions
@@ -113,3 +114,17 @@ def test_two_recordings_on_the_command_line(
     twice = ["--recording", str(files[0]), "--recording", str(files[0])]
     assert main(["train", str(settings), *twice, "--out", str(out)]) == 2
     assert "--recording: expected files of different names" in capsys.readouterr().err
+
+
+def test_an_interrupted_joint_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    files = [write_recording(tmp_path / f"{n}.mat", n_units=4, seed=i) for i, n in enumerate("ab")]
+    settings = config(steps=6, validate_every=3)
+    whole, again = tmp_path / "w.safetensors", tmp_path / "m.safetensors"
+    train_sessions(settings, files, whole, Recorder())
+    with pytest.raises(KeyboardInterrupt):
+        train_sessions(settings, files, again, Recorder(interrupt_after=5))
+    train_sessions(settings, files, again, Recorder(), resume=True)
+    for one, other in ((whole, again), (session_path(whole, "b"), session_path(again, "b"))):
+        a, b = load_file(one), load_file(other)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
