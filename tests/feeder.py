@@ -11,10 +11,12 @@ import zmq
 from numpy.typing import NDArray
 
 from ilqr_vae import wire
+from ilqr_vae.keys import ClientKey
 
 WAIT_S = 20.0
 UNITS = tuple(f"u{i}" for i in range(7))
 BIN_NS = 50_000_000
+_BEGAN_NS = time.monotonic_ns()
 GENEROUS_NS = 60_000_000_000
 T = TypeVar("T", bound=wire.Message)
 
@@ -22,13 +24,23 @@ T = TypeVar("T", bound=wire.Message)
 class Feeder:
     """One DEALER and one SUB; every wait has a deadline and fails by name."""
 
-    def __init__(self, ingest: str, results: str, *, identity: bytes | None = None) -> None:
+    def __init__(
+        self,
+        ingest: str,
+        results: str,
+        *,
+        identity: bytes | None = None,
+        key: ClientKey | None = None,
+    ) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
         self.dealer: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         if identity is not None:
             self.dealer.setsockopt(zmq.IDENTITY, identity)
-        self.dealer.connect(ingest)
         self.sub: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        if key is not None:
+            key.apply(self.dealer)
+            key.apply(self.sub)
+        self.dealer.connect(ingest)
         self.sub.rcvhwm = 0
         self.sub.connect(results)
 
@@ -125,7 +137,7 @@ def bin_(session: str, index: int, counts: NDArray[Any], **changes: Any) -> wire
     return wire.Bin(
         session=session,
         index=index,
-        source_ns=time.monotonic_ns(),
+        source_ns=_BEGAN_NS + index,  # rising with the index, whatever order bins are sent in
         counts=wire.pack(counts, "<u2"),
         **changes,
     )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from feeder import WAIT_S
 from ilqr_vae.artifact import load_artifact
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -58,9 +60,16 @@ class Served:
 
 
 @contextmanager
-def served(model: Path, log: Path, *options: str, port: str = "*") -> Iterator[Served]:
-    """``ilqr-vae serve`` on free ports; killed at the end where it still runs."""
+def served(
+    model: Path, log: Path, *options: str, port: str = "*", under: tuple[str, ...] = ()
+) -> Iterator[Served]:
+    """``ilqr-vae serve`` on free ports; killed at the end where it still runs.
+
+    Args:
+        under: a command that becomes the service, such as ``prlimit``.
+    """
     command = [
+        *under,
         *(sys.executable, "-m", "ilqr_vae.cli", "serve", str(model), "--device", "cpu"),
         *("--ingest", f"tcp://127.0.0.1:{port}", "--results", "tcp://127.0.0.1:*"),
         *("--http", "127.0.0.1:0", "--log", "json", "--ready-file", "-", *options),
@@ -76,6 +85,14 @@ def served(model: Path, log: Path, *options: str, port: str = "*") -> Iterator[S
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def metrics(service: Served) -> dict[str, float]:
+    """What /metrics shows, by name with labels."""
+    with urllib.request.urlopen(f"http://{service.http}/metrics", timeout=WAIT_S) as page:
+        lines = page.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
 
 
 def offline(

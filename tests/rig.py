@@ -16,7 +16,7 @@ from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, save_artifact
 from ilqr_vae.horizon import HorizonConfig
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import MatSpec, RecordingSpec, SplitSpec
 
 BIN_S = 0.05
@@ -79,7 +79,7 @@ def make_model(
         data=msgspec.structs.replace(spec(kinematics=kinematics), bin_width=bin_width),
         horizon=HorizonConfig(horizon=horizon, iterations=2),
         model=shapes,
-        readout_lags=0 if kinematics else None,
+        readout=ReadoutShape() if kinematics else None,
     )
     save_artifact(path, manifest, model, readout, torch.ones(n_units, dtype=torch.float64))
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from ilqr_vae.artifact import (
     KEY,
+    MANIFEST_SHA256,
     SCHEMA,
     GroupSpec,
     Manifest,
@@ -25,7 +27,7 @@ from ilqr_vae.artifact import (
 from ilqr_vae.errors import ArtifactError, ConfigError
 from ilqr_vae.horizon import HorizonConfig
 from ilqr_vae.likelihoods import Poisson
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import MatSpec, RecordingSpec
 from small import perturb
 
@@ -50,7 +52,7 @@ def manifest(**changes: Any) -> Manifest:
         "data": RecordingSpec(bin_width=0.02, mat=MatSpec(spikes="s", kinematic_rows=(0, 1))),
         "horizon": HorizonConfig(horizon=4, iterations=3),
         "model": SHAPES,
-        "readout_lags": 1,
+        "readout": ReadoutShape(lags=1),
         "scores": {"r2": 0.8732191823712},
         "provenance": {"recording": "made up"},
         "config": {"training": {"steps": 3, "learning_rate": 1e-3}},
@@ -62,9 +64,11 @@ def write(path: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> 
     """Save a model in general position; returns what was saved."""
     made = manifest(**changes)
     generator = torch.Generator().manual_seed(0)
-    model = build(made.model).to(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build(made.model).to(dtype)
     perturb(model, 0.3, generator)
-    readout = KinematicReadout(3, 2, lags=1).double()
+    readout = KinematicReadout(3, 2, ReadoutShape(lags=1)).double()
     for b in readout.buffers():
         b.copy_(torch.rand(b.shape, generator=generator, dtype=torch.float64))
     rate = torch.rand(3, generator=generator, dtype=torch.float64)
@@ -72,8 +76,10 @@ def write(path: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> 
     return {"model": model, "readout": readout, "rate": rate, "manifest": written}
 
 
-def rewrite(path: Path, text: str | None = None, **tensors: torch.Tensor | None) -> None:
-    """A file of another writer: this manifest text, these tensors changed or left out."""
+def rewrite(
+    path: Path, text: str | None = None, digest: str | None = None, **tensors: torch.Tensor | None
+) -> None:
+    """A file of another writer: this manifest text and hash, these tensors changed or left out."""
     with safe_open(path, framework="pt") as f:
         metadata = dict(f.metadata())
         kept = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
@@ -83,6 +89,8 @@ def rewrite(path: Path, text: str | None = None, **tensors: torch.Tensor | None)
             kept[name.replace("__", ".")] = value
     if text is not None:
         metadata[KEY] = text
+    if digest is not None:
+        metadata[MANIFEST_SHA256] = digest
     save_file(kept, path, metadata)
 
 
@@ -92,7 +100,7 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     saved = write(path, dtype=dtype)
     loaded = load_artifact(path)
     assert loaded.manifest == saved["manifest"] == read_manifest(path)
-    assert loaded.manifest.model_id == loaded.manifest.sha256[:12] != ""
+    assert len(loaded.manifest.model_id) == 12
     assert (loaded.manifest.latents, loaded.manifest.inputs) == (3, 2)
     state = saved["model"].state_dict()
     assert loaded.model.state_dict().keys() == state.keys()
@@ -130,7 +138,7 @@ def test_a_loaded_estimator_answers_as_the_saved_model(tmp_path: Path) -> None:
 def test_no_readout_without_kinematics(tmp_path: Path) -> None:
     path, made = (
         tmp_path / "m.safetensors",
-        manifest(kinematic_names=(), kinematic_units=(), readout_lags=None),
+        manifest(kinematic_names=(), kinematic_units=(), readout=None),
     )
     save_artifact(path, made, build(SHAPES), None, torch.ones(3, dtype=torch.float64))
     assert load_artifact(path).readout is None
@@ -181,7 +189,9 @@ def test_another_schema_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     for schema in (SCHEMA + 1, 0):
         write(path, schema=schema)
-        with pytest.raises(ArtifactError, match=f"expected schema version {SCHEMA}, got {schema}"):
+        with pytest.raises(
+            ArtifactError, match=rf"expected schema version {SCHEMA} \(.*, got {schema}"
+        ):
             load_artifact(path)
     for text in ("[]", "{", "null", '"x"'):
         write(path)
@@ -201,6 +211,37 @@ def test_a_manifest_altered_by_hand_is_refused(tmp_path: Path) -> None:
         load_artifact(path)
 
 
+def test_the_id_is_of_the_weights_and_of_what_decides_their_answers(tmp_path: Path) -> None:
+    """Same weights for other units, another bin width, ...: another model."""
+    path = tmp_path / "m.safetensors"
+    ids = {name: write(path, **changes)["manifest"].model_id for name, changes in SAME.items()}
+    assert len(set(ids.values())) == 1, ids
+    others = {name: write(path, **changes)["manifest"].model_id for name, changes in OTHER.items()}
+    assert len({*others.values(), *ids.values()}) == len(OTHER) + 1, others
+    assert load_artifact(path).manifest.model_id == list(others.values())[-1]
+    forged = msgspec.structs.replace(read_manifest(path), model_id="0" * 12)
+    text = msgspec.json.encode(forged)
+    rewrite(path, text.decode(), digest=hashlib.sha256(text).hexdigest())
+    with pytest.raises(ArtifactError, match=r"expected model id .*, got 000000000000"):
+        load_artifact(path)
+
+
+SAME: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scores": {"scores": {"r2": 0.1}},
+    "provenance": {"provenance": {"recording": "another"}},
+    "config": {"config": {}},
+}
+OTHER: dict[str, dict[str, Any]] = {
+    "units": {"unit_names": UNITS[::-1]},
+    "bin width": {"bin_width": 0.05},
+    "kinematic units": {"kinematic_units": ("mm/s", "mm/s")},
+    "kinematic names": {"kinematic_names": ("vy", "vx")},
+    "iterations": {"horizon": HorizonConfig(horizon=4, iterations=2)},
+    "recording": {"data": RecordingSpec(bin_width=0.02)},
+}
+
+
 def test_an_unknown_key_in_the_manifest_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     write(path)
@@ -214,7 +255,7 @@ def test_an_unknown_key_in_the_manifest_is_refused(tmp_path: Path) -> None:
     [
         ({"unit_names": ("a", "b")}, "2 named units, got one of 3"),
         ({"kinematic_names": ("vx",)}, "readout"),
-        ({"readout_lags": 0}, "readout"),
+        ({"readout": ReadoutShape()}, "readout"),
         ({"model": msgspec.structs.replace(SHAPES, groups={})}, "spikes"),
     ],
     ids=["units", "kinematics", "lags", "no spikes"],
@@ -224,7 +265,10 @@ def test_counts_that_disagree_are_refused(
 ) -> None:
     path = tmp_path / "m.safetensors"
     model = build(SHAPES)
-    readout, rate = KinematicReadout(3, 2, lags=1).double(), torch.ones(3, dtype=torch.float64)
+    readout, rate = (
+        KinematicReadout(3, 2, ReadoutShape(lags=1)).double(),
+        torch.ones(3, dtype=torch.float64),
+    )
     save_artifact(path, manifest(**changes), model, readout, rate)
     with pytest.raises(ArtifactError, match=said):
         load_artifact(path)
@@ -232,7 +276,10 @@ def test_counts_that_disagree_are_refused(
 
 def test_shapes_other_than_the_manifests_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    readout, rate = KinematicReadout(3, 2, lags=1).double(), torch.ones(3, dtype=torch.float64)
+    readout, rate = (
+        KinematicReadout(3, 2, ReadoutShape(lags=1)).double(),
+        torch.ones(3, dtype=torch.float64),
+    )
     smaller = build(msgspec.structs.replace(SHAPES, inputs=1))
     save_artifact(path, manifest(), smaller, readout, rate)
     with pytest.raises(ArtifactError, match=r"model\.\*"):
@@ -247,7 +294,10 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     model = build(SHAPES)
     with torch.no_grad():
         model.group("spikes").b[1] = float("nan")
-    readout, rate = KinematicReadout(3, 2, lags=1).double(), torch.ones(3, dtype=torch.float64)
+    readout, rate = (
+        KinematicReadout(3, 2, ReadoutShape(lags=1)).double(),
+        torch.ones(3, dtype=torch.float64),
+    )
     save_artifact(path, manifest(), model, readout, rate)
     with pytest.raises(ArtifactError, match=r"model\.groups\.spikes\.b with values that are not"):
         load_artifact(path)

@@ -1,10 +1,12 @@
-"""Kills, nonsense, churn, a full disk and a long run: a real service process on loopback."""
+"""Kills, churn, a full disk and a long run: a real service process on loopback."""
 
 from __future__ import annotations
 
 import os
 import resource
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,14 +15,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import zmq
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
+from ilqr_clients.load import Faults, Load, counts_of
 from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_service.engine import Engine
+from ilqr_service.records import Answered, records, segments
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.verify import verify
 from ilqr_vae import wire
-from process import Served, offline, served
+from process import ENVIRONMENT, Served, offline, served
 from rig import BIN_S, make_model
 
 pytestmark = pytest.mark.chaos
@@ -73,7 +78,8 @@ def test_killed_service_and_killed_feeder_go_on_where_they_stood(
             )
             begin = session.opened.next_index
             assert session.opened.resumed == resume
-            assert first - 8 <= begin <= first + 8  # at most what was in flight comes again
+            # what was answered is never asked for again, so at most what was in flight is
+            assert newest < begin <= first
             for index in range(begin, last):
                 session.send(index, counts[index])
             collect(session, answers, last - 9)
@@ -102,43 +108,112 @@ def test_killed_service_and_killed_feeder_go_on_where_they_stood(
         np.testing.assert_array_equal(answers[i, 0], expected[i])
     verdict = verify(tmp_path / "journal", [Engine.load(model_file, ServiceSettings(device="cpu"))])
     assert verdict.answers == verdict.identical == 90
+    assert answered_once(tmp_path / "journal") == {(i, 0) for i in range(90)}
 
 
-def test_nonsense_is_refused_message_by_message(service: Served) -> None:
-    rng = np.random.default_rng(0)
-    good = [
-        wire.encode(m)
-        for m in (open_("fuzz"), wire.Close(session="fuzz"), bin_("fuzz", 0, spikes(1)[0]))
-    ]
-    total, batch = (100_000 if FULL else 6_000), 100
-    with Feeder(service.ingest, service.results) as feeder:
-        feeder.subscribe("steady")
-        feeder.ask(open_("steady"), wire.Opened)
-        for at in range(0, total, batch):
-            frames: list[bytes] = []
-            for _ in range(batch):
-                frame = bytearray(good[rng.integers(len(good))])
-                match rng.integers(4):
-                    case 0:
-                        frame = bytearray(rng.bytes(int(rng.integers(0, 80))))
-                    case 1:
-                        frame = frame[: rng.integers(len(frame))]
-                    case 2:
-                        frame[rng.integers(len(frame))] ^= 1 << rng.integers(8)
-                    case _:
-                        frame += rng.bytes(int(rng.integers(1, 9)))
-                frames.append(bytes(frame))
-            feeder.send(*frames)
-            feeder.send(wire.Probe(client_ns=at))
-            refused = 0
-            while not isinstance(reply := feeder.reply(), wire.Probed):
-                refused += isinstance(reply, wire.Refused)
-            assert refused >= 0.8 * batch  # a flipped bit in a count is still a bin
-            feeder.send(bin_("steady", at // batch, spikes(1)[0]))
-        results = feeder.results(total // batch)
-        assert {r.status for r in results} == {"ok"}
-        for name in ("steady", "fuzz"):
-            feeder.send(wire.Close(session=name))
+def test_a_feeder_that_is_killed_is_followed_by_another(
+    service: Served, model_file: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to a process that feeds: another goes on from the first bin not taken, and what it
+    gets is what one feeder would have got."""
+    load, faults = Load(bins=10_000, speed=10.0), Faults(seed=8)
+    counts = counts_of(load, faults, 0, len(UNITS))
+    command = [*(sys.executable, "-m", "ilqr_vae.cli", "load", "--to", service.ingest)]
+    command += [*("--seed", "8", "--speed", "10", "--duration", "50", "--deadline-ms", "60000")]
+    with (
+        ServiceClient(service.ingest, timeout=WAIT_S) as client,
+        Feeder(service.ingest, service.results) as reader,
+    ):
+        reader.sub.setsockopt(zmq.SUBSCRIBE, b"load-")
+        feeding = subprocess.Popen(command, env=ENVIRONMENT)
+        try:
+            name, newest = "", -1
+            while newest < 40:
+                assert reader.sub.poll(WAIT_S * 1e3)
+                message = wire.decode_published(reader.sub.recv_multipart()[-1])
+                if isinstance(message, wire.Result):
+                    name, newest = message.session, message.index
+        finally:
+            feeding.kill()
+            feeding.wait()
+        with client.open(
+            name, units=UNITS, bin_width=BIN_S, deadline=60, resume=True, answered=newest
+        ) as session:
+            assert session.opened.resumed
+            begin = session.opened.next_index
+            assert begin > newest  # nothing that was answered is asked for again
+            answers: dict[tuple[int, int], np.ndarray] = {}
+            for index in range(begin, begin + 20):
+                session.send(index, counts[index])
+            collect(session, answers, begin + 19)
+    n = begin + 20
+    expected = offline(model_file, counts[:n], np.ones((n, len(UNITS)), dtype=bool))
+    assert {revision for _, revision in answers} == {0}
+    assert {i for i, _ in answers} >= set(range(begin, n))
+    for (i, _), values in answers.items():
+        np.testing.assert_array_equal(values, expected[i])
+
+
+def answered_once(journal: Path) -> set[tuple[int, int]]:
+    """Index and revision of all answers of a journal's only run: each was given once, at one time,
+    however often a segment repeats it."""
+    given: dict[tuple[int, int], set[bytes]] = {}
+    for path in segments(journal):
+        for record in records(path):
+            if isinstance(record, Answered):
+                assert record.run == 0
+                given.setdefault((record.index, record.revision), set()).add(record.frame)
+    assert {len(frames) for frames in given.values()} == {1}
+    return set(given)
+
+
+def test_bins_that_pass_while_the_service_is_dead_are_a_stated_gap(
+    model_file: Path, tmp_path: Path
+) -> None:
+    """A feeder that goes on with its own time: a short gap is answered as missing, bin by bin; one
+    beyond the gap limit is told by a notice, and the estimate starts again after it."""
+    counts, port = spikes(420), free_port()
+    answers: dict[int, tuple[str, np.ndarray]] = {}
+    notices: list[str] = []
+    gaps = ((30, 37), (60, 400))  # killed after the bin before; this many passed meanwhile
+    spans = ((0, 30), (37, 60), (400, 420))
+    for (first, last), gap in zip(spans, [None, *gaps], strict=True):
+        options = ("--journal", str(tmp_path / "journal"))
+        with served(model_file, tmp_path / "log", *options, port=port) as running:
+            with ServiceClient(running.ingest, timeout=WAIT_S) as client:
+                session = client.open(
+                    "s",
+                    units=UNITS,
+                    bin_width=BIN_S,
+                    deadline=60,
+                    resume=gap is not None,
+                    answered=max(answers, default=-1),
+                )
+            assert session.opened.next_index == (0 if gap is None else gap[0])
+            for index in range(first, last):
+                session.send(index, counts[index])
+            end = time.monotonic() + WAIT_S
+            while last - 1 not in answers:
+                assert time.monotonic() < end
+                for a in session.receive(0.2):
+                    vectors = (a.latent, a.latent_std, a.rates, a.kinematics, a.kinematics_std)
+                    values = np.concatenate([*vectors, [a.bits, a.spikes, a.iterations]])
+                    known = answers.setdefault(a.index, (a.status, values))
+                    np.testing.assert_array_equal(known[1], values)
+                    assert a.revision == 0
+            notices += session.notices
+            session.abandon()
+            running.kill()
+    assert sorted(answers) == [*range(60), *range(400, 420)]
+    assert {i for i, (status, _) in answers.items() if status == "missing"} == set(range(30, 37))
+    assert "reset: bins 60 to 399 did not come and have no answers" in notices
+    observed = np.ones(counts.shape, dtype=bool)
+    observed[30:37] = False
+    expected = offline(model_file, counts[:60], observed[:60])
+    fresh = offline(model_file, counts[400:], observed[400:])
+    for i, (_, values) in answers.items():
+        np.testing.assert_array_equal(values, expected[i] if i < 60 else fresh[i - 400])
+    assert answered_once(tmp_path / "journal") == {(i, 0) for i in answers}
 
 
 def test_sessions_that_come_and_go_leave_nothing_behind(service: Served) -> None:

@@ -198,7 +198,7 @@ def test_training_does_not_begin_with_bad_options(
         ([], {"config": wrong}, "training.batch: expected at least 1, got 0"),
         ([], {"recording": absent}, "recording: expected a file, got no such file"),
         ([], {"recording": tmp_path}, "recording: expected a file, got a directory"),
-        ([], {"recording": text}, "recording: expected a .nwb or .mat file, got r.txt"),
+        ([], {"recording": text}, "recording: expected a .nwb, .mat or .h5 file, got r.txt"),
         ([], {"recording": broken}, "recording: expected a MAT file"),
         (["--seed", "-1"], {}, "training.seed: expected zero or more, got -1"),
         (["--steps", "0"], {}, "training.steps: expected at least 1, got 0"),

@@ -14,7 +14,7 @@ from ilqr_vae.horizon import Estimate, HorizonConfig, HorizonState, MovingHorizo
 from ilqr_vae.ilqr import SolverConfig, Status
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.model import Model
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from small import as_problem, draw_data, kalman, make_model, rest
 
 NUMBERS = ("z", "z_cov", "window", "rates", "kinematics", "kinematics_std", "bits", "spikes")
@@ -36,9 +36,12 @@ def estimator(
 ) -> MovingHorizon:
     readout = None
     if lags is not None:
-        readout = KinematicReadout(model.n, 2, lags=lags).double()
+        shape = ReadoutShape(lags=lags, residuals=lags, hidden=2)
+        units = model.group("spikes").b.shape[0]
+        readout = KinematicReadout(model.n, 2, shape, units=units).double()
         generator = torch.Generator().manual_seed(9)
-        readout.W.copy_(torch.randn(readout.W.shape, generator=generator, dtype=torch.float64))
+        for b in (readout.W, readout.U, readout.O):
+            b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float64))
     channels = model.group("spikes").b.shape[0]
     rate = torch.full((channels,), 1.5, dtype=torch.float64)
     config = HorizonConfig(horizon=horizon, iterations=iterations, tolerance=tolerance)

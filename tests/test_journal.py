@@ -14,8 +14,19 @@ import pytest
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_service.engine import Engine
 from ilqr_service.journal import Journal
-from ilqr_service.records import Answered, Began, Ended, Header, Kept, Worked, records, segments
-from ilqr_service.resume import open_runs, results_of, take_up
+from ilqr_service.records import (
+    MAGIC,
+    Answered,
+    Began,
+    Ended,
+    Header,
+    Kept,
+    Record,
+    Worked,
+    records,
+    segments,
+)
+from ilqr_service.resume import open_runs, take_up
 from ilqr_service.runs import pack_work
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
@@ -142,41 +153,78 @@ def left_open(model_file: Path, tmp_path: Path) -> tuple[Path, list[wire.Result]
     return tmp_path / "copy", results
 
 
+def bounds(path: Path) -> list[tuple[int, int]]:
+    """Where each record begins and ends."""
+    data, at, found = path.read_bytes(), len(MAGIC), []
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "little")
+        found.append((at, end))
+        at = end
+    return found
+
+
+def standing(folder: Path) -> tuple[object, ...]:
+    """What a journal says is open."""
+    next_run, runs = open_runs(folder)
+    live = runs[0]
+    return next_run, set(runs), live.began, live.kept, dict(live.works), dict(live.answers)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("kind", [Worked, Answered, Kept])
 def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone(
+    left_open: tuple[Path, list[wire.Result]], model_file: Path, kind: type[Record]
+) -> None:
+    folder, _ = left_open
+    (path,) = segments(folder)
+    data, whole, places = path.read_bytes(), list(records(path)), bounds(path)
+    last = max(k for k, r in enumerate(whole) if isinstance(r, kind))
+    start, end = places[last]
+    assert end - start > 100
+    path.write_bytes(data[:start])
+    without = standing(folder)
+    facts = engine(model_file).facts
+    for cut in range(start, end):
+        path.write_bytes(data[:cut])
+        assert list(records(path)) == whole[:last]
+        assert standing(folder) == without
+        session, resumed = take_up(open_runs(folder)[1][0], facts, 0, 0)
+        kept = {r.index for r in whole[:last] if isinstance(r, Answered)}
+        assert session.next_index == sum(isinstance(r, Worked) for r in whole[:last])
+        assert resumed.answered == max(kept, default=-1)
+    path.write_bytes(data[:end])
+    assert standing(folder) != without
+    for wrong in (start, start + 4, start + 20):  # a byte that is not what was written
+        broken = bytearray(data[:end])
+        broken[wrong] ^= 0x40
+        path.write_bytes(bytes(broken))
+        assert standing(folder) == without
+
+
+@pytest.mark.chaos
+def test_a_service_takes_up_a_torn_journal_and_answers_again_what_was_torn(
     left_open: tuple[Path, list[wire.Result]], model_file: Path
 ) -> None:
     folder, results = left_open
     (path,) = segments(folder)
-    data, whole = path.read_bytes(), list(records(path))
-    facts = engine(model_file).facts
+    data, whole, places = path.read_bytes(), list(records(path)), bounds(path)
     last = max(k for k, r in enumerate(whole) if isinstance(r, Answered))
-    at = data.rindex(whole[last].frame)  # pyright: ignore[reportAttributeAccessIssue]
-    end = at + len(results[-1].latent.data) + 200
-    start = next(
-        s
-        for s in range(at, 0, -1)
-        if s + 8 + int.from_bytes(data[s : s + 4], "little") > at
-        and zlib.crc32(data[s + 8 : s + 8 + int.from_bytes(data[s : s + 4], "little")])
-        == int.from_bytes(data[s + 4 : s + 8], "little")
-    )
-    end = start + 8 + int.from_bytes(data[start : start + 4], "little")
-    for cut in range(start, end):
-        path.write_bytes(data[:cut])
-        assert list(records(path)) == whole[:last]
-    for cut in (start, start + 3, start + 9, end - 1):
-        path.write_bytes(data[:cut])
-        next_run, live = open_runs(folder)
-        assert next_run == 1
-        session, resumed = take_up(live[0], facts, 0, 0)
-        assert (session.next_index, session.waiting) == (30, 1)
-        assert [r.index for _, r in results_of(live[0])][-1] == 28
-        assert resumed.answered == 28
-        assert resumed.works[-1].index == 29
-    for wrong in (start + 4, start + 20):  # a byte that is not what was written
-        broken = bytearray(data)
-        broken[wrong] ^= 0x40
-        path.write_bytes(bytes(broken))
-        assert list(records(path)) == whole[:last]
+    path.write_bytes(data[: places[last][1] - 1])
+    with (
+        serving(model_file, journal=str(folder)) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("s")
+        opened = feeder.ask(open_("s", resume=True, answered=28), wire.Opened)
+        assert (opened.resumed, opened.next_index) == (True, 30)
+        feeder.send(bin_("s", 30, spikes(31)[30]))
+        again = {r.index: r for r in feeder.results(2)}
+        feeder.ask(wire.Close(session="s"), wire.Closed)
+    assert set(again) <= {29, 30}  # 29 may have been there already when this one subscribed
+    np.testing.assert_array_equal(numbers(again[29]), numbers(results[29]))
+    assert again[29].revision == 0
+    verdict = verify(folder, [engine(model_file)])
+    assert verdict == Verdict(1, 31, 31)
 
 
 def test_a_segment_torn_in_its_beginning_counts_for_nothing(
@@ -210,6 +258,7 @@ def worked(serial: int) -> Worked:
     )
 
 
+@pytest.mark.chaos
 def test_a_disk_that_is_full_loses_records_not_the_run(tmp_path: Path) -> None:
     now = 0.0
     keeper = Journal(tmp_path, header, clock=lambda: now)

@@ -22,7 +22,7 @@ from ilqr_vae.fused import solver
 from ilqr_vae.fused.graphs import Graphs, padded_size, record_plainly
 from ilqr_vae.horizon import Estimate, HorizonConfig, HorizonState, MovingHorizon
 from ilqr_vae.likelihoods import Observed
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.rollout import adjoint, closed_loop, rollout
 
 SIZES = [(20, 5, 40, 3, 8), (3, 2, 7, 4, 5), (17, 9, 33, 2, 3), (1, 1, 1, 1, 1)]
@@ -205,8 +205,11 @@ class Stream:
     """A moving-horizon estimator and made-up bins for it."""
 
     def __init__(self, dynamics: str = "mgu2", *, n: int = 6, m: int = 3, N: int = 12) -> None:
-        readout = KinematicReadout(n, 2, lags=2).double()
-        readout.W = torch.randn(2, 3 * n, generator=torch.Generator().manual_seed(5)).double()
+        shape = ReadoutShape(lags=2, residuals=3, hidden=4)
+        readout = KinematicReadout(n, 2, shape, units=N).double()
+        g = torch.Generator().manual_seed(5)
+        for b in readout.buffers():
+            b.copy_(torch.rand(b.shape, generator=g) + 0.1)
         self.estimator = MovingHorizon(
             model_of(dynamics, n, m, N).double(),
             readout,

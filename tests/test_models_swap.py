@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +13,13 @@ import pytest
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.engine import Engine
-from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.units import UnitWatch
 from ilqr_service.verify import verify
 from ilqr_vae import wire
+from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
-from process import offline
+from process import Served, metrics, offline, served
 from rig import make_model, serving
 
 pytestmark = pytest.mark.chaos
@@ -30,6 +31,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "a.safetensors", n_units=7, names=UNITS)
     make_model(folder / "b.safetensors", n_units=7, names=UNITS, seed=1)
     make_model(folder / "units.safetensors", n_units=7, names=tuple(reversed(UNITS)), seed=2)
+    make_model(folder / "width.safetensors", n_units=7, names=UNITS, seed=3, bin_width=0.02)
+    make_model(folder / "same.safetensors", n_units=7, names=tuple(reversed(UNITS)))
     (folder / "bad.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-9])
     return folder
 
@@ -37,25 +40,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(
     models: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Service, Path]]:
-    journal = tmp_path_factory.mktemp("journal")
-    with serving(
-        models / "a.safetensors",
-        models=str(models),
-        journal=str(journal),
-        credits=500,
-        keep_warm_ms=0,
-    ) as running:
-        yield running, journal
-    assert running.failure is None
+) -> Iterator[tuple[Served, Path]]:
+    """A process of its own, and its journal."""
+    folder = tmp_path_factory.mktemp("service")
+    (folder / "s.toml").write_text("credits = 500\nkeep_warm_ms = 0.0\ncontrol_rate = 1e9\n")
+    options = ("--config", str(folder / "s.toml"), "--journal", str(folder / "journal"))
+    with served(models / "a.safetensors", folder / "log", *options) as running:
+        yield running, folder / "journal"
+        assert running.stop() == 0
 
 
 def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
-    service: tuple[Service, Path], models: Path
+    service: tuple[Served, Path], models: Path
 ) -> None:
     running, journal = service
     counts = spikes(120)
-    a, b = running.model, ""
+    a, b = str(running.ready["model"]), ""
     results: list[wire.Result] = []
     with (
         Feeder(running.ingest, running.results) as feeder,
@@ -73,6 +73,8 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
         for name, said in (
             ("bad.safetensors", "model file bad"),
             ("units.safetensors", "unit_names"),
+            ("width.safetensors", "bin_width"),
+            ("same.safetensors", "unit_names"),  # the same weights, for other units
             ("a.safetensors", "model"),
             ("absent.safetensors", "path"),
             ("../a.safetensors", "path"),
@@ -107,17 +109,19 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
     expected = offline(models / "b.safetensors", counts[95:], everything[95:])
     for r in results[100:110]:
         np.testing.assert_array_equal(numbers(r), expected[r.index - 95])
-    counted = running.telemetry.counts()
-    assert counted["swapped"] == 2
-    assert counted["load_failed"] == 3
+    counted = metrics(running)
+    assert counted["ilqr_swapped_total"] == 2
+    assert counted["ilqr_load_failed_total"] == 5
     files = [models / f"{name}.safetensors" for name in "ab"]
     verdict = verify(journal, [Engine.load(f, ServiceSettings(device="cpu")) for f in files])
     assert verdict.answers == verdict.identical == 120
 
 
 def test_slots_serve_models_side_by_side(models: Path) -> None:
+    """Of other units, and of another bin width."""
+    extra = {"other": models / "units.safetensors", "quick": models / "width.safetensors"}
     with (
-        serving(models / "a.safetensors", extra={"other": models / "units.safetensors"}) as running,
+        serving(models / "a.safetensors", extra=extra) as running,
         Feeder(running.ingest, running.results) as feeder,
     ):
         feeder.subscribe("a")
@@ -130,6 +134,17 @@ def test_slots_serve_models_side_by_side(models: Path) -> None:
         feeder.send(bin_("a", 0, counts), bin_("b", 0, counts))
         by_session = {r.session: r.model for r in feeder.results(2)}
         assert by_session == {"a": first.model, "b": second.model}
+        quick = open_("q", model="quick", bin_width_ns=20_000_000)
+        assert feeder.ask(open_("q", model="quick"), wire.Refused).field == "bin_width_ns"
+        feeder.subscribe("q")
+        third = feeder.ask(quick, wire.Opened)
+        rows = spikes(12)
+        feeder.send(*(bin_("q", i, row) for i, row in enumerate(rows)))
+        everything = np.ones(rows.shape, dtype=bool)
+        expected = offline(models / "width.safetensors", rows, everything)
+        for r, e in zip(feeder.results(12), expected, strict=True):
+            assert r.model == third.model
+            np.testing.assert_array_equal(numbers(r), e)
 
 
 # ---- units -------------------------------------------------------------------------------------
@@ -163,7 +178,9 @@ def test_dead_saturated_and_drifting_units_are_masked_and_come_back() -> None:
     assert most.masked.sum() == 6  # never more than a quarter
 
 
-def test_a_dead_unit_is_masked_in_a_session_that_asked(service: tuple[Service, Path]) -> None:
+def test_a_dead_unit_is_masked_in_a_session_that_asked(
+    service: tuple[Served, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     running, _ = service
     counts = np.random.default_rng(3).poisson(1.0, (300, 7))
     counts[60:, 4] = 0
@@ -184,3 +201,8 @@ def test_a_dead_unit_is_masked_in_a_session_that_asked(service: tuple[Service, P
         infos = {i.session: i for i in feeder.ask(wire.Sessions(), wire.SessionList).sessions}
         assert infos["watched"].flagged == ("u4:dead",)
         assert infos["plain"].flagged == ()
+        assert main(["monitor", "--to", running.ingest, "--once"]) == 0
+        assert "watched: masked u4:dead" in capsys.readouterr().out
+        assert main(["monitor", "--to", running.ingest, "--once", "--json", "-"]) == 0
+        seen = {s["session"]: s["flagged"] for s in json.loads(capsys.readouterr().out)["sessions"]}
+        assert (seen["watched"], seen["plain"]) == (["u4:dead"], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -34,7 +35,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, 
     folder = tmp_path_factory.mktemp("ops")
     model = make_model(folder / "m.safetensors", n_units=7, names=UNITS)
     journal = folder / "journal"
-    with serving(model, journal=str(journal), http="127.0.0.1:0", credits=500) as running:
+    cores = ",".join(str(core) for core in os.sched_getaffinity(0))  # so that something is asked
+    with serving(
+        model, journal=str(journal), http="127.0.0.1:0", credits=500, cpus=cores
+    ) as running:
         yield running, journal, model
     assert running.failure is None
 
@@ -85,6 +89,10 @@ def test_every_metric_that_is_asked_for_is_there(fed: tuple[Service, Path, Path]
     alerts = re.findall(r"- alert: (\w+)", rules)
     told = (CONFIGS.parent / "docs/operations.md").read_text()
     assert [a for a in alerts if f"| {a} |" not in told] == []
+    tried = (CONFIGS / "prometheus/rules_test.yml").read_text()
+    for one in alerts:  # each is seen to fire and seen not to
+        assert tried.count(f"alertname: {one}") - tried.count(f"{one}, exp_alerts: []") == 1, one
+        assert f"alertname: {one}, exp_alerts: []" in tried, one
 
 
 def test_a_real_prometheus_scrapes_and_evaluates(
@@ -176,11 +184,15 @@ def test_a_journal_becomes_nwb_that_the_inspector_finds_clean(
 
 
 def test_replay_of_a_journal_is_verify(
-    fed: tuple[Service, Path, Path], capfd: pytest.CaptureFixture[str]
+    fed: tuple[Service, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     _, journal, model = fed
-    assert main(["replay", "--journal", str(journal), "--model", str(model)]) == 0
-    assert "80 identical to the last bit" in capfd.readouterr().out
+    options = ("--model", str(model), "--tolerance", "1e-6", "--json", "-")
+    assert main(["replay", "--journal", str(journal), *options]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["answers"] == told["identical"] == 80
+    other = make_model(tmp_path / "o.safetensors", n_units=7, names=UNITS, seed=1)
+    assert main(["replay", "--journal", str(journal), "--model", str(other)]) == 3  # its id differs
     assert main(["replay", "--journal", str(journal)]) == 2
     assert main(["replay"]) == 2
     assert "error: " in capfd.readouterr().err

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_training.causal import Causal
 from ilqr_training.config import ReadoutConfig
 from ilqr_training.readouts import calibrate, fit_readout
 from ilqr_vae.metrics import interval_coverage
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 
-N, D, LAGS = 3, 2, 2
+N, D, UNITS = 3, 2, 4
+SHAPE = ReadoutShape(lags=2, residuals=1, hidden=5)
+F = SHAPE.features(N, UNITS)
+READS = ReadoutConfig(lags=2, residuals=1)
 
 
-def readout(rng: np.random.Generator, lags: int = LAGS) -> KinematicReadout:
-    made = KinematicReadout(N, D, lags=lags).double()
+def readout(rng: np.random.Generator, shape: ReadoutShape = SHAPE) -> KinematicReadout:
+    made = KinematicReadout(N, D, shape, units=UNITS).double()
     for b in made.buffers():
         b.copy_(torch.as_tensor(rng.random(tuple(b.shape)) + 0.1))
     return made
@@ -33,19 +37,29 @@ def covariances(rng: np.random.Generator, T: int) -> NDArray[np.float64]:
 def test_mean_and_variance_are_what_the_docstring_says() -> None:
     rng = np.random.default_rng(0)
     made, Sigma = readout(rng), covariances(rng, 5)
-    x = rng.normal(size=(5, (LAGS + 1) * N))
+    x = 0.3 * rng.normal(size=(5, F))
     mean, std = made(torch.as_tensor(x), torch.as_tensor(Sigma))
-    W, b, gain, tau2 = (t.numpy() for t in (made.W, made.b, made.gain, made.variance))
-    np.testing.assert_allclose(mean, x @ W.T + b, rtol=1e-13)
-    newest = W[:, :N]
-    variance = np.stack([np.diag(newest @ S @ newest.T) for S in Sigma])
-    np.testing.assert_allclose(std, np.sqrt(gain * variance + tau2), rtol=1e-13)
+    m = {k: v.numpy() for k, v in made.named_buffers()}
+    for t in range(5):
+        unit = np.tanh(m["U"] @ x[t] + m["c"])
+        y = m["W"] @ x[t] + m["b"] + m["O"] @ unit
+        np.testing.assert_allclose(mean[t], y, rtol=1e-13)
+        # the derivative of the decode in the newest latents, by central differences
+        J = np.empty((D, N))
+        for i in range(N):
+            step = np.zeros(F)
+            step[i] = 1e-6
+            up, down = made.mean(torch.as_tensor(np.stack([x[t] + step, x[t] - step])))
+            J[:, i] = (up - down).numpy() / 2e-6
+        q = np.mean(((y - m["centre"]) / m["spread"]) ** 2)
+        variance = m["gain"] * np.diag(J @ Sigma[t] @ J.T) + m["variance"] + m["kappa"] * q
+        np.testing.assert_allclose(std[t], np.sqrt(variance), rtol=1e-7)
 
 
 def test_any_leading_axes() -> None:
     rng = np.random.default_rng(1)
     made, Sigma = readout(rng), torch.as_tensor(covariances(rng, 6))
-    x = torch.as_tensor(rng.normal(size=(6, (LAGS + 1) * N)))
+    x = torch.as_tensor(rng.normal(size=(6, F)))
     flat = made(x, Sigma)
     square = made(x.view(2, 3, -1), Sigma.view(2, 3, N, N))
     for a, b in zip(flat, square, strict=True):
@@ -56,12 +70,13 @@ def causal(rng: np.random.Generator, T: int) -> Causal:
     """Made-up latents with a covariance that changes from bin to bin."""
     empty = np.zeros((T, 0))
     return Causal(
-        window=rng.normal(size=(T, (LAGS + 1) * N)),
+        window=rng.normal(size=(T, F)),
         latent_std=np.ones((T, N)),
         covariance=covariances(rng, T),
-        rates=empty,
+        rates=np.zeros((T, UNITS)),
         kinematics=empty,
         kinematics_std=empty,
+        inputs=empty,
         bits=np.zeros(T),
         spikes=np.zeros(T),
         statuses={},
@@ -69,66 +84,104 @@ def causal(rng: np.random.Generator, T: int) -> Causal:
     )
 
 
+def _inputs(x: Causal) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.as_tensor(x.window), torch.as_tensor(x.covariance)
+
+
 def decoded_by(truth: KinematicReadout, x: Causal, rng: np.random.Generator) -> NDArray[np.float64]:
-    mean, std = truth(torch.as_tensor(x.window), torch.as_tensor(x.covariance))
+    mean, std = truth(*_inputs(x))
     return mean.numpy() + std.numpy() * rng.normal(size=std.shape)
 
 
 def test_fitting_finds_the_map_and_intervals_that_cover() -> None:
     rng = np.random.default_rng(2)
-    truth = readout(rng)
+    truth = readout(rng, ReadoutShape(lags=2, residuals=1))
     truth.W.mul_(4)
     train, held, fresh = (causal(rng, T) for T in (3000, 1500, 4000))
     ys = [decoded_by(truth, x, rng) for x in (train, held, fresh)]
-    fit = fit_readout(train, ys[0], held, ys[1], N, ReadoutConfig(lags=LAGS))
-    assert fit.score > 0.3
+    fit = fit_readout(train, ys[0], held, ys[1], N, READS)
+    assert fit.readout.shape == ReadoutShape(lags=2, residuals=1)
+    assert fit.score > 0.2
     noise = float(np.std(ys[0] - truth(*_inputs(train))[0].numpy()))
     assert float((fit.readout.W - truth.W).abs().max()) < 6 * noise / np.sqrt(3000)
     assert fit.truth is ys[1]
     mean, std = (t.numpy() for t in fit.readout(*_inputs(fresh)))
     np.testing.assert_allclose(interval_coverage(ys[2], mean, std, 0.9), 0.9, atol=0.03)
-    # the stated deviation follows the latent's: larger where it is
+    # the stated deviation follows the errors: larger where they are
     wide = std > np.median(std, axis=0)
     error = np.abs(ys[2] - mean)
     assert (error[wide].mean() / error[~wide].mean()) > 1.3
 
 
-def _inputs(x: Causal) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.as_tensor(x.window), torch.as_tensor(x.covariance)
-
-
-def test_the_ridge_is_chosen_on_the_held_out_part() -> None:
+def test_penalties_are_chosen_on_the_held_out_part() -> None:
     rng = np.random.default_rng(3)
     train, held = causal(rng, 12), causal(rng, 500)
     noise = [rng.normal(size=(len(x.bits), D)) for x in (train, held)]
-    strong = fit_readout(train, noise[0], held, noise[1], N, ReadoutConfig(lags=LAGS))
-    weak = fit_readout(train, noise[0], held, noise[1], N, ReadoutConfig(lags=LAGS, alphas=(1e-3,)))
-    assert strong.score > weak.score  # nothing to find: the strongest shrinkage wins
-    assert strong.score == pytest.approx(0, abs=0.1)
+    strong = fit_readout(train, noise[0], held, noise[1], N, READS)
+    weak = ReadoutConfig(lags=2, residuals=1, alphas=(1e-3,))
+    assert strong.score > fit_readout(train, noise[0], held, noise[1], N, weak).score
+    assert strong.score == pytest.approx(0, abs=0.1)  # nothing to find
 
 
-def test_calibration_keeps_the_mean_square_and_finds_the_share() -> None:
+def test_unexplained_spikes_are_read_only_where_they_say_something() -> None:
+    rng = np.random.default_rng(6)
+    latents = (READS.lags + 1) * N
+    for matters in (False, True):
+        truth = readout(rng, ReadoutShape(lags=2, residuals=1))
+        truth.variance.mul_(20)
+        if not matters:
+            truth.W[:, latents:] = 0
+        train, held = causal(rng, 60), causal(rng, 3000)
+        ys = [decoded_by(truth, x, rng) for x in (train, held)]
+        fit = fit_readout(train, ys[0], held, ys[1], N, replace(READS, alphas=(1.0, 1e6)))
+        size = float(fit.readout.W[:, latents:].abs().max()) if fit.readout.shape.residuals else 0.0
+        assert (size > 1e-2) == matters
+
+
+def test_a_hidden_layer_is_taken_where_it_decodes_better_and_is_the_same_each_time() -> None:
+    rng = np.random.default_rng(7)
+    train, held = causal(rng, 3000), causal(rng, 500)
+    config = replace(READS, hidden=16, members=2, epochs=40)
+    noise = [0.1 * rng.normal(size=(len(x.bits), D)) for x in (train, held)]
+    seen = [x.window[:, :D] for x in (train, held)]
+    bent = [np.tanh(3 * x) + e for x, e in zip(seen, noise, strict=True)]
+    fits = [fit_readout(train, bent[0], held, bent[1], N, config, seed=3) for _ in range(2)]
+    assert fits[0].readout.shape.hidden == 32
+    assert fits[0].score > fit_readout(train, bent[0], held, bent[1], N, config, quick=True).score
+    for a, b in zip(fits[0].readout.buffers(), fits[1].readout.buffers(), strict=True):
+        assert torch.equal(a, b)
+    straight = [x + e for x, e in zip(seen, noise, strict=True)]
+    assert fit_readout(train, straight[0], held, straight[1], N, config).readout.shape.hidden == 0
+
+
+def test_calibration_finds_what_the_errors_scale_with() -> None:
     rng = np.random.default_rng(4)
     x = causal(rng, 20000)
-    for share in (0.0, 0.5, 0.9):
-        made = readout(rng)
-        v = made.latent_variance(torch.as_tensor(x.covariance)).numpy()
-        scale = share / v.mean(0)
-        e = rng.normal(size=v.shape) * np.sqrt(scale * v + (1 - share))
-        calibrate(made, e, x.covariance)
-        stated = made.gain.numpy() * v + made.variance.numpy()
-        np.testing.assert_allclose(stated.mean(0), (e**2).mean(0), rtol=1e-9)
-        found = made.gain.numpy() * v.mean(0) / (e**2).mean(0)
-        np.testing.assert_allclose(found, share, atol=0.06)
+    for gain, variance, kappa in ((0.0, 1.0, 0.0), (0.5, 0.5, 0.0), (0.1, 0.1, 0.8)):
+        truth = readout(rng)
+        truth.gain.fill_(gain)
+        truth.variance.fill_(variance)
+        truth.kappa.fill_(kappa)
+        made = copy.deepcopy(truth)
+        y = decoded_by(truth, x, rng)
+        mean, std = calibrate(made, x.window, y, x.covariance)
+        stated = truth(*_inputs(x))[1].numpy()
+        assert float(np.median(np.abs(std / stated - 1))) < 0.05
+        np.testing.assert_allclose((np.abs(y - mean) <= 1.6449 * std).mean(0), 0.9, atol=1e-3)
 
 
-def test_residuals_of_zero_are_no_special_case() -> None:
+def test_errors_of_zero_and_certain_latents_are_no_special_case() -> None:
     rng = np.random.default_rng(5)
     x, made = causal(rng, 10), readout(rng)
-    calibrate(made, np.zeros((10, D)), x.covariance)
-    assert bool((made.variance >= 0).all())
-    assert bool(made.gain.isfinite().all())
-    still = replace(x, covariance=np.zeros_like(x.covariance))
-    calibrate(made, rng.normal(size=(10, D)), still.covariance)
-    assert bool(made.gain.isfinite().all())
+    exact = made.mean(torch.as_tensor(x.window)).numpy()
+    for y, covariance in (
+        (exact, x.covariance),
+        (exact + rng.normal(size=(10, D)), np.zeros_like(x.covariance)),
+    ):
+        _, std = calibrate(made, x.window, y, covariance)
+        assert bool(np.isfinite(std).all())
+        for name in ("gain", "variance", "kappa"):
+            values = getattr(made, name)
+            assert bool((values >= 0).all())
+            assert bool(values.isfinite().all())
     assert bool((made.variance > 0).all())

@@ -155,7 +155,7 @@ def test_what_is_no_recording_file_is_said(tmp_path: Path) -> None:
         load_recording(tmp_path)
     other = tmp_path / "a.csv"
     other.write_text("1,2")
-    with pytest.raises(RecordingError, match=r"expected a .nwb or .mat file, got a.csv"):
+    with pytest.raises(RecordingError, match=r"expected a .nwb, .mat or .h5 file, got a.csv"):
         load_recording(other)
     for name in ("a.mat", "a.nwb"):
         for content in (b"", b"not a recording at all" * 40, b"\x89HDF\r\n\x1a\nrubbish"):

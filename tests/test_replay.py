@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import io
 
 from ilqr_clients.replay import StreamLog, stream
 from ilqr_clients.sdk import ServiceClient
@@ -100,8 +101,34 @@ def test_the_report_says_what_was_asked_of_it(
         summary = report["latency_ms"][stage]
         assert summary["n"] == n
         assert 0 <= summary["p50"] <= summary["p99"] <= summary["p99.9"] <= summary["max"]
+        assert "clock_uncertainty" not in summary  # by one clock alone
+    clock = report["clock"]
+    for stage in ("wire_in", "wire_out"):
+        assert report["latency_ms"][stage]["n"] == n
+        assert report["latency_ms"][stage]["clock_uncertainty"] == clock["uncertainty_ms"]
+    said = "same clock as the service" if clock["same"] else "probes"
+    assert said in page.read_text()
+    assert report["flagged"] == report["unit_notices"] == []
     assert page.read_text().startswith("<!doctype html>")
-    assert "Wiener filter" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Wiener filter" in shown
+    assert said in shown
+
+
+def test_a_replay_that_watches_units_says_which_were_masked(rig: Rig, tmp_path: Path) -> None:
+    broken = io.loadmat(rig.recording)
+    broken["spikes"][2] = 0  # from the first bin on
+    io.savemat(tmp_path / "broken.mat", {k: broken[k] for k in ("spikes", "velocity")})
+    numbers, page = tmp_path / "r.json", tmp_path / "r.html"
+    other = Rig(rig.service, rig.model, tmp_path / "broken.mat")
+    outputs = ("--speed", "max", "--json", numbers, "--html", page)
+    assert other.replay(*outputs, "--watch-units") == 0
+    report = json.loads(numbers.read_text())
+    assert "unit2:dead" in report["flagged"]
+    assert "unit unit2 masked: dead" in report["unit_notices"]
+    assert "unit2 (dead)" in page.read_text()
+    assert other.replay(*outputs) == 0  # who does not ask is not told
+    assert json.loads(numbers.read_text())["flagged"] == []
 
 
 def test_without_kinematics_latents_and_bits_are_reported(tmp_path: Path) -> None:

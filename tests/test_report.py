@@ -181,9 +181,16 @@ def test_the_page_is_self_contained_and_escaped(recording: Recording) -> None:
     assert not re.search(r"url\((?!#)", text)
     assert len(page.ids) == len(set(page.ids)), "ids of one picture must not meet another's"
     assert "Replay of made <up>.nwb" in page.text
-    for title in ("Decoded movement", "Reaches", "Agreement", "Latency", "Latent state", "Spikes"):
+    for title in (
+        "Decoded movement",
+        "Reaches",
+        "Agreement",
+        "Residuals",
+        "Latent state",
+        "Spikes",
+    ):
         assert title in page.text
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 7
     assert "#01020" not in text, "a placeholder colour was left in"
 
 

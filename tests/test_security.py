@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,31 @@ def test_beyond_loopback_only_with_keys(folder: Path, tmp_path: Path) -> None:
             assert rig.describe().model == running.model
     with pytest.raises(ConfigError, match="keys"), serving(model, keys=str(tmp_path)):
         pass
+
+
+def test_nothing_of_ours_can_execute_what_it_reads() -> None:
+    """No pickle, nor anything that rests on it; what torch saved is read as plain tensors."""
+    forbidden = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+    forbidden |= {"marshal", "msgpack_numpy", "yaml"}
+    root = Path(__file__).parent.parent
+    found: list[str] = []
+    for folder in ("src", "training", "service", "clients"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names: list[str] = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                found += [f"{path}: {n}" for n in names if n.partition(".")[0] in forbidden]
+                if isinstance(node, ast.Call):
+                    called = ast.unparse(node.func)
+                    keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    if called == "torch.load" and keywords.get("weights_only") != "True":
+                        found.append(f"{path}: {ast.unparse(node)}")
+                    if called in ("eval", "exec") or keywords.get("allow_pickle") == "True":
+                        found.append(f"{path}: {ast.unparse(node)}")
+    assert found == []
 
 
 def test_control_is_limited_by_sender() -> None:

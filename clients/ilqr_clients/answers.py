@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae import wire
+from ilqr_vae.clock import ClockOffset
 
 Vector = NDArray[np.float64]
 
@@ -32,6 +33,7 @@ class Answer:
         kinematics, kinematics_std: (D,), in ``Opened.kinematic_units``.
         bits: one-step-ahead log-likelihood of the bin in bits against the mean rate.
         spikes: spikes in the bin.
+        clock: how far the service's clock is from its feeder's; None where that was not said.
     """
 
     index: int
@@ -53,6 +55,7 @@ class Answer:
     kinematics_std: Vector
     bits: float
     spikes: int
+    clock: wire.Offset | None = None
 
     @classmethod
     def of(cls, result: wire.Result, arrived_ns: int) -> Answer:
@@ -77,19 +80,22 @@ class Answer:
             kinematics_std=wire.unpack(result.kinematics_std, "kinematics_std"),
             bits=result.bits,
             spikes=result.spikes,
+            clock=result.clock,
         )
 
+    def wire_in_ns(self) -> tuple[int, int] | None:
+        """From the feeder's send to the service's arrival, and how far off that may be; None
+        where no bin came or its feeder did not state its clock."""
+        if self.clock is None:
+            return None
+        took = self.received_ns - self.source_ns - self.clock.offset_ns
+        return took, self.clock.uncertainty_ns
 
-@dataclass(frozen=True, slots=True)
-class ClockOffset:
-    """The service's clock minus this client's, from the fastest of several probes.
+    def wire_out_ns(self, clock: ClockOffset) -> tuple[int, int]:
+        """From the service's sending to the arrival here, and how far off that may be.
 
-    Attributes:
-        offset_ns: add it to a client time to get the service's.
-        uncertainty_ns: half the fastest round trip; the true offset is no further off than this.
-        probes: how many were answered.
-    """
-
-    offset_ns: int
-    uncertainty_ns: int
-    probes: int
+        Args:
+            clock: the service's against this client's.
+        """
+        took = self.arrived_ns + clock.offset_ns - self.published_ns
+        return took, clock.uncertainty_at(self.arrived_ns)

@@ -22,9 +22,11 @@ from ilqr_clients.closed_loop import (
     without_decoder,
 )
 from ilqr_clients.live import number, status_text
+from ilqr_clients.replay import CROSSING
 from ilqr_clients.replay_cli import parse_deadline, parse_speed
 from ilqr_clients.sdk import Model, ServiceClient, model_of
 from ilqr_vae.centre_out import CentreOut
+from ilqr_vae.clock import ClockTrack
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.report import STDOUT, check_writable, distribution, write_whole
 from ilqr_vae.report.data import plain
@@ -95,7 +97,7 @@ def closed_loop(
             check_velocity(model)
             columns = unit_columns(model.unit_names, units)
             deadline = parse_deadline(deadline_ms, model.bin_width)
-            clock = service.clock()
+            before = service.clock()
             with (
                 service.open(
                     session or f"closed-loop-{secrets.token_hex(4)}",
@@ -128,6 +130,7 @@ def closed_loop(
                     speed=pace,
                     watch=watch,
                 )
+                clock = ClockTrack(before, service.clock())
     except KeyboardInterrupt:
         console.print("interrupted: nothing written")
         raise typer.Exit(130) from None
@@ -135,7 +138,9 @@ def closed_loop(
     chance = without_decoder(log.velocities, CentreOut(seed), trials=trials, width=width, seed=seed)
     hand = own_hand(Subject(subject, units=units, run=seed + 1), CentreOut(seed), trials=trials)
     rows = slice(0, log.bins)
-    latency = {k: distribution(v) for k, v in log.stream.latency_ms(rows).items()}
+    latency = {k: distribution(v) for k, v in log.stream.latency_ms(rows, clock).items()}
+    for stage in CROSSING:
+        latency[stage]["clock_uncertainty"] = clock.uncertainty_ns / 1e6
     result: dict[str, Any] = {
         "schema": 1,
         "kind": "closed-loop",
@@ -153,10 +158,7 @@ def closed_loop(
         "deadline_ms": deadline * 1e3,
         "bits_per_spike": log.stream.bits_per_spike(rows),
         "latency_ms": latency,
-        "clock": {
-            "offset_ms": clock.offset_ns / 1e6,
-            "uncertainty_ms": clock.uncertainty_ns / 1e6,
-        },
+        "clock": clock.to_json(),
     }
     if json_file is not None:
         write_whole(json_file, json.dumps(plain(result), indent=2) + "\n")

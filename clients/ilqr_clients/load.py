@@ -20,8 +20,10 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from ilqr_clients.clocks import KnownClock
 from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
 from ilqr_vae import wire
+from ilqr_vae.clock import Clock, ClockTrack, MonotonicClock
 from ilqr_vae.errors import ServiceError
 
 
@@ -78,7 +80,11 @@ class Outcome:
         first, revised: answers of revision 0, and later ones.
         repeated: answers that came twice under one index and revision.
         unanswered: sent bins without any answer.
-        latency_ms: intended send to arrival here, of the bins that were answered first with data.
+        latency_ms: intended send to arrival here, of the bins that were answered first with data;
+            by this clock alone.
+        wire_in_ms, wire_out_ms: its parts that go from one clock to the other: sent to received,
+            published to arrived.
+        clock: how the two clocks were compared; the parts are no better known.
         statuses: of the newest revision of each bin; ``first_statuses`` of the first.
         refused: by field.
         notices: by first word.
@@ -93,6 +99,9 @@ class Outcome:
     seconds: float = 0.0
     latency_ms: list[float] = field(default_factory=list[float])
     feeder_ms: list[float] = field(default_factory=list[float])
+    wire_in_ms: list[float] = field(default_factory=list[float])
+    wire_out_ms: list[float] = field(default_factory=list[float])
+    clock: ClockTrack | None = None
     statuses: Counter[str] = field(default_factory=Counter[str])
     first_statuses: Counter[str] = field(default_factory=Counter[str])
     refused: Counter[str] = field(default_factory=Counter[str])
@@ -104,6 +113,8 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Ready for ``json.dumps``."""
+        clock = self.clock
+        bound = {} if clock is None else {"clock_uncertainty": clock.uncertainty_ns / 1e6}
         return {
             "sent": self.sent,
             "answered": self.first,
@@ -114,6 +125,9 @@ class Outcome:
             "answers_per_second": round(self.first / self.seconds, 1) if self.seconds else 0.0,
             "latency_ms": quantiles(self.latency_ms),
             "feeder_ms": quantiles(self.feeder_ms),
+            "wire_in_ms": quantiles(self.wire_in_ms) | bound,
+            "wire_out_ms": quantiles(self.wire_out_ms) | bound,
+            "clock": None if clock is None else clock.to_json(),
             "statuses": dict(self.statuses),
             "first_statuses": dict(self.first_statuses),
             "refused": dict(self.refused),
@@ -132,6 +146,12 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
     names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
     return {"n": float(held.size)} | {name: at(q) for name, q in names.items()}
+
+
+def source_offset(load: Load, session: int, index: int, bin_width: float) -> int:
+    """When a bin is complete, whatever happens on the way; nanoseconds from the start."""
+    width = bin_width / load.speed * 1e9
+    return int(width * session / load.sessions + width * (index + 1))
 
 
 def schedule(load: Load, faults: Faults, bin_width: float) -> list[tuple[int, int, int]]:
@@ -186,25 +206,39 @@ class Generator:
         load, faults: how much, and what goes wrong.
         prefix: of the session names.
         keep: keep every answer.
+        timer: this client's clock; default the machine's.
 
     Raises:
         ServiceError: no answer, or a session is refused.
     """
 
     def __init__(
-        self, endpoint: str, load: Load, faults: Faults, *, prefix: str = "load", keep: bool = False
+        self,
+        endpoint: str,
+        load: Load,
+        faults: Faults,
+        *,
+        prefix: str = "load",
+        keep: bool = False,
+        timer: Clock | None = None,
     ) -> None:
+        self._timer: Clock = timer or MonotonicClock()
+        self._endpoint = endpoint
         self.load, self.faults, self.keep = load, faults, keep
         self.outcome = Outcome()
         self.names = [f"{prefix}-{k}" for k in range(load.sessions)]
-        with ServiceClient(endpoint) as service:
+        with ServiceClient(endpoint, timer=self._timer) as service:
             described = service.describe()
+            self._before = service.clock()
+        self._clock = KnownClock(self._timer, self._before)
         self.model: Model = model_of(described)
         self._context: zmq.Context[Any] = zmq.Context()
         self._sub = connect(self._context, zmq.SUB, reachable(described.results, endpoint))
         self._dealer = connect(self._context, zmq.DEALER, endpoint)
         self._doors = [int(s.getsockopt(zmq.FD)) for s in (self._sub, self._dealer)]
         self._intended: dict[tuple[str, int], int] = {}
+        self._sent: dict[tuple[str, int], int] = {}
+        self._crossings: list[tuple[int, int, int, int]] = []
         self._newest: dict[tuple[str, int], int] = {}
         self._status: dict[tuple[str, int], str] = {}
         self._opened: set[str] = set()
@@ -249,27 +283,48 @@ class Generator:
             for k in range(len(self.names))
         ]
         packed = [[wire.pack(row, "<u2") for row in rows] for rows in counts]
-        began = time.monotonic_ns() + 50_000_000
+        now_ns = self._timer.now_ns
+        began = now_ns() + 50_000_000
         for at, k, index in plan:
             intended = began + at
             self._take(0.0)
-            while (left := intended - time.monotonic_ns()) > 0:
+            while (left := intended - now_ns()) > 0:
                 self._take(left / 1e9)
             name = self.names[k]
+            sent = now_ns()
             message = wire.Bin(
-                session=name, index=index, source_ns=intended, counts=packed[k][index]
+                session=name,
+                index=index,
+                source_ns=began + source_offset(self.load, k, index, self.model.bin_width),
+                counts=packed[k][index],
+                clock=self._clock.stated(sent),
             )
+            if (probe := self._clock.probe(sent)) is not None:
+                self._dealer.send(wire.encode(probe))
             self._dealer.send(wire.encode(message))
             if (name, index) not in self._intended:
                 self.outcome.sent += 1
                 self._intended[name, index] = intended
+                self._sent[name, index] = sent
                 self.outcome.sends.setdefault(name, set()).add(index)
-            self.outcome.feeder_ms.append((time.monotonic_ns() - intended) / 1e6)
+            self.outcome.feeder_ms.append((now_ns() - intended) / 1e6)
         self._finish()
-        self.outcome.seconds = (time.monotonic_ns() - began) / 1e9
+        self.outcome.seconds = (now_ns() - began) / 1e9
+        self._across()
         self.outcome.unanswered = sum(key not in self._newest for key in self._intended)
         self.outcome.statuses.update(self._status.values())
         return self.outcome
+
+    def _across(self) -> None:
+        """What went from one clock to the other, by the offsets before and after."""
+        with ServiceClient(self._endpoint, timer=self._timer) as service:
+            clock = self.outcome.clock = ClockTrack(self._before, service.clock())
+        sent, received, published, arrived = (
+            np.array(self._crossings, dtype=np.int64).reshape(-1, 4).T
+        )
+        there, here = clock.offset_ns(sent), clock.offset_ns(arrived)
+        self.outcome.wire_in_ms = ((received - sent - there) / 1e6).tolist()
+        self.outcome.wire_out_ms = ((arrived + here - published) / 1e6).tolist()
 
     def _finish(self) -> None:
         for name in self.names:
@@ -296,7 +351,7 @@ class Generator:
     def _emptied(self) -> bool:
         """Whether anything was there to take."""
         # Each is stamped as it comes off the socket, before any is looked at.
-        came = [(time.monotonic_ns(), frame) for frame in _drained(self._sub)]
+        came = [(self._timer.now_ns(), frame) for frame in _drained(self._sub)]
         for arrived, frame in came:
             self._published(wire.decode_published(frame), arrived)
         replies = list(_drained(self._dealer))
@@ -308,6 +363,8 @@ class Generator:
                     self.outcome.refused[refused.field] += 1
                 case wire.Closed() as closed:
                     self._closed.add(closed.session)
+                case wire.Probed() as probed:
+                    self._clock.take(probed)
                 case _:
                     pass
         return bool(came or replies)
@@ -337,3 +394,6 @@ class Generator:
         out.first_statuses[message.status] += 1
         if message.status != "missing" and key in self._intended:
             out.latency_ms.append((arrived - self._intended[key]) / 1e6)
+            self._crossings.append(
+                (self._sent[key], message.received_ns, message.published_ns, arrived)
+            )

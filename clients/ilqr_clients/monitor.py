@@ -16,6 +16,7 @@ from ilqr_clients.closing import Closing
 from ilqr_clients.live import number, status_text
 from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
 from ilqr_vae import wire
+from ilqr_vae.clock import Clock, ClockOffset, ClockTrack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Snapshot:
         newest: the newest answer of a session by name, where one was seen.
         names, units: of the kinematics.
         rates: bins answered per second since the snapshot before, by session.
+        clock: the service's against this client's.
     """
 
     endpoint: str
@@ -37,6 +39,7 @@ class Snapshot:
     sessions: tuple[wire.SessionInfo, ...]
     newest: dict[str, Answer] = field(default_factory=dict[str, Answer])
     rates: dict[str, float] = field(default_factory=dict[str, float])
+    clock: ClockOffset
 
     def to_json(self) -> dict[str, Any]:
         """Ready for ``json.dumps``; times in milliseconds."""
@@ -45,6 +48,7 @@ class Snapshot:
             "model": self.model,
             "ready": self.ready,
             "device": self.device,
+            "clock": ClockTrack(self.clock, self.clock).to_json(),
             "sessions": [self._session(info) for info in self.sessions],
         }
 
@@ -55,6 +59,8 @@ class Snapshot:
             newest = {
                 "index": answer.index,
                 "status": answer.status,
+                "wire_in": _crossing(answer.wire_in_ns()),
+                "wire_out": _crossing(answer.wire_out_ns(self.clock)),
                 "kinematics": dict(zip(self.names, answer.kinematics.tolist(), strict=False)),
                 "kinematics_std": dict(
                     zip(self.names, answer.kinematics_std.tolist(), strict=False)
@@ -71,19 +77,28 @@ class Snapshot:
             "solve_p99_ms": info.solve_p99_ns / 1e6,
             "bits_per_spike": info.bits_per_spike,
             "idle_ms": info.idle_ns / 1e6,
+            "flagged": list(info.flagged),
             "newest": newest,
         }
+
+
+def _crossing(took: tuple[int, int] | None) -> dict[str, float] | None:
+    """A latency from one clock to the other, and how far off it may be; milliseconds."""
+    return None if took is None else {"ms": took[0] / 1e6, "uncertainty_ms": took[1] / 1e6}
 
 
 class Monitor(Closing):
     """Asks a service for its sessions and listens to their results.
 
+    Args:
+        timer: this client's clock; default the machine's.
+
     Raises:
         ServiceError: the service does not answer within ``timeout`` seconds.
     """
 
-    def __init__(self, endpoint: str, *, timeout: float = 3.0) -> None:
-        self._service = ServiceClient(endpoint, timeout=timeout)
+    def __init__(self, endpoint: str, *, timeout: float = 3.0, timer: Clock | None = None) -> None:
+        self._service = ServiceClient(endpoint, timeout=timeout, timer=timer)
         self._context: zmq.Context[Any] = zmq.Context()
         self._listened: set[str] = set()
         self._newest: dict[str, Answer] = {}
@@ -113,7 +128,7 @@ class Monitor(Closing):
             if not self._sub.poll(max(0, int(left * 1e3))):
                 break
             topic, frame = self._sub.recv_multipart()
-            latest[topic] = (frame, time.monotonic_ns())
+            latest[topic] = (frame, self._service.timer.now_ns())
             if left <= 0:
                 break
         for frame, arrived in latest.values():
@@ -150,14 +165,26 @@ class Monitor(Closing):
             sessions=sessions,
             newest=dict(self._newest),
             rates=rates,
+            clock=self._service.clock(probes=5),
         )
+
+
+def _ways(answer: Answer, clock: ClockOffset) -> str:
+    """The newest answer's ways to and from the service, each with how far off it may be."""
+    told: list[str] = []
+    for name, way in (("in", answer.wire_in_ns()), ("out", answer.wire_out_ns(clock))):
+        if way is not None:
+            bound = f" ± {way[1] / 1e6:.2f}" if way[1] else ""
+            told.append(f"{name} {way[0] / 1e6:.2f}{bound} ms")
+    return ", ".join(told)
 
 
 def view(snapshot: Snapshot) -> RenderableType:
     """A snapshot for the terminal."""
     state = "[green]ready[/]" if snapshot.ready else "[yellow]not ready[/]"
     head = Text.from_markup(
-        f"[bold]{snapshot.endpoint}[/]  {state}  model {snapshot.model}  on {snapshot.device}"
+        f"[bold]{snapshot.endpoint}[/]  {state}  model {snapshot.model}  on {snapshot.device}  "
+        f"clocks: {ClockTrack(snapshot.clock, snapshot.clock)}"
     )
     if not snapshot.sessions:
         return Group(head, Text("no open sessions", style="dim"))
@@ -166,6 +193,7 @@ def view(snapshot: Snapshot) -> RenderableType:
     for column in ("session", "bins", "bins/s", "statuses", "p50 ms", "p99 ms", "bits/spike"):
         table.add_column(column, justify="right" if column in numeric else "left")
     table.add_column("newest decode")
+    more: list[Text] = []
     for info in sorted(snapshot.sessions, key=lambda s: s.session):
         answer = snapshot.newest.get(info.session)
         decode = "-"
@@ -183,4 +211,9 @@ def view(snapshot: Snapshot) -> RenderableType:
             number(info.bits_per_spike),
             decode,
         )
-    return Group(head, table)
+        if answer is not None:
+            ways = _ways(answer, snapshot.clock)
+            more.append(Text(f"{info.session}: newest answer {ways}", style="dim"))
+        if info.flagged:
+            more.append(Text(f"{info.session}: masked {', '.join(info.flagged)}", style="yellow"))
+    return Group(head, table, *more)

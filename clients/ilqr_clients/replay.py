@@ -6,7 +6,6 @@ and latency counts from them, so a feeder that falls behind shows it instead of 
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from ilqr_clients.answers import Answer
 from ilqr_clients.sdk import Session, refusal
+from ilqr_vae.clock import ClockTrack
 from ilqr_vae.errors import ServiceError
 
 Array = NDArray[np.float64]
@@ -25,6 +25,9 @@ Times = NDArray[np.int64]
 IN_FLIGHT = 4
 """Bins unanswered at full speed, where the service grants as many: enough to keep it busy, few
 enough that they do not wait long in its queue."""
+
+CROSSING: tuple[str, ...] = ("wire_in", "wire_out")
+"""Stages that go from one clock to the other: no better known than the offset between them."""
 
 PATIENCE_S = 10.0
 """How long nothing may come back while answers are due."""
@@ -40,7 +43,7 @@ class StreamLog:
 
     Values are the first answer's for each bin, the one a subject would have had; ``revised`` holds
     the answers that superseded one. Times are ns: ``intended``, ``sent`` and ``arrived`` of this
-    client's monotonic clock, the others of the service's.
+    client's clock, the others of the service's.
     """
 
     n_bins: int
@@ -109,12 +112,13 @@ class StreamLog:
         self.kinematics[i], self.kinematics_std[i] = answer.kinematics, answer.kinematics_std
         self.bits[i], self.spikes[i] = answer.bits, answer.spikes
 
-    def latency_ms(self, rows: slice) -> dict[str, Array]:
+    def latency_ms(self, rows: slice, clock: ClockTrack | None = None) -> dict[str, Array]:
         """Milliseconds by stage for ``rows``; NaN for bins never sent or never answered.
 
         feeder: intended to sent. wire: both ways, from differences within each clock, so no offset
         enters. queue: arrival to solve. solve. publish: solve to published. total: intended send
-        to arrival here.
+        to arrival here. With ``clock`` also its two ways, which go from one clock to the other:
+        wire_in: sent to received. wire_out: published to arrived.
         """
         known = (self.sent[rows] > 0) & (self.arrived[rows] > 0)
 
@@ -123,7 +127,7 @@ class StreamLog:
 
         here = self.arrived - self.sent
         there = self.published - self.received
-        return {
+        stages = {
             "solve": stage(self.solve_end - self.solve_start),
             "queue": stage(self.solve_start - self.received),
             "publish": stage(self.published - self.solve_end),
@@ -131,6 +135,12 @@ class StreamLog:
             "feeder": stage(self.sent - self.intended),
             "total": stage(self.arrived - self.intended),
         }
+        if clock is not None:
+            sent = self.sent + clock.offset_ns(self.sent)
+            arrived = self.arrived + clock.offset_ns(self.arrived)
+            stages["wire_in"] = stage(self.received - sent)
+            stages["wire_out"] = stage(arrived - self.published)
+        return stages
 
     def bits_per_spike(self, rows: slice) -> float:
         """Of the bins that came, one step ahead; NaN where there was no spike."""
@@ -168,14 +178,14 @@ def stream(
     log = StreamLog(len(counts), session.opened.latents, len(session.opened.kinematic_names))
     to_send = np.arange(len(counts)) if dropped is None else np.flatnonzero(~dropped)
     blind = np.zeros(counts.shape[1], dtype=bool)
-    log.started_ns = time.monotonic_ns()
+    log.started_ns = session.timer.now_ns()
     step_ns = 0 if interval is None else round(interval * 1e9)
     first_ns = log.started_ns + min(step_ns, 50_000_000)
     news_ns = log.started_ns
     due = int(to_send[-1]) + 1 if len(to_send) else 0
     position = sent_answers = 0
     while position < len(to_send) or log.answered < due:
-        now = time.monotonic_ns()
+        now = session.timer.now_ns()
         wait = 0.05
         if position < len(to_send):
             index = int(to_send[position])
@@ -204,7 +214,7 @@ def stream(
                 expected="the session to stay open",
                 got=f"closed ({', '.join(session.notices[-1:])}) at {log.answered} of {due} bins",
             )
-        now = time.monotonic_ns()
+        now = session.timer.now_ns()
         if answers or (log.answered >= position and position < len(to_send)):
             news_ns = now
         elif now - news_ns > patience * 1e9:
@@ -217,7 +227,7 @@ def stream(
             )
         if watch is not None and (answers or not wait):
             watch(log, wait)
-    log.ended_ns = time.monotonic_ns()
+    log.ended_ns = session.timer.now_ns()
     if watch is not None:
         watch(log, float("inf"))
     return log

@@ -17,8 +17,8 @@ from rich.markup import escape
 from ilqr_clients.journal import verify_journal
 from ilqr_clients.live import LiveReplay, number, status_text
 from ilqr_clients.replay import stream
-from ilqr_clients.replay_report import Run, arrays_of, report_of
-from ilqr_clients.sdk import Model, ServiceClient, model_of
+from ilqr_clients.replay_report import Ending, Run, arrays_of, report_of
+from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording, RecordingSpec, load_matching
 from ilqr_vae.recordings.spec import parse_span, plan_drops, warmup_start
@@ -28,7 +28,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 EXAMPLE = (
     "Example: ilqr-vae replay reach.nwb --to tcp://127.0.0.1:5555 --speed max --span test "
-    "--json r.json --html r.html"
+    "--json r.json --html r.html   A service's journal: "
+    "ilqr-vae replay --journal journal/ --model model.safetensors"
 )
 
 
@@ -104,14 +105,25 @@ def _summary(console: Console, data: ReportData) -> None:
     for stage, values in data.latency_ms.items():
         d = distribution(values)
         if d["n"]:
+            bound = data.latency_uncertainty_ms.get(stage, 0.0)
             console.print(
                 f"  {stage:<8} ms  p50 {d['p50']:.2f}  p99 {d['p99']:.2f}  "
-                f"p99.9 {d['p99.9']:.2f}  max {d['max']:.2f}  (n {d['n']})",
+                f"p99.9 {d['p99.9']:.2f}  max {d['max']:.2f}  (n {d['n']})"
+                + (f"  ± {bound:.3f}" if bound else ""),
                 highlight=False,
             )
+    if data.clock:
+        console.print(f"  clocks: {data.clock}", highlight=False, markup=False)
     console.print(f"  {status_text(data.statuses)}", highlight=False)
     for note in data.notes:
         console.print(f"  {note}", highlight=False, markup=False)
+
+
+def _ending(service: ServiceClient, session: Session) -> Ending:
+    name = session.request.session
+    flagged = next((s.flagged for s in service.sessions() if s.session == name), ())
+    said = tuple(n for n in session.notices if n.startswith("unit "))
+    return Ending(clock=service.clock(), flagged=flagged, unit_notices=said)
 
 
 @app.command(epilog=EXAMPLE)
@@ -134,6 +146,12 @@ def replay(
     ] = None,
     anytime: Annotated[
         bool, typer.Option("--anytime", help="Let the deadline cut a solve short.")
+    ] = False,
+    watch_units: Annotated[
+        bool,
+        typer.Option(
+            "--watch-units", help="Mask units that are dead, saturated or drifting, and say which."
+        ),
     ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
@@ -161,14 +179,21 @@ def replay(
     model_files: Annotated[
         list[Path] | None, typer.Option("--model", help="For --journal: the model files it served.")
     ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0.0, help="For --journal: largest difference allowed; 0 is bit for bit."),
+    ] = 0.0,
 ) -> None:
     """Stream a recording through a running service, bin by bin, and report decodes and latency.
 
     The recording is read the way the served model was trained. Decodes are scored beside a Wiener
-    filter's on the same bins. Exit codes: 0 done, 2 wrong input, 3 no service or it refused.
+    filter's on the same bins. With --journal and --model no service is asked: everything one took
+    is solved again (this needs the engine) and compared with what it answered. Exit codes: 0 done,
+    1 a journal's answers differ, 2 wrong input, 3 no service or it refused.
     """
     if journal is not None:
-        raise typer.Exit(verify_journal(journal, model_files or []))
+        same = verify_journal(journal, model_files or [], tolerance=tolerance, json_file=json_file)
+        raise typer.Exit(same)
     if recording is None:
         raise ConfigError("recording", expected="a .nwb or .mat file, or --journal", got="none")
     pace = parse_speed(speed)
@@ -180,9 +205,9 @@ def replay(
         with ServiceClient(to, timeout=timeout) as service:
             described = service.describe()
             model = model_of(described)
-            spec = spec_from(config, model)
+            spec = spec_from(config, model).as_it_ran()
             read = read_for(model, recording, spec)
-            start, stop = spec.split.occupied(chosen, len(read))
+            start, stop = spec.split.occupied(chosen, read)
             first = warmup_start(start)
             run = Run(
                 recording=read,
@@ -215,6 +240,7 @@ def replay(
                     bin_width=model.bin_width,
                     deadline=run.deadline,
                     anytime=anytime,
+                    watch_units=watch_units,
                 ) as opened,
                 live,
             ):
@@ -227,9 +253,10 @@ def replay(
                     watch=live,
                     patience=timeout,
                 )
+                ending = _ending(service, opened)
     except KeyboardInterrupt:
         console.print("interrupted: nothing written")
         raise typer.Exit(130) from None
-    data = report_of(run, log)
+    data = report_of(run, log, ending)
     outputs.write(data, arrays_of(run, log))
     _summary(Console(soft_wrap=True, stderr=json_file == STDOUT), data)

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_clients.answers import ClockOffset
-from ilqr_clients.replay import StreamLog
+from ilqr_clients.replay import CROSSING, StreamLog
 from ilqr_clients.sdk import Model
+from ilqr_vae.clock import ClockOffset, ClockTrack
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.report import ReportData, Scores, distribution, score_decodes
 from ilqr_vae.report.score import OURS, WIENER
 
 MISSES = ("degraded", "late")
+_SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Run:
         dropped: bool (stop - first,), bins never sent.
         speed: multiple of real time, or None for as fast as possible.
         deadline: seconds.
+        clock: the service's clock before the first bin.
     """
 
     recording: Recording
@@ -91,6 +93,18 @@ def _notes(run: Run, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _unit_notes(ending: Ending) -> tuple[str, ...]:
+    notes: list[str] = []
+    if ending.flagged:
+        names = ", ".join(f.replace(":", " (") + ")" for f in ending.flagged)
+        notes.append(f"Units masked at the end, out of the model's own prediction: {names}.")
+    if ending.unit_notices:
+        shown = "; ".join(ending.unit_notices[:_SHOWN])
+        more = len(ending.unit_notices) - _SHOWN
+        notes.append(f"Changes of units: {shown}{f'; and {more} more' if more > 0 else ''}.")
+    return tuple(notes)
+
+
 def _facts(
     run: Run, log: StreamLog, scores: Scores | None, total: dict[str, float]
 ) -> dict[str, str]:
@@ -109,13 +123,30 @@ def _facts(
     return facts
 
 
-def report_of(run: Run, log: StreamLog) -> ReportData:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What is known at the end of a run.
+
+    Attributes:
+        clock: the service's clock after the last bin.
+        flagged: ``NAME:why`` of the units that were masked then.
+        unit_notices: what the service said of units on the way.
+    """
+
+    clock: ClockOffset
+    flagged: tuple[str, ...] = ()
+    unit_notices: tuple[str, ...] = ()
+
+
+def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
     """Score a run and gather what its report shows. Scored bins only; warm-up is left out."""
     rows = run.rows
+    clock = ClockTrack(run.clock, ending.clock)
     scores = _scores(run, log)
     part = run.recording.slice(run.start, run.stop)
     names = run.model.kinematic_names
-    latency = log.latency_ms(rows)
+    latency = log.latency_ms(rows, clock)
+    crossing = dict.fromkeys(CROSSING, clock.uncertainty_ns / 1000000.0)
     elapsed = (log.ended_ns - log.started_ns) / 1e9
     bits = log.bits_per_spike(rows)
     speed = "as fast as possible" if run.speed is None else f"{run.speed:g} x real time"
@@ -140,6 +171,8 @@ def report_of(run: Run, log: StreamLog) -> ReportData:
         trials=part.trials,
         scores=scores,
         latency_ms=latency,
+        latency_uncertainty_ms=crossing,
+        clock=str(clock),
         deadline_ms=deadline_ms,
         facts=_facts(run, log, scores, distribution(latency["total"])),
         provenance={
@@ -148,14 +181,19 @@ def report_of(run: Run, log: StreamLog) -> ReportData:
             "span": f"{run.span}: bins {run.start} to {run.stop - 1}, "
             f"after {run.start - run.first} bins of warm-up",
             "speed": f"{speed}; {log.answered / max(elapsed, 1e-9):.1f} bins per second",
-            "service": f"device {run.device}; clock offset {run.clock.offset_ns / 1e6:.3f} ms "
-            f"± {run.clock.uncertainty_ns / 1e6:.3f} ms",
+            "service": f"device {run.device}",
+            "clock": str(clock),
             "versions": f"ilqr-vae {version('ilqr-vae')}, Python {platform.python_version()}, "
             f"numpy {np.__version__}",
             "command": run.command,
         },
-        notes=_notes(run, log, scores),
-        extra=_extra(run, log, elapsed),
+        notes=_notes(run, log, scores) + _unit_notes(ending),
+        extra=_extra(run, log, elapsed)
+        | {
+            "clock": clock.to_json(),
+            "flagged": list(ending.flagged),
+            "unit_notices": list(ending.unit_notices),
+        },
     )
 
 
@@ -181,10 +219,6 @@ def _extra(run: Run, log: StreamLog, elapsed: float) -> dict[str, Any]:
         "revised": len(log.revised),
         "solver": dict(log.solver),
         "iterations": distribution(log.iterations[log.iterations > 0]),
-        "clock": {
-            "offset_ms": run.clock.offset_ns / 1e6,
-            "uncertainty_ms": run.clock.uncertainty_ns / 1e6,
-        },
         "session": run.session,
     }
 

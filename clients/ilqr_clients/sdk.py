@@ -21,10 +21,12 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from ilqr_clients.answers import Answer, ClockOffset
+from ilqr_clients.answers import Answer
+from ilqr_clients.clocks import KnownClock
 from ilqr_clients.closing import Closing
 from ilqr_clients.connection import Model, connect, model_of, reachable, refusal
 from ilqr_vae import wire
+from ilqr_vae.clock import Clock, ClockOffset, MonotonicClock, offset_of
 from ilqr_vae.errors import ServiceError, ShapeError
 from ilqr_vae.keys import ClientKey
 
@@ -40,15 +42,22 @@ class ServiceClient(Closing):
         endpoint: the service's address, e.g. ``tcp://127.0.0.1:5555``.
         timeout: seconds any one request may take.
         key: of a service that has keys; default what ``ILQR_VAE_KEY`` names.
+        timer: this client's clock; default the machine's.
 
     Raises:
         ServiceError: the address is not one.
     """
 
     def __init__(
-        self, endpoint: str, *, timeout: float = 3.0, key: ClientKey | None = None
+        self,
+        endpoint: str,
+        *,
+        timeout: float = 3.0,
+        key: ClientKey | None = None,
+        timer: Clock | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self.timer: Clock = timer or MonotonicClock()
         self.timeout = timeout
         self.key = key
         self._context: zmq.Context[Any] = zmq.Context()
@@ -114,17 +123,15 @@ class ServiceClient(Closing):
         return self._ask(wire.Rollback(slot=slot), wire.ModelList).models
 
     def clock(self, probes: int = 15) -> ClockOffset:
-        """The service's clock against this one. Raises ServiceError (no answer), ProtocolError."""
-        best: tuple[int, int] | None = None
+        """The service's clock against this client's. Raises ServiceError (no answer)."""
+        taken: list[tuple[int, int, int]] = []
+        same = bool(self.timer.name)
         for _ in range(max(1, probes)):
-            before = time.monotonic_ns()
+            before = self.timer.now_ns()
             probed = self._ask(wire.Probe(client_ns=before), wire.Probed)
-            after = time.monotonic_ns()
-            half = (after - before + 1) // 2
-            if best is None or half < best[0]:
-                best = (half, probed.service_ns - (before + after) // 2)
-        assert best is not None
-        return ClockOffset(offset_ns=best[1], uncertainty_ns=best[0], probes=max(1, probes))
+            taken.append((before, probed.service_ns, self.timer.now_ns()))
+            same = same and probed.clock == self.timer.name
+        return offset_of(taken, same=same)
 
     def open(
         self,
@@ -181,7 +188,15 @@ class ServiceClient(Closing):
             answered=answered,
             model=model,
         )
-        return Session(self.endpoint, results, request, timeout=self.timeout, key=self.key)
+        return Session(
+            self.endpoint,
+            results,
+            request,
+            timeout=self.timeout,
+            key=self.key,
+            timer=self.timer,
+            clock=self.clock(),
+        )
 
 
 class Session(Closing):
@@ -190,6 +205,7 @@ class Session(Closing):
     Attributes:
         opened: what the service said: model, latents, kinematic names and units, horizon.
         credits: bins the service would take now without falling behind.
+        clock: the service's against this client's.
         notices: what the service published about the session, oldest first.
         refused: refusals of single messages, oldest first.
     """
@@ -202,9 +218,13 @@ class Session(Closing):
         *,
         timeout: float = 3.0,
         key: ClientKey | None = None,
+        timer: Clock | None = None,
+        clock: ClockOffset | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.request = request
+        self.timer: Clock = timer or MonotonicClock()
+        self.clock = KnownClock(self.timer, clock)
         self.timeout = timeout
         self.credits = 0
         self.notices: list[str] = []
@@ -262,10 +282,11 @@ class Session(Closing):
             index: the bin's index, rising from 0; an index left out is a missing bin.
             counts: (N,) spikes of each unit, whole numbers >= 0.
             mask: bool (N,), True where the unit was observed; None means all.
-            source_ns: when the bin was complete, or was meant to be sent; default now.
+            source_ns: when the bin was complete, or was meant to be sent, by this client's clock;
+                default now. It must not fall from one index to a higher one.
 
         Returns:
-            When it was handed to the socket, ns of the monotonic clock.
+            When it was handed to the socket, ns of this client's clock.
 
         Raises:
             ShapeError: not one count (or mask) per unit, or counts that are not whole numbers in
@@ -279,7 +300,7 @@ class Session(Closing):
             whole = counts.astype("<u2")
         if not np.array_equal(whole, counts):
             raise ShapeError("counts", expected="whole numbers in [0, 65535]", got=f"{counts!r}")
-        now = time.monotonic_ns()
+        now = self.timer.now_ns()
         message = wire.Bin(
             session=self.request.session,
             epoch=self.request.epoch,
@@ -287,7 +308,10 @@ class Session(Closing):
             source_ns=now if source_ns is None else source_ns,
             counts=wire.pack(whole, "<u2"),
             mask=None if mask is None else wire.pack(mask, "u1"),
+            clock=self.clock.stated(now),
         )
+        if (probe := self.clock.probe(now)) is not None:
+            self.send_raw(wire.encode(probe))
         self.send_raw(wire.encode(message))
         self.credits -= 1
         return now
@@ -316,7 +340,7 @@ class Session(Closing):
                 frames = self._sub.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            arrived = time.monotonic_ns()
+            arrived = self.timer.now_ns()
             message = wire.decode_published(frames[-1])
             self._confirmed = True  # whatever it is, the service has seen the subscription
             if message.epoch != self.request.epoch:
@@ -344,6 +368,8 @@ class Session(Closing):
                 self.closed = reply
             case wire.Refused():
                 self.refused.append(reply)
+            case wire.Probed():
+                self.clock.take(reply)
             case _:
                 pass
 

@@ -13,6 +13,7 @@ from ilqr_service.session import Effects
 from ilqr_service.sessions import SessionTable
 from ilqr_service.slots import Slots
 from ilqr_vae import wire
+from ilqr_vae.clock import this_clock
 
 Request = wire.Probe | wire.Sessions | wire.Models | wire.Describe | wire.Control
 
@@ -46,7 +47,8 @@ class Control:
         self._limit.check(owner, received)
         match message:
             case wire.Probe():
-                probed = wire.Probed(client_ns=message.client_ns, service_ns=received)
+                at, name = message.client_ns, this_clock()
+                probed = wire.Probed(client_ns=at, service_ns=received, clock=name)
                 return Effects(replies=[(owner, probed)])
             case wire.Sessions():
                 infos = wire.SessionList(sessions=self._table.infos(received))

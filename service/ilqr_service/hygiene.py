@@ -7,7 +7,11 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from ilqr_service import logs
 from ilqr_service.settings import ServiceSettings
@@ -24,16 +28,33 @@ def parse_cpus(text: str) -> set[int]:
     return cpus
 
 
+class _Metrics(Collector):
+    def __init__(self, report: dict[str, str]) -> None:
+        self._report = report
+
+    def collect(self) -> Iterable[Metric]:
+        shown = GaugeMetricFamily(
+            "ilqr_hygiene",
+            "1 where what was asked of the system for steady latency is in force",
+            labels=["what"],
+        )
+        for what, came in list(self._report.items()):
+            shown.add_metric([what], float(came == "on"))
+        return [shown]
+
+
 class Hygiene:
     """Applies what the settings ask for and remembers what came of it.
 
     Attributes:
         report: by what was asked: ``on``, or why not.
+        metrics: the same for /metrics: 1 or 0.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
         self.report: dict[str, str] = {}
+        self.metrics = _Metrics(self.report)
 
     def process(self) -> None:
         """What holds for the whole process: memory, garbage collector."""
@@ -80,4 +101,6 @@ def _pin(cpus: str) -> None:
 
 
 def _realtime(priority: int) -> None:
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    # not for threads started from here: one that loads a model must not compete with the solver
+    policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+    os.sched_setscheduler(0, policy, os.sched_param(priority))

@@ -82,6 +82,7 @@ class PackedWork(msgspec.Struct, frozen=True, array_like=True):
     budget: int
     swap: str
     model: str
+    clock: wire.Offset | None = None
 
 
 def pack_work(work: Work) -> PackedWork:
@@ -101,6 +102,7 @@ def pack_work(work: Work) -> PackedWork:
         budget=work.budget,
         swap=work.swap,
         model=work.model,
+        clock=work.clock,
     )
 
 
@@ -123,6 +125,7 @@ def unpack_work(packed: PackedWork) -> Work:
         swap=packed.swap,
         watch=packed.watch,
         model=packed.model,
+        clock=packed.clock,
     )
 
 

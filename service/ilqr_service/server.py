@@ -29,7 +29,7 @@ from ilqr_service.session import Effects, Limits
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.slots import Slots
-from ilqr_service.sockets import bind, empty, received
+from ilqr_service.sockets import Connections, bind, empty, received
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
@@ -39,8 +39,7 @@ from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
 
 _POLL_MS = 100
 _BURST = 256
-# Messages or answers that are written to the journal, and told to the solver, at once.
-_TOGETHER = 16
+_TOGETHER = 16  # messages or answers that are journalled, and told to the solver, at once
 _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
@@ -104,6 +103,7 @@ class Service:
             engines, fleet, self._table, settings, Path(settings.models or folder or ".")
         )
         self._hygiene = hygiene or Hygiene(settings)
+        self.telemetry.registry.register(self._hygiene.metrics)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._gate = Gate(self._context, Path(settings.keys)) if settings.keys else None
@@ -197,6 +197,7 @@ class Service:
         router.rcvhwm = router.sndhwm = 10_000
         # Say so when a reply's feeder is gone, rather than dropping the reply silently.
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._connections = Connections(self._context, router, "ingest")
         self.ingest = self._bind("ingest", router, self._settings.ingest)
         return router
 
@@ -278,6 +279,7 @@ class Service:
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
         self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
+        self.telemetry.count(self._connections.events())
         self.telemetry.settle()
         self._ledger.flush()
         if self._gate is not None:

@@ -127,6 +127,7 @@ class Session:
         owner: its feeder; empty while none has taken up a session that outlived its service.
         user: who the feeder is, where the service can tell.
         next_index: the first bin that has not come.
+        source: index and source time of the newest bin of this feeder.
         base: where the estimate began.
         serial: works queued so far.
         missing: indices answered without a bin.
@@ -166,6 +167,20 @@ class Session:
     recent: deque[wire.Result] = field(default_factory=lambda: deque[wire.Result](maxlen=RECENT))
     arrivals: deque[int] = field(default_factory=lambda: deque[int](maxlen=ARRIVALS))
     anchor_ns: int = 0
+    source: tuple[int, int] = (-1, -(2**62))
+
+    def check_source(self, index: int, source_ns: int) -> None:
+        """Source times never fall from one index to a higher one. Raises ProtocolError."""
+        newest, at_ns = self.source
+        rising = source_ns >= at_ns if index > newest else source_ns <= at_ns
+        if not rising:
+            raise ProtocolError(
+                "source_ns",
+                expected=f"{'at least' if index > newest else 'at most'} bin {newest}'s {at_ns}",
+                got=f"{source_ns} of bin {index}",
+            )
+        if index > newest:
+            self.source = (index, source_ns)
 
     def arrived(self, index: int, now_ns: int) -> None:
         """Follow when bins come: bin k is expected at ``anchor_ns`` + k bin widths, the earliest
@@ -285,6 +300,7 @@ class Session:
             kinematics_std=_packed(answer.kinematics_std),
             bits=answer.bits,
             spikes=answer.spikes,
+            clock=work.clock,
         )
 
     def publish(self, answer: Answer, published_ns: int, effects: Effects) -> None:

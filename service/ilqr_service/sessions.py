@@ -184,6 +184,7 @@ class SessionTable:
             raise ProtocolError("session", expected="one of this user", got=message.session)
         session.owner, session.seen_ns, session.owed = owner, now_ns, 0
         session.arrivals.clear()
+        session.source = (-1, -(2**62))  # another feeder's clock may be another
         session.silent = 0
         effects = Effects(again=[r for r in session.recent if r.index > message.answered])
         credits = max(0, self.limits.credits - session.unanswered)
@@ -222,6 +223,7 @@ class SessionTable:
                 expected=f"at most {self.limits.credits} bins unanswered",
                 got=f"bin {index} beyond them",
             )
+        session.check_source(index, message.source_ns)
         effects = Effects()
         session.arrived(index, now_ns)
         if late:
@@ -229,7 +231,7 @@ class SessionTable:
             effects.events["late_in"] += 1
         else:
             self._bridge(session, index, now_ns, effects)
-        self._queue(session, index, now_ns, effects, message.source_ns, counts, mask, late)
+        self._queue(session, index, now_ns, effects, message, counts, mask, late)
         session.unanswered += 1
         session.prune()
         return effects
@@ -259,7 +261,7 @@ class SessionTable:
         index: int,
         now_ns: int,
         effects: Effects,
-        source_ns: int = 0,
+        message: wire.Bin | None = None,
         counts: Vector | None = None,
         mask: NDArray[np.bool_] | None = None,
         late: bool = False,
@@ -270,7 +272,8 @@ class SessionTable:
             counts=counts,
             mask=mask,
             fresh=not session.started,
-            source_ns=source_ns,
+            source_ns=0 if message is None else message.source_ns,
+            clock=None if message is None else message.clock,
             received_ns=now_ns,
             due_ns=now_ns + session.deadline_ns,
             anytime=session.anytime,
@@ -319,11 +322,8 @@ class SessionTable:
         return effects
 
     def credits(self, *, all_owed: bool = True) -> list[tuple[bytes, wire.Credit]]:
-        """The credits that came free since they were last told, one message per session.
-
-        Args:
-            all_owed: also the few that a feeder cannot be short of yet.
-        """
+        """The credits that came free since they were last told, one message per session; of
+        ``all_owed`` also the few that a feeder cannot be short of yet."""
         least = 1 if all_owed else max(1, self.limits.credits // 8)
         due = [s for s in self._owing.values() if s.owed >= least]
         for session in due:

@@ -31,7 +31,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         max_sessions: open at once.
         idle_s: a session silent for longer ends.
         drain_s: longest time to answer what is queued when told to stop.
-        max_message_bytes: a larger message ends its sender's connection.
+        max_message_bytes: a larger message is refused; one beyond four times that cuts its sender
+            off.
         results_queue: results kept for a subscriber that does not read.
         log: plain lines or JSON ones.
         journal: folder of the journal; "" is none.

@@ -3,9 +3,10 @@
 Prometheus edges are finer than the defaults, with one edge exactly at the bin width, so that the
 share of bins answered within a bin is a count and no estimate. No label grows with the sessions.
 
-Stages of a bin: ``wire_in`` (source to arrival; meaningful where feeder and service share a clock,
-and left out where the difference is negative or above a minute), ``queue`` (arrival to solve),
-``solve``, ``publish`` (end of solve to the socket), ``total`` (arrival to the socket).
+Stages of a bin: ``wire_in`` (source to arrival: from the feeder's clock to this one, by the offset
+that the feeder states with the bin; its uncertainty is a histogram beside it, and bins of feeders
+that state none are counted and left out), ``queue`` (arrival to solve), ``solve``, ``publish`` (end
+of solve to the socket), ``total`` (arrival to the socket).
 """
 
 from __future__ import annotations
@@ -13,14 +14,28 @@ from __future__ import annotations
 from collections import Counter as Tally
 from typing import Any, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ilqr_service.tails import Stage
 from ilqr_vae import wire
 
 STAGES = ("wire_in", "queue", "solve", "publish", "total")
 _EDGES_MS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 250)
-_REASONS = ("credits", "index", "late", "message", "size", "session", "key", "role", "rate")
+_REASONS = (
+    "credits",
+    "index",
+    "late",
+    "message",
+    "size",
+    "session",
+    "key",
+    "role",
+    "rate",
+    "handshake",
+    "source_ns",
+    "frames",
+    "protocol",
+)
 _HALF_LIFE = 5_000
 _MINUTE_NS = 60_000_000_000
 _QUANTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "p99.99": 99.99, "max": 100.0}
@@ -46,6 +61,8 @@ EVENTS = {
     "unit_changes": "units masked or used again",
     "swapped": "models put in another's place",
     "load_failed": "models that could not be loaded",
+    "unclocked": "bins whose feeder does not say how far its clock is from this one",
+    "disconnected": "connections of feeders and clients that ended, or were cut off",
 }
 
 
@@ -99,6 +116,12 @@ class Telemetry:
         self._journal_bytes = Gauge("ilqr_journal_bytes", "bytes written", registry=r)
         self._journal_ok.set(1)
         self._recent = (0.0, 0.0)
+        self._uncertainty = Histogram(
+            "ilqr_wire_in_uncertainty_seconds",
+            "how far wire_in may be off, from the offset between the clocks; 0 on one clock",
+            buckets=(0.0, *edges(bin_width)),
+            registry=r,
+        )
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
         self._tally: Tally[str] = Tally()
 
@@ -125,7 +148,13 @@ class Telemetry:
         """Time one published answer; a missing bin has a solve time and no others."""
         times = {"solve": result.solve_end_ns - result.solve_start_ns}
         if result.status != "missing":
-            times["wire_in"] = result.received_ns - result.source_ns
+            if (clock := result.clock) is None:
+                self.count(Tally({"unclocked": 1}))
+            else:
+                wire_in = result.received_ns - result.source_ns - clock.offset_ns
+                within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
+                times["wire_in"] = 0 if within else wire_in
+                self._uncertainty.observe(clock.uncertainty_ns / 1e9)
             times["queue"] = result.solve_start_ns - result.received_ns
             times["publish"] = result.published_ns - result.solve_end_ns
             times["total"] = result.published_ns - result.received_ns

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.wire import Result, Status
+from ilqr_vae.wire import Offset, Result, Status
 
 Vector = NDArray[np.float64]
 
@@ -75,6 +75,7 @@ class Work:
         swap: no bin; go on with the model of this id, its window refilled from the bins held.
         watch: mask units that misbehave.
         model: id of the model to solve with; "" is the only one.
+        clock: of the feeder, where it states one.
     """
 
     run: int
@@ -92,6 +93,7 @@ class Work:
     swap: str = ""
     watch: bool = False
     model: str = ""
+    clock: Offset | None = None
 
     @property
     def missing(self) -> bool:

@@ -27,10 +27,10 @@ from ilqr_vae.horizon import HorizonConfig, MovingHorizon
 from ilqr_vae.likelihoods import LIKELIHOODS, Likelihood, Poisson
 from ilqr_vae.model import Model
 from ilqr_vae.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
 
-SCHEMA = 1
+SCHEMA = 2
 KEY = "ilqr_vae"
 MANIFEST_SHA256 = "ilqr_vae.sha256"
 
@@ -69,17 +69,20 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Everything a user or a client wants to know about a model file.
 
     Attributes:
-        model_id: the first 12 hex digits of ``sha256``.
+        model_id: 12 hex digits over ``sha256`` and every field above ``scores``: all that decides
+            what is answered to whom. Files that differ in scores, provenance or configuration
+            alone share it.
         sha256: of the tensors.
         bin_width: seconds.
         unit_names: in the order of the counts.
         data: how the recording was read; a replay reads it the same way.
         horizon: the estimator's settings.
         model: shapes and families.
-        readout_lags: L of the readout, None without kinematics.
+        readout: what the readout reads, None without kinematics.
         scores: causal validation scores and what they were measured on.
         provenance: recording name and hash, versions, seed, time.
         config: the whole training configuration.
+        history: (step, score) of each validation while training.
     """
 
     schema: int = SCHEMA
@@ -92,10 +95,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     data: RecordingSpec
     horizon: HorizonConfig
     model: ModelSpec
-    readout_lags: int | None = None
+    readout: ReadoutShape | None = None
     scores: dict[str, float] = msgspec.field(default_factory=dict)
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     config: dict[str, Any] = msgspec.field(default_factory=dict)
+    history: tuple[tuple[int, float], ...] = ()
 
     @property
     def latents(self) -> int:
@@ -156,7 +160,8 @@ class Artifact:
         """The moving-horizon estimator, with the file's settings unless overridden.
 
         Raises:
-            ConfigError: iterations or horizon below one, or a horizon under the readout's lags.
+            ConfigError: iterations or horizon below one, or a horizon shorter than
+                what the readout reads.
         """
         config = self.manifest.horizon
         config = msgspec.structs.replace(
@@ -164,13 +169,12 @@ class Artifact:
             iterations=config.iterations if iterations is None else iterations,
             horizon=config.horizon if horizon is None else horizon,
         )
-        lags = self.manifest.readout_lags or 0
+        shape = self.manifest.readout or ReadoutShape()
+        least = max(1, shape.lags, shape.residuals)
         if config.iterations < 1:
             raise ConfigError("iterations", expected="at least 1", got=str(config.iterations))
-        if config.horizon < max(1, lags):
-            raise ConfigError(
-                "horizon", expected=f"at least {max(1, lags)}", got=str(config.horizon)
-            )
+        if config.horizon < least:
+            raise ConfigError("horizon", expected=f"at least {least}", got=str(config.horizon))
         return MovingHorizon(self.model, self.readout, self.mean_rate, config)
 
 
@@ -193,6 +197,12 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def _identity(manifest: Manifest) -> str:
+    """The model id: of the tensors' hash and of what decides which answers they give."""
+    same = msgspec.structs.replace(manifest, model_id="", scores={}, provenance={}, config={})
+    return hashlib.sha256(msgspec.json.encode(same, order="deterministic")).hexdigest()[:12]
+
+
 def save_artifact(
     path: str | Path,
     manifest: Manifest,
@@ -203,8 +213,8 @@ def save_artifact(
     """Write a model file (temporary file, then rename); returns the manifest with its hash."""
     path = Path(path)
     tensors = _tensors(model, readout, mean_rate)
-    digest = _digest(tensors)
-    manifest = msgspec.structs.replace(manifest, sha256=digest, model_id=digest[:12])
+    manifest = msgspec.structs.replace(manifest, sha256=_digest(tensors))
+    manifest = msgspec.structs.replace(manifest, model_id=_identity(manifest))
     text = msgspec.json.encode(manifest)
     hashed = {KEY: text.decode(), MANIFEST_SHA256: hashlib.sha256(text).hexdigest()}
     blob = save(tensors, metadata=hashed)
@@ -238,7 +248,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
         raw = msgspec.json.decode(metadata[KEY])
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if schema != SCHEMA:
-            raise _refuse(path, f"schema version {SCHEMA}", str(schema))
+            expected = f"schema version {SCHEMA} (as this version's ilqr-vae train writes)"
+            raise _refuse(path, expected, str(schema))
         if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(MANIFEST_SHA256):
             raise _refuse(path, "the manifest that was written", "one that differs from its hash")
         return tensors, msgspec.convert(raw, Manifest)
@@ -272,13 +283,15 @@ def load_artifact(
 
     Raises:
         ArtifactError: not there, not safetensors, no manifest, another schema, shapes that differ
-            from the manifest's, values that are not finite, or a hash that does not match.
+            from the manifest's, values that are not finite, or a hash or id that does not match.
     """
     path = Path(path)
     tensors, manifest = _read(path)
     digest = _digest(tensors)
     if digest != manifest.sha256:
         raise _refuse(path, f"tensors with hash {manifest.sha256[:12]}", digest[:12])
+    if manifest.model_id != _identity(manifest):
+        raise _refuse(path, f"model id {_identity(manifest)}", manifest.model_id)
     for name, t in tensors.items():
         if not bool(t.isfinite().all()):
             raise _refuse(path, "finite tensors", f"{name} with values that are not")
@@ -290,13 +303,12 @@ def load_artifact(
     model = build(manifest.model).double()  # a file may hold float64, which float32 would round
     _load_into(path, model, tensors, "model.")
     readout = None
-    if manifest.readout_lags is not None:
-        readout = KinematicReadout(
-            manifest.latents, len(manifest.kinematic_names), lags=manifest.readout_lags
-        )
+    if manifest.readout is not None:
+        channels = len(manifest.kinematic_names)
+        readout = KinematicReadout(manifest.latents, channels, manifest.readout, units=units)
         _load_into(path, readout, tensors, "readout.")
         # the buffers are stored in float64, and float32 ones would round them
-        for name in ("W", "b", "variance", "gain"):
+        for name, _ in list(readout.named_buffers()):
             setattr(readout, name, tensors[f"readout.{name}"])
         readout = readout.to(device=device, dtype=dtype)
     if "mean_rate" not in tensors or tensors["mean_rate"].shape != (units,):

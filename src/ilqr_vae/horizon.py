@@ -40,7 +40,7 @@ from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
 from ilqr_vae.model import Model
 from ilqr_vae.priors import InitialCost
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 
 LOG_2 = 0.6931471805599453
 
@@ -124,9 +124,6 @@ class Estimate:
     @property
     def z_std(self) -> Float[Tensor, "S n"]:
         return self.z_cov.diagonal(dim1=-2, dim2=-1).sqrt()
-
-
-_STATE = fields(HorizonState)
 
 
 def _spd_inverse(M: Tensor) -> Tensor:
@@ -265,14 +262,14 @@ class MovingHorizon:
     @torch.no_grad()
     def take_in(
         self, state: HorizonState, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]
-    ) -> HorizonState | None:
-        """Take one bin of each stream as ``step`` does, but without a solve: it is in the window
-        and counts from the next step on; the trajectory is the prediction. A small part of the
-        cost of a step. None where that is not compiled."""
+    ) -> tuple[HorizonState, Float[Tensor, "S features"]] | None:
+        """Take one bin of each stream as ``step`` does, but without a solve: it is in the window,
+        the trajectory is the prediction. Also what the readout reads. None where not compiled."""
         if not solver.usable(self.model, ("spikes",), state.z):
             return None
         after = self._estimator().enter(state.tensors(), counts, mask)
-        return HorizonState(*(torch.from_numpy(x) for x in after))
+        moved = HorizonState(*(torch.from_numpy(x) for x in after))
+        return moved, self._features(moved)
 
     def _graphed(
         self, state: HorizonState, counts: Tensor, mask: Tensor
@@ -282,7 +279,7 @@ class MovingHorizon:
             self._graphs = self.graphs()
         given = (*state.tensors(), counts, mask)
         out = self._graphs(given)
-        return HorizonState(*out[: len(_STATE)]), Estimate(*out[len(_STATE) :])
+        return HorizonState(*out[:7]), Estimate(*out[7:])
 
     def graphs(self, record: Record = record_cuda) -> Graphs:
         """The step without waiting, to be recorded for each batch size that comes."""
@@ -301,14 +298,8 @@ class MovingHorizon:
     def _estimator(self) -> Estimator:
         """The model packed for the compiled step, once."""
         if self._packed is None:
-            self._packed = Estimator(
-                self.model,
-                self._w,
-                self.readout,
-                self.mean_rate,
-                self.config.horizon,
-                ilqr.options(self._solver),
-            )
+            about = (self.readout, self.mean_rate, self.config.horizon)
+            self._packed = Estimator(self.model, self._w, *about, ilqr.options(self._solver))
         return self._packed
 
     @torch.no_grad()
@@ -362,6 +353,21 @@ class MovingHorizon:
         status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
         return after, replace(answer, status=status)
 
+    def _features(self, s: HorizonState) -> Float[Tensor, "S F"]:
+        """What the readout reads (``readout``); the newest estimate first."""
+        shape = ReadoutShape() if self.readout is None else self.readout.shape
+        S, device = s.z.shape[0], s.z.device
+        row = torch.arange(S, device=device).unsqueeze(1)
+        back = s.age.unsqueeze(1) - torch.arange(shape.lags + 1, device=device)
+        z = s.z[row, back.clamp(min=0)].reshape(S, -1)
+        if not shape.residuals:
+            return z
+        back = s.age.unsqueeze(1) - torch.arange(shape.residuals, device=device)
+        held, slot = (back > 0).unsqueeze(-1), back.clamp(min=1)
+        rates = self.spikes.mean(s.z[row, slot])
+        residual = s.mask[row, slot - 1] * (s.counts[row, slot - 1] - rates) * held
+        return torch.cat([z, residual.reshape(S, -1)], -1)
+
     def _answer(
         self,
         s: HorizonState,
@@ -371,14 +377,10 @@ class MovingHorizon:
         mask: Tensor,
         solved: ilqr.State,
     ) -> Estimate:
-        S = s.z.shape[0]
-        lags = self.readout.lags if self.readout is not None else 0
-        row = torch.arange(S, device=s.z.device)
-        slots = (s.age.unsqueeze(1) - torch.arange(lags + 1, device=s.z.device)).clamp(min=0)
-        window = s.z[row.unsqueeze(1), slots].reshape(S, -1)
+        window = self._features(s)
         z = window[:, : self.model.n]
         if self.readout is None:
-            kinematics = kinematics_std = z.new_zeros(S, 0)
+            kinematics = kinematics_std = z.new_zeros(len(z), 0)
         else:
             kinematics, kinematics_std = self.readout(window, Sigma)
         return Estimate(

@@ -1,51 +1,112 @@
 """Latent -> kinematics, with standard deviations.
 
-    y_t = W x_t + b + e_t,   x_t = [z_t, z_{t-1}, ..., z_{t-L}],   e_t ~ N(0, diag tau^2)
+    y_t = W x_t + b + O tanh(U x_t + c) + e_t
+    x_t = [z_t, z_{t-1}, ..., z_{t-L},  r_t, r_{t-1}, ..., r_{t-K+1}],    e_t ~ N(0, diag s_t^2)
 
-z are the estimates available at bin t (nothing later). The stated variance is
-gain * diag(W_0 Sigma_t W_0') + tau^2, where Sigma_t is the estimator's own covariance of z_t and
-W_0 the columns that read it; ``gain`` and tau^2 are fitted on held-out residuals, so that the
-intervals mean what they say.
+z are the estimates available at bin t (nothing later), and r_k = mask_k (counts_k - rates(z_k))
+what they leave unexplained of the spikes: zero for a unit or a bin that is missing. L, K and the
+number of hidden units may be zero. The stated variance of channel d is
+
+    s_td^2 = gain_d (J_t Sigma_t J_t')_dd + tau_d^2 + kappa_d q_t
+
+Sigma_t is the estimator's own covariance of z_t, J_t the derivative of the decode in z_t, and
+q_t the decode's mean square over channels, each centred and in units of its spread: errors grow
+with speed. ``gain``, tau^2 and kappa are fitted on held-out residuals, so that the intervals mean
+what they say.
 """
 
 from __future__ import annotations
 
+import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class KinematicReadout(nn.Module):
-    """Linear readout of the newest L + 1 latent estimates.
+class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a readout reads.
 
     Attributes:
-        W: (D, (L + 1) n); b: (D,); in the recording's kinematic units.
+        lags: L, earlier estimates of the window beside the newest.
+        residuals: K, bins whose unexplained spikes it reads; zero for none.
+        hidden: units of the layer beside the linear map; zero for none.
+    """
+
+    lags: int = 0
+    residuals: int = 0
+    hidden: int = 0
+
+    def features(self, n: int, units: int) -> int:
+        """Length of x."""
+        return (self.lags + 1) * n + self.residuals * units
+
+
+class KinematicReadout(nn.Module):
+    """Readout of the newest window.
+
+    Args:
+        n: latents.
+        channels: D.
+        shape: what it reads.
+        units: N, needed where residuals are read.
+
+    Attributes:
+        W: (D, F); b: (D,); in the recording's kinematic units.
+        U: (h, F); c: (h,); O: (D, h).
         variance: (D,) tau^2.
         gain: (D,) multiplier of the propagated latent variance.
-        lags: L.
+        kappa: (D,) of the decode's mean square.
+        centre, spread: (D,) mean and standard deviation of the kinematics fitted on.
     """
 
     W: Tensor
     b: Tensor
+    U: Tensor
+    c: Tensor
+    O: Tensor  # noqa: E741 (the letter of the formula)
     variance: Tensor
     gain: Tensor
+    kappa: Tensor
+    centre: Tensor
+    spread: Tensor
 
-    def __init__(self, n: int, channels: int, *, lags: int = 0) -> None:
+    def __init__(
+        self, n: int, channels: int, shape: ReadoutShape | None = None, *, units: int = 0
+    ) -> None:
         super().__init__()
-        self.n, self.lags = n, lags
-        self.register_buffer("W", torch.zeros(channels, (lags + 1) * n))
-        self.register_buffer("b", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
-        self.register_buffer("gain", torch.ones(channels))
+        self.n, self.shape = n, shape or ReadoutShape()
+        F, h, D = self.shape.features(n, units), self.shape.hidden, channels
+        for name, size in (("W", (D, F)), ("b", (D,)), ("U", (h, F)), ("c", (h,)), ("O", (D, h))):
+            self.register_buffer(name, torch.zeros(size))
+        for name, value in (
+            ("variance", 1.0),
+            ("gain", 1.0),
+            ("kappa", 0.0),
+            ("centre", 0.0),
+            ("spread", 1.0),
+        ):
+            self.register_buffer(name, torch.full((D,), value))
 
-    def latent_variance(self, covariance: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch D"]:
-        """diag(W_0 Sigma W_0'): how much of the decode's variance the latent's explains."""
-        newest = self.W[:, : self.n]
-        return ((newest @ covariance) * newest).sum(-1)
+    def mean(self, x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch D"]:
+        """The decode."""
+        return x @ self.W.mT + self.b + (x @ self.U.mT + self.c).tanh() @ self.O.mT
+
+    def latent_variance(
+        self, x: Float[Tensor, "*batch F"], covariance: Float[Tensor, "*batch n n"]
+    ) -> Float[Tensor, "*batch D"]:
+        """diag(J Sigma J'): how much of the decode's variance the latent's explains."""
+        slope = 1 - (x @ self.U.mT + self.c).tanh() ** 2
+        J = self.W[:, : self.n] + (self.O * slope.unsqueeze(-2)) @ self.U[:, : self.n]
+        return ((J @ covariance) * J).sum(-1)
+
+    def energy(self, mean: Float[Tensor, "*batch D"]) -> Float[Tensor, " *batch"]:
+        """q: mean square of the decode, centred and in units of its spread."""
+        return (((mean - self.centre) / self.spread) ** 2).mean(-1)
 
     def forward(
-        self, x: Float[Tensor, "*batch features"], covariance: Float[Tensor, "*batch n n"]
+        self, x: Float[Tensor, "*batch F"], covariance: Float[Tensor, "*batch n n"]
     ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
         """Mean and standard deviation of the kinematics."""
-        variance = self.gain * self.latent_variance(covariance) + self.variance
-        return x @ self.W.mT + self.b, variance.sqrt()
+        mean = self.mean(x)
+        variance = self.gain * self.latent_variance(x, covariance) + self.variance
+        return mean, (variance + self.kappa * self.energy(mean).unsqueeze(-1)).sqrt()

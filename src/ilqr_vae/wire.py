@@ -14,12 +14,14 @@ Counts travel as raw little-endian bytes beside a dtype from an allow-list and a
 the wire can execute: no pickle, no custom types.
 
 Times are nanoseconds of the sender's monotonic clock (``source_ns``: the feeder's; all others: the
-service's). On one machine the two are the same clock.
+service's). On one machine the two are the same clock; elsewhere a feeder probes how far they are
+apart and says so with each bin (``Offset``), and each result says it again: whoever computes a
+latency from one clock to the other has its uncertainty.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import ProtocolError
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 DType = Literal["u1", "<u2", "<u4", "<i8", "<f4", "<f8"]
 DTYPES: tuple[str, ...] = ("u1", "<u2", "<u4", "<i8", "<f4", "<f8")
@@ -52,6 +54,14 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: DType
     shape: tuple[int, ...]
     data: bytes
+
+
+class Offset(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The service's clock minus the feeder's, and how far from the truth that may be, both in
+    nanoseconds; 0, 0 where they are the same clock."""
+
+    offset_ns: Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+    uncertainty_ns: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 # ---- feeder -> service -------------------------------------------------------------------------
@@ -97,7 +107,14 @@ class Open(Message, frozen=True, kw_only=True):
 
 
 class Bin(Message, frozen=True, kw_only=True):
-    """Counts of one bin. ``mask``: u1 per unit, 1 = observed; None = all observed."""
+    """Counts of one bin.
+
+    Attributes:
+        source_ns: when it was complete, by the feeder's monotonic clock: of two bins the one with
+            the higher index has no earlier time.
+        mask: u1 per unit, 1 = observed; None = all observed.
+        clock: how far the service's clock is from the feeder's; None where that is not known.
+    """
 
     session: str
     epoch: int = 0
@@ -105,6 +122,7 @@ class Bin(Message, frozen=True, kw_only=True):
     source_ns: int
     counts: Array
     mask: Array | None = None
+    clock: Offset | None = None
 
 
 class Close(Message, frozen=True, kw_only=True):
@@ -210,8 +228,11 @@ class Probe(Message, frozen=True, kw_only=True):
 
 
 class Probed(Message, frozen=True, kw_only=True):
+    """``clock`` names the service's clock (see ``ilqr_vae.clock``); "" where it has no name."""
+
     client_ns: int
     service_ns: int
+    clock: str = ""
 
 
 class Load(Message, frozen=True, kw_only=True):
@@ -272,6 +293,7 @@ class Result(Message, frozen=True, kw_only=True):
         solver: the solver's own status, e.g. converged, iteration_limit.
         iterations: iLQR iterations done.
         source_ns ... published_ns: stage times; ``source_ns`` is echoed (0 for a missing bin).
+        clock: as it came with the bin; ``source_ns`` + its offset is by the service's clock.
         latent, latent_std: <f8 (n,).
         rates: <f8 (N,), expected counts per bin.
         kinematics, kinematics_std: <f8 (D,), in the recording's units; D = 0 without kinematics.
@@ -299,6 +321,7 @@ class Result(Message, frozen=True, kw_only=True):
     kinematics_std: Array
     bits: float
     spikes: int
+    clock: Offset | None = None
 
 
 class Notice(Message, frozen=True, kw_only=True):

@@ -38,10 +38,11 @@ def build_model(config: ModelConfig, data: Prepared) -> Model:
     """A fresh model whose rates start at the training part's."""
     model = build(model_spec(config, data))
     a, b = data.train
-    counts = data.recording.counts[a:b][data.recording.valid[a:b]]
+    seen = data.recording.mask()[a:b]
+    mean = np.where(seen, data.recording.counts[a:b], 0).sum(0) / np.maximum(seen.sum(0), 1)
     spikes = model.group("spikes")
     with torch.no_grad():
-        spikes.b.copy_(torch.as_tensor(np.log(np.maximum(counts.mean(0), 1e-3))))
+        spikes.b.copy_(torch.as_tensor(np.log(np.maximum(mean, 1e-3))))
         spikes.C.mul_(0.5)
         if isinstance(model.dynamics, MGU2):
             model.dynamics.gate_bias.fill_(config.forget_bias)

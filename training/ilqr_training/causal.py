@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ilqr_training.segments import INPUT_DELAY, delayed_inputs, moved_back, restarted
 from ilqr_vae.horizon import MovingHorizon
 from ilqr_vae.ilqr import Status
 from ilqr_vae.recordings import Recording
@@ -30,6 +31,8 @@ class Causal:
         covariance: (T, n, n), of z.
         rates: (T, N), expected counts per bin.
         kinematics, kinematics_std: (T, D).
+        inputs: (T, m), of each bin as known ``INPUT_DELAY`` bins later (a bin alone tells little
+            of its own input); NaN for the last of a segment.
         bits, spikes: (T,), see ``horizon.Estimate``.
         statuses: solver status -> bins.
         iterations: mean per bin.
@@ -41,6 +44,7 @@ class Causal:
     rates: NDArray[np.float64]
     kinematics: NDArray[np.float64]
     kinematics_std: NDArray[np.float64]
+    inputs: NDArray[np.float64]
     bits: NDArray[np.float64]
     spikes: NDArray[np.float64]
     statuses: dict[str, int]
@@ -88,10 +92,12 @@ def causal_pass(
     lead = min(run_in, start) if streams == 1 else run_in
     like = estimator.mean_rate
     counts = torch.as_tensor(recording.counts.astype(np.float64)).to(like)
-    seen = recording.valid if dropped is None else recording.valid & ~dropped
+    seen = recording.mask() if dropped is None else recording.mask() & ~dropped[:, None]
     valid = torch.as_tensor(seen.astype(np.float64)).to(like)
-    N = counts.shape[1]
+    fresh = np.zeros(len(recording), dtype=bool)
+    fresh[[0, *recording.breaks]] = True
 
+    delay = min(INPUT_DELAY, estimator.config.horizon - 1)
     state = estimator.init(streams)
     kept: dict[str, list[torch.Tensor]] = {}
     tally = torch.zeros(len(Status), dtype=torch.int64)
@@ -101,8 +107,8 @@ def causal_pass(
         # a piece whose run-in would start before the recording sees missing bins there
         inside = (bins >= 0) & (bins < stop)
         index = torch.as_tensor(np.clip(bins, 0, stop - 1))
-        present = valid[index] * torch.as_tensor(inside.astype(np.float64)).to(like)
-        mask = present.unsqueeze(1).expand(streams, N)
+        mask = valid[index] * torch.as_tensor(inside.astype(np.float64)).to(like).unsqueeze(1)
+        state = restarted(estimator, state, fresh[index] & inside)
         state, answer = estimator.step(state, counts[index], mask)
         if progress is not None:
             progress(j + lead + 1, length + lead)
@@ -110,6 +116,7 @@ def causal_pass(
             continue
         for name in ("window", "z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
             kept.setdefault(name, []).append(getattr(answer, name))
+        kept.setdefault("inputs", []).append(delayed_inputs(state, delay))
         tally += torch.bincount(answer.status.cpu(), minlength=len(Status))
         iterations += int(answer.iterations.sum())
 
@@ -126,6 +133,7 @@ def causal_pass(
         rates=in_order("rates"),
         kinematics=in_order("kinematics"),
         kinematics_std=in_order("kinematics_std"),
+        inputs=moved_back(in_order("inputs"), delay),
         bits=in_order("bits"),
         spikes=in_order("spikes"),
         statuses={s.name.lower(): int(c) for s, c in zip(Status, tally, strict=True) if c},

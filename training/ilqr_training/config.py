@@ -11,6 +11,7 @@ import msgspec
 
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.horizon import HorizonConfig
+from ilqr_vae.readout import ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
 
 
@@ -67,15 +68,37 @@ class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The ``[readout]`` part: ridge from causal latents, fitted on the training part.
+    """The ``[readout]`` part: from causal latents to kinematics, fitted on the training part.
 
     Attributes:
-        lags: how many earlier estimates of the window it reads beside the newest.
-        alphas: ridge strengths tried on the validation part.
+        lags: how many earlier estimates of the window it reads beside the newest, as far as the
+            estimator's horizon holds them.
+        residuals: bins whose unexplained spikes it may read, as far as the horizon holds them; zero
+            for none.
+        hidden: units of the hidden layer it may have; zero for none.
+        members: hidden layers averaged.
+        epochs, dropout: of the hidden layer's training.
+        alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
     """
 
-    lags: int = 0
-    alphas: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+    lags: int = 6
+    residuals: int = 4
+    hidden: int = 128
+    members: int = 2
+    epochs: int = 60
+    dropout: float = 0.3
+    alphas: tuple[float, ...] = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5)
+
+    def within(self, horizon: int) -> ReadoutConfig:
+        """With no more lags and residuals than the horizon holds."""
+        return msgspec.structs.replace(
+            self, lags=min(self.lags, horizon), residuals=min(self.residuals, horizon)
+        )
+
+    @property
+    def shape(self) -> ReadoutShape:
+        """The most it may read."""
+        return ReadoutShape(lags=self.lags, residuals=self.residuals, hidden=self.hidden)
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -115,8 +138,14 @@ def check(config: TrainConfig) -> TrainConfig:
     for name in ("horizon", "iterations"):
         value = getattr(config.estimator, name)
         _require(f"estimator.{name}", value, "at least 1", value >= 1)
-    lags, horizon = config.readout.lags, config.estimator.horizon
-    _require("readout.lags", lags, f"0 to the horizon, {horizon}", 0 <= lags <= horizon)
+    readout = config.readout
+    for name in ("lags", "residuals", "hidden"):
+        value = getattr(readout, name)
+        _require(f"readout.{name}", value, "zero or more", value >= 0)
+    for name in ("members", "epochs"):
+        value = getattr(readout, name)
+        _require(f"readout.{name}", value, "at least 1", value >= 1)
+    _require("readout.dropout", readout.dropout, "0 to below 1", 0 <= readout.dropout < 1)
     _require(
         "readout.alphas",
         str(config.readout.alphas),

@@ -46,9 +46,8 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
         RecordingError: no unit is fast enough, or a span is too short for one crop.
     """
     T = len(recording)
-    train = spec.split.bins("train", T)
-    validation = spec.split.bins("validation", T)
-    seen = recording.counts[train[0] : train[1]][recording.valid[train[0] : train[1]]]
+    train = spec.split.span("train", recording)
+    validation = spec.split.span("validation", recording)
     if train[1] - train[0] < chunk or validation[1] - validation[0] < 2:
         raise RecordingError(
             "recording",
@@ -56,7 +55,9 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
             got=f"{train[1] - train[0]} and {validation[1] - validation[0]} "
             f"({T} bins of {recording.bin_width:g} s)",
         )
-    rates = seen.mean(0) / recording.bin_width if len(seen) else np.zeros(recording.n_units)
+    seen = recording.mask()[train[0] : train[1]]
+    spikes = np.where(seen, recording.counts[train[0] : train[1]], 0).sum(0, dtype=np.float64)
+    rates = spikes / np.maximum(seen.sum(0), 1) / recording.bin_width
     keep = (rates >= spec.min_rate) & (rates > 0)
     if not keep.any():
         raise RecordingError(
@@ -70,6 +71,13 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
         mean = scale = np.zeros(0)
     else:
         part = recording.kinematics[train[0] : train[1]]
+        part = part[recording.scored[train[0] : train[1]]]
+        if len(part) < 2:
+            raise RecordingError(
+                "recording.kinematics",
+                expected="two or more bins of the training part to learn from",
+                got=str(len(part)),
+            )
         mean, scale = part.mean(0), part.std(0)
         flat = [n for n, s in zip(recording.kinematic_names, scale, strict=True) if not s > 0]
         if flat:
@@ -78,19 +86,27 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
                 expected="channels that vary over the training part",
                 got=f"{flat[0]} constant",
             )
-    return Prepared(recording, train, validation, spec.split.bins("test", T), mean, scale)
+    return Prepared(recording, train, validation, spec.split.span("test", recording), mean, scale)
 
 
 class Crops:
-    """Random crops of the training part, each starting warm where its bins were solved before."""
+    """Random crops of the training part, each starting warm where its bins were solved before.
+
+    A crop never crosses from one segment into the next (``Recording.segments``). A segment shorter
+    than a crop is drawn from its first bin; what follows its end is masked and not ``live``.
+    """
 
     def __init__(self, data: Prepared, model: Model, chunk: int, seed: int) -> None:
         like = model.initial.mean
         a, b = data.train
         self.chunk, self.n_bins = chunk, b - a
         self.counts = torch.as_tensor(data.recording.counts[a:b].astype(np.float64)).to(like)
-        valid = torch.as_tensor(data.recording.valid[a:b].astype(np.float64)).to(like)
-        self.valid = valid.unsqueeze(1)
+        self.mask = torch.as_tensor(data.recording.mask()[a:b].astype(np.float64)).to(like)
+        scored = torch.as_tensor(data.recording.scored[a:b].astype(np.float64)).to(like)
+        self.scored = scored.unsqueeze(1)
+        self.starts, stops = _starts(data.recording.segments(a, b), a, chunk)
+        self.stop_of = torch.as_tensor(stops)
+        self.whole = all(stop - start >= chunk for start, stop in data.recording.segments(a, b))
         k = data.standardised()
         self.kinematics = None if k is None else torch.as_tensor(k[a:b]).to(like)
         self.z = torch.zeros(self.n_bins + 1, model.n).to(like)
@@ -99,26 +115,44 @@ class Crops:
 
     def draw(self, batch: int) -> Tensor:
         """Bin indices (B, chunk) of random crops."""
-        starts = self.rng.integers(0, self.n_bins - self.chunk + 1, size=batch)
+        starts = self.starts[self.rng.integers(0, len(self.starts), size=batch)]
         return torch.as_tensor(starts[:, None] + np.arange(self.chunk)[None])
+
+    def _inside(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The index, bins beyond a segment's end moved to its last; and which are not beyond."""
+        last = self.stop_of[index[:, :1]] - 1
+        return torch.minimum(index, last), index <= last
 
     def observed(self, index: Tensor) -> dict[str, Observed]:
         """Every group's values and masks at these bins."""
-        valid = self.valid[index]
-        counts = self.counts[index]
-        groups = {"spikes": Observed(counts * valid, valid.expand_as(counts))}
+        index, inside = self._inside(index)
+        live = inside.unsqueeze(-1).to(self.mask)
+        mask = self.mask[index] * live
+        groups = {"spikes": Observed(self.counts[index] * mask, mask)}
         if self.kinematics is not None:
             k = self.kinematics[index]
-            groups["kinematics"] = Observed(k, valid.expand_as(k))
+            groups["kinematics"] = Observed(k, (self.scored[index] * live).expand_as(k))
         return groups
 
-    def live(self, index: Tensor) -> None:
-        """Crops have one length."""
+    def live(self, index: Tensor) -> Tensor | None:
+        """(B, chunk) one up to each segment's end; None where no segment is shorter than a crop."""
+        return None if self.whole else self._inside(index)[1].to(self.mask)
 
     def warm(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Initial state and inputs as last solved (zeros before)."""
-        return self.z[index[:, 0]], self.u[index]
+        inside, live = self._inside(index)
+        return self.z[index[:, 0]], self.u[inside] * live.unsqueeze(-1).to(self.u)
 
     def remember(self, index: Tensor, z: Tensor, u: Tensor) -> None:
         """Keep a solution for the next time these bins are drawn."""
-        self.z[index], self.u[index] = z[:, :-1], u
+        live = self._inside(index)[1]
+        self.z[index[live]], self.u[index[live]] = z[:, :-1][live], u[live]
+
+
+def _starts(
+    segments: list[tuple[int, int]], first: int, chunk: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bins a crop may start at, and for each bin where its segment stops; ``first`` is bin zero."""
+    starts = [np.arange(a, max(a + 1, b - chunk + 1), dtype=np.int64) - first for a, b in segments]
+    stops = [np.full(b - a, b - first, dtype=np.int64) for a, b in segments]
+    return np.concatenate(starts), np.concatenate(stops)

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ilqr_training.causal import Causal, causal_pass
+from ilqr_training.followed import learning_curves
+from ilqr_training.rivals import decode_rivals
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.recordings import Recording, load_matching
@@ -68,8 +70,9 @@ def _scores(
     bins: tuple[int, int],
     result: Causal,
     drops: NDArray[np.bool_],
+    others: dict[str, NDArray[np.float64]],
 ) -> Scores | None:
-    if recording.kinematics is None or not artifact.manifest.kinematic_names:
+    if not _decodes(artifact, recording):
         return None
     return score_decodes(
         recording,
@@ -78,7 +81,28 @@ def _scores(
         decoded=result.kinematics,
         std=result.kinematics_std,
         seen=~drops[bins[0] : bins[1]],
+        others=others,
     )
+
+
+def _decodes(artifact: Artifact, recording: Recording) -> bool:
+    return recording.kinematics is not None and bool(artifact.manifest.kinematic_names)
+
+
+def _rivals(
+    artifact: Artifact, recording: Recording, bins: tuple[int, int], drops: NDArray[np.bool_]
+) -> dict[str, NDArray[np.float64]]:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("fitting rivals")
+        return decode_rivals(
+            recording,
+            artifact.manifest.data.split,
+            bins,
+            ~drops,
+            say=lambda what, done, of: bar.update(
+                task, description=f"fitting the {what}", completed=done, total=of
+            ),
+        )
 
 
 def _report(
@@ -90,6 +114,7 @@ def _report(
     scores: Scores | None,
     drops: NDArray[np.bool_],
     seconds: float,
+    learning: dict[str, tuple[tuple[int, float], ...]],
 ) -> ReportData:
     manifest, (start, stop) = artifact.manifest, bins
     part = recording.slice(start, stop)
@@ -102,6 +127,7 @@ def _report(
             facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
         facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
     notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
+    notes += recording.notes
     sha = recording.sha256
     return ReportData(
         title=f"Offline causal evaluation on {recording.name}",
@@ -112,6 +138,9 @@ def _report(
         status=tuple("missing" if m else "ok" for m in missing),
         latents=result.window[:, : manifest.latents],
         latents_std=result.latent_std,
+        rates=result.rates,
+        inputs=result.inputs,
+        learning=learning,
         bits_per_spike=result.bits_per_spike,
         names=names,
         units=manifest.kinematic_units,
@@ -149,6 +178,7 @@ def _arrays(start: int, result: Causal, latents: int) -> dict[str, NDArray[Any]]
         "kinematics_std": result.kinematics_std,
         "latents": result.window[:, :latents],
         "latents_std": result.latent_std,
+        "inputs": result.inputs,
         "bits": result.bits,
         "spikes": result.spikes,
     }
@@ -160,6 +190,9 @@ def _say(report: ReportData) -> None:
     if report.scores is not None:
         for name, values in report.scores.methods.items():
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+            found = report.scores.intervals.get(name, {}).get("r2")
+            if found is not None:
+                shown += f"  r2 95 % interval {found[0]:.4f} to {found[1]:.4f}"
             console.print(f"  {name:<14} {shown}", highlight=False, markup=False)
     console.print(f"  bits per spike {report.bits_per_spike:.4f}", highlight=False)
     for note in report.notes:
@@ -184,6 +217,9 @@ def evaluate(
     arrays_file: Annotated[
         Path | None, typer.Option("--arrays", help="Write every answer here (.npz).")
     ] = None,
+    rivals: Annotated[
+        bool, typer.Option(help="Fit and score a Kalman filter and a GRU too; takes minutes.")
+    ] = False,
 ) -> None:
     """Score causal decodes on a span, beside a Wiener filter's on the same bins.
 
@@ -195,15 +231,19 @@ def evaluate(
     use_threads(None)
     artifact = load_artifact(model)
     read = read_for(artifact, recording)
-    start, stop = artifact.manifest.data.split.occupied(chosen, len(read))
+    start, stop = artifact.manifest.data.split.occupied(chosen, read)
     first = warmup_start(start)
     drops = np.zeros(len(read), dtype=bool)
     drops[first:stop] = plan_drops(stop - first, drop, seed)
     began = time.monotonic()
     result = _run(artifact, read, start, stop, drops)
     seconds = time.monotonic() - began
-    scores = _scores(artifact, read, (start, stop), result, drops)
-    report = _report(artifact, read, chosen, (start, stop), result, scores, drops, seconds)
+    others: dict[str, NDArray[np.float64]] = {}
+    if rivals and _decodes(artifact, read):
+        others = _rivals(artifact, read, (start, stop), drops)
+    scores = _scores(artifact, read, (start, stop), result, drops, others)
+    curves = learning_curves(model, artifact.manifest)
+    report = _report(artifact, read, chosen, (start, stop), result, scores, drops, seconds, curves)
     outputs.write(report, _arrays(start, result, artifact.manifest.latents))
     if json_file != STDOUT:
         _say(report)

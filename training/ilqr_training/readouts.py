@@ -1,20 +1,32 @@
-"""Fitting the kinematic readout on causal latents, and its stated uncertainty on held-out ones."""
+"""Fitting ``ilqr_vae.readout`` on causal latents: linear map, hidden layer, intervals.
+
+Everything is fitted on the training part and chosen on the held-out part; what was chosen is then
+fitted again on both, as the Wiener filter is. The intervals come from the held-out errors of the
+readout that had not seen them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import Ridge
+from scipy import linalg, optimize
+from scipy.stats import norm
 
 from ilqr_training.causal import Causal
 from ilqr_training.config import ReadoutConfig
+from ilqr_training.hidden import Maps, fit_hidden
 from ilqr_vae.metrics import r2
-from ilqr_vae.readout import KinematicReadout
+from ilqr_vae.readout import KinematicReadout, ReadoutShape
 
 Array = NDArray[np.float64]
+
+LEVEL = 0.9
+"""Of the intervals whose coverage on the held-out part is made exact."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +34,10 @@ class ReadoutFit:
     """A fitted readout and what it did on the held-out part before it was refitted on both.
 
     Attributes:
-        readout: ridge on the training and held-out parts together.
-        score: mean R2 on the held-out part, of the ridge that saw the training part alone.
-        truth, decoded, std: (T, D) on the held-out part, of that same ridge.
+        readout: fitted on the training and held-out parts together.
+        score: mean R2 on the held-out part, of the one that saw the training part alone.
+        truth, decoded, std: (T, D) on the held-out part, of that same one.
+        chosen: what was chosen there, for people.
     """
 
     readout: KinematicReadout
@@ -32,73 +45,199 @@ class ReadoutFit:
     truth: Array
     decoded: Array
     std: Array
+    chosen: str
 
 
 @dataclass(frozen=True)
-class _Affine:
-    """y = x W' + b."""
+class _Table:
+    """Features and targets, standardised, with what takes them back to their units."""
 
-    W: Array
-    b: Array
+    x: Array
+    y: Array
+    x_mean: Array
+    x_scale: Array
+    y_mean: Array
+    y_scale: Array
 
-    def __call__(self, x: Array) -> Array:
-        return x @ self.W.T + self.b
+    @staticmethod
+    def of(x: Array, y: Array, latents: int) -> _Table:
+        """``latents``: leading columns that are latent estimates, each scaled by its own deviation.
+
+        The others are spikes left unexplained. A unit that hardly fires must not be blown up, so
+        their variances get a share of the units' mean added.
+        """
+        variance = x.var(0)
+        rest = variance[latents:]
+        rest += 0.1 * rest.mean() if len(rest) else 0.0
+        scale = np.sqrt(variance) + 1e-9
+        y_mean, y_scale = y.mean(0), y.std(0) + 1e-12
+        return _Table(
+            (x - x.mean(0)) / scale, (y - y_mean) / y_scale, x.mean(0), scale, y_mean, y_scale
+        )
+
+    def in_units(self, maps: Maps) -> Maps:
+        """Maps of standardised features and targets as maps of the original ones."""
+        W, U = maps.W / self.x_scale, maps.U / self.x_scale
+        out = self.y_scale[:, None]
+        return Maps(
+            W=W * out,
+            b=(maps.b - W @ self.x_mean) * self.y_scale + self.y_mean,
+            U=U,
+            c=maps.c - U @ self.x_mean,
+            O=maps.O * out,
+        )
 
 
-def _ridge(x: Array, y: Array, alpha: float) -> _Affine:
-    """Ridge on standardised features and targets, folded back into their units."""
-    mean, scale = x.mean(0), x.std(0) + 1e-9
-    y_mean, y_scale = y.mean(0), y.std(0) + 1e-12
-    ridge = Ridge(alpha=alpha).fit((x - mean) / scale, (y - y_mean) / y_scale)
-    coefficients = np.asarray(ridge.coef_).reshape(y.shape[1], x.shape[1])
-    W = coefficients / scale * y_scale[:, None]
-    return _Affine(W, np.ravel(ridge.intercept_) * y_scale + y_mean - W @ mean)
+@dataclass(frozen=True)
+class _Choice:
+    """Penalties of the linear map, on latents and on unexplained spikes; and hidden units."""
+
+    alpha: float
+    beta: float
+    hidden: int = 0
+
+    def __str__(self) -> str:
+        spikes = "none" if np.isinf(self.beta) else f"{self.beta:g}"
+        return f"ridge {self.alpha:g}, on unexplained spikes {spikes}, hidden units {self.hidden}"
 
 
-def _module(fit: _Affine, n: int, lags: int) -> KinematicReadout:
-    readout = KinematicReadout(n, len(fit.b), lags=lags).double()
-    readout.W.copy_(torch.as_tensor(fit.W))
-    readout.b.copy_(torch.as_tensor(fit.b))
+def _ridges(table: _Table, latents: int, choices: list[_Choice]) -> Iterator[Maps]:
+    """The linear map of each choice; one Gram matrix serves them all."""
+    gram, cross = table.x.T @ table.x, table.x.T @ table.y
+    F, D = cross.shape
+    for choice in choices:
+        used = F if np.isfinite(choice.beta) else latents
+        penalty = np.full(used, choice.alpha)
+        penalty[latents:] = choice.beta
+        W = np.zeros((D, F))
+        W[:, :used] = linalg.solve(
+            gram[:used, :used] + np.diag(penalty), cross[:used], assume_a="pos"
+        ).T
+        yield Maps.linear(W, np.zeros(D))
+
+
+def _module(maps: Maps, n: int, units: int, shape: ReadoutShape, y: Array) -> KinematicReadout:
+    readout = KinematicReadout(n, len(maps.b), shape, units=units).double()
+    for name in ("W", "b", "U", "c", "O"):
+        getattr(readout, name).copy_(torch.as_tensor(getattr(maps, name)))
+    readout.centre.copy_(torch.as_tensor(y.mean(0)))
+    readout.spread.copy_(torch.as_tensor(y.std(0) + 1e-12))
     return readout
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Bins to fit or to choose on."""
+
+    x: Array
+    y: Array
+    covariance: Array
+
+    @staticmethod
+    def both(one: _Part, other: _Part) -> _Part:
+        return _Part(*(np.concatenate([getattr(one, k), getattr(other, k)]) for k in vars(one)))
+
+
 def fit_readout(
-    train: Causal, train_y: Array, held: Causal, held_y: Array, n: int, config: ReadoutConfig
+    train: Causal,
+    train_y: Array,
+    held: Causal,
+    held_y: Array,
+    n: int,
+    config: ReadoutConfig,
+    *,
+    seed: int = 0,
+    quick: bool = False,
 ) -> ReadoutFit:
-    """Ridge from causal latents to kinematics: strength and noise from held-out bins.
+    """The readout that does best on the held-out part among those the configuration allows.
 
-    Once they are chosen, the weights are fitted again on both parts, as the Wiener filter's are.
+    Args:
+        train, held: estimates whose ``window`` holds what ``config`` reads.
+        train_y, held_y: (T, D) kinematics of the same bins.
+        n: latents.
+        seed: of the hidden layer's start and dropout.
+        quick: the linear map alone.
     """
-    fits = {alpha: _ridge(train.window, train_y, alpha) for alpha in config.alphas}
-    scores = {alpha: r2(held_y, fit(held.window)) for alpha, fit in fits.items()}
-    alpha = max(scores, key=lambda a: scores[a])
-    decoded = fits[alpha](held.window)
-    trained = _module(fits[alpha], n, config.lags)
-    calibrate(trained, held_y - decoded, held.covariance)
-    std = trained(torch.as_tensor(held.window), torch.as_tensor(held.covariance))[1].numpy()
-    both = _ridge(
-        np.concatenate([train.window, held.window]), np.concatenate([train_y, held_y]), alpha
-    )
-    readout = _module(both, n, config.lags)
-    readout.gain.copy_(trained.gain)
-    readout.variance.copy_(trained.variance)
-    return ReadoutFit(readout, scores[alpha], held_y, decoded, std)
+    units = train.rates.shape[1]
+    latents = (config.lags + 1) * n
+    one = _Part(train.window, train_y, train.covariance)
+    other = _Part(held.window, held_y, held.covariance)
+    table = _Table.of(one.x, one.y, latents)
+    betas = (np.inf, *config.alphas) if config.residuals else (np.inf,)
+    choices = [_Choice(a, b) for a, b in product(config.alphas, betas)]
+
+    def decode(maps: Maps) -> Array:
+        return table.in_units(maps)(other.x)
+
+    scored = [
+        (r2(held_y, decode(maps)), i, choices[i], maps)
+        for i, maps in enumerate(_ridges(table, latents, choices))
+    ]
+    score, _, choice, maps = max(scored, key=lambda s: (s[0], -s[1]))
+    if config.hidden and not quick:
+        deep = fit_hidden(table.x, table.y, maps, config, seed)
+        found = r2(held_y, decode(deep))
+        if found > score:
+            score, maps = found, deep
+            choice = _Choice(choice.alpha, choice.beta, len(deep.c))
+    residuals = config.residuals if np.isfinite(choice.beta) or choice.hidden else 0
+    shape = ReadoutShape(lags=config.lags, residuals=residuals, hidden=choice.hidden)
+    reads = slice(0, shape.features(n, units))
+
+    trained = _module(table.in_units(maps).reading(reads), n, units, shape, one.y)
+    decoded, std = calibrate(trained, other.x[:, reads], other.y, other.covariance)
+    whole = _Part.both(one, other)
+    table = _Table.of(whole.x, whole.y, latents)
+    (again,) = _ridges(table, latents, [choice])
+    if choice.hidden:
+        again = fit_hidden(table.x, table.y, again, config, seed)
+    readout = _module(table.in_units(again).reading(reads), n, units, shape, one.y)
+    for name in ("gain", "variance", "kappa"):
+        getattr(readout, name).copy_(getattr(trained, name))
+    return ReadoutFit(readout, score, held_y, decoded, std, str(choice))
 
 
-def calibrate(readout: KinematicReadout, residual: Array, covariance: Array) -> None:
-    """Set tau^2 and gain: e ~ N(0, gain v_t + tau^2), v_t the propagated latent variance.
+def calibrate(
+    readout: KinematicReadout, x: Array, y: Array, covariance: Array
+) -> tuple[Array, Array]:
+    """Set gain, tau^2 and kappa from errors on bins that the readout was not fitted on.
 
-    Maximum likelihood over the share of the error variance that is given to the latent, per channel
-    (the likelihood of a heteroscedastic Gaussian has no closed form); the two always add up to the
-    residuals' mean square.
+    Maximum likelihood of e ~ N(0, gain v_t + tau^2 + kappa q_t), per channel (no closed form); then
+    all three are scaled by the one factor that makes the 90 % interval cover 90 % of these bins,
+    since errors have heavier tails than a Gaussian.
+
+    Args:
+        x: (T, F) features; y: (T, D) kinematics; covariance: (T, n, n) of the latents.
+
+    Returns:
+        the decodes and their standard deviations on these bins, (T, D) each.
     """
-    v = readout.latent_variance(torch.as_tensor(covariance)).numpy()
-    for d in range(residual.shape[1]):
-        e2, vd = residual[:, d] ** 2, v[:, d]
-        total = max(float(e2.mean()), 1e-300)
-        scale = total / max(float(vd.mean()), 1e-300)
+    inputs = torch.as_tensor(x), torch.as_tensor(covariance)
+    mean = readout.mean(inputs[0])
+    latent, energy = readout.latent_variance(*inputs).numpy(), readout.energy(mean).numpy()
+    error = y - mean.numpy()
+    for d in range(y.shape[1]):
+        e2 = np.maximum(error[:, d] ** 2, 1e-300)
+        total = float(e2.mean())
+        terms = np.stack([latent[:, d], np.ones(len(e2)), energy], 1)
+        size = terms.mean(0)
+        usable = size > 1e-12 * max(float(size.max()), 1e-300)
+        shares = terms[:, usable] / size[usable] * total
+        ratio = np.sqrt(e2) / norm.ppf(0.5 + LEVEL / 2)
 
-        shares = np.linspace(0.0, 0.95, 20)
-        variance = shares[:, None] * scale * vd + (1 - shares[:, None]) * total
-        share = float(shares[np.argmin((np.log(variance) + e2 / variance).mean(1))])
-        readout.gain[d], readout.variance[d] = share * scale, (1 - share) * total
+        def loss(log_weights: Array, shares: Array = shares, e2: Array = e2) -> float:
+            s2 = shares @ np.exp(log_weights)
+            return float((np.log(s2) + e2 / s2).mean())
+
+        count = int(usable.sum())
+        begin = np.full(count, -np.log(count))
+        # the floor keeps a term that is of no use from wandering off to minus infinity
+        found = optimize.minimize(loss, begin, method="L-BFGS-B", bounds=[(-12.0, 5.0)] * count).x
+        weights = np.zeros(3)
+        weights[usable] = np.exp(found) / size[usable] * total
+        s = np.sqrt(shares @ np.exp(found))
+        weights *= float(np.quantile(ratio / s, LEVEL)) ** 2
+        readout.gain[d], readout.variance[d], readout.kappa[d] = weights
+        readout.variance[d] = max(float(weights[1]), 1e-12 * total)
+    _, std = readout(*inputs)
+    return mean.numpy(), std.numpy()

@@ -147,7 +147,10 @@ def train(
     final = validate(model, data, config, thorough=True, progress=watcher.validating)
     manifest = save_artifact(
         out,
-        manifest_of(config, data, final, run.step, progress.best_step),
+        msgspec.structs.replace(
+            manifest_of(config, data, final, run.step, progress.best_step),
+            history=tuple(progress.history),
+        ),
         model,
         final.readout,
         final.mean_rate,
@@ -176,7 +179,7 @@ def manifest_of(
         data=config.data,
         horizon=config.estimator,
         model=model_spec(config.model, data),
-        readout_lags=config.readout.lags if decoded else None,
+        readout=None if final.readout is None else final.readout.shape,
         scores=final.scores,
         provenance={
             "recording": recording.name,

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from ilqr_training.config import TrainConfig, check, load_config
 from ilqr_training.data import Prepared
+from ilqr_training.followed import log_folder
 from ilqr_training.loop import Report
 from ilqr_training.train import checkpoint_path, train
 from ilqr_training.validate import Validation
@@ -132,7 +133,7 @@ def train_command(
                 out,
                 terminal,
                 resume=resume,
-                log_dir=log_dir or out.with_name(out.stem + "-log"),
+                log_dir=log_dir or log_folder(out),
             )
     except KeyboardInterrupt:
         kept = checkpoint_path(out)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ilqr_training.causal import Causal, causal_pass
-from ilqr_training.config import TrainConfig
+from ilqr_training.config import ReadoutConfig, TrainConfig
 from ilqr_training.data import Prepared
 from ilqr_training.readouts import fit_readout
 from ilqr_vae.horizon import MovingHorizon
@@ -41,8 +41,13 @@ class Validation:
 def mean_rate(data: Prepared) -> torch.Tensor:
     """(N,) expected counts per bin over the training part, float64."""
     a, b = data.train
-    valid = data.recording.valid[a:b]
-    return torch.as_tensor(data.recording.counts[a:b][valid].astype(np.float64).mean(0))
+    seen = data.recording.mask()[a:b]
+    spikes = np.where(seen, data.recording.counts[a:b], 0).sum(0, dtype=np.float64)
+    return torch.as_tensor(spikes / np.maximum(seen.sum(0), 1))
+
+
+def _reads(config: TrainConfig) -> ReadoutConfig:
+    return config.readout.within(config.estimator.horizon)
 
 
 def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHorizon:
@@ -53,7 +58,9 @@ def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHor
     k = data.recording.kinematics
     blank = None
     if k is not None:
-        blank = KinematicReadout(model.n, k.shape[1], lags=config.readout.lags).double()
+        blank = KinematicReadout(
+            model.n, k.shape[1], _reads(config).shape, units=data.recording.counts.shape[1]
+        ).double()
     frozen = copy.deepcopy(model).double().cpu()
     return MovingHorizon(frozen, blank, mean_rate(data), config.estimator)
 
@@ -95,7 +102,7 @@ def validate(
     k = data.recording.kinematics
     if k is None:
         return Validation(held.bits_per_spike, scores, None, estimator.mean_rate)
-    fitted = _decode(train, held, k, data, model.n, config)
+    fitted = _decode(train, held, k, data, model.n, config, thorough)
     return Validation(fitted[1]["r2"], scores | fitted[1], fitted[0], estimator.mean_rate)
 
 
@@ -106,8 +113,9 @@ def _decode(
     data: Prepared,
     n: int,
     config: TrainConfig,
+    thorough: bool,
 ) -> tuple[KinematicReadout, dict[str, float]]:
-    valid = data.recording.valid
+    valid = data.recording.scored
     a, b = data.train
     c, d = data.validation
     fit = fit_readout(
@@ -116,7 +124,9 @@ def _decode(
         held.rows(valid[c:d]),
         k[c:d][valid[c:d]],
         n,
-        config.readout,
+        _reads(config),
+        seed=config.training.seed,
+        quick=not thorough,
     )
     names = data.recording.kinematic_names
     scores = {"r2": fit.score} | {

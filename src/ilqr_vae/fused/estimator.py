@@ -66,17 +66,19 @@ class Estimator:
         self.horizon, self.options = horizon, options
         n, m, N = self.plan.sizes
         self.dtype = array(mean_rate).dtype
-        self.scratch_size = window.scratch_size(horizon, n, m, N)
         prior = array(model.initial.cost(1).precision[0])
         self.wide = array(model.initial.cost(1).precision[0].inverse())
-        if readout is None:
-            self.channels, self.features = 0, n
-            W = np.zeros((0, n), self.dtype)
-            affine = (W, *(np.zeros(0, self.dtype) for _ in range(3)))
-        else:
-            self.channels, self.features = readout.W.shape
-            given = (readout.W, readout.b, readout.variance, readout.gain)
-            affine = tuple(array(t.to(mean_rate.dtype)) for t in given)
+        blank = KinematicReadout(n, 0)
+        used = blank if readout is None else readout
+        self.channels, self.features = used.W.shape
+        self.scratch_size = window.scratch_size(horizon, n, m, N, used.shape.hidden)
+        maps = tuple(array(t.to(mean_rate.dtype)) for t in (used.W, used.b, used.U, used.c, used.O))
+        spread = (used.variance, used.gain, used.kappa, used.centre, used.spread)
+        affine = (
+            (used.shape.lags, used.shape.residuals),
+            maps,
+            tuple(array(t.to(mean_rate.dtype)) for t in spread),
+        )
         self.fixed = (self.plan.arrays, prior, array(mean_rate))
         self.readout = affine
         self._spare: dict[int, list[_Room]] = {}

@@ -33,13 +33,13 @@ from ilqr_vae.rollout_kernels import linearise, roll_out
 from ilqr_vae.rollout_kernels import scratch_size as rollout_scratch
 
 
-def scratch_size(T, n, m, N):
-    """Numbers of scratch that one thread needs."""
+def scratch_size(T, n, m, N, hidden):
+    """Numbers of scratch that one thread needs; ``hidden``: of the readout."""
     n8, N8 = n + COLUMNS, N + COLUMNS
     absorb = 2 * n + m + 2 * n8 + 2 * N8 + 5 * n * n + 2 * n + n * m
     absorb += 6 * n8 * n8 + m * n8 + 2 * n8 + 2 * n * n8 + n8
     absorb += max(rollout_scratch(n, m), observations.scratch_size(1, n))
-    answer = (T + 1) * n * n + lqr_scratch(n, m) + N8 + n
+    answer = (T + 1) * n * n + lqr_scratch(n, m) + N8 + n + hidden
     return max(absorb, answer)
 
 
@@ -234,9 +234,77 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
 
 
 @part
+def _features(b, bank, sizes, after, window, scratch):
+    """Write what the readout reads of stream ``b``: latents, then unexplained spikes."""
+    lags, residuals = sizes
+    age, _, _, z, _, counts, mask = after
+    n, N = z.shape[2], counts.shape[2]
+    zero = z.dtype.type(0.0)
+    newest = age[b]
+    for lag in range(lags + 1):
+        slot = max(newest - lag, 0)
+        for i in range(n):
+            window[b, lag * n + i] = z[b, slot, i]
+    expected, end = carve(scratch, 0, 1, eight(N))
+    at, end = carve(scratch, end, 1, n)
+    for k in range(residuals):
+        slot, first = newest - k, (lags + 1) * n + k * N
+        if slot < 1:
+            for i in range(N):
+                window[b, first + i] = zero
+            continue
+        for i in range(n):
+            at[0, i] = z[b, slot, i]
+        observations.expected(bank, at, expected)
+        for i in range(N):
+            left = counts[b, slot - 1, i] - expected[0, i]
+            window[b, first + i] = mask[b, slot - 1, i] * left
+
+
+@part
+def _decode(b, maps, spread, window, z_cov, kinematics, kinematics_std, scratch):
+    """Mean and standard deviation of stream ``b``'s kinematics, see ``readout``."""
+    W, offset, U, c, O = maps  # noqa: E741 (the letter of the formula)
+    variance, gain, kappa, centre, scale = spread
+    n, D, h = z_cov.shape[1], W.shape[0], U.shape[0]
+    zero = window.dtype.type(0.0)
+    unit, end = carve(scratch, 0, 1, h)
+    J, end = carve(scratch, end, 1, n)
+    for a in range(h):
+        total = c[a]
+        for j in range(U.shape[1]):
+            total += U[a, j] * window[b, j]
+        unit[0, a] = math.tanh(total)
+    energy = zero
+    for k in range(D):
+        total = offset[k]
+        for j in range(W.shape[1]):
+            total += W[k, j] * window[b, j]
+        for a in range(h):
+            total += O[k, a] * unit[0, a]
+        kinematics[b, k] = total
+        off = (total - centre[k]) / scale[k]
+        energy += off * off / D
+    for k in range(D):
+        for i in range(n):
+            J[0, i] = W[k, i]
+        for a in range(h):
+            slope = O[k, a] * (1 - unit[0, a] * unit[0, a])
+            for i in range(n):
+                J[0, i] += slope * U[a, i]
+        latent = zero
+        for i in range(n):
+            row = zero
+            for j in range(n):
+                row += z_cov[b, i, j] * J[0, j]
+            latent += J[0, i] * row
+        kinematics_std[b, k] = math.sqrt(gain[k] * latent + variance[k] + kappa[k] * energy)
+
+
+@part
 def _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
     """Write stream ``b``'s solved window and its answer."""
-    W, offset, variance, gain = readout
+    sizes, maps, spread = readout
     state, info = work
     solved_z, solved_u, _, _, status, iterations = state
     problem, law, value, _, _, _, _ = info
@@ -274,21 +342,8 @@ def _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
         for j in range(n):
             z_cov[b, i, j] = Sigma[newest, i, j] if good else wide[i, j]
 
-    for lag in range(window.shape[1] // n):
-        slot = max(newest - lag, 0)
-        for i in range(n):
-            window[b, lag * n + i] = z[b, slot, i]
-    for k in range(W.shape[0]):
-        total, spread = offset[k], zero
-        for j in range(W.shape[1]):
-            total += W[k, j] * window[b, j]
-        for i in range(n):
-            row = zero
-            for j in range(n):
-                row += z_cov[b, i, j] * W[k, j]
-            spread += W[k, i] * row
-        kinematics[b, k] = total
-        kinematics_std[b, k] = math.sqrt(gain[k] * spread + variance[k])
+    _features(b, bank, sizes, after, window, scratch)
+    _decode(b, maps, spread, window, z_cov, kinematics, kinematics_std, scratch)
     expected, end = carve(scratch, 0, 1, eight(N))
     at, end = carve(scratch, end, 1, n)
     for i in range(n):
@@ -324,7 +379,7 @@ def leave(first, last, bank, wide, readout, work, after, predicted, estimate, sc
     Args:
         bank: the channels.
         wide: (n, n) covariance of z_0, stated where a solve broke down.
-        readout: (W, b, variance, gain).
+        readout: ((L, K), (W, b, U, c, O), (variance, gain, kappa, centre, spread)).
         work: (state, info) of ``iteration`` after the solve.
         after: the fields of ``HorizonState``; z and u are written.
         predicted, estimate: see ``enter``; the estimate is written.

@@ -5,17 +5,26 @@
 
 from ilqr_vae.recordings.load import load_matching, load_recording
 from ilqr_vae.recordings.nwb_write import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
-from ilqr_vae.recordings.spec import MatSpec, NwbSpec, RecordingSpec, SplitSpec
+from ilqr_vae.recordings.spec import (
+    Hdf5Spec,
+    MatSpec,
+    NwbSpec,
+    RecordingSpec,
+    SplitSpec,
+    TrialSpec,
+)
 from ilqr_vae.recordings.types import Recording, Trials
 
 __all__ = [
     "BehaviourSeries",
+    "Hdf5Spec",
     "MatSpec",
     "NwbSpec",
     "Recording",
     "RecordingSpec",
     "SplitSpec",
     "SubjectInfo",
+    "TrialSpec",
     "TrialTable",
     "Trials",
     "load_matching",

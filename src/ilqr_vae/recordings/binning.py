@@ -46,6 +46,46 @@ def bin_spikes(
     return counts
 
 
+def bin_windows(
+    spike_times: Sequence[NDArray[Any]],
+    begin: NDArray[np.float64],
+    bins: NDArray[np.int64],
+    bin_width: float,
+) -> NDArray[np.uint16]:
+    """Counts of windows laid end to end: (sum of bins, N).
+
+    Args:
+        spike_times: N units' increasing times in seconds, finite.
+        begin: (K,), seconds: left edge of each window. Windows may overlap.
+        bins: (K,), how many bins each has.
+
+    Raises:
+        RecordingError: a count exceeds 65535.
+    """
+    edges = np.concatenate(
+        [b + bin_width * (np.arange(n + 1) - _EDGE) for b, n in zip(begin, bins, strict=True)]
+    )
+    # between the last edge of a window and the first of the next lies no bin
+    real = np.ones(len(edges) - 1, dtype=bool)
+    real[np.cumsum(bins + 1)[:-1] - 1] = False
+    counts = np.empty((int(bins.sum()), len(spike_times)), dtype=np.uint16)
+    for unit, times in enumerate(spike_times):
+        inside = np.diff(np.searchsorted(times, edges))[real]
+        if int(inside.max(initial=0)) > MAX_COUNT:
+            raise RecordingError(
+                f"units[{unit}].spike_times",
+                expected=f"at most {MAX_COUNT} spikes a bin",
+                got=str(int(inside.max())),
+            )
+        counts[:, unit] = inside
+    return counts
+
+
+def left_edges(start: float, bin_width: float, n_bins: int) -> NDArray[np.float64]:
+    """(n_bins,), seconds at which each bin begins."""
+    return np.asarray(start + bin_width * np.arange(n_bins), dtype=np.float64)
+
+
 def bins_of(seconds: NDArray[Any], start: float, bin_width: float) -> NDArray[np.int64]:
     """The bin each time falls in, negative before ``start``."""
     position = (np.asarray(seconds, dtype=np.float64) - start) / bin_width
@@ -58,12 +98,15 @@ def resample(
     start: float,
     bin_width: float,
     n_bins: int,
+    *,
+    interval: float | None = None,
 ) -> NDArray[np.float64]:
     """A series (K, D) sampled at increasing ``times`` (K,), in seconds, on the bins: (n_bins, D).
 
     Where samples come at least once a bin, a bin's value is the mean of the finite samples inside
     it. Where they come slower, it is the linear interpolation at the bin's centre, the nearest
     sample holding beyond the ends by up to half a sampling interval. What neither gives is NaN.
+    ``interval``, seconds between samples, is their median unless given.
 
     Raises:
         RecordingError: times do not increase.
@@ -72,7 +115,8 @@ def resample(
         raise RecordingError(
             "kinematics.timestamps", expected="increasing seconds", got="some that do not"
         )
-    interval = float(np.median(np.diff(times))) if len(times) > 1 else bin_width
+    if interval is None:
+        interval = float(np.median(np.diff(times))) if len(times) > 1 else bin_width
     if interval > bin_width * (1 + 1e-6):
         return _interpolate(values, times, start, bin_width, n_bins, interval)
     bins = bins_of(times, start, bin_width)

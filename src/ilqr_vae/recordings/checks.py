@@ -123,6 +123,29 @@ def fill_gaps(
     return array, valid
 
 
+def inside_intervals(
+    intervals: NDArray[np.float64], begin: NDArray[np.float64], end: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """(T,), True where [begin, end) lies inside one of the intervals, or of those that touch.
+
+    Args:
+        intervals: (M, 2), seconds, in any order; they may overlap.
+        begin, end: (T,), seconds.
+    """
+    slack = 1e-6
+    merged: list[list[float]] = []
+    for a, b in intervals[np.argsort(intervals[:, 0])].tolist():
+        if merged and a <= merged[-1][1] + slack:
+            merged[-1][1] = max(merged[-1][1], b)
+        else:
+            merged.append([a, b])
+    if not merged:
+        return np.zeros(len(begin), dtype=bool)
+    starts, stops = np.array(merged).T
+    which = np.searchsorted(starts, begin + slack, side="right") - 1
+    return (which >= 0) & (stops[which.clip(0)] >= end - slack)
+
+
 def missing_extra(field: str, package: str, extra: str) -> RecordingError:
     """The error for a reader whose package is not installed."""
     return RecordingError(

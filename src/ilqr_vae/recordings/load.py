@@ -12,7 +12,7 @@ from ilqr_vae.recordings.types import Recording
 
 
 def load_recording(path: str | Path, spec: RecordingSpec | None = None) -> Recording:
-    """Read a recording by its suffix: ``.nwb`` or ``.mat``.
+    """Read a recording by its suffix: ``.nwb``, ``.mat``, or ``.h5`` and ``.hdf5``.
 
     Args:
         path: the file.
@@ -20,7 +20,8 @@ def load_recording(path: str | Path, spec: RecordingSpec | None = None) -> Recor
 
     Raises:
         RecordingError: no such file, another suffix, a file that is not what its suffix says, a
-            field that is absent, or contents that are no recording (``read_nwb``, ``read_mat``).
+            field that is absent, or contents that are no recording (``read_nwb``, ``read_mat``,
+            ``read_hdf5``).
     """
     path, spec = existing_file(path), spec or RecordingSpec()
     suffix = path.suffix.lower()
@@ -30,7 +31,11 @@ def load_recording(path: str | Path, spec: RecordingSpec | None = None) -> Recor
         from ilqr_vae.recordings.nwb import read_nwb
 
         return read_nwb(path, spec)
-    raise RecordingError("recording", expected="a .nwb or .mat file", got=path.name)
+    if suffix in (".h5", ".hdf5"):
+        from ilqr_vae.recordings.hdf5 import read_hdf5
+
+        return read_hdf5(path, spec)
+    raise RecordingError("recording", expected="a .nwb, .mat or .h5 file", got=path.name)
 
 
 def load_matching(

@@ -1,8 +1,9 @@
-"""Binned counts from MAT files, version 5 (scipy) and 7.3 (h5py), by a field map."""
+"""Counts or spike times from MAT files, version 5 (scipy) and 7.3 (h5py), by a field map."""
 
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from numpy.typing import NDArray
 from scipy import io, sparse
 
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.binning import left_edges
 from ilqr_vae.recordings.checks import (
     existing_file,
-    fill_gaps,
     missing_extra,
     same_bin_width,
     sha256_of,
     whole_counts,
 )
+from ilqr_vae.recordings.session import Moving, Session, cut_on_grid, finish, recording_of
 from ilqr_vae.recordings.spec import MatSpec, RecordingSpec
-from ilqr_vae.recordings.types import Recording, Trials
+from ilqr_vae.recordings.trials import Table
+from ilqr_vae.recordings.types import Recording
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
@@ -51,43 +54,78 @@ def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
     Raises:
         RecordingError: no such file, no MAT file, a variable is absent (those present are listed),
             counts are not whole numbers 0..65535, the file's bin width is not the spec's, shapes
-            disagree, or the file is version 7.3 and h5py is not installed.
+            disagree, spike times are not finite, or the file is version 7.3 and h5py is not
+            installed.
     """
     path, mat = existing_file(path), spec.mat
+    timed = bool(mat.spike_times)
     wanted = {
-        "data.mat.spikes": mat.spikes,
+        "data.mat.spike_times" if timed else "data.mat.spikes": mat.spike_times or mat.spikes,
         "data.mat.bin_width": mat.bin_width,
+        "data.mat.time": mat.time,
         "data.mat.kinematics": mat.kinematics,
         "data.mat.trial_starts": mat.trial_starts,
-    }
+        "data.mat.trial_stops": mat.trial_stops,
+        "data.mat.trial_conditions": mat.trial_conditions,
+    } | {f"data.mat.trial_events[{i}]": name for i, name in enumerate(mat.trial_events)}
     variables = _variables(path, {field: name for field, name in wanted.items() if name})
+    made = _timed(variables, spec) if timed else _binned(variables, spec)
+    return replace(made, name=path.name, sha256=sha256_of(path))
+
+
+def _binned(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
+    mat, width = spec.mat, spec.bin_width
     counts = _counts(variables[mat.spikes], mat)
     if mat.bin_width:
-        width = np.ravel(_numbers(variables[mat.bin_width], mat.bin_width))
-        if width.size != 1:
-            raise RecordingError(mat.bin_width, expected="one number", got=f"{width.size}")
-        same_bin_width(float(width[0]), spec.bin_width, mat.bin_width)
+        stated = np.ravel(_numbers(variables[mat.bin_width], mat.bin_width))
+        if stated.size != 1:
+            raise RecordingError(mat.bin_width, expected="one number", got=f"{stated.size}")
+        same_bin_width(float(stated[0]), width, mat.bin_width)
     n_bins = len(counts)
-    valid = np.ones(n_bins, dtype=bool)
-    kinematics: NDArray[np.float64] | None = None
-    names: tuple[str, ...] = ()
-    units: tuple[str, ...] = ()
+    begin = left_edges(0.0, width, n_bins)
+    moving: Moving | None = None
     if mat.kinematics:
+        whole_lag(spec)
         raw, names, units = _kinematics(variables[mat.kinematics], mat, n_bins)
-        kinematics, valid = fill_gaps(raw, spec.bin_width, mat.kinematics)
-    trials = _trials(variables[mat.trial_starts], mat, n_bins) if mat.trial_starts else None
-    return Recording(
-        counts=counts,
-        bin_width=spec.bin_width,
-        unit_names=tuple(f"unit{i}" for i in range(counts.shape[1])),
-        kinematics=kinematics,
-        kinematic_names=names,
-        kinematic_units=units,
-        trials=trials,
-        valid=valid,
-        name=path.name,
-        sha256=sha256_of(path),
-    )
+        moving = Moving(mat.kinematics, raw.astype(np.float64), begin, width, names, units)
+    names = tuple(f"unit{i}" for i in range(counts.shape[1]))
+    table = _table(variables, mat, n_bins, width)
+    made = finish(counts, begin, Session([], names, moving=moving, table=table), spec)
+    return made if spec.mode == "continuous" else cut_on_grid(made, table, spec)
+
+
+def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
+    mat = spec.mat
+    cells = variables[mat.spike_times]
+    if not isinstance(cells, list):
+        raise RecordingError(
+            mat.spike_times, expected="a cell array of vectors of seconds", got="no cell array"
+        )
+    units = [np.sort(np.ravel(_numbers(c, mat.spike_times)).astype(np.float64)) for c in cells]
+    units = [times for times in units if times.size]
+    if not all(np.isfinite(times).all() for times in units):
+        raise RecordingError(mat.spike_times, expected="finite seconds", got="some that are not")
+    if not units:
+        raise RecordingError(mat.spike_times, expected="cells with spike times", got="none")
+    moving: Moving | None = None
+    if mat.kinematics:
+        if not mat.time:
+            raise RecordingError(
+                "data.mat.time", expected="the variable with the samples' times", got="none"
+            )
+        times = np.ravel(_numbers(variables[mat.time], mat.time)).astype(np.float64)
+        if len(times) < 2 or not np.isfinite(times).all() or not (np.diff(times) > 0).all():
+            raise RecordingError(
+                mat.time, expected="two or more increasing seconds", got=f"{len(times)}"
+            )
+        raw, names, kinds = _kinematics(variables[mat.kinematics], mat, len(times))
+        interval = float(np.median(np.diff(times)))
+        moving = Moving(mat.kinematics, raw.astype(np.float64), times, interval, names, kinds)
+    table = None if moving is None else _table(variables, mat, len(moving.times), moving.interval)
+    if table is not None and moving is not None:
+        table = Table(table.start + moving.times[0], table.stop + moving.times[0], table.columns)
+    names = tuple(f"unit{i}" for i in range(len(units)))
+    return recording_of(Session(units, names, moving=moving, table=table), spec)
 
 
 def _variables(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
@@ -100,11 +138,19 @@ def _variables(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
     try:
         present = [name for name, _, _ in io.whosmat(path)]
         _require(wanted, present, path)
-        return io.loadmat(path, variable_names=list(wanted.values()))
+        found = io.loadmat(path, variable_names=list(wanted.values()))
+        return {name: _plain(value) for name, value in found.items()}
     except _UNREADABLE as error:
         raise RecordingError(
             "recording", expected="a MAT file (version 5 or 7.3)", got=f"{path.name}: {error}"
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A cell array as a list of its cells, column by column as MATLAB counts them."""
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return list(value.ravel(order="F"))
+    return value
 
 
 def _variables_v73(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
@@ -116,15 +162,18 @@ def _variables_v73(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
         with h5py.File(path, "r") as file:
             names = [str(name) for name in file]
             _require(wanted, [name for name in names if not name.startswith("#")], path)
-            return {name: _v73_array(file[name], name, h5py) for name in wanted.values()}
+            return {name: _v73_array(file, file[name], name, h5py) for name in wanted.values()}
     except (OSError, RuntimeError, KeyError) as error:
         raise RecordingError(
             "recording", expected="a MAT file of version 7.3", got=f"{path.name}: {error}"
         ) from error
 
 
-def _v73_array(node: Any, name: str, h5py: Any) -> NDArray[Any]:
+def _v73_array(file: Any, node: Any, name: str, h5py: Any) -> Any:
     if isinstance(node, h5py.Dataset):
+        if h5py.check_ref_dtype(node.dtype) is not None:
+            # HDF5 keeps MATLAB's axes reversed: row by row here is column by column there
+            return [_v73_cell(file[ref]) for ref in np.asarray(node).ravel()]
         return np.asarray(node).T
     if "MATLAB_sparse" in node.attrs and "jc" in node:
         columns = np.asarray(node["jc"])
@@ -134,6 +183,11 @@ def _v73_array(node: Any, name: str, h5py: Any) -> NDArray[Any]:
         parts = (np.asarray(node["data"]), np.asarray(node["ir"]), columns)
         return sparse.csc_matrix(parts, shape=shape).toarray()
     raise RecordingError(name, expected="an array of numbers", got="a struct or cell")
+
+
+def _v73_cell(node: Any) -> NDArray[Any]:
+    # an empty cell is stored as its size, with an attribute that says so
+    return np.zeros(0) if node.attrs.get("MATLAB_empty", 0) else np.asarray(node).T
 
 
 def _require(wanted: dict[str, str], present: list[str], path: Path) -> None:
@@ -147,6 +201,8 @@ def _require(wanted: dict[str, str], present: list[str], path: Path) -> None:
 
 
 def _numbers(value: Any, field: str) -> NDArray[Any]:
+    if isinstance(value, list):
+        raise RecordingError(field, expected="an array of numbers", got="a cell array")
     array = value.toarray() if sparse.issparse(value) else np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise RecordingError(field, expected="an array of numbers", got=f"dtype {array.dtype}")
@@ -188,17 +244,56 @@ def _kinematics(
     return array[:, list(rows)], names, units
 
 
-def _trials(value: Any, mat: MatSpec, n_bins: int) -> Trials:
-    """One-based first bins; a trial lasts until the next begins, the last until the end."""
-    starts = _bin_numbers(_numbers(value, mat.trial_starts), mat.trial_starts)
-    if starts[0] < 1 or starts[-1] > n_bins or (np.diff(starts) <= 0).any():
+def whole_lag(spec: RecordingSpec) -> None:
+    """Raises RecordingError unless the lag is a whole number of bins, as binned files need."""
+    bins = spec.lag / spec.bin_width
+    if abs(bins - round(bins)) > 1e-6:
+        raise RecordingError(
+            "data.lag",
+            expected=f"a whole number of the file's bins of {spec.bin_width:g} s",
+            got=f"{spec.lag:g} s",
+        )
+
+
+def _table(variables: dict[str, Any], mat: MatSpec, n_bins: int, width: float) -> Table | None:
+    """One-based bins as a trials table, seconds from the first bin."""
+    if not mat.trial_starts:
+        return None
+    start = _bin_numbers(_numbers(variables[mat.trial_starts], mat.trial_starts), mat.trial_starts)
+    if start[0] < 1 or start[-1] > n_bins or (np.diff(start) <= 0).any():
         raise RecordingError(
             mat.trial_starts,
             expected=f"increasing one-based bins up to {n_bins}",
-            got=f"{len(starts)} from {starts[0]} to {starts[-1]}",
+            got=f"{len(start)} from {start[0]} to {start[-1]}",
         )
-    start = starts - 1
-    return Trials(start=start, stop=np.append(start[1:], n_bins))
+    stop = np.append(start[1:] - 1, n_bins)
+    if mat.trial_stops:
+        stop = _bin_numbers(_numbers(variables[mat.trial_stops], mat.trial_stops), mat.trial_stops)
+        _one_a_trial(stop, len(start), mat.trial_stops)
+        if (stop < start).any() or stop.max() > n_bins:
+            raise RecordingError(
+                mat.trial_stops,
+                expected=f"one-based last bins, from each trial's first to {n_bins}",
+                got="some that are not",
+            )
+    columns: dict[str, NDArray[Any]] = {}
+    if mat.trial_conditions:
+        values = np.ravel(_numbers(variables[mat.trial_conditions], mat.trial_conditions))
+        _one_a_trial(values, len(start), mat.trial_conditions)
+        columns["condition"] = values
+    for name in mat.trial_events:
+        values = np.ravel(_numbers(variables[name], name)).astype(np.float64)
+        _one_a_trial(values, len(start), name)
+        columns[name if name.endswith("_time") else f"{name}_time"] = width * (values - 1)
+    # a column of the file's own name too, so that ``data.trials.event`` may say it as it is
+    columns |= {name: columns[f"{name}_time"] for name in mat.trial_events if name not in columns}
+    seconds = width * np.stack([start - 1, stop]).astype(np.float64)
+    return Table(seconds[0], seconds[1], columns)
+
+
+def _one_a_trial(values: NDArray[Any], trials: int, field: str) -> None:
+    if len(values) != trials:
+        raise RecordingError(field, expected=f"{trials}, one a trial", got=str(len(values)))
 
 
 def _bin_numbers(values: NDArray[Any], field: str) -> NDArray[np.int64]:

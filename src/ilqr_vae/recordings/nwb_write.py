@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import missing_extra, unique_names
-from ilqr_vae.recordings.nwb import NAME_COLUMNS, channel_comments
+from ilqr_vae.recordings.nwb_series import channel_comments
+from ilqr_vae.recordings.nwb_tables import NAME_COLUMNS
 from ilqr_vae.recordings.types import Recording
 
 BINNED = "binned_spikes"

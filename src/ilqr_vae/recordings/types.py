@@ -6,7 +6,9 @@ bin width; kinematics at bin t are what the subject did during bin t.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +24,28 @@ class Trials:
         start: int64 (K,), first bin of each trial.
         stop: int64 (K,), one past the last bin.
         condition: str per trial, empty where unknown.
+        events: float64 (K,) by name: when each event came, in bins (fractions allowed) on the
+            recording's own bins; NaN where it did not.
     """
 
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
     condition: tuple[str, ...] = ()
+    events: Mapping[str, NDArray[np.float64]] = field(
+        default_factory=dict[str, "NDArray[np.float64]"]
+    )
 
     def __len__(self) -> int:
         return len(self.start)
+
+    def shifted(self, keep: NDArray[np.bool_], by: int) -> Trials:
+        """The trials kept, every bin number ``by`` less."""
+        return Trials(
+            start=self.start[keep] - by,
+            stop=self.stop[keep] - by,
+            condition=tuple(c for c, k in zip(self.condition, keep, strict=False) if k),
+            events={name: when[keep] - by for name, when in self.events.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,16 @@ class Recording:
         start_time: seconds, the left edge of bin 0 on the recording's clock.
         trials: bin ranges of trials, or None for a continuous recording.
         valid: bool (T,), False where the recording has a gap (the counts there are not data).
+        scored: bool (T,), bins whose kinematics are there to learn from and to score on; within
+            ``valid``.
+        observed: bool (T, N), False where a unit was not recorded though others were; None where
+            every unit was recorded throughout.
+        breaks: int64 (B,), increasing: bins that do not follow in time on the bin before them.
+            Nothing that looks back in time looks across one: see ``segments``.
+        held_out: names of units kept back for co-smoothing.
+        bounds: first bins after the training and the validation part, where the file's own split
+            (or the trials' boundaries) decide; None leaves it to ``SplitSpec``.
+        notes: sentences a reader should know (what was left out, and why).
         name: what to call it (the file's name, not its path).
         sha256: of the file it came from, "" when made in memory.
     """
@@ -59,6 +85,12 @@ class Recording:
     start_time: float = 0.0
     trials: Trials | None = None
     valid: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=bool))
+    scored: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=bool))
+    observed: NDArray[np.bool_] | None = None
+    breaks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    held_out: tuple[str, ...] = ()
+    bounds: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
     name: str = ""
     sha256: str = ""
 
@@ -84,9 +116,22 @@ class Recording:
             )
         if self.valid.size == 0:
             object.__setattr__(self, "valid", np.ones(counts.shape[0], dtype=bool))
-        if self.valid.shape != (counts.shape[0],):
+        object.__setattr__(
+            self, "scored", self.valid & self.scored if self.scored.size else self.valid
+        )
+        for name, mask, shape in (
+            ("valid", self.valid, counts.shape[:1]),
+            ("scored", self.scored, counts.shape[:1]),
+            ("observed", self.observed, counts.shape),
+        ):
+            if mask is not None and mask.shape != shape:
+                raise RecordingError(f"recording.{name}", expected=str(shape), got=str(mask.shape))
+        edges = np.concatenate([[0], self.breaks, [len(counts)]])
+        if (np.diff(edges) <= 0).any():
             raise RecordingError(
-                "recording.valid", expected=f"({counts.shape[0]},)", got=str(self.valid.shape)
+                "recording.breaks",
+                expected=f"increasing bins within 1 to {len(counts) - 1}",
+                got=str(self.breaks[:5]),
             )
         if self.kinematics is not None:
             expected = (counts.shape[0], len(self.kinematic_names))
@@ -108,16 +153,24 @@ class Recording:
     def n_units(self) -> int:
         return int(self.counts.shape[1])
 
+    def segments(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
+        """The stretches of bins [start, stop) in which each bin follows on the one before."""
+        stop = len(self) if stop is None else stop
+        inside = self.breaks[(self.breaks > start) & (self.breaks < stop)]
+        edges = [start, *inside.tolist(), stop]
+        return [(a, b) for a, b in pairwise(edges) if b > a]
+
+    def mask(self) -> NDArray[np.bool_]:
+        """(T, N), True where a count is data."""
+        whole = np.broadcast_to(self.valid[:, None], self.counts.shape)
+        return whole if self.observed is None else whole & self.observed
+
     def slice(self, start: int, stop: int) -> Recording:
         """Bins [start, stop) as a recording of its own; trials wholly inside are kept, shifted."""
         trials = self.trials
         if trials is not None:
-            keep = (trials.start >= start) & (trials.stop <= stop)
-            trials = Trials(
-                start=trials.start[keep] - start,
-                stop=trials.stop[keep] - start,
-                condition=tuple(c for c, k in zip(trials.condition, keep, strict=False) if k),
-            )
+            trials = trials.shifted((trials.start >= start) & (trials.stop <= stop), start)
+        inside = (self.breaks > start) & (self.breaks < stop)
         return replace(
             self,
             counts=self.counts[start:stop],
@@ -125,6 +178,10 @@ class Recording:
             start_time=self.start_time + start * self.bin_width,
             trials=trials,
             valid=self.valid[start:stop],
+            scored=self.scored[start:stop],
+            observed=None if self.observed is None else self.observed[start:stop],
+            breaks=self.breaks[inside] - start,
+            bounds=None,
         )
 
     def select_units(self, names: tuple[str, ...]) -> Recording:
@@ -142,4 +199,10 @@ class Recording:
                 got=f"{len(missing)} of them absent, e.g. {missing[0]!r}",
             )
         columns = [index[name] for name in names]
-        return replace(self, counts=self.counts[:, columns], unit_names=tuple(names))
+        return replace(
+            self,
+            counts=self.counts[:, columns],
+            unit_names=tuple(names),
+            observed=None if self.observed is None else self.observed[:, columns],
+            held_out=tuple(name for name in self.held_out if name in set(names)),
+        )

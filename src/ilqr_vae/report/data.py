@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Trials
+from ilqr_vae.report.analyses import psths, residuals, summary, triggered_inputs
 from ilqr_vae.report.score import Scores
 
 Array = NDArray[np.float64]
@@ -51,7 +52,13 @@ class ReportData:
         trials: ranges of bins relative to the first, or None.
         scores: from ``score_decodes``, or None where there is no truth.
         latency_ms: milliseconds per bin (T,) by stage, e.g. solve, queue, wire, total.
+        latency_uncertainty_ms: of the stages that go from one clock to another, how far they may
+            be off.
+        clock: how the two clocks were compared, for people; "" where one alone was read.
         deadline_ms: what ``total`` is held against, or None.
+        rates: (T, N), expected spikes per bin, or None.
+        inputs: (T, m), inferred inputs, NaN where not known, or None.
+        learning: (step, value) by what was followed while training.
         facts: short headline lines, label to value.
         provenance: label to value: model, recording hash, versions, command.
         notes: sentences a reader should know (what was dropped, what is missing).
@@ -76,7 +83,14 @@ class ReportData:
     trials: Trials | None = None
     scores: Scores | None = None
     latency_ms: dict[str, Array] = field(default_factory=dict[str, Array])
+    latency_uncertainty_ms: dict[str, float] = field(default_factory=dict[str, float])
+    clock: str = ""
     deadline_ms: float | None = None
+    rates: Array | None = None
+    inputs: Array | None = None
+    learning: dict[str, tuple[tuple[int, float], ...]] = field(
+        default_factory=dict[str, tuple[tuple[int, float], ...]]
+    )
     facts: dict[str, str] = field(default_factory=dict[str, str])
     provenance: dict[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
@@ -90,6 +104,8 @@ class ReportData:
             "truth": self.truth,
             "decoded": self.decoded,
             "decoded_std": self.decoded_std,
+            "rates": self.rates,
+            "inputs": self.inputs,
             **{f"baselines.{k}": v for k, v in self.baselines.items()},
             **{f"latency_ms.{k}": v for k, v in self.latency_ms.items()},
         }
@@ -125,6 +141,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _bound(data: ReportData, stage: str) -> dict[str, float]:
+    known = stage in data.latency_uncertainty_ms
+    return {"clock_uncertainty": data.latency_uncertainty_ms[stage]} if known else {}
+
+
 def to_json(data: ReportData) -> dict[str, Any]:
     """The report's numbers, ready for ``json.dumps``; NaN becomes null."""
     scores = data.scores
@@ -138,12 +159,20 @@ def to_json(data: ReportData) -> dict[str, Any]:
             "bits_per_spike": data.bits_per_spike,
             "scores": {} if scores is None else scores.methods,
             "scored_bins": 0 if scores is None else scores.n,
+            "intervals_95": {} if scores is None else scores.intervals,
+            "resampled": "" if scores is None else scores.resampled,
             "calibration": {}
             if scores is None
             else {"nominal": scores.nominal, "actual": scores.actual},
             "statuses": data.statuses,
-            "latency_ms": {k: distribution(v) for k, v in data.latency_ms.items()},
+            "latency_ms": {
+                k: distribution(v) | _bound(data, k) for k, v in data.latency_ms.items()
+            },
             "deadline_ms": data.deadline_ms,
+            "residuals": summary(residuals(data)),
+            "psth": summary(psths(data)),
+            "inputs": [summary(found) for found in triggered_inputs(data)],
+            "learning": {name: [list(point) for point in c] for name, c in data.learning.items()},
             "notes": data.notes,
             "provenance": data.provenance,
             **data.extra,

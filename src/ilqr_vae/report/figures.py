@@ -17,6 +17,7 @@ Array = NDArray[np.float64]
 
 EXCERPT_BINS = 300
 MAX_TRIALS = 150
+MAX_POINTS = 4000
 Z90 = 1.6448536269514722
 
 
@@ -208,6 +209,20 @@ def _plane(ax: Axes, data: ReportData) -> None:
     if ranges:
         for (a, b), angle in zip(ranges, angles, strict=True):
             ax.plot(plane[a:b, 0], plane[a:b, 1], color=_hue(angle), lw=0.8, alpha=0.75)
+        ax.set_title("first two components, by direction")
+    elif is_velocity(data) and data.truth is not None:
+        speed = np.hypot(data.truth[:, 0], data.truth[:, 1])
+        moving = np.flatnonzero(speed > 0.2 * np.percentile(speed, 99))[:MAX_POINTS]
+        angle = np.arctan2(data.truth[moving, 1], data.truth[moving, 0])
+        ax.plot(plane[:, 0], plane[:, 1], color=GREY, lw=0.4, alpha=0.35, rasterized=True)
+        ax.scatter(
+            plane[moving, 0],
+            plane[moving, 1],
+            s=5,
+            c=[_hue(float(a)) for a in angle],
+            lw=0,
+            rasterized=True,
+        )
         ax.set_title("first two components, by direction")
     else:
         shown = excerpt(data)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ilqr_vae.report import figures
+from ilqr_vae.report import figures, figures_trials
 from ilqr_vae.report.data import ReportData, distribution
 from ilqr_vae.report.score import OURS
 from ilqr_vae.report.svg import STATUS_COLOURS, style
@@ -32,6 +32,29 @@ _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
         "fell inside the interval the decoder stated (dashed: perfect; shaded: within 5 %).",
         figures.agreement,
     ),
+    (
+        "Residuals over time",
+        "Root mean square of what the decoder missed by, block by block, against the size of error "
+        "it stated; a decoder that goes stale climbs.",
+        figures_trials.residual_course,
+    ),
+    (
+        "Firing around the movement",
+        "Mean rate of the units that tell conditions apart best: counted (thin) and as the model "
+        "has it from each bin and those before (thick); colour is the condition.",
+        figures_trials.psth,
+    ),
+    (
+        "Inferred inputs around events",
+        "Size of the inputs the dynamics need to explain the spikes, mean over trials with its "
+        "standard error.",
+        figures_trials.inputs_around,
+    ),
+    (
+        "Learning curves",
+        "What was followed while the model was trained.",
+        figures_trials.learning,
+    ),
     ("Latency", "Per bin, log axes; total runs from the intended send.", figures.latency),
     ("Latent state", "The state the spikes are explained by.", figures.latents),
     ("Spikes", "Counts per bin over the same seconds as the time courses.", figures.raster),
@@ -44,13 +67,19 @@ def _number(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
+def _range(found: tuple[float, float] | None) -> str:
+    return "–" if found is None else f"{_number(found[0])} to {_number(found[1])}"
+
+
 def _latency_rows(data: ReportData) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for stage, values in data.latency_ms.items():
         summary = distribution(values)
         if summary["n"]:
             cells = [_number(summary[k], 2) for k in ("p50", "p99", "p99.9", "max")]
-            rows.append({"stage": stage, "n": summary["n"], "cells": cells})
+            bound = data.latency_uncertainty_ms.get(stage, 0.0)
+            name = f"{stage} (± {_number(bound, 3)})" if bound else stage
+            rows.append({"stage": name, "n": summary["n"], "cells": cells})
     return rows
 
 
@@ -64,11 +93,18 @@ def _score_table(data: ReportData) -> dict[str, Any] | None:
         {
             "name": name,
             "cells": [_number(values.get(c)) for c in columns],
+            "interval": _range(data.scores.intervals.get(name, {}).get("r2")),
+            "ahead": _range(data.scores.intervals.get(name, {}).get("ahead")),
             "coverage": f"{100 * values['coverage_90']:.1f} %" if "coverage_90" in values else "–",
         }
         for name, values in methods.items()
     ]
-    return {"labels": labels, "rows": rows, "n": data.scores.n}
+    return {
+        "labels": labels,
+        "rows": rows,
+        "n": data.scores.n,
+        "resampled": data.scores.resampled,
+    }
 
 
 def _statuses(data: ReportData) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from scipy.special import ndtri
 from ilqr_vae.baselines import WienerFilter
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.recordings.spacing import spaced_out
+from ilqr_vae.report.bootstrap import FEWEST, interval, pieces, r2_draws
 
 Array = NDArray[np.float64]
 
@@ -32,6 +35,9 @@ class Scores:
             nominal level; empty without a standard deviation.
         wiener: (T, D) its decodes of all the bins, or None where it could not be fitted.
         notes: sentences a reader should know.
+        intervals: by decoder: ``r2``, the 95 % bootstrap interval of its mean R2, and for others
+            than ours ``ahead``, that of ours less theirs on the same draws.
+        resampled: what the bootstrap draws, and how many of them: ``34 trials``; "" for none.
     """
 
     methods: dict[str, dict[str, float]]
@@ -40,6 +46,10 @@ class Scores:
     actual: tuple[float, ...]
     wiener: Array | None
     notes: tuple[str, ...] = ()
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(
+        default_factory=dict[str, dict[str, tuple[float, float]]]
+    )
+    resampled: str = ""
 
 
 def r2_per_channel(truth: Array, decoded: Array) -> Array:
@@ -69,6 +79,12 @@ def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, 
     return scores | {f"r2.{name}": float(v) for name, v in zip(names, each, strict=True)}
 
 
+def _begun(recording: Recording, bin_: int) -> int:
+    """The first bin of the segment a bin lies in."""
+    before = recording.breaks[recording.breaks <= bin_]
+    return int(before[-1]) if len(before) else 0
+
+
 def fit_wiener(recording: Recording, split: SplitSpec, history: int = 10) -> WienerFilter:
     """The baseline: trained on the train span, its penalty chosen on the validation span.
 
@@ -77,13 +93,22 @@ def fit_wiener(recording: Recording, split: SplitSpec, history: int = 10) -> Wie
     """
     if recording.kinematics is None:
         raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+    train, validation = split.span("train", recording), split.span("validation", recording)
+    spaced, place = spaced_out(recording, history)
+    assert spaced.kinematics is not None  # as above
+    counts = spaced.counts.astype(np.float64)
+    counts[~spaced.mask()] = 0.0
+    mean = counts.sum(axis=0) / np.maximum(spaced.mask().sum(axis=0), 1)
+    counts = np.where(spaced.mask(), counts, mean)  # as the filter takes bins it has not seen
     return WienerFilter.fit(
-        recording.counts,
-        recording.kinematics,
-        train=split.bins("train", len(recording)),
-        validation=split.bins("validation", len(recording)),
+        counts,
+        spaced.kinematics,
+        train=(place[train[0]], place[train[1] - 1] + 1) if train[1] > train[0] else train,
+        validation=(place[validation[0]], place[validation[1] - 1] + 1)
+        if validation[1] > validation[0]
+        else validation,
         history=history,
-        valid=recording.valid,
+        valid=spaced.scored,
     )
 
 
@@ -96,6 +121,8 @@ def score_decodes(
     std: NDArray[Any] | None = None,
     seen: NDArray[np.bool_] | None = None,
     baseline: bool = True,
+    others: Mapping[str, NDArray[Any]] | None = None,
+    others_std: Mapping[str, NDArray[Any]] | None = None,
 ) -> Scores:
     """Score decodes of the bins [a, b) of ``recording``, and a Wiener filter's on the same bins.
 
@@ -108,6 +135,8 @@ def score_decodes(
         seen: bool (T,), False where the decoder was not given the bin; the Wiener filter is given
             the mean there. None means all.
         baseline: fit and score the Wiener filter too.
+        others: (T, D) decodes of further decoders by name, scored on the same bins and listed in
+            this order; ``others_std``: their standard deviations where they state them.
 
     Raises:
         ShapeError: no kinematics, wrong shapes, or no bin to score.
@@ -120,7 +149,7 @@ def score_decodes(
     if decoded.shape != truth.shape or (std is not None and std.shape != truth.shape):
         got = decoded.shape if std is None else (decoded.shape, std.shape)
         raise ShapeError("decoded", expected=str(truth.shape), got=str(got))
-    rows = recording.valid[start:stop] & np.isfinite(decoded).all(axis=1)
+    rows = recording.scored[start:stop] & np.isfinite(decoded).all(axis=1)
     if not rows.any():
         raise ShapeError("decoded", expected="at least one valid, answered bin", got="none")
     names = recording.kinematic_names
@@ -138,9 +167,58 @@ def score_decodes(
             notes = (f"No Wiener filter beside it: {error}.",)
         else:
             counts = recording.counts.astype(np.float64)
-            counts[~recording.valid] = fitted.mean
+            unseen = ~recording.mask()
+            counts[unseen] = np.broadcast_to(fitted.mean, counts.shape)[unseen]
             if seen is not None:
                 counts[start:stop][~seen] = fitted.mean
-            wiener = fitted.predict(counts, start, stop)
+            wiener = np.concatenate(
+                [
+                    fitted.predict(counts[whole:b], a - whole, b - whole)
+                    for a, b in recording.segments(start, stop)
+                    for whole in [_begun(recording, a)]
+                ]
+            )
             methods[WIENER] = _methods(truth[rows], wiener[rows], names)
-    return Scores(methods, int(rows.sum()), LEVELS if actual else (), actual, wiener, notes)
+    decodes: dict[str, NDArray[Any]] = {OURS: decoded}
+    if wiener is not None:
+        decodes[WIENER] = wiener
+    for name, values in (others or {}).items():
+        if values.shape != truth.shape or not np.isfinite(values[rows]).all():
+            raise ShapeError(
+                f"others.{name}", expected=f"finite {truth.shape}", got=str(values.shape)
+            )
+        decodes[name] = values
+        methods[name] = _methods(truth[rows], values[rows], names)
+        if others_std is not None and name in others_std:
+            covered = calibration(truth[rows], values[rows], others_std[name][rows], (0.9,))
+            methods[name]["coverage_90"] = covered[0]
+    intervals, resampled = _intervals(recording.slice(start, stop), truth, decodes, rows)
+    return Scores(
+        methods=methods,
+        n=int(rows.sum()),
+        nominal=LEVELS if actual else (),
+        actual=actual,
+        wiener=wiener,
+        notes=notes,
+        intervals=intervals,
+        resampled=resampled,
+    )
+
+
+def _intervals(
+    part: Recording, truth: Array, decodes: Mapping[str, NDArray[Any]], rows: NDArray[np.bool_]
+) -> tuple[dict[str, dict[str, tuple[float, float]]], str]:
+    made = pieces(len(part), part.bin_width, part.trials)
+    used = rows & (made.of >= 0)
+    _, place = np.unique(made.of[used], return_inverse=True)
+    number = int(place.max()) + 1 if len(place) else 0
+    if number < FEWEST:
+        return {}, ""
+    draws = {name: r2_draws(truth[used], d[used], place, number) for name, d in decodes.items()}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, values in draws.items():
+        both = {"r2": interval(values)}
+        if name != OURS:
+            both["ahead"] = interval(draws[OURS] - values)
+        intervals[name] = {key: found for key, found in both.items() if found is not None}
+    return intervals, f"{number} {made.what}"

@@ -1,0 +1,233 @@
+"""Trials x bins x units in HDF5, as the Neural Latents Benchmark's tools write them (h5py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.checks import existing_file, missing_extra, sha256_of, whole_counts
+from ilqr_vae.recordings.session import differentiated
+from ilqr_vae.recordings.spec import Hdf5Spec, RecordingSpec
+from ilqr_vae.recordings.types import Recording, Trials
+
+Array = NDArray[np.float64]
+_DEFAULT = Hdf5Spec()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Trials of one part: counts (K, T, N), kinematics (K, T, D) or None, a number a trial."""
+
+    counts: NDArray[Any]
+    kinematics: Array | None
+    condition: NDArray[Any] | None
+
+
+def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
+    """An HDF5 file of trials as a recording: every trial a segment, laid end to end.
+
+    The file does not say how long a bin is: ``spec.bin_width`` does. Units are named ``heldin0``,
+    ... and ``heldout0``, ...; NaN counts are bins that were not recorded. The trials to test on
+    are the test part where the file has their kinematics (or nothing has any); the others are
+    split by number. A trial with a kinematic channel that is all NaN is left out; single NaN are
+    interpolated within their trial and not scored.
+
+    Raises:
+        RecordingError: no such file, not HDF5, a dataset is absent (those present are listed),
+            shapes disagree, counts are not whole numbers, ``mode`` is not "trials", or ``lag`` is
+            not zero (the kinematics of such a file have their lag in them).
+    """
+    path = existing_file(path)
+    if spec.mode != "trials":
+        raise RecordingError("data.mode", expected="'trials' for an HDF5 file", got=repr(spec.mode))
+    if spec.lag:
+        raise RecordingError(
+            "data.lag", expected="0: the file's kinematics have theirs", got=f"{spec.lag:g} s"
+        )
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise missing_extra("recording", "h5py", "nwb") from error
+    try:
+        with h5py.File(path, "r") as file:
+            parts, n_held_in = _read(file, spec.hdf5, h5py)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise RecordingError(
+            "recording", expected="an HDF5 file", got=f"{path.name}: {error}"
+        ) from error
+    return _joined(parts, n_held_in, spec, path.name, sha256_of(path))
+
+
+def _read(file: Any, names: Hdf5Spec, h5py: Any) -> tuple[list[_Part], int]:
+    group = file
+    if names.group:
+        if names.group not in file or not isinstance(file[names.group], h5py.Group):
+            raise RecordingError(
+                "data.hdf5.group", expected=f"one of {', '.join(file)}", got=repr(names.group)
+            )
+        group = file[names.group]
+    held_in = _cube(group, names.spikes, "data.hdf5.spikes")
+    counts = [held_in]
+    if names.held_out and (names.held_out in group or names.held_out != _DEFAULT.held_out):
+        counts.append(_cube(group, names.held_out, "data.hdf5.held_out"))
+    moving = _optional(group, names.kinematics, _DEFAULT.kinematics, "data.hdf5.kinematics")
+    parts = [_part(counts, moving, _numbers(group, names.conditions, "data.hdf5.conditions"))]
+    if names.test_spikes in group:
+        test = [_cube(group, names.test_spikes, "data.hdf5.test_spikes")]
+        if len(counts) == 2 and names.test_held_out in group:
+            test.append(_cube(group, names.test_held_out, "data.hdf5.test_held_out"))
+        field = "data.hdf5.test_kinematics"
+        seen = _optional(group, names.test_kinematics, _DEFAULT.test_kinematics, field)
+        if len(test) == len(counts) and (moving is None) == (seen is None):
+            told = _numbers(group, names.test_conditions, "data.hdf5.test_conditions")
+            parts.append(_part(test, seen, told))
+    return parts, held_in.shape[2]
+
+
+def _cube(group: Any, name: str, field: str) -> NDArray[Any]:
+    if name not in group:
+        raise RecordingError(field, expected=f"one of {', '.join(group) or 'none'}", got=repr(name))
+    values = np.asarray(group[name])
+    if values.ndim != 3 or 0 in values.shape or values.dtype.kind not in "biuf":
+        raise RecordingError(
+            name,
+            expected="trials x bins x channels of numbers",
+            got=f"{values.dtype} {values.shape}",
+        )
+    return values
+
+
+def _optional(group: Any, name: str, usual: str, field: str) -> NDArray[Any] | None:
+    if not name or (name == usual and name not in group):
+        return None
+    return _cube(group, name, field)
+
+
+def _numbers(group: Any, name: str, field: str) -> NDArray[Any] | None:
+    if not name:
+        return None
+    if name not in group:
+        raise RecordingError(field, expected=f"one of {', '.join(group)}", got=repr(name))
+    return np.ravel(np.asarray(group[name]))
+
+
+def _part(
+    counts: list[NDArray[Any]], kinematics: NDArray[Any] | None, condition: NDArray[Any] | None
+) -> _Part:
+    shape = counts[0].shape[:2]
+    for values in [*counts[1:], *([] if kinematics is None else [kinematics])]:
+        if values.shape[:2] != shape:
+            raise RecordingError(
+                "recording", expected=f"{shape[0]} trials x {shape[1]} bins", got=str(values.shape)
+            )
+    if condition is not None and len(condition) != shape[0]:
+        raise RecordingError(
+            "data.hdf5.conditions", expected=f"{shape[0]}, one a trial", got=str(len(condition))
+        )
+    moving = None if kinematics is None else kinematics.astype(np.float64)
+    return _Part(np.concatenate(counts, axis=2), moving, condition)
+
+
+def _usable(part: _Part) -> NDArray[np.bool_]:
+    if part.kinematics is None:
+        return np.ones(len(part.counts), dtype=bool)
+    each = np.asarray(np.isfinite(part.kinematics).any(axis=1), dtype=bool)
+    return np.asarray(each.all(axis=1), dtype=bool)
+
+
+def _joined(
+    parts: list[_Part], n_held_in: int, spec: RecordingSpec, name: str, sha256: str
+) -> Recording:
+    keep = [_usable(part) for part in parts]
+    if not keep[0].any():
+        raise RecordingError(
+            spec.hdf5.kinematics, expected="some trial with every channel", got="none"
+        )
+    widths = {part.counts.shape[2] for part in parts}
+    if len(widths) > 1:
+        raise RecordingError(
+            spec.hdf5.test_spikes, expected=f"{parts[0].counts.shape[2]} units", got=str(widths)
+        )
+    cubes = [part.counts[k] for part, k in zip(parts, keep, strict=True)]
+    lengths = np.concatenate([np.full(len(c), c.shape[1], dtype=np.int64) for c in cubes])
+    flat = np.concatenate([c.reshape(-1, c.shape[2]) for c in cubes]).astype(np.float64)
+    seen = np.isfinite(flat)
+    counts = whole_counts(np.where(seen, flat, 0.0), spec.hdf5.spikes)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    kinematics, scored = _filled(parts, keep, len(counts))
+    told = [p.condition[k] for p, k in zip(parts, keep, strict=True) if p.condition is not None]
+    condition = tuple(f"{v:g}" for v in np.concatenate(told)) if len(told) == len(parts) else ()
+    first = int(keep[0].sum())
+    split, tested = spec.split, len(parts) > 1
+    a = round(first * (split.train / split.validation if tested else split.train))
+    b = first if tested else round(first * split.validation)
+    lost = sum(int((~k).sum()) for k in keep)
+    n_units = counts.shape[1]
+    made = Recording(
+        counts=counts,
+        bin_width=spec.bin_width,
+        unit_names=tuple(
+            f"heldin{i}" if i < n_held_in else f"heldout{i - n_held_in}" for i in range(n_units)
+        ),
+        kinematics=kinematics,
+        kinematic_names=_names(spec.hdf5, kinematics),
+        kinematic_units=_units(spec.hdf5, kinematics),
+        trials=Trials(starts[:-1], starts[1:], condition),
+        valid=np.asarray(seen.any(axis=1), dtype=bool),
+        scored=scored,
+        observed=None if (seen.all(axis=1) == seen.any(axis=1)).all() else seen,
+        breaks=starts[1:-1],
+        held_out=tuple(f"heldout{i}" for i in range(n_units - n_held_in)),
+        bounds=(int(starts[a]), int(starts[b])),
+        notes=(f"{lost} trials have no kinematics: left out.",) if lost else (),
+        name=name,
+        sha256=sha256,
+    )
+    return differentiated(made) if spec.differentiate else made
+
+
+def _filled(
+    parts: list[_Part], keep: list[NDArray[np.bool_]], n_bins: int
+) -> tuple[Array | None, NDArray[np.bool_]]:
+    if parts[0].kinematics is None:
+        return None, np.ones(n_bins, dtype=bool)
+    trials: list[Array] = []
+    known: list[NDArray[np.bool_]] = []
+    for part, kept in zip(parts, keep, strict=True):
+        assert part.kinematics is not None  # all parts or none have them: see _read
+        for values in part.kinematics[kept].copy():
+            finite, rows = np.isfinite(values), np.arange(len(values))
+            for d in range(values.shape[1]):
+                good = finite[:, d]
+                values[~good, d] = np.interp(rows[~good], rows[good], values[good, d])
+            trials.append(values)
+            known.append(finite.all(axis=1))
+    return np.concatenate(trials), np.concatenate(known)
+
+
+def _names(names: Hdf5Spec, kinematics: Array | None) -> tuple[str, ...]:
+    return _each(names.kinematic_names, "names", kinematics, lambda i: f"{names.kinematics}{i}")
+
+
+def _units(names: Hdf5Spec, kinematics: Array | None) -> tuple[str, ...]:
+    return _each(names.kinematic_units, "units", kinematics, lambda _: "")
+
+
+def _each(
+    given: tuple[str, ...], what: str, kinematics: Array | None, usual: Any
+) -> tuple[str, ...]:
+    if kinematics is None:
+        return ()
+    made = given or tuple(usual(i) for i in range(kinematics.shape[1]))
+    if len(made) != kinematics.shape[1]:
+        raise RecordingError(
+            f"data.hdf5.kinematic_{what}",
+            expected=f"{kinematics.shape[1]}, one a channel",
+            got=str(len(made)),
+        )
+    return made

@@ -1,0 +1,278 @@
+"""Which trials of a table are taken, which window of each, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.binning import bins_of
+from ilqr_vae.recordings.spec import RecordingSpec, SplitSpec
+from ilqr_vae.recordings.types import Recording, Trials
+
+CONDITION_COLUMNS = ("condition", "target_index", "target_id", "target", "trial_type")
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A trials table.
+
+    Attributes:
+        start, stop: float64 (K,), seconds, NaN where unknown.
+        columns: further columns, (K,) each, of any kind.
+    """
+
+    start: Array
+    stop: Array
+    columns: Mapping[str, NDArray[Any]]
+
+    def column(self, name: str, field: str) -> NDArray[Any]:
+        """A column by name, start and stop among them. Raises RecordingError."""
+        both = {"start_time": self.start, "stop_time": self.stop} | dict(self.columns)
+        if name not in both:
+            raise RecordingError(
+                field, expected=f"a column of the trials: {', '.join(both)}", got=repr(name)
+            )
+        return both[name]
+
+    def seconds(self, name: str, field: str) -> Array:
+        """A column of times. Raises RecordingError where it holds something else."""
+        values = self.column(name, field)
+        if values.dtype.kind not in "iuf":
+            raise RecordingError(
+                field, expected="a column of seconds", got=f"{name}, {values.dtype}"
+            )
+        return values.astype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Windows of K trials in the order they are laid end to end.
+
+    Attributes:
+        rows: int64 (K,), the trials' rows in the table.
+        begin: float64 (K,), seconds: left edge of each window's first bin.
+        bins: int64 (K,).
+        part: int64 (K,), 0 train, 1 validation, 2 test; never decreasing.
+        notes: as ``Recording.notes``.
+    """
+
+    rows: NDArray[np.int64]
+    begin: Array
+    bins: NDArray[np.int64]
+    part: NDArray[np.int64]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First bins after the training and after the validation part."""
+        return int(self.bins[self.part < 1].sum()), int(self.bins[self.part < 2].sum())
+
+    def keeping(self, keep: NDArray[np.bool_], why_not: str) -> Plan:
+        """The trials kept, with a note of how many are left out and why."""
+        lost = int((~keep).sum())
+        note = (f"{lost} of {len(keep)} trials {why_not}: left out.",) if lost else ()
+        return replace(
+            self,
+            rows=self.rows[keep],
+            begin=self.begin[keep],
+            bins=self.bins[keep],
+            part=self.part[keep],
+            notes=self.notes + note,
+        )
+
+
+def plan(table: Table, spec: RecordingSpec) -> Plan:
+    """Choose windows and parts by ``spec.trials`` and ``spec.split``.
+
+    Raises:
+        RecordingError: a column is absent or of the wrong kind, the window is empty, no trial
+            carries a known label, or no trial holds one bin.
+    """
+    wanted, width = spec.trials, spec.bin_width
+    if wanted.event:
+        at = table.seconds(wanted.event, "data.trials.event")
+        low, high = wanted.window
+        if not high - low >= width * (1 - 1e-6):
+            raise RecordingError(
+                "data.trials.window",
+                expected=f"(from, to) at least a bin of {width:g} s apart",
+                got=f"({low:g}, {high:g})",
+            )
+        begin, end = at + low, at + high
+    else:
+        begin, end = table.start, table.stop
+    known = np.isfinite(begin) & np.isfinite(end)
+    length = np.where(known, end - np.where(known, begin, 0.0), 0.0)
+    bins = np.floor(length / width + 1e-6).astype(np.int64)
+    part = _labelled(table, spec.split)
+    usable = known & (bins >= 1)
+    rows = np.flatnonzero(usable & (part >= 0))
+    if not len(rows):
+        what = wanted.event or "start and stop"
+        raise RecordingError(
+            "recording.trials",
+            expected=f"at least one trial with a known {what} and a label asked for",
+            got=f"{len(known)} trials, {int(usable.sum())} with times, {int((part >= 0).sum())} "
+            "with a label",
+        )
+    # in the order they were recorded, whatever the table's
+    rows = rows[np.argsort(begin[rows], kind="stable")]
+    chosen = _parts(part[rows], spec.split)
+    order = np.argsort(chosen, kind="stable")
+    rows, chosen = rows[order], chosen[order]
+    made = Plan(rows, begin[rows], bins[rows], chosen, _notes(known, bins, part, wanted.event))
+    return replace(made, notes=made.notes + _overlap(made, width))
+
+
+def _labelled(table: Table, split: SplitSpec) -> NDArray[np.int64]:
+    """(K,) 0, 1, 2 by label, -1 for a label not asked for; all 0 without a column."""
+    if not split.column:
+        return np.zeros(len(table.start), dtype=np.int64)
+    labels = words(table.column(split.column, "data.split.column"))
+    part = np.full(len(labels), -1, dtype=np.int64)
+    wanted = (split.train_labels, split.validation_labels, split.test_labels)
+    for number, names in enumerate(wanted):
+        part[np.isin(labels, names)] = number
+    if not (part == 0).any():
+        raise RecordingError(
+            "data.split.train_labels",
+            expected=f"labels of {split.column}: {', '.join(sorted(set(labels)))}",
+            got=", ".join(split.train_labels),
+        )
+    return part
+
+
+def _parts(part: NDArray[np.int64], split: SplitSpec) -> NDArray[np.int64]:
+    """Parts of trials in time order: labelled ones keep theirs, the rest is split by number."""
+    made = part.copy()
+    n = int((part == 0).sum())
+    first = np.flatnonzero(part == 0)
+    if not split.column:
+        made[first[round(split.train * n) :]] = 1
+        made[first[round(split.validation * n) :]] = 2
+    elif not split.validation_labels:
+        made[first[round(n * split.train / split.validation) :]] = 1
+    return made
+
+
+def _notes(
+    known: NDArray[np.bool_], bins: NDArray[np.int64], part: NDArray[np.int64], event: str
+) -> tuple[str, ...]:
+    said: list[str] = []
+    for lost, why in (
+        (int((~known).sum()), f"have no {event or 'start or stop'}"),
+        (int((known & (bins < 1)).sum()), "are shorter than a bin"),
+        (int((part < 0).sum()), "carry another label of the split"),
+    ):
+        if lost:
+            said.append(f"{lost} of {len(known)} trials {why}: left out.")
+    return tuple(said)
+
+
+def _overlap(made: Plan, width: float) -> tuple[str, ...]:
+    order = np.argsort(made.begin, kind="stable")
+    begin, end = made.begin[order], (made.begin + width * made.bins)[order]
+    crossing = (end[:-1] - begin[1:] > 1e-3 * width) & (
+        made.part[order][:-1] != made.part[order][1:]
+    )
+    lost = int(crossing.sum())
+    if not lost:
+        return ()
+    return (f"{lost} windows reach into the next trial's, which is of another part of the split.",)
+
+
+def words(values: NDArray[Any]) -> NDArray[np.str_]:
+    """A column as words: whole floats without their point, bytes decoded."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, bytes):
+            return value.decode(errors="replace")
+        if isinstance(value, float | np.floating):
+            return f"{float(value):g}"
+        return str(value)
+
+    return np.array([word(value) for value in values], dtype=np.str_)
+
+
+def condition_of(table: Table, rows: NDArray[np.int64], spec: RecordingSpec) -> tuple[str, ...]:
+    """Each trial's condition, columns joined by a slash; empty where there is no column for it.
+
+    Raises:
+        RecordingError: a column asked for is absent.
+    """
+    columns = spec.trials.condition
+    if not columns:
+        columns = tuple(name for name in CONDITION_COLUMNS if name in table.columns)[:1]
+    if not columns:
+        return ()
+    each = [words(table.column(name, "data.trials.condition")[rows]) for name in columns]
+    return tuple("/".join(parts) for parts in zip(*each, strict=True))
+
+
+def events_of(table: Table, rows: NDArray[np.int64], spec: RecordingSpec) -> dict[str, Array]:
+    """Seconds of each event of the trials; NaN where it did not come.
+
+    Raises:
+        RecordingError: a column asked for is absent or holds no numbers.
+    """
+    names = spec.trials.events or tuple(
+        name
+        for name, values in table.columns.items()
+        if name.endswith("_time") and values.dtype.kind in "iuf"
+    )
+    return {name: table.seconds(name, "data.trials.events")[rows] for name in names}
+
+
+def trials_of(table: Table, spec: RecordingSpec, start: float, n_bins: int) -> Trials | None:
+    """The trials wholly inside the bins of a continuous recording; None where there is none."""
+    begin, end, width = table.start, table.stop, spec.bin_width
+    if not len(begin):
+        return None
+    known = np.isfinite(begin) & np.isfinite(end)
+    first = bins_of(np.where(known, begin, -np.inf).clip(start - width), start, width)
+    last = bins_of(np.where(known, end, -np.inf).clip(start - width), start, width)
+    keep = np.flatnonzero(known & (first >= 0) & (last <= n_bins) & (last > first))
+    return Trials(
+        first[keep],
+        last[keep],
+        condition_of(table, keep, spec),
+        {name: (when - start) / width for name, when in events_of(table, keep, spec).items()},
+    )
+
+
+def cut(
+    recording: Recording,
+    first: NDArray[np.int64],
+    bins: NDArray[np.int64],
+    condition: tuple[str, ...],
+    events: Mapping[str, Array],
+) -> Recording:
+    """Windows of a continuous recording laid end to end, each a segment of its own.
+
+    Args:
+        first, bins: (K,), where each window begins in ``recording`` and how long it is.
+        condition: one a window, or none.
+        events: (K,) by name, in bins of ``recording``.
+    """
+    starts = np.concatenate([[0], np.cumsum(bins)])
+    rows = np.concatenate([np.arange(a, a + n) for a, n in zip(first, bins, strict=True)])
+    move = starts[:-1] - first
+    return replace(
+        recording,
+        counts=recording.counts[rows],
+        kinematics=None if recording.kinematics is None else recording.kinematics[rows],
+        trials=Trials(
+            starts[:-1], starts[1:], condition, {name: when + move for name, when in events.items()}
+        ),
+        valid=recording.valid[rows],
+        scored=recording.scored[rows],
+        observed=None if recording.observed is None else recording.observed[rows],
+        breaks=starts[1:-1],
+    )

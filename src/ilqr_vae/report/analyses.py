@@ -1,0 +1,224 @@
+"""What a report says of trials and of time, as numbers: for the pictures and for the JSON form."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ilqr_vae.report.data import ReportData
+
+Array = NDArray[np.float64]
+
+TARGET, MOVEMENT = "target onset", "movement onset"
+BEFORE, AFTER = 0.4, 0.8
+"""Seconds shown around an event."""
+FEWEST_TRIALS = 3
+MOST_CONDITIONS = 8
+_SPEED_SHARE = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Residuals:
+    """Errors block by block: ``time`` (K,) seconds, middle of each; ``rms`` (K, D) what was missed
+    by; ``stated`` (K, D), root mean square of the stated standard deviation, or empty."""
+
+    time: Array
+    rms: Array
+    stated: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Triggered:
+    """Inputs around one event of K trials.
+
+    Attributes:
+        event: which.
+        trials: K that had it.
+        time: (L,), seconds from it.
+        mean, error: (L,), mean over trials of the inputs' norm, and its standard error.
+    """
+
+    event: str
+    trials: int
+    time: Array
+    mean: Array
+    error: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Psths:
+    """Trial-averaged firing.
+
+    Attributes:
+        event: what trials are aligned to.
+        time: (L,), seconds from it.
+        conditions: C names; trials: how many of each.
+        units: columns of the recording shown.
+        counted, modelled: (C, L, len(units)), spikes per second.
+        correlation: over all units that fire and all conditions, of counted with modelled.
+        n_units: how many those are.
+    """
+
+    event: str
+    time: Array
+    conditions: tuple[str, ...]
+    trials: tuple[int, ...]
+    units: tuple[int, ...]
+    counted: Array
+    modelled: Array
+    correlation: float
+    n_units: int
+
+
+def summary(found: Residuals | Triggered | Psths | None) -> dict[str, Any] | None:
+    """As plain numbers."""
+    return None if found is None else asdict(found)
+
+
+def residuals(data: ReportData, blocks: int = 40) -> Residuals | None:
+    """Errors in up to ``blocks`` blocks of equal length; None without truth."""
+    if data.decoded is None or data.truth is None or len(data.truth) < 2:
+        return None
+    n = len(data.truth)
+    edges = np.unique(np.linspace(0, n, min(blocks, n) + 1).astype(int))
+
+    def rms(values: Array) -> Array:
+        rows: list[Array] = []
+        for a, b in pairwise(edges.tolist()):
+            good = np.isfinite(values[a:b]).all(axis=1)
+            square = values[a:b][good] ** 2
+            rows.append(
+                np.sqrt(square.mean(axis=0)) if good.any() else np.full(values.shape[1], np.nan)
+            )
+        return np.stack(rows)
+
+    time = data.start + data.bin_width * (edges[:-1] + edges[1:]) / 2
+    stated = np.zeros((0, 0)) if data.decoded_std is None else rms(data.decoded_std)
+    return Residuals(np.asarray(time, dtype=np.float64), rms(data.truth - data.decoded), stated)
+
+
+def onsets(data: ReportData) -> dict[str, Array]:
+    """When target and movement came, in bins, a trial; NaN where not.
+
+    The target by an event whose name holds ``target`` (and ``on``), else ``go``, else the trial's
+    start. The movement by an event whose name holds ``move``, else, where velocity was measured,
+    where the speed first passes a fifth of the trial's greatest.
+    """
+    trials = data.trials
+    if trials is None or not len(trials):
+        return {}
+    found: dict[str, Array] = {}
+    names = list(trials.events)
+    target = [n for n in names if "target" in n and "on" in n] or [n for n in names if "go" in n]
+    if target:
+        found[TARGET] = np.asarray(trials.events[target[0]], dtype=np.float64)
+    else:
+        found["trial start"] = trials.start.astype(np.float64)
+    moving = [n for n in names if "move" in n]
+    if moving:
+        found[MOVEMENT] = np.asarray(trials.events[moving[0]], dtype=np.float64)
+    elif data.truth is not None and any(u.strip().endswith("/s") for u in data.units[:2]):
+        found[MOVEMENT] = _from_speed(data.truth[:, :2], trials.start, trials.stop)
+    return found
+
+
+def _from_speed(velocity: Array, start: NDArray[np.int64], stop: NDArray[np.int64]) -> Array:
+    when = np.full(len(start), np.nan)
+    for k, (a, b) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
+        speed = np.hypot(*velocity[a:b].T) if velocity.shape[1] == 2 else np.abs(velocity[a:b, 0])
+        if len(speed) and speed.max() > 0:
+            when[k] = a + int(np.argmax(speed > _SPEED_SHARE * speed.max()))
+    return when
+
+
+def _around(data: ReportData, values: Array, at: Array) -> tuple[Array, Array]:
+    """(L,) seconds and (K, L, ...) values around each trial's event; NaN beyond the trial."""
+    assert data.trials is not None  # there are events, so there are trials
+    low, high = (round(s / data.bin_width) for s in (-BEFORE, AFTER))
+    offsets = np.arange(low, high + 1)
+    made = np.full((len(at), len(offsets), *values.shape[1:]), np.nan)
+    ranges = zip(data.trials.start.tolist(), data.trials.stop.tolist(), at, strict=True)
+    for k, (a, b, when) in enumerate(ranges):
+        if np.isfinite(when):
+            rows = int(np.floor(when + 1e-6)) + offsets
+            inside = (rows >= max(a, 0)) & (rows < min(b, len(values)))
+            made[k, inside] = values[rows[inside]]
+    return np.asarray((offsets + 0.5) * data.bin_width, dtype=np.float64), made
+
+
+def triggered_inputs(data: ReportData) -> list[Triggered]:
+    """Inputs around target and movement onset; empty without inputs or trials."""
+    if data.inputs is None or data.inputs.shape[1] == 0:
+        return []
+    norm = np.sqrt((data.inputs**2).sum(axis=1))
+    made: list[Triggered] = []
+    for event, at in onsets(data).items():
+        time, each = _around(data, norm[:, None], at)
+        each = each[..., 0]
+        known = np.isfinite(each).sum(axis=0)
+        shown = known >= FEWEST_TRIALS
+        if shown.any():
+            mean = np.nanmean(each[:, shown], axis=0)
+            spread = np.nanstd(each[:, shown], axis=0, ddof=1) / np.sqrt(known[shown])
+            had = int(np.isfinite(each).any(axis=1).sum())
+            made.append(Triggered(event, had, time[shown], mean, spread))
+    return made
+
+
+def psths(data: ReportData, shown: int = 6) -> Psths | None:
+    """Trial-averaged counts and rates by condition; None without rates, trials or conditions of
+    ``FEWEST_TRIALS`` trials."""
+    trials = data.trials
+    if data.rates is None or trials is None or len(trials) < FEWEST_TRIALS:
+        return None
+    events = onsets(data)
+    event = MOVEMENT if MOVEMENT in events else next(iter(events))
+    kinds = np.array(trials.condition or ("all",) * len(trials))
+    names, number = np.unique(kinds, return_counts=True)
+    order = np.argsort(-number, kind="stable")[:MOST_CONDITIONS]
+    chosen = [str(names[i]) for i in order if number[i] >= FEWEST_TRIALS]
+    if not chosen:
+        return None
+    time, counts = _around(data, np.asarray(data.counts, dtype=np.float64), events[event])
+    _, rates = _around(data, data.rates, events[event])
+    counted, modelled = (
+        np.stack([_mean_of(values[kinds == name]) for name in chosen]) / data.bin_width
+        for values in (counts, rates)
+    )
+    known = np.isfinite(counted).all(axis=(0, 2)) & np.isfinite(modelled).all(axis=(0, 2))
+    if known.sum() < 2:
+        return None
+    counted, modelled, time = counted[:, known], modelled[:, known], time[known]
+    firing = counted.mean(axis=(0, 1)) > 0.5
+    spread = modelled.std(axis=(0, 1))
+    units = [int(u) for u in np.argsort(-spread, kind="stable") if firing[u]][:shown]
+    if not units:
+        return None
+    flat = [values[..., firing].ravel() for values in (counted, modelled)]
+    correlation = (
+        float(np.corrcoef(flat[0], flat[1])[0, 1]) if min(f.std() for f in flat) > 0 else np.nan
+    )
+    return Psths(
+        event=event,
+        time=time,
+        conditions=tuple(chosen),
+        trials=tuple(int((kinds == name).sum()) for name in chosen),
+        units=tuple(units),
+        counted=counted[..., units],
+        modelled=modelled[..., units],
+        correlation=correlation,
+        n_units=int(firing.sum()),
+    )
+
+
+def _mean_of(values: Array) -> Array:
+    """Mean over trials of what is known; NaN where fewer than ``FEWEST_TRIALS`` are."""
+    known = np.isfinite(values)
+    number = known.sum(axis=0)
+    total = np.where(known, values, 0.0).sum(axis=0)
+    return np.where(number >= FEWEST_TRIALS, total / np.maximum(number, 1), np.nan)

@@ -1,0 +1,210 @@
+"""What a report says of trials and of time: bootstrap, PSTHs, inputs around events, residuals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.recordings import Recording, SplitSpec, Trials
+from ilqr_vae.report import ReportData, render_html, score_decodes, to_json
+from ilqr_vae.report.analyses import MOVEMENT, TARGET, onsets, psths, residuals, triggered_inputs
+from ilqr_vae.report.bootstrap import interval, pieces, r2_draws
+from ilqr_vae.report.score import OURS, WIENER
+
+TRIAL, K, N = 30, 40, 6
+
+
+def reaching(*, trials: bool = True, events: bool = True) -> tuple[ReportData, Recording]:
+    """Trials of 1.5 s that move from 0.6 s on; two conditions; inputs that jump as they move."""
+    rng = np.random.default_rng(0)
+    T = TRIAL * K
+    start = np.arange(K) * TRIAL
+    side = np.arange(K) % 2
+    phase = ((np.arange(TRIAL) - 12) / 10).clip(0, 1)
+    speed = (phase * (1 - phase)) ** 2 * 4
+    velocity = np.zeros((T, 2))
+    for a, s in zip(start, side, strict=True):
+        velocity[a : a + TRIAL, 0] = speed * (1 if s else -1)
+        velocity[a : a + TRIAL, 1] = 0.5 * speed
+    rates = np.exp(velocity @ rng.normal(size=(2, N)) * 6 + 0.3)
+    inputs = rng.normal(size=(T, 3)) * 0.1
+    inputs[(np.arange(T) % TRIAL) == 12] += 2.0
+    inputs[-5:] = np.nan
+    when = {
+        "target_on_time": start + 4.0,
+        "move_onset_time": np.where(np.arange(K) == 3, np.nan, start + 12.25),
+    }
+    made = Trials(start, start + TRIAL, tuple("lr"[s] for s in side), when if events else {})
+    recording = Recording(
+        counts=rng.poisson(rates).astype(np.uint16),
+        bin_width=0.05,
+        unit_names=tuple("abcdef"),
+        kinematics=velocity,
+        kinematic_names=("vx", "vy"),
+        kinematic_units=("m/s", "m/s"),
+        trials=made if trials else None,
+    )
+    std = np.full((T, 2), 0.03)
+    decoded = velocity + 0.03 * rng.normal(size=(T, 2))
+    worse = velocity + 0.08 * rng.normal(size=(T, 2))
+    scores = score_decodes(
+        recording,
+        SplitSpec(),
+        bins=(0, T),
+        decoded=decoded,
+        std=std,
+        others={"GRU": worse},
+        others_std={"GRU": np.full((T, 2), 0.08)},
+    )
+    data = ReportData(
+        title="made up",
+        kind="evaluate",
+        bin_width=0.05,
+        start=0.0,
+        counts=recording.counts,
+        status=("ok",) * T,
+        latents=velocity @ rng.normal(size=(2, 4)),
+        names=("vx", "vy"),
+        units=("m/s", "m/s"),
+        truth=velocity,
+        decoded=decoded,
+        decoded_std=std,
+        trials=recording.trials,
+        scores=scores,
+        rates=rates,
+        inputs=inputs,
+        learning={"bound": ((1, -3.0), (2, -2.5)), "causal R2": ((2, 0.4),)},
+    )
+    return data, recording
+
+
+def test_the_interval_covers_what_it_should() -> None:
+    """Errors alike within a trial: the bootstrap over trials covers the long-run R2, most times."""
+    hits = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        truth = np.repeat(rng.normal(size=(50, 1)), 10, axis=0) + 0.1 * rng.normal(size=(500, 1))
+        error = np.repeat(rng.normal(size=(50, 1)), 10, axis=0) * 0.5
+        draws = r2_draws(truth, truth + error, np.repeat(np.arange(50), 10), 50)
+        found = interval(draws)
+        assert found is not None
+        hits += found[0] < 1 - 0.25 / 1.01 < found[1]
+    assert hits >= 50  # of 60; 95 % is 57, and resampling few pieces is known to be optimistic
+
+
+def test_pieces_are_trials_or_blocks() -> None:
+    data, recording = reaching()
+    assert pieces(len(recording), 0.05, data.trials).what == "trials"
+    blocks = pieces(1200, 0.05, None)
+    assert (blocks.what, blocks.number) == ("blocks of 5 s", 12)
+    assert np.bincount(blocks.of).tolist() == [100] * 12
+    few = Trials(np.array([0]), np.array([1200]))
+    assert pieces(1200, 0.05, few).what == "blocks of 5 s"
+
+
+def test_every_method_handed_in_is_in_the_table_with_its_interval() -> None:
+    data, _ = reaching()
+    scores = data.scores
+    assert scores is not None
+    assert list(scores.methods) == [OURS, WIENER, "GRU"]
+    assert scores.resampled == "40 trials"
+    for name, values in scores.methods.items():
+        low, high = scores.intervals[name]["r2"]
+        assert low < values["r2"] < high
+    assert scores.intervals["GRU"]["ahead"][0] > 0
+    assert "ahead" not in scores.intervals[OURS]
+    assert scores.methods["GRU"]["coverage_90"] == pytest.approx(0.9, abs=0.03)
+    text = render_html(data)
+    low, high = scores.intervals["GRU"]["r2"]
+    assert f"{low:.3f} to {high:.3f}" in text
+    assert "bootstrap over 40 trials" in text
+
+
+def test_a_method_that_does_not_fit_is_refused() -> None:
+    _, recording = reaching()
+    truth = recording.kinematics
+    assert truth is not None
+    with pytest.raises(ShapeError, match=r"others.GRU: expected finite"):
+        score_decodes(
+            recording, SplitSpec(), bins=(0, 1200), decoded=truth, others={"GRU": truth[1:]}
+        )
+
+
+def test_onsets_come_from_the_file_or_from_the_speed() -> None:
+    data, _ = reaching()
+    found = onsets(data)
+    assert set(found) == {TARGET, MOVEMENT}
+    assert np.isnan(found[MOVEMENT][3])
+    bare, _ = reaching(events=False)
+    found = onsets(bare)
+    assert set(found) == {"trial start", MOVEMENT}
+    assert (np.abs(found[MOVEMENT] - np.arange(K) * TRIAL - 14) <= 1).all()
+    assert onsets(reaching(trials=False)[0]) == {}
+
+
+def test_inputs_peak_where_they_jump() -> None:
+    data, _ = reaching()
+    by_event = {one.event: one for one in triggered_inputs(data)}
+    moving = by_event[MOVEMENT]
+    assert moving.trials == K - 1
+    assert moving.time[np.argmax(moving.mean)] == pytest.approx(0.025)
+    assert moving.mean.max() > 10 * np.median(moving.mean)
+    target = by_event[TARGET]
+    assert target.time[np.argmax(target.mean)] == pytest.approx(8 * 0.05 + 0.025)
+    assert target.time[0] == pytest.approx(-4 * 0.05 + 0.025)  # not before the trial
+
+
+def test_psths_average_what_was_counted_and_modelled() -> None:
+    data, recording = reaching()
+    found = psths(data)
+    assert found is not None
+    assert found.conditions in (("l", "r"), ("r", "l"))
+    assert found.correlation > 0.8
+    unit, place = found.units[0], list(found.conditions).index("r")
+    assert data.trials is not None
+    rows = [k for k in range(K) if data.trials.condition[k] == "r" and k != 3]
+    at = int(np.argmin(np.abs(found.time - 0.025)))
+    mean = np.mean([recording.counts[k * TRIAL + 12, unit] for k in rows]) / 0.05
+    assert found.counted[place, at, 0] == pytest.approx(mean)
+    assert psths(replace(data, rates=None)) is None
+    assert psths(reaching(trials=False)[0]) is None
+
+
+def test_residuals_follow_a_decoder_that_goes_stale() -> None:
+    data, _ = reaching()
+    assert data.decoded is not None
+    stale = data.decoded.copy()
+    stale[600:] += np.random.default_rng(1).normal(size=(600, 2)) * 0.3
+    found = residuals(replace(data, decoded=stale))
+    assert found is not None
+    assert found.rms.shape == (40, 2)
+    assert (found.rms[25:] > 3 * found.rms[:15].max()).all()
+    assert np.allclose(found.stated, 0.03)
+
+
+def test_the_json_form_holds_what_the_page_shows() -> None:
+    data, _ = reaching()
+    back = json.loads(json.dumps(to_json(data), allow_nan=False))
+    assert back["intervals_95"]["GRU"]["r2"][0] < back["scores"]["GRU"]["r2"]
+    assert back["resampled"] == "40 trials"
+    assert {one["event"] for one in back["inputs"]} == {TARGET, MOVEMENT}
+    assert len(back["residuals"]["rms"]) == 40
+    assert back["psth"]["trials"] == [20, 20]
+    assert back["learning"]["bound"] == [[1, -3.0], [2, -2.5]]
+    text = render_html(data)
+    for title in ("Residuals over time", "Firing around", "Inferred inputs", "Learning curves"):
+        assert title in text
+    assert "<script" not in text
+
+
+def test_without_trials_blocks_and_directions_remain() -> None:
+    data, _ = reaching(trials=False)
+    assert data.scores is not None
+    assert data.scores.resampled == "12 blocks of 5 s"
+    text = render_html(data)
+    assert "Inferred inputs" not in text
+    assert "by direction" in text

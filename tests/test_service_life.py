@@ -1,0 +1,105 @@
+"""A service's life around its sessions: not ready until warm, kept warm, silent sessions ended."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
+from ilqr_service.engine import Engine
+from ilqr_service.server import Service
+from ilqr_service.settings import ServiceSettings
+from ilqr_vae import wire
+from process import offline
+from rig import serving
+
+
+def ready(address: str) -> int:
+    """The status of /readyz; 0 where nobody listens yet."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/readyz", timeout=WAIT_S) as page:
+            return page.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return 0
+
+
+def test_ready_only_when_warm_and_then_at_once(model_file: Path) -> None:
+    """Whoever asks from the first moment on: refused and 503, then served and 200."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        http = f"127.0.0.1:{s.getsockname()[1]}"
+    settings = ServiceSettings(
+        ingest="tcp://127.0.0.1:*", results="tcp://127.0.0.1:*", http=http, device="cpu"
+    )
+    service = Service(Engine.load(model_file, settings), settings)
+    statuses: list[int] = []
+
+    def watch() -> None:
+        while not statuses or statuses[-1] != 200:
+            statuses.append(ready(http))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    service.start()
+    try:
+        with Feeder(service.ingest, service.results) as feeder:
+            while True:
+                feeder.send(open_("early"))
+                reply = feeder.reply()
+                if isinstance(reply, wire.Opened):
+                    break
+                assert isinstance(reply, wire.Refused)
+                assert (reply.field, reply.got) == ("service", "still warming up")
+            feeder.subscribe("early")
+            feeder.send(bin_("early", 0, spikes(1)[0]))
+            assert feeder.results(1)[0].status == "ok"
+        watching.join(WAIT_S)
+        assert not watching.is_alive()
+        assert set(statuses[:-1]) <= {0, 503}
+        assert ready(http) == 200
+    finally:
+        service.stop()
+    assert service.failure is None
+
+
+def test_keeping_warm_changes_no_answer(model_file: Path) -> None:
+    """Steps that nobody sees, between bins that come one by one."""
+    counts = spikes(30)
+    with (
+        serving(model_file, keep_warm_ms=1.0) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), wire.Opened)
+        results: list[wire.Result] = []
+        for index, row in enumerate(counts):
+            feeder.ask(wire.Describe(), wire.Described)
+            feeder.send(bin_("s", index, row))
+            results += feeder.results(1)
+    expected = offline(model_file, counts, np.ones(counts.shape, dtype=bool))
+    for result, values in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(numbers(result), values)
+
+
+def test_a_silent_session_ends_with_a_notice_and_its_feeder_is_told(model_file: Path) -> None:
+    with (
+        serving(model_file, idle_s=0.2, http="127.0.0.1:0") as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("dozing")
+        feeder.ask(open_("dozing"), wire.Opened)
+        feeder.send(bin_("dozing", 0, spikes(1)[0]))
+        assert feeder.notice("idle").session == "dozing"
+        assert feeder.reply_of(wire.Closed).bins == 1
+        assert feeder.ask(wire.Sessions(), wire.SessionList).sessions == ()
+        assert feeder.ask(bin_("dozing", 1, spikes(1)[0]), wire.Refused).field == "session"
+        feeder.ask(open_("dozing", units=UNITS), wire.Opened)  # name and epoch are free again
+    assert service.telemetry.counts()["idle"] >= 1

@@ -1,0 +1,249 @@
+"""The baseline a lab would train instead: a causal GRU from spike counts to kinematics.
+
+    x_t = (counts_t - mean) / std,   h_t = GRU(x_t, h_{t-1}),   y_t = W h_t + b
+
+One pass over time, so bin t knows nothing later. Fitted on random crops of the training part with
+dropout on its inputs and its outputs and a cosine learning rate. Size, dropout (over ``GRID``) and
+the number of steps are chosen on the validation part; what was chosen is fitted again on both, as
+the other decoders are. Missing bins are given zeros or the last bin that came: a GRU has no better
+way. It begins anew where the recording does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.metrics import r2
+from ilqr_vae.recordings import Recording, SplitSpec
+
+Array = NDArray[np.float64]
+Missing = Literal["zeros", "last"]
+
+_CROP, _BATCH, _RUN_IN = 60, 64, 10
+
+
+@dataclass(frozen=True)
+class GRUConfig:
+    """One candidate.
+
+    Attributes:
+        hidden: units.
+        dropout: of inputs and outputs.
+        steps: gradient steps at most.
+        schedule: steps of the cosine that the learning rate follows.
+        rate: highest learning rate of Adam.
+        decay: weight decay.
+    """
+
+    hidden: int = 128
+    dropout: float = 0.4
+    steps: int = 1200
+    schedule: int = 1200
+    rate: float = 3e-3
+    decay: float = 1e-3
+
+
+GRID: tuple[GRUConfig, ...] = tuple(
+    GRUConfig(hidden=hidden, dropout=dropout) for hidden in (64, 128) for dropout in (0.3, 0.45)
+)
+
+
+class _Net(nn.Module):
+    def __init__(self, units: int, channels: int, config: GRUConfig) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(config.dropout)
+        self.gru = nn.GRU(units, config.hidden, batch_first=True)
+        self.out = nn.Linear(config.hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(self.gru(self.drop(x))[0]))
+
+
+@dataclass(frozen=True)
+class GRUDecoder:
+    """A fitted GRU.
+
+    Attributes:
+        config: the candidate chosen, with the number of steps chosen.
+        validation_r2: its mean R2 on the validation part, before it was fitted on that too.
+    """
+
+    config: GRUConfig
+    validation_r2: float
+    _net: _Net
+    _x: tuple[Array, Array]
+    _y: tuple[Array, Array]
+
+    @staticmethod
+    def fit(
+        recording: Recording,
+        split: SplitSpec,
+        *,
+        seed: int = 0,
+        grid: tuple[GRUConfig, ...] = GRID,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> GRUDecoder:
+        """Fit every candidate; keep the best on the validation part; fit it again on both.
+
+        Args:
+            recording: with kinematics.
+            progress: called with (gradient steps done, of).
+
+        Raises:
+            ShapeError: no kinematics, or a part without a bin to score.
+        """
+        train, validation = split.span("train", recording), split.span("validation", recording)
+        table = _Table.of(recording, train)
+        total, made = sum(c.steps for c in grid) + max(c.steps for c in grid), []
+
+        def say(done: int) -> Callable[[int], None]:
+            return lambda step: None if progress is None else progress(done + step, total)
+
+        for i, config in enumerate(grid):
+            before = sum(c.steps for c in grid[:i])
+            made.append(_fit(table, config, seed, train, validation, say(before)))
+        chosen = max(made, key=lambda d: d.validation_r2)
+        both = (min(train[0], validation[0]), max(train[1], validation[1]))
+        again = _fit(table, chosen.config, seed, both, None, say(sum(c.steps for c in grid)))
+        return replace(again, validation_r2=chosen.validation_r2)
+
+    def predict(
+        self,
+        recording: Recording,
+        start: int,
+        stop: int,
+        *,
+        seen: NDArray[np.bool_] | None = None,
+        missing: Missing = "zeros",
+    ) -> Array:
+        """Decodes (stop - start, D) of bins [start, stop), causally, from their segment's start on.
+
+        Args:
+            seen: (recording's bins,), False where one is missing; None: all that are valid.
+            missing: what stands in for those.
+        """
+        there = recording.valid if seen is None else recording.valid & seen
+        x = (filled(recording.counts, there, missing) - self._x[0]) / self._x[1]
+        y = _run(self._net, torch.as_tensor(x, dtype=torch.float32), _segments(recording))
+        return y[start:stop].double().numpy() * self._y[1] + self._y[0]
+
+
+def filled(counts: NDArray[Any], seen: NDArray[np.bool_], missing: Missing) -> Array:
+    """Counts (T, N) with something in place of the bins that are missing."""
+    x = np.asarray(counts, dtype=np.float64).copy()
+    if missing == "zeros":
+        x[~seen] = 0.0
+        return x
+    last = np.maximum.accumulate(np.where(seen, np.arange(len(x)), -1))
+    x[last >= 0] = x[last[last >= 0]]
+    x[last < 0] = 0.0
+    return x
+
+
+def _segments(recording: Recording) -> list[tuple[int, int]]:
+    return list(recording.segments(0, len(recording)))
+
+
+@torch.no_grad()
+def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]]) -> Tensor:
+    net.eval()
+    return torch.cat([net(x[a:b].unsqueeze(0))[0] for a, b in segments])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Standardised counts and kinematics, and which bins count."""
+
+    x: Tensor
+    y: Tensor
+    truth: Array
+    scored: NDArray[np.bool_]
+    segments: list[tuple[int, int]]
+    x_scale: tuple[Array, Array]
+    y_scale: tuple[Array, Array]
+
+    @staticmethod
+    def of(recording: Recording, train: tuple[int, int]) -> _Table:
+        if recording.kinematics is None:
+            raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+        rows = np.arange(*train)[recording.scored[slice(*train)]]
+        if not len(rows):
+            raise ShapeError("train", expected="at least one valid bin", got="none")
+        counts = filled(recording.counts, recording.valid, "zeros")
+        truth = np.nan_to_num(recording.kinematics)
+        mean, std = counts[rows].mean(0), np.sqrt(counts[rows].var(0) + 1e-2)
+        centre, spread = truth[rows].mean(0), truth[rows].std(0) + 1e-12
+        return _Table(
+            torch.as_tensor((counts - mean) / std, dtype=torch.float32),
+            torch.as_tensor((truth - centre) / spread, dtype=torch.float32),
+            truth,
+            recording.scored,
+            _segments(recording),
+            (mean, std),
+            (centre, spread),
+        )
+
+    def crops(self, part: tuple[int, int]) -> tuple[Tensor, int]:
+        """First bins of all crops of a part that cross no segment's end, and their length."""
+        inside = [(max(a, part[0]), min(b, part[1])) for a, b in self.segments]
+        inside = [(a, b) for a, b in inside if b > a]
+        length = min(_CROP, int(np.median([b - a for a, b in inside])))
+        return torch.cat([torch.arange(a, b - length + 1) for a, b in inside]), length
+
+
+def _fit(
+    table: _Table,
+    config: GRUConfig,
+    seed: int,
+    train: tuple[int, int],
+    validation: tuple[int, int] | None,
+    say: Callable[[int], None],
+) -> GRUDecoder:
+    """Without ``validation``: all of ``config.steps``, no choice made."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = _Net(table.x.shape[1], table.y.shape[1], config)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=config.rate, weight_decay=config.decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.schedule)
+        starts, length = table.crops(train)
+        run_in = min(_RUN_IN, length - 1)
+        weight = torch.as_tensor(table.scored, dtype=torch.float32)
+        best, kept, steps = float("nan"), net.state_dict(), config.steps
+        every = max(1, config.steps // 30)
+        for step in range(1, config.steps + 1):
+            net.train()
+            first = starts[torch.randint(len(starts), (_BATCH,))]
+            index = first.unsqueeze(1) + torch.arange(length)
+            scored = weight[index][:, run_in:].unsqueeze(-1)
+            error = (net(table.x[index])[:, run_in:] - table.y[index][:, run_in:]) ** 2
+            loss = (error * scored).sum() / scored.sum().clamp(min=1.0)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            if validation is not None and (step % every == 0 or step == config.steps):
+                found = _score(table, net, validation)
+                if not found <= best:
+                    best, kept, steps = found, copy.deepcopy(net.state_dict()), step
+            if step % every == 0:
+                say(step)
+        net.load_state_dict(kept)
+        return GRUDecoder(replace(config, steps=steps), best, net, table.x_scale, table.y_scale)
+
+
+def _score(table: _Table, net: _Net, part: tuple[int, int]) -> float:
+    rows = np.arange(*part)[table.scored[slice(*part)]]
+    if not len(rows):
+        raise ShapeError("validation", expected="at least one valid bin", got="none")
+    y = _run(net, table.x, table.segments)[rows].double().numpy()
+    return r2(table.truth[rows], y * table.y_scale[1] + table.y_scale[0])
