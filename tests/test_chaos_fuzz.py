@@ -259,6 +259,8 @@ def test_what_libzmq_cuts_off_or_lets_not_in_is_counted_too(service: Served, fol
                 if all(grown[kind] >= n for kind, n in wanted.items()):
                     break
                 steady.ask(wire.Describe(), wire.Described)
+            # somebody of before may have left only now, which counts as disconnected as well
+            assert grown.pop("disconnected") >= wanted.pop("disconnected")
             assert {kind: grown[kind] for kind in wanted} == wanted
 
         def pair(**changes: str) -> ClientKey:
@@ -292,6 +294,51 @@ def test_what_libzmq_cuts_off_or_lets_not_in_is_counted_too(service: Served, fol
         steady.send(*(bin_("held", i, ROW) for i in range(5)))
         assert {r.status for r in steady.results(5)} == {"ok"}
         steady.ask(wire.Close(session="held"), wire.Closed)
+
+
+def test_nonsense_at_the_results_socket_is_counted_and_disturbs_no_subscriber(
+    service: Served, folder: Path
+) -> None:
+    """What is no (un)subscription is counted; topics of any bytes are just topics."""
+    rig, rounds = key(folder, "rig"), 200 if FULL else 20
+    with Feeder(service.ingest, service.results, key=rig) as steady:
+        steady.subscribe("heard")
+        steady.ask(open_("heard"), wire.Opened)
+        context: zmq.Context[Any] = zmq.Context()
+        try:
+            stranger = context.socket(zmq.XSUB)
+            stranger.setsockopt(zmq.RECONNECT_IVL, -1)
+            rig.apply(stranger)
+            stranger.connect(service.results)
+            before, sent, fed = counted(service), 0, 0
+
+            @settings(max_examples=rounds, deadline=None, database=None)
+            @given(frames=st.lists(st.binary(min_size=1, max_size=80), min_size=10, max_size=10))
+            def send(frames: list[bytes]) -> None:
+                nonlocal sent, fed
+                for frame in frames:
+                    stranger.send(frame)
+                sent += sum(frame[0] > 1 for frame in frames)
+                steady.send(bin_("heard", fed, ROW))
+                assert [r.index for r in steady.results(1)] == [fed]
+                fed += 1
+
+            send()
+            for _ in range(4_000):
+                if counted(service)["subscription"] - before["subscription"] >= sent:
+                    break
+                steady.ask(wire.Describe(), wire.Described)
+            assert counted(service)["subscription"] - before["subscription"] == sent > 0
+            before = counted(service)
+            stranger.send(b"\x01" + b"t" * 5_000)  # a topic too long: cut off
+            for _ in range(4_000):
+                if counted(service)["disconnected"] > before["disconnected"]:
+                    break
+                steady.ask(wire.Describe(), wire.Described)
+            assert counted(service)["disconnected"] > before["disconnected"]
+        finally:
+            context.destroy(linger=0)
+        steady.ask(wire.Close(session="heard"), wire.Closed)
 
 
 def test_a_reader_that_tries_to_feed_is_refused_and_counted(service: Served, folder: Path) -> None:

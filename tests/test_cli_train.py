@@ -72,6 +72,9 @@ def test_train_then_inspect_then_evaluate(
     printed = capsys.readouterr()
     assert manifest.model_id in printed.out
     assert "step 2: causal R2" in printed.err
+    assert "left at most" in next(s for s in printed.err.splitlines() if s.startswith("step 2"))
+    assert "memory: about" in printed.err
+    assert [step for step, _ in manifest.history] == [2, 4]
     assert f"{N_BINS} bins of 50 ms, {N_UNITS} units" in printed.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m-log", "m.safetensors", "s.json"]
 
@@ -87,6 +90,9 @@ def test_train_then_inspect_then_evaluate(
     start, stop = SPLIT.bins("validation", N_BINS)
     assert report["bins"] == stop - start
     assert report["bits_per_spike"] == pytest.approx(manifest.scores["bits_per_spike"], rel=1e-9)
+    followed = report["learning"]  # from the model file, and from the log beside it
+    assert followed["causal R2, validation"] == [list(point) for point in manifest.history]
+    assert [step for step, _ in followed["bound (nats per bin)"]] == [1, 2, 3, 4]
 
 
 def test_steps_on_the_command_line_win(rig: Rig, tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ def test_wrong_types_are_named(tmp_path: Path, text: str, said: str) -> None:
         *(("data", "bin_width", v) for v in (0.0, -0.05, "nan", "inf")),
         ("data", "min_rate", -0.1),
         ("data", "min_rate", "nan"),
+        *(("data", "lag", v) for v in ("nan", "inf")),
+        ("data.trials", "window", "[0.0, inf]"),
+        *(("data.nwb", "rate", v) for v in (-1.0, "nan")),
     ],
 )
 def test_impossible_values_are_named(tmp_path: Path, section: str, key: str, value: object) -> None:

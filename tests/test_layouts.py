@@ -8,11 +8,13 @@ import h5py
 import msgspec
 import numpy as np
 import pytest
+from scipy import io
 
 from ilqr_training.config import load_config
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import (
     Hdf5Spec,
+    MatSpec,
     NwbSpec,
     Recording,
     RecordingSpec,
@@ -292,3 +294,67 @@ def test_self_paced_cells_become_units_and_positions_velocities(tmp_path: Path) 
     mat = msgspec.structs.replace(spec_of("self_paced").mat, time="")
     with pytest.raises(RecordingError, match=r"data.mat.time: expected the variable"):
         load_recording(tmp_path / "a.mat", spec_of("self_paced", mat=mat))
+
+
+def counted(tmp_path: Path, **changes: object) -> Recording:
+    """Forty bins of 50 ms with four trials, as a MAT file of counts."""
+    rng = np.random.default_rng(0)
+    content = {
+        "spikes": rng.poisson(2.0, (3, 40)),
+        "hand": np.arange(40.0)[None] * [[1.0], [2.0]],
+        "first": np.array([3, 13, 23, 33]),
+        "last": np.array([10, 20, 30, 40]),
+        "side": np.array([1, 2, 1, 2]),
+        "go": np.array([5.0, np.nan, 25.0, 35.0]),
+    }
+    io.savemat(tmp_path / "c.mat", content)
+    mat = MatSpec(
+        kinematics="hand",
+        kinematic_units=("m", "m"),
+        trial_starts="first",
+        trial_stops="last",
+        trial_conditions="side",
+        trial_events=("go",),
+    )
+    split = SplitSpec(train=0.5, validation=0.75)
+    usual = {"mat": mat, "mode": "trials", "split": split, "bin_width": 0.05}
+    return load_recording(tmp_path / "c.mat", RecordingSpec(**(usual | changes)))
+
+
+def test_counts_are_cut_at_their_own_bins(tmp_path: Path) -> None:
+    read = counted(tmp_path)
+    assert read.segments() == [(0, 8), (8, 16), (16, 24), (24, 32)]
+    assert read.bounds == (16, 24)
+    assert read.kinematics is not None
+    assert read.kinematics[8:16, 0].tolist() == list(range(12, 20))
+    assert read.trials is not None
+    assert read.trials.condition == ("1", "2", "1", "2")
+    assert np.allclose(read.trials.events["go_time"], [2, np.nan, 18, 26], equal_nan=True)
+    around = counted(tmp_path, trials=TrialSpec(event="go", window=(-0.1, 0.2)))
+    assert around.segments() == [(0, 6), (6, 12), (12, 18)]
+    assert around.kinematics is not None
+    assert around.kinematics[6:12, 1].tolist() == [44, 46, 48, 50, 52, 54]
+    assert "1 of 4 trials have no go: left out." in around.notes
+    beyond = counted(tmp_path, trials=TrialSpec(event="go", window=(0.0, 0.4)))
+    assert len(beyond.segments()) == 2
+    assert any("not inside the recording" in note for note in beyond.notes)
+
+
+def test_lag_and_velocity_of_counts(tmp_path: Path) -> None:
+    later = counted(tmp_path, lag=0.1)
+    assert later.kinematics is not None
+    assert later.kinematics[:8, 0].tolist() == list(range(4, 12))
+    with pytest.raises(RecordingError, match=r"data.lag: expected a whole number .* got 0.07 s"):
+        counted(tmp_path, lag=0.07)
+    moving = counted(tmp_path, differentiate=True)
+    assert moving.kinematics is not None
+    assert np.allclose(moving.kinematics, [20.0, 40.0])
+    assert moving.kinematic_names == ("dhand0/dt", "dhand1/dt")
+    assert moving.kinematic_units == ("m/s", "m/s")
+
+
+def test_to_stream_it_a_recording_is_read_as_it_ran(tmp_path: Path) -> None:
+    spec = spec_of("mc_rtt").as_it_ran()
+    read = load_recording(mc_rtt(tmp_path / "a.nwb"), spec)
+    assert not len(read.breaks)
+    assert spec.split.occupied("test", read)[1] == len(read)

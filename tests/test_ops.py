@@ -23,6 +23,7 @@ from ilqr_clients.load import Faults, Load, quantiles, schedule
 from ilqr_service.hygiene import Hygiene, parse_cpus
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
+from ilqr_service.telemetry import Telemetry
 from ilqr_vae import wire
 from ilqr_vae.cli import main
 from rig import make_model, serving
@@ -93,6 +94,21 @@ def test_every_metric_that_is_asked_for_is_there(fed: tuple[Service, Path, Path]
     for one in alerts:  # each is seen to fire and seen not to
         assert tried.count(f"alertname: {one}") - tried.count(f"{one}, exp_alerts: []") == 1, one
         assert f"alertname: {one}, exp_alerts: []" in tried, one
+
+
+def test_what_operations_names_is_there() -> None:
+    root = CONFIGS.parent
+    told = (root / "docs/operations.md").read_text()
+    tests = set(re.findall(r"`(test_\w+\.py)`", told))
+    assert len(tests) > 5
+    assert [t for t in tests if not (root / "tests" / t).exists()] == []
+    settings = set(ServiceSettings.__struct_fields__)
+    assigned = set(re.findall(r"`(\w+) = ", told))
+    assert assigned <= settings
+    counted = set(re.findall(r"`(ilqr_\w+)", told))
+    known = list(Telemetry(0.05).registry.collect())
+    names = {s.name for m in known for s in m.samples} | {m.name for m in known} | {"ilqr_hygiene"}
+    assert counted <= names, counted - names
 
 
 def test_a_real_prometheus_scrapes_and_evaluates(

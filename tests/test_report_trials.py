@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ilqr_vae.report.score import OURS, WIENER
 TRIAL, K, N = 30, 40, 6
 
 
+@cache
 def reaching(*, trials: bool = True, events: bool = True) -> tuple[ReportData, Recording]:
     """Trials of 1.5 s that move from 0.6 s on; two conditions; inputs that jump as they move."""
     rng = np.random.default_rng(0)
@@ -170,6 +172,10 @@ def test_psths_average_what_was_counted_and_modelled() -> None:
     at = int(np.argmin(np.abs(found.time - 0.025)))
     mean = np.mean([recording.counts[k * TRIAL + 12, unit] for k in rows]) / 0.05
     assert found.counted[place, at, 0] == pytest.approx(mean)
+    assert data.trials is not None
+    unnamed = psths(replace(data, trials=replace(data.trials, condition=())))
+    assert unnamed is not None
+    assert set(unnamed.conditions) == {"45°", "135°"}  # 27° and 153°
     assert psths(replace(data, rates=None)) is None
     assert psths(reaching(trials=False)[0]) is None
 

@@ -113,6 +113,23 @@ def test_a_stream_begins_anew_at_every_break() -> None:
     assert np.allclose(parallel.window, whole.window, atol=1e-8)
 
 
+def test_inputs_are_reported_once_later_bins_have_spoken() -> None:
+    recording, settings = pieces((20, 3, 15, 12, 10)), config()
+    data = prepared(recording, chunk=10)
+    estimator = estimator_of(build_model(settings.model, data), data, settings)
+    delay = settings.estimator.horizon - 1  # 3, below the usual delay
+    inputs = causal_pass(estimator, data.recording, 0, len(recording)).inputs
+    known = np.isfinite(inputs).all(axis=1)
+    for a, b in recording.segments():
+        assert known[a : b - delay].all()
+        assert not known[max(a, b - delay) : b].any()
+    state = estimator.init(1)
+    for t in range(10):
+        counts = torch.as_tensor(data.recording.counts[None, t].astype(np.float64))
+        state, _ = estimator.step(state, counts, torch.ones_like(counts))
+    assert np.allclose(inputs[9 - delay], state.u[0, 0].numpy())  # the window's oldest
+
+
 def test_the_wiener_filter_sees_nothing_across_a_break() -> None:
     recording = replace(pieces((40, 30, 40, 25, 30, 20)), bounds=(110, 165))
     truth = recording.kinematics

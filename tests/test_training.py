@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch import Tensor
 from ilqr_training.build import build_model
 from ilqr_training.checkpoint import Progress
 from ilqr_training.config import TrainConfig
+from ilqr_training.culprit import culprit
 from ilqr_training.data import Crops, prepare
 from ilqr_training.loop import Run, gradient_step, start
 from ilqr_training.train import Trained, checkpoint_path, train
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
+from ilqr_vae.elbo import Bound
 from ilqr_vae.errors import RecordingError, TrainingError
 from ilqr_vae.model import Model
 from ilqr_vae.recordings import Recording, load_recording
@@ -213,14 +216,62 @@ def fresh_run(recording: Path) -> tuple[Run, TrainConfig]:
 @pytest.mark.parametrize(
     "name", ["groups.spikes.b", "dynamics.gate", "initial.log_scale", "groups.kinematics.C"]
 )
-def test_what_is_not_finite_is_named(recording: Path, name: str) -> None:
+def test_a_parameter_that_is_not_finite_is_named(recording: Path, name: str) -> None:
     run, settings = fresh_run(recording)
     gradient_step(run, settings.training)
     with torch.no_grad():
         dict(run.model.named_parameters())[name].view(-1)[0] = float("nan")
-    with pytest.raises(TrainingError, match=rf"training step 2: .*parameter {name} not finite"):
+    said = rf"training step 2: .*parameter {name}\[0.*\] not finite"
+    with pytest.raises(TrainingError, match=said):
         gradient_step(run, settings.training)
     assert run.step == 1
+
+
+def test_a_bin_that_is_not_finite_is_named_with_its_group(recording: Path) -> None:
+    run, settings = fresh_run(recording)
+    crops = run.crops
+    assert isinstance(crops, Crops)
+    assert crops.kinematics is not None
+    crops.kinematics[:, 1] = float("inf")
+    said = r"data of group kinematics at bin \d+ of the training part not finite"
+    with pytest.raises(TrainingError, match=said):
+        gradient_step(run, settings.training)
+    run, settings = fresh_run(recording)
+    assert isinstance(run.crops, Crops)
+    assert run.crops.kinematics is not None
+    run.crops.kinematics[37] = 1e30  # finite, but its square is not
+    named: list[str] = []
+    for _ in range(60):  # until a crop holds it
+        try:
+            gradient_step(run, settings.training)
+        except TrainingError as error:
+            named.append(error.got)
+            break
+    assert named == ["likelihood of group kinematics at bin 37 of the training part not finite"]
+
+
+def test_what_else_is_not_finite_is_named_too(recording: Path) -> None:
+    run, _ = fresh_run(recording)
+    model, crops = run.model, run.crops
+    index = torch.arange(15)[None] + torch.tensor([[3], [9]])
+    observed = crops.observed(index)
+    z = torch.zeros(2, 16, model.n)
+    fine = Bound(groups={}, kl=torch.zeros(2), z=z)
+    assert culprit(model, None, index, observed, fine) == "the bound"
+    lost = z.clone()
+    lost[1, 4, 0] = torch.nan
+    said = culprit(model, None, index, observed, replace(fine, z=lost))
+    assert said == "state before bin 12 of the training part"
+    said = culprit(model, None, torch.tensor([5, 7]), observed, replace(fine, z=lost))
+    assert said == "state before bin 3 of trial 7"
+    kl = torch.tensor([0.0, torch.inf])
+    said = culprit(model, None, index, observed, replace(fine, kl=kl))
+    assert said == "divergence from the prior of the crop from bin 9"
+    assert run.posterior is not None
+    gradient = next(iter(run.posterior.parameters()))
+    gradient.grad = torch.full_like(gradient, torch.nan)
+    said = culprit(model, run.posterior, index, observed, fine)
+    assert said.startswith("gradient of posterior.")
 
 
 def test_a_run_that_blows_up_leaves_no_model(recording: Path, tmp_path: Path) -> None:

@@ -247,19 +247,23 @@ class Session(Closing):
             raise
 
     def _open(self) -> None:
-        """Subscribe first, open, and wait for both the answer and a message on the topic."""
-        self._dealer.send(wire.encode(self.request))
+        """Wait until the service has seen the subscription (it answers each), then open: of what
+        it publishes again to whoever resumes nothing is missed."""
         end = time.monotonic() + self.timeout
+        asked = False
         while self._opened is None or not self._confirmed:
+            if self._confirmed and not asked:
+                self._dealer.send(wire.encode(self.request))
+                asked = True
             left = end - time.monotonic()
             if left <= 0:
-                what = "opened" if self._opened is None else "the session's results"
+                what = "opened" if self._confirmed else "the session's results"
                 raise ServiceError(
                     f"service at {self.endpoint}",
                     expected=f"{what} within {self.timeout:g} s",
                     got="none",
                 )
-            self._early += self.receive(left)
+            self._early = self.receive(left)  # with what was early already
             if self.refused:
                 raise refusal(self.endpoint, self.refused[0])
 

@@ -13,6 +13,7 @@ to everyone under that topic, who may so see the last message twice: by index an
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import Any
 
 import zmq
@@ -39,6 +40,7 @@ class Publisher:
         self.socket.setsockopt(zmq.XPUB_MANUAL_LAST_VALUE, 1)
         self._topics = topics
         self._last: dict[bytes, bytes] = {}
+        self._strange = 0
 
     def publish(self, message: wire.Result | wire.Notice) -> None:
         """Send to the session's subscribers; never waits."""
@@ -68,6 +70,13 @@ class Publisher:
             elif kind == b"\x00":
                 self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
                 self._send(_NOBODY, _notice(topic, "unsubscribed"))
+            else:
+                self._strange += 1
+
+    def strange(self) -> Counter[str]:
+        """Messages that were no (un)subscriptions, since the last call."""
+        strange, self._strange = self._strange, 0
+        return Counter({"refused:subscription": strange} if strange else {})
 
     def _send(self, topic: bytes, frame: bytes) -> None:
         with contextlib.suppress(zmq.Again):

@@ -6,6 +6,7 @@ not on the list gets no connection and is counted. The user's name then comes wi
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ class Gate:
 
     Attributes:
         socket: to be polled; ``answer`` when it has something.
-        strangers: connections refused.
 
     Raises:
         ConfigError: no server key in ``folder``, or an allow-list that cannot be read.
@@ -49,7 +49,7 @@ class Gate:
         self._seen = 0.0
         self._names: dict[bytes, str] = {}
         self._roles: dict[str, tuple[Role, ...]] = {}
-        self.strangers = 0
+        self._strangers = 0
         self.refresh()
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.linger = 0
@@ -92,9 +92,14 @@ class Gate:
                 name = self._names.get(credentials[0], "")
             ok = bool(name) and (domain != b"results" or "read" in self._roles[name])
             if not ok:
-                self.strangers += 1
+                self._strangers += 1
             reply = [b"200", b"OK", name.encode()] if ok else [b"400", b"no", b""]
             self.socket.send_multipart([version, request, *reply, b""])
+
+    def strange(self) -> Counter[str]:
+        """Connections refused since the last call."""
+        strangers, self._strangers = self._strangers, 0
+        return Counter({"refused:key": strangers} if strangers else {})
 
     def check(self, user: str, message: wire.Message) -> None:
         """Raises ProtocolError where the user's roles do not cover the message."""

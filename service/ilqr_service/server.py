@@ -17,6 +17,7 @@ from typing import Any
 import zmq
 
 from ilqr_service import logs
+from ilqr_service.connections import Connections
 from ilqr_service.control import Control
 from ilqr_service.engine import Engine
 from ilqr_service.fleet import Fleet
@@ -29,7 +30,7 @@ from ilqr_service.session import Effects, Limits
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.slots import Slots
-from ilqr_service.sockets import Connections, bind, empty, received
+from ilqr_service.sockets import bind, empty, received
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
@@ -105,6 +106,7 @@ class Service:
         self._hygiene = hygiene or Hygiene(settings)
         self.telemetry.registry.register(self._hygiene.metrics)
         self._context: zmq.Context[Any] = zmq.Context()
+        self._connections = Connections(self._context)
         try:
             self._gate = Gate(self._context, Path(settings.keys)) if settings.keys else None
             self._ledger = Ledger(settings, engines, fleet, self._table)
@@ -197,7 +199,6 @@ class Service:
         router.rcvhwm = router.sndhwm = 10_000
         # Say so when a reply's feeder is gone, rather than dropping the reply silently.
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._connections = Connections(self._context, router, "ingest")
         self.ingest = self._bind("ingest", router, self._settings.ingest)
         return router
 
@@ -205,6 +206,7 @@ class Service:
         address = loopback_endpoint(field, endpoint, secured=self._gate is not None)
         if self._gate is not None:
             self._gate.guard(socket, field)
+        self._connections.watch(socket)
         return bind(field, socket, address)
 
     def _run(self) -> None:
@@ -279,14 +281,12 @@ class Service:
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
         self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
-        self.telemetry.count(self._connections.events())
+        self.telemetry.count(self._connections.events() + self._publisher.strange())
         self.telemetry.settle()
         self._ledger.flush()
         if self._gate is not None:
             self._gate.refresh()
-            strangers, self._gate.strangers = self._gate.strangers, 0
-            if strangers:
-                self.telemetry.count(Counter({"refused:key": strangers}))
+            self.telemetry.count(self._gate.strange())
         if waiting == 0 and self._seen - self._collected > _COLLECT_S:
             self._collected = self._seen
             self._hygiene.collect()

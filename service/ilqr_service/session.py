@@ -266,6 +266,9 @@ class Session:
             model=before,
         )
 
+    def closed(self) -> wire.Closed:
+        return wire.Closed(session=self.name, epoch=self.epoch, bins=self.bins)
+
     def notice(self, what: str) -> wire.Notice:
         return wire.Notice(session=self.name, epoch=self.epoch, what=what)
 

@@ -391,9 +391,4 @@ class SessionTable:
         effects.forget.append(session.run)
         effects.ended.append((session.run, what))
         effects.published.append(session.notice(what))
-        effects.replies.append(
-            (
-                session.owner,
-                wire.Closed(session=session.name, epoch=session.epoch, bins=session.bins),
-            )
-        )
+        effects.replies.append((session.owner, session.closed()))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from typing import Any, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from ilqr_service.tails import Stage
 from ilqr_vae import wire
@@ -35,6 +35,7 @@ _REASONS = (
     "source_ns",
     "frames",
     "protocol",
+    "subscription",
 )
 _HALF_LIFE = 5_000
 _MINUTE_NS = 60_000_000_000
@@ -116,12 +117,12 @@ class Telemetry:
         self._journal_bytes = Gauge("ilqr_journal_bytes", "bytes written", registry=r)
         self._journal_ok.set(1)
         self._recent = (0.0, 0.0)
-        self._uncertainty = Histogram(
+        self._uncertainty = Stage(
             "ilqr_wire_in_uncertainty_seconds",
             "how far wire_in may be off, from the offset between the clocks; 0 on one clock",
-            buckets=(0.0, *edges(bin_width)),
-            registry=r,
+            (0.0, *edges(bin_width)),
         )
+        r.register(self._uncertainty)
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
         self._tally: Tally[str] = Tally()
 
@@ -154,7 +155,7 @@ class Telemetry:
                 wire_in = result.received_ns - result.source_ns - clock.offset_ns
                 within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
                 times["wire_in"] = 0 if within else wire_in
-                self._uncertainty.observe(clock.uncertainty_ns / 1e9)
+                self._uncertainty.add(min(clock.uncertainty_ns, _MINUTE_NS))
             times["queue"] = result.solve_start_ns - result.received_ns
             times["publish"] = result.published_ns - result.solve_end_ns
             times["total"] = result.published_ns - result.received_ns
@@ -165,7 +166,7 @@ class Telemetry:
 
     def settle(self) -> None:
         """Count what was only noted; to be called now and then."""
-        for stage in self._stages.values():
+        for stage in (*self._stages.values(), self._uncertainty):
             stage.settle()
 
     def gauge(self, *, sessions: int, queued: int) -> None:

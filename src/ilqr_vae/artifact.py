@@ -199,7 +199,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _identity(manifest: Manifest) -> str:
     """The model id: of the tensors' hash and of what decides which answers they give."""
-    same = msgspec.structs.replace(manifest, model_id="", scores={}, provenance={}, config={})
+    same = msgspec.structs.replace(
+        manifest, model_id="", scores={}, provenance={}, config={}, history=()
+    )
     return hashlib.sha256(msgspec.json.encode(same, order="deterministic")).hexdigest()[:12]
 
 

@@ -91,9 +91,7 @@ def causal_pass(
     first = start + length * np.arange(streams)
     lead = min(run_in, start) if streams == 1 else run_in
     like = estimator.mean_rate
-    counts = torch.as_tensor(recording.counts.astype(np.float64)).to(like)
     seen = recording.mask() if dropped is None else recording.mask() & ~dropped[:, None]
-    valid = torch.as_tensor(seen.astype(np.float64)).to(like)
     fresh = np.zeros(len(recording), dtype=bool)
     fresh[[0, *recording.breaks]] = True
 
@@ -106,10 +104,12 @@ def causal_pass(
         bins = first + j
         # a piece whose run-in would start before the recording sees missing bins there
         inside = (bins >= 0) & (bins < stop)
-        index = torch.as_tensor(np.clip(bins, 0, stop - 1))
-        mask = valid[index] * torch.as_tensor(inside.astype(np.float64)).to(like).unsqueeze(1)
+        index = np.clip(bins, 0, stop - 1)
+        # a step's rows at a time: all bins at once in float64 are much for a long recording
+        counts = torch.as_tensor(recording.counts[index].astype(np.float64)).to(like)
+        mask = torch.as_tensor((seen[index] & inside[:, None]).astype(np.float64)).to(like)
         state = restarted(estimator, state, fresh[index] & inside)
-        state, answer = estimator.step(state, counts[index], mask)
+        state, answer = estimator.step(state, counts, mask)
         if progress is not None:
             progress(j + lead + 1, length + lead)
         if j < 0:

@@ -155,6 +155,11 @@ def check(config: TrainConfig) -> TrainConfig:
     width, rate = config.data.bin_width, config.data.min_rate
     _require("data.bin_width", width, "above zero", 0 < width < math.inf)
     _require("data.min_rate", rate, "zero or more", 0 <= rate < math.inf)
+    window = config.data.trials.window
+    _require("data.lag", config.data.lag, "finite seconds", math.isfinite(config.data.lag))
+    _require("data.trials.window", str(window), "finite", all(map(math.isfinite, window)))
+    rate = config.data.nwb.rate
+    _require("data.nwb.rate", rate, "zero or more", 0 <= rate < math.inf)
     split = config.data.split
     _require(
         "data.split",

@@ -101,7 +101,9 @@ class Crops:
         a, b = data.train
         self.chunk, self.n_bins = chunk, b - a
         self.counts = torch.as_tensor(data.recording.counts[a:b].astype(np.float64)).to(like)
-        self.mask = torch.as_tensor(data.recording.mask()[a:b].astype(np.float64)).to(like)
+        whole = data.recording.observed is None
+        seen = data.recording.valid[a:b, None] if whole else data.recording.mask()[a:b]
+        self.mask = torch.as_tensor(seen.astype(np.float64)).to(like)
         scored = torch.as_tensor(data.recording.scored[a:b].astype(np.float64)).to(like)
         self.scored = scored.unsqueeze(1)
         self.starts, stops = _starts(data.recording.segments(a, b), a, chunk)
@@ -127,8 +129,8 @@ class Crops:
         """Every group's values and masks at these bins."""
         index, inside = self._inside(index)
         live = inside.unsqueeze(-1).to(self.mask)
-        mask = self.mask[index] * live
-        groups = {"spikes": Observed(self.counts[index] * mask, mask)}
+        counts, mask = self.counts[index], self.mask[index] * live
+        groups = {"spikes": Observed(counts * mask, mask.expand_as(counts))}
         if self.kinematics is not None:
             k = self.kinematics[index]
             groups["kinematics"] = Observed(k, (self.scored[index] * live).expand_as(k))

@@ -128,6 +128,8 @@ def _report(
         facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
     notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
     notes += recording.notes
+    if len(recording.breaks):
+        notes += ("Trials are laid end to end: times leave out what lay between them.",)
     sha = recording.sha256
     return ReportData(
         title=f"Offline causal evaluation on {recording.name}",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ilqr_training.config import LoopConfig
+from ilqr_training.culprit import culprit
 from ilqr_vae import elbo, ilqr, implicit
 from ilqr_vae.errors import TrainingError
 from ilqr_vae.likelihoods import Observed
@@ -123,22 +124,12 @@ def _draw(run: Run, problem: ilqr.Problem, state: ilqr.State) -> Draw:
         return laplace_draw(at, solve_lqr(at, free_initial=True), run.generator)
 
 
-def _first_not_finite(model: Model) -> str:
-    """A parameter, since it spoils every gradient; else a gradient."""
-    for name, p in model.named_parameters():
-        if not bool(p.isfinite().all()):
-            return f"parameter {name}"
-    for name, p in model.named_parameters():
-        if p.grad is not None and not bool(p.grad.isfinite().all()):
-            return f"gradient of {name}"
-    return "the bound"
-
-
 def gradient_step(run: Run, config: LoopConfig) -> Report:
     """Draw crops, solve, ascend once.
 
     Raises:
-        TrainingError: the bound or a gradient is not finite; names which.
+        TrainingError: the bound or a gradient is not finite; names the parameter, group or bin
+            it comes from.
     """
     model, crops = run.model, run.crops
     index = crops.draw(config.batch)
@@ -174,7 +165,7 @@ def gradient_step(run: Run, config: LoopConfig) -> Report:
         raise TrainingError(
             f"training step {run.step + 1}",
             expected="a finite bound and gradient",
-            got=f"{_first_not_finite(model)} not finite",
+            got=f"{culprit(model, run.posterior, index, observed, parts)} not finite",
         )
     run.optimiser.step()
     run.step += 1

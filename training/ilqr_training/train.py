@@ -120,9 +120,22 @@ def train(
     Raises:
         RecordingError, ConfigError, TrainingError: see their places.
     """
+    recording = load_recording(recording_path, config.data)
+    return train_on(config, recording, out, watcher, resume=resume, log_dir=log_dir)
+
+
+def train_on(
+    config: TrainConfig,
+    recording: Recording,
+    out: Path,
+    watcher: Watcher,
+    *,
+    resume: bool = False,
+    log_dir: Path | None = None,
+) -> Trained:
+    """``train``, on a recording that is read already."""
     began = time.monotonic()
     loop = config.training
-    recording = load_recording(recording_path, config.data)
     data = prepare(recording, config.data, chunk=loop.chunk)
     watcher.prepared(data)
     torch.manual_seed(loop.seed)

@@ -16,9 +16,12 @@ from ilqr_training.config import TrainConfig, check, load_config
 from ilqr_training.data import Prepared
 from ilqr_training.followed import log_folder
 from ilqr_training.loop import Report
-from ilqr_training.train import checkpoint_path, train
+from ilqr_training.memory import estimate
+from ilqr_training.sessions import session_path, train_sessions
+from ilqr_training.train import Trained, Watcher, checkpoint_path, train
 from ilqr_training.validate import Validation
 from ilqr_vae import threads
+from ilqr_vae.artifact import Manifest
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.report import check_writable, write_whole
 
@@ -30,8 +33,8 @@ EXAMPLE = "Example: ilqr-vae train configs/demo.toml --recording reach.nwb --out
 class _Terminal:
     """Shows training as a progress bar with the newest numbers."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, config: TrainConfig) -> None:
+        self.console, self.config, self.steps = console, config, config.training.steps
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,8 +44,10 @@ class _Terminal:
             console=console,
             transient=True,
         )
-        self.task: TaskID = self.bar.add_task("training", total=steps, note="")
+        self.task: TaskID = self.bar.add_task("training", total=self.steps, note="")
         self.side: TaskID | None = None
+        self.began: tuple[float, int] | None = None
+        self.newest = ""
 
     def prepared(self, data: Prepared) -> None:
         r = data.recording
@@ -54,12 +59,16 @@ class _Terminal:
             highlight=False,
             markup=False,
         )
+        for text in (*r.notes, str(estimate(self.config, data))):
+            self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
     def stepped(self, report: Report) -> None:
         self._end_side()
+        if self.began is None:  # after the first step: it compiles, and a resumed run begins late
+            self.began = time.monotonic(), report.step
         note = (
             f"bound {report.bound:.1f} nats/bin, KL {report.kl:.2f}, "
-            f"{report.iterations:.1f} iterations"
+            f"{report.iterations:.1f} iterations{self.newest}"
         )
         self.bar.update(self.task, completed=report.step, note=note)
 
@@ -73,16 +82,33 @@ class _Terminal:
         scores = validation.scores
         decode = f"causal R2 {scores['r2']:.4f}, " if "r2" in scores else ""
         mark = "  (best so far)" if best else ""
+        if decode:
+            self.newest = f"; causal R2 {scores['r2']:.3f} at step {step}"
         self.console.print(
             f"step {step}: {decode}{scores['bits_per_spike']:.4f} bits per spike on the "
-            f"validation part{mark}",
+            f"validation part{mark}{self._left(step)}",
             highlight=False,
+            soft_wrap=True,
         )
+
+    def _left(self, step: int) -> str:
+        """Time until the last step at the pace so far, validations included."""
+        if self.began is None or step <= self.began[1] or step >= self.steps:
+            return ""
+        pace = (time.monotonic() - self.began[0]) / (step - self.began[1])
+        return f"; {clock(pace * (self.steps - step))} left at most"
 
     def _end_side(self) -> None:
         if self.side is not None:
             self.bar.remove_task(self.side)
             self.side = None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _overridden(config: TrainConfig, seed: int | None, steps: int | None) -> TrainConfig:
@@ -94,7 +120,13 @@ def _overridden(config: TrainConfig, seed: int | None, steps: int | None) -> Tra
 @app.command(epilog=EXAMPLE)
 def train_command(
     config: Annotated[Path, typer.Argument(help="TOML with overrides; see configs/.")],
-    recording: Annotated[Path, typer.Option(help="A .nwb or .mat recording.")],
+    recording: Annotated[
+        list[Path],
+        typer.Option(
+            help="A .nwb, .mat or .h5 recording. Several: their dynamics are shared, and each "
+            "session gets a model file of its own units beside --out."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The model file to write (.safetensors).")],
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")
@@ -123,18 +155,11 @@ def train_command(
     settings = _overridden(load_config(config), seed, steps)
     use_threads(threads)
     console = Console(stderr=True)
-    terminal = _Terminal(console, settings.training.steps)
+    terminal = _Terminal(console, settings)
     began = time.monotonic()
     try:
         with terminal.bar:
-            done = train(
-                settings,
-                recording,
-                out,
-                terminal,
-                resume=resume,
-                log_dir=log_dir or log_folder(out),
-            )
+            done, own = _fit(settings, recording, out, terminal, resume, log_dir or log_folder(out))
     except KeyboardInterrupt:
         kept = checkpoint_path(out)
         hint = f"; continue with --resume ({kept.name})" if kept.exists() else ""
@@ -157,6 +182,26 @@ def train_command(
         f"{done.best_step}, {time.monotonic() - began:.0f} s; causal validation scores: {scores}",
         highlight=False,
     )
+    for name, manifest in own.items():
+        shown = {k: round(v, 4) for k, v in manifest.scores.items()}
+        Console(soft_wrap=True).print(
+            f"wrote {session_path(out, name)} (model {manifest.model_id}): {shown}",
+            highlight=False,
+        )
+
+
+def _fit(
+    settings: TrainConfig,
+    recordings: list[Path],
+    out: Path,
+    watcher: Watcher,
+    resume: bool,
+    log_dir: Path,
+) -> tuple[Trained, dict[str, Manifest]]:
+    """The run, and each session's manifest where there are several."""
+    if len(recordings) == 1:
+        return train(settings, recordings[0], out, watcher, resume=resume, log_dir=log_dir), {}
+    return train_sessions(settings, recordings, out, watcher, resume=resume, log_dir=log_dir)
 
 
 def use_threads(count: int | None) -> None:

@@ -57,7 +57,7 @@ class Psths:
     Attributes:
         event: what trials are aligned to.
         time: (L,), seconds from it.
-        conditions: C names; trials: how many of each.
+        conditions: C names, directions where the file has none; trials: how many of each.
         units: columns of the recording shown.
         counted, modelled: (C, L, len(units)), spikes per second.
         correlation: over all units that fire and all conditions, of counted with modelled.
@@ -178,7 +178,7 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
         return None
     events = onsets(data)
     event = MOVEMENT if MOVEMENT in events else next(iter(events))
-    kinds = np.array(trials.condition or ("all",) * len(trials))
+    kinds = np.array(trials.condition or _sectors(data) or ("all",) * len(trials))
     names, number = np.unique(kinds, return_counts=True)
     order = np.argsort(-number, kind="stable")[:MOST_CONDITIONS]
     chosen = [str(names[i]) for i in order if number[i] >= FEWEST_TRIALS]
@@ -214,6 +214,23 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
         correlation=correlation,
         n_units=int(firing.sum()),
     )
+
+
+def _sectors(data: ReportData) -> tuple[str, ...]:
+    """The eighth of the circle each trial's movement goes to, where velocity was measured.
+
+    By its displacement at the bin farthest from where it began.
+    """
+    planar = len(data.units) >= 2 and all(u.strip().endswith("/s") for u in data.units[:2])
+    if data.trials is None or data.truth is None or not planar:
+        return ()
+    names: list[str] = []
+    for a, b in zip(data.trials.start.tolist(), data.trials.stop.tolist(), strict=True):
+        path = np.cumsum(data.truth[a:b, :2], axis=0)
+        far = path[int(np.argmax(np.hypot(path[:, 0], path[:, 1])))]
+        eighth = round(float(np.arctan2(far[1], far[0])) / (np.pi / 4)) % 8
+        names.append(f"{45 * eighth}°")
+    return tuple(names)
 
 
 def _mean_of(values: Array) -> Array:
