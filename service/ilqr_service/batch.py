@@ -142,13 +142,13 @@ class Stepper:
             ValueError: counts or a mask of a wrong size.
         """
         started, estimator, facts = self._clock(), self._estimator, self._facts
-        after = estimator.take_in(self.pool.get([state]), *self._given([work], [watch]))
-        if after is None:
+        taken = estimator.take_in(self.pool.get([state]), *self._given([work], [watch]))
+        if taken is None:
             return None
-        readout, window = estimator.readout, estimator.features(after)
-        z, kinematics = window[:, : facts.latents], window[:, :0]
-        if readout is not None:
-            kinematics, _ = readout(window, torch.zeros_like(after.precision))
+        after, features = taken
+        z, kinematics = features[:, : facts.latents], features[:, :0]
+        if estimator.readout is not None:
+            kinematics, _ = estimator.readout(features, torch.zeros_like(after.precision))
         latent = _array(z)[0]
         answer = Answer(
             work=work,

@@ -40,8 +40,7 @@ from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
 
 _POLL_MS = 100
 _BURST = 256
-# Messages or answers that are written to the journal, and told to the solver, at once.
-_TOGETHER = 16
+_TOGETHER = 16  # messages or answers that are journalled, and told to the solver, at once
 _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0

@@ -322,11 +322,8 @@ class SessionTable:
         return effects
 
     def credits(self, *, all_owed: bool = True) -> list[tuple[bytes, wire.Credit]]:
-        """The credits that came free since they were last told, one message per session.
-
-        Args:
-            all_owed: also the few that a feeder cannot be short of yet.
-        """
+        """The credits that came free since they were last told, one message per session; of
+        ``all_owed`` also the few that a feeder cannot be short of yet."""
         least = 1 if all_owed else max(1, self.limits.credits // 8)
         due = [s for s in self._owing.values() if s.owed >= least]
         for session in due:

@@ -126,9 +126,6 @@ class Estimate:
         return self.z_cov.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
-_STATE = fields(HorizonState)
-
-
 def _spd_inverse(M: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(M)[0])
 
@@ -265,14 +262,14 @@ class MovingHorizon:
     @torch.no_grad()
     def take_in(
         self, state: HorizonState, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]
-    ) -> HorizonState | None:
-        """Take one bin of each stream as ``step`` does, but without a solve: it is in the window
-        and counts from the next step on; the trajectory is the prediction. A small part of the
-        cost of a step. None where that is not compiled."""
+    ) -> tuple[HorizonState, Float[Tensor, "S features"]] | None:
+        """Take one bin of each stream as ``step`` does, but without a solve: it is in the window,
+        the trajectory is the prediction. Also what the readout reads. None where not compiled."""
         if not solver.usable(self.model, ("spikes",), state.z):
             return None
         after = self._estimator().enter(state.tensors(), counts, mask)
-        return HorizonState(*(torch.from_numpy(x) for x in after))
+        moved = HorizonState(*(torch.from_numpy(x) for x in after))
+        return moved, self.features(moved)
 
     def _graphed(
         self, state: HorizonState, counts: Tensor, mask: Tensor
@@ -282,7 +279,8 @@ class MovingHorizon:
             self._graphs = self.graphs()
         given = (*state.tensors(), counts, mask)
         out = self._graphs(given)
-        return HorizonState(*out[: len(_STATE)]), Estimate(*out[len(_STATE) :])
+        held = len(given) - 2  # as many fields as the state has
+        return HorizonState(*out[:held]), Estimate(*out[held:])
 
     def graphs(self, record: Record = record_cuda) -> Graphs:
         """The step without waiting, to be recorded for each batch size that comes."""
@@ -301,14 +299,8 @@ class MovingHorizon:
     def _estimator(self) -> Estimator:
         """The model packed for the compiled step, once."""
         if self._packed is None:
-            self._packed = Estimator(
-                self.model,
-                self._w,
-                self.readout,
-                self.mean_rate,
-                self.config.horizon,
-                ilqr.options(self._solver),
-            )
+            about = (self.readout, self.mean_rate, self.config.horizon)
+            self._packed = Estimator(self.model, self._w, *about, ilqr.options(self._solver))
         return self._packed
 
     @torch.no_grad()
