@@ -10,7 +10,7 @@ as strong as what the regression leaves over. Training is then what it always is
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -92,7 +92,7 @@ def _gaussian(model: Model, group: str) -> Gaussian:
     return family
 
 
-def _set(parameter: Tensor, value: Array | float) -> None:
+def _set(parameter: Tensor, value: NDArray[Any] | float) -> None:
     parameter.copy_(torch.as_tensor(np.ascontiguousarray(value)).to(parameter).expand_as(parameter))
 
 
@@ -169,7 +169,7 @@ def start_residual(
     n, m, wide, share = model.n, model.m, dynamics.wide, dynamics.share
     seen = components(values, min(n, values.shape[-1]))
     r = seen.C.shape[1]
-    smooth = savgol_filter(values, config.window, config.degree, axis=1)
+    smooth: Array = np.asarray(savgol_filter(values, config.window, config.degree, axis=1), float)
     z = (smooth - seen.b) @ seen.back
     half = config.window // 2  # the filter's ends are extrapolations
     before, after = z[:, half : -half - 1].reshape(-1, r), z[:, half + 1 : -half].reshape(-1, r)
