@@ -46,8 +46,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "bins": 60,
         "autonomous": 50,
         "net": {"latents": 4, "inputs": 2},
-        "pieces": {"steps": 2, "batch": 4},
-        "whole": {"steps": 1, "batch": 3},
+        "test_bouts": 3,
+        "pieces": [
+            {"bins": 25, "fit": {"steps": 2, "batch": 4}},
+            {"bins": 50, "fit": {"steps": 1, "batch": 3}},
+        ],
     },
     "sparse-inputs": {
         "bins": 60,

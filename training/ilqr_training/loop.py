@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -101,19 +101,29 @@ class Report:
     unsolved: float
 
 
-def start(model: Model, crops: Batches, config: LoopConfig) -> Run:
-    """Optimiser and posterior for a fresh run."""
+def start(model: Model, crops: Batches, config: LoopConfig, *, scale_rate: float = 1.0) -> Run:
+    """Optimiser and posterior for a fresh run.
+
+    Args:
+        scale_rate: learning rate of the scales (of priors and noise, and the Student's degrees of
+            freedom), as a multiple of everything else's. Adam moves a log scale by about one
+            learning rate a step, so scales that have far to go need more than weights do.
+    """
     like = model.initial.mean
     posterior = None
     if config.posterior == "kronecker":
         posterior = Kronecker(model.n, model.m, config.chunk).to(like)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scales = [p for name, p in named if scale_rate != 1 and name.endswith(("log_scale", "raw_nu"))]
+    parameters = [p for _, p in named if all(p is not q for q in scales)]
     if posterior is not None:
         parameters += list(posterior.parameters())
+    groups: list[dict[str, Any]] = [{"params": parameters, "factor": 1.0}]
+    if scales:
+        groups.append({"params": scales, "factor": scale_rate})
     generator = torch.Generator(device=like.device).manual_seed(config.seed)
-    return Run(
-        model, posterior, crops, torch.optim.Adam(parameters, config.learning_rate), generator
-    )
+    optimiser = torch.optim.Adam(groups, config.learning_rate)
+    return Run(model, posterior, crops, optimiser, generator)
 
 
 def _draw(run: Run, problem: ilqr.Problem, state: ilqr.State) -> Draw:
@@ -156,7 +166,8 @@ def gradient_step(run: Run, config: LoopConfig) -> Report:
     if run.rate is not None:
         rate = run.rate(run.step)
     for group in run.optimiser.param_groups:
-        group["lr"] = rate
+        # a checkpoint from before there were factors has none
+        group["lr"] = rate * group.get("factor", 1.0)
     run.optimiser.zero_grad(set_to_none=True)
     loss.backward()
     parameters: list[Tensor] = [p for g in run.optimiser.param_groups for p in g["params"]]

@@ -31,6 +31,7 @@ class FitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Attributes:
         steps, batch: gradient steps, and trials per step (capped at what there is).
         learning_rate, final_rate: of Adam, from the one to the other along a half cosine.
+        scale_rate: learning rate of scales as a multiple of that, see ``loop.start``.
         clip: largest gradient norm, of the bound per bin.
         kl_warmup: steps over which the KL's weight grows to one.
         posterior: per-trial Laplace, or the paper's Kronecker.
@@ -43,6 +44,7 @@ class FitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     batch: int = 32
     learning_rate: float = 0.02
     final_rate: float = 0.001
+    scale_rate: float = 1.0
     clip: float = 5.0
     kl_warmup: int = 50
     posterior: Literal["laplace", "kronecker"] = "laplace"
@@ -218,7 +220,7 @@ def fit(
         seed=seed,
         dtype=config.dtype,
     )
-    run = start(model, trials, loop)
+    run = start(model, trials, loop, scale_rate=config.scale_rate)
     run.condition = tuple(model.groups)
     run.rate = config.rate
     bounds: list[float] = []
