@@ -25,9 +25,9 @@ from ilqr_training.experiments.driver import (
     fit,
     network,
     observed_of,
-    start_noise,
 )
 from ilqr_training.experiments.generators import linear_trials, sparse_inputs, stable_matrix
+from ilqr_training.experiments.starts import start_linear
 from ilqr_training.loop import Report, Run
 from ilqr_vae import elbo, ilqr, prediction
 from ilqr_vae.artifact import GroupSpec
@@ -188,7 +188,7 @@ def inference_gap(config: GapConfig, seed: int, watch: Watch) -> Outcome:
     def fresh() -> Model:
         group = GroupSpec(family="gaussian", channels=config.outputs)
         model = network(config.net, group, seed=seed, dtype=config.fit.dtype)
-        start_noise(model, values)
+        start_linear(model, values)
         return model
 
     ours: list[Gap] = []

@@ -52,7 +52,7 @@ class AutonomousConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     noise: float = 0.1
     bound_samples: int = 20
     net: NetConfig = NetConfig(dynamics="linear", latents=8, inputs=3)
-    fit: FitConfig = FitConfig(steps=400, batch=56, learning_rate=0.03, iterations=2)
+    fit: FitConfig = FitConfig(steps=1200, batch=56, learning_rate=0.03, iterations=2)
 
 
 def _autonomous_data(config: AutonomousConfig, rng: np.random.Generator) -> LinearData:
