@@ -281,8 +281,11 @@ def test_the_answer_is_what_it_says() -> None:
     _, answers = streamed(est, values, mask)
     last, spikes = answers[-1], model.group("spikes")
     n = model.n
-    assert last.window.shape == (1, 3 * n)
+    units = values.shape[-1]
+    assert last.window.shape == (1, 3 * n + 2 * units)
     torch.testing.assert_close(last.window[:, :n], last.z, rtol=0, atol=0)
+    left = mask[:, 8] * (values[:, 8] - spikes.mean(last.z))
+    torch.testing.assert_close(last.window[:, 3 * n : 3 * n + units], left, rtol=0, atol=1e-12)
     torch.testing.assert_close(last.rates, spikes.mean(last.z), rtol=1e-12, atol=0)
     torch.testing.assert_close(last.z_std**2, last.z_cov.diagonal(dim1=-2, dim2=-1))
     assert float(last.spikes) == float((values[0, 8] * mask[0, 8]).sum())
