@@ -113,10 +113,15 @@ class Gap(msgspec.Struct, frozen=True):
         return self.weighted - self.bound
 
 
-def _of_ilqr(model: Model, observed: dict[str, Observed], config: GapConfig, step: int) -> Gap:
+def _of_ilqr(
+    model: Model, observed: dict[str, Observed], trials: Trials, config: GapConfig, step: int
+) -> Gap:
+    # from where training's own solves ended: the Student's cost is not convex, and inputs that
+    # start at zero may be held there
+    warm = trials.warm(torch.arange(trials.count))
     generator = torch.Generator().manual_seed(step)
     solver = ilqr.SolverConfig(iterations=40, tolerance=1e-6)
-    q = prediction.infer(model, observed, solver=solver, generator=generator)
+    q = prediction.infer(model, observed, solver=solver, start=warm, generator=generator)
     bound = float(q.bound(observed, samples=50).mean()) / config.bins
     weighted = q.importance_weighted(observed, samples=config.samples, at_once=50)
     return Gap(step, bound, float(weighted.mean()) / config.bins)
@@ -197,9 +202,10 @@ def inference_gap(config: GapConfig, seed: int, watch: Watch) -> Outcome:
 
     def check(run: Run, report: Report) -> None:
         if report.step % max(1, config.fit.steps // config.checks) == 0:
-            ours.append(_of_ilqr(run.model, observed, config, report.step))
+            ours.append(_of_ilqr(run.model, observed, trials, config, report.step))
 
-    fit(model, Trials(model, observed, seed), config.fit, seed, watch, what="iLQR", after=check)
+    trials = Trials(model, observed, seed)
+    fit(model, trials, config.fit, seed, watch, what="iLQR", after=check)
     theirs = _train_encoder(fresh(), values, config, seed, watch)
     figures: dict[str, Any] = {
         "gap_ilqr": [g.gap for g in ours],
