@@ -135,14 +135,21 @@ def test_exact_gradient_along_random_directions(family: str) -> None:
         assert ours == pytest.approx(slope, rel=1e-6)
 
 
-@pytest.mark.parametrize(("dynamics", "kinds"), [("mgu2", "poisson"), ("mgu2", "joint")])
-def test_gauss_newton_points_the_same_way(dynamics: str, kinds: str) -> None:
+@pytest.mark.parametrize("kinds", ["gaussian", "poisson", "joint"])
+@pytest.mark.parametrize(
+    # docs/method.md states these
+    ("dynamics", "stated"),
+    [("rnn", 0.09), ("mgu", 0.03), ("mgu2", 0.009), ("mlp", 0.004)],
+)
+def test_gauss_newtons_error_is_no_more_than_stated(
+    dynamics: str, stated: float, kinds: str
+) -> None:
     s = setting(dynamics, kinds)
     exact, rough = s.gradient(exact=True), s.gradient(exact=False)
     a, b = (torch.cat([g.flatten() for g in x.values()]) for x in (exact, rough))
-    cosine = float(a @ b / a.norm() / b.norm())
-    assert cosine > 0.9
-    assert float((a - b).norm() / a.norm()) > 1e-6  # and is not the exact one by another name
+    error = float((a - b).norm() / a.norm())
+    assert error < 1.05 * stated
+    assert error > 1e-6  # and is not the exact one by another name
 
 
 def test_for_linear_dynamics_gauss_newton_is_exact() -> None:
