@@ -77,7 +77,7 @@ def sparse_inputs(
 
 
 def autoregressive_inputs(
-    rng: np.random.Generator, trials: int, bins: int, m: int, *, memory: float = 0.9
+    rng: np.random.Generator, trials: int, bins: int, m: int, *, memory: float = 0.5
 ) -> Array:
     """(trials, bins, m) of AR(1) channels with the variance sparse events of 0.03 have."""
     u = np.empty((trials, bins, m))

@@ -163,6 +163,7 @@ class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         noise: standard deviation of the observations.
         start: from a regression of the observations on their past (``starts.start_linear``), or
             from random parameters.
+        memory: of autoregressive inputs, from one bin to the next.
         seeds: how many data sets, seeds upwards from the one given.
         variants: further sizes, one data set each.
     """
@@ -173,6 +174,7 @@ class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     probability: float = 0.03
     noise: float = 0.1
     start: Literal["regression", "random"] = "regression"
+    memory: float = 0.5
     seeds: int = 5
     variants: tuple[Variant, ...] = ()
     net: NetConfig = NetConfig(dynamics="linear", prior="student", latents=3, inputs=3)
@@ -212,7 +214,7 @@ def _sparse_one(
     if size.kind == "sparse":
         u = sparse_inputs(rng, size.trials, size.bins, m, config.probability)
     else:
-        u = autoregressive_inputs(rng, size.trials, size.bins, m)
+        u = autoregressive_inputs(rng, size.trials, size.bins, m, memory=config.memory)
     start = _START * rng.normal(size=(size.trials, n))
     data = linear_trials(rng, A, B, C, u, start, noise=config.noise)
     regress = config.start == "regression"
