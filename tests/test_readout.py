@@ -141,7 +141,7 @@ def test_unexplained_spikes_are_read_only_where_they_say_something() -> None:
 def test_a_hidden_layer_is_taken_where_it_decodes_better_and_is_the_same_each_time() -> None:
     rng = np.random.default_rng(7)
     train, held = causal(rng, 3000), causal(rng, 500)
-    config = replace(READS, hidden=16, members=2, epochs=40)
+    config = replace(READS, hidden=16, members=2, epochs=40, dropout=0.1)
     noise = [0.1 * rng.normal(size=(len(x.bits), D)) for x in (train, held)]
     seen = [x.window[:, :D] for x in (train, held)]
     bent = [np.tanh(3 * x) + e for x, e in zip(seen, noise, strict=True)]

@@ -75,7 +75,9 @@ class Pool:
         rows = [Row(self._free, self._free.pop()) for _ in range(count)]
         at = self._index(rows)
         for array, values in zip(self._arrays, given, strict=True):
-            array.index_copy_(0, at, values)
+            # what a step passes on as it was may be a row itself (see ``get``)
+            own = values.untyped_storage().data_ptr() == array.untyped_storage().data_ptr()
+            array.index_copy_(0, at, values.clone() if own else values)
         return rows
 
     def get(self, rows: Sequence[Row]) -> HorizonState:

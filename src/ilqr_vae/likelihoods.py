@@ -24,6 +24,11 @@ from ilqr_vae.errors import ShapeError
 from ilqr_vae.priors import LOG_2PI
 
 
+def _softplus(a: Tensor) -> Tensor:
+    """log(1 + e^a) to float64's last digit; torch's own turns linear at 20, where e^-20 is left."""
+    return softplus(a, threshold=40.0)
+
+
 class Observed(NamedTuple):
     """Values of one group and which of them were observed.
 
@@ -213,25 +218,25 @@ class SoftplusPoisson(_Counts):
 
     def _terms(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rate, its slope, and d log rate / d a (which tends to one as the rate to zero)."""
-        rate, slope = softplus(a), torch.sigmoid(a)
+        rate, slope = _softplus(a), torch.sigmoid(a)
         ratio = torch.where(a > -15, slope / rate.clamp(min=1e-30), 1 - 0.5 * torch.exp(a))
         return rate, slope, ratio
 
     def mean(self, z: Tensor) -> Tensor:
-        return softplus(self.affine(z))
+        return _softplus(self.affine(z))
 
     def _log_rate(self, a: Tensor) -> Tensor:
         # log softplus(a) -> a as a -> -inf, where softplus itself would lose its digits
         low = a < -15
         safe = torch.where(low, torch.zeros_like(a), a)
-        return torch.where(low, a - 0.5 * torch.exp(a), softplus(safe).log())
+        return torch.where(low, a - 0.5 * torch.exp(a), _softplus(safe).log())
 
     def log_prob(self, z: Tensor, o: Observed) -> Tensor:
         return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
 
     def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
         a = self.affine(z)
-        return ((o.values * self._log_rate(a) - softplus(a)) * o.mask).sum(-1)
+        return ((o.values * self._log_rate(a) - _softplus(a)) * o.mask).sum(-1)
 
     def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         _, slope, ratio = self._terms(a)
