@@ -193,3 +193,25 @@ def test_a_trial_whose_hessian_is_indefinite_falls_back_and_spreads_nothing() ->
     grads = [p.grad for p in s.model.parameters() if p.grad is not None]
     assert grads
     assert all(bool(g.isfinite().all()) for g in grads)
+
+
+def test_what_the_gradient_keeps_does_not_depend_on_the_iterations() -> None:
+    s = setting("mgu2", "poisson")
+
+    def kept(iterations: int) -> int:
+        """Bytes that autograd keeps for the backward pass, solve included."""
+        total = 0
+
+        def pack(x: Tensor) -> Tensor:
+            nonlocal total
+            total += x.numel() * x.element_size()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            problem = as_problem(s.model, s.observed, s.names)
+            config = ilqr.SolverConfig(iterations=iterations, tolerance=0.0)
+            state, _ = ilqr.solve(problem, *rest(problem), config)
+            s.loss(at=(problem, state))
+        return total
+
+    assert kept(1) == kept(12) > 0
