@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from ilqr_clients.closing import Closing
 from ilqr_vae import wire
 from ilqr_vae.keys import ClientKey
 
@@ -21,7 +21,7 @@ GENEROUS_NS = 60_000_000_000
 T = TypeVar("T", bound=wire.Message)
 
 
-class Feeder:
+class Feeder(Closing):
     """One DEALER and one SUB; every wait has a deadline and fails by name."""
 
     def __init__(
@@ -44,15 +44,7 @@ class Feeder:
         self.sub.rcvhwm = 0
         self.sub.connect(results)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._context.destroy(linger=0)
 
     def send(self, *messages: wire.Message | bytes) -> None:

@@ -1,4 +1,4 @@
-"""Things that hold sockets and close them at the end of a ``with``."""
+"""Things that hold something, a socket or the terminal, until the end of a ``with``."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ilqr_clients.closing import Closing
 from ilqr_clients.replay import StreamLog
 from ilqr_vae.report.score import r2_per_channel
 
@@ -35,7 +35,7 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if np.isfinite(value) else "-"
 
 
-class LiveReplay:
+class LiveReplay(Closing):
     """A ``watch`` for ``replay.stream``: a rich table, at most four times a second.
 
     Drawing waits for a pause before the next send that is longer than drawing takes; with none for
@@ -68,12 +68,8 @@ class LiveReplay:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the table as it was last drawn."""
         if self._live is not None:
             self._live.stop()
 

@@ -127,6 +127,11 @@ def solve_exact(
     if bool(exact.ok.all()):
         return exact
     plain = solve_lqr(quadratic, free_initial=True, regularisation=regularisation)
+    return where_solved(exact, plain)
+
+
+def where_solved(exact: LQRSolution, plain: LQRSolution) -> LQRSolution:
+    """``exact`` for the problems that it could be found for, ``plain`` for the others."""
     return LQRSolution(
         **{
             field.name: where(exact.ok, getattr(exact, field.name), getattr(plain, field.name))

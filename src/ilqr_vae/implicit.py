@@ -21,14 +21,14 @@ Where the exact H is not positive definite, that trial falls back to Gauss-Newto
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ilqr_vae.ilqr import Problem, State
+from ilqr_vae.ilqr import Problem, State, where_solved
 from ilqr_vae.lqr import LQRSolution, solve_lqr
 from ilqr_vae.rollout import adjoint
 
@@ -56,16 +56,7 @@ def _solve_adjoint(site: _Site, gz0: Tensor, gu: Tensor) -> tuple[LQRSolution, T
     exact = solve_lqr(full, free_initial=True)
     if bool(exact.ok.all()):
         return exact, lam
-    plain = solve_lqr(gauss_newton, free_initial=True)
-    picked = {
-        f.name: torch.where(
-            exact.ok.view(-1, *[1] * (getattr(plain, f.name).ndim - 1)),
-            getattr(exact, f.name),
-            getattr(plain, f.name),
-        )
-        for f in fields(LQRSolution)
-    }
-    return LQRSolution(**picked), lam
+    return where_solved(exact, solve_lqr(gauss_newton, free_initial=True)), lam
 
 
 def _stationarity_product(site: _Site, sol: LQRSolution, lam: Tensor) -> Tensor:

@@ -68,8 +68,7 @@ class Estimator:
         self.dtype = array(mean_rate).dtype
         prior = array(model.initial.cost(1).precision[0])
         self.wide = array(model.initial.cost(1).precision[0].inverse())
-        blank = KinematicReadout(n, 0)
-        used = blank if readout is None else readout
+        used = KinematicReadout(n, 0) if readout is None else readout
         self.channels, self.features = used.W.shape
         self.scratch_size = window.scratch_size(horizon, n, m, N, used.shape.hidden)
         maps = tuple(array(t.to(mean_rate.dtype)) for t in (used.W, used.b, used.U, used.c, used.O))

@@ -36,14 +36,19 @@ def bin_spikes(
             )
         bins = bins_of(seconds, start, bin_width)
         inside = np.bincount(bins[(bins >= 0) & (bins < n_bins)], minlength=n_bins)
-        if int(inside.max(initial=0)) > MAX_COUNT:
-            raise RecordingError(
-                f"units[{unit}].spike_times",
-                expected=f"at most {MAX_COUNT} spikes a bin",
-                got=str(int(inside.max())),
-            )
-        counts[:, unit] = inside
+        counts[:, unit] = _countable(inside, unit)
     return counts
+
+
+def _countable(inside: NDArray[np.int64], unit: int) -> NDArray[np.int64]:
+    """A unit's counts, if they fit. Raises RecordingError."""
+    if int(inside.max(initial=0)) > MAX_COUNT:
+        raise RecordingError(
+            f"units[{unit}].spike_times",
+            expected=f"at most {MAX_COUNT} spikes a bin",
+            got=str(int(inside.max())),
+        )
+    return inside
 
 
 def bin_windows(
@@ -71,13 +76,7 @@ def bin_windows(
     counts = np.empty((int(bins.sum()), len(spike_times)), dtype=np.uint16)
     for unit, times in enumerate(spike_times):
         inside = np.diff(np.searchsorted(times, edges))[real]
-        if int(inside.max(initial=0)) > MAX_COUNT:
-            raise RecordingError(
-                f"units[{unit}].spike_times",
-                expected=f"at most {MAX_COUNT} spikes a bin",
-                got=str(int(inside.max())),
-            )
-        counts[:, unit] = inside
+        counts[:, unit] = _countable(inside, unit)
     return counts
 
 
