@@ -14,11 +14,11 @@ from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.engine import Engine
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.units import UnitWatch
 from ilqr_service.verify import verify
 from ilqr_vae import wire
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
+from ilqr_vae.units import UnitWatch
 from process import Served, metrics, offline, served
 from rig import make_model, serving
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ilqr_training.gru import GRUConfig, GRUDecoder, filled
-from ilqr_training.rivals import kalman
+from ilqr_training.gru import GRUConfig, GRUDecoder
+from ilqr_training.rivals import KALMAN, Filling, filled, fit_rivals
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.metrics import r2
 from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.report.score import WIENER
+
+Array = NDArray[np.float64]
+Decode = Callable[[Recording, Array, tuple[int, int]], Array]
 
 SPLIT = SplitSpec(train=0.6, validation=0.8)
 QUICK = (GRUConfig(hidden=16, dropout=0.1, steps=60, schedule=60, rate=1e-2),)
@@ -37,21 +42,27 @@ def made(seed: int = 0, breaks: tuple[int, ...] = ()) -> Recording:
     )
 
 
+def fits(recording: Recording) -> dict[str, Decode]:
+    """Each decoder, as what decodes given counts."""
+    rivals = fit_rivals(recording, SPLIT, (WIENER, KALMAN))
+    gru = GRUDecoder.fit(recording, SPLIT, grid=QUICK)
+
+    def of(name: str) -> Decode:
+        return lambda _, counts, bins: rivals[name].decode(bins, counts=counts)
+
+    return {name: of(name) for name in rivals} | {"gru": gru.decode}
+
+
 def test_each_decodes_better_than_chance_and_none_sees_the_future() -> None:
     recording, bins = made(), (480, 600)
     assert recording.kinematics is not None
-    gru = GRUDecoder.fit(recording, SPLIT, grid=QUICK)
-
-    def decoded(r: Recording) -> dict[str, NDArray[np.float64]]:
-        return {"kalman": kalman(r, SPLIT, bins, None), "gru": gru.predict(r, *bins)}
-
-    counts = recording.counts.copy()
-    counts[540:] = 0
-    changed = replace(recording, counts=counts)
-    for name, found in decoded(recording).items():
+    counts = recording.counts.astype(np.float64)
+    changed = counts.copy()
+    changed[540:] = 0
+    for name, decode in fits(recording).items():
+        found, after = decode(recording, counts, bins), decode(recording, changed, bins)
         assert found.shape == (120, D)
         assert r2(recording.kinematics[480:], found) > 0.3, name
-        after = decoded(changed)[name]
         np.testing.assert_allclose(after[:60], found[:60], rtol=1e-5, atol=1e-5)
         assert not np.allclose(after[60:], found[60:])
 
@@ -62,36 +73,64 @@ def test_nothing_of_the_test_part_is_fitted_on() -> None:
     truth = recording.kinematics.copy()
     truth[480:] = 1e3
     spoiled = replace(recording, kinematics=truth)
-    for a, b in (
-        (kalman(recording, SPLIT, (0, 480), None), kalman(spoiled, SPLIT, (0, 480), None)),
-        tuple(
-            GRUDecoder.fit(r, SPLIT, grid=QUICK).predict(r, 0, 480) for r in (recording, spoiled)
-        ),
-    ):
-        np.testing.assert_array_equal(a, b)
+    counts, bins = recording.counts.astype(np.float64), (0, 480)
+    clean, other = fits(recording), fits(spoiled)
+    for name, decode in clean.items():
+        np.testing.assert_array_equal(
+            decode(recording, counts, bins), other[name](spoiled, counts, bins)
+        )
 
 
-def test_a_gru_begins_anew_where_the_recording_does() -> None:
+def test_each_begins_anew_where_the_recording_does() -> None:
     recording = made(breaks=(300, 500))
-    gru = GRUDecoder.fit(recording, SPLIT, grid=QUICK)
-    counts = recording.counts.copy()
-    counts[:500] = 0
-    found = gru.predict(replace(recording, counts=counts), 500, 600)
-    np.testing.assert_allclose(found, gru.predict(recording, 500, 600), rtol=1e-5, atol=1e-5)
+    counts = recording.counts.astype(np.float64)
+    changed = counts.copy()
+    changed[:500] = 0
+    for name, decode in fits(recording).items():
+        found, after = (decode(recording, x, (490, 600))[10:] for x in (counts, changed))
+        np.testing.assert_allclose(found, after, rtol=1e-5, atol=1e-5, err_msg=name)
+        part = decode(recording, counts, (520, 600))
+        np.testing.assert_allclose(part, found[20:], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_what_stands_in_for_missing_bins() -> None:
+@pytest.mark.parametrize(
+    ("filling", "expected"),
+    [
+        ("zeros", [[0, 0], [3, 4], [0, 0], [7, 0]]),
+        ("last value", [[0, 0], [3, 4], [3, 4], [7, 4]]),
+        ("mean", [[9, 8], [3, 4], [9, 8], [7, 8]]),
+        ("no update", [[9, 8], [3, 4], [9, 8], [7, 8]]),
+    ],
+)
+def test_what_stands_where_something_is_missing(
+    filling: Filling, expected: list[list[int]]
+) -> None:
     counts = np.arange(8.0).reshape(4, 2) + 1
-    seen = np.array([False, True, False, False])
-    np.testing.assert_array_equal(filled(counts, seen, "zeros")[[0, 2, 3]], 0.0)
-    np.testing.assert_array_equal(filled(counts, seen, "last"), [[0, 0], [3, 4], [3, 4], [3, 4]])
+    missing = np.array([[True, True], [False, False], [True, True], [False, True]])
+    mean = np.array([9.0, 8.0])
+    np.testing.assert_array_equal(filled(counts, missing, filling, mean), expected)
+
+
+def test_a_kalman_filter_predicts_a_bin_that_is_lost() -> None:
+    recording, bins = made(), (480, 600)
+    missing = np.zeros((T, N), dtype=bool)
+    missing[520] = True
+    counts = recording.counts.copy()
+    counts[520] = 99  # whatever is there is not looked at
+    kalman = fit_rivals(recording, SPLIT, (KALMAN,))[KALMAN]
+    whole, lost = kalman.decode(bins), kalman.decode(bins, counts=counts, missing=missing)
+    np.testing.assert_array_equal(whole[:40], lost[:40])
+    assert not np.allclose(whole[40:44], lost[40:44])
+    with pytest.raises(ShapeError, match="filling"):
+        kalman.decode(bins, missing=missing, filling="last value")
 
 
 def test_no_behaviour_is_named() -> None:
     recording = replace(made(), kinematics=None, kinematic_names=(), kinematic_units=())
     for fit in (
         lambda: GRUDecoder.fit(recording, SPLIT, grid=QUICK),
-        lambda: kalman(recording, SPLIT, (0, 10), None),
+        lambda: fit_rivals(recording, SPLIT, (KALMAN,)),
+        lambda: fit_rivals(recording, SPLIT, (WIENER,)),
     ):
         with pytest.raises(ShapeError, match=r"recording\.kinematics"):
             fit()

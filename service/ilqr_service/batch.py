@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from ilqr_service.states import Pool, Row
-from ilqr_service.units import UnitWatch
 from ilqr_service.work import SHED, Answer, ModelFacts, Work
 from ilqr_vae.fused import solver
 from ilqr_vae.horizon import Estimate, MovingHorizon
 from ilqr_vae.ilqr import Status
+from ilqr_vae.units import UnitWatch
 
 Clock = Callable[[], int]
 

@@ -20,10 +20,10 @@ from ilqr_service import logs
 from ilqr_service.batch import Clock, Cost, Stepped, Stepper
 from ilqr_service.runs import Entry, PackedRun, Run, pack_run, unpack_state, unpack_work
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.units import UnitWatch
 from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, ModelFacts, Work
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.units import UnitWatch
 
 _NOBODY = -1
 _ROUND = 16

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from ilqr_service.states import Pool, Row
-from ilqr_service.units import UnitWatch
 from ilqr_service.work import Work
 from ilqr_vae import wire
 from ilqr_vae.horizon import HorizonState
+from ilqr_vae.units import UnitWatch
 
 
 @dataclass(frozen=True, slots=True)

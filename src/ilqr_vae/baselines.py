@@ -291,11 +291,15 @@ class KalmanFilter:
         """State before the first bin: the training mean and covariance."""
         return KalmanState(self.mean, self.covariance)
 
-    def step(self, state: KalmanState, counts: NDArray[Any]) -> tuple[KalmanState, Array]:
-        """Take one bin's counts (N,); give the new state and its mean (D,). Raises ShapeError."""
-        z = _bin_of(counts, len(self.mean_counts)) - self.mean_counts
+    def step(self, state: KalmanState, counts: NDArray[Any] | None) -> tuple[KalmanState, Array]:
+        """Take one bin's counts (N,), or None where it did not come and the state is the
+        prediction; give the new state and its mean (D,). Raises ShapeError."""
         predicted = self.transition @ (state.mean - self.mean)
         prior = self.transition @ state.covariance @ self.transition.T + self.transition_noise
+        if counts is None:
+            mean = self.mean + predicted
+            return KalmanState(mean, 0.5 * (prior + prior.T)), mean
+        z = _bin_of(counts, len(self.mean_counts)) - self.mean_counts
         # (prior^-1 + I)^-1 = (1 + prior I)^-1 prior, without inverting a covariance.
         system = np.eye(len(prior)) + prior @ self.information
         covariance = linalg.solve(system, prior)
@@ -304,14 +308,22 @@ class KalmanFilter:
         mean = self.mean + predicted + covariance @ innovation
         return KalmanState(mean, covariance), mean
 
-    def predict(self, counts: NDArray[Any], start: int = 0, stop: int | None = None) -> Array:
+    def predict(
+        self,
+        counts: NDArray[Any],
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        seen: NDArray[np.bool_] | None = None,
+    ) -> Array:
         """Decodes (stop - start, D) of bins [start, stop) of ``counts`` (T, N), causally.
 
-        The filter runs from bin 0, so bins before ``start`` count. Raises ShapeError.
+        The filter runs from bin 0, so bins before ``start`` count. ``seen``: bool (T,), False for
+        bins that did not come; None means all came. Raises ShapeError.
         """
         x, stop = _batch_of(counts, len(self.mean_counts), start, stop)
         decoded = np.empty((stop, len(self.mean)))
         state = self.init()
         for t in range(stop):
-            state, decoded[t] = self.step(state, x[t])
+            state, decoded[t] = self.step(state, x[t] if seen is None or seen[t] else None)
         return decoded[start:]

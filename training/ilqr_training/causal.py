@@ -19,6 +19,7 @@ from ilqr_training.segments import INPUT_DELAY, delayed_inputs, moved_back, rest
 from ilqr_vae.horizon import MovingHorizon
 from ilqr_vae.ilqr import Status
 from ilqr_vae.recordings import Recording
+from ilqr_vae.units import UnitWatch
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Causal:
         bits, spikes: (T,), see ``horizon.Estimate``.
         statuses: solver status -> bins.
         iterations: mean per bin.
+        masked: (T, N), units that were not believed at each bin; None where none were watched.
     """
 
     window: NDArray[np.float64]
@@ -49,6 +51,7 @@ class Causal:
     spikes: NDArray[np.float64]
     statuses: dict[str, int]
     iterations: float
+    masked: NDArray[np.bool_] | None = None
 
     def rows(self, keep: NDArray[np.bool_]) -> Causal:
         """The bins kept."""
@@ -73,6 +76,7 @@ def causal_pass(
     streams: int = 1,
     run_in: int = 100,
     dropped: NDArray[np.bool_] | None = None,
+    watch: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Causal:
     """Estimates for bins [start, stop).
@@ -82,8 +86,15 @@ def causal_pass(
         streams: pieces that run side by side; one is the exact stream.
         run_in: bins before each piece that are streamed first and not reported (fewer at bin 0).
         dropped: (T,) bins of the recording to treat as missing.
+        watch: mask units that cannot be believed, as the service does where it is asked to
+            (``units.UnitWatch``); one stream alone.
         progress: called with (bins done, bins in all) per piece.
+
+    Raises:
+        ValueError: units are to be watched in several streams.
     """
+    if watch and streams != 1:
+        raise ValueError("watch: units are watched in one stream")
     n_bins = stop - start
     streams = max(1, min(streams, n_bins))
     length = -(-n_bins // streams)
@@ -95,9 +106,11 @@ def causal_pass(
     fresh = np.zeros(len(recording), dtype=bool)
     fresh[[0, *recording.breaks]] = True
 
+    units = UnitWatch.fresh(recording.n_units) if watch else None
     delay = min(INPUT_DELAY, estimator.config.horizon - 1)
     state = estimator.init(streams)
     kept: dict[str, list[torch.Tensor]] = {}
+    masked: list[NDArray[np.bool_]] = []
     tally = torch.zeros(len(Status), dtype=torch.int64)
     iterations = 0
     for j in range(-lead, length):
@@ -107,13 +120,21 @@ def causal_pass(
         index = np.clip(bins, 0, stop - 1)
         # a step's rows at a time: all bins at once in float64 are much for a long recording
         counts = torch.as_tensor(recording.counts[index].astype(np.float64)).to(like)
-        mask = torch.as_tensor((seen[index] & inside[:, None]).astype(np.float64)).to(like)
-        state = restarted(estimator, state, fresh[index] & inside)
+        observed = seen[index] & inside[:, None]
+        believed = observed if units is None else observed & ~units.masked
+        mask = torch.as_tensor(believed.astype(np.float64)).to(like)
+        again = fresh[index] & inside
+        state = restarted(estimator, state, again)
         state, answer = estimator.step(state, counts, mask)
         if progress is not None:
             progress(j + lead + 1, length + lead)
+        held = None if units is None else units.masked
+        if units is not None:
+            units = _watched(units, recording.counts[bins[0]], observed[0], again[0], answer.rates)
         if j < 0:
             continue
+        if held is not None:
+            masked.append(held)
         for name in ("window", "z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
             kept.setdefault(name, []).append(getattr(answer, name))
         kept.setdefault("inputs", []).append(delayed_inputs(state, delay))
@@ -138,4 +159,20 @@ def causal_pass(
         spikes=in_order("spikes"),
         statuses={s.name.lower(): int(c) for s, c in zip(Status, tally, strict=True) if c},
         iterations=iterations / (streams * length),
+        masked=np.stack(masked) if watch else None,
     )
+
+
+def _watched(
+    units: UnitWatch,
+    counts: NDArray[np.uint16],
+    observed: NDArray[np.bool_],
+    again: bool | np.bool_,
+    rates: torch.Tensor,
+) -> UnitWatch:
+    """After a stream's bin. One that begins anew was not predicted: nothing to compare it with."""
+    if again:
+        units = replace(units, predicted=np.full_like(units.predicted, np.nan))
+    came = observed.any()
+    newest = rates[0].double().cpu().numpy()
+    return units.after(counts.astype(np.float64) if came else None, observed, newest)

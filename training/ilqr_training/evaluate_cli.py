@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
 from ilqr_training.causal import Causal, causal_pass
+from ilqr_training.evaluated import Evaluated, say
 from ilqr_training.followed import learning_curves
-from ilqr_training.rivals import decode_rivals
+from ilqr_training.rivals import GRU, KALMAN, Rival, fit_rivals
+from ilqr_training.stress import Stress, StressPlan, under_stress
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.artifact import Artifact, load_artifact
+from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording, load_matching
-from ilqr_vae.recordings.spec import Span, parse_span, plan_drops, warmup_start
-from ilqr_vae.report import STDOUT, Outputs, ReportData, Scores, score_decodes
-from ilqr_vae.report.score import OURS, WIENER
+from ilqr_vae.recordings.spec import parse_span, plan_drops, warmup_start
+from ilqr_vae.report import STDOUT, Outputs, Scores, Table, score_decodes
+from ilqr_vae.report.score import WIENER
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -89,116 +87,51 @@ def _decodes(artifact: Artifact, recording: Recording) -> bool:
     return recording.kinematics is not None and bool(artifact.manifest.kinematic_names)
 
 
-def _rivals(
-    artifact: Artifact, recording: Recording, bins: tuple[int, int], drops: NDArray[np.bool_]
-) -> dict[str, NDArray[np.float64]]:
+def _fitted(artifact: Artifact, recording: Recording, gru: bool) -> dict[str, Rival]:
+    names = (WIENER, KALMAN, GRU) if gru else (WIENER, KALMAN)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("fitting rivals")
-        return decode_rivals(
+        return fit_rivals(
             recording,
             artifact.manifest.data.split,
-            bins,
-            ~drops,
+            names,
             say=lambda what, done, of: bar.update(
                 task, description=f"fitting the {what}", completed=done, total=of
             ),
         )
 
 
-def _report(
+def decodes_of(
+    rivals: dict[str, Rival], bins: tuple[int, int], drops: NDArray[np.bool_]
+) -> dict[str, NDArray[np.float64]]:
+    """What ``score_decodes`` does not fit itself; ``drops`` (T,) are the bins left out."""
+    missing = drops[:, None]
+    made = {name: r.decode(bins, missing=missing) for name, r in rivals.items() if name != WIENER}
+    if drops.any() and GRU in rivals:
+        held = rivals[GRU].decode(bins, missing=missing, filling="last value")
+        made[f"{GRU}, last value held"] = held
+    return made
+
+
+def _stressed(
     artifact: Artifact,
     recording: Recording,
-    span: Span,
     bins: tuple[int, int],
-    result: Causal,
-    scores: Scores | None,
-    drops: NDArray[np.bool_],
-    seconds: float,
-    learning: dict[str, tuple[tuple[int, float], ...]],
-) -> ReportData:
-    manifest, (start, stop) = artifact.manifest, bins
-    part = recording.slice(start, stop)
-    names = manifest.kinematic_names
-    missing = drops[start:stop] | ~recording.valid[start:stop]
-    facts = {"bits per spike, one step ahead": f"{result.bits_per_spike:.3f}"}
-    if scores is not None:
-        facts["causal R2, mean"] = f"{scores.methods[OURS]['r2']:.3f}"
-        if WIENER in scores.methods:
-            facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
-        facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
-    notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
-    notes += recording.notes
-    if len(recording.breaks):
-        notes += ("Trials are laid end to end: times leave out what lay between them.",)
-    sha = recording.sha256
-    return ReportData(
-        title=f"Offline causal evaluation on {recording.name}",
-        kind="evaluate",
-        bin_width=recording.bin_width,
-        start=part.start_time,
-        counts=part.counts,
-        status=tuple("missing" if m else "ok" for m in missing),
-        latents=result.window[:, : manifest.latents],
-        latents_std=result.latent_std,
-        rates=result.rates,
-        inputs=result.inputs,
-        learning=learning,
-        bits_per_spike=result.bits_per_spike,
-        names=names,
-        units=manifest.kinematic_units,
-        truth=part.kinematics if names else None,
-        decoded=result.kinematics if names else None,
-        decoded_std=result.kinematics_std if names else None,
-        baselines={} if scores is None or scores.wiener is None else {WIENER: scores.wiener},
-        trials=part.trials,
-        scores=scores,
-        facts=facts,
-        provenance={
-            "model": manifest.model_id,
-            "recording": recording.name + (f", sha256 {sha}" if sha else ""),
-            "span": f"{span}: bins {start} to {stop - 1}, after {start - warmup_start(start)} "
-            "bins of warm-up",
-            "versions": f"ilqr-vae {version('ilqr-vae')}, Python {platform.python_version()}, "
-            f"torch {torch.__version__}",
-            "command": shlex.join(["ilqr-vae", "evaluate", *sys.argv[2:]]),
-        },
-        notes=notes,
-        extra={
-            "model": manifest.model_id,
-            "solver": result.statuses,
-            "iterations": result.iterations,
-            "seconds": seconds,
-            "validation_scores": manifest.scores,
-        },
-    )
-
-
-def _arrays(start: int, result: Causal, latents: int) -> dict[str, NDArray[Any]]:
-    return {
-        "index": np.arange(start, start + len(result.bits)),
-        "kinematics": result.kinematics,
-        "kinematics_std": result.kinematics_std,
-        "latents": result.window[:, :latents],
-        "latents_std": result.latent_std,
-        "inputs": result.inputs,
-        "bits": result.bits,
-        "spikes": result.spikes,
-    }
-
-
-def _say(report: ReportData) -> None:
-    console = Console(soft_wrap=True)
-    console.print(f"[bold]{report.title}[/], {len(report.counts)} bins", highlight=False)
-    if report.scores is not None:
-        for name, values in report.scores.methods.items():
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
-            found = report.scores.intervals.get(name, {}).get("r2")
-            if found is not None:
-                shown += f"  r2 95 % interval {found[0]:.4f} to {found[1]:.4f}"
-            console.print(f"  {name:<14} {shown}", highlight=False, markup=False)
-    console.print(f"  bits per spike {report.bits_per_spike:.4f}", highlight=False)
-    for note in report.notes:
-        console.print(f"  {note}", highlight=False, markup=False)
+    rivals: dict[str, Rival],
+    plan: StressPlan,
+    clean: NDArray[np.float64] | None,
+) -> Stress:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("stress")
+        return under_stress(
+            artifact.estimator(),
+            recording,
+            bins,
+            tuple(rivals.values()),
+            plan,
+            clean=clean,
+            say=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
+        )
 
 
 @app.command(epilog=EXAMPLE)
@@ -209,7 +142,9 @@ def evaluate(
     drop: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of which bins are left out.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of what is drawn: bins left out, and draws of --stress.")
+    ] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here; - for stdout.")
     ] = None,
@@ -222,6 +157,25 @@ def evaluate(
     rivals: Annotated[
         bool, typer.Option(help="Fit and score a Kalman filter and a GRU too; takes minutes.")
     ] = False,
+    gru: Annotated[
+        bool, typer.Option(help="Whether the GRU, which takes the minutes, is among them.")
+    ] = True,
+    stress: Annotated[
+        bool,
+        typer.Option(
+            "--stress", help="Score all of them with units silent and with bins lost too."
+        ),
+    ] = False,
+    silent: Annotated[
+        float, typer.Option(help="With --stress: share of units that fall silent.")
+    ] = StressPlan.silent,
+    lost: Annotated[
+        list[float] | None,
+        typer.Option(help="With --stress: share of bins lost; several times; default 0.1 and 0.3."),
+    ] = None,
+    draws: Annotated[
+        int, typer.Option(help="With --stress: draws averaged, of --seed and those after it.")
+    ] = StressPlan.draws,
 ) -> None:
     """Score causal decodes on a span, beside a Wiener filter's on the same bins.
 
@@ -230,9 +184,14 @@ def evaluate(
     chosen = parse_span(span)
     outputs = Outputs(json_file=json_file, html_file=html_file, arrays_file=arrays_file)
     outputs.check()
+    plan = StressPlan(silent, StressPlan.lost if lost is None else tuple(lost), draws, seed)
+    plan = plan.checked()
     use_threads(None)
     artifact = load_artifact(model)
     read = read_for(artifact, recording)
+    decodes = _decodes(artifact, read)
+    if stress and not decodes:
+        raise ConfigError("--stress", expected="kinematics to decode", got="none")
     start, stop = artifact.manifest.data.split.occupied(chosen, read)
     first = warmup_start(start)
     drops = np.zeros(len(read), dtype=bool)
@@ -240,12 +199,29 @@ def evaluate(
     began = time.monotonic()
     result = _run(artifact, read, start, stop, drops)
     seconds = time.monotonic() - began
-    others: dict[str, NDArray[np.float64]] = {}
-    if rivals and _decodes(artifact, read):
-        others = _rivals(artifact, read, (start, stop), drops)
-    scores = _scores(artifact, read, (start, stop), result, drops, others)
-    curves = learning_curves(model, artifact.manifest)
-    report = _report(artifact, read, chosen, (start, stop), result, scores, drops, seconds, curves)
-    outputs.write(report, _arrays(start, result, artifact.manifest.latents))
+    bins = start, stop
+    fitted = _fitted(artifact, read, gru) if decodes and (rivals or stress) else {}
+    scores = _scores(artifact, read, bins, result, drops, decodes_of(fitted, bins, drops))
+    tables, more = list[Table](), dict[str, Any]()
+    if stress:
+        clean = None if drops.any() else result.kinematics
+        found = _stressed(artifact, read, bins, fitted, plan, clean)
+        tables.append(found.table())
+        more["stress"] = found.to_json()
+    done = Evaluated(
+        artifact,
+        read,
+        chosen,
+        bins,
+        result,
+        scores,
+        drops,
+        seconds,
+        learning_curves(model, artifact.manifest),
+        tuple(tables),
+        more,
+    )
+    report = done.report()
+    outputs.write(report, done.arrays())
     if json_file != STDOUT:
-        _say(report)
+        say(report)

@@ -5,8 +5,8 @@
 One pass over time, so bin t knows nothing later. Fitted on random crops of the training part with
 dropout on its inputs and its outputs and a cosine learning rate. Size, dropout (over ``GRID``) and
 the number of steps are chosen on the validation part; what was chosen is fitted again on both, as
-the other decoders are. Missing bins are given zeros or the last bin that came: a GRU has no better
-way. It begins anew where the recording does.
+the other decoders are. Where a bin is missing something must stand for its counts: a GRU has no
+better way. It begins anew where the recording does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,9 +25,10 @@ from ilqr_vae.metrics import r2
 from ilqr_vae.recordings import Recording, SplitSpec
 
 Array = NDArray[np.float64]
-Missing = Literal["zeros", "last"]
 
-_CROP, _BATCH, _RUN_IN = 60, 64, 10
+_BATCH = 64
+_CROP_S, _CROP_BINS = 3.0, (60, 200)
+"""Crops are this long, but of no fewer and no more bins; the error counts after a sixth of them."""
 
 
 @dataclass(frozen=True)
@@ -116,47 +116,25 @@ class GRUDecoder:
         again = _fit(table, chosen.config, seed, both, None, say(sum(c.steps for c in grid)))
         return replace(again, validation_r2=chosen.validation_r2)
 
-    def predict(
-        self,
-        recording: Recording,
-        start: int,
-        stop: int,
-        *,
-        seen: NDArray[np.bool_] | None = None,
-        missing: Missing = "zeros",
-    ) -> Array:
+    def decode(self, recording: Recording, counts: Array, bins: tuple[int, int]) -> Array:
         """Decodes (stop - start, D) of bins [start, stop), causally, from their segment's start on.
 
         Args:
-            seen: (recording's bins,), False where one is missing; None: all that are valid.
-            missing: what stands in for those.
+            recording: all of it, for where its segments are.
+            counts: (T, N) of it, with something in place of what is missing.
         """
-        there = recording.valid if seen is None else recording.valid & seen
-        x = (filled(recording.counts, there, missing) - self._x[0]) / self._x[1]
-        y = _run(self._net, torch.as_tensor(x, dtype=torch.float32), _segments(recording))
-        return y[start:stop].double().numpy() * self._y[1] + self._y[0]
-
-
-def filled(counts: NDArray[Any], seen: NDArray[np.bool_], missing: Missing) -> Array:
-    """Counts (T, N) with something in place of the bins that are missing."""
-    x = np.asarray(counts, dtype=np.float64).copy()
-    if missing == "zeros":
-        x[~seen] = 0.0
-        return x
-    last = np.maximum.accumulate(np.where(seen, np.arange(len(x)), -1))
-    x[last >= 0] = x[last[last >= 0]]
-    x[last < 0] = 0.0
-    return x
-
-
-def _segments(recording: Recording) -> list[tuple[int, int]]:
-    return list(recording.segments(0, len(recording)))
+        x = torch.as_tensor((counts - self._x[0]) / self._x[1], dtype=torch.float32)
+        y = _run(self._net, x, recording.segments(), bins)
+        return y.double().numpy() * self._y[1] + self._y[0]
 
 
 @torch.no_grad()
-def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]]) -> Tensor:
+def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]], bins: tuple[int, int]) -> Tensor:
+    """(stop - start, D) of bins [start, stop), each segment among them from its own start on."""
     net.eval()
-    return torch.cat([net(x[a:b].unsqueeze(0))[0] for a, b in segments])
+    start, stop = bins
+    used = [(a, min(b, stop)) for a, b in segments if b > start and a < stop]
+    return torch.cat([net(x[a:b].unsqueeze(0))[0][max(start - a, 0) :] for a, b in used])
 
 
 @dataclass(frozen=True)
@@ -168,6 +146,7 @@ class _Table:
     truth: Array
     scored: NDArray[np.bool_]
     segments: list[tuple[int, int]]
+    bin_width: float
     x_scale: tuple[Array, Array]
     y_scale: tuple[Array, Array]
 
@@ -178,7 +157,7 @@ class _Table:
         rows = np.arange(*train)[recording.scored[slice(*train)]]
         if not len(rows):
             raise ShapeError("train", expected="at least one valid bin", got="none")
-        counts = filled(recording.counts, recording.valid, "zeros")
+        counts = recording.counts * recording.mask().astype(np.float64)
         truth = np.nan_to_num(recording.kinematics)
         mean, std = counts[rows].mean(0), np.sqrt(counts[rows].var(0) + 1e-2)
         centre, spread = truth[rows].mean(0), truth[rows].std(0) + 1e-12
@@ -187,7 +166,8 @@ class _Table:
             torch.as_tensor((truth - centre) / spread, dtype=torch.float32),
             truth,
             recording.scored,
-            _segments(recording),
+            recording.segments(),
+            recording.bin_width,
             (mean, std),
             (centre, spread),
         )
@@ -196,7 +176,8 @@ class _Table:
         """First bins of all crops of a part that cross no segment's end, and their length."""
         inside = [(max(a, part[0]), min(b, part[1])) for a, b in self.segments]
         inside = [(a, b) for a, b in inside if b > a]
-        length = min(_CROP, int(np.median([b - a for a, b in inside])))
+        wished = int(np.clip(round(_CROP_S / self.bin_width), *_CROP_BINS))
+        length = min(wished, int(np.median([b - a for a, b in inside])))
         return torch.cat([torch.arange(a, b - length + 1) for a, b in inside]), length
 
 
@@ -215,7 +196,7 @@ def _fit(
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.rate, weight_decay=config.decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.schedule)
         starts, length = table.crops(train)
-        run_in = min(_RUN_IN, length - 1)
+        run_in = length // 6
         weight = torch.as_tensor(table.scored, dtype=torch.float32)
         best, kept, steps = float("nan"), net.state_dict(), config.steps
         every = max(1, config.steps // 30)
@@ -242,8 +223,8 @@ def _fit(
 
 
 def _score(table: _Table, net: _Net, part: tuple[int, int]) -> float:
-    rows = np.arange(*part)[table.scored[slice(*part)]]
-    if not len(rows):
+    scored = table.scored[slice(*part)]
+    if not scored.any():
         raise ShapeError("validation", expected="at least one valid bin", got="none")
-    y = _run(net, table.x, table.segments)[rows].double().numpy()
-    return r2(table.truth[rows], y * table.y_scale[1] + table.y_scale[0])
+    y = _run(net, table.x, table.segments, part).double().numpy()[scored]
+    return r2(table.truth[slice(*part)][scored], y * table.y_scale[1] + table.y_scale[0])

@@ -12,12 +12,14 @@ from ilqr_vae.report.data import ReportData, distribution, to_json
 from ilqr_vae.report.files import STDOUT, check_writable, write_whole
 from ilqr_vae.report.outputs import Outputs, check_html, render_html
 from ilqr_vae.report.score import Scores, calibration, score_decodes
+from ilqr_vae.report.table import Table
 
 __all__ = [
     "STDOUT",
     "Outputs",
     "ReportData",
     "Scores",
+    "Table",
     "calibration",
     "check_html",
     "check_writable",

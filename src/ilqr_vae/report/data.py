@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Trials
 from ilqr_vae.report.analyses import psths, residuals, summary, triggered_inputs
 from ilqr_vae.report.score import Scores
+from ilqr_vae.report.table import Table
 
 Array = NDArray[np.float64]
 
@@ -59,6 +60,7 @@ class ReportData:
         rates: (T, N), expected spikes per bin, or None.
         inputs: (T, m), inferred inputs, NaN where not known, or None.
         learning: (step, value) by what was followed while training.
+        tables: further tables for the page; their numbers are in ``extra``.
         facts: short headline lines, label to value.
         provenance: label to value: model, recording hash, versions, command.
         notes: sentences a reader should know (what was dropped, what is missing).
@@ -91,6 +93,7 @@ class ReportData:
     learning: dict[str, tuple[tuple[int, float], ...]] = field(
         default_factory=dict[str, tuple[tuple[int, float], ...]]
     )
+    tables: tuple[Table, ...] = ()
     facts: dict[str, str] = field(default_factory=dict[str, str])
     provenance: dict[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
@@ -164,6 +167,9 @@ def to_json(data: ReportData) -> dict[str, Any]:
             "calibration": {}
             if scores is None
             else {"nominal": scores.nominal, "actual": scores.actual},
+            "coverage_90_by_speed": {}
+            if scores is None or scores.by_speed is None
+            else asdict(scores.by_speed),
             "statuses": data.statuses,
             "latency_ms": {
                 k: distribution(v) | _bound(data, k) for k, v in data.latency_ms.items()

@@ -13,6 +13,7 @@ from ilqr_vae.report import figures, figures_trials
 from ilqr_vae.report.data import ReportData, distribution
 from ilqr_vae.report.score import OURS
 from ilqr_vae.report.svg import STATUS_COLOURS, style
+from ilqr_vae.report.table import Table
 
 _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
     (
@@ -107,6 +108,20 @@ def _score_table(data: ReportData) -> dict[str, Any] | None:
     }
 
 
+def _tables(data: ReportData) -> tuple[Table, ...]:
+    by = None if data.scores is None else data.scores.by_speed
+    if by is None:
+        return data.tables
+    lower = (0.0, *by.upto[:-1])
+    rows = [
+        (f"{a:.3g} to {b:.3g}", f"{100 * c:.1f} %")
+        for a, b, c in zip(lower, by.upto, by.coverage, strict=True)
+    ]
+    text = "A quarter of the bins a row, from the slowest to the fastest."
+    speed = Table("Calibration by speed", text, (by.what, "90 % interval covers"), tuple(rows))
+    return (speed, *data.tables)
+
+
 def _statuses(data: ReportData) -> list[dict[str, Any]]:
     total = max(1, len(data.status))
     return [
@@ -146,6 +161,7 @@ def render(data: ReportData) -> str:
         seconds=len(data.counts) * data.bin_width,
         pictures=pictures,
         scores=_score_table(data),
+        tables=_tables(data),
         statuses=_statuses(data),
         latency=_latency_rows(data),
     )

@@ -24,6 +24,21 @@ WIENER = "Wiener filter"
 
 
 @dataclass(frozen=True, slots=True)
+class BySpeed:
+    """How much of the truth the 90 % interval covers, by quarter of the bins, slowest first.
+
+    Attributes:
+        upto: the speed that each quarter ends at.
+        coverage: in each.
+        what: what speed is here, with its unit.
+    """
+
+    upto: tuple[float, ...]
+    coverage: tuple[float, ...]
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """Scores on n bins, those that are valid and were answered.
 
@@ -33,6 +48,7 @@ class Scores:
         n: bins scored.
         nominal, actual: calibration: share of true values inside the central interval of each
             nominal level; empty without a standard deviation.
+        by_speed: calibration by speed, or None without a standard deviation.
         wiener: (T, D) its decodes of all the bins, or None where it could not be fitted.
         notes: sentences a reader should know.
         intervals: by decoder: ``r2``, the 95 % bootstrap interval of its mean R2, and for others
@@ -45,6 +61,7 @@ class Scores:
     nominal: tuple[float, ...]
     actual: tuple[float, ...]
     wiener: Array | None
+    by_speed: BySpeed | None = None
     notes: tuple[str, ...] = ()
     intervals: dict[str, dict[str, tuple[float, float]]] = field(
         default_factory=dict[str, dict[str, tuple[float, float]]]
@@ -70,6 +87,30 @@ def calibration(
     """
     error = np.abs(truth - decoded)
     return tuple(float((error <= ndtri(0.5 + level / 2) * std).mean()) for level in levels)
+
+
+def coverage_by_speed(
+    truth: Array, decoded: Array, std: Array, units: tuple[str, ...] = ()
+) -> BySpeed:
+    """Coverage of the 90 % interval in each quarter of the bins by the size of the true kinematics.
+
+    Size is the Euclidean norm over channels; of channels whose units differ, each in its own
+    standard deviations.
+
+    Args:
+        truth, decoded, std: (T, D), finite, ``std`` >= 0.
+        units: of the channels.
+    """
+    alike = len(set(units)) == 1
+    scale = 1.0 if alike else truth.std(axis=0) + 1e-300
+    speed = np.linalg.norm(truth / scale, axis=1)
+    parts = np.array_split(np.argsort(speed, kind="stable"), 4)
+    parts = [part for part in parts if len(part)]
+    return BySpeed(
+        tuple(float(speed[part[-1]]) for part in parts),
+        tuple(calibration(truth[part], decoded[part], std[part], (0.9,))[0] for part in parts),
+        f"size of the true kinematics ({units[0] if alike else 'standard deviations'})",
+    )
 
 
 def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, float]:
@@ -109,6 +150,23 @@ def fit_wiener(recording: Recording, split: SplitSpec, history: int = 10) -> Wie
         else validation,
         history=history,
         valid=spaced.scored,
+    )
+
+
+def wiener_decodes(
+    wiener: WienerFilter, recording: Recording, counts: Array, bins: tuple[int, int]
+) -> Array:
+    """Decodes (stop - start, D) of the bins [start, stop); no history across a segment's start.
+
+    Args:
+        counts: (T, N) of all of ``recording``, with something in place of what is missing.
+    """
+    return np.concatenate(
+        [
+            wiener.predict(counts[whole:b], a - whole, b - whole)
+            for a, b in recording.segments(*bins)
+            for whole in [_begun(recording, a)]
+        ]
     )
 
 
@@ -155,9 +213,13 @@ def score_decodes(
     names = recording.kinematic_names
     methods = {OURS: _methods(truth[rows], decoded[rows], names)}
     actual: tuple[float, ...] = ()
+    by_speed: BySpeed | None = None
     if std is not None:
         actual = calibration(truth[rows], decoded[rows], std[rows])
         methods[OURS]["coverage_90"] = actual[LEVELS.index(0.9)]
+        by_speed = coverage_by_speed(
+            truth[rows], decoded[rows], std[rows], recording.kinematic_units
+        )
     wiener: Array | None = None
     notes: tuple[str, ...] = ()
     if baseline:
@@ -171,13 +233,7 @@ def score_decodes(
             counts[unseen] = np.broadcast_to(fitted.mean, counts.shape)[unseen]
             if seen is not None:
                 counts[start:stop][~seen] = fitted.mean
-            wiener = np.concatenate(
-                [
-                    fitted.predict(counts[whole:b], a - whole, b - whole)
-                    for a, b in recording.segments(start, stop)
-                    for whole in [_begun(recording, a)]
-                ]
-            )
+            wiener = wiener_decodes(fitted, recording, counts, bins)
             methods[WIENER] = _methods(truth[rows], wiener[rows], names)
     decodes: dict[str, NDArray[Any]] = {OURS: decoded}
     if wiener is not None:
@@ -199,6 +255,7 @@ def score_decodes(
         nominal=LEVELS if actual else (),
         actual=actual,
         wiener=wiener,
+        by_speed=by_speed,
         notes=notes,
         intervals=intervals,
         resampled=resampled,

@@ -1,0 +1,24 @@
+"""A table of words, for terminal and page alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of cells.
+
+    Attributes:
+        title: heading.
+        text: a sentence or two on what is in it.
+        columns: headings.
+        rows: as many cells each as there are columns.
+        words: how many of the columns, the first ones, hold words; they stand left, numbers right.
+    """
+
+    title: str
+    text: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
