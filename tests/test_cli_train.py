@@ -67,10 +67,12 @@ def test_train_then_inspect_then_evaluate(
     assert written["model"] == manifest.model_id
     assert written["scores"] == manifest.scores
     assert written["steps"] == 4
+    assert list(written["baselines"]) == ["Wiener filter", "Kalman filter"]
     assert [step for step, _ in written["history"]] == [2, 4]
     assert manifest.provenance["seed"] == "3"
     printed = capsys.readouterr()
     assert manifest.model_id in printed.out
+    assert f"Wiener filter            {written['baselines']['Wiener filter']['r2']:.4f}" in printed.out
     assert "step 2: causal R2" in printed.err
     assert "left at most" in next(s for s in printed.err.splitlines() if s.startswith("step 2"))
     assert "memory: about" in printed.err

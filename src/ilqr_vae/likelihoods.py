@@ -58,8 +58,12 @@ class Likelihood(nn.Module, ABC):
         return z @ self.C.mT + self.b
 
     @abstractmethod
+    def expected(self, a: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
+        """E[o | a], per channel."""
+
     def mean(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch N"]:
         """E[o | z]."""
+        return self.expected(self.affine(z))
 
     @abstractmethod
     def log_prob(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
@@ -179,8 +183,8 @@ class Poisson(_Counts):
         slope = torch.exp(a.clamp(max=self.log_rate_max))
         return slope * (1 + (a - self.log_rate_max).clamp(min=0)), slope
 
-    def mean(self, z: Tensor) -> Tensor:
-        return self._rate(self.affine(z))[0]
+    def expected(self, a: Tensor) -> Tensor:
+        return self._rate(a)[0]
 
     def _log_rate(self, a: Tensor) -> Tensor:
         over = (a - self.log_rate_max).clamp(min=0)
@@ -222,8 +226,8 @@ class SoftplusPoisson(_Counts):
         ratio = torch.where(a > -15, slope / rate.clamp(min=1e-30), 1 - 0.5 * torch.exp(a))
         return rate, slope, ratio
 
-    def mean(self, z: Tensor) -> Tensor:
-        return _softplus(self.affine(z))
+    def expected(self, a: Tensor) -> Tensor:
+        return _softplus(a)
 
     def _log_rate(self, a: Tensor) -> Tensor:
         # log softplus(a) -> a as a -> -inf, where softplus itself would lose its digits
@@ -259,8 +263,8 @@ class Gaussian(Likelihood):
         super().__init__(n, channels)
         self.log_scale = nn.Parameter(torch.full((channels,), math.log(scale)))
 
-    def mean(self, z: Tensor) -> Tensor:
-        return self.affine(z)
+    def expected(self, a: Tensor) -> Tensor:
+        return a
 
     def log_prob(self, z: Tensor, o: Observed) -> Tensor:
         e = (o.values - self.affine(z)) * torch.exp(-self.log_scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -69,6 +70,24 @@ class Inferred:
     def rates(self) -> dict[str, Float[Tensor, "B T N"]]:
         """E[o | z] of every group at the posterior's mean trajectory."""
         return {name: self.model.group(name).mean(self.z[:, 1:]) for name in self.model.groups}
+
+    @torch.no_grad()
+    def posterior_rates(self, group: str) -> Float[Tensor, "B T N"]:
+        """E[o] of one group over the Laplace posterior of each state, by quadrature per channel.
+
+        Raises:
+            ShapeError: the posterior is no Laplace one.
+        """
+        if self.laplace is None:
+            raise ShapeError("posterior", expected="a Laplace posterior", got="a Kronecker one")
+        family, Sigma = self.model.group(group), self.laplace.z_cov[:, 1:]
+        a = family.affine(self.z[:, 1:])
+        std = torch.einsum("ki,btij,kj->btk", family.C, Sigma, family.C).clamp(min=0).sqrt()
+        nodes, weights = np.polynomial.hermite_e.hermegauss(7)
+        total = torch.zeros_like(a)
+        for x, weight in zip(nodes.tolist(), (weights / weights.sum()).tolist(), strict=True):
+            total += weight * family.expected(a + x * std)
+        return total
 
     @torch.no_grad()
     def sample(self, samples: int, generator: torch.Generator | None = None) -> Samples:
@@ -138,6 +157,7 @@ def infer(
     solver: ilqr.SolverConfig = SOLVER,
     start: tuple[Float[Tensor, "B n"], Float[Tensor, "B T m"]] | None = None,
     generator: torch.Generator | None = None,
+    check: bool = True,
 ) -> Inferred:
     """Posterior of the inputs and initial states of a batch of trials, of any length.
 
@@ -148,12 +168,15 @@ def infer(
         solver: iterations and tolerance.
         start: initial states and inputs to start from; default the prior's mean.
         generator: of the samples drawn later.
+        check: look at the observations first (``Model.check``). Not where a unit of a sound model
+            may happen to be silent throughout a short stretch, which is refused in training data.
 
     Raises:
         ShapeError: observations the model cannot be conditioned on (``Model.check``), or trials
             longer than a Kronecker posterior.
     """
-    model.check(observed)
+    if check:
+        model.check(observed)
     seen = conditioned_on(observed, model.groups if condition is None else condition)
     if not seen:
         raise ShapeError("condition", expected="at least one group of the data", got="none")
@@ -184,6 +207,7 @@ def infer_long(
     condition: Iterable[str] | None = None,
     solver: ilqr.SolverConfig = SOLVER,
     generator: torch.Generator | None = None,
+    check: bool = True,
 ) -> Inferred:
     """``infer`` on sequences much longer than the model was trained on, as one problem each.
 
@@ -193,13 +217,15 @@ def infer_long(
 
     Args:
         chunk: bins, about what the model was trained on.
+        check: as ``infer``.
 
     Raises:
         ShapeError: as ``infer``; a chunk below one bin.
     """
     if chunk < 1:
         raise ShapeError("chunk", expected="at least 1 bin", got=str(chunk))
-    model.check(observed)
+    if check:
+        model.check(observed)
     seen = conditioned_on(observed, model.groups if condition is None else condition)
     first = next(iter(observed.values())).values
     B, T = first.shape[:2]
@@ -225,6 +251,7 @@ def infer_long(
         solver=solver,
         start=(z_first, torch.cat(inputs, 1)),
         generator=generator,
+        check=False,
     )
 
 

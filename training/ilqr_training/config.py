@@ -167,7 +167,15 @@ def check(config: TrainConfig) -> TrainConfig:
         f"0 < train < validation <= 1, with validation {split.validation}",
         0 < split.train < split.validation <= 1,
     )
+    _require("data.split.fraction", split.fraction, "above 0, at most 1", 0 < split.fraction <= 1)
     return config
+
+
+def with_fraction(config: TrainConfig, fraction: float) -> TrainConfig:
+    """The same, learning from that share of the recording (``SplitSpec.fraction``)."""
+    split = msgspec.structs.replace(config.data.split, fraction=fraction)
+    data = msgspec.structs.replace(config.data, split=split)
+    return msgspec.structs.replace(config, data=data)
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ilqr_training.causal import Causal, causal_pass
+from ilqr_training.cosmooth import CoSmoothing, cosmooth, held_out_units
 from ilqr_training.evaluated import Evaluated, say
 from ilqr_training.followed import learning_curves
 from ilqr_training.rivals import GRU, KALMAN, Rival, fit_rivals
@@ -134,6 +135,28 @@ def _stressed(
         )
 
 
+def _cosmoothed(
+    artifact: Artifact,
+    recording: Recording,
+    bins: tuple[int, int],
+    held_out: NDArray[np.bool_],
+    said: str,
+) -> CoSmoothing:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("co-smoothing")
+        return cosmooth(
+            artifact,
+            recording,
+            artifact.manifest.data.split,
+            bins,
+            held_out,
+            said,
+            say=lambda what, done, of: bar.update(
+                task, description=f"co-smoothing: {what}", completed=done, total=of
+            ),
+        )
+
+
 @app.command(epilog=EXAMPLE)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model file.")],
@@ -173,6 +196,13 @@ def evaluate(
         list[float] | None,
         typer.Option(help="With --stress: share of bins lost; several times; default 0.1 and 0.3."),
     ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            help="Co-smoothing: hold out this share of the units (those the file names, where it "
+            "names some) and predict them offline from the others, beside two baselines."
+        ),
+    ] = None,
     draws: Annotated[
         int, typer.Option(help="With --stress: draws averaged, of --seed and those after it.")
     ] = StressPlan.draws,
@@ -192,6 +222,7 @@ def evaluate(
     decodes = _decodes(artifact, read)
     if stress and not decodes:
         raise ConfigError("--stress", expected="kinematics to decode", got="none")
+    out = None if held_out is None else held_out_units(read, held_out, seed)
     start, stop = artifact.manifest.data.split.occupied(chosen, read)
     first = warmup_start(start)
     drops = np.zeros(len(read), dtype=bool)
@@ -208,6 +239,10 @@ def evaluate(
         found = _stressed(artifact, read, bins, fitted, plan, clean)
         tables.append(found.table())
         more["stress"] = found.to_json()
+    if out is not None:
+        smoothed = _cosmoothed(artifact, read, bins, *out)
+        tables.append(smoothed.table())
+        more["cosmoothing"] = smoothed.to_json()
     done = Evaluated(
         artifact,
         read,

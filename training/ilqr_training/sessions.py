@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from ilqr_training.config import TrainConfig
+from ilqr_training.config import TrainConfig, with_fraction
 from ilqr_training.data import prepare
 from ilqr_training.train import Trained, Watcher, manifest_of, train_on
 from ilqr_training.validate import validate
@@ -56,7 +56,10 @@ def train_sessions(
         raise RecordingError("--recording", expected="files of different names", got=str(names))
     sessions = {p.stem: load_recording(p, config.data) for p in recordings}
     joined = join(sessions, config.data.split)
-    done = train_on(config, joined, out, watcher, resume=resume, log_dir=log_dir)
+    # what is left out of each session is left out already
+    done = train_on(
+        with_fraction(config, 1.0), joined, out, watcher, resume=resume, log_dir=log_dir
+    )
     joint = load_artifact(out)
     made: dict[str, Manifest] = {}
     for name, recording in sessions.items():

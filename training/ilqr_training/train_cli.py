@@ -12,18 +12,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ilqr_training.config import TrainConfig, check, load_config
+from ilqr_training.config import TrainConfig, check, load_config, with_fraction
 from ilqr_training.data import Prepared
+from ilqr_training.evaluated import WIDTH, shown
 from ilqr_training.followed import log_folder
 from ilqr_training.loop import Report
 from ilqr_training.memory import estimate
+from ilqr_training.rivals import GRU, KALMAN, fit_rivals
 from ilqr_training.sessions import session_path, train_sessions
 from ilqr_training.train import Trained, Watcher, checkpoint_path, train
 from ilqr_training.validate import Validation
 from ilqr_vae import threads
 from ilqr_vae.artifact import Manifest
-from ilqr_vae.errors import ConfigError
-from ilqr_vae.report import check_writable, write_whole
+from ilqr_vae.errors import ConfigError, ShapeError
+from ilqr_vae.report import Table, check_writable, write_whole
+from ilqr_vae.report.score import OURS, WIENER
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -48,8 +51,10 @@ class _Terminal:
         self.side: TaskID | None = None
         self.began: tuple[float, int] | None = None
         self.newest = ""
+        self.data: Prepared | None = None
 
     def prepared(self, data: Prepared) -> None:
+        self.data = data
         r = data.recording
         (a, b), (c, d), (e, f) = data.train, data.validation, data.test
         what = ", ".join(r.kinematic_names) or "none"
@@ -111,10 +116,13 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _overridden(config: TrainConfig, seed: int | None, steps: int | None) -> TrainConfig:
+def _overridden(
+    config: TrainConfig, seed: int | None, steps: int | None, fraction: float | None
+) -> TrainConfig:
     changes = {k: v for k, v in {"seed": seed, "steps": steps}.items() if v is not None}
     loop = msgspec.structs.replace(config.training, **changes)
-    return check(msgspec.structs.replace(config, training=loop))
+    changed = msgspec.structs.replace(config, training=loop)
+    return check(changed if fraction is None else with_fraction(changed, fraction))
 
 
 @app.command(epilog=EXAMPLE)
@@ -133,12 +141,26 @@ def train_command(
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Learn from this first share of the recording alone, what is chosen included; "
+            "the test part stays the same. Instead of the config's."
+        ),
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="TensorBoard events; default beside --out.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default one per core.")
     ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(help="Fit a Wiener and a Kalman filter too, and show their scores beside."),
+    ] = True,
+    gru: Annotated[
+        bool, typer.Option("--gru", help="A GRU among those baselines; takes minutes.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the scores and the history here.")
     ] = None,
@@ -152,7 +174,7 @@ def train_command(
         raise ConfigError("--out", expected="a name ending in .safetensors", got=str(out))
     check_writable(out, "--out")
     check_writable(json_file, "--json")
-    settings = _overridden(load_config(config), seed, steps)
+    settings = _overridden(load_config(config), seed, steps, fraction)
     use_threads(threads)
     console = Console(stderr=True)
     terminal = _Terminal(console, settings)
@@ -165,11 +187,16 @@ def train_command(
         hint = f"; continue with --resume ({kept.name})" if kept.exists() else ""
         console.print(f"interrupted{hint}", highlight=False)
         raise typer.Exit(130) from None
+    seconds = time.monotonic() - began
+    beside = {}
+    if terminal.data is not None and len(recording) == 1 and baselines:
+        beside = _beside(terminal.data, settings, gru, console)
     scores = {k: round(v, 4) for k, v in done.manifest.scores.items()}
     if json_file is not None:
         content = {
             "model": done.manifest.model_id,
             "scores": done.manifest.scores,
+            "baselines": {name: {"r2": score} for name, score in beside.items()},
             "provenance": done.manifest.provenance,
             "steps": done.steps,
             "best_step": done.best_step,
@@ -179,15 +206,49 @@ def train_command(
         write_whole(json_file, msgspec.json.format(msgspec.json.encode(content)).decode() + "\n")
     Console(soft_wrap=True).print(
         f"wrote {out} (model {done.manifest.model_id}) after {done.steps} steps, best at "
-        f"{done.best_step}, {time.monotonic() - began:.0f} s; causal validation scores: {scores}",
+        f"{done.best_step}, {seconds:.0f} s; causal validation scores: {scores}",
         highlight=False,
     )
+    if beside:
+        Console(width=WIDTH).print(shown(_table(done.manifest.scores["r2"], beside)))
     for name, manifest in own.items():
-        shown = {k: round(v, 4) for k, v in manifest.scores.items()}
+        own_scores = {k: round(v, 4) for k, v in manifest.scores.items()}
         Console(soft_wrap=True).print(
-            f"wrote {session_path(out, name)} (model {manifest.model_id}): {shown}",
+            f"wrote {session_path(out, name)} (model {manifest.model_id}): {own_scores}",
             highlight=False,
         )
+
+
+def _beside(data: Prepared, settings: TrainConfig, gru: bool, console: Console) -> dict[str, float]:
+    """What baselines score on the validation part, mean R2 by name."""
+    if data.recording.kinematics is None:
+        return {}
+    names = (WIENER, KALMAN, GRU) if gru else (WIENER, KALMAN)
+    try:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("baselines")
+            fitted = fit_rivals(
+                data.recording,
+                settings.data.split,
+                names,
+                seed=settings.training.seed,
+                say=lambda what, done, of: bar.update(
+                    task, description=f"fitting the {what}", completed=done, total=of
+                ),
+            )
+    except ShapeError as error:  # the model is written: what stands beside it must not undo that
+        console.print(f"no baselines: {error}", highlight=False, markup=False)
+        return {}
+    return {name: rival.validation_r2 for name, rival in fitted.items()}
+
+
+def _table(ours: float, beside: dict[str, float]) -> Table:
+    return Table(
+        "Validation part",
+        "Fitted on the training part, chosen on the validation part, scored there.",
+        ("validation part, causal", "R2"),
+        tuple((name, f"{score:.4f}") for name, score in ({OURS: ours} | beside).items()),
+    )
 
 
 def _fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import msgspec
@@ -163,6 +164,11 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     ``validation_labels`` the validation part, those labelled ``train_labels`` the training part;
     without validation labels the last of the training trials are, in the proportion that ``train``
     has to ``validation``. Other trials are left out.
+
+    ``fraction`` leaves a decoder less to learn from: training and validation part together are the
+    first ``fraction`` of all bins, divided as they would be without it, and what lies between them
+    and the test part is left out. The test part stays what it is. So whatever is chosen is chosen
+    within that share too, by every decoder alike. Trials stay whole.
     """
 
     train: float = 0.60
@@ -171,17 +177,18 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     train_labels: tuple[str, ...] = ("train",)
     validation_labels: tuple[str, ...] = ()
     test_labels: tuple[str, ...] = ("val",)
+    fraction: float = 1.0
 
     def bins(self, span: Span, n_bins: int) -> tuple[int, int]:
         """The half-open range of bins of a span of a recording without bounds of its own."""
         a, b = round(self.train * n_bins), round(self.validation * n_bins)
-        return _ranges(a, b, n_bins)[span]
+        return self._ranges(a, b, n_bins)[span]
 
     def span(self, span: Span, recording: Recording) -> tuple[int, int]:
         """The half-open range of bins of a span: by the recording's own bounds if it has any."""
         if recording.bounds is None:
             return self.bins(span, len(recording))
-        return _ranges(*recording.bounds, len(recording))[span]
+        return self._ranges(*recording.bounds, len(recording), recording)[span]
 
     def occupied(self, span: Span, recording: Recording) -> tuple[int, int]:
         """``span``, of one that has some bins. Raises RecordingError."""
@@ -192,9 +199,39 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             )
         return start, stop
 
+    def _ranges(
+        self, a: int, b: int, n_bins: int, trials: Recording | None = None
+    ) -> dict[Span, tuple[int, int]]:
+        """Of first bins ``a`` and ``b`` after the training and the validation part."""
+        test = b
+        if self.fraction < 1 and b > 0:
+            used = min(b, round(self.fraction * n_bins))
+            a, b = round(used * a / b), used
+            if trials is not None:
+                a, b = segment_start(trials, a), segment_start(trials, b)
+        return {"train": (0, a), "validation": (a, b), "test": (test, n_bins), "all": (0, n_bins)}
 
-def _ranges(a: int, b: int, n_bins: int) -> dict[Span, tuple[int, int]]:
-    return {"train": (0, a), "validation": (a, b), "test": (b, n_bins), "all": (0, n_bins)}
+
+def segment_start(recording: Recording, bin_: int) -> int:
+    """The first bin of the segment that ``bin_`` lies in; itself where it is past the end."""
+    if bin_ >= len(recording):
+        return bin_
+    before = recording.breaks[recording.breaks <= bin_]
+    return int(before[-1]) if len(before) else 0
+
+
+def rehearsal(recording: Recording, split: SplitSpec) -> Recording:
+    """The recording without its test part, with bounds of its own, to try on what is scored once.
+
+    The validation part stands for the test part, and the last of the training part, in the
+    proportion that validation has to both, for the validation part. Nothing of the test part is
+    left, so nothing can be fitted to it or chosen on it.
+    """
+    a, b = split.span("validation", recording)
+    inner = round(a * a / b) if b else 0
+    if recording.bounds is not None:
+        inner = segment_start(recording, inner)
+    return replace(recording.slice(0, b), bounds=(inner, a))
 
 
 class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -14,6 +14,7 @@ from ilqr_vae.baselines import WienerFilter
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.recordings.spacing import spaced_out
+from ilqr_vae.recordings.spec import segment_start
 from ilqr_vae.report.bootstrap import FEWEST, interval, pieces, r2_draws
 
 Array = NDArray[np.float64]
@@ -120,12 +121,6 @@ def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, 
     return scores | {f"r2.{name}": float(v) for name, v in zip(names, each, strict=True)}
 
 
-def _begun(recording: Recording, bin_: int) -> int:
-    """The first bin of the segment a bin lies in."""
-    before = recording.breaks[recording.breaks <= bin_]
-    return int(before[-1]) if len(before) else 0
-
-
 def fit_wiener(recording: Recording, split: SplitSpec, history: int = 10) -> WienerFilter:
     """The baseline: trained on the train span, its penalty chosen on the validation span.
 
@@ -165,7 +160,7 @@ def wiener_decodes(
         [
             wiener.predict(counts[whole:b], a - whole, b - whole)
             for a, b in recording.segments(*bins)
-            for whole in [_begun(recording, a)]
+            for whole in [segment_start(recording, a)]
         ]
     )
 
