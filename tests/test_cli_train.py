@@ -72,7 +72,8 @@ def test_train_then_inspect_then_evaluate(
     assert manifest.provenance["seed"] == "3"
     printed = capsys.readouterr()
     assert manifest.model_id in printed.out
-    assert f"Wiener filter            {written['baselines']['Wiener filter']['r2']:.4f}" in printed.out
+    wiener = written["baselines"]["Wiener filter"]["r2"]
+    assert f"Wiener filter            {wiener:.4f}" in printed.out
     assert "step 2: causal R2" in printed.err
     assert "left at most" in next(s for s in printed.err.splitlines() if s.startswith("step 2"))
     assert "memory: about" in printed.err

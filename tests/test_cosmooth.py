@@ -11,8 +11,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ilqr_training.cosmooth import LONG, held_out_units, our_rates
-from ilqr_training.cosmooth_rivals import FACTORS, SMOOTHING, fit_offline, smoothed
+from ilqr_training.cosmooth import (
+    LONG,
+    OURS_REGRESSED,
+    cosmooth,
+    held_out_units,
+    smoothing_solve,
+)
+from ilqr_training.cosmooth_rivals import (
+    FACTORS,
+    SMOOTHING,
+    factors,
+    fit_offline,
+    smoothed,
+    smoothing,
+)
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ConfigError, ShapeError
@@ -61,14 +74,16 @@ def test_the_file_names_the_units_or_the_seed_draws_them() -> None:
 @pytest.mark.parametrize("kind", [SMOOTHING, FACTORS])
 def test_a_baseline_predicts_units_and_looks_at_no_test_target(kind: str) -> None:
     recording = made()
-    fitted = fit_offline(kind, recording, SPLIT, OUT)
+    ways = {SMOOTHING: smoothing, FACTORS: factors}[kind]
+    fitted = fit_offline(ways(recording, ~OUT), recording, SPLIT, OUT)
     bins = (560, 700)
     truth = recording.counts[560:, OUT].astype(float)
     assert bits_per_spike(fitted.rates(bins), truth) > 0.05
     assert fitted.validation_bits > 0.05
     spoiled = recording.counts.copy()
     spoiled[560:, OUT] = 99
-    again = fit_offline(kind, replace(recording, counts=spoiled), SPLIT, OUT)
+    other = replace(recording, counts=spoiled)
+    again = fit_offline(ways(other, ~OUT), other, SPLIT, OUT)
     np.testing.assert_array_equal(again.rates(bins), fitted.rates(bins))
     assert again.chosen == fitted.chosen
 
@@ -95,23 +110,35 @@ def test_ours_depends_on_no_held_out_count_and_segments_stand_alone(tmp_path: Pa
     recording = made(breaks=(600, 640))
     artifact = load_artifact(make_model(tmp_path / "m.safetensors", n_units=N))
     bins = (560, 700)
-    rates = our_rates(artifact, recording, bins, OUT)
+    rates = smoothing_solve(artifact, recording, bins, OUT)[1]
     assert rates.shape == (140, N)
     spoiled = recording.counts.copy()
     spoiled[:, OUT] = 60
     spoiled[:560] = 7
-    other = our_rates(artifact, replace(recording, counts=spoiled), bins, OUT)
+    other = smoothing_solve(artifact, replace(recording, counts=spoiled), bins, OUT)[1]
     np.testing.assert_array_equal(other, rates)
-    alone = our_rates(artifact, recording.slice(600, 640), (0, 40), OUT)
+    alone = smoothing_solve(artifact, recording.slice(600, 640), (0, 40), OUT)[1]
     np.testing.assert_allclose(rates[40:80], alone, rtol=1e-5)
+
+
+def test_a_regression_on_our_latents_looks_at_no_test_target(tmp_path: Path) -> None:
+    recording = made()
+    artifact = load_artifact(make_model(tmp_path / "m.safetensors", n_units=N))
+    bins = (560, 700)
+    fair = cosmooth(artifact, recording, SPLIT, bins, OUT)
+    spoiled = recording.counts.copy()
+    spoiled[560:, OUT] = 1 + np.arange(140)[:, None] % 3
+    other = replace(recording, counts=spoiled)
+    assert cosmooth(artifact, other, SPLIT, bins, OUT).chosen == fair.chosen
+    assert fair.bits[OURS_REGRESSED] > fair.bits[OURS]  # this model was never trained
 
 
 def test_a_long_segment_is_solved_as_one(tmp_path: Path) -> None:
     recording = made()
     artifact = load_artifact(make_model(tmp_path / "m.safetensors", n_units=N))
-    rates = our_rates(artifact, recording, (0, LONG + 20), OUT)
+    rates = smoothing_solve(artifact, recording, (0, LONG + 20), OUT)[1]
     # far from the cut, what comes after it hardly matters
-    shorter = our_rates(artifact, recording, (0, LONG), OUT)
+    shorter = smoothing_solve(artifact, recording, (0, LONG), OUT)[1]
     far = np.abs(rates[: LONG - 100] / shorter[: LONG - 100] - 1).max(axis=1)
     assert np.quantile(far, 0.8) < 1e-3  # this model's posterior may have more optima than one
 
@@ -131,8 +158,9 @@ def test_silence_of_the_held_out_units_is_named() -> None:
     recording = made()
     counts = recording.counts.copy()
     counts[420:560, OUT] = 0
+    silent = replace(recording, counts=counts)
     with pytest.raises(ShapeError, match="validation"):
-        fit_offline(SMOOTHING, replace(recording, counts=counts), SPLIT, OUT)
+        fit_offline(smoothing(silent, ~OUT), silent, SPLIT, OUT)
 
 
 def test_the_command_shows_and_writes_it(
@@ -143,7 +171,7 @@ def test_the_command_shows_and_writes_it(
     said = ["evaluate", str(model), "--recording", str(path), "--held-out", "0.25"]
     assert main([*said, "--seed", "3", "--json", str(out)]) == 0
     written = json.loads(out.read_text())["cosmoothing"]
-    assert list(written["bits_per_spike"]) == [OURS, SMOOTHING, FACTORS]
+    assert list(written["bits_per_spike"]) == [OURS, OURS_REGRESSED, SMOOTHING, FACTORS]
     assert len(written["held_out"]) == 2
     shown = capsys.readouterr().out
     assert "2 units held out, drawn by seed 3" in shown
@@ -151,7 +179,7 @@ def test_the_command_shows_and_writes_it(
     read = load_recording(path, spec())
     held: NDArray[np.bool_] = np.isin(read.unit_names, written["held_out"])
     start, stop = spec().split.bins("test", len(read))
-    rates = our_rates(load_artifact(model), read, (start, stop), held)[:, held]
+    rates = smoothing_solve(load_artifact(model), read, (start, stop), held)[1][:, held]
     bits = bits_per_spike(rates, read.counts[start:stop, held].astype(float))
     assert written["bits_per_spike"][OURS] == pytest.approx(bits)
     assert main([*said[:-1], "0.01"]) == 2

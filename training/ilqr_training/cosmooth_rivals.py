@@ -1,16 +1,17 @@
-"""Baselines of co-smoothing, by scikit-learn: smoothed spikes, and factor analysis of them.
+"""Co-smoothing by Poisson regressions (scikit-learn), and its baselines: smoothed spikes, and factors.
 
-Both smooth the held-in units' counts with a Gaussian in time, both ways, within each segment, and
-predict each held-out unit by a Poisson regression: on the logarithm of the smoothed counts, as the
-Neural Latents Benchmark's own baseline does; or on the factors of a factor analysis of their square
-roots, the two-step relative of GPFA. Width of the Gaussian, number of factors and the regression's
-penalty are chosen on the validation part.
+Both baselines smooth the held-in units' counts with a Gaussian in time, both ways, within each
+segment. A Poisson regression then predicts each held-out unit: from the logarithm of the smoothed
+counts, as the Neural Latents Benchmark's own baseline does; or from the factors of a factor analysis
+of their square roots, the two-step relative of GPFA. Width of the Gaussian, number of factors and
+the regression's penalty are chosen on the validation part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ def smoothed(recording: Recording, units: Flags, width_s: float) -> Array:
     return made
 
 
-def _standard(x: Array, rows: NDArray[np.int64]) -> Array:
+def standard(x: Array, rows: NDArray[np.int64]) -> Array:
+    """Columns (T, F) less their means over these rows, in standard deviations there."""
     return (x - x[rows].mean(axis=0)) / (x[rows].std(axis=0) + 1e-9)
 
 
@@ -96,36 +98,63 @@ class Offline:
 
 
 @dataclass(frozen=True)
-class _Choice:
-    width: float
-    size: int
-    alpha: float
+class Candidate:
+    """One way to features.
 
-    def __str__(self) -> str:
-        factors = f"{self.size} factors, " if self.size else ""
-        return f"{1e3 * self.width:g} ms, {factors}penalty {self.alpha:g}"
+    Attributes:
+        said: for people.
+        features: (T, F) of the whole recording; whatever it learns, from these rows alone.
+        alphas: penalties of the regression on them.
+    """
+
+    said: str
+    features: Callable[[NDArray[np.int64]], Array]
+    alphas: tuple[float, ...]
 
 
-def _features(kind: str, x: Array, rows: NDArray[np.int64], size: int) -> Array:
-    """(T, F) from smoothed counts, everything learnt from the rows alone."""
-    if kind == SMOOTHING:
-        return _standard(np.log(x + _OFFSET), rows)
+def _widths(recording: Recording) -> list[float]:
+    return [w for w in WIDTHS_S if w >= recording.bin_width / 2] or [recording.bin_width]
+
+
+def smoothing(recording: Recording, held_in: Flags) -> list[Candidate]:
+    """Logarithms of smoothed counts, by width."""
+
+    def features(width: float) -> Callable[[NDArray[np.int64]], Array]:
+        return lambda rows: standard(np.log(smoothed(recording, held_in, width) + _OFFSET), rows)
+
+    alphas = ALPHAS[SMOOTHING]
+    return [Candidate(f"{1e3 * w:g} ms", features(w), alphas) for w in _widths(recording)]
+
+
+def factors(recording: Recording, held_in: Flags) -> list[Candidate]:
+    """Factors of the square roots of smoothed counts, by width and number."""
     from sklearn.decomposition import FactorAnalysis
 
-    root = _standard(np.sqrt(x), rows)
-    # its tolerance is on the log-likelihood of all rows together
-    analysis = FactorAnalysis(size, tol=_TOLERANCE * len(rows), max_iter=500)
-    return _standard(analysis.fit(root[rows]).transform(root), rows)
+    def features(width: float, size: int) -> Callable[[NDArray[np.int64]], Array]:
+        def made(rows: NDArray[np.int64]) -> Array:
+            root = standard(np.sqrt(smoothed(recording, held_in, width)), rows)
+            # its tolerance is on the log-likelihood of all rows together
+            analysis = FactorAnalysis(size, tol=_TOLERANCE * len(rows), max_iter=500)
+            return standard(analysis.fit(root[rows]).transform(root), rows)
+
+        return made
+
+    sizes = [s for s in SIZES if s < held_in.sum()] or [1]
+    return [
+        Candidate(f"{1e3 * w:g} ms, {size} factors", features(w, size), ALPHAS[FACTORS])
+        for w, size in product(_widths(recording), sizes)
+    ]
 
 
-def fit_offline(kind: str, recording: Recording, split: SplitSpec, held_out: Flags) -> Offline:
+def fit_offline(
+    candidates: list[Candidate], recording: Recording, split: SplitSpec, held_out: Flags
+) -> Offline:
     """Fit every candidate on the training part, keep the best on the validation part, fit it again
     on both.
 
     Args:
-        kind: ``SMOOTHING`` or ``FACTORS``.
         recording: all of it.
-        held_out: (N,), the units to predict from the others.
+        held_out: (N,), the units to predict.
 
     Raises:
         ShapeError: a part without a bin, or without a spike of the held-out units.
@@ -140,19 +169,15 @@ def fit_offline(kind: str, recording: Recording, split: SplitSpec, held_out: Fla
     few = fit[:: max(1, len(fit) // _BINS_TO_CHOOSE)]
     truth = np.where(seen[choose], y[choose], np.nan)
     known = ~np.isnan(truth).all(axis=0)
-    held_in = ~held_out
-    widths = [w for w in WIDTHS_S if w >= recording.bin_width / 2] or [recording.bin_width]
-    sizes = [0] if kind == SMOOTHING else [s for s in SIZES if s < held_in.sum()] or [1]
-    scored: list[tuple[float, int, _Choice]] = []
-    for width in widths:
-        x = smoothed(recording, held_in, width)
-        for size in sizes:
-            features = _features(kind, x, few, size)
-            for alpha in ALPHAS[kind]:
-                rates = _regressions(features, y, seen, few, alpha)(features[choose])
-                bits = bits_per_spike(rates[:, known], truth[:, known])
-                scored.append((bits, -len(scored), _Choice(width, size, alpha)))
-    bits, _, best = max(scored)
+    scored: list[tuple[float, int, Candidate, float]] = []
+    for candidate in candidates:
+        features = candidate.features(few)
+        for alpha in candidate.alphas:
+            rates = _regressions(features, y, seen, few, alpha)(features[choose])
+            bits = bits_per_spike(rates[:, known], truth[:, known])
+            scored.append((bits, -len(scored), candidate, alpha))
+    bits, _, best, alpha = max(scored, key=lambda s: s[:2])
     both = np.concatenate([fit, choose])
-    features = _features(kind, smoothed(recording, held_in, best.width), both, best.size)
-    return Offline(str(best), bits, features, _regressions(features, y, seen, both, best.alpha))
+    features = best.features(both)
+    rates = _regressions(features, y, seen, both, alpha)
+    return Offline(f"{best.said}, penalty {alpha:g}", bits, features, rates)
