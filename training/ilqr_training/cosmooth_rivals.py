@@ -1,10 +1,10 @@
-"""Co-smoothing by Poisson regressions (scikit-learn), and its baselines: smoothed spikes, and factors.
+"""Co-smoothing by Poisson regressions (scikit-learn), and its baselines: smoothing, and factors.
 
 Both baselines smooth the held-in units' counts with a Gaussian in time, both ways, within each
 segment. A Poisson regression then predicts each held-out unit: from the logarithm of the smoothed
-counts, as the Neural Latents Benchmark's own baseline does; or from the factors of a factor analysis
-of their square roots, the two-step relative of GPFA. Width of the Gaussian, number of factors and
-the regression's penalty are chosen on the validation part.
+counts, as the Neural Latents Benchmark's own baseline does; or from the factors of a factor
+analysis of their square roots, the two-step relative of GPFA. Width of the Gaussian, number of
+factors and the regression's penalty are chosen on the validation part.
 """
 
 from __future__ import annotations

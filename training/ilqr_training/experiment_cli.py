@@ -1,4 +1,4 @@
-"""``ilqr-vae experiment``: one of the paper's experiments, from made-up data to a picture."""
+"""``ilqr-vae experiment``: the paper's experiments on made-up data, and decoding a recording."""
 
 from __future__ import annotations
 
@@ -7,23 +7,38 @@ import platform
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 
+from ilqr_training.decode_cli import EXAMPLE as DECODE_EXAMPLE
+from ilqr_training.decode_cli import decode
 from ilqr_training.experiments import NAMES, find
 from ilqr_training.experiments.driver import Outcome
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.report import check_writable, write_whole
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-EXAMPLE = "Example: ilqr-vae experiment lorenz --seed 0 --json lorenz.json"
+class _Named(TyperGroup):
+    """Says which experiments there are in this project's own words."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # click's types: typer ships its own
+        found = super().get_command(ctx, cmd_name)
+        if found is None:
+            known = f"one of {', '.join((*NAMES, 'decode'))}"
+            raise ConfigError("experiment", expected=known, got=repr(cmd_name))
+        return found
+
+
+app = typer.Typer(
+    cls=_Named, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 
 class _Terminal:
@@ -83,21 +98,10 @@ def _picture(outcome: Outcome, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-@app.command(epilog=EXAMPLE)
-def experiment(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
-    seed: Annotated[int, typer.Option(min=0, help="Of the data and of training.")] = 0,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML with overrides; see configs/experiments.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here, a picture beside it.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default one per core.")
-    ] = None,
+def run_paper(
+    name: str, seed: int, config: Path | None, json_file: Path | None, threads: int | None
 ) -> None:
-    """Run one of the paper's experiments on made-up data and say what it came to."""
+    """Run one of the paper's experiments and say what it came to. Raises ConfigError."""
     settings = settings_of(name, config)
     check_writable(json_file, "--json")
     use_threads(threads)
@@ -125,3 +129,26 @@ def experiment(
         for key, value in outcome.figures.items():
             shown = f"{value:.4f}" if isinstance(value, float) else str(value)
             out.print(f"  {key:<24} {shown}", highlight=False, markup=False)
+
+
+def _register(name: str) -> None:
+    @app.command(name, epilog=f"Example: ilqr-vae experiment {name} --seed 0 --json {name}.json")
+    def run(
+        seed: Annotated[int, typer.Option(min=0, help="Of the data and of training.")] = 0,
+        config: Annotated[
+            Path | None, typer.Option(help="TOML with overrides; see configs/experiments.")
+        ] = None,
+        json_file: Annotated[
+            Path | None, typer.Option("--json", help="Write the figures here, a picture beside it.")
+        ] = None,
+        threads: Annotated[
+            int | None, typer.Option(min=1, help="CPU threads; default one per core.")
+        ] = None,
+    ) -> None:
+        """On made-up data: see docs/experiments.md."""
+        run_paper(name, seed, config, json_file, threads)
+
+
+for _name in NAMES:
+    _register(_name)
+app.command("decode", epilog=DECODE_EXAMPLE)(decode)

@@ -33,7 +33,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 EXAMPLE = "Example: ilqr-vae train configs/demo.toml --recording reach.nwb --out reach.safetensors"
 
 
-class _Terminal:
+class Terminal:
     """Shows training as a progress bar with the newest numbers."""
 
     def __init__(self, console: Console, config: TrainConfig) -> None:
@@ -116,9 +116,14 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _overridden(
-    config: TrainConfig, seed: int | None, steps: int | None, fraction: float | None
+def overridden(
+    config: TrainConfig,
+    *,
+    seed: int | None = None,
+    steps: int | None = None,
+    fraction: float | None = None,
 ) -> TrainConfig:
+    """A configuration with what the command line says instead. Raises ConfigError."""
     changes = {k: v for k, v in {"seed": seed, "steps": steps}.items() if v is not None}
     loop = msgspec.structs.replace(config.training, **changes)
     changed = msgspec.structs.replace(config, training=loop)
@@ -174,10 +179,10 @@ def train_command(
         raise ConfigError("--out", expected="a name ending in .safetensors", got=str(out))
     check_writable(out, "--out")
     check_writable(json_file, "--json")
-    settings = _overridden(load_config(config), seed, steps, fraction)
+    settings = overridden(load_config(config), seed=seed, steps=steps, fraction=fraction)
     use_threads(threads)
     console = Console(stderr=True)
-    terminal = _Terminal(console, settings)
+    terminal = Terminal(console, settings)
     began = time.monotonic()
     try:
         with terminal.bar:

@@ -207,7 +207,7 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if self.fraction < 1 and b > 0:
             used = min(b, round(self.fraction * n_bins))
             a, b = round(used * a / b), used
-            if trials is not None:
+            if trials is not None and test in trials.breaks:
                 a, b = segment_start(trials, a), segment_start(trials, b)
         return {"train": (0, a), "validation": (a, b), "test": (test, n_bins), "all": (0, n_bins)}
 
@@ -229,7 +229,7 @@ def rehearsal(recording: Recording, split: SplitSpec) -> Recording:
     """
     a, b = split.span("validation", recording)
     inner = round(a * a / b) if b else 0
-    if recording.bounds is not None:
+    if b > a and a in recording.breaks:  # a split between trials stays one
         inner = segment_start(recording, inner)
     return replace(recording.slice(0, b), bounds=(inner, a))
 
