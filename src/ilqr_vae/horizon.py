@@ -251,7 +251,7 @@ class MovingHorizon:
                 truth value, or one per stream.
         """
         if not solver.usable(self.model, ("spikes",), state.z):
-            if state.z.device.type == "cuda" and stop is None and backend.current() == "gpu":
+            if state.z.device.type == "cuda" and stop is None and backend.current() != "reference":
                 return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
         after, answer = self._estimator().step(state.tensors(), counts, mask, ilqr.stopping(stop))

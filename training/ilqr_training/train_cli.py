@@ -111,8 +111,8 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _overridden(config: TrainConfig, seed: int | None, steps: int | None) -> TrainConfig:
-    changes = {k: v for k, v in {"seed": seed, "steps": steps}.items() if v is not None}
+def _overridden(config: TrainConfig, **given: int | str | None) -> TrainConfig:
+    changes = {k: v for k, v in given.items() if v is not None}
     loop = msgspec.structs.replace(config.training, **changes)
     return check(msgspec.structs.replace(config, training=loop))
 
@@ -133,6 +133,9 @@ def train_command(
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Instead of the config's: cpu, cuda, cuda:N or auto.")
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="TensorBoard events; default beside --out.")
     ] = None,
@@ -152,7 +155,7 @@ def train_command(
         raise ConfigError("--out", expected="a name ending in .safetensors", got=str(out))
     check_writable(out, "--out")
     check_writable(json_file, "--json")
-    settings = _overridden(load_config(config), seed, steps)
+    settings = _overridden(load_config(config), seed=seed, steps=steps, device=device)
     use_threads(threads)
     console = Console(stderr=True)
     terminal = _Terminal(console, settings)
