@@ -200,7 +200,7 @@ from ilqr_vae.lqr import gpu_kernels
 sizes = {"T": "i32", "n": "i32", "m": "i32", "eps": "fp32", "largest": "fp32", "ok": "*i8"}
 for number in ("fp32", "fp64"):
     for kernel in (gpu_kernels.solve, gpu_kernels.covariance):
-        fixed = {"NP": 32, "MP": 16, "HAS_C": True, "HAS_S": True, "FREE": True}
+        fixed = {"NP": 32, "MP": 16, "HAS_C": True, "HAS_S": True, "FREE": True, "HOW": 0}
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         kinds = {
             name: "constexpr" if name in fixed else sizes.get(name, "*" + number)

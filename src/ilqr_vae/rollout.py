@@ -5,7 +5,7 @@ gradient needs one more recursion, the adjoint lam_k = gz_k + A_k' lam_{k+1}; al
 gradients then come from a single batched product over (B, T), so autograd never sees the loop.
 
 On CPU the built-in families run compiled (``rollout_kernels``), on a GPU as Triton kernels
-(``rollout_gpu``); everything else runs the plain torch loop. All have one signature and are tested
+(``gpu.rollout``); everything else runs the plain torch loop. All have one signature and are tested
 against the loop.
 """
 
@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ilqr_vae import backend, rollout_gpu, threads
+from ilqr_vae import backend, threads
 from ilqr_vae.dynamics import MGU2, Dynamics, Linear, Weights
+from ilqr_vae.gpu import rollout as rollout_gpu
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ilqr_vae import gpu_launch
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.gpu import launch
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
 from ilqr_vae.lqr.types import LQRProblem, LQRSolution, check_covariance, damping_per_problem
 from ilqr_vae.shapes import (
@@ -30,11 +30,11 @@ _WHAT = "LQR problems are solved"
 
 
 def _fitting(n: int, m: int, dtype: torch.dtype) -> ModuleType | None:
-    if dtype not in gpu_launch.LARGEST_N:
+    if dtype not in launch.LARGEST_N:
         raise ShapeError("A", expected="float32 or float64", got=str(dtype))
-    if not gpu_launch.fits(n, m, dtype, _WHAT):
+    if not launch.fits(n, m, dtype, _WHAT):
         return None
-    return gpu_launch.kernels("ilqr_vae.lqr.gpu_kernels", _WHAT)
+    return launch.kernels("ilqr_vae.lqr.gpu_kernels", _WHAT)
 
 
 def solve_gpu(
@@ -74,8 +74,8 @@ def solve_gpu(
             K, k, Quu_inv, V, v, dz, du, costate, model, ok,
             T, n, m, limits.eps, limits.max,
             HAS_C="c" in named, HAS_S="S" in named, FREE=free_initial,
-            NP=gpu_launch.block(n), MP=gpu_launch.block(m),
-            num_warps=gpu_launch.warps(n),
+            NP=launch.block(n), MP=launch.block(m),
+            HOW=launch.products(n, A.dtype), **launch.options(n),
         )  # fmt: skip
     return LQRSolution(
         dz=dz, du=du, K=K, k=k, dz0=dz[:, 0], V=V, v=v, costate=costate, Quu_inv=Quu_inv,
@@ -104,7 +104,7 @@ def marginal_covariance_gpu(
     if batch:
         kernels.covariance[(batch,)](
             *(t.detach().contiguous() for t in (A, B, K, Quu_inv, V0)), Sigma,
-            T, n, m, torch.finfo(A.dtype).eps, NP=gpu_launch.block(n), MP=gpu_launch.block(m),
-            num_warps=gpu_launch.warps(n),
+            T, n, m, torch.finfo(A.dtype).eps, NP=launch.block(n), MP=launch.block(m),
+            HOW=launch.products(n, A.dtype), **launch.options(n),
         )  # fmt: skip
     return Sigma

@@ -15,7 +15,7 @@ Only Triton code lives here: it must not be wrapped by a type-checking import ho
 import triton
 import triton.language as tl
 
-from ilqr_vae.gpu_blocks import (
+from ilqr_vae.gpu.blocks import (
     beyond,
     inverse,
     load,
@@ -34,7 +34,7 @@ def solve(
     A, B, Q, q, R, r, c, S, damping, K, k, Quu_inv, V, v, dz, du, costate, model, ok,
     T, n, m, eps, largest,
     HAS_C: tl.constexpr, HAS_S: tl.constexpr, FREE: tl.constexpr,
-    NP: tl.constexpr, MP: tl.constexpr,
+    NP: tl.constexpr, MP: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """Problem ``program_id(0)`` of a batch; pointers and meaning as in `lqr.kernels.solve`."""
     b = tl.program_id(0).to(tl.int64)
@@ -77,13 +77,13 @@ def solve(
         B_t = load(B + t * n * m, n, m, NP, MP)
         Q_t = load(Q + t * n * n, n, n, NP, NP)
         q_t, r_t = load_row(q + t * n, n, NP), load_row(r + t * m, m, MP)
-        VA, VB = product(P, A_t), product(P, B_t)
+        VA, VB = product(P, A_t, HOW), product(P, B_t, HOW)
         slope = w
         if HAS_C:
             slope += times(P, load_row(c + t * n, n, NP))
         Bt = tl.trans(B_t)
-        Quu = symmetric(load(R + t * m * m, m, m, MP, MP) + product(Bt, VB)).to(tl.float64)
-        Qux = product(Bt, VA)
+        Quu = symmetric(load(R + t * m * m, m, m, MP, MP) + product(Bt, VB, HOW)).to(tl.float64)
+        Qux = product(Bt, VA, HOW)
         if HAS_S:
             Qux += load(S + t * m * n, m, n, MP, NP)
         qu = r_t + transposed_times(B_t, slope)
@@ -92,7 +92,7 @@ def solve(
         K_t = -product(Quu_t, Qux.to(tl.float64)).to(P.dtype)
         good = good & definite
         # a P that is not finite never becomes finite again: it is looked at once, at the end
-        P = symmetric(Q_t + product(tl.trans(A_t), VA) + product(tl.trans(Qux), K_t))
+        P = symmetric(Q_t + product(tl.trans(A_t), VA, HOW) + product(tl.trans(Qux), K_t, HOW))
         w = q_t + transposed_times(A_t, slope) + transposed_times(Qux, k_t)
         store(K + t * m * n, K_t, m, n, MP, NP)
         store_row(k + t * m, k_t, m, MP)
@@ -165,7 +165,8 @@ def solve(
 
 @triton.jit
 def covariance(
-    A, B, K, Quu_inv, V0, Sigma, T, n, m, eps, NP: tl.constexpr, MP: tl.constexpr
+    A, B, K, Quu_inv, V0, Sigma, T, n, m, eps,
+    NP: tl.constexpr, MP: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """`marginal_covariance_reference` of problem ``program_id(0)``."""
     b = tl.program_id(0).to(tl.int64)
@@ -182,8 +183,10 @@ def covariance(
     for t in range(T):
         B_t = load(B + t * n * m, n, m, NP, MP)
         closed = load(A + t * n * n, n, n, NP, NP)
-        closed += product(B_t, load(K + t * m * n, m, n, MP, NP))
-        noise = product(B_t, load(Quu_inv + t * m * m, m, m, MP, MP))
-        P = product(product(closed, P), tl.trans(closed)) + product(noise, tl.trans(B_t))
+        closed += product(B_t, load(K + t * m * n, m, n, MP, NP), HOW)
+        noise = product(B_t, load(Quu_inv + t * m * m, m, m, MP, MP), HOW)
+        P = product(product(closed, P, HOW), tl.trans(closed), HOW) + product(
+            noise, tl.trans(B_t), HOW
+        )
         P = symmetric(tl.where(good == 1, P, 0.0))
         store(Sigma + (t + 1) * n * n, P, n, n, NP, NP)

@@ -43,7 +43,13 @@ def store_row(pointer, value, size, P: tl.constexpr):
 
 
 @triton.jit
-def product(X, Y):
+def product(X, Y, HOW: tl.constexpr = 0):
+    """X Y, exact to the dtype's last digits: in float64 if HOW is 1, on float32 tensor cores in three
+    passes if 2."""
+    if HOW == 1:
+        return tl.dot(X.to(tl.float64), Y.to(tl.float64), out_dtype=tl.float64).to(X.dtype)
+    if HOW == 2:
+        return tl.dot(X, Y, input_precision="tf32x3", out_dtype=X.dtype)
     return tl.dot(X, Y, input_precision="ieee", out_dtype=X.dtype)
 
 

@@ -7,8 +7,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ilqr_vae import backend, gpu_launch
+from ilqr_vae import backend
 from ilqr_vae.dynamics import Dynamics, Linear, Weights
+from ilqr_vae.gpu import launch
 
 _WHAT = "rollouts run"
 
@@ -17,9 +18,9 @@ def kernels(n: int, m: int, like: Tensor) -> ModuleType | None:
     """The kernels; None where ``like`` is on no GPU, torch is wanted, or problems are too large."""
     if not like.is_cuda or backend.current() == "reference":
         return None
-    if not gpu_launch.fits(n, m, like.dtype, _WHAT):
+    if not launch.fits(n, m, like.dtype, _WHAT):
         return None
-    return gpu_launch.kernels("ilqr_vae.rollout_gpu_kernels", _WHAT)
+    return launch.kernels("ilqr_vae.gpu.rollout_kernels", _WHAT)
 
 
 def closed_loop(
@@ -46,8 +47,8 @@ def closed_loop(
     if B:
         code.closed_loop[(B,)](
             state, state_bias, hidden, hidden_bias, drive, *given, z, u, T, n, m, laws,
-            GATED=gated, CLOSED=closed, NP=gpu_launch.block(n), MP=gpu_launch.block(m),
-            num_warps=gpu_launch.warps(n),
+            GATED=gated, CLOSED=closed, NP=launch.block(n), MP=launch.block(m),
+            **launch.options(n),
         )  # fmt: skip
     return z, u
 
@@ -59,6 +60,6 @@ def adjoint(code: ModuleType, A: Tensor, gz: Tensor) -> Tensor:
     if B:
         code.adjoint[(B,)](
             A.detach().contiguous(), gz.detach().contiguous(), lam, T, n,
-            NP=gpu_launch.block(n), num_warps=gpu_launch.warps(n),
+            NP=launch.block(n), **launch.options(n),
         )  # fmt: skip
     return lam

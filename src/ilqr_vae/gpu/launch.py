@@ -57,6 +57,11 @@ def block(size: int) -> int:
     return max(_SMALLEST, 1 << (size - 1).bit_length())
 
 
-def warps(n: int) -> int:
-    """Warps per program for matrices of n rows."""
-    return 4 if n <= 32 else 8
+def products(n: int, dtype: torch.dtype) -> int:
+    """How matrices of n rows are multiplied (``blocks.product``)."""
+    return 1 if dtype == torch.float32 and n > 32 else 0
+
+
+def options(n: int) -> dict[str, int]:
+    """How a program for matrices of n rows is compiled."""
+    return {"num_warps": 4 if n <= 32 else 8}

@@ -14,17 +14,17 @@ Only Triton code lives here: it must not be wrapped by a type-checking import ho
 import triton
 import triton.language as tl
 
-from ilqr_vae.gpu_blocks import load, store_row
+from ilqr_vae.gpu.blocks import load, store_row
 
 
 @triton.jit
-def _row(pointer, size, P: tl.constexpr):
+def row(pointer, size, P: tl.constexpr):
     i = tl.arange(0, P)
     return tl.load(pointer + i, mask=i < size, other=0.0)
 
 
 @triton.jit
-def _times(X, y):
+def times_row(X, y):
     return tl.sum(X * y[None, :], axis=1)
 
 
@@ -49,29 +49,29 @@ def closed_loop(
     W_z, W_u = load(state, n, n, NP, NP), load(drive, n, m, NP, MP)
     if GATED:
         W_h = load(hidden, n, n, NP, NP)
-        b_z, b_h = _row(state_bias, n, NP), _row(hidden_bias, n, NP)
-    x = _row(z0, n, NP)
+        b_z, b_h = row(state_bias, n, NP), row(hidden_bias, n, NP)
+    x = row(z0, n, NP)
     store_row(z, x, n, NP)
-    u_next = _row(ub, m, MP)
+    u_next = row(ub, m, MP)
     if CLOSED:
         a = tl.load(alpha + b)
-        K_next, k_next, z_next = load(K, m, n, MP, NP), _row(k, m, MP), _row(zb, n, NP)
+        K_next, k_next, z_next = load(K, m, n, MP, NP), row(k, m, MP), row(zb, n, NP)
     for t in range(T):
         u_t = u_next
         after = tl.where(t + 1 < T, t + 1, t)
-        u_next = _row(ub + after * m, m, MP)
+        u_next = row(ub + after * m, m, MP)
         if CLOSED:
-            u_t += a * k_next + _times(K_next, x - z_next)
+            u_t += a * k_next + times_row(K_next, x - z_next)
             K_next = load(K + after * m * n, m, n, MP, NP)
-            k_next, z_next = _row(k + after * m, m, MP), _row(zb + after * n, n, NP)
-        driven = _times(W_u, u_t)
+            k_next, z_next = row(k + after * m, m, MP), row(zb + after * n, n, NP)
+        driven = times_row(W_u, u_t)
         if GATED:
-            f = 1.0 / (1.0 + tl.exp(-(_times(W_z, x) + b_z)))
-            h = _times(W_h, f * x) + driven + b_h
+            f = 1.0 / (1.0 + tl.exp(-(times_row(W_z, x) + b_z)))
+            h = times_row(W_h, f * x) + driven + b_h
             h = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * h))
             x = x + f * (h - x)
         else:
-            x = _times(W_z, x) + driven
+            x = times_row(W_z, x) + driven
         store_row(u + t * m, u_t, m, MP)
         store_row(z + (t + 1) * n, x, n, NP)
 
@@ -83,14 +83,14 @@ def adjoint(A, gz, lam, T, n, NP: tl.constexpr):
     A += b * T * n * n
     gz += b * (T + 1) * n
     lam += b * (T + 1) * n
-    x = _row(gz + T * n, n, NP)
+    x = row(gz + T * n, n, NP)
     store_row(lam + T * n, x, n, NP)
     A_next = load(A + (T - 1) * n * n, n, n, NP, NP)
-    g_next = _row(gz + (T - 1) * n, n, NP)
+    g_next = row(gz + (T - 1) * n, n, NP)
     for s in range(T):
         t = T - 1 - s
         x = g_next + tl.sum(A_next * x[:, None], axis=0)
         before = tl.where(t > 0, t - 1, 0)
         A_next = load(A + before * n * n, n, n, NP, NP)
-        g_next = _row(gz + before * n, n, NP)
+        g_next = row(gz + before * n, n, NP)
         store_row(lam + t * n, x, n, NP)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ilqr_vae import rollout_gpu
+from ilqr_vae.gpu import rollout as rollout_gpu
 from ilqr_vae.rollout import adjoint, closed_loop_reference, rollout
 from small import make_model
 from test_lqr_gpu import on_each_device
 from test_rollout import normal, policy
 
-code = pytest.importorskip("ilqr_vae.rollout_gpu_kernels")
+code = pytest.importorskip("ilqr_vae.gpu.rollout_kernels")
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-5)]
 
 
