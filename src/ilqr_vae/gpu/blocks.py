@@ -44,8 +44,7 @@ def store_row(pointer, value, size, P: tl.constexpr):
 
 @triton.jit
 def product(X, Y, HOW: tl.constexpr = 0):
-    """X Y, exact to the dtype's last digits: in float64 if HOW is 1, on float32 tensor cores in three
-    passes if 2."""
+    """X Y to the dtype's last digits: in float64 if HOW is 1, in three TF32 passes if 2."""
     if HOW == 1:
         return tl.dot(X.to(tl.float64), Y.to(tl.float64), out_dtype=tl.float64).to(X.dtype)
     if HOW == 2:

@@ -138,21 +138,30 @@ class Iteration:
         self, z: Tensor, u: Tensor, observed: Observations, initial: InitialCost
     ) -> LQRProblem:
         """As ``Model.lqr_problem``."""
-        B, T, m = u.shape
-        n = z.shape[-1]
+        S, T, m = u.shape
+        n, o = z.shape[-1], observed[self.name]
+        *dynamics, C, b, centre, precision, numbers = self.model
+        z, u = z.detach().contiguous(), u.detach().contiguous()
         new = z.new_empty
-        problem = LQRProblem(
-            A=new(B, T, n, n), B=new(B, T, n, m), Q=new(B, T + 1, n, n), q=new(B, T + 1, n),
-            R=new(B, T, m, m), r=new(B, T, m), c=None, S=None,
-        )  # fmt: skip
-        o = observed[self.name]
-        if B:
-            self.code.quadratise[(B * T,)](
-                *self._given(o, initial), z.detach().contiguous(), u.detach().contiguous(),
-                *problem.tensors().values(), T, n, m, o.values.shape[-1],
-                GATED=self.gated, **self._sizes(), **launch.options(n),
+        A, B, R, r = new(S, T, n, n), new(S, T, n, m), new(S, T, m, m), torch.empty_like(u)
+        d, w = (torch.empty_like(o.values, memory_format=torch.contiguous_format) for _ in range(2))
+        sizes, tiles = self._sizes(), -(-T // 16)
+        if S:
+            self.code.linearise[(S * T,)](
+                *dynamics, centre, precision, z, u, A, B, R, r, T, n, m,
+                GATED=self.gated, NP=sizes["NP"], MP=sizes["MP"], **launch.options(n),
             )  # fmt: skip
-        return problem
+            self.code.derivatives[(S * tiles,)](
+                C, b, numbers, o.values.detach().contiguous(), o.mask.detach().contiguous(), z,
+                d, w, T, n, C.shape[0], tiles,
+                NP=sizes["NP"], NB=sizes["NB"], **launch.options(n),
+            )  # fmt: skip
+        # one matrix product over (batch x time), as ``Likelihood.quadratise``
+        outer = (C.unsqueeze(-1) * C.unsqueeze(-2)).reshape(-1, n * n)
+        q, Q = d @ C, (w @ outer).reshape(S, T, n, n)
+        q = torch.cat([initial.gradient(z[:, 0]).unsqueeze(1), q], 1)
+        Q = torch.cat([initial.precision.unsqueeze(1), Q], 1)
+        return LQRProblem(A=A, B=B, Q=Q, q=q, R=R, r=r, c=None, S=None)
 
     def search(
         self,

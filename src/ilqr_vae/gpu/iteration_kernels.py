@@ -208,39 +208,50 @@ def _observed_terms(
 
 
 @triton.jit
-def quadratise(
-    state, state_bias, hidden, hidden_bias, drive, C, bias, centre, precision, values, mask,
-    numbers, mean, arrival, z, u, A, B, Q, q, R, r, T, n, m, N,
-    GATED: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr, NB: tl.constexpr,
+def derivatives(
+    C, bias, numbers, values, mask, z, d, w, T, n, N, tiles, NP: tl.constexpr, NB: tl.constexpr
 ):  # fmt: skip
-    """The LQR problem around a trajectory: transition t of problem b in program b T + t."""
+    """First and second derivative of -log p in each channel's C z + b, 16 bins per program."""
+    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    in_n, in_c = tl.arange(0, NP), tl.arange(0, NB)
+    t = tile * 16 + tl.arange(0, 16)
+    limit = tl.load(numbers).to(C.dtype.element_ty)
+    z += b * (T + 1) * n
+    at = (t + 1)[:, None] * n + in_n[None, :]
+    Z = tl.load(z + at, mask=(t < T)[:, None] & (in_n < n)[None, :], other=0.0)
+    for start in range(0, N, NB):
+        i = start + in_c
+        known = (i < N)[:, None] & (in_n < n)[None, :]
+        C_i = tl.load(C + i[:, None] * n + in_n[None, :], mask=known, other=0.0)
+        a = product(Z, tl.trans(C_i)) + tl.load(bias + i, mask=i < N, other=0.0)[None, :]
+        inside = (t < T)[:, None] & (i < N)[None, :]
+        there = b * T * N + t[:, None] * N + i[None, :]
+        y = tl.load(values + there, mask=inside, other=0.0)
+        seen = tl.load(mask + there, mask=inside, other=0.0)
+        _, slope, share, _ = _channels(a, limit)
+        tl.store(d + there, tl.where(seen > 0, (slope - y * share) * seen, 0.0), mask=inside)
+        tl.store(w + there, tl.where(seen > 0, slope * share * seen, 0.0), mask=inside)
+
+
+@triton.jit
+def linearise(
+    state, state_bias, hidden, hidden_bias, drive, centre, precision, z, u, A, B, R, r, T, n, m,
+    GATED: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
+    """Jacobians and the inputs' own cost at transition t of problem b, in program b T + t."""
     b, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
-    z += b * (T + 1) * n + t * n
-    x, u_t = row(z, n, NP), row(u + (b * T + t) * m, m, MP)
+    at = b * T + t
+    x, u_t = row(z + (at + b) * n, n, NP), row(u + at * m, m, MP)
     A_t, B_t = _jacobians(
         x, u_t, state, state_bias, hidden, hidden_bias, drive, n, m, GATED, NP, MP
     )  # fmt: skip
-    store(A + (b * T + t) * n * n, A_t, n, n, NP, NP)
-    store(B + (b * T + t) * n * m, B_t, n, m, NP, MP)
-    at = (b * T + t) * N
-    limit = tl.load(numbers).to(state.dtype.element_ty)
-    q_t, Q_t = _observed_terms(
-        row(z + n, n, NP), C, bias, limit, values + at, mask + at, n, N, NP, NB
-    )  # fmt: skip
-    Q += (b * (T + 1) + t) * n * n
-    q += (b * (T + 1) + t) * n
-    store(Q + n * n, Q_t, n, n, NP, NP)
-    store_row(q + n, q_t, n, NP)
-    if t == 0:
-        arrive = load(arrival + b * n * n, n, n, NP, NP)
-        e = x.to(tl.float64) - load_row(mean + b * n, n, NP)
-        store(Q, arrive, n, n, NP, NP)
-        store_row(q, times(arrive, e), n, NP)
+    store(A + at * n * n, A_t, n, n, NP, NP)
+    store(B + at * n * m, B_t, n, m, NP, MP)
     in_m = tl.arange(0, MP)
     weight = row(precision, m, MP)
     square = tl.where(in_m[:, None] == in_m[None, :], weight[:, None], 0.0)
-    store(R + (b * T + t) * m * m, square, m, m, MP, MP)
-    store_row(r + (b * T + t) * m, (u_t - row(centre, m, MP)) * weight, m, MP)
+    store(R + at * m * m, square, m, m, MP, MP)
+    store_row(r + at * m, (u_t - row(centre, m, MP)) * weight, m, MP)
 
 
 @triton.jit
