@@ -64,11 +64,14 @@ def case(family: str, device: str, dtype: torch.dtype, *, units: int = 70, T: in
     # a channel that drives its rate to where it goes linear
     counts[:, :, 1] = 9.0
     precision = root @ root.mT + torch.eye(n, dtype=torch.float64)
-    to = {"device": device, "dtype": dtype}
-    observed = {"spikes": Observed(counts.to(**to), mask.to(**to))}
+
+    def to(x: Tensor) -> Tensor:
+        return x.to(device, dtype)
+
+    observed = {"spikes": Observed(to(counts), to(mask))}
     w = tuple(t.detach() for t in model.dynamics.weights())
-    problem = ilqr.Problem(model, w, observed, InitialCost(mean.to(**to), precision.to(**to)))
-    return Case(model, w, problem, z0.to(**to), 0.5 * u.to(**to))
+    problem = ilqr.Problem(model, w, observed, InitialCost(to(mean), to(precision)))
+    return Case(model, w, problem, to(z0), 0.5 * to(u))
 
 
 def close(found: Tensor, truth: Tensor, tolerance: float) -> None:

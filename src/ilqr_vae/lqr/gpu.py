@@ -75,7 +75,7 @@ def solve_gpu(
             T, n, m, limits.eps, limits.max,
             HAS_C="c" in named, HAS_S="S" in named, FREE=free_initial,
             NP=launch.block(n), MP=launch.block(m),
-            HOW=launch.products(n, A.dtype), **launch.options(n),
+            HOW=launch.products(n, A.dtype), **launch.options(n, 64),
         )  # fmt: skip
     return LQRSolution(
         dz=dz, du=du, K=K, k=k, dz0=dz[:, 0], V=V, v=v, costate=costate, Quu_inv=Quu_inv,
@@ -105,6 +105,6 @@ def marginal_covariance_gpu(
         kernels.covariance[(batch,)](
             *(t.detach().contiguous() for t in (A, B, K, Quu_inv, V0)), Sigma,
             T, n, m, torch.finfo(A.dtype).eps, NP=launch.block(n), MP=launch.block(m),
-            HOW=launch.products(n, A.dtype), **launch.options(n),
+            HOW=launch.products(n, A.dtype), **launch.options(n, 64),
         )  # fmt: skip
     return Sigma
