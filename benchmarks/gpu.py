@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import torch
 
 from benchmarks import stream
 from benchmarks.lqr import BATCHES, SIZES, problem_of
 from benchmarks.models import estimator_of
 from benchmarks.rows import Row, absent, quantiles, row, timed
+from ilqr_training.experiments.maze import MazeConfig, maze_size
 from ilqr_vae import backend
 from ilqr_vae.lqr import LQRProblem, solve_lqr
 
 STREAMS: list[Row] = [
     {"n": 32, "m": 8, "units": 192, "H": 64, "streams": 1},
     *({"n": 20, "m": 5, "units": 196, "H": 20, "streams": S} for S in (1, 64, 256, 1000)),
+    {"n": 20, "m": 5, "units": 196, "H": 10, "streams": 1000},
 ]
 #: Published peaks of one card, bytes and float32 operations a second: (memory, arithmetic).
 PEAKS = {"H200": (4.8e12, 67e12), "H100": (3.35e12, 67e12), "A100": (2.0e12, 19.5e12)}
@@ -79,8 +82,31 @@ def run(quick: bool) -> list[Row]:
     for size in STREAMS[:2] if quick else STREAMS:
         est = estimator_of(size["n"], size["m"], size["units"], size["H"], 2, device="cuda")
         common = size | {"iterations": 2, "dtype": "float64", "device": "cuda"}
-        for name, label in (("gpu", "ilqr-vae CUDA graph"), ("reference", "torch reference")):
+        for name, label in (("auto", "ilqr-vae CUDA graph"), ("reference", "torch reference")):
             with backend.using(name):
                 found = quantiles(stream.measure(est, size["streams"], seconds))
             rows.append(row("gpu stream", label, **common) | found)
-    return rows
+    return [*rows, *_train(4 if quick else 12)]
+
+
+class _Silent:
+    """Nobody to be told how an experiment goes."""
+
+    def begin(self, what: str, total: int) -> None: ...
+    def advance(self, done: int, note: str = "") -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+def _train(steps: int) -> list[Row]:
+    """Gradient steps of the maze-size model, solves to convergence or 25 iterations."""
+    config = MazeConfig(device="cuda")
+    config = msgspec.structs.replace(
+        config, fit=msgspec.structs.replace(config.fit, steps=steps, iterations=25)
+    )
+    spent = maze_size(config, 0, _Silent()).figures
+    common = {"n": 60, "m": 15, "units": 182, "T": 140, "batch": 168, "device": "cuda"}
+    per_step = round(spent["seconds_per_step"] * 1e6)
+    return [
+        row("gpu train", "ilqr-vae gpu", dtype="float32", **common)
+        | {"median_us": per_step, "samples": steps - 1, "hours_3500": per_step * 3.5e-3 / 3600}
+    ]

@@ -23,6 +23,10 @@ from test_lqr import broken_problems, make, numbers, pick
 
 pytest.importorskip("triton")
 
+GRID = [
+    Path(__file__).with_name(f"test_{name}.py")
+    for name in ("lqr_gpu", "gpu_rollout", "gpu_iteration")
+]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
     pytest.param(
@@ -195,12 +199,26 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from ilqr_vae.gpu import iteration_kernels, rollout_kernels
 from ilqr_vae.lqr import gpu_kernels
 
-sizes = {"T": "i32", "n": "i32", "m": "i32", "eps": "fp32", "largest": "fp32", "ok": "*i8"}
+sizes = {name: "i32" for name in ("T", "H", "n", "m", "N", "laws", "tiles", "tries")}
+sizes |= {name: "fp32" for name in ("eps", "largest", "armijo", "slack")}
+sizes |= {"ok": "*i8", "seeking": "*i8", "numbers": "*fp64"}
+kernels = (
+    gpu_kernels.solve,
+    gpu_kernels.covariance,
+    rollout_kernels.closed_loop,
+    rollout_kernels.adjoint,
+    iteration_kernels.search,
+    iteration_kernels.linearise,
+    iteration_kernels.derivatives,
+    iteration_kernels.absorb,
+)
 for number in ("fp32", "fp64"):
-    for kernel in (gpu_kernels.solve, gpu_kernels.covariance):
-        fixed = {"NP": 32, "MP": 16, "HAS_C": True, "HAS_S": True, "FREE": True}
+    for kernel in kernels:
+        fixed = {"NP": 32, "MP": 16, "HAS_C": True, "HAS_S": True, "FREE": True, "HOW": 2}
+        fixed |= {"NB": 64, "GATED": True, "CLOSED": True}
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         kinds = {
             name: "constexpr" if name in fixed else sizes.get(name, "*" + number)
@@ -222,7 +240,7 @@ class TestWithoutInterpreter:
     @pytest.mark.timeout(1200)
     def test_the_grid_through_the_interpreter(self) -> None:
         ran = subprocess.run(
-            [sys.executable, "-m", "pytest", str(Path(__file__)), "-p", "no:cacheprovider"],
+            [sys.executable, "-m", "pytest", *map(str, GRID), "-p", "no:cacheprovider"],
             capture_output=True,
             text=True,
             check=False,

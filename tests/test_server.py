@@ -13,7 +13,7 @@ import zmq
 from numpy.typing import NDArray
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
-from ilqr_service.engine import Engine, choose_device
+from ilqr_service.engine import Engine
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.work import FAILED, Work
@@ -21,6 +21,7 @@ from ilqr_vae import wire
 from ilqr_vae.artifact import (
     load_artifact,
 )
+from ilqr_vae.backend import device_of
 from ilqr_vae.errors import ConfigError
 
 
@@ -153,10 +154,10 @@ def test_a_solve_that_raises_is_answered_and_the_run_goes_on(model_file: Path) -
 
 
 def test_device_is_checked() -> None:
-    assert choose_device("auto").type in {"cpu", "cuda"}
+    assert device_of("auto").type in {"cpu", "cuda"}
     for name in ("tpu", "mps", "cuda:99", "cpu:x"):
         with pytest.raises(ConfigError, match="device"):
-            choose_device(name)
+            device_of(name)
 
 
 # ---- who may feed ------------------------------------------------------------------------------

@@ -188,7 +188,8 @@ class Stepper:
 
     def _stop(self, works: Sequence[Work], started: int) -> Callable[[], NDArray[np.bool_]] | None:
         """Which solves to end early, asked before every iteration after the first."""
-        if not any(work.budget or work.anytime for work in works):
+        timed_too = self._device.type != "cuda"  # there one launch is all iterations
+        if not any(work.budget or (work.anytime and timed_too) for work in works):
             return None
         budget = np.array([work.budget or 2**31 for work in works])
         timed = np.array([work.anytime and not work.budget for work in works])

@@ -22,7 +22,8 @@ from ilqr_service.runs import Entry, PackedRun, Run, pack_run, unpack_state, unp
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, ModelFacts, Work
 from ilqr_vae.artifact import Artifact, load_artifact
-from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.backend import device_of
+from ilqr_vae.errors import ServiceError
 from ilqr_vae.units import UnitWatch
 
 _NOBODY = -1
@@ -33,23 +34,6 @@ _STEADY = 1.25
 SHARE = 8
 """A step takes no more bins than are solved in a bin width divided by this: so long may a bin that
 has just come wait for others."""
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is cuda where torch sees one, else cpu. Raises ConfigError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError("device", expected="auto, cpu, cuda or cuda:N", got=repr(name)) from error
-    if device.type not in {"cpu", "cuda"}:
-        raise ConfigError("device", expected="auto, cpu, cuda or cuda:N", got=repr(name))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            "device", expected=f"one of {torch.cuda.device_count()} CUDA devices", got=repr(name)
-        )
-    return device
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +84,7 @@ class Engine:
             iterations=iterations,
         )
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
-        self.device = choose_device(settings.device)
+        self.device = device_of(settings.device)
         self.cost = Cost()
         self.threads, self._most = settings.threads, settings.max_sessions
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
@@ -111,7 +95,7 @@ class Engine:
     @classmethod
     def load(cls, path: Path, settings: ServiceSettings) -> Engine:
         """From a model file. Raises ArtifactError, ConfigError (device)."""
-        device = choose_device(settings.device)
+        device = device_of(settings.device)
         return cls(load_artifact(path, device=str(device)), settings)
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
 """One switch for everything that has more than one implementation.
 
 ``auto`` (the default) takes the compiled code of the tensors' device where there is one for the
-families in use, else torch. ``reference`` takes the plain torch definition everywhere. ``gpu`` is
-``auto``, and on CUDA the Triton kernels and recorded graphs, which have not run on a GPU yet. The
-environment variable ``ILQR_VAE_BACKEND`` sets it for a process, ``use`` while it runs.
+families in use (numba on the CPU; Triton kernels and recorded graphs on CUDA), else torch.
+``reference`` takes the plain torch definition everywhere. The environment variable
+``ILQR_VAE_BACKEND`` sets it for a process, ``use`` while it runs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import torch
+
 from ilqr_vae.errors import ConfigError
 
-NAMES = ("auto", "reference", "gpu")
+NAMES = ("auto", "reference")
 VARIABLE = "ILQR_VAE_BACKEND"
 
 
@@ -59,3 +61,20 @@ def using(name: str) -> Generator[None]:
         yield
     finally:
         _switch.name = before
+
+
+def device_of(name: str) -> torch.device:
+    """``auto`` is cuda where torch sees one, else cpu. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("device", expected="auto, cpu, cuda or cuda:N", got=repr(name)) from error
+    if device.type not in {"cpu", "cuda"}:
+        raise ConfigError("device", expected="auto, cpu, cuda or cuda:N", got=repr(name))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            "device", expected=f"one of {torch.cuda.device_count()} CUDA devices", got=repr(name)
+        )
+    return device

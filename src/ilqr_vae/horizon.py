@@ -36,6 +36,7 @@ from ilqr_vae import backend, ilqr
 from ilqr_vae.fused import solver
 from ilqr_vae.fused.estimator import Estimator
 from ilqr_vae.fused.graphs import Graphs, Record, record_cuda
+from ilqr_vae.gpu.iteration import iteration
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
 from ilqr_vae.model import Model
@@ -178,11 +179,18 @@ class MovingHorizon:
     def _absorb(self, s: HorizonState) -> tuple[Tensor, Tensor]:
         """Arrival mean and precision one bin later (see the module's docstring)."""
         model = self.model
+        on_gpu = iteration(model, self._w, ("spikes",), s.u)
+        if on_gpu is not None:
+            own = model.initial.cost(1).precision[0]
+            data = {"spikes": Observed(s.counts, s.mask)}
+            found = on_gpu.absorb(s.z, s.u, data, InitialCost(s.mean, s.precision), own)
+            if found is not None:
+                return found
         z, z_next, u = s.z[:, 0], s.z[:, 1], s.u[:, 0]
         A, B = model.dynamics.jacobians(self._w, z, u)
         r, R = model.prior.quadratise(u)
         q, Q = model.observation_terms(z_next, {"spikes": Observed(s.counts[:, 0], s.mask[:, 0])})
-        R_inv = torch.linalg.inv(R)
+        R_inv = torch.linalg.inv_ex(R)[0]
         P_minus = A @ _spd_inverse(s.precision) @ A.mT + B @ R_inv @ B.mT
         # a direction that dynamics and inputs both leave at zero variance would have no inverse
         trace = P_minus.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -251,7 +259,7 @@ class MovingHorizon:
                 truth value, or one per stream.
         """
         if not solver.usable(self.model, ("spikes",), state.z):
-            if state.z.device.type == "cuda" and stop is None and backend.current() == "gpu":
+            if state.z.device.type == "cuda" and stop is None and backend.current() != "reference":
                 return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
         after, answer = self._estimator().step(state.tensors(), counts, mask, ilqr.stopping(stop))

@@ -28,6 +28,7 @@ from torch import Tensor
 from ilqr_vae import line_search
 from ilqr_vae.dynamics import Weights
 from ilqr_vae.fused import solver
+from ilqr_vae.gpu.iteration import Iteration, iteration
 from ilqr_vae.likelihoods import Observations
 from ilqr_vae.line_search import where
 from ilqr_vae.lqr import LQRProblem, LQRSolution, solve_lqr
@@ -102,11 +103,19 @@ class Problem:
     def cost(self, z: Tensor, u: Tensor) -> Tensor:
         return self.model.cost(z, u, self.observed, self.initial)
 
+    def on_gpu(self, like: Tensor) -> Iteration | None:
+        """GPU kernels for this problem, where ``like`` is on a GPU and there are any."""
+        return iteration(self.model, self.w, tuple(self.observed), like)
+
 
 def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) -> State:
     """Start from an initial state and inputs (zeros, or a warm start)."""
-    z = problem.model.rollout(problem.w, z0, u)
-    cost = problem.cost(z, u)
+    on_gpu = problem.on_gpu(u)
+    if on_gpu is None:
+        z = problem.model.rollout(problem.w, z0, u)
+        cost = problem.cost(z, u)
+    else:
+        z, cost = on_gpu.begin(z0, u, problem.observed, problem.initial)
     status = torch.where(cost.isfinite(), int(Status.RUNNING), int(Status.NOT_FINITE))
     zero = torch.zeros_like(cost)
     return State(z, u, cost, zero, status, torch.zeros_like(status))
@@ -153,16 +162,28 @@ def step_reference(problem: Problem, state: State, config: SolverConfig) -> tupl
     """``step`` in torch: what the compiled one must do."""
     model, w = problem.model, problem.w
     running = state.status == Status.RUNNING
-    quadratic = model.lqr_problem(w, state.z, state.u, problem.observed, problem.initial)
+    on_gpu = problem.on_gpu(state.u)
+    about = (problem.observed, problem.initial)
+    if on_gpu is None:
+        quadratic = model.lqr_problem(w, state.z, state.u, *about)
+    else:
+        quadratic = on_gpu.quadratise(state.z, state.u, *about)
     if config.exact:
         costate = adjoint(quadratic.A, quadratic.q)
         lqr = solve_exact(problem, quadratic, state.z, state.u, costate, state.regularisation)
     else:
         lqr = solve_lqr(quadratic, free_initial=True, regularisation=state.regularisation)
 
-    on_cpu = state.z.device.type == "cpu"
-    search = line_search.backtrack if on_cpu else line_search.all_at_once
-    z, u, cost, taken = search(problem, state, lqr, running & lqr.ok, config)
+    seeking = running & lqr.ok
+    if on_gpu is None:
+        on_cpu = state.z.device.type == "cpu"
+        search = line_search.backtrack if on_cpu else line_search.all_at_once
+        z, u, cost, taken = search(problem, state, lqr, seeking, config)
+    else:
+        z, u, cost, taken = on_gpu.search(
+            state.z, state.u, state.cost, lqr, seeking, *about,
+            armijo=config.armijo, tries=config.backtracks + 1,
+        )  # fmt: skip
     moved = taken > 0
     converged = running & lqr.ok & (lqr.decrease <= config.tolerance * (1 + state.cost.abs()))
     raised = (10 * state.regularisation).clamp(min=config.regularisation_min)

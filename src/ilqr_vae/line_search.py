@@ -83,10 +83,9 @@ def all_at_once(
 
     steps = 0.5 ** torch.arange(sizes, dtype=state.cost.dtype, device=state.cost.device)
     alpha = steps.repeat_interleave(B)
-    z_ref, u_ref = each(state.z), each(state.u)
-    z0 = z_ref[:, 0] + alpha.unsqueeze(-1) * each(lqr.dz0)
+    z0 = each(state.z[:, 0]) + alpha.unsqueeze(-1) * each(lqr.dz0)
     trials = closed_loop(
-        problem.model.dynamics, problem.w, z0, z_ref, u_ref, each(lqr.K), each(lqr.k), alpha
+        problem.model.dynamics, problem.w, z0, state.z, state.u, lqr.K, lqr.k, alpha
     )
     initial = InitialCost(each(problem.initial.mean), each(problem.initial.precision))
     observed = {k: Observed(each(o.values), each(o.mask)) for k, o in problem.observed.items()}

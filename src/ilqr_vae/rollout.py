@@ -4,8 +4,9 @@ Notation: T steps, z (B, T+1, n), u (B, T, m). Only the recursion over time is s
 gradient needs one more recursion, the adjoint lam_k = gz_k + A_k' lam_{k+1}; all parameter
 gradients then come from a single batched product over (B, T), so autograd never sees the loop.
 
-On CPU the built-in families run compiled (``rollout_kernels``); everything else, and every device,
-runs the plain torch loop. Both have one signature and are tested against each other.
+On CPU the built-in families run compiled (``rollout_kernels``), on a GPU as Triton kernels
+(``gpu.rollout``); everything else runs the plain torch loop. All have one signature and are tested
+against the loop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ilqr_vae import backend, threads
-from ilqr_vae.dynamics import Dynamics, Weights
+from ilqr_vae.dynamics import MGU2, Dynamics, Linear, Weights
+from ilqr_vae.gpu import rollout as rollout_gpu
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,12 @@ def _kernels_for(dynamics: Dynamics, like: Tensor) -> Any:
     return compiled if compiled is not None and dynamics.family in compiled.FAMILIES else None
 
 
+def _gpu_kernels_for(dynamics: Dynamics, m: int, like: Tensor) -> Any:
+    if type(dynamics) not in (Linear, MGU2):
+        return None
+    return rollout_gpu.kernels(like.shape[-1], m, like)
+
+
 def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple(t.detach().contiguous().numpy() for t in tensors)
 
@@ -59,6 +67,8 @@ def closed_loop_reference(
     alpha: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``closed_loop`` as a torch loop: any device, differentiable."""
+    each = z0.shape[0] // u_ref.shape[0]
+    z_ref, u_ref, K, k = (x.repeat(each, *[1] * (x.ndim - 1)) for x in (z_ref, u_ref, K, k))
     z, zs, us = z0, [z0], []
     for t in range(u_ref.shape[1]):
         dz = (z - z_ref[:, t]).unsqueeze(-1)
@@ -73,19 +83,24 @@ def closed_loop(
     dynamics: Dynamics,
     w: Weights,
     z0: Float[Tensor, "B n"],
-    z_ref: Float[Tensor, "B T1 n"],
-    u_ref: Float[Tensor, "B T m"],
-    K: Float[Tensor, "B T m n"],
-    k: Float[Tensor, "B T m"],
+    z_ref: Float[Tensor, "L T1 n"],
+    u_ref: Float[Tensor, "L T m"],
+    K: Float[Tensor, "L T m n"],
+    k: Float[Tensor, "L T m"],
     alpha: Float[Tensor, " B"],
 ) -> tuple[Float[Tensor, "B T1 n"], Float[Tensor, "B T m"]]:
     """Roll out from z0 under u = u_ref + alpha k + K (z - z_ref); no gradient on the fast path.
 
+    B is a multiple of the number of laws L: trajectory b follows law b mod L.
+
     Returns:
         z (B, T+1, n) and the inputs used (B, T, m).
     """
+    on_gpu = _gpu_kernels_for(dynamics, u_ref.shape[-1], z0)
+    if on_gpu is not None:
+        return rollout_gpu.closed_loop(on_gpu, dynamics, w, True, z0, z_ref, u_ref, K, k, alpha)
     kernels = _kernels_for(dynamics, z0)
-    if kernels is None:
+    if kernels is None or z0.shape[0] != u_ref.shape[0]:
         return closed_loop_reference(dynamics, w, z0, z_ref, u_ref, K, k, alpha)
     return _run(kernels, dynamics, w, True, z0, z_ref, u_ref, K, k, alpha)
 
@@ -125,6 +140,9 @@ def _run(
 
 
 def _open_loop(dynamics: Dynamics, w: Weights, z0: Tensor, u: Tensor) -> Tensor:
+    on_gpu = _gpu_kernels_for(dynamics, u.shape[-1], z0)
+    if on_gpu is not None:
+        return rollout_gpu.closed_loop(on_gpu, dynamics, w, False, z0, z0, u, z0, z0, z0)[0]
     kernels = _kernels_for(dynamics, z0)
     if kernels is None:
         z, zs = z0, [z0]
@@ -151,6 +169,9 @@ def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[T
             scratch_size=1,
         )
         return lam
+    on_gpu = rollout_gpu.kernels(A.shape[-1], 1, A)
+    if on_gpu is not None:
+        return rollout_gpu.adjoint(on_gpu, A, gz)
     lam, lams = gz[:, -1], [gz[:, -1]]
     for t in range(A.shape[1] - 1, -1, -1):
         lam = gz[:, t] + (A[:, t].mT @ lam.unsqueeze(-1)).squeeze(-1)

@@ -76,7 +76,7 @@ def load_checkpoint(path: Path, identity: str, run: Run, progress: Progress) -> 
         TrainingError: unreadable, or of another configuration or recording.
     """
     try:
-        content: Mapping[str, Any] = torch.load(path, weights_only=True)
+        content: Mapping[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many types for a file that is no checkpoint
         raise TrainingError(
             f"checkpoint {path.name}", expected="a readable checkpoint", got=str(error)
@@ -92,7 +92,8 @@ def load_checkpoint(path: Path, identity: str, run: Run, progress: Progress) -> 
         run.posterior.load_state_dict(content["posterior"])
     run.optimiser.load_state_dict(content["optimiser"])
     run.generator.set_state(content["generator"])
-    run.crops.z, run.crops.u = content["crops"]["z"], content["crops"]["u"]
+    run.crops.z = content["crops"]["z"].to(run.crops.z)
+    run.crops.u = content["crops"]["u"].to(run.crops.u)
     run.crops.rng.bit_generator.state = content["crops"]["rng"]
     run.step = content["step"]
     for name, value in content["progress"].items():

@@ -47,6 +47,7 @@ class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         patience: validations without a better score before stopping.
         seed: of everything drawn.
         dtype: of training; the streaming estimator is float64 in any case.
+        device: of the gradient steps: cpu, cuda, cuda:N or auto (cuda where torch sees one).
     """
 
     steps: int = 1000
@@ -65,6 +66,7 @@ class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     patience: int = 4
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
+    device: str = "cpu"
 
 
 class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -107,7 +107,7 @@ class Crops:
         scored = torch.as_tensor(data.recording.scored[a:b].astype(np.float64)).to(like)
         self.scored = scored.unsqueeze(1)
         self.starts, stops = _starts(data.recording.segments(a, b), a, chunk)
-        self.stop_of = torch.as_tensor(stops)
+        self.stop_of = torch.as_tensor(stops, device=like.device)
         self.whole = all(stop - start >= chunk for start, stop in data.recording.segments(a, b))
         k = data.standardised()
         self.kinematics = None if k is None else torch.as_tensor(k[a:b]).to(like)
@@ -118,7 +118,7 @@ class Crops:
     def draw(self, batch: int) -> Tensor:
         """Bin indices (B, chunk) of random crops."""
         starts = self.starts[self.rng.integers(0, len(self.starts), size=batch)]
-        return torch.as_tensor(starts[:, None] + np.arange(self.chunk)[None])
+        return torch.as_tensor(starts[:, None] + np.arange(self.chunk)[None]).to(self.z.device)
 
     def _inside(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The index, bins beyond a segment's end moved to its last; and which are not beyond."""

@@ -24,6 +24,7 @@ from ilqr_training.data import Crops, Prepared, prepare
 from ilqr_training.loop import Report, Run, start, train_steps
 from ilqr_training.validate import Validation, validate
 from ilqr_vae.artifact import Manifest, save_artifact
+from ilqr_vae.backend import device_of
 from ilqr_vae.recordings import Recording, load_recording
 
 
@@ -139,7 +140,7 @@ def train_on(
     data = prepare(recording, config.data, chunk=loop.chunk)
     watcher.prepared(data)
     torch.manual_seed(loop.seed)
-    model = build_model(config.model, data).to(getattr(torch, loop.dtype))
+    model = build_model(config.model, data).to(device_of(loop.device), getattr(torch, loop.dtype))
     run = start(model, Crops(data, model, loop.chunk, loop.seed), loop)
     progress = Progress()
     checkpoint, identity = checkpoint_path(out), _identity(config, recording)

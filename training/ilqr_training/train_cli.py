@@ -117,14 +117,10 @@ def clock(seconds: float) -> str:
 
 
 def overridden(
-    config: TrainConfig,
-    *,
-    seed: int | None = None,
-    steps: int | None = None,
-    fraction: float | None = None,
+    config: TrainConfig, *, fraction: float | None = None, **given: int | str | None
 ) -> TrainConfig:
     """A configuration with what the command line says instead. Raises ConfigError."""
-    changes = {k: v for k, v in {"seed": seed, "steps": steps}.items() if v is not None}
+    changes = {k: v for k, v in given.items() if v is not None}
     loop = msgspec.structs.replace(config.training, **changes)
     changed = msgspec.structs.replace(config, training=loop)
     return check(changed if fraction is None else with_fraction(changed, fraction))
@@ -153,6 +149,9 @@ def train_command(
             "the test part stays the same. Instead of the config's."
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Instead of the config's: cpu, cuda, cuda:N or auto.")
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="TensorBoard events; default beside --out.")
     ] = None,
@@ -179,7 +178,9 @@ def train_command(
         raise ConfigError("--out", expected="a name ending in .safetensors", got=str(out))
     check_writable(out, "--out")
     check_writable(json_file, "--json")
-    settings = overridden(load_config(config), seed=seed, steps=steps, fraction=fraction)
+    settings = overridden(
+        load_config(config), seed=seed, steps=steps, device=device, fraction=fraction
+    )
     use_threads(threads)
     console = Console(stderr=True)
     terminal = Terminal(console, settings)

@@ -66,9 +66,7 @@ BACKENDS: dict[str, Backend] = {
     "gpu": Backend(solve_gpu, marginal_covariance_gpu),
 }
 #: What "auto" picks, by torch device type, for tensors that carry no gradient in a dtype listed.
-#: "gpu" has run through Triton's interpreter alone; until it has run on a GPU it is taken by name,
-#: or by the switch ``backend.use("gpu")``.
-FOR_DEVICE: dict[str, str] = {"cpu": "cpu"}
+FOR_DEVICE: dict[str, str] = {"cpu": "cpu", "cuda": "gpu"}
 _COMPILED_DTYPES = (torch.float32, torch.float64)
 
 
@@ -137,8 +135,6 @@ def _pick(name: str, used: tuple[Tensor | float, ...]) -> Backend:
             and not (torch.is_grad_enabled() and any(value.requires_grad for value in tensors))
         )
         name = FOR_DEVICE.get(tensors[0].device.type, "reference") if plain else "reference"
-        if plain and tensors[0].device.type == "cuda" and switch.current() == "gpu":
-            name = "gpu"
     if name not in BACKENDS:
         known = ", ".join(("auto", *BACKENDS))
         raise ShapeError("backend", expected=f"one of {known}", got=repr(name))

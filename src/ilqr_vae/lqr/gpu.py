@@ -4,20 +4,17 @@ The contract of `solve_reference`, without gradients and without waiting for the
 the answer is looked at here. n to 128 in float32 and 64 in float64 (what a multiprocessor's shared
 memory holds), m to 32; larger problems are solved by the reference, after one line in the log, as
 is everything where Triton cannot be imported.
-
-``TRITON_INTERPRET=1``, set before Triton is imported, runs the same kernels on the CPU.
 """
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.gpu import launch
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
 from ilqr_vae.lqr.types import LQRProblem, LQRSolution, check_covariance, damping_per_problem
 from ilqr_vae.shapes import (
@@ -29,48 +26,15 @@ from ilqr_vae.shapes import (
     StateMatrix,
 )
 
-_log = logging.getLogger(__name__)
-
-#: The largest problem whose blocks a program can hold: n by dtype, and m.
-LARGEST_N = {torch.float32: 128, torch.float64: 64}
-LARGEST_M = 32
-#: A tensor product takes no smaller block.
-_SMALLEST = 16
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    """The Triton functions, or None (said once in the log) where there is no Triton."""
-    try:
-        from ilqr_vae.lqr import gpu_kernels
-    except ImportError as error:
-        _log.warning("Triton cannot be imported (%s): LQR problems are solved in torch", error)
-        return None
-    return gpu_kernels
-
-
-@cache
-def _say_too_large(n: int, m: int, dtype: torch.dtype, why: str) -> None:
-    _log.warning("no GPU kernel for n = %d, m = %d, %s (%s): solved in torch", n, m, dtype, why)
-
-
-def block(size: int) -> int:
-    """Rows of the block that holds ``size`` of them."""
-    return max(_SMALLEST, 1 << (size - 1).bit_length())
+_WHAT = "LQR problems are solved"
 
 
 def _fitting(n: int, m: int, dtype: torch.dtype) -> ModuleType | None:
-    kernels = _kernels()
-    if dtype not in LARGEST_N:
+    if dtype not in launch.LARGEST_N:
         raise ShapeError("A", expected="float32 or float64", got=str(dtype))
-    if kernels is not None and (n > LARGEST_N[dtype] or m > LARGEST_M):
-        _say_too_large(n, m, dtype, f"to {LARGEST_N[dtype]} and {LARGEST_M}")
+    if not launch.fits(n, m, dtype, _WHAT):
         return None
-    return kernels
-
-
-def _warps(n: int) -> int:
-    return 4 if n <= 32 else 8
+    return launch.kernels("ilqr_vae.lqr.gpu_kernels", _WHAT)
 
 
 def solve_gpu(
@@ -110,7 +74,8 @@ def solve_gpu(
             K, k, Quu_inv, V, v, dz, du, costate, model, ok,
             T, n, m, limits.eps, limits.max,
             HAS_C="c" in named, HAS_S="S" in named, FREE=free_initial,
-            NP=block(n), MP=block(m), num_warps=_warps(n),
+            NP=launch.block(n), MP=launch.block(m),
+            HOW=launch.products(n, A.dtype), **launch.options(n, 64),
         )  # fmt: skip
     return LQRSolution(
         dz=dz, du=du, K=K, k=k, dz0=dz[:, 0], V=V, v=v, costate=costate, Quu_inv=Quu_inv,
@@ -139,6 +104,7 @@ def marginal_covariance_gpu(
     if batch:
         kernels.covariance[(batch,)](
             *(t.detach().contiguous() for t in (A, B, K, Quu_inv, V0)), Sigma,
-            T, n, m, torch.finfo(A.dtype).eps, NP=block(n), MP=block(m), num_warps=_warps(n),
+            T, n, m, torch.finfo(A.dtype).eps, NP=launch.block(n), MP=launch.block(m),
+            HOW=launch.products(n, A.dtype), **launch.options(n, 64),
         )  # fmt: skip
     return Sigma

@@ -1,11 +1,8 @@
 """One LQR problem per program: the recursion of `reference.py` as Triton kernels.
 
-A problem's matrices are blocks padded with zeros to powers of two (NP for n, MP for m, 16 or more,
-what a tensor product needs). One launch does the whole backward and forward recursion of a batch.
-
-Small systems are solved by Gauss-Jordan elimination, whose pivots are the squares of Cholesky's, so
-the test of definiteness is the reference's. Float32 products are exact float32 ones (no TF32), and
-elimination, vectors and sums over time are float64 whatever the problem's dtype.
+One launch does the whole backward and forward recursion of a batch. Quu and V_0 are inverted with
+Cholesky's pivots, so the test of definiteness is the reference's. Inverses, vectors and sums over
+time are float64 whatever the problem's dtype.
 
 Only Triton code lives here: it must not be wrapped by a type-checking import hook.
 """
@@ -18,91 +15,18 @@ Only Triton code lives here: it must not be wrapped by a type-checking import ho
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _at(pointer, rows, columns, P: tl.constexpr, R: tl.constexpr):
-    """A (rows, columns) matrix as a (P, R) block, zeros beyond."""
-    i, j = tl.arange(0, P)[:, None], tl.arange(0, R)[None, :]
-    return tl.load(pointer + i * columns + j, mask=(i < rows) & (j < columns), other=0.0)
-
-
-@triton.jit
-def _put(pointer, value, rows, columns, P: tl.constexpr, R: tl.constexpr):
-    i, j = tl.arange(0, P)[:, None], tl.arange(0, R)[None, :]
-    inside = (i < rows) & (j < columns)
-    tl.store(pointer + i * columns + j, value.to(pointer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _row_at(pointer, size, P: tl.constexpr):
-    i = tl.arange(0, P)
-    return tl.load(pointer + i, mask=i < size, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def _put_row(pointer, value, size, P: tl.constexpr):
-    i = tl.arange(0, P)
-    tl.store(pointer + i, value.to(pointer.dtype.element_ty), mask=i < size)
-
-
-@triton.jit
-def _product(X, Y):
-    return tl.dot(X, Y, input_precision="ieee", out_dtype=X.dtype)
-
-
-@triton.jit
-def _times(X, y):
-    """X y for a float64 vector."""
-    return tl.sum(X.to(tl.float64) * y[None, :], axis=1)
-
-
-@triton.jit
-def _transposed_times(X, y):
-    return tl.sum(X.to(tl.float64) * y[:, None], axis=0)
-
-
-@triton.jit
-def _symmetric(X):
-    return 0.5 * (X + tl.trans(X))
-
-
-@triton.jit
-def _fits(X, largest):
-    """1 where every number of a block is finite and no larger than ``largest``, else 0."""
-    return (tl.sum((tl.abs(X.to(tl.float64)) <= largest).to(tl.int32) - 1) == 0).to(tl.int32)
-
-
-@triton.jit
-def _pivot(M, p, P: tl.constexpr):
-    """Pivot, row and column p of a (P, P) block."""
-    i, j = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
-    row = tl.sum(tl.where(i == p, M, 0.0), axis=0)
-    column = tl.sum(tl.where(j == p, M, 0.0), axis=1)
-    pivot = tl.sum(tl.where(tl.arange(0, P) == p, row, 0.0))
-    return pivot, row, column
-
-
-@triton.jit
-def _eliminate(M, X, y, size, floor, P: tl.constexpr, R: tl.constexpr):
-    """M^-1 X and M^-1 y for the leading ``size`` rows, float64; 1 if M is positive definite.
-
-    ``floor`` times a diagonal entry is what its squared pivot must exceed.
-    """
-    index = tl.arange(0, P)
-    diagonal = tl.sum(tl.where(index[:, None] == index[None, :], M, 0.0), axis=1)
-    good = 1
-    for p in range(size):
-        pivot, row, column = _pivot(M, p, P)
-        own = tl.sum(tl.where(index == p, diagonal, 0.0))
-        good = good & ((pivot > 0.0) & (pivot > floor * own)).to(tl.int32)
-        at_p = index == p
-        X_row = tl.sum(tl.where(at_p[:, None], X, 0.0), axis=0) / pivot
-        y_at = tl.sum(tl.where(at_p, y, 0.0)) / pivot
-        row = row / pivot
-        M = tl.where(at_p[:, None], row[None, :], M - column[:, None] * row[None, :])
-        X = tl.where(at_p[:, None], X_row[None, :], X - column[:, None] * X_row[None, :])
-        y = tl.where(at_p, y_at, y - column * y_at)
-    return X, y, good
+from ilqr_vae.gpu.blocks import (
+    beyond,
+    inverse,
+    load,
+    load_row,
+    product,
+    store,
+    store_row,
+    symmetric,
+    times,
+    transposed_times,
+)
 
 
 @triton.jit
@@ -110,7 +34,7 @@ def solve(
     A, B, Q, q, R, r, c, S, damping, K, k, Quu_inv, V, v, dz, du, costate, model, ok,
     T, n, m, eps, largest,
     HAS_C: tl.constexpr, HAS_S: tl.constexpr, FREE: tl.constexpr,
-    NP: tl.constexpr, MP: tl.constexpr,
+    NP: tl.constexpr, MP: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """Problem ``program_id(0)`` of a batch; pointers and meaning as in `lqr.kernels.solve`."""
     b = tl.program_id(0).to(tl.int64)
@@ -133,81 +57,89 @@ def solve(
     if HAS_S:
         S += b * T * m * n
     shift = tl.load(damping + b).to(tl.float64)
-    good = (tl.abs(shift) <= largest).to(tl.int32)
     in_n, in_m = tl.arange(0, NP), tl.arange(0, MP)
     eye_m = ((in_m[:, None] == in_m[None, :]) & (in_m[:, None] < m)).to(tl.float64)
     eye_n = ((in_n[:, None] == in_n[None, :]) & (in_n[:, None] < n)).to(tl.float64)
+    # numbers that do not fit, counted where they stand: looking at the sum waits for every thread
+    odd_n = tl.zeros((NP,), tl.int32)
+    odd_m = tl.zeros((MP,), tl.int32)
+    odd_mm = tl.zeros((MP, MP), tl.int32)
+    good = (tl.abs(shift) <= largest).to(tl.int32)
 
-    P = _symmetric(_at(Q + T * n * n, n, n, NP, NP))
-    w = _row_at(q + T * n, n, NP)
-    _put(V + T * n * n, P, n, n, NP, NP)
-    _put_row(v + T * n, w, n, NP)
-    good = good & _fits(P, largest) & _fits(w, largest)
+    P = symmetric(load(Q + T * n * n, n, n, NP, NP))
+    w = load_row(q + T * n, n, NP)
+    store(V + T * n * n, P, n, n, NP, NP)
+    store_row(v + T * n, w, n, NP)
+    odd_n |= beyond(w, largest)
     for s in range(T):
         t = T - 1 - s
-        A_t = _at(A + t * n * n, n, n, NP, NP)
-        B_t = _at(B + t * n * m, n, m, NP, MP)
-        VA, VB = _product(P, A_t), _product(P, B_t)
+        A_t = load(A + t * n * n, n, n, NP, NP)
+        B_t = load(B + t * n * m, n, m, NP, MP)
+        Q_t = load(Q + t * n * n, n, n, NP, NP)
+        q_t, r_t = load_row(q + t * n, n, NP), load_row(r + t * m, m, MP)
+        VA, VB = product(P, A_t, HOW), product(P, B_t, HOW)
         slope = w
         if HAS_C:
-            slope += _times(P, _row_at(c + t * n, n, NP))
+            slope += times(P, load_row(c + t * n, n, NP))
         Bt = tl.trans(B_t)
-        Quu = _symmetric(_at(R + t * m * m, m, m, MP, MP) + _product(Bt, VB)).to(tl.float64)
-        Qux = _product(Bt, VA)
+        Quu = symmetric(load(R + t * m * m, m, m, MP, MP) + product(Bt, VB, HOW)).to(tl.float64)
+        Qux = product(Bt, VA, HOW)
         if HAS_S:
-            Qux += _at(S + t * m * n, m, n, MP, NP)
-        qu = _row_at(r + t * m, m, MP) + _transposed_times(B_t, slope)
-        # [Qux | I] is eliminated in two blocks against the same pivots
-        Quu += shift * eye_m
-        inverse, k_t, definite = _eliminate(Quu, eye_m, -qu, m, m * eps, MP, MP)
-        wide, _, _ = _eliminate(Quu, -Qux.to(tl.float64), k_t, m, m * eps, MP, NP)
-        K_t = wide.to(P.dtype)
+            Qux += load(S + t * m * n, m, n, MP, NP)
+        qu = r_t + transposed_times(B_t, slope)
+        Quu_t, definite = inverse(Quu + shift * eye_m, m, m * eps, MP)
+        k_t = -times(Quu_t, qu)
+        K_t = -product(Quu_t, Qux.to(tl.float64)).to(P.dtype)
         good = good & definite
-        lower = _product(tl.trans(Qux), K_t)
-        P = _symmetric(_at(Q + t * n * n, n, n, NP, NP) + _product(tl.trans(A_t), VA) + lower)
-        w = _row_at(q + t * n, n, NP) + _transposed_times(A_t, slope) + _transposed_times(Qux, k_t)
-        _put(K + t * m * n, K_t, m, n, MP, NP)
-        _put_row(k + t * m, k_t, m, MP)
-        _put(Quu_inv + t * m * m, inverse, m, m, MP, MP)
-        _put(V + t * n * n, P, n, n, NP, NP)
-        _put_row(v + t * n, w, n, NP)
-        good = good & _fits(K_t, largest) & _fits(k_t, largest) & _fits(inverse, largest)
-        good = good & _fits(P, largest) & _fits(w, largest)
+        # a P that is not finite never becomes finite again: it is looked at once, at the end
+        P = symmetric(Q_t + product(tl.trans(A_t), VA, HOW) + product(tl.trans(Qux), K_t, HOW))
+        w = q_t + transposed_times(A_t, slope) + transposed_times(Qux, k_t)
+        store(K + t * m * n, K_t, m, n, MP, NP)
+        store_row(k + t * m, k_t, m, MP)
+        store(Quu_inv + t * m * m, Quu_t, m, m, MP, MP)
+        store(V + t * n * n, P, n, n, NP, NP)
+        store_row(v + t * n, w, n, NP)
+        odd_n |= beyond(w, largest)
+        odd_m |= beyond(k_t, largest)
+        odd_mm |= beyond(Quu_t, largest)
+    good = good & (tl.sum(beyond(P, largest)) + tl.sum(odd_mm) == 0).to(tl.int32)
 
     x = tl.zeros((NP,), tl.float64)
     if FREE:
         first = P.to(tl.float64) + shift * eye_n
-        _put(V, first, n, n, NP, NP)
-        good = good & _fits(first, largest)
-        _, x, definite = _eliminate(first, eye_n, -w, n, n * eps, NP, NP)
-        good = good & definite
+        store(V, first, n, n, NP, NP)
+        V0_inv, definite = inverse(first, n, n * eps, NP)
+        x = -times(V0_inv, w)
+        good = good & definite & (tl.sum(beyond(first, largest)) == 0).to(tl.int32)
 
     # what other threads of this program wrote is read from here on
     tl.debug_barrier()
-    linear = tl.sum(0.0 * x)
-    offsets = linear
-    squares = tl.sum(x * x)
+    along_z, along_u = tl.zeros((NP,), tl.float64), tl.zeros((MP,), tl.float64)
+    offsets, squares_z = tl.zeros((NP,), tl.float64), x * x
+    squares_u = tl.zeros((MP,), tl.float64)
     for t in range(T + 1):
-        lam = _row_at(v + t * n, n, NP) + _times(_at(V + t * n * n, n, n, NP, NP), x)
-        _put_row(dz + t * n, x, n, NP)
-        _put_row(costate + t * n, lam, n, NP)
-        good = good & _fits(x, largest) & _fits(lam, largest)
-        linear += tl.sum(_row_at(q + t * n, n, NP) * x)
+        lam = load_row(v + t * n, n, NP) + times(load(V + t * n * n, n, n, NP, NP), x)
+        store_row(dz + t * n, x, n, NP)
+        store_row(costate + t * n, lam, n, NP)
+        odd_n |= beyond(x, largest) | beyond(lam, largest)
+        along_z += load_row(q + t * n, n, NP) * x
         if HAS_C:
             before = tl.where(t > 0, t - 1, 0)
-            gap = _row_at(c + before * n, n, NP)
-            offsets += tl.where(t > 0, tl.sum(lam * gap), 0.0)
+            offsets += tl.where(t > 0, lam * load_row(c + before * n, n, NP), 0.0)
         if t < T:
-            u = _row_at(k + t * m, m, MP) + _times(_at(K + t * m * n, m, n, MP, NP), x)
-            _put_row(du + t * m, u, m, MP)
-            good = good & _fits(u, largest)
-            linear += tl.sum(_row_at(r + t * m, m, MP) * u)
-            squares += tl.sum(u * u)
-            x = _times(_at(A + t * n * n, n, n, NP, NP), x)
-            x += _times(_at(B + t * n * m, n, m, NP, MP), u)
+            u = load_row(k + t * m, m, MP) + times(load(K + t * m * n, m, n, MP, NP), x)
+            store_row(du + t * m, u, m, MP)
+            odd_m |= beyond(u, largest)
+            along_u += load_row(r + t * m, m, MP) * u
+            squares_u += u * u
+            x = times(load(A + t * n * n, n, n, NP, NP), x)
+            x += times(load(B + t * n * m, n, m, NP, MP), u)
             if HAS_C:
-                x += _row_at(c + t * n, n, NP)
-    decrease = -linear - 0.5 * (offsets - linear - shift * squares)
+                x += load_row(c + t * n, n, NP)
+    good = good & (tl.sum(odd_n) + tl.sum(odd_m) == 0).to(tl.int32)
+    linear = tl.sum(along_z) + tl.sum(along_u)
+    squares = tl.sum(squares_z) + tl.sum(squares_u)
+    decrease = -linear - 0.5 * (tl.sum(offsets) - linear - shift * squares)
     good = good & (tl.abs(decrease) <= largest).to(tl.int32)
     good = good & (tl.abs(linear) <= largest).to(tl.int32)
     kind = model.dtype.element_ty
@@ -220,20 +152,21 @@ def solve(
         small = tl.zeros((MP, MP), tl.float32)
         state, input_ = tl.zeros((NP,), tl.float32), tl.zeros((MP,), tl.float32)
         for t in range(T + 1):
-            _put(V + t * n * n, square, n, n, NP, NP)
-            _put_row(v + t * n, state, n, NP)
-            _put_row(dz + t * n, state, n, NP)
-            _put_row(costate + t * n, state, n, NP)
+            store(V + t * n * n, square, n, n, NP, NP)
+            store_row(v + t * n, state, n, NP)
+            store_row(dz + t * n, state, n, NP)
+            store_row(costate + t * n, state, n, NP)
             if t < T:
-                _put(K + t * m * n, gain, m, n, MP, NP)
-                _put_row(k + t * m, input_, m, MP)
-                _put(Quu_inv + t * m * m, small, m, m, MP, MP)
-                _put_row(du + t * m, input_, m, MP)
+                store(K + t * m * n, gain, m, n, MP, NP)
+                store_row(k + t * m, input_, m, MP)
+                store(Quu_inv + t * m * m, small, m, m, MP, MP)
+                store_row(du + t * m, input_, m, MP)
 
 
 @triton.jit
 def covariance(
-    A, B, K, Quu_inv, V0, Sigma, T, n, m, eps, NP: tl.constexpr, MP: tl.constexpr
+    A, B, K, Quu_inv, V0, Sigma, T, n, m, eps,
+    NP: tl.constexpr, MP: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """`marginal_covariance_reference` of problem ``program_id(0)``."""
     b = tl.program_id(0).to(tl.int64)
@@ -243,19 +176,17 @@ def covariance(
     Quu_inv += b * T * m * m
     V0 += b * n * n
     Sigma += b * (T + 1) * n * n
-    in_n = tl.arange(0, NP)
-    eye_n = ((in_n[:, None] == in_n[None, :]) & (in_n[:, None] < n)).to(tl.float64)
-    start = _symmetric(_at(V0, n, n, NP, NP))
-    inverse, _, good = _eliminate(
-        start.to(tl.float64), eye_n, tl.zeros((NP,), tl.float64), n, n * eps, NP, NP
-    )
-    P = tl.where(good == 1, inverse, 0.0).to(start.dtype)
-    _put(Sigma, P, n, n, NP, NP)
+    start = symmetric(load(V0, n, n, NP, NP))
+    found, good = inverse(start.to(tl.float64), n, n * eps, NP)
+    P = tl.where(good == 1, found, 0.0).to(start.dtype)
+    store(Sigma, P, n, n, NP, NP)
     for t in range(T):
-        B_t = _at(B + t * n * m, n, m, NP, MP)
-        closed = _at(A + t * n * n, n, n, NP, NP)
-        closed += _product(B_t, _at(K + t * m * n, m, n, MP, NP))
-        noise = _product(B_t, _at(Quu_inv + t * m * m, m, m, MP, MP))
-        P = _product(_product(closed, P), tl.trans(closed)) + _product(noise, tl.trans(B_t))
-        P = _symmetric(tl.where(good == 1, P, 0.0))
-        _put(Sigma + (t + 1) * n * n, P, n, n, NP, NP)
+        B_t = load(B + t * n * m, n, m, NP, MP)
+        closed = load(A + t * n * n, n, n, NP, NP)
+        closed += product(B_t, load(K + t * m * n, m, n, MP, NP), HOW)
+        noise = product(B_t, load(Quu_inv + t * m * m, m, m, MP, MP), HOW)
+        P = product(product(closed, P, HOW), tl.trans(closed), HOW) + product(
+            noise, tl.trans(B_t), HOW
+        )
+        P = symmetric(tl.where(good == 1, P, 0.0))
+        store(Sigma + (t + 1) * n * n, P, n, n, NP, NP)

@@ -133,7 +133,7 @@ class Trials:
         while len(self._order) < batch:
             self._order = np.concatenate([self._order, self.rng.permutation(self.count)])
         chosen, self._order = self._order[:batch], self._order[batch:]
-        return torch.as_tensor(chosen)
+        return torch.as_tensor(chosen).to(self.z.device)
 
     def observed(self, index: Tensor) -> Mapping[str, Observed]:
         return {k: Observed(o.values[index], o.mask[index]) for k, o in self._observed.items()}

@@ -31,6 +31,7 @@ from ilqr_training.experiments.driver import (
 from ilqr_training.experiments.generators import duffing_trials, spiking
 from ilqr_training.loop import Report, Run
 from ilqr_vae.artifact import GroupSpec
+from ilqr_vae.backend import device_of
 from ilqr_vae.dynamics import DynamicsOptions
 from ilqr_vae.errors import RecordingError
 
@@ -43,6 +44,7 @@ class MazeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     Attributes:
         file: an HDF5 file in the benchmark's layout; empty makes one up.
         trials: of the made-up file.
+        device: cpu, cuda or cuda:N.
     """
 
     file: str = ""
@@ -56,6 +58,7 @@ class MazeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     fit: FitConfig = FitConfig(
         steps=3, batch=168, learning_rate=0.01, iterations=3, posterior="kronecker", kl_warmup=0
     )
+    device: str = "cpu"
 
 
 def write_layout(path: Path, config: MazeConfig, seed: int) -> None:
@@ -98,8 +101,10 @@ def read_layout(path: Path) -> Array:
     return counts[..., counts.sum((0, 1)) > 0]
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
+def peak_bytes(device: torch.device) -> int:
+    """Most memory so far: a GPU's allocated, else this process's resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -118,12 +123,13 @@ def maze_size(config: MazeConfig, seed: int, watch: Watch) -> Outcome:
         channels=counts.shape[-1],
         log_rate_max=float(np.log(10 * (1 + counts.max()))),
     )
-    model = network(config.net, group, seed=seed, dtype=config.fit.dtype)
+    device = device_of(config.device)
+    model = network(config.net, group, seed=seed, dtype=config.fit.dtype).to(device)
     spikes = model.group("observations")
     spikes.start_at(torch.as_tensor(counts.mean((0, 1))).to(spikes.b))
     with torch.no_grad():
         spikes.C.mul_(0.5)
-    before = peak_bytes()
+    before = peak_bytes(device)
     clock: list[float] = [time.monotonic()]
 
     def after(run: Run, report: Report) -> None:
@@ -139,7 +145,7 @@ def maze_size(config: MazeConfig, seed: int, watch: Watch) -> Outcome:
         "units": counts.shape[2],
         "seconds_per_step": float(later.mean()),
         "seconds_first_step": float(each[0]),
-        "peak_memory_gb": peak_bytes() / 1e9,
+        "peak_memory_gb": peak_bytes(device) / 1e9,
         "memory_before_gb": before / 1e9,
         "bound": f.bounds,
         "steps": len(f.bounds),
