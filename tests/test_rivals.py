@@ -14,7 +14,7 @@ from ilqr_training.rivals import KALMAN, Filling, filled, fit_rivals
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.metrics import r2
 from ilqr_vae.recordings import Recording, SplitSpec
-from ilqr_vae.report.score import WIENER
+from ilqr_vae.report.score import WIENER, fit_wiener, histories
 
 Array = NDArray[np.float64]
 Decode = Callable[[Recording, Array, tuple[int, int]], Array]
@@ -123,6 +123,17 @@ def test_a_kalman_filter_predicts_a_bin_that_is_lost() -> None:
     assert not np.allclose(whole[40:44], lost[40:44])
     with pytest.raises(ShapeError, match="filling"):
         kalman.decode(bins, missing=missing, filling="last value")
+
+
+def test_a_wiener_filter_chooses_its_history_on_the_validation_part() -> None:
+    recording = made()
+    each = {h: fit_wiener(recording, SPLIT, (h,)).validation_r2 for h in (1, 4, 12)}
+    chosen = fit_wiener(recording, SPLIT, tuple(each))
+    assert chosen.validation_r2 == max(each.values()) == each[chosen.history]
+    assert chosen.history > 1  # counts here follow the movement
+    assert histories(0.05, 100) == (5, 10, 15)
+    assert histories(0.05, 250) == (5, 10, 12)  # no more weights than that
+    assert histories(2.0, 10**6) == (1,)
 
 
 def test_no_behaviour_is_named() -> None:

@@ -25,6 +25,7 @@ Array = NDArray[np.float64]
 
 ALPHAS: tuple[float, ...] = tuple(float(a) for a in np.logspace(1, 5, 9))
 """Ridge penalties tried on the validation part."""
+_ROWS = 4096
 
 
 def _checked(counts: NDArray[Any], kinematics: NDArray[Any]) -> tuple[Array, Array]:
@@ -141,11 +142,10 @@ class WienerFilter:
         if validation is None:
             return problem.solve(float(alphas[0]), float("nan"))
         chosen = _rows(validation, len(x), valid, "validation")
-        design = history_matrix(x - problem.mean, chosen, history, np.zeros_like(problem.mean))
         best_alpha, best_score = float(alphas[0]), float("-inf")
         for alpha in alphas:
             wiener = problem.solve(float(alpha), 0.0)
-            score = r2(y[chosen], design @ wiener.weights + wiener.offset)
+            score = r2(y[chosen], wiener.at(x, chosen))
             if score > best_score:
                 best_alpha, best_score = float(alpha), score
         if refit:
@@ -158,9 +158,16 @@ class WienerFilter:
         Bins before ``start`` serve as history. Raises ShapeError.
         """
         x, stop = _batch_of(counts, len(self.mean), start, stop)
-        rows = np.arange(start, stop)
-        design = history_matrix(x - self.mean, rows, self.history, np.zeros_like(self.mean))
-        return design @ self.weights + self.offset
+        return self.at(x, np.arange(start, stop))
+
+    def at(self, counts: Array, rows: NDArray[np.int64]) -> Array:
+        """Decodes (len(rows), D) of some bins of ``counts`` (T, N)."""
+        x, before = counts - self.mean, np.zeros_like(self.mean)
+        parts = [
+            history_matrix(x, piece, self.history, before) @ self.weights
+            for piece in np.array_split(rows, max(1, -(-len(rows) // _ROWS)))
+        ]
+        return np.concatenate(parts) + self.offset
 
     def init(self) -> Array:
         """State before the first bin: centred counts of the last bins, (history, N)."""
@@ -196,11 +203,18 @@ def _normal_equations(
     x: Array, y: Array, rows: NDArray[np.int64], history: int
 ) -> _NormalEquations:
     mean, offset = x[rows].mean(axis=0), y[rows].mean(axis=0)
-    design = history_matrix(x - mean, rows, history, np.zeros_like(mean))
+    size = history * x.shape[1]
+    total, gram = np.zeros(size), np.zeros((size, size))
+    cross = np.zeros((size, y.shape[1]))
+    # in pieces: the design of a long recording may not fit in memory
+    for piece in np.array_split(rows, -(-len(rows) // _ROWS)):
+        design = history_matrix(x - mean, piece, history, np.zeros_like(mean))
+        total += design.sum(axis=0)
+        gram += design.T @ design
+        cross += design.T @ (y[piece] - offset)
     # Lagged columns have means of their own, a little off the units' where the span begins.
-    shift = design.mean(axis=0)
-    design -= shift
-    gram, cross = design.T @ design, design.T @ (y[rows] - offset)
+    shift = total / len(rows)
+    gram -= len(rows) * np.outer(shift, shift)
     return _NormalEquations(gram, cross, shift, offset, mean, history)
 
 

@@ -20,6 +20,9 @@ from ilqr_vae.report.bootstrap import FEWEST, interval, pieces, r2_draws
 Array = NDArray[np.float64]
 
 LEVELS: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+HISTORIES_S: tuple[float, ...] = (0.25, 0.5, 0.75)
+MOST_WEIGHTS = 3000
+"""Of a Wiener filter, per channel."""
 OURS = "iLQR-VAE"
 WIENER = "Wiener filter"
 
@@ -121,17 +124,34 @@ def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, 
     return scores | {f"r2.{name}": float(v) for name, v in zip(names, each, strict=True)}
 
 
-def fit_wiener(recording: Recording, split: SplitSpec, history: int = 10) -> WienerFilter:
-    """The baseline: trained on the train span, its penalty chosen on the validation span.
+def histories(bin_width: float, n_units: int) -> tuple[int, ...]:
+    """Bins of history a Wiener filter may choose from: so many seconds, up to so many weights."""
+    most = max(1, MOST_WEIGHTS // n_units)
+    return tuple(sorted({min(max(1, round(s / bin_width)), most) for s in HISTORIES_S}))
+
+
+def fit_wiener(
+    recording: Recording, split: SplitSpec, choices: tuple[int, ...] | None = None
+) -> WienerFilter:
+    """The baseline: trained on the train span, history and penalty chosen on the validation span.
+
+    Args:
+        choices: bins of history to choose from; None is ``histories``.
 
     Raises:
         ShapeError: the recording has no kinematics, or a span has no valid bin.
     """
     if recording.kinematics is None:
         raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+    tried = choices or histories(recording.bin_width, recording.n_units)
+    made = [_wiener_of(recording, split, history) for history in tried]
+    return max(made, key=lambda wiener: wiener.validation_r2)
+
+
+def _wiener_of(recording: Recording, split: SplitSpec, history: int) -> WienerFilter:
     train, validation = split.span("train", recording), split.span("validation", recording)
     spaced, place = spaced_out(recording, history)
-    assert spaced.kinematics is not None  # as above
+    assert spaced.kinematics is not None  # the caller has looked
     counts = spaced.counts.astype(np.float64)
     counts[~spaced.mask()] = 0.0
     mean = counts.sum(axis=0) / np.maximum(spaced.mask().sum(axis=0), 1)
