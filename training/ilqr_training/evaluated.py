@@ -23,6 +23,10 @@ from ilqr_vae.recordings.spec import Span, warmup_start
 from ilqr_vae.report import ReportData, Scores, Table
 from ilqr_vae.report.score import OURS, WIENER
 
+FITTED_HERE = (
+    "Training and validation part are what every decoder here was fitted on in the end: scores on "
+    "them flatter all. 'experiment decode' rehearses on the validation part without that."
+)
 WIDTH = 110
 """Of tables where the output is no terminal, or a narrow one."""
 
@@ -70,6 +74,8 @@ class Evaluated:
                 facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
             facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
         notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
+        if scores is not None and span != "test":
+            notes += (FITTED_HERE,)
         notes += recording.notes
         if len(recording.breaks):
             notes += ("Trials are laid end to end: times leave out what lay between them.",)
