@@ -11,7 +11,7 @@ import pytest
 from scipy import io
 
 from ilqr_training.cosmooth import OURS_REGRESSED
-from ilqr_training.decoding_table import rows_of, table
+from ilqr_training.decoding_table import rows_of, tables
 from ilqr_vae.cli import main
 from ilqr_vae.report.score import OURS, WIENER
 from rig import N_BINS, SPLIT, write_recording
@@ -48,22 +48,27 @@ def test_every_row_is_there_with_its_mean_and_each_seed(
 ) -> None:
     assert rig.run("--json", "-") == 0
     result = json.loads(capsys.readouterr().out)
-    rows = {(r["what"], r["decoder"], r["given"], r["measure"]): r for r in result["rows"]}
+    rows = {(r["what"], r["decoder"], r["measure"]): r for r in result["rows"]}
     less = "first 30 % of the recording"
     for what in ("full training part", less):
         for decoder in (OURS, WIENER, "Kalman filter"):
-            assert len(rows[what, decoder, "", "R2"]["seeds"]) == 2
-        assert rows[what, OURS, "", "coverage of 90 %"]["mean"] <= 1
-        assert (what, OURS, "", "coverage, speed quarter 4") in rows
-        assert rows[what, OURS, "", "training, s"]["mean"] > 0
-    assert ("co-smoothing", OURS_REGRESSED, "", "bits per spike") in rows
-    assert ("30 % of bins lost", WIENER, "last value", "our loss of its") in rows
-    found = rows["25 % of units silent, announced", OURS, "the mask", "R2"]
-    assert found["mean"] == pytest.approx(float(np.mean(found["seeds"])))
-    assert len(set(found["seeds"])) == 2
-    shown = table(result)
-    assert shown.columns[-2:] == ("seed 5", "seed 6")
-    assert len(shown.rows) == len(rows_of(result))
+            assert len(rows[what, decoder, "R2"]["seeds"]) == 2
+        assert rows[what, OURS, "coverage of 90 %"]["mean"] <= 1
+        assert (what, OURS, "coverage, speed quarter 4") in rows
+        assert rows[what, OURS, "training, s"]["mean"] > 0
+    assert ("co-smoothing", OURS_REGRESSED, "bits per spike") in rows
+    wrong = {(r["condition"], r["decoder"], r["given"]): r for r in result["stress"]}
+    ours = wrong["30 % of bins lost", OURS, "missing bins"]["loss"]
+    held = wrong["30 % of bins lost", WIENER, "last value"]
+    assert ours["mean"] == pytest.approx(float(np.mean(ours["seeds"])))
+    assert len(set(ours["seeds"])) == 2
+    if held["loss"]["mean"] > 0:
+        share = ours["mean"] / held["loss"]["mean"]
+        assert held["our_loss_of_its"] == pytest.approx(share)
+    main, stress = tables(result)
+    assert main.columns[-2:] == stress.columns[-2:] == ("seed 5", "seed 6")
+    assert len(main.rows) == len(rows_of(result))
+    assert len(stress.rows) == len(result["stress"])
     # as much as elsewhere is learnt from, though the rehearsal's recording is shorter
     less_bins = result["seeds"][0]["less"]["train"]["validation_bins"].split(":")[1]
     assert int(less_bins) == round(0.3 * N_BINS)

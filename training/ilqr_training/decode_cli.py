@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from ilqr_training.config import TrainConfig, load_config
 from ilqr_training.decoding import Plan, compare
-from ilqr_training.decoding_table import rows_of, table
+from ilqr_training.decoding_table import rows_of, stress_rows, tables
 from ilqr_training.evaluated import WIDTH, shown
 from ilqr_training.stress import StressPlan
 from ilqr_training.train import Watcher
@@ -107,12 +107,13 @@ def decode(
     read = load_recording(recording, settings.data)
     with watch.bar:
         result = compare(settings, read, out, plan, watch)
-    result["rows"] = rows_of(result)
+    result |= {"rows": rows_of(result), "stress": stress_rows(result)}
     content = json.dumps(plain(result), indent=1) + "\n"
     write_whole(out / "decode.json", content)
     if json_file is not None:
         write_whole(json_file, content)
     if json_file != STDOUT:
-        console, made = Console(soft_wrap=True), table(result)
-        console.print(f"{made.title}. {made.text}", highlight=False, markup=False)
-        Console(width=max(console.width, WIDTH + 10 * seeds)).print(shown(made))
+        console = Console(soft_wrap=True)
+        for made in tables(result):
+            console.print(f"{made.title}. {made.text}", highlight=False, markup=False)
+            Console(width=max(console.width, WIDTH + 10 * seeds)).print(shown(made))
