@@ -75,6 +75,7 @@ class Chain:
         self.step(
             "Train on its first part",
             *("train", config, "--recording", self.recording, "--out", self.model),
+            "--no-baselines",  # the replay's report has one
             *(() if steps is None else ("--steps", str(steps))),
         )
 
