@@ -21,7 +21,7 @@ from ilqr_service.states import Pool, Row
 from ilqr_service.units import UnitWatch
 from ilqr_service.work import Work
 from ilqr_vae import wire
-from ilqr_vae.horizon import HorizonState
+from ilqr_vae.streams import HorizonState
 
 
 @dataclass(frozen=True, slots=True)
