@@ -18,7 +18,8 @@ import zmq
 
 from benchmarks.models import BIN_S, model_of
 from benchmarks.rows import Row, quantiles, row
-from ilqr_clients.load import Faults, Generator, Load
+from ilqr_clients.load import Generator
+from ilqr_clients.plan import Faults, Load
 from ilqr_vae import wire
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, save_artifact
 from ilqr_vae.horizon import HorizonConfig

@@ -18,7 +18,8 @@ import torch
 import zmq
 
 from feeder import UNITS, Feeder, bin_, numbers, open_
-from ilqr_clients.load import Faults, Generator, Load, Outcome, quantiles
+from ilqr_clients.load import Generator, Outcome, quantiles
+from ilqr_clients.plan import Faults, Load
 from ilqr_service.engine import Engine
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.verify import verify
@@ -133,36 +134,40 @@ def heavy(path: Path) -> Path:
     return path
 
 
-def test_overload_is_shed_by_policy_and_over_within_a_window(tmp_path: Path) -> None:
-    """Four times what this machine solves, measured here, and then a small part of it.
+@pytest.mark.parametrize("anytime", [True, False] if FULL else [True])
+def test_overload_is_shed_by_policy_and_over_within_a_window(tmp_path: Path, anytime: bool) -> None:
+    """Four times what this machine solves, measured here; then each bin when the one before it is
+    answered, which is less than this machine solves, whatever else it does.
 
-    The window of the promise is asserted at full size. An ordinary run may share its machine with
-    anything, so that what was measured may be much too high when the load falls: it falls further
-    there, and what is asserted is that shedding ends.
+    How soon it is over in time, on a machine of its own, is in ``test_overload.py``.
     """
-    model, journal = heavy(tmp_path / "m.safetensors"), tmp_path / "journal"
-    with served(model, tmp_path / "log", "--journal", str(journal)) as service:
+    model, journal, config = heavy(tmp_path / "m.safetensors"), tmp_path / "journal", tmp_path / "s"
+    # so that even a machine that stands still for a while leaves no gap too long to answer
+    config.write_text("gap_limit = 5000\n")
+    options = ("--journal", str(journal), "--config", str(config))
+    with served(model, tmp_path / "log", *options) as service:
         at_once = Load(
             sessions=SESSIONS, bins=60 if FULL else 30, speed=1e4, deadline=60.0, patience=60.0
         )
         measured = load(service, "measure", at_once)
         assert measured.unanswered == 0
         rate = measured.first / measured.seconds / SESSIONS  # bins a second of each session
-        flood, calm = round(4 * rate * (20 if FULL else 1.5)), (10 if FULL else 5) * H
-        slow = rate / (3 if FULL else 8)
+        flood, calm = round(4 * rate * (20 if FULL else 1.5)), 3 * H
+        how = Load(
+            sessions=SESSIONS, bins=flood + calm, deadline=DEADLINE, anytime=anytime, patience=60.0
+        )
         plan = [
-            (int(1e9 * (at + k / SESSIONS / rate)), k, index)
-            for index in range(flood + calm)
-            for at in [min(index, flood) / (4 * rate) + max(0, index - flood) / slow]
+            (int(1e9 * (index + k / SESSIONS) / (4 * rate)), k, index)
+            for index in range(flood)
             for k in range(SESSIONS)
         ]
-        how = Load(
-            sessions=SESSIONS, bins=flood + calm, deadline=DEADLINE, anytime=True, patience=60.0
-        )
         generator = Generator(service.ingest, how, Faults(), prefix="flood", keep=True)
         try:
             generator.open()
-            outcome = generator.run(sorted(plan))
+            generator.send(plan)
+            for index in range(flood, flood + calm - 1):
+                generator.send([(0, k, index) for k in range(SESSIONS)], settle=True)
+            outcome = generator.run([(0, k, flood + calm - 1) for k in range(SESSIONS)])
         finally:
             generator.close()
         assert service.stop() == 0
@@ -175,14 +180,12 @@ def test_overload_is_shed_by_policy_and_over_within_a_window(tmp_path: Path) -> 
         for index, result in results.items():
             flagged = {"extrapolated", "missing"} if result.solver == "shed" else set(SOLVED)
             assert result.status in flagged
-            if index >= flood + (H if FULL else calm - H):  # a window after the load fell
+            if index >= flood + H:  # a window after the load fell
                 after[result.status] += 1
     flags = Counter(r.status for results in outcome.results.values() for r in results.values())
     print(f"{rate * SESSIONS:.0f} bins a second; {dict(flags)}; after a window {dict(after)}")
     assert flags["extrapolated"] > 0.2 * SESSIONS * flood, flags
-    # nothing is shed any more, and all is in time but for what the machine held up
-    assert not after["extrapolated"]
-    assert not FULL or after["late"] <= 0.05 * after.total(), after
+    assert set(after) <= {"ok", "degraded", "late"}  # nothing is shed any more
     engine = Engine.load(model, ServiceSettings(device="cpu"))
     verdict = verify(journal, [engine])  # shed again what was shed, solved again what was solved
     assert verdict.answers == verdict.identical > 0, verdict

@@ -18,7 +18,7 @@ import pytest
 import zmq
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
-from ilqr_clients.load import Faults, Load, counts_of
+from ilqr_clients.plan import Faults, Load, counts_of
 from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_service.engine import Engine
 from ilqr_service.records import Answered, records, segments

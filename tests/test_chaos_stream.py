@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from feeder import UNITS, numbers
-from ilqr_clients.load import Faults, Generator, Load, Outcome, counts_of
+from ilqr_clients.load import Generator, Outcome
+from ilqr_clients.plan import Faults, Load, counts_of
 from ilqr_vae import wire
 from process import Served, offline, served
 from rig import make_model

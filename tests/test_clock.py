@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
-from ilqr_clients.load import Faults, Generator, Load
+from ilqr_clients.load import Generator
 from ilqr_clients.monitor import Monitor, view
+from ilqr_clients.plan import Faults, Load
 from ilqr_clients.replay import CROSSING, stream
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service

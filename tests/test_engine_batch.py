@@ -22,7 +22,7 @@ from ilqr_service.states import Pool
 from ilqr_service.verify import computed
 from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, Work
 from ilqr_vae import backend, threads
-from ilqr_vae.horizon import HorizonState
+from ilqr_vae.streams import HorizonState
 from rig import make_model
 
 N = len(UNITS)
@@ -122,7 +122,7 @@ def test_a_batch_of_any_composition_is_each_alone(
         # their twins, runs of other numbers, one by one
         alone = [
             answer
-            for one in sorted(works, key=lambda w: w.late or w.budget == NO_SOLVE)
+            for one in sorted(works, key=lambda w: (w.late, w.budget == NO_SOLVE))
             for answer in engine.solve([dataclasses.replace(one, run=one.run + RUNS)])
         ]
         assert [held(a) for a in together] == [held(a) for a in alone]

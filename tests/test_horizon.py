@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ilqr_vae import backend, ilqr
-from ilqr_vae.horizon import Estimate, HorizonConfig, HorizonState, MovingHorizon
+from ilqr_vae.horizon import HorizonConfig, MovingHorizon
 from ilqr_vae.ilqr import SolverConfig, Status
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.model import Model
 from ilqr_vae.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.streams import Estimate, HorizonState
 from small import as_problem, draw_data, kalman, make_model, rest
 
 NUMBERS = ("z", "z_cov", "window", "rates", "kinematics", "kinematics_std", "bits", "spikes")
@@ -145,6 +146,46 @@ def test_a_missing_bin_is_a_bin_without_a_likelihood_term() -> None:
     )
     torch.testing.assert_close(answers[7].z, predicted, rtol=0, atol=1e-3)
     assert state.z.isfinite().all()
+
+
+def test_a_bin_passed_by_is_predicted_and_counts_in_the_next_solve() -> None:
+    model = make_model("mgu2").requires_grad_(False)
+    est = estimator(model, 20, 25, lags=1)
+    values, mask = draw_data(model, 1, 8)["spikes"]
+    _, solved = streamed(est, values, mask)
+    state, before = streamed(est, values[:, :4], mask[:, :4])
+    w, u = model.dynamics.weights(), torch.zeros(1, 2, dtype=torch.float64)
+    z = before[-1].z
+    for t in range(4, 7):
+        state, answer = est.pass_by(state, values[:, t], mask[:, t])
+        z = model.dynamics.step(w, z, u)
+        torch.testing.assert_close(answer.z, z, rtol=0, atol=1e-3)
+        torch.testing.assert_close(answer.rates, est.spikes.mean(answer.z), rtol=0, atol=1e-9)
+        assert (int(answer.iterations), answer.z_cov.isnan().all()) == (0, True)
+    assert float(before[-1].bits) != float(answer.bits)
+    # the window holds them all: nothing was lost, as far as one solve converges
+    _, answer = est.step(state, values[:, 7], mask[:, 7])
+    torch.testing.assert_close(answer.z, solved[7].z, rtol=0, atol=1e-4)
+    mask[:, 4:7] = 0.0
+    _, blind = streamed(est, values, mask)
+    assert float((answer.z - blind[7].z).abs().max()) > 1e-2
+
+
+def test_what_passes_by_a_full_window_is_forgotten_by_halves() -> None:
+    model = make_model("mgu2").requires_grad_(False)
+    est = estimator(model, 4)
+    values, mask = draw_data(model, 1, 40)["spikes"]
+    state, _ = streamed(est, values[:, :10], mask[:, :10])
+    prior = model.initial.cost(1).precision
+    known = state.precision - prior
+    for t in range(10, 14):
+        state, _ = est.pass_by(state, values[:, t], mask[:, t])
+        known = known / 2
+        torch.testing.assert_close(state.precision - prior, known, rtol=0, atol=1e-9)
+    # and after a few solves it is as if nothing had been passed by
+    state, _ = streamed(est, values[:, 14:], mask[:, 14:], state)
+    whole, _ = streamed(est, values, mask)
+    torch.testing.assert_close(state.z, whole.z, rtol=0, atol=2e-2)
 
 
 def test_missing_units_are_a_smaller_model() -> None:

@@ -13,7 +13,8 @@ import torch
 
 from ilqr_vae import backend, ilqr, threads
 from ilqr_vae.fused.graphs import Graphs, padded_size, record_plainly
-from ilqr_vae.horizon import Estimate, HorizonConfig, HorizonState, MovingHorizon
+from ilqr_vae.horizon import HorizonConfig, MovingHorizon
+from ilqr_vae.streams import Estimate, HorizonState
 from kernel_rig import Stream, assert_identical, assert_same
 
 
@@ -47,6 +48,35 @@ def test_a_streaming_step_is_the_one_torch_defines(dynamics: str) -> None:
         assert_identical(alone[0], after, slice(1, 2))
         assert_identical(alone[1], answer, slice(1, 2))
         state = after
+
+
+def test_a_bin_passed_by_is_the_one_torch_defines() -> None:
+    stream = Stream()
+    est = stream.estimator
+    state = HorizonState.stack([est.init(1), est.init(1)])
+    for t in range(14):
+        if t == 6:  # windows of different ages side by side
+            state = HorizonState.stack([est.init(1), state[1]])
+        counts, mask = stream.bin(2)
+        if t == 9:
+            counts[0, 2], mask[0, 2] = float("nan"), 1.0
+        after, answer = est.pass_by(state, counts, mask)
+        with backend.using("reference"):
+            expected, theirs = est.pass_by(state, counts, mask)
+        assert_same(after, expected, 1e-10)
+        assert_same(without_spread(answer), without_spread(theirs), 1e-10)
+        alone, said = est.pass_by(state[1], counts[1:], mask[1:])
+        assert_identical(alone, after, slice(1, 2))
+        assert_identical(without_spread(said), without_spread(answer), slice(1, 2))
+        state = after if t % 3 else est.step(state, counts, mask)[0]
+
+
+def without_spread(answer: Estimate) -> Estimate:
+    """Of a bin passed by it is not known."""
+    assert answer.z_cov.isnan().all()
+    assert answer.kinematics_std.isnan().all()
+    zero = torch.zeros_like(answer.kinematics_std)
+    return replace(answer, z_cov=torch.zeros_like(answer.z_cov), kinematics_std=zero)
 
 
 def test_streams_with_different_deadlines_stop_apart() -> None:

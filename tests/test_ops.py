@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
-from ilqr_clients.load import Faults, Load, quantiles, schedule
+from ilqr_clients.load import quantiles
+from ilqr_clients.plan import Faults, Load, schedule
 from ilqr_service.hygiene import Hygiene, parse_cpus
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from ilqr_service.settings import (
     loopback_endpoint,
 )
 from ilqr_service.telemetry import edges
-from ilqr_service.work import Work
+from ilqr_service.work import NO_SOLVE, Work
 from ilqr_vae.errors import ConfigError, ServiceError
 
 MS = 1_000_000
@@ -30,26 +31,41 @@ def work(run: int, index: int, due: int) -> Work:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    pushes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 500)), max_size=60),
+    pushes=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 500), st.integers(0, 600), st.booleans()),
+        max_size=60,
+    ),
     batch=st.integers(1, 4),
     gone=st.integers(0, 3),
 )
 def test_scheduler_keeps_order_within_a_run_and_loses_nothing(
-    pushes: list[tuple[int, int]], batch: int, gone: int
+    pushes: list[tuple[int, int, int, bool]], batch: int, gone: int
 ) -> None:
     scheduler = Scheduler(50 * MS)
     expected: dict[int, list[int]] = {}
-    for i, (run, due) in enumerate(pushes):
-        scheduler.push(work(run, i, due * MS))
-        expected.setdefault(run, []).append(i)
-    assert scheduler.forget(gone) == len(expected.pop(gone, []))
     taken: dict[int, list[int]] = {}
-    while len(scheduler):
-        works = scheduler.take(batch)
-        assert 0 < len({w.run for w in works}) == len(works) <= batch
+
+    def took(works: list[Work]) -> None:
+        assert len({w.run for w in works}) == len(works)
         for w in works:
             taken.setdefault(w.run, []).append(w.index)
-    assert taken == expected
+
+    for i, (run, due, now, takes) in enumerate(pushes):
+        scheduler.push(replace(work(run, i, due * MS), sheds=run > 0, late=due == 7))
+        expected.setdefault(run, []).append(i)
+        if takes:
+            for works in scheduler.shed(lambda _, at=now: at * MS, 5):
+                took(works)
+            if now % 2:
+                took(scheduler.take(batch))
+    held = len(expected.get(gone, [])) - len(taken.get(gone, []))
+    assert scheduler.forget(gone) == held
+    expected[gone] = taken.setdefault(gone, [])
+    while len(scheduler):
+        works = scheduler.take(batch)
+        assert 0 < len(works) <= batch
+        took(works)
+    assert {run: w for run, w in taken.items() if w} == {r: w for r, w in expected.items() if w}
     assert scheduler.take(batch) == []
 
 
@@ -60,6 +76,30 @@ def test_a_backlog_gives_way_to_a_stream_in_real_time() -> None:
     assert [w.run for w in scheduler.take(1)] == [0]
     scheduler.push(work(1, 0, 101 * MS))  # one bin of a live stream, due a little later
     assert [w.run for w in scheduler.take(1)] == [1]
+
+
+def test_what_would_be_late_gives_way_to_the_newest_of_its_run() -> None:
+    scheduler = Scheduler(50 * MS)
+    for i in range(4):
+        scheduler.push(replace(work(0, i, (100 + i) * MS), sheds=True))
+        scheduler.push(work(1, i, (100 + i) * MS))  # does not shed
+        scheduler.push(replace(work(2, i, (200 + i) * MS), sheds=True))  # can be in time
+        scheduler.push(replace(work(3, i, (100 + i) * MS), sheds=True, late=i == 2))
+    assert scheduler.shed(lambda _: 99 * MS, 99) == []
+    rounds = scheduler.shed(lambda _: 100 * MS, 99)
+    assert [[(w.run, w.index) for w in works] for works in rounds] == [
+        [(0, 0), (3, 0)],
+        [(0, 1), (3, 1)],
+        [(0, 2)],
+    ]
+    assert {w.budget for works in rounds for w in works} == {NO_SOLVE}
+    # in the order of what is due, as if what was shed had never been
+    assert [(w.run, w.index) for w in scheduler.take(4)] == [(1, 0), (0, 3), (2, 0), (3, 2)]
+    scheduler.overran(1)
+    (rounds,) = zip(*scheduler.shed(lambda _: 101 * MS, 99), strict=True)
+    assert [(w.run, w.index) for w in rounds] == [(1, 1), (1, 2)]
+    assert len(scheduler) == 5
+    scheduler.overran(7)  # one that is not queued
 
 
 def test_settings_file_is_checked_and_overridden(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+from ilqr_service.work import NO_SOLVE, SHED
 from ilqr_vae import wire
 from test_sessions import FACTS, MS, answer, bin_, open_, refused, started, table
 
@@ -74,17 +75,35 @@ def test_resuming_takes_a_session_over_where_it_stands() -> None:
     assert not begun[1].resumed
 
 
-def test_an_overloaded_session_sheds_and_says_so() -> None:
-    t = table(gap_limit=100, credits=2, backlog=10)
+def test_a_gap_before_a_crowded_session_is_answered_without_solves() -> None:
+    t = table(gap_limit=100, credits=3, backlog=10)
     t.receive(b"f", open_(), 0)
-    queued = len(t.receive(b"f", bin_(8), 0).work)
-    assert queued == 9
+    assert [w.budget for w in t.receive(b"f", bin_(8), 0).work] == [0] * 9
     effects = t.receive(b"f", bin_(12), 1)
-    assert [(w.index, w.fresh) for w in effects.work] == [(12, True)]
-    assert effects.events == Counter({"gap": 1, "gap_bins": 3, "reset": 1, "shed": 3})
-    assert "bins 9 to 11" in effects.published[0].what  # pyright: ignore
-    t.answered(answer(effects.work[0]), 2)
-    assert refused(t.receive(b"f", bin_(10), 3)).field == "index"
+    assert [(w.index, w.fresh, w.budget) for w in effects.work] == [
+        *((i, False, NO_SOLVE) for i in (9, 10, 11)),
+        (12, False, 0),
+    ]
+    assert effects.events == Counter({"gap": 1, "gap_bins": 3})
+    assert effects.work[-1].sheds  # and what was queued before may be shed from here on
+
+
+def test_a_session_beyond_its_credits_sheds_until_it_was_in_time_for_a_window() -> None:
+    t = table(credits=2)
+    t.receive(b"f", open_(), 0)
+    first, second = (t.receive(b"f", bin_(i), 0).work[0] for i in range(2))
+    assert not second.sheds
+    effects = t.receive(b"f", bin_(2), 0)
+    assert (refused(effects).field, effects.overran) == ("credits", [first.run])
+    t.answered(answer(first), 1)
+    t.answered(replace(answer(second), solver=SHED), 1)
+    sheds: list[bool] = []
+    for index in range(2, 2 * FACTS.horizon + 4):
+        works = t.receive(b"f", bin_(index), index).work
+        sheds.append(works[-1].sheds)
+        late = index == FACTS.horizon  # then it takes another window
+        t.answered(answer(works[-1]), index + (51 * MS if late else 1))
+    assert sheds == [index <= 2 * FACTS.horizon for index in range(2, 2 * FACTS.horizon + 4)]
 
 
 def test_slots_serve_sessions_by_name_or_model_and_swap_at_a_bin() -> None:

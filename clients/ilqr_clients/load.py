@@ -1,74 +1,28 @@
 """Load on a running service: many sessions at once, open-loop, with faults on purpose.
 
 Send times are fixed beforehand and latency counts from them, so a service (or this generator) that
-falls behind shows it (no coordinated omission). Faults are drawn from a seed: bins left out, sent
-twice, sent out of order, sent with jitter, and a stall after which everything held back is sent at
-once.
+falls behind shows it (no coordinated omission). What is sent, and what goes wrong, is ``plan``'s.
 """
 
 from __future__ import annotations
 
-import heapq
 import select
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import zmq
-from numpy.typing import NDArray
 
 from ilqr_clients.clocks import KnownClock
+from ilqr_clients.plan import Faults, Load, counts_of, schedule, source_offset
 from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
 from ilqr_vae import wire
 from ilqr_vae.clock import Clock, ClockTrack, MonotonicClock
 from ilqr_vae.errors import ServiceError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Faults:
-    """What goes wrong on the way.
-
-    Attributes:
-        drop, duplicate: share of bins.
-        reorder: bins may be sent up to so many places late.
-        jitter: bin widths that a send may be late by, uniformly.
-        stall: seconds, half-way, in which nothing is sent; then all of it at once.
-        seed: of everything drawn.
-    """
-
-    drop: float = 0.0
-    duplicate: float = 0.0
-    reorder: int = 0
-    jitter: float = 0.0
-    stall: float = 0.0
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """How much.
-
-    Attributes:
-        sessions: at once.
-        bins: of each session.
-        speed: multiple of real time.
-        deadline: seconds from arrival to answer; 0 is the bin width.
-        clocked, anytime: of the sessions; see ``wire.Open``.
-        rate: mean spikes per unit and bin.
-        patience: seconds to wait for the last answers.
-    """
-
-    sessions: int = 1
-    bins: int = 200
-    speed: float = 1.0
-    deadline: float = 0.0
-    clocked: bool = False
-    anytime: bool = False
-    rate: float = 1.0
-    patience: float = 5.0
 
 
 @dataclass(slots=True)
@@ -146,44 +100,6 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
     names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
     return {"n": float(held.size)} | {name: at(q) for name, q in names.items()}
-
-
-def source_offset(load: Load, session: int, index: int, bin_width: float) -> int:
-    """When a bin is complete, whatever happens on the way; nanoseconds from the start."""
-    width = bin_width / load.speed * 1e9
-    return int(width * session / load.sessions + width * (index + 1))
-
-
-def schedule(load: Load, faults: Faults, bin_width: float) -> list[tuple[int, int, int]]:
-    """All sends as (nanoseconds from the start, session, index), in order of time."""
-    rng = np.random.default_rng(faults.seed)
-    width = bin_width / load.speed * 1e9
-    sends: list[tuple[int, int, int]] = []
-    for session in range(load.sessions):
-        offset = width * session / load.sessions  # sessions are not in step
-        for index in range(load.bins):
-            draws = rng.random(4)
-            at = offset + width * (index + 1)
-            if faults.reorder and draws[2] < 0.3:
-                at += width * (rng.integers(1, faults.reorder + 1) + 0.5)
-            at += width * faults.jitter * draws[3]
-            if draws[0] < faults.drop and index < load.bins - 1:
-                continue
-            sends.append((int(at), session, index))
-            if draws[1] < faults.duplicate:
-                sends.append((int(at + width * rng.random()), session, index))
-    if faults.stall:
-        begin = width * load.bins / 2
-        end = begin + faults.stall * 1e9
-        sends = [(int(end) if begin <= at < end else at, s, i) for at, s, i in sends]
-    heapq.heapify(sends)
-    return [heapq.heappop(sends) for _ in range(len(sends))]
-
-
-def counts_of(load: Load, faults: Faults, session: int, n_units: int) -> NDArray[np.int64]:
-    """The bins (T, N) that a session is fed."""
-    rng = np.random.default_rng([faults.seed, session])
-    return rng.poisson(load.rate, (load.bins, n_units))
 
 
 _ENDS = ("closed", "idle", "shutdown")
@@ -277,12 +193,21 @@ class Generator:
         Args:
             plan: as of ``schedule``, instead of the load's own.
         """
-        plan = plan or schedule(self.load, self.faults, self.model.bin_width)
-        counts = [
-            counts_of(self.load, self.faults, k, len(self.model.unit_names))
-            for k in range(len(self.names))
-        ]
-        packed = [[wire.pack(row, "<u2") for row in rows] for rows in counts]
+        began = self._timer.now_ns()
+        self.send(plan or schedule(self.load, self.faults, self.model.bin_width))
+        self._finish()
+        self.outcome.seconds = (self._timer.now_ns() - began) / 1e9
+        self._across()
+        self.outcome.unanswered = self._unanswered()
+        self.outcome.statuses.update(self._status.values())
+        return self.outcome
+
+    def send(self, plan: list[tuple[int, int, int]], *, settle: bool = False) -> None:
+        """Send a plan's bins at their times, counted from now.
+
+        Args:
+            settle: then wait until all that was sent is answered, or ``patience`` is over.
+        """
         now_ns = self._timer.now_ns
         began = now_ns() + 50_000_000
         for at, k, index in plan:
@@ -296,7 +221,7 @@ class Generator:
                 session=name,
                 index=index,
                 source_ns=began + source_offset(self.load, k, index, self.model.bin_width),
-                counts=packed[k][index],
+                counts=self._counts[k][index],
                 clock=self._clock.stated(sent),
             )
             if (probe := self._clock.probe(sent)) is not None:
@@ -308,12 +233,21 @@ class Generator:
                 self._sent[name, index] = sent
                 self.outcome.sends.setdefault(name, set()).add(index)
             self.outcome.feeder_ms.append((now_ns() - intended) / 1e6)
-        self._finish()
-        self.outcome.seconds = (now_ns() - began) / 1e9
-        self._across()
-        self.outcome.unanswered = sum(key not in self._newest for key in self._intended)
-        self.outcome.statuses.update(self._status.values())
-        return self.outcome
+        end = time.monotonic() + self.load.patience
+        while settle and self._unanswered() and time.monotonic() < end:
+            self._take(0.05)
+
+    def _unanswered(self) -> int:
+        return sum(key not in self._newest for key in self._intended)
+
+    @cached_property
+    def _counts(self) -> list[list[wire.Array]]:
+        """By session and index."""
+        units = len(self.model.unit_names)
+        return [
+            [wire.pack(row, "<u2") for row in counts_of(self.load, self.faults, k, units)]
+            for k in range(len(self.names))
+        ]
 
     def _across(self) -> None:
         """What went from one clock to the other, by the offsets before and after."""

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ilqr_clients.load import Faults, Generator, Load
+from ilqr_clients.load import Generator
+from ilqr_clients.plan import Faults, Load
 from ilqr_clients.sdk import ServiceClient, model_of
 from ilqr_vae.report import STDOUT, check_writable, write_whole
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from ilqr_service.states import Pool, Row
 from ilqr_service.work import SHED, Answer, ModelFacts, Work
 from ilqr_vae.fused import solver
-from ilqr_vae.horizon import Estimate, MovingHorizon
+from ilqr_vae.horizon import MovingHorizon
 from ilqr_vae.ilqr import Status
+from ilqr_vae.streams import Estimate
 from ilqr_vae.units import UnitWatch
 
 Clock = Callable[[], int]
@@ -134,39 +135,20 @@ class Stepper:
         answers, sound = self._answers(works, estimate, started)
         return [Stepped(*one) for one in zip(rows, answers, sound.tolist(), strict=True)]
 
-    def take_in(self, state: Row, work: Work, watch: UnitWatch | None) -> Stepped | None:
-        """A run's bin without a solve: the answer is the prediction, its uncertainty not known.
-        None where the estimator cannot.
-
-        Raises:
-            ValueError: counts or a mask of a wrong size.
-        """
-        started, estimator, facts = self._clock(), self._estimator, self._facts
-        taken = estimator.take_in(self.pool.get([state]), *self._given([work], [watch]))
-        if taken is None:
-            return None
-        after, features = taken
-        z, kinematics = features[:, : facts.latents], features[:, :0]
-        if estimator.readout is not None:
-            kinematics, _ = estimator.readout(features, torch.zeros_like(after.precision))
-        latent = _array(z)[0]
-        answer = Answer(
-            work=work,
-            latent=latent,
-            latent_std=np.full(facts.latents, np.nan),
-            rates=_array(estimator.spikes.mean(z))[0],
-            kinematics=_array(kinematics)[0],
-            kinematics_std=np.full(len(facts.kinematic_names), np.nan),
-            bits=0.0,
-            spikes=0,
-            iterations=0,
-            solver=SHED,
-            solve_start_ns=started,
-            solve_end_ns=self._clock(),
-            model=facts.model,
-            serial=work.serial,
-        )
-        return Stepped(self.pool.put(after)[0], answer, bool(np.isfinite(latent).all()))
+    def pass_by(
+        self, states: Sequence[Row], works: Sequence[Work], watches: Sequence[UnitWatch | None]
+    ) -> list[Stepped]:
+        """One bin of each run without a solve: the answers are predictions, their uncertainty not
+        known, their bits not counted. As ``step`` otherwise."""
+        started = self._clock()
+        counts, mask = self._given(works, watches)
+        after, estimate = self._estimator.pass_by(self.pool.get(states), counts, mask)
+        rows = self.pool.put(after)
+        answers, sound = self._answers(works, estimate, started)
+        return [
+            Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good)
+            for row, answer, good in zip(rows, answers, sound.tolist(), strict=True)
+        ]
 
     def _given(
         self, works: Sequence[Work], watches: Sequence[UnitWatch | None]

@@ -165,7 +165,8 @@ class Engine:
         held.serial = packed.serial
 
     def warm_up(self) -> WarmUp:
-        """Compile and touch everything: a growing window, a moving one, masked and missing bins.
+        """Compile and touch everything: a growing window, a moving one, and bins of all
+        kinds.
 
         Real steps on made-up counts, in rounds, until the typical step is no longer getting faster
         (or a bound is met). To be called in the thread that will solve.
@@ -194,6 +195,7 @@ class Engine:
                     received_ns=0,
                     due_ns=2**62,
                     anytime=True,
+                    budget=NO_SOLVE if k % 8 == 2 else 0,
                 )
                 (answer,) = self.solve([work])
                 if answer.solver == FAILED:
@@ -238,43 +240,30 @@ class Engine:
         """Answer bins of different runs, the late ones last; the others in one step where that
         changes no bit. Never raises for what a bin or a state holds: a bin whose solve fails is
         answered with the prediction of the run so far (solver ``FAILED``)."""
-        bins = [work for work in works if not work.late and work.budget != NO_SOLVE]
         answers: list[Answer] = []
         size = self._most if self._stepper.batches else 1
-        for first in range(0, len(bins), size):
-            answers += self._solve(bins[first : first + size])
+        for shed in (False, True):
+            bins = [w for w in works if not w.late and (w.budget == NO_SOLVE) == shed]
+            for first in range(0, len(bins), size):
+                answers += self._solve(bins[first : first + size], shed)
         for work in works:
             if work.late:
                 answers += self._insert(work)
-            elif work.budget == NO_SOLVE:
-                answers.append(self._take_in(work))
         return answers
 
-    def _take_in(self, work: Work) -> Answer:
-        held = self._run_of(work)
-        try:
-            stepped = self._stepper.take_in(held.state, work, held.watch)
-        except Exception:
-            logs.exception("a bin could not be taken in", run=work.run, index=work.index)
-            return self._predict(work, held, FAILED, self._clock())
-        if stepped is None or not stepped.sound:
-            return self._solve([replace(work, budget=0)])[0]
-        return self._keep(held, work, stepped)
-
-    def _solve(self, works: list[Work]) -> list[Answer]:
+    def _solve(self, works: list[Work], shed: bool = False) -> list[Answer]:
         started = self._clock()
         # Where a state was lost to a failure, the run starts again.
         runs = [self._run_of(work) for work in works]
+        step = self._stepper.pass_by if shed else self._stepper.step
         try:
-            stepped = self._stepper.step(
-                [run.state for run in runs], works, [run.watch for run in runs]
-            )
+            stepped = step([run.state for run in runs], works, [run.watch for run in runs])
         except Exception:
             if len(works) > 1:  # whichever it was, the others are not to know
-                return [answer for work in works for answer in self._solve([work])]
+                return [answer for work in works for answer in self._solve([work], shed)]
             logs.exception("a solve failed", run=works[0].run, index=works[0].index)
             return [self._predict(works[0], runs[0], FAILED, started)]
-        if works[0].run > _NOBODY:
+        if works[0].run > _NOBODY and not shed:
             self.cost.learn(len(works), self._clock() - started)
         return [
             self._keep(run, work, one)

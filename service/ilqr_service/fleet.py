@@ -7,6 +7,7 @@ a shadow may run, which solves the same bins after their answers are out; both s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ilqr_service import logs
@@ -69,9 +70,7 @@ class Quota:
             self._longest = engine.slice_ns * (CATCH_UP if overdue else 1)
         if not overdue:
             self._left = min(self._left, work.due_ns - self._now if work.due_ns else self._left)
-        if work.budget == NO_SOLVE:
-            pass  # next to nothing
-        elif work.late or work.swap:
+        if work.late or work.swap:
             self._whole += engine.facts.horizon * engine.cost.ns(1)
         else:
             self._bins[work.model] = self._bins.get(work.model, 0) + 1
@@ -110,6 +109,10 @@ class Fleet:
         """The bin width of the model a work is for."""
         return self.engine(work.model).facts.bin_width_ns
 
+    def ready(self, now_ns: int) -> Callable[[Work], float]:
+        """When a bin would be solved if it were next."""
+        return lambda work: now_ns + self.engine(work.model).cost.ns(1)
+
     def warm_up(self) -> list[WarmUp]:
         """Warm every engine, in the thread that will solve. Raises ServiceError: a solve failed."""
         threads.use(self.first.threads or threads.cores())
@@ -124,17 +127,15 @@ class Fleet:
     def parts(self, works: list[Work]) -> list[list[Work]]:
         """Bins of different runs as the calls of ``solve`` that answer soonest: the bins of each
         model together, then one by one what takes a window, or cannot be solved together."""
-        together: dict[str, list[Work]] = {}
-        quick: list[list[Work]] = []
+        together: dict[tuple[str, bool], list[Work]] = {}
         alone: list[list[Work]] = []
         for work in works:
-            if work.budget == NO_SOLVE:
-                quick.append([work])
-            elif work.late or work.swap or self.engine(work.model).batch == 1:
+            if work.late or work.swap or self.engine(work.model).batch == 1:
                 alone.append([work])
             else:
-                together.setdefault(work.model, []).append(work)
-        return [*quick, *together.values(), *alone]
+                shed = work.budget == NO_SOLVE
+                together.setdefault((work.model, shed), []).append(work)
+        return [*together.values(), *alone]
 
     def solve(self, works: list[Work]) -> list[Answer]:
         """Answers to bins of different runs; a swap has none. See ``Engine.solve``."""

@@ -20,7 +20,7 @@ import torch
 from ilqr_service.states import Pool, Row
 from ilqr_service.work import Work
 from ilqr_vae import wire
-from ilqr_vae.horizon import HorizonState
+from ilqr_vae.streams import HorizonState
 from ilqr_vae.units import UnitWatch
 
 

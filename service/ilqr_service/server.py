@@ -379,13 +379,16 @@ class Service:
         if works:
             self._solver.submit(works)
         for effects in steps:
-            for message in (*effects.again, *effects.published):
+            for run in effects.overran:
+                self._solver.overran(run)
+            for message in effects.again:
                 self._publisher.publish(message)
-            for owner, reply in effects.replies:
-                self._reply(owner, reply)
             for message in effects.published:
+                self._publisher.publish(message)
                 if isinstance(message, wire.Result) and message.revision == 0:
                     self.telemetry.observe(message)
+            for owner, reply in effects.replies:
+                self._reply(owner, reply)
             self.telemetry.count(effects.events, effects.bits, effects.spikes)
 
     def _reply(self, owner: bytes, message: wire.Message) -> None:

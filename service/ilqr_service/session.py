@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ilqr_service.work import Answer, ModelFacts, Vector, Work, status_of
+from ilqr_service.work import SHED, Answer, ModelFacts, Vector, Work, status_of
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
 
@@ -24,7 +24,7 @@ class Limits:
         max_sessions: open at once.
         deadline_ns: for a session that asks for 0; itself 0, the model's bin width.
         idle_ns: a session silent for longer ends.
-        backlog: works queued of a session beyond which a gap is not bridged.
+        backlog: works queued of a session beyond which the bins of a gap are not solved.
     """
 
     credits: int = 64
@@ -42,6 +42,7 @@ class Effects:
     Attributes:
         forget: runs whose queue and estimator state are to be dropped.
         work: bins to solve.
+        overran: runs of which more is queued than may be: it may be shed.
         opened: runs that begin here, for the journal.
         ended: runs that end here and why, for the journal.
         again: results published before, to be published again as they were.
@@ -54,6 +55,7 @@ class Effects:
 
     forget: list[int] = field(default_factory=list[int])
     work: list[Work] = field(default_factory=list[Work])
+    overran: list[int] = field(default_factory=list[int])
     opened: list[Session] = field(default_factory=list["Session"])
     ended: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
     again: list[wire.Result] = field(default_factory=list[wire.Result])
@@ -132,6 +134,7 @@ class Session:
         serial: works queued so far.
         missing: indices answered without a bin.
         revisions: of the bins that were answered again.
+        overrun: went beyond its credits, and was not in time for a window since; ``calm`` counts.
     """
 
     run: int
@@ -159,6 +162,8 @@ class Session:
     bits: float = 0.0
     spikes: int = 0
     silent: int = 0
+    overrun: bool = False
+    calm: int = 0
     flagged: tuple[str, ...] = ()
     missing: set[int] = field(default_factory=set[int])
     revisions: dict[int, int] = field(default_factory=dict[int, int])
@@ -320,6 +325,7 @@ class Session:
             self.newest = work.index
             self.statuses[status] += 1
             self.solves.add(answer.solve_end_ns - answer.solve_start_ns)
+            self._calm(answer, published_ns)
             effects.events[f"status:{status}"] += 1
         if np.isfinite(answer.bits) and (work.late or not answer.revised):
             self.bits += answer.bits
@@ -333,6 +339,16 @@ class Session:
             effects.published.append(self.notice(flag))
             effects.events["unit_changes"] += 1
             self._flag(flag)
+
+    def overran(self) -> None:
+        """It has more queued than it may: it sheds from here on."""
+        self.overrun, self.calm = True, 0
+
+    def _calm(self, answer: Answer, published_ns: int) -> None:
+        """Follow how many answers in a row were in time, none of them shed."""
+        in_time = answer.solver != SHED and published_ns <= answer.work.due_ns
+        self.calm = self.calm + 1 if in_time else 0
+        self.overrun &= self.calm < self.facts.horizon
 
     def _flag(self, flag: str) -> None:
         """Keep the list of masked units: ``unit NAME masked: WHY`` or ``unit NAME used again``."""

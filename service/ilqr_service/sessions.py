@@ -11,11 +11,13 @@ Rules:
 - Opening with ``resume`` and the epoch of an open session takes it over where it stands, from a
   feeder that is gone or after a restart of the service.
 - Indices rise from 0, but may come out of order. Gap rule: when bin k+g arrives after bin k, the
-  bins between are answered first, as ``missing``: predictions from an all-masked bin. This is done
-  for gaps up to ``gap_limit`` bins while no more than ``backlog`` works of the session are queued.
-  Otherwise the gap is not answered bin by bin: the estimate starts again at the bin that came, a
-  notice names the range that has no answers, and a reset is counted. So one message never causes
-  more than ``gap_limit`` + 1 new bins, and an overloaded session sheds what it cannot keep up with.
+  bins between are answered first, as ``missing``: predictions from an all-masked bin. A gap of more
+  than ``gap_limit`` bins is not answered bin by bin: the estimate starts again at the bin that
+  came, a notice names the range that has no answers, and a reset is counted. So one message never
+  causes more than ``gap_limit`` + 1 new bins.
+- Overload: an ``anytime`` session sheds, and so does any other that went beyond its credits, until
+  it was in time for H bins in a row: see ``Scheduler.shed``. What a gap adds to more than
+  ``backlog`` queued works is not solved either. Every index has its answer.
 - A ``clocked`` session does not wait for a later bin: a bin is answered as missing once its time
   and the grace have passed, for up to ``gap_limit`` bins in a row.
 - A bin that comes after it was answered as missing is put in its place while it is in the window
@@ -36,7 +38,7 @@ from numpy.typing import NDArray
 
 from ilqr_service.checks import check_bin, check_open
 from ilqr_service.session import Effects, Limits, Session
-from ilqr_service.work import Answer, ModelFacts, Vector, Work
+from ilqr_service.work import NO_SOLVE, Answer, ModelFacts, Vector, Work
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
 
@@ -116,6 +118,9 @@ class SessionTable:
                 and (session.owner, session.epoch) == (owner, message.epoch)
             ):
                 self._owe(session)
+                if error.field == "credits":
+                    session.overran()
+                    effects.overran.append(session.run)
             return effects
 
     def _owe(self, session: Session) -> None:
@@ -243,17 +248,18 @@ class SessionTable:
             return
         effects.events["gap"] += 1
         effects.events["gap_bins"] += len(gap)
-        crowded = session.waiting + len(gap) > self.limits.backlog
-        if len(gap) > self.limits.gap_limit or crowded:
+        if len(gap) > self.limits.gap_limit:
             what = f"reset: bins {gap[0]} to {gap[-1]} did not come and have no answers"
             effects.published.append(session.notice(what))
             effects.events["reset"] += 1
-            effects.events["shed"] += len(gap) if crowded else 0
             session.started = False
             session.base = index
             return
+        crowded = session.waiting + len(gap) > self.limits.backlog
+        if crowded:
+            session.overran()
         for one in gap:
-            self._queue(session, one, now_ns, effects)
+            self._queue(session, one, now_ns, effects, budget=NO_SOLVE if crowded else 0)
 
     def _queue(
         self,
@@ -265,6 +271,7 @@ class SessionTable:
         counts: Vector | None = None,
         mask: NDArray[np.bool_] | None = None,
         late: bool = False,
+        budget: int = 0,
     ) -> None:
         work = Work(
             run=session.run,
@@ -279,6 +286,8 @@ class SessionTable:
             anytime=session.anytime,
             serial=session.serial,
             late=late,
+            budget=budget,
+            sheds=session.anytime or session.overrun,
             watch=session.request.watch_units,
             model=session.facts.model,
         )

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import zmq
@@ -24,7 +23,10 @@ from ilqr_service.fleet import Fleet, Quota
 from ilqr_service.resume import Resumed
 from ilqr_service.runs import PackedRun
 from ilqr_service.scheduler import Scheduler
-from ilqr_service.work import NO_SOLVE, Answer, Work
+from ilqr_service.work import Answer, Work
+
+_SHED_AT_ONCE = 128
+"""Bins that go without a solve between two solves."""
 
 
 class SolverThread:
@@ -82,6 +84,11 @@ class SolverThread:
                 self._scheduler.push(work, self._fleet.spacing_ns(work))
             self._changed.notify()
 
+    def overran(self, run: int) -> None:
+        """What is queued of a run may be shed."""
+        with self._changed:
+            self._scheduler.overran(run)
+
     def forget(self, run: int) -> int:
         """Drop a run's queue and state; returns how many queued bins were dropped. A bin of it that
         is being solved is still answered."""
@@ -103,7 +110,8 @@ class SolverThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _next(self) -> tuple[list[int], list[Work]] | None:
+    def _next(self) -> tuple[list[int], list[list[Work]]] | None:
+        """Runs to forget, and rounds of bins of different runs; None is the end."""
         with self._changed:
             while not (self._stopping or self._forgotten or len(self._scheduler)):
                 if not self._changed.wait(self._keep_warm_s or None):
@@ -112,16 +120,10 @@ class SolverThread:
                 return None
             forgotten, self._forgotten = self._forgotten, []
             now = time.monotonic_ns()
-            works = self._scheduler.take(self._fleet.batch, Quota(self._fleet, now))
-            return forgotten, [self._shed(work, now) for work in works]
-
-    def _shed(self, work: Work, now_ns: int) -> Work:
-        """Where the deadline may cut solves short: a bin that is overdue while newer ones of its
-        run wait goes without, so that a run that fell behind is soon with its newest bin again."""
-        solved = bool(work.late or work.swap) or now_ns < work.due_ns
-        if solved or not work.anytime or not self._scheduler.waits(work.run):
-            return work
-        return replace(work, budget=NO_SOLVE)
+            ready = self._fleet.ready(now)
+            rounds = self._scheduler.shed(ready, _SHED_AT_ONCE)
+            rounds.append(self._scheduler.take(self._fleet.batch, Quota(self._fleet, now)))
+            return forgotten, rounds
 
     def _run(self) -> None:
         wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
@@ -143,17 +145,17 @@ class SolverThread:
             self.ready.set()
             self._tell(wake)
             while (task := self._next()) is not None:
-                forgotten, works = task
+                forgotten, rounds = task
                 for run in forgotten:
                     self._fleet.forget(run)
                     self._since.pop(run, None)
-                if works:
+                for works in rounds:
                     for part in self._fleet.parts(works):
                         self._answers.extend(self._fleet.solve(part))
                         self._tell(wake)
                     self._fleet.between()
                     self._snapshots(works)
-                elif not forgotten:
+                if not (forgotten or rounds):
                     self._fleet.keep_warm()
         except BaseException as error:
             self.failure = error

@@ -14,7 +14,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from ilqr_vae.horizon import HorizonState
+from ilqr_vae.streams import HorizonState
 
 _FIELDS = tuple(f.name for f in fields(HorizonState))
 

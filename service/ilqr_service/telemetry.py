@@ -57,7 +57,7 @@ EVENTS = {
     "late_in": "bins that came late and were put in their place",
     "late_lost": "late bins that could not be put in their place",
     "revised": "answers that superseded one",
-    "shed": "bins not solved, or not answered, for overload",
+    "shed": "bins answered without a solve, for overload",
     "resumed": "sessions taken over where they stood",
     "unit_changes": "units masked or used again",
     "swapped": "models put in another's place",

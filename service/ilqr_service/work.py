@@ -68,6 +68,7 @@ class Work:
         received_ns: arrival of the bin, or of the bin that showed this one to be missing.
         due_ns: when the answer is due.
         anytime: the solver stops at ``due_ns`` with what it has.
+        sheds: while it is the newest of its run, older ones may go without a solve.
         serial: the work's place in its run, from 0.
         late: put the bin into the window, where it is held as missing, and solve again from there.
         budget: stop the solve after so many iterations (how a replay repeats a solve that the
@@ -94,6 +95,7 @@ class Work:
     watch: bool = False
     model: str = ""
     clock: Offset | None = None
+    sheds: bool = False
 
     @property
     def missing(self) -> bool:

@@ -24,24 +24,25 @@ Pure: ``step(state, bin) -> (state, estimate)``; S streams, one never changing a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import msgspec
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ilqr_vae import backend, ilqr
 from ilqr_vae.fused import solver
 from ilqr_vae.fused.estimator import Estimator
 from ilqr_vae.fused.graphs import Graphs, Record, record_cuda
+from ilqr_vae.fused.solver import Array
 from ilqr_vae.gpu.iteration import iteration
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
 from ilqr_vae.model import Model
 from ilqr_vae.priors import InitialCost
 from ilqr_vae.readout import KinematicReadout, ReadoutShape, read_window
+from ilqr_vae.streams import Estimate, HorizonState
 
 LOG_2 = 0.6931471805599453
 
@@ -58,73 +59,6 @@ class HorizonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     horizon: int = 10
     iterations: int = 2
     tolerance: float = 1e-10
-
-
-@dataclass(frozen=True)
-class HorizonState:
-    """Everything a stream remembers.
-
-    Attributes:
-        age: bins in the window so far, at most H.
-        mean, precision: of the arrival cost at the window's first state.
-        z, u: the current solution over the window's slots.
-        counts, mask: the window's data; mask is one where observed.
-    """
-
-    age: Int[Tensor, " S"]
-    mean: Float[Tensor, "S n"]
-    precision: Float[Tensor, "S n n"]
-    z: Float[Tensor, "S H1 n"]
-    u: Float[Tensor, "S H m"]
-    counts: Float[Tensor, "S H N"]
-    mask: Float[Tensor, "S H N"]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The fields, in order."""
-        return tuple(getattr(self, f.name) for f in fields(self))
-
-    def __getitem__(self, i: int) -> HorizonState:
-        """One stream, as a batch of one."""
-        return HorizonState(*(t[i : i + 1] for t in self.tensors()))
-
-    @staticmethod
-    def stack(states: Sequence[HorizonState]) -> HorizonState:
-        """Several streams as one batch."""
-        return HorizonState(
-            *(torch.cat([getattr(s, f.name) for s in states]) for f in fields(HorizonState))
-        )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The answer for the newest bin of each stream.
-
-    Attributes:
-        z: mean of the latent state after the newest bin.
-        z_cov: its covariance.
-        window: estimates of the newest L + 1 states, newest first, flattened (the readout's input).
-        rates: expected counts per bin under z.
-        kinematics, kinematics_std: in the recording's units; D = 0 without kinematics.
-        bits: log-likelihood of the newest bin as predicted one step ahead, in bits, relative to the
-            training mean rates; over observed units only.
-        spikes: how many spikes the observed units had.
-        iterations, status: of the solve (``ilqr.Status``).
-    """
-
-    z: Float[Tensor, "S n"]
-    z_cov: Float[Tensor, "S n n"]
-    window: Float[Tensor, "S features"]
-    rates: Float[Tensor, "S N"]
-    kinematics: Float[Tensor, "S D"]
-    kinematics_std: Float[Tensor, "S D"]
-    bits: Float[Tensor, " S"]
-    spikes: Float[Tensor, " S"]
-    iterations: Int[Tensor, " S"]
-    status: Int[Tensor, " S"]
-
-    @property
-    def z_std(self) -> Float[Tensor, "S n"]:
-        return self.z_cov.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
 def _spd_inverse(M: Tensor) -> Tensor:
@@ -208,12 +142,18 @@ class MovingHorizon:
             sound[:, None, None], precision, own
         )
 
-    def _shift(self, s: HorizonState, waitless: bool) -> HorizonState:
+    def _shift(self, s: HorizonState, waitless: bool, absorbs: bool) -> HorizonState:
         """The window one bin later, its newest slot empty; streams not yet full stay."""
         model, full = self.model, s.age == self.config.horizon
         if not waitless and not bool(full.any()):
             return s
-        mean, precision = self._absorb(s)
+        if absorbs:
+            mean, precision = self._absorb(s)
+        else:
+            mean, precision = (
+                s.z[:, 1],
+                (s.precision + model.initial.cost(len(s.age)).precision) / 2,
+            )
         rest = model.prior.mean.expand(s.z.shape[0], model.m)
         z_next = model.dynamics.step(self._w, s.z[:, -1], rest)
 
@@ -262,22 +202,38 @@ class MovingHorizon:
             if state.z.device.type == "cuda" and stop is None and backend.current() != "reference":
                 return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
-        after, answer = self._estimator().step(state.tensors(), counts, mask, ilqr.stopping(stop))
+        step = self._estimator().step
+        return self._given(*step(state.tensors(), counts, mask, ilqr.stopping(stop)))
+
+    def _given(
+        self, after: tuple[Array, ...], answer: tuple[Array, ...]
+    ) -> tuple[HorizonState, Estimate]:
+        """What the compiled step gives."""
         window, *rest = (torch.from_numpy(x) for x in answer)
         moved = HorizonState(*(torch.from_numpy(x) for x in after))
         return moved, Estimate(window[:, : self.model.n], rest[0], window, *rest[1:])
 
     @torch.no_grad()
-    def take_in(
+    def pass_by(
         self, state: HorizonState, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]
-    ) -> tuple[HorizonState, Float[Tensor, "S features"]] | None:
-        """Take one bin of each stream as ``step`` does, but without a solve: it is in the window,
-        the trajectory is the prediction. Also what the readout reads. None where not compiled."""
-        if not solver.usable(self.model, ("spikes",), state.z):
-            return None
-        after = self._estimator().enter(state.tensors(), counts, mask)
-        moved = HorizonState(*(torch.from_numpy(x) for x in after))
-        return moved, self.features(moved)
+    ) -> tuple[HorizonState, Estimate]:
+        """Take one bin of each stream as ``step`` does, but at next to no cost: without a solve.
+
+        The bin is in the window and counts in the next solve. The answer is its prediction, the
+        covariance not known (NaN). Where the window moves, the bin that leaves is not absorbed:
+        the arrival cost is put around the current trajectory and forgets half of what it knew
+        beyond the model's prior, so that after a few such bins the window's data decide.
+        """
+        if solver.usable(self.model, ("spikes",), state.z):
+            return self._given(*self._estimator().pass_by(state.tensors(), counts, mask))
+        after, predicted, bad = self._enter(state, counts, mask, absorbs=False)
+        newest = torch.arange(len(bad), device=bad.device), after.age - 1
+        unknown = torch.full_like(after.precision, torch.nan)
+        status = torch.where(bad, int(ilqr.Status.NOT_FINITE), int(ilqr.Status.RUNNING))
+        solve = (torch.zeros_like(status), status)
+        return after, self._answer(
+            after, unknown, predicted, after.counts[newest], after.mask[newest], solve
+        )
 
     def _graphed(
         self, state: HorizonState, counts: Tensor, mask: Tensor
@@ -327,21 +283,12 @@ class MovingHorizon:
             waitless: never look at a number, so that the device need not be waited for; without
                 ``stop``.
         """
-        finite = counts.isfinite()
-        bad = (~finite & (mask > 0)).any(-1)
-        counts, mask = torch.where(finite, counts, torch.zeros_like(counts)), mask * finite
-        counts = torch.where(mask > 0, counts, torch.zeros_like(counts))
-        s = self._shift(state, waitless)
-        row = torch.arange(s.z.shape[0], device=s.z.device)
-        window_counts, window_mask = s.counts.clone(), s.mask.clone()
-        window_counts[row, s.age] = counts
-        window_mask[row, s.age] = mask
-        predicted = self.spikes.mean(s.z[row, s.age + 1])
-
+        s, predicted, bad = self._enter(state, counts, mask, waitless=waitless)
+        row, newest = torch.arange(s.z.shape[0], device=s.z.device), s.age
         problem = ilqr.Problem(
             self.model,
             self._w,
-            {"spikes": Observed(window_counts, window_mask)},
+            {"spikes": Observed(s.counts, s.mask)},
             InitialCost(s.mean, s.precision),
         )
         solved, info = ilqr.solve_reference(
@@ -350,17 +297,39 @@ class MovingHorizon:
         # a solve that broke down keeps the prediction rather than spreading what is not finite
         broken = (solved.status == ilqr.Status.NOT_FINITE).view(-1, 1, 1)
         z, u = torch.where(broken, s.z, solved.z), torch.where(broken, s.u, solved.u)
-        newest = s.age + 1
         Sigma = marginal_covariance(
             info.problem.A, info.problem.B, info.lqr.K, info.lqr.Quu_inv, info.lqr.V[:, 0]
         )[row, newest]
         # of a solve that broke down nothing is known but what was known before any bin came
         unknown = broken | ~(Sigma.diagonal(dim1=-2, dim2=-1) > 0).all(-1).view(-1, 1, 1)
         Sigma = torch.where(unknown, self._wide, Sigma)
-        after = replace(s, age=newest, z=z, u=u, counts=window_counts, mask=window_mask)
-        answer = self._answer(after, Sigma, predicted, counts, mask, solved)
-        status = torch.where(bad, int(ilqr.Status.NOT_FINITE), answer.status)
-        return after, replace(answer, status=status)
+        after, at = replace(s, z=z, u=u), (row, newest - 1)
+        status = torch.where(bad, int(ilqr.Status.NOT_FINITE), solved.status)
+        solve = (solved.iterations, status)
+        return after, self._answer(after, Sigma, predicted, s.counts[at], s.mask[at], solve)
+
+    def _enter(
+        self,
+        state: HorizonState,
+        counts: Tensor,
+        mask: Tensor,
+        *,
+        waitless: bool = False,
+        absorbs: bool = True,
+    ) -> tuple[HorizonState, Tensor, Tensor]:
+        """The window with the new bin in it, that bin as predicted, and which streams' counts had a
+        number that is not finite."""
+        finite = counts.isfinite()
+        bad = (~finite & (mask > 0)).any(-1)
+        mask = mask * finite
+        counts = torch.where(mask > 0, counts, torch.zeros_like(counts))
+        s = self._shift(state, waitless, absorbs)
+        row = torch.arange(s.z.shape[0], device=s.z.device)
+        window_counts, window_mask = s.counts.clone(), s.mask.clone()
+        window_counts[row, s.age] = counts
+        window_mask[row, s.age] = mask
+        predicted = self.spikes.mean(s.z[row, s.age + 1])
+        return replace(s, age=s.age + 1, counts=window_counts, mask=window_mask), predicted, bad
 
     def features(self, s: HorizonState) -> Float[Tensor, "S F"]:
         """What the readout reads of a window (``readout``); the newest estimate first."""
@@ -374,7 +343,7 @@ class MovingHorizon:
         predicted: Tensor,
         counts: Tensor,
         mask: Tensor,
-        solved: ilqr.State,
+        solve: tuple[Tensor, Tensor],
     ) -> Estimate:
         window = self.features(s)
         z = window[:, : self.model.n]
@@ -391,6 +360,6 @@ class MovingHorizon:
             kinematics_std=kinematics_std,
             bits=self._bits(predicted, counts, mask),
             spikes=(counts * mask).sum(-1),
-            iterations=solved.iterations,
-            status=solved.status,
+            iterations=solve[0],
+            status=solve[1],
         )

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ilqr_vae.horizon import HorizonState, MovingHorizon
+from ilqr_vae.horizon import MovingHorizon
+from ilqr_vae.streams import HorizonState
 
 INPUT_DELAY = 5
 """Bins after which an input is reported."""

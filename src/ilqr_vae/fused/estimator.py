@@ -125,21 +125,34 @@ class Estimator:
         self._put(room)
         return after, estimate
 
-    def enter(self, state: Sequence[Tensor], counts: Tensor, mask: Tensor) -> tuple[Array, ...]:
-        """``step`` without a solve: the windows hold the bins, the trajectories are predictions.
-        Returns the fields of the next state."""
-        S = counts.shape[0]
-        room = self._take(S)
-        after, _ = self._enter(room, state, counts, mask)
-        after[3][...], after[4][...] = room.predicted[1][:S], room.predicted[2][:S]
-        self._put(room)
-        return after
+    def pass_by(
+        self, state: Sequence[Tensor], counts: Tensor, mask: Tensor
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """``step`` without a solve: the windows hold the bins, the answers are predictions of
+        unknown covariance."""
+        before, after, estimate = self._fresh(state, counts)
+        self._share(
+            counts.shape[0], self._code.pass_by, self.fixed, self.readout, before, after,
+            (array(counts), array(mask)), estimate,
+        )  # fmt: skip
+        return after, estimate
 
     def _enter(
         self, room: _Room, state: Sequence[Tensor], counts: Tensor, mask: Tensor
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Move the windows and take the bins in: the next states, but for the room's predicted
         trajectories; and the answers, as far as they are known."""
+        before, after, estimate = self._fresh(state, counts)
+        self._share(
+            counts.shape[0], self._code.enter, self.fixed, before, after,
+            (array(counts), array(mask)), room.predicted, estimate,
+        )  # fmt: skip
+        return after, estimate
+
+    def _fresh(
+        self, state: Sequence[Tensor], counts: Tensor
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
+        """The fields of the states, and room for those of the next and for the answers."""
         before = tuple(array(t) for t in state)
         S, N = counts.shape
         n = self.plan.sizes[0]
@@ -150,11 +163,7 @@ class Estimator:
             np.empty(S, np.int64),
             np.empty(S, np.int64),
         )
-        self._share(
-            S, self._code.enter, self.fixed, before, after, (array(counts), array(mask)),
-            room.predicted, estimate,
-        )  # fmt: skip
-        return after, estimate
+        return before, after, estimate
 
     def _share(self, streams: int, kernel: Callable[..., None], *arguments: Any) -> None:
         threads.share_out(

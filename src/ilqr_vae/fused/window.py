@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-from ilqr_vae.fused import observations
+from ilqr_vae.fused import decode, observations
 from ilqr_vae.fused.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING
 from ilqr_vae.fused.primitives import eight, finite
 from ilqr_vae.lqr.algebra import (
@@ -155,11 +155,39 @@ def _absorb(b, model, before, mean, precision, scratch):
 
 
 @part
-def _enter(b, model, prior_precision, null, before, after, arriving, predicted, estimate, scratch):
-    """Move stream ``b``'s window if it is full, put the new bin in, and predict that bin."""
+def _forget(b, share, prior_precision, before, after):
+    """The arrival cost one bin later where the bin that leaves is not absorbed: around the current
+    trajectory, with a ``share`` of what was known beyond the prior."""
+    _, _, old_precision, old_z, _, _, _ = before
+    _, mean, precision, _, _, _, _ = after
+    n = old_z.shape[2]
+    for i in range(n):
+        mean[b, i] = old_z[b, 1, i]
+        for j in range(n):
+            precision[b, i, j] = prior_precision[i, j]
+            if share > 0:
+                precision[b, i, j] += share * (old_precision[b, i, j] - prior_precision[i, j])
+
+
+@part
+def _stay(b, before, after):
+    """The arrival cost of a window that does not move."""
+    _, old_mean, old_precision, _, _, _, _ = before
+    _, mean, precision, _, _, _, _ = after
+    n = old_mean.shape[1]
+    for i in range(n):
+        mean[b, i] = old_mean[b, i]
+        for j in range(n):
+            precision[b, i, j] = old_precision[b, i, j]
+
+
+@part
+def _enter(b, model, null, before, after, arriving, predicted, estimate, scratch):
+    """Move what stream ``b``'s window holds if it is full, put the new bin in, and predict it. The
+    arrival cost is written already."""
     family, weights, bank, prior = model
-    age, old_mean, old_precision, old_z, old_u, old_counts, old_mask = before
-    new_age, mean, precision, _, _, counts, mask = after
+    age, _, _, old_z, old_u, old_counts, old_mask = before
+    new_age, _, _, _, _, counts, mask = after
     new_counts, new_mask = arriving
     z, u = predicted
     _, _, _, _, _, bits, spikes, _, ended = estimate
@@ -167,17 +195,6 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
     n, N = old_z.shape[2], old_counts.shape[2]
     zero = old_z.dtype.type(0.0)
     moves = 1 if age[b] == H else 0
-    if moves == 1:
-        if not _absorb(b, model, before, mean, precision, scratch):
-            for i in range(n):
-                mean[b, i] = old_z[b, 1, i]
-                for j in range(n):
-                    precision[b, i, j] = prior_precision[i, j]
-    else:
-        for i in range(n):
-            mean[b, i] = old_mean[b, i]
-            for j in range(n):
-                precision[b, i, j] = old_precision[b, i, j]
     for t in range(H - moves):
         for a in range(m):
             u[b, t, a] = old_u[b, t + moves, a]
@@ -234,83 +251,14 @@ def _enter(b, model, prior_precision, null, before, after, arriving, predicted, 
 
 
 @part
-def _features(b, bank, sizes, after, window, scratch):
-    """Write what the readout reads of stream ``b``: latents, then unexplained spikes."""
-    lags, residuals = sizes
-    age, _, _, z, _, counts, mask = after
-    n, N = z.shape[2], counts.shape[2]
-    zero = z.dtype.type(0.0)
-    newest = age[b]
-    for lag in range(lags + 1):
-        slot = max(newest - lag, 0)
-        for i in range(n):
-            window[b, lag * n + i] = z[b, slot, i]
-    expected, end = carve(scratch, 0, 1, eight(N))
-    at, end = carve(scratch, end, 1, n)
-    for k in range(residuals):
-        slot, first = newest - k, (lags + 1) * n + k * N
-        if slot < 1:
-            for i in range(N):
-                window[b, first + i] = zero
-            continue
-        for i in range(n):
-            at[0, i] = z[b, slot, i]
-        observations.expected(bank, at, expected)
-        for i in range(N):
-            left = counts[b, slot - 1, i] - expected[0, i]
-            window[b, first + i] = mask[b, slot - 1, i] * left
-
-
-@part
-def _decode(b, maps, spread, window, z_cov, kinematics, kinematics_std, scratch):
-    """Mean and standard deviation of stream ``b``'s kinematics, see ``readout``."""
-    W, offset, U, c, O = maps  # noqa: E741 (the letter of the formula)
-    variance, gain, kappa, centre, scale = spread
-    n, D, h = z_cov.shape[1], W.shape[0], U.shape[0]
-    zero = window.dtype.type(0.0)
-    unit, end = carve(scratch, 0, 1, h)
-    J, end = carve(scratch, end, 1, n)
-    for a in range(h):
-        total = c[a]
-        for j in range(U.shape[1]):
-            total += U[a, j] * window[b, j]
-        unit[0, a] = math.tanh(total)
-    energy = zero
-    for k in range(D):
-        total = offset[k]
-        for j in range(W.shape[1]):
-            total += W[k, j] * window[b, j]
-        for a in range(h):
-            total += O[k, a] * unit[0, a]
-        kinematics[b, k] = total
-        off = (total - centre[k]) / scale[k]
-        energy += off * off / D
-    for k in range(D):
-        for i in range(n):
-            J[0, i] = W[k, i]
-        for a in range(h):
-            slope = O[k, a] * (1 - unit[0, a] * unit[0, a])
-            for i in range(n):
-                J[0, i] += slope * U[a, i]
-        latent = zero
-        for i in range(n):
-            row = zero
-            for j in range(n):
-                row += z_cov[b, i, j] * J[0, j]
-            latent += J[0, i] * row
-        kinematics_std[b, k] = math.sqrt(gain[k] * latent + variance[k] + kappa[k] * energy)
-
-
-@part
 def _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
     """Write stream ``b``'s solved window and its answer."""
-    sizes, maps, spread = readout
     state, info = work
     solved_z, solved_u, _, _, status, iterations = state
     problem, law, value, _, _, _, _ = info
     age, _, _, z, u, _, _ = after
-    window, z_cov, rates, kinematics, kinematics_std, _, _, done, ended = estimate
-    n, N = z.shape[2], rates.shape[1]
+    _, z_cov, _, _, _, _, _, done, ended = estimate
+    n = z.shape[2]
     zero = z.dtype.type(0.0)
     newest = age[b]
     done[b] = iterations[b]
@@ -342,15 +290,7 @@ def _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
         for j in range(n):
             z_cov[b, i, j] = Sigma[newest, i, j] if good else wide[i, j]
 
-    _features(b, bank, sizes, after, window, scratch)
-    _decode(b, maps, spread, window, z_cov, kinematics, kinematics_std, scratch)
-    expected, end = carve(scratch, 0, 1, eight(N))
-    at, end = carve(scratch, end, 1, n)
-    for i in range(n):
-        at[0, i] = z[b, newest, i]
-    observations.expected(bank, at, expected)
-    for i in range(N):
-        rates[b, i] = expected[0, i]
+    decode.answer(b, bank, readout, after, estimate, scratch)
 
 
 @compiled
@@ -367,9 +307,40 @@ def enter(first, last, fixed, before, after, arriving, predicted, estimate, scra
     model, prior_precision, null = fixed
     z0, z, u = predicted
     for b in range(first, last):
-        _enter(b, model, prior_precision, null, before, after, arriving, (z, u), estimate, scratch)
+        if before[0][b] < before[4].shape[1]:
+            _stay(b, before, after)
+        elif not _absorb(b, model, before, after[1], after[2], scratch):
+            _forget(b, z.dtype.type(0.0), prior_precision, before, after)
+        _enter(b, model, null, before, after, arriving, (z, u), estimate, scratch)
         for i in range(z.shape[2]):
             z0[b, i] = z[b, 0, i]
+
+
+@compiled
+def pass_by(first, last, fixed, readout, before, after, arriving, estimate, scratch):
+    """Streams ``first`` to ``last`` take the new bin in and answer by its prediction, unsolved.
+
+    Args:
+        fixed, before, arriving: see ``enter``; ``readout``: see ``leave``.
+        after: the fields of ``HorizonState``, written.
+        estimate: the answer's arrays, written; its covariance is not known (NaN).
+    """
+    model, prior_precision, null = fixed
+    trajectory = (after[3], after[4])
+    z_cov, done = estimate[1], estimate[7]
+    n = z_cov.shape[1]
+    unknown = z_cov.dtype.type(math.nan)
+    for b in range(first, last):
+        if before[0][b] < before[4].shape[1]:
+            _stay(b, before, after)
+        else:
+            _forget(b, z_cov.dtype.type(0.5), prior_precision, before, after)
+        _enter(b, model, null, before, after, arriving, trajectory, estimate, scratch)
+        done[b] = 0
+        for i in range(n):
+            for j in range(n):
+                z_cov[b, i, j] = unknown
+        decode.answer(b, model[2], readout, after, estimate, scratch)
 
 
 @compiled

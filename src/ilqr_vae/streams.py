@@ -1,0 +1,80 @@
+"""What the moving-horizon estimator remembers of streams, and what it answers.
+
+A batch of S streams side by side; H bins in a window, N units, n latents, m inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HorizonState:
+    """Everything a stream remembers.
+
+    Attributes:
+        age: bins in the window so far, at most H.
+        mean, precision: of the arrival cost at the window's first state.
+        z, u: the current solution over the window's slots.
+        counts, mask: the window's data; mask is one where observed.
+    """
+
+    age: Int[Tensor, " S"]
+    mean: Float[Tensor, "S n"]
+    precision: Float[Tensor, "S n n"]
+    z: Float[Tensor, "S H1 n"]
+    u: Float[Tensor, "S H m"]
+    counts: Float[Tensor, "S H N"]
+    mask: Float[Tensor, "S H N"]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields, in order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    def __getitem__(self, i: int) -> HorizonState:
+        """One stream, as a batch of one."""
+        return HorizonState(*(t[i : i + 1] for t in self.tensors()))
+
+    @staticmethod
+    def stack(states: Sequence[HorizonState]) -> HorizonState:
+        """Several streams as one batch."""
+        return HorizonState(
+            *(torch.cat([getattr(s, f.name) for s in states]) for f in fields(HorizonState))
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The answer for the newest bin of each stream.
+
+    Attributes:
+        z: mean of the latent state after the newest bin.
+        z_cov: its covariance.
+        window: estimates of the newest L + 1 states, newest first, flattened (the readout's input).
+        rates: expected counts per bin under z.
+        kinematics, kinematics_std: in the recording's units; D = 0 without kinematics.
+        bits: log-likelihood of the newest bin as predicted one step ahead, in bits, relative to the
+            training mean rates; over observed units only.
+        spikes: how many spikes the observed units had.
+        iterations, status: of the solve (``ilqr.Status``).
+    """
+
+    z: Float[Tensor, "S n"]
+    z_cov: Float[Tensor, "S n n"]
+    window: Float[Tensor, "S features"]
+    rates: Float[Tensor, "S N"]
+    kinematics: Float[Tensor, "S D"]
+    kinematics_std: Float[Tensor, "S D"]
+    bits: Float[Tensor, " S"]
+    spikes: Float[Tensor, " S"]
+    iterations: Int[Tensor, " S"]
+    status: Int[Tensor, " S"]
+
+    @property
+    def z_std(self) -> Float[Tensor, "S n"]:
+        return self.z_cov.diagonal(dim1=-2, dim2=-1).sqrt()
