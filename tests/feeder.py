@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +43,7 @@ class Feeder(Closing):
             key.apply(self.sub)
         self.dealer.connect(ingest)
         self.sub.rcvhwm = 0
+        self._kept: deque[wire.Published] = deque()
         self.sub.connect(results)
 
     def close(self) -> None:
@@ -69,6 +71,9 @@ class Feeder(Closing):
         return self.reply_of(kind)
 
     def published(self) -> wire.Published:
+        return self._kept.popleft() if self._kept else self._published()
+
+    def _published(self) -> wire.Published:
         assert self.sub.poll(WAIT_S * 1e3), "nothing published"
         topic, frame = self.sub.recv_multipart()
         message = wire.decode_published(frame)
@@ -76,9 +81,12 @@ class Feeder(Closing):
         return message
 
     def subscribe(self, session: str) -> wire.Published:
-        """Returns what a new subscriber is sent at once."""
+        """Returns what a new subscriber is sent at once: from then on nothing is missed. What comes
+        of other sessions meanwhile is kept."""
         self.sub.setsockopt(zmq.SUBSCRIBE, wire.topic(session))
-        return self.published()
+        while (message := self._published()).session != session:
+            self._kept.append(message)
+        return message
 
     def results(self, n: int) -> list[wire.Result]:
         """The next ``n`` results; notices between them are passed over."""

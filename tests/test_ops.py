@@ -215,6 +215,42 @@ def test_replay_of_a_journal_is_verify(
     assert "error: " in capfd.readouterr().err
 
 
+def test_a_session_of_gaps_and_shed_bins_and_one_of_several_of_its_name_are_clean_nwb_too(
+    served: tuple[Service, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import h5py
+    from nwbinspector import inspect_nwbfile
+
+    service, journal, _ = served
+    counts = spikes(60)
+    with Feeder(service.ingest, service.results) as feeder:
+        feeder.subscribe("gaps")
+        # two recordings under one name and epoch, of which the second begins anywhere
+        for first in (0, 2**40):
+            feeder.ask(open_("gaps", anytime=True, deadline_ns=1), wire.Opened)
+            lost = first + 40_000  # further than a gap is bridged
+            indices = [*range(first, first + 50), *range(lost, lost + 10)]
+            bins = zip(indices, counts, strict=True)
+            feeder.send(*(bin_("gaps", i, x) for i, x in bins))
+            assert "shed" in {r.solver for r in feeder.results(60)}
+            feeder.ask(wire.Close(session="gaps"), wire.Closed)
+    capsys.readouterr()
+    arguments = ["export", str(journal), "--out", str(tmp_path / "gaps.nwb"), "--session", "gaps"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    runs = re.findall(r"gaps, epoch 0, run (\d+) \(60 bins", said)
+    assert len(runs) == 2, said
+    about = ("--subject", "r", "--species", "Rattus norvegicus", "--sex", "F", "--age", "P90D")
+    by = ("--experimenter", "Doe, Jane", "--institution", "A Lab")
+    assert main([*arguments, "--run", runs[1], *about, *by]) == 0
+    assert [m.message for m in inspect_nwbfile(nwbfile_path=tmp_path / "gaps.nwb")] == []
+    with h5py.File(tmp_path / "gaps.nwb") as file:
+        spikes_in = file["processing/ecephys/binned_spikes"]
+        np.testing.assert_array_equal(spikes_in["data"], counts)
+        np.testing.assert_allclose(spikes_in["timestamps"][[0, 49, 50]], [0.0, 2.45, 2000.0])
+        assert file["processing/misc/index/data"][50] == 2**40 + 40_000
+
+
 # ---- parts -------------------------------------------------------------------------------------
 
 

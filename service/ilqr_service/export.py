@@ -62,23 +62,34 @@ def runs_of(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
     return list(runs.values()), manifests
 
 
-def choose(runs: list[Kept], session: str | None, epoch: int | None) -> Kept:
-    """The only run that fits. Raises RecordingError: none or several."""
+def choose(runs: list[Kept], session: str | None, epoch: int | None, run: int | None) -> Kept:
+    """The only run with answers that fits. Raises RecordingError: none or several."""
+    answered = [r for r in runs if r.results]
     fitting = [
         r
-        for r in runs
+        for r in answered
         if (session is None or r.began.request.session == session)
         and (epoch is None or r.began.request.epoch == epoch)
-        and r.results
+        and (run is None or r.began.run == run)
     ]
     if len(fitting) != 1:
-        known = ", ".join(f"{r.began.request.session}:{r.began.request.epoch}" for r in runs)
+        known = "; ".join(
+            f"{r.began.request.session}, epoch {r.began.request.epoch}, run {r.began.run} "
+            f"({len(r.results)} bins from {_started(r):%Y-%m-%d %H:%M:%S} UTC)"
+            for r in answered
+        )
         raise RecordingError(
             "session",
-            expected="a --session and --epoch that name one",
-            got=f"{len(fitting)} of {known or 'none'}",
+            expected="a --session, --epoch or --run that names one with answers",
+            got=f"{len(fitting)} of: {known or 'none'}",
         )
     return fitting[0]
+
+
+def _started(run: Kept) -> datetime:
+    first, header = run.results[min(run.results)], run.header
+    started_ns = header.at_ns + (first.received_ns - header.clock_ns)
+    return datetime.fromtimestamp(started_ns / 1e9, UTC)
 
 
 def write(
@@ -122,11 +133,10 @@ def _build(
 ) -> Any:
     request, header = run.began.request, run.header
     first = run.results[min(run.results)]
-    started_ns = header.at_ns + (first.received_ns - header.clock_ns)
     nwb: Any = pynwb.NWBFile(
         session_description=f"session {request.session}, epoch {request.epoch}, decoded live",
         identifier=f"{header.boot}-{run.began.run}",
-        session_start_time=datetime.fromtimestamp(started_ns / 1e9, UTC),
+        session_start_time=_started(run),
         session_id=f"{request.session}-{request.epoch}",
         keywords=["iLQR-VAE", "decoding"],
         experimenter=[experimenter] if experimenter else None,
@@ -136,14 +146,19 @@ def _build(
     if subject is not None:
         known = {key: value for key, value in asdict(subject).items() if value}
         nwb.subject = pynwb.file.Subject(**known)
-    n_bins = max(run.results) + 1
-    rate = 1e9 / request.bin_width_ns
+    # a row for each bin with an answer; time counts from the first of them
+    row = {index: k for k, index in enumerate(sorted(run.results))}
+    indices = np.array(list(row), dtype=np.int64)
+    n_bins, width = len(row), request.bin_width_ns / 1e9
+    clock: dict[str, Any] = {"rate": 1 / width, "starting_time": 0.0}
+    if indices[-1] - indices[0] >= n_bins:  # after a gap that has no answers
+        clock = {"timestamps": (indices - indices[0]) * width}
     counts = np.full((n_bins, len(request.units)), np.nan)
     observed = np.zeros((n_bins, len(request.units)), dtype=np.uint8)
     for index, work in run.works.items():
-        if work.counts is not None and index < n_bins:
-            counts[index] = work.counts
-            observed[index] = 1 if work.mask is None else work.mask
+        if work.counts is not None and index in row:
+            counts[row[index]] = work.counts
+            observed[row[index]] = 1 if work.mask is None else work.mask
     facts = manifests.get(first.model, {})
     names = {
         "latent": [f"z{k}" for k in range(first.latent.shape[0])],
@@ -160,8 +175,7 @@ def _build(
                 name=name,
                 data=data,
                 unit=unit,
-                rate=rate,
-                starting_time=0.0,
+                **clock,
                 description=what,
                 comments="columns: " + ", ".join(columns) if columns else "one value a bin",
             )
@@ -179,11 +193,12 @@ def _build(
         base = name.removesuffix("_std")
         data = np.full((n_bins, getattr(first, name).shape[0]), np.nan)
         for index, result in run.results.items():
-            data[index] = wire.unpack(getattr(result, name), name)
+            data[row[index]] = wire.unpack(getattr(result, name), name)
         if data.shape[1]:
             what = "standard deviation" if name != base else "mean"
             add(decoder, name, data, units[base], f"{what} after each bin", names[base])
     scalars = {
+        "index": list(run.results),
         "status": [STATUSES.index(r.status) for r in run.results.values()],
         "revision": [r.revision for r in run.results.values()],
         "iterations": [r.iterations for r in run.results.values()],
@@ -192,7 +207,7 @@ def _build(
     }
     for name, values in scalars.items():
         data = np.zeros(n_bins)
-        data[list(run.results)] = values
+        data[[row[index] for index in run.results]] = values
         what = f"{name} of each answer"
         if name == "status":
             what += ": " + ", ".join(f"{k} {text}" for k, text in enumerate(STATUSES))

@@ -19,6 +19,7 @@ def export(
     out: Annotated[Path, typer.Option(help="the .nwb file to write")],
     session: Annotated[str | None, typer.Option(help="needed where there are several")] = None,
     epoch: Annotated[int | None, typer.Option(help="needed where there are several")] = None,
+    run: Annotated[int | None, typer.Option(help="its number; where names are not enough")] = None,
     subject: Annotated[str, typer.Option(help="who was recorded")] = "",
     species: Annotated[str, typer.Option(help="Latin binomial")] = "",
     sex: Annotated[str, typer.Option(help="M, F, O or U")] = "U",
@@ -32,17 +33,17 @@ def export(
     Example: ilqr-vae export journal/ --session rat-7 --out rat-7.nwb
     """
     runs, manifests = runs_of(journal)
-    run = choose(runs, session, epoch)
+    chosen = choose(runs, session, epoch, run)
     who = None
     if subject:
         who = SubjectInfo(subject, species, sex, age, "recorded subject")
     write(
         out,
-        run,
+        chosen,
         manifests,
         subject=who,
         experimenter=experimenter,
         institution=institution,
         force=force,
     )
-    typer.echo(f"{out}: {len(run.results)} bins of session {run.began.request.session}")
+    typer.echo(f"{out}: {len(chosen.results)} bins of session {chosen.began.request.session}")

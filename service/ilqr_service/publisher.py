@@ -4,10 +4,15 @@ Each new subscription gets exactly one message at once, and it alone gets it: th
 message where there is one, else a ``Notice("subscribed")``. So a subscriber knows that it is
 subscribed before it lets anything happen that it must not miss.
 
-libzmq's XPUB_MANUAL_LAST_VALUE does the addressing: after a (un)subscription is taken off the
-socket the next message goes to that subscriber alone. One message must therefore follow each,
-also an unsubscription. Where a subscriber has vanished by then, libzmq sends what was meant for it
-to everyone under that topic, who may so see the last message twice: by index and revision the same.
+libzmq's XPUB_MANUAL does the addressing: what is (un)subscribed, and with XPUB_MANUAL_LAST_VALUE
+the next message, is for whoever sent the (un)subscription that was last taken off the socket. Where
+a subscriber has vanished by then, libzmq sends what was meant for it to everyone under that topic,
+who may so see the last message twice: by index and revision the same.
+
+A message that is no (un)subscription, which no SUB socket sends, makes libzmq (4.3.5) lose count:
+to the end of what has come it takes each (un)subscription for the next one's. Those subscribers are
+given every topic, of which their own sockets keep what they want, and their first message goes to
+all under its topic.
 """
 
 from __future__ import annotations
@@ -21,7 +26,6 @@ import zmq
 from ilqr_vae import wire
 
 _MAX_TOPIC = 1024
-_NOBODY = b"\xff"
 
 
 class Publisher:
@@ -37,7 +41,7 @@ class Publisher:
         self.socket: zmq.Socket[bytes] = context.socket(zmq.XPUB)
         self.socket.sndhwm = queue
         self.socket.maxmsgsize = _MAX_TOPIC
-        self.socket.setsockopt(zmq.XPUB_MANUAL_LAST_VALUE, 1)
+        self.socket.setsockopt(zmq.XPUB_MANUAL, 1)
         self._topics = topics
         self._last: dict[bytes, bytes] = {}
         self._strange = 0
@@ -57,21 +61,42 @@ class Publisher:
         return topic, frame
 
     def welcome(self) -> None:
-        """Take all (un)subscriptions off the socket and answer each."""
+        """Take all (un)subscriptions off the socket and answer each subscription."""
+        astray = False
+        owed: list[bytes] = []
         while True:
             try:
                 request = self.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                break
             kind, topic = request[:1], request[1:]
-            if kind == b"\x01":
-                self.socket.setsockopt(zmq.SUBSCRIBE, topic)
-                self._send(topic, self._last.get(topic) or _notice(topic, "subscribed"))
-            elif kind == b"\x00":
-                self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
-                self._send(_NOBODY, _notice(topic, "unsubscribed"))
-            else:
+            if kind not in (b"\x00", b"\x01"):
                 self._strange += 1
+                astray = True
+            if astray:
+                self.socket.setsockopt(zmq.SUBSCRIBE, b"")
+                owed += [topic] if kind == b"\x01" else []
+            elif kind == b"\x01":
+                self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+                self._alone(topic)
+            else:
+                self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+        for topic in owed:
+            self._send(topic, self._first(topic))
+
+    def _first(self, topic: bytes) -> bytes:
+        """What a new subscriber of a topic is sent."""
+        if topic in self._last:
+            return self._last[topic]
+        name = topic.rstrip(b"\x00").decode("utf-8", "replace")
+        return wire.encode(wire.Notice(session=name, epoch=0, what="subscribed"))
+
+    def _alone(self, topic: bytes) -> None:
+        """Send a topic's first message to the newest subscriber alone."""
+        self.socket.setsockopt(zmq.XPUB_MANUAL_LAST_VALUE, 1)
+        self._send(topic, self._first(topic))
+        self.socket.setsockopt(zmq.XPUB_MANUAL_LAST_VALUE, 0)
+        self.socket.setsockopt(zmq.XPUB_MANUAL, 1)
 
     def strange(self) -> Counter[str]:
         """Messages that were no (un)subscriptions, since the last call."""
@@ -81,8 +106,3 @@ class Publisher:
     def _send(self, topic: bytes, frame: bytes) -> None:
         with contextlib.suppress(zmq.Again):
             self.socket.send_multipart([topic, frame], zmq.NOBLOCK)
-
-
-def _notice(topic: bytes, what: str) -> bytes:
-    name = topic.rstrip(b"\x00").decode("utf-8", "replace")
-    return wire.encode(wire.Notice(session=name, epoch=0, what=what))

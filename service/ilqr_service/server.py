@@ -34,7 +34,7 @@ from ilqr_service.sockets import bind, empty, received
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
-from ilqr_service.work import FAILED, SHED, Work
+from ilqr_service.work import Work
 from ilqr_vae import wire
 from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
 
@@ -45,7 +45,6 @@ _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
 _COLLECT_S = 5.0
-_TROUBLE = ("stalled", "not_finite")
 
 
 class Service:
@@ -124,7 +123,7 @@ class Service:
             keep_warm_s=settings.keep_warm_ms / 1e3,
             prepare=self._hygiene.thread,
         )
-        self._stop = threading.Event()
+        self._stop, self._accepting = threading.Event(), threading.Event()
         self._seen = self._collected = time.monotonic()
         self._web: Web | None = None
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
@@ -168,7 +167,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Bins are answered."""
-        return self._solver.ready.is_set() and self.healthy and not self._stop.is_set()
+        return self._accepting.is_set() and self.healthy and not self._stop.is_set()
 
     @property
     def healthy(self) -> bool:
@@ -178,7 +177,7 @@ class Service:
 
     def wait_ready(self, timeout: float) -> bool:
         """Wait until bins are answered; False after ``timeout`` seconds."""
-        return self._solver.ready.wait(timeout) and self.ready
+        return self._accepting.wait(timeout) and self.ready
 
     def stop(self) -> None:
         """Answer what is queued (for at most ``drain_s``), end the sessions, free the addresses."""
@@ -245,6 +244,7 @@ class Service:
                 self._messages()
             if not self._table.accepting and self._solver.ready.is_set() and drained_by is None:
                 self._table.accepting = True
+                self._accepting.set()
                 self.telemetry.ready(True)
             due = self._table.next_due()
             self._credits(all_owed=False)
@@ -299,12 +299,6 @@ class Service:
                 self._ledger.keep(answer)
                 continue
             effects = self._table.answered(answer, time.monotonic_ns())
-            if answer.solver == FAILED and not answer.void:
-                effects.events["solve_failed"] += 1
-            elif answer.solver == SHED:
-                effects.events["shed"] += 1
-            elif answer.solver in _TROUBLE:
-                effects.events["non_converged"] += 1
             self._ledger.note(effects, answer)
             step.append(effects)
             if len(step) == _TOGETHER:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ilqr_service.work import SHED, Answer, ModelFacts, Vector, Work, status_of
+from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Vector, Work, status_of
 from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
 
@@ -315,6 +315,8 @@ class Session:
         """Account for an answer and add it, with what it says of units, to what goes out."""
         work = answer.work
         status = status_of(answer, published_ns)
+        if trouble := TROUBLE.get(answer.solver):
+            effects.events[trouble] += 1
         revision = 0
         if answer.revised:
             revision = self.revisions[work.index] = self.revisions.get(work.index, 0) + 1

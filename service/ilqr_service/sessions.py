@@ -6,8 +6,8 @@ returns ``Effects`` for its caller to carry out.
 Rules:
 
 - A session belongs to the feeder that opened it. Opening it again while it is open needs a higher
-  epoch (from whichever feeder); the older run ends there, with a notice, and what was queued of it
-  is dropped and counted. An ended session's name and epoch are free again.
+  epoch (from any feeder); the older run ends there, with a notice, and what was queued of it is
+  dropped and counted. An ended session's name and epoch are free again.
 - Opening with ``resume`` and the epoch of an open session takes it over where it stands, from a
   feeder that is gone or after a restart of the service.
 - Indices rise from 0, but may come out of order. Gap rule: when bin k+g arrives after bin k, the
@@ -112,11 +112,9 @@ class SessionTable:
         except ProtocolError as error:
             effects = Effects.refusal(owner, error, message.session)
             session = self._sessions.get(message.session)
-            if (
-                isinstance(message, wire.Bin)
-                and session is not None
-                and (session.owner, session.epoch) == (owner, message.epoch)
-            ):
+            if session is None or not isinstance(message, wire.Bin):
+                return effects
+            if (session.owner, session.epoch) == (owner, message.epoch):
                 self._owe(session)
                 if error.field == "credits":
                     session.overran()
@@ -172,7 +170,7 @@ class SessionTable:
         return effects
 
     def add(self, session: Session) -> None:
-        """Put a session, new or resumed from a journal, into the table."""
+        """Put in a session, new or resumed from a journal."""
         self.next_run = max(self.next_run, session.run + 1)
         self._sessions[session.name] = session
         self._runs[session.run] = session
@@ -187,10 +185,9 @@ class SessionTable:
             raise ProtocolError("session", expected="open", got="closing")
         if session.user != user:
             raise ProtocolError("session", expected="one of this user", got=message.session)
-        session.owner, session.seen_ns, session.owed = owner, now_ns, 0
+        session.owner, session.seen_ns, session.owed, session.silent = owner, now_ns, 0, 0
         session.arrivals.clear()
         session.source = (-1, -(2**62))  # another feeder's clock may be another
-        session.silent = 0
         effects = Effects(again=[r for r in session.recent if r.index > message.answered])
         credits = max(0, self.limits.credits - session.unanswered)
         effects.replies.append((owner, session.opened(credits, resumed=True)))
@@ -335,9 +332,7 @@ class SessionTable:
         ``all_owed`` also the few that a feeder cannot be short of yet."""
         least = 1 if all_owed else max(1, self.limits.credits // 8)
         due = [s for s in self._owing.values() if s.owed >= least]
-        for session in due:
-            del self._owing[session.run]
-        return [(s.owner, s.credit()) for s in due]
+        return [(s.owner, self._owing.pop(s.run).credit()) for s in due]
 
     # ---- time and ends -------------------------------------------------------------------------
 
@@ -384,7 +379,7 @@ class SessionTable:
         return effects
 
     def infos(self, now_ns: int) -> tuple[wire.SessionInfo, ...]:
-        return tuple(s.info(now_ns) for s in self._sessions.values())
+        return tuple(s.info(now_ns) for s in self)
 
     def _end_if_answered(self, session: Session, effects: Effects) -> None:
         if session.waiting == 0:

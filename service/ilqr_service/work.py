@@ -26,6 +26,14 @@ NOT_FINITE = "not_finite"
 SHED = "shed"
 """In place of the solver's status where a bin was taken into the window without a solve."""
 
+TROUBLE = {
+    FAILED: "solve_failed",
+    SHED: "shed",
+    NOT_FINITE: "non_converged",
+    "stalled": "non_converged",
+}
+"""What answers are counted as beside their status, by the solver's status."""
+
 NO_SOLVE = -1
 """A ``budget``: take the bin in without a solve."""
 

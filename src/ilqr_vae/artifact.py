@@ -30,7 +30,7 @@ from ilqr_vae.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
 from ilqr_vae.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
 
-SCHEMA = 2
+SCHEMA = 3
 KEY = "ilqr_vae"
 MANIFEST_SHA256 = "ilqr_vae.sha256"
 

@@ -1,6 +1,6 @@
 """Latent -> kinematics, with standard deviations.
 
-    y_t = W x_t + b + O tanh(U x_t + c) + e_t
+    y_t = W x_t + b + O relu(U x_t + c) + e_t
     x_t = [z_t, z_{t-1}, ..., z_{t-L},  r_t, r_{t-1}, ..., r_{t-K+1}],    e_t ~ N(0, diag s_t^2)
 
 z are the estimates available at bin t (nothing later), and r_k = mask_k (counts_k - rates(z_k))
@@ -117,13 +117,13 @@ class KinematicReadout(nn.Module):
 
     def mean(self, x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch D"]:
         """The decode."""
-        return x @ self.W.mT + self.b + (x @ self.U.mT + self.c).tanh() @ self.O.mT
+        return x @ self.W.mT + self.b + (x @ self.U.mT + self.c).relu() @ self.O.mT
 
     def latent_variance(
         self, x: Float[Tensor, "*batch F"], covariance: Float[Tensor, "*batch n n"]
     ) -> Float[Tensor, "*batch D"]:
         """diag(J Sigma J'): how much of the decode's variance the latent's explains."""
-        slope = 1 - (x @ self.U.mT + self.c).tanh() ** 2
+        slope = (x @ self.U.mT + self.c > 0).to(x)
         J = self.W[:, : self.n] + (self.O * slope.unsqueeze(-2)) @ self.U[:, : self.n]
         return ((J @ covariance) * J).sum(-1)
 

@@ -77,18 +77,19 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             estimator's horizon holds them.
         residuals: bins whose unexplained spikes it may read, as far as the horizon holds them; zero
             for none.
-        hidden: units of the hidden layer it may have; zero for none.
+        hidden: units of each hidden layer it may have; zero for none.
         members: hidden layers averaged.
-        epochs, dropout: of the hidden layer's training.
+        steps: gradient steps of the hidden layers' training.
+        dropout: share of hidden units left out in it; of features, half of that.
         alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
     """
 
     lags: int = 6
     residuals: int = 4
     hidden: int = 128
-    members: int = 2
-    epochs: int = 60
-    dropout: float = 0.3
+    members: int = 4
+    steps: int = 2000
+    dropout: float = 0.4
     alphas: tuple[float, ...] = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5)
 
     def within(self, horizon: int) -> ReadoutConfig:
@@ -144,7 +145,7 @@ def check(config: TrainConfig) -> TrainConfig:
     for name in ("lags", "residuals", "hidden"):
         value = getattr(readout, name)
         _require(f"readout.{name}", value, "zero or more", value >= 0)
-    for name in ("members", "epochs"):
+    for name in ("members", "steps"):
         value = getattr(readout, name)
         _require(f"readout.{name}", value, "at least 1", value >= 1)
     _require("readout.dropout", readout.dropout, "0 to below 1", 0 <= readout.dropout < 1)

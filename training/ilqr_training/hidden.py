@@ -1,12 +1,15 @@
-"""The readout's hidden layer: beside the linear map, y = W x + b + O tanh(U x + c).
+"""The readout's hidden layer: beside the linear map, y = W x + b + O relu(U x + c).
 
-Adam on the squared error of standardised features and targets, dropout on both layers, weight
-decay, a one-cycle learning rate, a fixed number of epochs; several members from different starts
-are averaged, which is again one layer. It begins as the linear map it is given (O = 0).
+W and b are the ridge's and stay; the layer learns what they leave. AdamW on the squared error of
+standardised features and targets, dropout on features and hidden units, a one-cycle learning rate,
+a fixed number of gradient steps however long the recording is. W reads the dropped features too,
+so the layer also learns to stand in for features that are missing. Several members from different
+starts are averaged, which is again one layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +23,7 @@ Array = NDArray[np.float64]
 
 _BATCH = 256
 _RATE = 3e-3
-_DECAY = 1e-3
+_DECAY = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,62 +43,64 @@ class Maps:
 
     def __call__(self, x: Array) -> Array:
         """(T, F) -> (T, D)."""
-        return x @ self.W.T + self.b + np.tanh(x @ self.U.T + self.c) @ self.O.T
+        return x @ self.W.T + self.b + np.maximum(x @ self.U.T + self.c, 0) @ self.O.T
+
+    def share(self, share: float) -> Maps:
+        """With ``share`` of what the hidden layer adds."""
+        return Maps(self.W, self.b, self.U, self.c, share * self.O)
 
     def reading(self, columns: slice) -> Maps:
         """Of some features alone; those left out must not be read."""
         return Maps(self.W[:, columns], self.b, self.U[:, columns], self.c, self.O)
 
 
-def _member(x: Tensor, y: Tensor, start: Maps, config: ReadoutConfig, seed: int) -> Maps:
+def fit_hidden(x: Array, y: Array, start: Maps, config: ReadoutConfig, seed: int) -> Maps:
+    """``start`` with ``config.members`` hidden layers of ``config.hidden`` units, averaged.
+
+    Args:
+        x: (T, F) standardised features; y: (T, D) standardised targets.
+        start: the linear map.
+        seed: of starts, order and dropout; the same seed gives the same layer.
+    """
+    xs, ys = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=torch.float32)
+    W, b = (torch.as_tensor(t, dtype=torch.float32) for t in (start.W, start.b))
     g = torch.Generator().manual_seed(seed)
-    T, F = x.shape
-    h, D = config.hidden, y.shape[1]
-
-    def parameter(values: Array | Tensor) -> Tensor:
-        return torch.as_tensor(values, dtype=x.dtype).clone().requires_grad_()
-
-    W, b = parameter(start.W), parameter(start.b)
-    U, c = parameter(torch.randn(h, F, generator=g) / F**0.5), parameter(torch.zeros(h))
-    O = parameter(torch.zeros(D, h))  # noqa: E741
-    batch = min(_BATCH, T)
-    steps = config.epochs * (T // batch)
-    optimiser = torch.optim.AdamW([W, b, U, c, O], lr=_RATE, weight_decay=_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps)
+    (T, F), D, M, h = x.shape, y.shape[1], config.members, config.hidden
+    U = (torch.randn(M, h, F, generator=g) / F**0.5).requires_grad_()
+    c = torch.zeros(M, 1, h, requires_grad=True)
+    O = torch.zeros(M, D, h, requires_grad=True)  # noqa: E741 (the letter of the formula)
+    optimiser = torch.optim.AdamW([U, c, O], lr=_RATE, weight_decay=_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=config.steps)
 
     def drop(values: Tensor, share: float) -> Tensor:
         kept = torch.rand(values.shape, generator=g) >= share
         return values * kept / (1 - share)
 
-    for _ in range(config.epochs):
-        order = torch.randperm(T, generator=g)
-        for k in range(T // batch):
-            rows = order[k * batch : (k + 1) * batch]
-            xs = drop(x[rows], config.dropout / 2)
-            units = drop((xs @ U.T + c).tanh(), config.dropout)
-            loss = ((xs @ W.T + b + units @ O.T - y[rows]) ** 2).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    return Maps(*(t.detach().double().numpy() for t in (W, b, U, c, O)))
-
-
-def fit_hidden(x: Array, y: Array, start: Maps, config: ReadoutConfig, seed: int) -> Maps:
-    """``config.members`` hidden layers of ``config.hidden`` units, averaged.
-
-    Args:
-        x: (T, F) standardised features; y: (T, D) standardised targets.
-        start: the linear map to begin from.
-        seed: of starts, order and dropout; the same seed gives the same layer.
-    """
-    xs, ys = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=torch.float32)
-    made = [_member(xs, ys, start, config, seed * 1000 + i) for i in range(config.members)]
-    M = len(made)
+    batches = _batches(T, M, g)
+    for _ in range(config.steps):
+        rows = next(batches)
+        seen = drop(xs[rows], config.dropout / 2)
+        units = drop(torch.baddbmm(c, seen, U.mT).relu(), config.dropout)
+        error = seen @ W.T + b + units @ O.mT - ys[rows]
+        # a sum over members, whose parameters are apart
+        loss = (error**2).mean((1, 2)).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    made = [t.detach().double().numpy() for t in (U, c, O)]
     return Maps(
-        W=np.mean([m.W for m in made], 0),
-        b=np.mean([m.b for m in made], 0),
-        U=np.concatenate([m.U for m in made]),
-        c=np.concatenate([m.c for m in made]),
-        O=np.concatenate([m.O for m in made], 1) / M,
+        W=start.W,
+        b=start.b,
+        U=made[0].reshape(M * h, F),
+        c=made[1].reshape(M * h),
+        O=made[2].transpose(1, 0, 2).reshape(D, M * h) / M,
     )
+
+
+def _batches(T: int, members: int, g: torch.Generator) -> Iterator[Tensor]:
+    """(members, batch) rows, for each member all rows once, less a remainder, then again."""
+    batch = min(_BATCH, T)
+    while True:
+        order = torch.stack([torch.randperm(T, generator=g) for _ in range(members)])
+        yield from order[:, : T // batch * batch].split(batch, dim=1)

@@ -8,7 +8,7 @@ readout that had not seen them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -24,6 +24,9 @@ from ilqr_vae.metrics import r2
 from ilqr_vae.readout import KinematicReadout, ReadoutShape
 
 Array = NDArray[np.float64]
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of what the hidden layer adds to the linear map, tried on the held-out part beside none of it."""
 
 LEVEL = 0.9
 """Of the intervals whose coverage on the held-out part is made exact."""
@@ -90,15 +93,18 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Penalties of the linear map, on latents and on unexplained spikes; and hidden units."""
+    """Penalties of the linear map, on latents and on unexplained spikes; hidden units, and how much
+    of what they add is taken."""
 
     alpha: float
     beta: float
     hidden: int = 0
+    share: float = 0.0
 
     def __str__(self) -> str:
         spikes = "none" if np.isinf(self.beta) else f"{self.beta:g}"
-        return f"ridge {self.alpha:g}, on unexplained spikes {spikes}, hidden units {self.hidden}"
+        hidden = f"hidden units {self.hidden}, {self.share:.0%} of what they add"
+        return f"ridge {self.alpha:g}, on unexplained spikes {spikes}, {hidden}"
 
 
 def _ridges(table: _Table, latents: int, choices: list[_Choice]) -> Iterator[Maps]:
@@ -176,10 +182,11 @@ def fit_readout(
     score, _, choice, maps = max(scored, key=lambda s: (s[0], -s[1]))
     if config.hidden and not quick:
         deep = fit_hidden(table.x, table.y, maps, config, seed)
-        found = r2(held_y, decode(deep))
-        if found > score:
-            score, maps = found, deep
-            choice = _Choice(choice.alpha, choice.beta, len(deep.c))
+        for share in SHARES:
+            found = r2(held_y, decode(deep.share(share)))
+            if found > score:
+                score, maps = found, deep.share(share)
+                choice = replace(choice, hidden=len(deep.c), share=share)
     residuals = config.residuals if np.isfinite(choice.beta) or choice.hidden else 0
     shape = ReadoutShape(lags=config.lags, residuals=residuals, hidden=choice.hidden)
     reads = slice(0, shape.features(n, units))
@@ -190,7 +197,7 @@ def fit_readout(
     table = _Table.of(whole.x, whole.y, latents)
     (again,) = _ridges(table, latents, [choice])
     if choice.hidden:
-        again = fit_hidden(table.x, table.y, again, config, seed)
+        again = fit_hidden(table.x, table.y, again, config, seed).share(choice.share)
     readout = _module(table.in_units(again).reading(reads), n, units, shape, one.y)
     for name in ("gain", "variance", "kappa"):
         getattr(readout, name).copy_(getattr(trained, name))

@@ -46,17 +46,22 @@ def _features(b, bank, sizes, after, window, scratch):
 @part
 def _decode(b, maps, spread, window, z_cov, kinematics, kinematics_std, scratch):
     """Mean and standard deviation of stream ``b``'s kinematics, see ``readout``."""
-    W, offset, U, c, O = maps  # noqa: E741 (the letter of the formula)
+    W, offset, Ut, U, c, O = maps  # noqa: E741 (the letter of the formula)
     variance, gain, kappa, centre, scale = spread
     n, D, h = z_cov.shape[1], W.shape[0], U.shape[0]
     zero = window.dtype.type(0.0)
     unit, end = carve(scratch, 0, 1, h)
     J, end = carve(scratch, end, 1, n)
     for a in range(h):
-        total = c[a]
-        for j in range(U.shape[1]):
-            total += U[a, j] * window[b, j]
-        unit[0, a] = math.tanh(total)
+        unit[0, a] = c[a]
+    # unit by unit each sum would wait for its last term; in this order the units go side by side
+    for j in range(Ut.shape[0]):
+        x = window[b, j]
+        for a in range(h):
+            unit[0, a] += Ut[j, a] * x
+    for a in range(h):
+        # written so that what is not a number stays that
+        unit[0, a] = zero if unit[0, a] <= zero else unit[0, a]
     energy = zero
     for k in range(D):
         total = offset[k]
@@ -71,9 +76,10 @@ def _decode(b, maps, spread, window, z_cov, kinematics, kinematics_std, scratch)
         for i in range(n):
             J[0, i] = W[k, i]
         for a in range(h):
-            slope = O[k, a] * (1 - unit[0, a] * unit[0, a])
+            if unit[0, a] == zero:
+                continue
             for i in range(n):
-                J[0, i] += slope * U[a, i]
+                J[0, i] += O[k, a] * U[a, i]
         latent = zero
         for i in range(n):
             row = zero
@@ -88,7 +94,7 @@ def answer(b, bank, readout, after, estimate, scratch):
     """Write stream ``b``'s features, kinematics and rates; its covariance is there already.
 
     Args:
-        readout: ((L, K), (W, b, U, c, O), (variance, gain, kappa, centre, spread)).
+        readout: ((L, K), (W, b, U', U of z, c, O), (variance, gain, kappa, centre, spread)).
         after: the fields of ``HorizonState``.
         estimate: the answer's arrays.
     """

@@ -71,7 +71,8 @@ class Estimator:
         used = KinematicReadout(n, 0) if readout is None else readout
         self.channels, self.features = used.W.shape
         self.scratch_size = window.scratch_size(horizon, n, m, N, used.shape.hidden)
-        maps = tuple(array(t.to(mean_rate.dtype)) for t in (used.W, used.b, used.U, used.c, used.O))
+        U = (used.U.mT.contiguous(), used.U[:, :n].contiguous())
+        maps = tuple(array(t.to(mean_rate.dtype)) for t in (used.W, used.b, *U, used.c, used.O))
         spread = (used.variance, used.gain, used.kappa, used.centre, used.spread)
         affine = (
             (used.shape.lags, used.shape.residuals),

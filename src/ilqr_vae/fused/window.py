@@ -350,7 +350,7 @@ def leave(first, last, bank, wide, readout, work, after, predicted, estimate, sc
     Args:
         bank: the channels.
         wide: (n, n) covariance of z_0, stated where a solve broke down.
-        readout: ((L, K), (W, b, U, c, O), (variance, gain, kappa, centre, spread)).
+        readout: ((L, K), (W, b, U', U of z, c, O), (variance, gain, kappa, centre, spread)).
         work: (state, info) of ``iteration`` after the solve.
         after: the fields of ``HorizonState``; z and u are written.
         predicted, estimate: see ``enter``; the estimate is written.
