@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import urllib.error
@@ -64,6 +66,26 @@ def test_not_ready_is_503() -> None:
         assert get(web.address, "/healthz") == (200, "ok\n")
     finally:
         web.close()
+
+
+def test_whoever_hangs_up_on_the_web_side_is_a_line_in_the_log(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    web = Web("127.0.0.1:0", CollectorRegistry(), healthy=lambda: True, ready=lambda: True)
+    host, port = web.address.split(":")
+    caplog.set_level("INFO", "ilqr_service")
+    try:
+        for _ in range(1_000):  # until one is answered when it is gone already
+            with socket.create_connection((host, int(port))) as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                one.sendall(b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n")
+            if caplog.records:
+                break
+        assert get(web.address, "/healthz") == (200, "ok\n")
+    finally:
+        web.close()
+    assert caplog.records[0].getMessage() == "a web request broke"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("field", ["ingest", "results", "http"])

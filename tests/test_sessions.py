@@ -112,6 +112,8 @@ def test_open_says_what_is_served_and_grants_credits() -> None:
         ({"units": ("a", "c", "b")}, "units[1]"),
         ({"bin_width_ns": 20 * MS}, "bin_width_ns"),
         ({"deadline_ns": -1}, "deadline_ns"),
+        ({"clocked": True, "grace_ns": -1}, "grace_ns"),
+        ({"grace_ns": 2**62}, "grace_ns"),
         ({"epoch": -1}, "epoch"),
     ],
 )

@@ -105,7 +105,8 @@ class Stepper:
         self.pool = Pool(initial, (facts.horizon + 2) * streams)
         (self.fresh,) = self.pool.put(initial)
         like = estimator.mean_rate
-        self._device, self._dtype = like.device, like.dtype
+        self._device = like.device
+        self._number = torch.empty(0, dtype=like.dtype).numpy().dtype
         self.separate = solver.usable(estimator.model, ("spikes",), like)
 
     @property
@@ -154,18 +155,18 @@ class Stepper:
         self, works: Sequence[Work], watches: Sequence[UnitWatch | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts and mask (S, N) of bins."""
-        counts = np.zeros((len(works), len(self._facts.unit_names)))
-        mask = np.zeros(counts.shape, dtype=bool)
+        counts = np.zeros((len(works), len(self._facts.unit_names)), self._number)
+        mask = np.zeros_like(counts)
         for i, (work, watch) in enumerate(zip(works, watches, strict=True)):
             if work.counts is None:
                 continue
             counts[i] = work.counts
             mask[i] = True if work.mask is None else work.mask
             if watch is not None:
-                mask[i] &= ~watch.masked
+                mask[i, watch.masked] = 0
         return (
-            torch.from_numpy(counts).to(self._device, self._dtype),
-            torch.from_numpy(mask).to(self._device, self._dtype),
+            torch.from_numpy(counts).to(self._device),
+            torch.from_numpy(mask).to(self._device),
         )
 
     def _stop(self, works: Sequence[Work], started: int) -> Callable[[], NDArray[np.bool_]] | None:

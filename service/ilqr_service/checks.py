@@ -36,12 +36,12 @@ def check_open(message: wire.Open, facts: ModelFacts) -> None:
         raise ProtocolError(
             "bin_width_ns", expected=str(facts.bin_width_ns), got=str(message.bin_width_ns)
         )
-    if not 0 <= message.deadline_ns <= MAX_DEADLINE_NS:
-        raise ProtocolError(
-            "deadline_ns",
-            expected=f"0 (the service's default) to {MAX_DEADLINE_NS}",
-            got=str(message.deadline_ns),
-        )
+    for field in ("deadline_ns", "grace_ns"):
+        ns = getattr(message, field)
+        if not 0 <= ns <= MAX_DEADLINE_NS:
+            raise ProtocolError(
+                field, expected=f"0 (the service's default) to {MAX_DEADLINE_NS}", got=str(ns)
+            )
     names = facts.unit_names
     if len(message.units) != len(names):
         raise ProtocolError(

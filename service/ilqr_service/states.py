@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_vae.streams import HorizonState
@@ -47,6 +49,8 @@ class Pool:
         self._like = [getattr(like, name) for name in _FIELDS]
         size = sum(t.nbytes for t in self._like)
         self._arrays: list[Tensor] = []
+        # on the CPU, the same memory as numpy sees it: far less of a detour for a few small rows
+        self._views: list[NDArray[Any]] | None = None
         self._free: list[int] = []
         self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
 
@@ -64,6 +68,8 @@ class Pool:
         self._arrays = [t.new_empty((rows, *t.shape[1:])) for t in self._like]
         for new, old in zip(self._arrays, before, strict=False):
             new[:first] = old
+        if self._arrays[0].device.type == "cpu":
+            self._views = [t.numpy() for t in self._arrays]
         self._free[:0] = range(rows - 1, first - 1, -1)
 
     def put(self, states: HorizonState) -> list[Row]:
@@ -73,6 +79,11 @@ class Pool:
         if len(self._free) < count:
             self._grow(2 * self.capacity + count)
         rows = [Row(self._free, self._free.pop()) for _ in range(count)]
+        if self._views is not None:
+            places = [row.at for row in rows]
+            for view, values in zip(self._views, given, strict=True):
+                view[places] = values.numpy()
+            return rows
         at = self._index(rows)
         for array, values in zip(self._arrays, given, strict=True):
             # what a step passes on as it was may be a row itself (see ``get``)
@@ -85,6 +96,9 @@ class Pool:
         if len(rows) == 1:
             first = rows[0].at
             return HorizonState(*(array[first : first + 1] for array in self._arrays))
+        if self._views is not None:
+            places = [row.at for row in rows]
+            return HorizonState(*(torch.from_numpy(view[places]) for view in self._views))
         at = self._index(rows)
         return HorizonState(*(array.index_select(0, at) for array in self._arrays))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -10,12 +11,17 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from ilqr_service import logs
 from ilqr_service.settings import http_address
 from ilqr_vae.errors import ServiceError
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Whoever asked is gone, most likely: a line in the log, not a traceback beside it."""
+        logs.info("a web request broke", peer=str(client_address), error=repr(sys.exception()))
 
 
 class _Handler(WSGIRequestHandler):
