@@ -80,7 +80,7 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         hidden: units of each hidden layer it may have; zero for none.
         members: hidden layers averaged.
         steps: gradient steps of the hidden layers' training.
-        dropout: share of hidden units left out in it; of features, half of that.
+        dropout: share of hidden units left out in it; of features and of units, half of that.
         alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
     """
 

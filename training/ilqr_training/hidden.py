@@ -3,8 +3,9 @@
 W and b are the ridge's and stay; the layer learns what they leave. AdamW on the squared error of
 standardised features and targets, dropout on features and hidden units, a one-cycle learning rate,
 a fixed number of gradient steps however long the recording is. W reads the dropped features too,
-so the layer also learns to stand in for features that are missing. Several members from different
-starts are averaged, which is again one layer.
+so the layer also learns to stand in for features that are missing; and now and then a unit's
+spikes go out of all bins at once, as when it falls silent. Several members from different starts
+are averaged, which is again one layer.
 """
 
 from __future__ import annotations
@@ -54,12 +55,16 @@ class Maps:
         return Maps(self.W[:, columns], self.b, self.U[:, columns], self.c, self.O)
 
 
-def fit_hidden(x: Array, y: Array, start: Maps, config: ReadoutConfig, seed: int) -> Maps:
+def fit_hidden(
+    x: Array, y: Array, start: Maps, config: ReadoutConfig, seed: int, *, units: int = 0
+) -> Maps:
     """``start`` with ``config.members`` hidden layers of ``config.hidden`` units, averaged.
 
     Args:
         x: (T, F) standardised features; y: (T, D) standardised targets.
         start: the linear map.
+        units: whose unexplained spikes the last ``config.residuals * units`` features are, bin by
+            bin; zero if none are.
         seed: of starts, order and dropout; the same seed gives the same layer.
     """
     xs, ys = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=torch.float32)
@@ -76,12 +81,20 @@ def fit_hidden(x: Array, y: Array, start: Maps, config: ReadoutConfig, seed: int
         kept = torch.rand(values.shape, generator=g) >= share
         return values * kept / (1 - share)
 
+    spikes = config.residuals * units
+
+    def silence(values: Tensor) -> Tensor:
+        # not scaled up: at mean zero, it is what a missing unit looks like when the stream runs
+        kept = torch.rand((*values.shape[:2], units), generator=g) >= config.dropout / 2
+        silent = values[..., F - spikes :] * kept.repeat(1, 1, config.residuals)
+        return torch.cat([values[..., : F - spikes], silent], -1)
+
     batches = _batches(T, M, g)
     for _ in range(config.steps):
         rows = next(batches)
-        seen = drop(xs[rows], config.dropout / 2)
-        units = drop(torch.baddbmm(c, seen, U.mT).relu(), config.dropout)
-        error = seen @ W.T + b + units @ O.mT - ys[rows]
+        seen = drop(silence(xs[rows]) if spikes else xs[rows], config.dropout / 2)
+        active = drop(torch.baddbmm(c, seen, U.mT).relu(), config.dropout)
+        error = seen @ W.T + b + active @ O.mT - ys[rows]
         # a sum over members, whose parameters are apart
         loss = (error**2).mean((1, 2)).sum()
         optimiser.zero_grad()

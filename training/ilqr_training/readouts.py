@@ -181,7 +181,7 @@ def fit_readout(
     ]
     score, _, choice, maps = max(scored, key=lambda s: (s[0], -s[1]))
     if config.hidden and not quick:
-        deep = fit_hidden(table.x, table.y, maps, config, seed)
+        deep = fit_hidden(table.x, table.y, maps, config, seed, units=units)
         for share in SHARES:
             found = r2(held_y, decode(deep.share(share)))
             if found > score:
@@ -197,7 +197,8 @@ def fit_readout(
     table = _Table.of(whole.x, whole.y, latents)
     (again,) = _ridges(table, latents, [choice])
     if choice.hidden:
-        again = fit_hidden(table.x, table.y, again, config, seed).share(choice.share)
+        again = fit_hidden(table.x, table.y, again, config, seed, units=units)
+        again = again.share(choice.share)
     readout = _module(table.in_units(again).reading(reads), n, units, shape, one.y)
     for name in ("gain", "variance", "kappa"):
         getattr(readout, name).copy_(getattr(trained, name))
