@@ -121,7 +121,6 @@ def test_overload_sheds_by_policy_and_recovers(service: Served, model_file: Path
     assert outcome.repeated == 0
     assert outcome.refused["credits"] > 0
     assert outcome.first + outcome.refused["credits"] >= outcome.sent
-    assert max(outcome.latency_ms) < 30_000
     after = Load(bins=40, speed=2.0, deadline=60.0, patience=20.0)
     quiet = drive(service, "after", after, Faults())
     assert quiet.statuses == {"ok": 40}
