@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -253,3 +254,18 @@ def test_what_a_step_costs_is_followed() -> None:
     assert cost.ns(3) == pytest.approx(4e6, rel=0.01)
     lone = Cost.measured(one=1e6, many=1e6, bins=1)
     assert lone.ns(2) == 2e6
+
+
+def test_a_snapshot_goes_on_as_it_was_solved_though_its_time_is_over(engine: Engine) -> None:
+    for index in range(H + 2):
+        bin_ = dataclasses.replace(work(210, index, "plain"), anytime=True)
+        (answer,) = engine.solve([bin_])
+        assert answer.iterations > 1
+    packed = engine.pack(210)
+    assert packed is not None
+    (expected,) = engine.solve([work(210, H + 2, "plain")])
+    late = tuple(msgspec.structs.replace(one, due_ns=1) for one in packed.works)
+    engine.forget(210)
+    engine.restore(msgspec.structs.replace(packed, works=late))
+    (answer,) = engine.solve([work(210, H + 2, "plain")])
+    assert held(answer) == held(expected)

@@ -161,7 +161,8 @@ class Engine:
         held = Run(self.facts.horizon, row, watch)
         self._runs[packed.run] = held
         for one in packed.works:
-            self.solve([replace(unpack_work(one), fresh=False, late=False)])
+            # as it was solved then, whatever the clock says now
+            self.solve([replace(unpack_work(one), fresh=False, late=False, anytime=False)])
         held.serial = packed.serial
 
     def warm_up(self) -> WarmUp:
