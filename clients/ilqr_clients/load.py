@@ -202,11 +202,11 @@ class Generator:
         self.outcome.statuses.update(self._status.values())
         return self.outcome
 
-    def send(self, plan: list[tuple[int, int, int]], *, settle: bool = False) -> None:
+    def send(self, plan: list[tuple[int, int, int]], *, settle: float = 0.0) -> None:
         """Send a plan's bins at their times, counted from now.
 
         Args:
-            settle: then wait until all that was sent is answered, or ``patience`` is over.
+            settle: then wait until all that was sent is answered, or so many seconds are over.
         """
         now_ns = self._timer.now_ns
         began = now_ns() + 50_000_000
@@ -233,7 +233,7 @@ class Generator:
                 self._sent[name, index] = sent
                 self.outcome.sends.setdefault(name, set()).add(index)
             self.outcome.feeder_ms.append((now_ns() - intended) / 1e6)
-        end = time.monotonic() + self.load.patience
+        end = time.monotonic() + settle
         while settle and self._unanswered() and time.monotonic() < end:
             self._take(0.05)
 
