@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -103,14 +104,21 @@ class Problem:
     def cost(self, z: Tensor, u: Tensor) -> Tensor:
         return self.model.cost(z, u, self.observed, self.initial)
 
-    def on_gpu(self, like: Tensor) -> Iteration | None:
-        """GPU kernels for this problem, where ``like`` is on a GPU and there are any."""
-        return iteration(self.model, self.w, tuple(self.observed), like)
+    def on_gpu(self) -> Iteration | None:
+        """GPU kernels for this problem, where there are any; they carry no gradients."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self.w):
+            return None
+        return self._packed
+
+    @cached_property
+    def _packed(self) -> Iteration | None:
+        """As every iteration of a solve takes it, packed once."""
+        return iteration(self.model, self.w, tuple(self.observed), self.initial.mean)
 
 
 def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) -> State:
     """Start from an initial state and inputs (zeros, or a warm start)."""
-    on_gpu = problem.on_gpu(u)
+    on_gpu = problem.on_gpu()
     if on_gpu is None:
         z = problem.model.rollout(problem.w, z0, u)
         cost = problem.cost(z, u)
@@ -162,7 +170,7 @@ def step_reference(problem: Problem, state: State, config: SolverConfig) -> tupl
     """``step`` in torch: what the compiled one must do."""
     model, w = problem.model, problem.w
     running = state.status == Status.RUNNING
-    on_gpu = problem.on_gpu(state.u)
+    on_gpu = problem.on_gpu()
     about = (problem.observed, problem.initial)
     if on_gpu is None:
         quadratic = model.lqr_problem(w, state.z, state.u, *about)

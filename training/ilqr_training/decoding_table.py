@@ -11,6 +11,7 @@ from ilqr_training.decoding import FULL, LESS, Piece
 from ilqr_training.stress import CLEAN
 from ilqr_vae.report import Table
 from ilqr_vae.report.score import OURS
+from ilqr_vae.report.table import once
 
 Row = dict[str, Any]
 
@@ -83,11 +84,6 @@ def _bits(method: str) -> Callable[[Piece], Any]:
     return lambda seed: seed[FULL]["cosmoothing"]["bits_per_spike"][method]
 
 
-def _once(words: list[str]) -> list[str]:
-    """Words that are the same as those above them left out."""
-    return ["" if i and words[i - 1] == word else word for i, word in enumerate(words)]
-
-
 def tables(result: Piece) -> tuple[Table, Table]:
     """Means over seeds and each seed; and what goes wrong."""
     names = [f"seed {seed['seed']}" for seed in result["seeds"]]
@@ -95,7 +91,7 @@ def tables(result: Piece) -> tuple[Table, Table]:
     if result["span"] == "validation":
         scored = "the validation part in a rehearsal: nothing here saw the test part"
     rows = rows_of(result)
-    whats = _once([row["what"] for row in rows])
+    whats = once([row["what"] for row in rows])
     main = Table(
         f"Decoding {result['recording']}",
         f"Scored on {scored}.",
@@ -112,7 +108,7 @@ def tables(result: Piece) -> tuple[Table, Table]:
         words=3,
     )
     wrong = stress_rows(result)
-    whats = _once([row["condition"] for row in wrong])
+    whats = once([row["condition"] for row in wrong])
     stress = Table(
         "Units silent, bins lost",
         "Means over seeds; R2 lost of each seed.",

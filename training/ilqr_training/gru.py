@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ilqr_training.segments import reaching
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.metrics import r2
 from ilqr_vae.recordings import Recording, SplitSpec
@@ -132,9 +133,8 @@ class GRUDecoder:
 def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]], bins: tuple[int, int]) -> Tensor:
     """(stop - start, D) of bins [start, stop), each segment among them from its own start on."""
     net.eval()
-    start, stop = bins
-    used = [(a, min(b, stop)) for a, b in segments if b > start and a < stop]
-    return torch.cat([net(x[a:b].unsqueeze(0))[0][max(start - a, 0) :] for a, b in used])
+    used = reaching(segments, bins)
+    return torch.cat([net(x[a:b].unsqueeze(0))[0][max(bins[0] - a, 0) :] for a, b in used])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_training.gru import GRUDecoder
+from ilqr_training.segments import reaching
 from ilqr_vae.baselines import KalmanFilter
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.metrics import r2
@@ -148,9 +149,10 @@ def _kalman(recording: Recording, split: SplitSpec) -> Rival:
     scored = recording.scored[slice(*validation)]
 
     def decoded(kalman: KalmanFilter, x: Array, bins: tuple[int, int], seen: Flags) -> Array:
-        start, stop = bins
-        used = [(a, min(b, stop)) for a, b in recording.segments() if b > start and a < stop]
-        parts = [kalman.predict(x[a:b], max(start - a, 0), b - a, seen=seen[a:b]) for a, b in used]
+        used = reaching(recording.segments(), bins)
+        parts = [
+            kalman.predict(x[a:b], max(bins[0] - a, 0), b - a, seen=seen[a:b]) for a, b in used
+        ]
         return np.concatenate(parts)[:, :D]
 
     every = np.ones(len(recording), dtype=bool)

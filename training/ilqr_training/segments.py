@@ -15,6 +15,12 @@ INPUT_DELAY = 5
 """Bins after which an input is reported."""
 
 
+def reaching(segments: list[tuple[int, int]], bins: tuple[int, int]) -> list[tuple[int, int]]:
+    """Segments that reach into the bins [start, stop), each from its own start, cut at stop."""
+    start, stop = bins
+    return [(a, min(b, stop)) for a, b in segments if b > start and a < stop]
+
+
 def delayed_inputs(state: HorizonState, delay: int) -> torch.Tensor:
     """(S, m), the input of ``delay`` bins before each stream's newest; NaN in a younger stream."""
     slot = state.age - 1 - delay

@@ -31,6 +31,7 @@ from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.spec import plan_drops, warmup_start
 from ilqr_vae.report import Table
 from ilqr_vae.report.score import OURS
+from ilqr_vae.report.table import once
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -171,15 +172,16 @@ class Stress:
             ("", "decoder", "given", "R2", "R2 lost", "our loss of its"),
             tuple(
                 (
-                    # said once for all its rows
-                    "" if i and self.rows[i - 1].condition == r.condition else r.condition,
+                    condition,
                     r.decoder,
                     r.given,
                     f"{r.mean:.3f}",
                     f"{r.loss:.3f}",
                     "" if r.decoder == OURS else f"{self.share(r):.2f}",
                 )
-                for i, r in enumerate(self.rows)
+                for condition, r in zip(
+                    once([r.condition for r in self.rows]), self.rows, strict=True
+                )
             ),
             words=3,
         )

@@ -53,8 +53,6 @@ def iteration(model: Model, w: Weights, names: tuple[str, ...], like: Tensor) ->
     """
     if not like.is_cuda or backend.current() == "reference":
         return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in w):
-        return None
     reason = _unsupported(model, names)
     if reason is not None:
         _say(reason)

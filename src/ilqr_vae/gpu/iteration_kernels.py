@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ilqr_vae.gpu.blocks import inverse, load, load_row, product, store, store_row, symmetric, times
-from ilqr_vae.gpu.rollout_kernels import row, times_row
+from ilqr_vae.gpu.rollout_kernels import roll, row, times_row, weights
 
 
 @triton.jit
@@ -28,23 +28,36 @@ def _channels(a, limit):
 
 
 @triton.jit
+def _bins(z, first, T, n, NP: tl.constexpr):
+    """Which 16 bins from ``first`` on, and the states after them (the t+1 of `model`)."""
+    t, in_n = first + tl.arange(0, 16), tl.arange(0, NP)
+    at = (t + 1)[:, None] * n + in_n[None, :]
+    return t, tl.load(z + at, mask=(t < T)[:, None] & (in_n < n)[None, :], other=0.0)
+
+
+@triton.jit
+def _tile(
+    t, Z, start, C, bias, values, mask, T, n, N, NP: tl.constexpr, NB: tl.constexpr
+):  # fmt: skip
+    """C z + b, counts and mask of 16 bins and NB channels; where they stand; which exist."""
+    i, in_n = start + tl.arange(0, NB), tl.arange(0, NP)
+    known = (i < N)[:, None] & (in_n < n)[None, :]
+    C_i = tl.load(C + i[:, None] * n + in_n[None, :], mask=known, other=0.0)
+    a = product(Z, tl.trans(C_i)) + tl.load(bias + i, mask=i < N, other=0.0)[None, :]
+    inside = (t < T)[:, None] & (i < N)[None, :]
+    there = t[:, None] * N + i[None, :]
+    y = tl.load(values + there, mask=inside, other=0.0)
+    return a, y, tl.load(mask + there, mask=inside, other=0.0), there, inside
+
+
+@triton.jit
 def _observed_cost(z, C, bias, limit, values, mask, T, n, N, NP: tl.constexpr, NB: tl.constexpr):
     """-sum over bins and channels of log p without log y!, of states 1 to T of one trajectory."""
     total = tl.zeros((16, NB), tl.float64)
-    in_t, in_n, in_c = tl.arange(0, 16), tl.arange(0, NP), tl.arange(0, NB)
     for first in range(0, T, 16):
-        t = first + in_t
-        at = (t + 1)[:, None] * n + in_n[None, :]
-        Z = tl.load(z + at, mask=(t < T)[:, None] & (in_n < n)[None, :], other=0.0)
+        t, Z = _bins(z, first, T, n, NP)
         for start in range(0, N, NB):
-            i = start + in_c
-            known = (i < N)[:, None] & (in_n < n)[None, :]
-            C_i = tl.load(C + i[:, None] * n + in_n[None, :], mask=known, other=0.0)
-            a = product(Z, tl.trans(C_i)) + tl.load(bias + i, mask=i < N, other=0.0)[None, :]
-            inside = (t < T)[:, None] & (i < N)[None, :]
-            there = t[:, None] * N + i[None, :]
-            y = tl.load(values + there, mask=inside, other=0.0)
-            seen = tl.load(mask + there, mask=inside, other=0.0)
+            a, y, seen, _, _ = _tile(t, Z, start, C, bias, values, mask, T, n, N, NP, NB)
             rate, _, _, log_rate = _channels(a, limit)
             total += tl.where(seen > 0, (rate - y * log_rate) * seen, 0.0).to(tl.float64)
     return tl.sum(total)
@@ -54,40 +67,6 @@ def _observed_cost(z, C, bias, limit, values, mask, T, n, N, NP: tl.constexpr, N
 def _initial_cost(x, mean, arrival):
     e = x.to(tl.float64) - mean
     return 0.5 * tl.sum(e * times(arrival, e))
-
-
-@triton.jit
-def _roll(
-    x, zb, ub, K, k, alpha, z, u, W_z, b_z, W_h, b_h, W_u, centre, precision, T, n, m,
-    GATED: tl.constexpr, CLOSED: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
-):  # fmt: skip
-    """Write z (its first row too) and u of one trajectory from x on; returns the inputs' cost."""
-    store_row(z, x, n, NP)
-    cost = tl.zeros((MP,), tl.float64)
-    u_next = row(ub, m, MP)
-    if CLOSED:
-        K_next, k_next, z_next = load(K, m, n, MP, NP), row(k, m, MP), row(zb, n, NP)
-    for t in range(T):
-        u_t = u_next
-        after = tl.where(t + 1 < T, t + 1, t)
-        u_next = row(ub + after * m, m, MP)
-        if CLOSED:
-            u_t += alpha * k_next + times_row(K_next, x - z_next)
-            K_next = load(K + after * m * n, m, n, MP, NP)
-            k_next, z_next = row(k + after * m, m, MP), row(zb + after * n, n, NP)
-        e = u_t.to(tl.float64) - centre
-        cost += 0.5 * e * e * precision
-        driven = times_row(W_u, u_t)
-        if GATED:
-            f = 1.0 / (1.0 + tl.exp(-(times_row(W_z, x) + b_z)))
-            h = times_row(W_h, f * x) + driven + b_h
-            h = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * h))
-            x = x + f * (h - x)
-        else:
-            x = times_row(W_z, x) + driven
-        store_row(u + t * m, u_t, m, MP)
-        store_row(z + (t + 1) * n, x, n, NP)
-    return tl.sum(cost)
 
 
 @triton.jit
@@ -109,12 +88,9 @@ def search(
     ub += b * T * m
     u += b * T * m
     z += b * (T + 1) * n
-    W_z, W_u = load(state, n, n, NP, NP), load(drive, n, m, NP, MP)
-    W_h, b_z = W_z, row(state, n, NP)
-    b_h = b_z
-    if GATED:
-        W_h = load(hidden, n, n, NP, NP)
-        b_z, b_h = row(state_bias, n, NP), row(hidden_bias, n, NP)
+    W_z, b_z, W_h, b_h, W_u = weights(
+        state, state_bias, hidden, hidden_bias, drive, n, m, GATED, NP, MP
+    )
     mu, weight = load_row(centre, m, MP), load_row(precision, m, MP)
     start, arrive = load_row(mean + b * n, n, NP), load(arrival + b * n * n, n, n, NP, NP)
     if CLOSED:
@@ -130,7 +106,7 @@ def search(
         while left > 0:
             step = alpha.to(x0.dtype)
             x = x0 + step * along
-            trial = T * constant + _roll(
+            trial = T * constant + roll(
                 x, zb, ub, K, k, step, z, u, W_z, b_z, W_h, b_h, W_u, mu, weight, T, n, m,
                 GATED, CLOSED, NP, MP,
             )  # fmt: skip
@@ -153,7 +129,7 @@ def search(
         tl.store(cost + b, best.to(cost.dtype.element_ty))
     else:
         x = row(zb + b * n, n, NP)
-        trial = T * constant + _roll(
+        trial = T * constant + roll(
             x, zb, ub, K, k, 0.0, z, u, W_z, b_z, W_h, b_h, W_u, mu, weight, T, n, m,
             GATED, CLOSED, NP, MP,
         )  # fmt: skip
@@ -213,21 +189,14 @@ def derivatives(
 ):  # fmt: skip
     """First and second derivative of -log p in each channel's C z + b, 16 bins per program."""
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    in_n, in_c = tl.arange(0, NP), tl.arange(0, NB)
-    t = tile * 16 + tl.arange(0, 16)
     limit = tl.load(numbers).to(C.dtype.element_ty)
-    z += b * (T + 1) * n
-    at = (t + 1)[:, None] * n + in_n[None, :]
-    Z = tl.load(z + at, mask=(t < T)[:, None] & (in_n < n)[None, :], other=0.0)
+    values += b * T * N
+    mask += b * T * N
+    d += b * T * N
+    w += b * T * N
+    t, Z = _bins(z + b * (T + 1) * n, tile * 16, T, n, NP)
     for start in range(0, N, NB):
-        i = start + in_c
-        known = (i < N)[:, None] & (in_n < n)[None, :]
-        C_i = tl.load(C + i[:, None] * n + in_n[None, :], mask=known, other=0.0)
-        a = product(Z, tl.trans(C_i)) + tl.load(bias + i, mask=i < N, other=0.0)[None, :]
-        inside = (t < T)[:, None] & (i < N)[None, :]
-        there = b * T * N + t[:, None] * N + i[None, :]
-        y = tl.load(values + there, mask=inside, other=0.0)
-        seen = tl.load(mask + there, mask=inside, other=0.0)
+        a, y, seen, there, inside = _tile(t, Z, start, C, bias, values, mask, T, n, N, NP, NB)
         _, slope, share, _ = _channels(a, limit)
         tl.store(d + there, tl.where(seen > 0, (slope - y * share) * seen, 0.0), mask=inside)
         tl.store(w + there, tl.where(seen > 0, slope * share * seen, 0.0), mask=inside)

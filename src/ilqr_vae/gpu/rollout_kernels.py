@@ -29,6 +29,55 @@ def times_row(X, y):
 
 
 @triton.jit
+def weights(
+    state, state_bias, hidden, hidden_bias, drive, n, m,
+    GATED: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
+    """Blocks of the dynamics' weights; what linear dynamics have not is not read."""
+    W_z, W_u = load(state, n, n, NP, NP), load(drive, n, m, NP, MP)
+    W_h, b_z = W_z, row(state, n, NP)
+    b_h = b_z
+    if GATED:
+        W_h = load(hidden, n, n, NP, NP)
+        b_z, b_h = row(state_bias, n, NP), row(hidden_bias, n, NP)
+    return W_z, b_z, W_h, b_h, W_u
+
+
+@triton.jit
+def roll(
+    x, zb, ub, K, k, alpha, z, u, W_z, b_z, W_h, b_h, W_u, centre, precision, T, n, m,
+    GATED: tl.constexpr, CLOSED: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
+    """Write z (its first row too) and u of one trajectory from x on; returns the inputs' cost."""
+    store_row(z, x, n, NP)
+    cost = tl.zeros((MP,), tl.float64)
+    u_next = row(ub, m, MP)
+    if CLOSED:
+        K_next, k_next, z_next = load(K, m, n, MP, NP), row(k, m, MP), row(zb, n, NP)
+    for t in range(T):
+        u_t = u_next
+        after = tl.where(t + 1 < T, t + 1, t)
+        u_next = row(ub + after * m, m, MP)
+        if CLOSED:
+            u_t += alpha * k_next + times_row(K_next, x - z_next)
+            K_next = load(K + after * m * n, m, n, MP, NP)
+            k_next, z_next = row(k + after * m, m, MP), row(zb + after * n, n, NP)
+        e = u_t.to(tl.float64) - centre
+        cost += 0.5 * e * e * precision
+        driven = times_row(W_u, u_t)
+        if GATED:
+            f = 1.0 / (1.0 + tl.exp(-(times_row(W_z, x) + b_z)))
+            h = times_row(W_h, f * x) + driven + b_h
+            h = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * h))
+            x = x + f * (h - x)
+        else:
+            x = times_row(W_z, x) + driven
+        store_row(u + t * m, u_t, m, MP)
+        store_row(z + (t + 1) * n, x, n, NP)
+    return tl.sum(cost)
+
+
+@triton.jit
 def closed_loop(
     state, state_bias, hidden, hidden_bias, drive, z0, zb, ub, K, k, alpha, z, u, T, n, m, laws,
     GATED: tl.constexpr, CLOSED: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
@@ -46,34 +95,17 @@ def closed_loop(
     ub += law * T * m
     K += law * T * m * n
     k += law * T * m
-    W_z, W_u = load(state, n, n, NP, NP), load(drive, n, m, NP, MP)
-    if GATED:
-        W_h = load(hidden, n, n, NP, NP)
-        b_z, b_h = row(state_bias, n, NP), row(hidden_bias, n, NP)
-    x = row(z0, n, NP)
-    store_row(z, x, n, NP)
-    u_next = row(ub, m, MP)
+    W_z, b_z, W_h, b_h, W_u = weights(
+        state, state_bias, hidden, hidden_bias, drive, n, m, GATED, NP, MP
+    )
+    a = 0.0
     if CLOSED:
         a = tl.load(alpha + b)
-        K_next, k_next, z_next = load(K, m, n, MP, NP), row(k, m, MP), row(zb, n, NP)
-    for t in range(T):
-        u_t = u_next
-        after = tl.where(t + 1 < T, t + 1, t)
-        u_next = row(ub + after * m, m, MP)
-        if CLOSED:
-            u_t += a * k_next + times_row(K_next, x - z_next)
-            K_next = load(K + after * m * n, m, n, MP, NP)
-            k_next, z_next = row(k + after * m, m, MP), row(zb + after * n, n, NP)
-        driven = times_row(W_u, u_t)
-        if GATED:
-            f = 1.0 / (1.0 + tl.exp(-(times_row(W_z, x) + b_z)))
-            h = times_row(W_h, f * x) + driven + b_h
-            h = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * h))
-            x = x + f * (h - x)
-        else:
-            x = times_row(W_z, x) + driven
-        store_row(u + t * m, u_t, m, MP)
-        store_row(z + (t + 1) * n, x, n, NP)
+    free = tl.zeros((MP,), tl.float64)
+    roll(
+        row(z0, n, NP), zb, ub, K, k, a, z, u, W_z, b_z, W_h, b_h, W_u, free, free, T, n, m,
+        GATED, CLOSED, NP, MP,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -22,3 +22,8 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: int = 1
+
+
+def once(words: list[str]) -> list[str]:
+    """Words that are the same as those above them left out."""
+    return ["" if i and words[i - 1] == word else word for i, word in enumerate(words)]
