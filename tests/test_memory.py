@@ -21,7 +21,7 @@ MEASURED = """
 import numpy as np, torch
 from test_memory import prepared
 from ilqr_training.build import build_model
-from ilqr_training.config import LoopConfig, ModelConfig, TrainConfig
+from ilqr_training.config import LoopConfig, ModelConfig, ReadoutConfig, TrainConfig
 from ilqr_training.data import Crops
 from ilqr_training.loop import gradient_step, start
 from ilqr_training.memory import estimate, resident
@@ -31,12 +31,13 @@ torch.set_num_threads(1)
 settings = TrainConfig(
     model=ModelConfig(latents=30, inputs=8),
     training=LoopConfig(batch=64, chunk=60, iterations=3),
+    readout=ReadoutConfig(steps=5, recurrent_steps=5, alphas=(1.0, 10.0)),
 )
 data = prepared(3000, 150)
 said = estimate(settings, data)
 model = build_model(settings.model, data)
 gradient_step(start(model, Crops(data, model, 60, 0), settings.training), settings.training)
-validate(model, data, settings, thorough=False)
+validate(model, data, settings, thorough=True)
 print(said.peak, resident())
 """
 
