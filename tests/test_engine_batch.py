@@ -48,23 +48,25 @@ def work(run: int, index: int, kind: str, serial: int = 0) -> Work:
     one = Work(run, index, counts, None, index == 0, 0, 0, 2**62, False, serial=serial)
     match kind:
         case "masked":
-            return dataclasses.replace(one, mask=rng.random(N) < 0.5)
+            return msgspec.structs.replace(one, mask=rng.random(N) < 0.5)
         case "missing":
-            return dataclasses.replace(one, counts=None)
+            return msgspec.structs.replace(one, counts=None)
         case "cut":  # as a replay repeats what the clock had cut short
-            return dataclasses.replace(one, budget=1 + run % 2)
+            return msgspec.structs.replace(one, budget=1 + run % 2)
         case "overdue":
-            return dataclasses.replace(one, anytime=True, due_ns=0)
+            return msgspec.structs.replace(one, anytime=True, due_ns=0)
         case "shed":
-            return dataclasses.replace(one, budget=NO_SOLVE)
+            return msgspec.structs.replace(one, budget=NO_SOLVE)
         case "again":
-            return dataclasses.replace(one, fresh=True)
+            return msgspec.structs.replace(one, fresh=True)
         case "watched":
-            return dataclasses.replace(one, watch=True)
+            return msgspec.structs.replace(one, watch=True)
         case "not a number":
-            return dataclasses.replace(one, counts=np.where(rng.random(N) < 0.3, np.nan, counts))
+            return msgspec.structs.replace(
+                one, counts=np.where(rng.random(N) < 0.3, np.nan, counts)
+            )
         case "wrong size":
-            return dataclasses.replace(one, counts=np.ones(N + 2))
+            return msgspec.structs.replace(one, counts=np.ones(N + 2))
         case _:
             return one
 
@@ -112,8 +114,8 @@ def test_a_batch_of_any_composition_is_each_alone(
             if kind == "late" and lost[run]:
                 place = max(lost[run])
                 lost[run].discard(place)
-                late = dataclasses.replace(work(run, place, "plain", serial), late=True)
-                works.append(dataclasses.replace(late, fresh=False))
+                late = msgspec.structs.replace(work(run, place, "plain", serial), late=True)
+                works.append(msgspec.structs.replace(late, fresh=False))
                 continue
             works.append(work(run, index[run], kind, serial))
             if works[-1].counts is None:
@@ -124,7 +126,7 @@ def test_a_batch_of_any_composition_is_each_alone(
         alone = [
             answer
             for one in sorted(works, key=lambda w: (w.late, w.budget == NO_SOLVE))
-            for answer in engine.solve([dataclasses.replace(one, run=one.run + RUNS)])
+            for answer in engine.solve([msgspec.structs.replace(one, run=one.run + RUNS)])
         ]
         assert [held(a) for a in together] == [held(a) for a in alone]
 
@@ -149,7 +151,7 @@ def test_a_run_whose_state_is_broken_hurts_no_neighbour(engine: Engine) -> None:
         twin = answer.work.run + 100
         for index in range(4):
             (alone,) = engine.solve(
-                [dataclasses.replace(work(answer.work.run, index, "plain"), run=twin)]
+                [msgspec.structs.replace(work(answer.work.run, index, "plain"), run=twin)]
             )
         assert held(answer) == held(alone)
     (begun,) = engine.solve([work(101, 4, "plain")])  # it begins again
@@ -207,7 +209,7 @@ def test_rows_are_free_when_nothing_refers_to_them(engine: Engine) -> None:
         runs = range(300 + 10 * round_, 310 + 10 * round_)
         for index in range(3 * H):
             engine.solve([work(run, index, "plain") for run in runs])
-        engine.solve([dataclasses.replace(work(run, 0, "late"), late=True) for run in runs])
+        engine.solve([msgspec.structs.replace(work(run, 0, "late"), late=True) for run in runs])
         assert len(pool) == 1 + len(runs) * (H + 1)  # the window's states and the newest
         for run in runs:
             engine.forget(run)
@@ -236,7 +238,7 @@ def test_a_step_takes_what_fits_before_the_first_is_due(engine: Engine) -> None:
 
     def taken(due_ns: int, late: bool = False) -> int:
         quota = Quota(fleet, 1_000_000_000)
-        one = dataclasses.replace(work(0, 1, "plain"), due_ns=due_ns, late=late)
+        one = msgspec.structs.replace(work(0, 1, "plain"), due_ns=due_ns, late=late)
         return next(k for k in range(1000) if not quota(one))
 
     assert taken(2**62) == 61  # 6.25 ms, an eighth of the bin
@@ -258,7 +260,7 @@ def test_what_a_step_costs_is_followed() -> None:
 
 def test_a_snapshot_goes_on_as_it_was_solved_though_its_time_is_over(engine: Engine) -> None:
     for index in range(H + 2):
-        bin_ = dataclasses.replace(work(210, index, "plain"), anytime=True)
+        bin_ = msgspec.structs.replace(work(210, index, "plain"), anytime=True)
         (answer,) = engine.solve([bin_])
         assert answer.iterations > 1
     packed = engine.pack(210)

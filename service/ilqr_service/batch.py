@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
 import torch
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_service.states import Pool, Row
@@ -28,8 +29,7 @@ Clock = Callable[[], int]
 _STATUS = {int(status): status.name.lower() for status in Status}
 
 
-@dataclass(frozen=True, slots=True)
-class Stepped:
+class Stepped(Struct, frozen=True, gc=False):
     """What came of one run's bin.
 
     Attributes:

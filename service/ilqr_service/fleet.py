@@ -8,7 +8,9 @@ a shadow may run, which solves the same bins after their answers are out; both s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from ilqr_service import logs
 from ilqr_service.engine import Engine, WarmUp
@@ -60,7 +62,7 @@ class Quota:
         self._fleet, self._now = fleet, now_ns
         self._longest = 0.0
         self._left = float("inf")
-        self._whole = 0.0
+        self._spent = 0.0
         self._bins: dict[str, int] = {}
 
     def __call__(self, work: Work) -> bool:
@@ -71,13 +73,12 @@ class Quota:
         if not overdue:
             self._left = min(self._left, work.due_ns - self._now if work.due_ns else self._left)
         if work.late or work.swap:
-            self._whole += engine.facts.horizon * engine.cost.ns(1)
+            self._spent += engine.facts.horizon * engine.cost.ns(1)
         else:
-            self._bins[work.model] = self._bins.get(work.model, 0) + 1
-        spent = self._whole + sum(
-            self._fleet.engine(model).cost.ns(bins) for model, bins in self._bins.items()
-        )
-        return spent <= min(self._longest, self._left / 2)
+            bins = self._bins.get(work.model, 0)
+            self._bins[work.model] = bins + 1
+            self._spent += engine.cost.ns(bins + 1) - engine.cost.ns(bins)
+        return self._spent <= min(self._longest, self._left / 2)
 
 
 class Fleet:
@@ -129,8 +130,9 @@ class Fleet:
         model together, then one by one what takes a window, or cannot be solved together."""
         together: dict[tuple[str, bool], list[Work]] = {}
         alone: list[list[Work]] = []
+        single = {m: self.engine(m).batch == 1 for m in {work.model for work in works}}
         for work in works:
-            if work.late or work.swap or self.engine(work.model).batch == 1:
+            if work.late or work.swap or single[work.model]:
                 alone.append([work])
             else:
                 shed = work.budget == NO_SOLVE

@@ -46,19 +46,18 @@ class Publisher:
         self._last: dict[bytes, bytes] = {}
         self._strange = 0
 
-    def publish(self, message: wire.Result | wire.Notice) -> None:
-        """Send to the session's subscribers; never waits."""
-        self._send(*self.remember(message))
+    def publish(self, session: str, frame: bytes) -> None:
+        """Send a message to the session's subscribers; never waits."""
+        self._send(self.remember(session, frame), frame)
 
-    def remember(self, message: wire.Result | wire.Notice) -> tuple[bytes, bytes]:
-        """Keep as the topic's last message; returns topic and frame."""
-        topic = wire.topic(message.session)
-        frame = wire.encode(message)
+    def remember(self, session: str, frame: bytes) -> bytes:
+        """Keep as the last message of the session's topic, which it returns."""
+        topic = wire.topic(session)
         self._last.pop(topic, None)  # so that the newest topics are last
         self._last[topic] = frame
         if len(self._last) > self._topics:
             del self._last[next(iter(self._last))]
-        return topic, frame
+        return topic
 
     def welcome(self) -> None:
         """Take all (un)subscriptions off the socket and answer each subscription."""

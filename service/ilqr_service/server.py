@@ -26,7 +26,7 @@ from ilqr_service.ledger import Ledger
 from ilqr_service.publisher import Publisher
 from ilqr_service.runs import PackedRun
 from ilqr_service.security import Gate
-from ilqr_service.session import Effects, Limits
+from ilqr_service.session import Effects, Limits, counted
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.slots import Slots
@@ -45,6 +45,7 @@ _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
 _COLLECT_S = 5.0
+_FEED = (wire.Bin, wire.Open, wire.Close)
 
 
 class Service:
@@ -146,7 +147,7 @@ class Service:
             )
             self.results = self._bind("results", self._publisher.socket, self._settings.results)
             for result in self._ledger.last:
-                self._publisher.remember(result)
+                self._publisher.remember(result.session, wire.encode(result))
             self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
             self._wake.bind(_WAKE)
             if self._settings.http:
@@ -336,7 +337,7 @@ class Service:
         message = wire.decode_upstream(frames[0])
         if self._gate is not None:
             self._gate.check(user, message)
-        if isinstance(message, wire.Open | wire.Bin | wire.Close):
+        if isinstance(message, _FEED):
             return self._table.receive(owner, message, at_ns, user)
         return self._control.answer(owner, user, message, frames[0], at_ns)
 
@@ -376,14 +377,14 @@ class Service:
             for run in effects.overran:
                 self._solver.overran(run)
             for message in effects.again:
-                self._publisher.publish(message)
-            for message in effects.published:
-                self._publisher.publish(message)
+                self._publisher.publish(message.session, wire.encode(message))
+            for message, frame in zip(effects.published, effects.frames, strict=True):
+                self._publisher.publish(message.session, frame)
                 if isinstance(message, wire.Result) and message.revision == 0:
                     self.telemetry.observe(message)
             for owner, reply in effects.replies:
                 self._reply(owner, reply)
-            self.telemetry.count(effects.events, effects.bits, effects.spikes)
+        self.telemetry.count(*counted(steps))
 
     def _reply(self, owner: bytes, message: wire.Message) -> None:
         if not owner:

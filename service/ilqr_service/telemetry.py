@@ -133,10 +133,8 @@ class Telemetry:
             keep = 0.5 ** (spikes / _HALF_LIFE)
             self._recent = (keep * self._recent[0] + bits, keep * self._recent[1] + spikes)
             self._bits.set(self._recent[0] / self._recent[1])
-        if not events:
-            return
-        self._tally.update(events)
         for event, n in events.items():
+            self._tally[event] += n
             kind, _, label = event.partition(":")
             if kind == "status":
                 self._bins[label].inc(n)
