@@ -77,22 +77,34 @@ class Pool:
 
     def put(self, states: HorizonState) -> list[Row]:
         """Copy streams into rows."""
-        given = [getattr(states, name) for name in _FIELDS]
-        count = given[0].shape[0]
-        if len(self._free) < count:
-            self._grow(2 * self.capacity + count)
-        rows = [Row(self._free, self._free.pop()) for _ in range(count)]
+        given = states.tensors()
         if self._views is not None:
-            places = [row.at for row in rows]
-            for view, values in zip(self._views, given, strict=True):
-                view[places] = values.numpy()
-            return rows
+            return self.put_arrays([t.numpy() for t in given])
+        rows = self._rows(given[0].shape[0])
         at = self._index(rows)
         for array, values in zip(self._arrays, given, strict=True):
             # what a step passes on as it was may be a row itself (see ``get``)
             own = values.untyped_storage().data_ptr() == array.untyped_storage().data_ptr()
             array.index_copy_(0, at, values.clone() if own else values)
         return rows
+
+    def put_arrays(self, given: Sequence[NDArray[Any]]) -> list[Row]:
+        """``put`` for the fields of a ``HorizonState`` as arrays, on the CPU."""
+        rows = self._rows(given[0].shape[0])
+        assert self._views is not None
+        if len(rows) == 1:
+            for view, values in zip(self._views, given, strict=True):
+                view[rows[0].at] = values[0]
+            return rows
+        places = np.array([row.at for row in rows])
+        for view, values in zip(self._views, given, strict=True):
+            view[places] = values
+        return rows
+
+    def _rows(self, count: int) -> list[Row]:
+        if len(self._free) < count:
+            self._grow(2 * self.capacity + count)
+        return [Row(self._free, self._free.pop()) for _ in range(count)]
 
     def get(self, rows: Sequence[Row]) -> HorizonState:
         """The streams of these rows as one batch, which lasts until the next is asked for; of a
