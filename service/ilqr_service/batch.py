@@ -221,7 +221,8 @@ class Stepper:
         """The answers, and which are sound; ``estimate`` in the order of ``_ESTIMATE``."""
         window, z_cov, *rest = estimate
         z = window[:, : self._facts.latents]
-        z_std = np.sqrt(np.diagonal(z_cov, axis1=-2, axis2=-1))
+        # torch's root, as ``Estimate`` has it: numpy's may differ in the last bit
+        z_std = torch.from_numpy(z_cov).diagonal(dim1=-2, dim2=-1).sqrt().numpy()
         vectors = [_doubles(v) for v in (z, z_std, *rest[:3])]
         scalars = [v.tolist() for v in rest[3:]]
         sound: list[bool] = np.isfinite(z).all(-1).tolist()  # pyright: ignore[reportAssignmentType]

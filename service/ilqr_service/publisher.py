@@ -104,4 +104,5 @@ class Publisher:
 
     def _send(self, topic: bytes, frame: bytes) -> None:
         with contextlib.suppress(zmq.Again):
-            self.socket.send_multipart([topic, frame], zmq.NOBLOCK)
+            self.socket.send(topic, zmq.NOBLOCK | zmq.SNDMORE)
+            self.socket.send(frame, zmq.NOBLOCK)

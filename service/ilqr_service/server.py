@@ -48,6 +48,12 @@ _COLLECT_S = 5.0
 _FEED = (wire.Bin, wire.Open, wire.Close)
 
 
+def _patience_ms(due: int | None) -> int:
+    if due is None:
+        return _POLL_MS
+    return max(0, min(_POLL_MS, -((time.monotonic_ns() - due) // 1_000_000)))
+
+
 class Service:
     """Models being served.
 
@@ -230,8 +236,9 @@ class Service:
             poller.register(self._gate.socket, zmq.POLLIN)
         drained_by: int | None = None
         ticked = 0
+        due: int | None = None
         while self._solver.failure is None:
-            events = dict(poller.poll(self._patience_ms()))
+            events = dict(poller.poll(_patience_ms(due)))
             now = time.monotonic_ns()
             self._seen = now / 1e9
             if self._wake in events:
@@ -255,6 +262,7 @@ class Service:
                 self._noted(self._slots.loaded())
                 self._credits()
                 self._housekeeping()
+                due = self._table.next_due()
             if self._stop.is_set():
                 if drained_by is None:
                     self._table.drain("shutting down")
@@ -268,12 +276,6 @@ class Service:
     def _credits(self, *, all_owed: bool = True) -> None:
         for owner, credit in self._table.credits(all_owed=all_owed):
             self._reply(owner, credit)
-
-    def _patience_ms(self) -> int:
-        due = self._table.next_due()
-        if due is None:
-            return _POLL_MS
-        return max(0, min(_POLL_MS, -((time.monotonic_ns() - due) // 1_000_000)))
 
     def _housekeeping(self) -> None:
         """Ten times a second."""
