@@ -26,6 +26,7 @@ import zmq
 from ilqr_vae import wire
 
 _MAX_TOPIC = 1024
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 class Publisher:
@@ -104,5 +105,5 @@ class Publisher:
 
     def _send(self, topic: bytes, frame: bytes) -> None:
         with contextlib.suppress(zmq.Again):
-            self.socket.send(topic, zmq.NOBLOCK | zmq.SNDMORE)
+            self.socket.send(topic, _MORE)
             self.socket.send(frame, zmq.NOBLOCK)

@@ -30,7 +30,7 @@ from ilqr_service.session import Effects, Limits, counted
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.slots import Slots
-from ilqr_service.sockets import bind, empty, received
+from ilqr_service.sockets import bind, empty, patience_ms, received
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
@@ -45,13 +45,8 @@ _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
 _COLLECT_S = 5.0
+_SETTLE_S = 1.0
 _FEED = (wire.Bin, wire.Open, wire.Close)
-
-
-def _patience_ms(due: int | None) -> int:
-    if due is None:
-        return _POLL_MS
-    return max(0, min(_POLL_MS, -((time.monotonic_ns() - due) // 1_000_000)))
 
 
 class Service:
@@ -131,7 +126,7 @@ class Service:
             prepare=self._hygiene.thread,
         )
         self._stop, self._accepting = threading.Event(), threading.Event()
-        self._seen = self._collected = time.monotonic()
+        self._seen = self._collected = self._settled = time.monotonic()
         self._web: Web | None = None
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
 
@@ -238,7 +233,7 @@ class Service:
         ticked = 0
         due: int | None = None
         while self._solver.failure is None:
-            events = dict(poller.poll(_patience_ms(due)))
+            events = dict(poller.poll(patience_ms(due, _POLL_MS)))
             now = time.monotonic_ns()
             self._seen = now / 1e9
             if self._wake in events:
@@ -278,14 +273,16 @@ class Service:
             self._reply(owner, credit)
 
     def _housekeeping(self) -> None:
-        """Ten times a second."""
+        """Ten times a second, what takes longer once."""
         waiting = self._table.waiting
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
         self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
         self.telemetry.count(self._connections.events() + self._publisher.strange())
-        self.telemetry.settle()
         self._ledger.flush()
+        if self._seen - self._settled > _SETTLE_S:
+            self._settled = self._seen
+            self.telemetry.settle()
         if self._gate is not None:
             self._gate.refresh()
             self.telemetry.count(self._gate.strange())
@@ -295,6 +292,8 @@ class Service:
 
     def _answers(self) -> None:
         answers = self._solver.finished()
+        if not answers:
+            return
         step: list[Effects] = []
         while answers:
             answer = answers.popleft()

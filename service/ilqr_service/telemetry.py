@@ -2,7 +2,7 @@
 
 Prometheus edges are finer than the defaults, with one edge exactly at the bin width, so that the
 share of bins answered within a bin is a count and no estimate. No label grows with the sessions.
-What comes is put aside, and counted when somebody asks or ten times a second: a counter's lock and
+What comes is put aside, and counted when somebody asks or once a second: a counter's lock and
 label for each bin would cost more than its bookkeeping in the session table.
 
 Stages of a bin: ``wire_in`` (source to arrival: from the feeder's clock to this one, by the offset
@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -148,10 +148,10 @@ class Telemetry:
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
         self._done = self._counted = 0
         self._tally: Tally[str] = Tally()
-        self._aside: deque[Tally[str]] = deque()
+        self._aside: deque[Mapping[str, int]] = deque()
         self._lock = threading.Lock()
 
-    def count(self, events: Tally[str], bits: float = 0.0, spikes: int = 0) -> None:
+    def count(self, events: Mapping[str, int], bits: float = 0.0, spikes: int = 0) -> None:
         """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; and
         the bits that their spikes gained over the mean rates."""
         if spikes:
@@ -188,7 +188,7 @@ class Telemetry:
         if result.status == "missing":
             return
         if (clock := result.clock) is None:
-            self.count(Tally({"unclocked": 1}))
+            self.count({"unclocked": 1})
         else:
             wire_in = result.received_ns - result.source_ns - clock.offset_ns
             within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
