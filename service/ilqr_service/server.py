@@ -45,7 +45,6 @@ _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
 _COLLECT_S = 5.0
-_SETTLE_S = 1.0
 _FEED = (wire.Bin, wire.Open, wire.Close)
 
 
@@ -126,7 +125,7 @@ class Service:
             prepare=self._hygiene.thread,
         )
         self._stop, self._accepting = threading.Event(), threading.Event()
-        self._seen = self._collected = self._settled = time.monotonic()
+        self._seen = self._collected = time.monotonic()
         self._web: Web | None = None
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
 
@@ -273,16 +272,14 @@ class Service:
             self._reply(owner, credit)
 
     def _housekeeping(self) -> None:
-        """Ten times a second, what takes longer once."""
+        """Ten times a second."""
         waiting = self._table.waiting
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
         self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
         self.telemetry.count(self._connections.events() + self._publisher.strange())
         self._ledger.flush()
-        if self._seen - self._settled > _SETTLE_S:
-            self._settled = self._seen
-            self.telemetry.settle()
+        self.telemetry.settle()
         if self._gate is not None:
             self._gate.refresh()
             self.telemetry.count(self._gate.strange())

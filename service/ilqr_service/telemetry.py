@@ -17,6 +17,7 @@ import threading
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from itertools import cycle
 from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -145,6 +146,7 @@ class Telemetry:
             (0.0, *edges(bin_width)),
         )
         r.register(self._uncertainty)
+        self._turns = cycle([*self._stages.values(), self._uncertainty])
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
         self._done = self._counted = 0
         self._tally: Tally[str] = Tally()
@@ -203,9 +205,9 @@ class Telemetry:
             self._stages[stage].add(ns)
 
     def settle(self) -> None:
-        """Count what was only noted; to be called now and then."""
-        for stage in (*self._stages.values(), self._uncertainty):
-            stage.settle()
+        """Count what was put aside: events, and the times of one stage after the other, so that no
+        call takes long. To be called some ten times a second."""
+        next(self._turns).settle()
         self._settle_events()
 
     def gauge(self, *, sessions: int, queued: int) -> None:
