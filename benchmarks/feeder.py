@@ -26,6 +26,8 @@ from ilqr_vae import wire
 WAIT_S = 10.0
 """For answers after the last send, and for sessions to open."""
 
+_POLLIN = int(zmq.POLLIN)  # zmq's own constants are enums, whose arithmetic is slow
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What is sent.
@@ -95,10 +97,11 @@ class _Sockets:
 
     def take(self) -> None:
         """All that has come, stamped."""
-        for socket, came in ((self.sub, self.published), (self.dealer, self.replies)):
-            while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                frame = socket.recv_multipart(zmq.NOBLOCK)[-1]
-                came.append((time.monotonic_ns(), frame))
+        while int(self.sub.getsockopt(zmq.EVENTS)) & _POLLIN:
+            self.sub.recv()  # the topic
+            self.published.append((time.monotonic_ns(), self.sub.recv()))
+        while int(self.dealer.getsockopt(zmq.EVENTS)) & _POLLIN:
+            self.replies.append((time.monotonic_ns(), self.dealer.recv()))
 
     def wait(self, seconds: float) -> None:
         """Until something comes, where all that had come was taken."""
