@@ -262,13 +262,16 @@ def test_a_step_takes_what_fits_before_the_first_is_due(engine: Engine) -> None:
     fleet = Fleet(engine)
     engine.cost = Cost(100_000.0, 100_000.0)  # 0.1 ms, and 0.1 ms a bin
 
-    def taken(due_ns: int, late: bool = False) -> int:
+    def taken(due_ns: int, late: bool = False, waited: int = 0) -> int:
         quota = Quota(fleet, 1_000_000_000)
         one = msgspec.structs.replace(work(0, 1, "plain"), due_ns=due_ns, late=late)
+        one = msgspec.structs.replace(one, received_ns=1_000_000_000 - waited)
         return next(k for k in range(1000) if not quota(one))
 
     assert taken(2**62) == 61  # 6.25 ms, an eighth of the bin
     assert taken(1_002_000_000) == 9  # half of 2 ms
+    assert taken(1_002_000_000, waited=12_000_000) == 9
+    assert taken(1_002_000_000, waited=13_000_000) == 61  # a backlog: not in ever shorter steps
     assert taken(999_000_000) == 249  # overdue: more at once take less time each
     assert taken(2**62, late=True) == 6  # each a window of bins alone
     assert engine.batch == 61

@@ -19,6 +19,8 @@ from ilqr_service.work import NO_SOLVE, Answer, Work
 from ilqr_vae import threads
 
 CATCH_UP = 4
+BACKLOG = 2
+"""Where the most urgent bin has waited for so many of the longest steps, others are behind it."""
 
 
 @dataclass(slots=True)
@@ -51,7 +53,9 @@ class Shadow:
 class Quota:
     """Says which bins still fit into the next solve: a step's longest time, and half of what is
     left until the first of them is due. Where the most urgent is overdue, a step may take
-    ``CATCH_UP`` times as long: many at once are solved in less time each.
+    ``CATCH_UP`` times as long: many at once are solved in less time each. For the same reason a bin
+    that has waited long (``BACKLOG``) does not shorten the step: in steps that get shorter the
+    nearer bins are to their due times, a backlog once there would never be worked off.
 
     Args:
         fleet: whose bins.
@@ -70,8 +74,9 @@ class Quota:
         overdue = work.due_ns <= self._now and not work.swap
         if not self._longest:
             self._longest = engine.slice_ns * (CATCH_UP if overdue else 1)
-        if not overdue:
-            self._left = min(self._left, work.due_ns - self._now if work.due_ns else self._left)
+        waited = self._now - work.received_ns
+        if not overdue and work.due_ns and waited < BACKLOG * engine.slice_ns:
+            self._left = min(self._left, work.due_ns - self._now)
         if work.late or work.swap:
             self._spent += engine.facts.horizon * engine.cost.ns(1)
         else:
