@@ -19,6 +19,7 @@ from feeder import UNITS
 from ilqr_service.batch import Cost
 from ilqr_service.engine import Engine
 from ilqr_service.fleet import Fleet, Quota
+from ilqr_service.scheduler import Scheduler
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.states import Pool
 from ilqr_service.verify import computed
@@ -275,6 +276,37 @@ def test_a_step_takes_what_fits_before_the_first_is_due(engine: Engine) -> None:
     assert taken(999_000_000) == 249  # overdue: more at once take less time each
     assert taken(2**62, late=True) == 6  # each a window of bins alone
     assert engine.batch == 61
+
+
+def test_after_a_stall_the_streams_are_in_time_again(engine: Engine) -> None:
+    """64 streams of 50 ms bins, which one by one would take longer than they come, in a time of
+    its own: the scheduler and the quota as they are, steps that take exactly what they cost."""
+    streams, width, stall_at, stall = 64, 50_000_000, 1_000_000_000, 150_000_000
+    fleet, scheduler = Fleet(engine), Scheduler(width)
+    engine.cost = Cost(900_000.0, 400_000.0)
+    phases = np.random.default_rng(0).integers(0, width, streams).tolist()
+    coming = sorted(
+        (phase + i * width, run, i) for run, phase in enumerate(phases) for i in range(80)
+    )
+    late: list[int] = []
+    now, next_ = 0, 0
+    while next_ < len(coming) or len(scheduler):
+        while next_ < len(coming) and coming[next_][0] <= now:
+            at, run, index = coming[next_]
+            one = work(run, index, "plain")
+            scheduler.push(msgspec.structs.replace(one, received_ns=at, due_ns=at + width))
+            next_ += 1
+        if not len(scheduler):
+            now = coming[next_][0]
+            continue
+        step = scheduler.take(fleet.batch, Quota(fleet, now))
+        stalled = now < stall_at
+        now += round(engine.cost.ns(len(step)))
+        if stalled and now >= stall_at:
+            now += stall
+        late += [one.received_ns for one in step if now > one.due_ns]
+    assert min(late) >= stall_at - width
+    assert max(late) < stall_at + stall + 10 * width
 
 
 def test_what_a_step_costs_is_followed() -> None:
