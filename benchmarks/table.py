@@ -23,9 +23,13 @@ NOTES = {
     "train": "One gradient step of 32 crops of 40 bins (made-up data), solves warm. "
     "`train solves`: such a batch solved from zero inputs, alone; diffilqrax is given the "
     "initial state and the number of iterations ours took.",
-    "service": "Open-loop load, timed from the intended send to the arrival of the answer. "
-    "`beside solve`: from the intended send to publishing, without the solve itself. "
-    "`over solve and echo`: p99 of the whole, less p99 of the solve and p99 of a bare ZeroMQ echo.",
+    "service": "Open-loop load, timed from the intended send to the arrival of the answer; streams "
+    "begin at times of their own, and their first 25 bins are not counted. Service, load generator "
+    "and echo are processes of their own on the same cores. `beside solve`: from the intended "
+    "send to publishing, without the solve itself, so with the wait for the solves of others. "
+    "`over solve and echo`: p99 of the whole, less p99 of the solve and p99 of a bare ZeroMQ echo "
+    "under the same load. `late`, `predicted` (answered without the bin's data), `shed`, `refused` "
+    "and `unanswered` are numbers of bins; the deadline is the bin width.",
     "gpu": "`share of floor`: the least time that moving each number once and doing the "
     "arithmetic would take at the card's published peaks, over the time measured.",
 }
@@ -39,7 +43,11 @@ COLUMNS = {
     "bound": "bound", "seconds_to_bound": "s to bound", "solve_p99_us": "solve p99 µs",
     "beside_solve_median_us": "beside solve median µs",
     "beside_solve_p99_us": "beside solve p99 µs",
-    "p99_over_solve_and_echo_us": "over solve and echo µs", "unanswered": "unanswered",
+    "p99_over_solve_and_echo_us": "over solve and echo µs", "queue_p99_us": "queue p99 µs",
+    "publish_p99_us": "publish p99 µs", "bins_a_step": "bins a step", "late": "late",
+    "predicted": "predicted", "shed": "shed", "refused": "refused", "unanswered": "unanswered",
+    "cpu_us": "CPU µs a bin", "feeder_cpu_us": "feeder's CPU µs a bin",
+    "feeder_late_p99_us": "feeder late p99 µs",
     "floor_us": "floor µs", "share_of_floor": "share of floor",
     "not_measured": "not measured because", "load": "load",
 }  # fmt: skip

@@ -165,7 +165,7 @@ def test_what_is_asked_of_the_kernel_is_in_force_or_said_not_to_be(
         feeder.ask(wire.Close(session="s"), wire.Closed)
         assert service.stop() == 0
     each = [f"{what} {thread}" for what in ("cpus", "realtime") for thread in ("io", "solver")]
-    assert set(report) == {"gc", "lock_memory", *each}
+    assert set(report) == {"gc", "malloc", "lock_memory", *each}
     for what, came in report.items():
         assert came == "on" or came.startswith("off: ")
         assert shown[f'ilqr_hygiene{{what="{what}"}}'] == float(came == "on")
@@ -181,7 +181,7 @@ def test_what_is_asked_of_the_kernel_is_in_force_or_said_not_to_be(
         assert pinned == len(on & {"cpus io", "cpus solver"})
     log = (tmp_path / "log").read_text()
     if forbidden:
-        assert on == {"gc"}
+        assert on == {"gc", "malloc"}
         for what in set(report) - on:
             reason = report[what].removeprefix("off: ")
             assert reason in log
@@ -194,7 +194,7 @@ def test_what_is_asked_of_the_kernel_is_in_force_or_said_not_to_be(
 def test_garbage_is_left_alone_while_bins_are_queued() -> None:
     before = gc.isenabled()
     try:
-        idle = Hygiene(ServiceSettings(gc="idle"))
+        idle = Hygiene(ServiceSettings(gc="idle", malloc="auto"))
         idle.process()
         assert not gc.isenabled()
         assert idle.report == {"gc": "on"}

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ from feeder import UNITS
 from ilqr_service.batch import Cost
 from ilqr_service.engine import Engine
 from ilqr_service.fleet import Fleet, Quota
+from ilqr_service.scheduler import Scheduler
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.states import Pool
 from ilqr_service.verify import computed
@@ -48,23 +50,25 @@ def work(run: int, index: int, kind: str, serial: int = 0) -> Work:
     one = Work(run, index, counts, None, index == 0, 0, 0, 2**62, False, serial=serial)
     match kind:
         case "masked":
-            return dataclasses.replace(one, mask=rng.random(N) < 0.5)
+            return msgspec.structs.replace(one, mask=rng.random(N) < 0.5)
         case "missing":
-            return dataclasses.replace(one, counts=None)
+            return msgspec.structs.replace(one, counts=None)
         case "cut":  # as a replay repeats what the clock had cut short
-            return dataclasses.replace(one, budget=1 + run % 2)
+            return msgspec.structs.replace(one, budget=1 + run % 2)
         case "overdue":
-            return dataclasses.replace(one, anytime=True, due_ns=0)
+            return msgspec.structs.replace(one, anytime=True, due_ns=0)
         case "shed":
-            return dataclasses.replace(one, budget=NO_SOLVE)
+            return msgspec.structs.replace(one, budget=NO_SOLVE)
         case "again":
-            return dataclasses.replace(one, fresh=True)
+            return msgspec.structs.replace(one, fresh=True)
         case "watched":
-            return dataclasses.replace(one, watch=True)
+            return msgspec.structs.replace(one, watch=True)
         case "not a number":
-            return dataclasses.replace(one, counts=np.where(rng.random(N) < 0.3, np.nan, counts))
+            return msgspec.structs.replace(
+                one, counts=np.where(rng.random(N) < 0.3, np.nan, counts)
+            )
         case "wrong size":
-            return dataclasses.replace(one, counts=np.ones(N + 2))
+            return msgspec.structs.replace(one, counts=np.ones(N + 2))
         case _:
             return one
 
@@ -112,8 +116,8 @@ def test_a_batch_of_any_composition_is_each_alone(
             if kind == "late" and lost[run]:
                 place = max(lost[run])
                 lost[run].discard(place)
-                late = dataclasses.replace(work(run, place, "plain", serial), late=True)
-                works.append(dataclasses.replace(late, fresh=False))
+                late = msgspec.structs.replace(work(run, place, "plain", serial), late=True)
+                works.append(msgspec.structs.replace(late, fresh=False))
                 continue
             works.append(work(run, index[run], kind, serial))
             if works[-1].counts is None:
@@ -124,7 +128,7 @@ def test_a_batch_of_any_composition_is_each_alone(
         alone = [
             answer
             for one in sorted(works, key=lambda w: (w.late, w.budget == NO_SOLVE))
-            for answer in engine.solve([dataclasses.replace(one, run=one.run + RUNS)])
+            for answer in engine.solve([msgspec.structs.replace(one, run=one.run + RUNS)])
         ]
         assert [held(a) for a in together] == [held(a) for a in alone]
 
@@ -149,7 +153,7 @@ def test_a_run_whose_state_is_broken_hurts_no_neighbour(engine: Engine) -> None:
         twin = answer.work.run + 100
         for index in range(4):
             (alone,) = engine.solve(
-                [dataclasses.replace(work(answer.work.run, index, "plain"), run=twin)]
+                [msgspec.structs.replace(work(answer.work.run, index, "plain"), run=twin)]
             )
         assert held(answer) == held(alone)
     (begun,) = engine.solve([work(101, 4, "plain")])  # it begins again
@@ -207,12 +211,37 @@ def test_rows_are_free_when_nothing_refers_to_them(engine: Engine) -> None:
         runs = range(300 + 10 * round_, 310 + 10 * round_)
         for index in range(3 * H):
             engine.solve([work(run, index, "plain") for run in runs])
-        engine.solve([dataclasses.replace(work(run, 0, "late"), late=True) for run in runs])
+        engine.solve([msgspec.structs.replace(work(run, 0, "late"), late=True) for run in runs])
         assert len(pool) == 1 + len(runs) * (H + 1)  # the window's states and the newest
         for run in runs:
             engine.forget(run)
         assert len(pool) == 1
     assert pool.capacity == capacity
+
+
+def test_batches_of_all_sizes_and_kinds_compile_nothing_once_warm(model_file: Path) -> None:
+    """And the memory that they are gathered in stays where it is."""
+    from ilqr_vae.fused import iteration, window
+
+    entries: tuple[Any, ...] = (window.enter, window.leave, window.pass_by, iteration.solve)
+    engine = Engine.load(model_file, ServiceSettings(device="cpu", max_sessions=40))
+    engine.warm_up()
+    engine.solve([work(run, 0, "plain") for run in range(40)])
+    compiled = [len(entry.nopython_signatures) for entry in entries]
+    pool = engine._stepper.pool  # pyright: ignore[reportPrivateUsage]
+    gathered = [t.data_ptr() for t in pool._gathered]  # pyright: ignore[reportPrivateUsage]
+    rng = np.random.default_rng(0)
+    bins = dict.fromkeys(range(40), 0)
+    kinds = ("plain", "masked", "missing", "cut", "overdue", "shed", "watched")
+    for _ in range(60):
+        runs = rng.permutation(40)[: rng.integers(1, 41)].tolist()
+        for run in runs:
+            bins[run] += 1
+        answers = engine.solve([work(run, bins[run], str(rng.choice(kinds))) for run in runs])
+        assert len(answers) == len(runs)
+        assert FAILED not in {answer.solver for answer in answers}
+    assert [len(entry.nopython_signatures) for entry in entries] == compiled
+    assert [t.data_ptr() for t in pool._gathered] == gathered  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_pool_grows_and_keeps_what_it_holds(engine: Engine) -> None:
@@ -234,16 +263,50 @@ def test_a_step_takes_what_fits_before_the_first_is_due(engine: Engine) -> None:
     fleet = Fleet(engine)
     engine.cost = Cost(100_000.0, 100_000.0)  # 0.1 ms, and 0.1 ms a bin
 
-    def taken(due_ns: int, late: bool = False) -> int:
+    def taken(due_ns: int, late: bool = False, waited: int = 0) -> int:
         quota = Quota(fleet, 1_000_000_000)
-        one = dataclasses.replace(work(0, 1, "plain"), due_ns=due_ns, late=late)
+        one = msgspec.structs.replace(work(0, 1, "plain"), due_ns=due_ns, late=late)
+        one = msgspec.structs.replace(one, received_ns=1_000_000_000 - waited)
         return next(k for k in range(1000) if not quota(one))
 
     assert taken(2**62) == 61  # 6.25 ms, an eighth of the bin
     assert taken(1_002_000_000) == 9  # half of 2 ms
+    assert taken(1_002_000_000, waited=12_000_000) == 9
+    assert taken(1_002_000_000, waited=13_000_000) == 61  # a backlog: not in ever shorter steps
     assert taken(999_000_000) == 249  # overdue: more at once take less time each
     assert taken(2**62, late=True) == 6  # each a window of bins alone
     assert engine.batch == 61
+
+
+def test_after_a_stall_the_streams_are_in_time_again(engine: Engine) -> None:
+    """64 streams of 50 ms bins, which one by one would take longer than they come, in a time of
+    its own: the scheduler and the quota as they are, steps that take exactly what they cost."""
+    streams, width, stall_at, stall = 64, 50_000_000, 1_000_000_000, 150_000_000
+    fleet, scheduler = Fleet(engine), Scheduler(width)
+    engine.cost = Cost(900_000.0, 400_000.0)
+    phases = np.random.default_rng(0).integers(0, width, streams).tolist()
+    coming = sorted(
+        (phase + i * width, run, i) for run, phase in enumerate(phases) for i in range(80)
+    )
+    late: list[int] = []
+    now, next_ = 0, 0
+    while next_ < len(coming) or len(scheduler):
+        while next_ < len(coming) and coming[next_][0] <= now:
+            at, run, index = coming[next_]
+            one = work(run, index, "plain")
+            scheduler.push(msgspec.structs.replace(one, received_ns=at, due_ns=at + width))
+            next_ += 1
+        if not len(scheduler):
+            now = coming[next_][0]
+            continue
+        step = scheduler.take(fleet.batch, Quota(fleet, now))
+        stalled = now < stall_at
+        now += round(engine.cost.ns(len(step)))
+        if stalled and now >= stall_at:
+            now += stall
+        late += [one.received_ns for one in step if now > one.due_ns]
+    assert min(late) >= stall_at - width
+    assert max(late) < stall_at + stall + 10 * width
 
 
 def test_what_a_step_costs_is_followed() -> None:
@@ -258,7 +321,7 @@ def test_what_a_step_costs_is_followed() -> None:
 
 def test_a_snapshot_goes_on_as_it_was_solved_though_its_time_is_over(engine: Engine) -> None:
     for index in range(H + 2):
-        bin_ = dataclasses.replace(work(210, index, "plain"), anytime=True)
+        bin_ = msgspec.structs.replace(work(210, index, "plain"), anytime=True)
         (answer,) = engine.solve([bin_])
         assert answer.iterations > 1
     packed = engine.pack(210)

@@ -256,7 +256,7 @@ def test_a_session_of_gaps_and_shed_bins_and_one_of_several_of_its_name_are_clea
 
 def test_hygiene_is_optional_and_reported() -> None:
     assert parse_cpus("0,2-4") == {0, 2, 3, 4}
-    plain = Hygiene(ServiceSettings(gc="auto"))
+    plain = Hygiene(ServiceSettings(gc="auto", malloc="auto"))
     plain.process()
     plain.thread()
     plain.collect()

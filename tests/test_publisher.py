@@ -30,7 +30,9 @@ class Hall:
         return socket
 
     def says(self, session: str, what: str) -> None:
-        self.publisher.publish(wire.Notice(session=session, epoch=0, what=what))
+        self.publisher.publish(
+            session, wire.encode(wire.Notice(session=session, epoch=0, what=what))
+        )
 
 
 @pytest.fixture

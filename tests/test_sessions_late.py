@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from ilqr_service.work import NO_SOLVE, SHED
 from ilqr_vae import wire
 from test_sessions import FACTS, MS, answer, bin_, open_, refused, started, table
@@ -23,7 +25,7 @@ def test_a_late_bin_is_put_in_its_place_within_the_window_only() -> None:
     assert t.waiting == 1
     published: list[Any] = []
     for work, settles in ((late, False), (works[5], False), (works[6], True)):
-        again = replace(answer(work), revised=True, settles=settles, due_ns=late.due_ns)
+        again = structs.replace(answer(work), revised=True, settles=settles, due_ns=late.due_ns)
         published += t.answered(again, 5).published
     assert [(r.index, r.revision, r.status) for r in published] == [
         (4, 1, "ok"),
@@ -96,7 +98,7 @@ def test_a_session_beyond_its_credits_sheds_until_it_was_in_time_for_a_window() 
     effects = t.receive(b"f", bin_(2), 0)
     assert (refused(effects).field, effects.overran) == ("credits", [first.run])
     t.answered(answer(first), 1)
-    t.answered(replace(answer(second), solver=SHED), 1)
+    t.answered(structs.replace(answer(second), solver=SHED), 1)
     sheds: list[bool] = []
     for index in range(2, 2 * FACTS.horizon + 4):
         works = t.receive(b"f", bin_(index), index).work

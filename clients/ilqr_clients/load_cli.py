@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import secrets
 from pathlib import Path
@@ -67,6 +68,8 @@ def command(
     generator = Generator(to, load, faults, prefix=f"load-{secrets.token_hex(3)}")
     try:
         generator.open()
+        gc.collect()
+        gc.freeze()  # a collection that looks through all that was imported would be a stall
         outcome = generator.run().to_json()
     finally:
         generator.close()

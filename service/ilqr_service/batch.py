@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
 import torch
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_service.states import Pool, Row
 from ilqr_service.work import SHED, Answer, ModelFacts, Work
-from ilqr_vae.fused import solver
+from ilqr_vae import ilqr
+from ilqr_vae.fused.solver import Array
 from ilqr_vae.horizon import MovingHorizon
 from ilqr_vae.ilqr import Status
-from ilqr_vae.streams import Estimate
+from ilqr_vae.streams import Estimate, HorizonState
 from ilqr_vae.units import UnitWatch
 
 Clock = Callable[[], int]
@@ -28,8 +30,7 @@ Clock = Callable[[], int]
 _STATUS = {int(status): status.name.lower() for status in Status}
 
 
-@dataclass(frozen=True, slots=True)
-class Stepped:
+class Stepped(Struct, frozen=True, gc=False):
     """What came of one run's bin.
 
     Attributes:
@@ -72,8 +73,15 @@ class Cost:
         return Cost(max(one - each, 0.0), each)
 
 
-def _array(values: torch.Tensor) -> NDArray[np.float64]:
-    return values.detach().cpu().numpy().astype(np.float64, copy=False)
+# what the answers are made of, in the order of the compiled step
+_ESTIMATE = (
+    *("window", "z_cov", "rates", "kinematics", "kinematics_std"),
+    *("bits", "spikes", "iterations", "status"),
+)
+
+
+def _doubles(values: Array) -> NDArray[np.float64]:
+    return values.astype(np.float64, copy=False)
 
 
 class Stepper:
@@ -107,7 +115,9 @@ class Stepper:
         like = estimator.mean_rate
         self._device = like.device
         self._number = torch.empty(0, dtype=like.dtype).numpy().dtype
-        self.separate = solver.usable(estimator.model, ("spikes",), like)
+        # the steps on arrays as they are: tensors around each would cost as much as a tenth of it
+        self._compiled = estimator.compiled(like)
+        self.separate = self._compiled is not None
 
     @property
     def batches(self) -> bool:
@@ -129,12 +139,20 @@ class Stepper:
         """
         started = self._clock()
         counts, mask = self._given(works, watches)
-        after, estimate = self._estimator.step(
-            self.pool.get(states), counts, mask, stop=self._stop(works, started)
-        )
-        rows = self.pool.put(after)
+        before, stop = self.pool.get(states), self._stop(works, started)
+        if self._compiled is None:
+            rows, estimate = self._put(*self._estimator.step(before, counts, mask, stop))
+        else:
+            stopped = ilqr.stopping(stop)
+            after, estimate = self._compiled.step(before.tensors(), counts, mask, stopped)
+            rows = self.pool.put_arrays(after)
         answers, sound = self._answers(works, estimate, started)
-        return [Stepped(*one) for one in zip(rows, answers, sound.tolist(), strict=True)]
+        return [Stepped(*one) for one in zip(rows, answers, sound, strict=True)]
+
+    def _put(self, after: HorizonState, estimate: Estimate) -> tuple[list[Row], tuple[Array, ...]]:
+        """Keep the states; the estimate as the compiled step gives it."""
+        answer = tuple(getattr(estimate, name).detach().cpu().numpy() for name in _ESTIMATE)
+        return self.pool.put(after), answer
 
     def pass_by(
         self, states: Sequence[Row], works: Sequence[Work], watches: Sequence[UnitWatch | None]
@@ -143,36 +161,45 @@ class Stepper:
         known, their bits not counted. As ``step`` otherwise."""
         started = self._clock()
         counts, mask = self._given(works, watches)
-        after, estimate = self._estimator.pass_by(self.pool.get(states), counts, mask)
-        rows = self.pool.put(after)
+        before = self.pool.get(states)
+        if self._compiled is None:
+            rows, estimate = self._put(*self._estimator.pass_by(before, counts, mask))
+        else:
+            after, estimate = self._compiled.pass_by(before.tensors(), counts, mask)
+            rows = self.pool.put_arrays(after)
         answers, sound = self._answers(works, estimate, started)
         return [
             Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good)
-            for row, answer, good in zip(rows, answers, sound.tolist(), strict=True)
+            for row, answer, good in zip(rows, answers, sound, strict=True)
         ]
 
     def _given(
         self, works: Sequence[Work], watches: Sequence[UnitWatch | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts and mask (S, N) of bins."""
-        counts = np.zeros((len(works), len(self._facts.unit_names)), self._number)
-        mask = np.zeros_like(counts)
+        shape = (len(works), len(self._facts.unit_names))
+        counts, mask = np.empty(shape, self._number), np.ones(shape, self._number)
         for i, (work, watch) in enumerate(zip(works, watches, strict=True)):
             if work.counts is None:
+                counts[i] = mask[i] = 0
                 continue
             counts[i] = work.counts
-            mask[i] = True if work.mask is None else work.mask
+            if work.mask is not None:
+                mask[i] = work.mask
             if watch is not None:
                 mask[i, watch.masked] = 0
-        return (
-            torch.from_numpy(counts).to(self._device),
-            torch.from_numpy(mask).to(self._device),
-        )
+        given = torch.from_numpy(counts), torch.from_numpy(mask)
+        if self._device.type == "cpu":
+            return given
+        return given[0].to(self._device), given[1].to(self._device)
 
     def _stop(self, works: Sequence[Work], started: int) -> Callable[[], NDArray[np.bool_]] | None:
         """Which solves to end early, asked before every iteration after the first."""
         timed_too = self._device.type != "cuda"  # there one launch is all iterations
-        if not any(work.budget or (work.anytime and timed_too) for work in works):
+        for work in works:
+            if work.budget or (work.anytime and timed_too):
+                break
+        else:
             return None
         budget = np.array([work.budget or 2**31 for work in works])
         timed = np.array([work.anytime and not work.budget for work in works])
@@ -189,12 +216,16 @@ class Stepper:
         return stop
 
     def _answers(
-        self, works: Sequence[Work], estimate: Estimate, started: int
-    ) -> tuple[list[Answer], NDArray[np.bool_]]:
-        e = estimate
-        vectors = [_array(v) for v in (e.z, e.z_std, e.rates, e.kinematics, e.kinematics_std)]
-        scalars = [v.tolist() for v in (e.bits, e.spikes, e.iterations, e.status)]
-        sound = np.atleast_1d(np.isfinite(vectors[0]).all(-1))
+        self, works: Sequence[Work], estimate: tuple[Array, ...], started: int
+    ) -> tuple[list[Answer], list[bool]]:
+        """The answers, and which are sound; ``estimate`` in the order of ``_ESTIMATE``."""
+        window, z_cov, *rest = estimate
+        z = window[:, : self._facts.latents]
+        # torch's root, as ``Estimate`` has it: numpy's may differ in the last bit
+        z_std = torch.from_numpy(z_cov).diagonal(dim1=-2, dim2=-1).sqrt().numpy()
+        vectors = [_doubles(v) for v in (z, z_std, *rest[:3])]
+        scalars = [v.tolist() for v in rest[3:]]
+        sound: list[bool] = np.isfinite(z).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
         ended, model = self._clock(), self._facts.model
         answers = [
             Answer(

@@ -8,13 +8,14 @@ bin from it on is answered again.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from ilqr_service import logs
 from ilqr_service.batch import Clock, Cost, Stepped, Stepper

@@ -8,7 +8,9 @@ a shadow may run, which solves the same bins after their answers are out; both s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from ilqr_service import logs
 from ilqr_service.engine import Engine, WarmUp
@@ -17,6 +19,8 @@ from ilqr_service.work import NO_SOLVE, Answer, Work
 from ilqr_vae import threads
 
 CATCH_UP = 4
+BACKLOG = 2
+"""Where the most urgent bin has waited for so many of the longest steps, others are behind it."""
 
 
 @dataclass(slots=True)
@@ -49,7 +53,9 @@ class Shadow:
 class Quota:
     """Says which bins still fit into the next solve: a step's longest time, and half of what is
     left until the first of them is due. Where the most urgent is overdue, a step may take
-    ``CATCH_UP`` times as long: many at once are solved in less time each.
+    ``CATCH_UP`` times as long: many at once are solved in less time each. For the same reason a bin
+    that has waited long (``BACKLOG``) does not shorten the step: in steps that get shorter the
+    nearer bins are to their due times, a backlog once there would never be worked off.
 
     Args:
         fleet: whose bins.
@@ -60,7 +66,7 @@ class Quota:
         self._fleet, self._now = fleet, now_ns
         self._longest = 0.0
         self._left = float("inf")
-        self._whole = 0.0
+        self._spent = 0.0
         self._bins: dict[str, int] = {}
 
     def __call__(self, work: Work) -> bool:
@@ -68,16 +74,16 @@ class Quota:
         overdue = work.due_ns <= self._now and not work.swap
         if not self._longest:
             self._longest = engine.slice_ns * (CATCH_UP if overdue else 1)
-        if not overdue:
-            self._left = min(self._left, work.due_ns - self._now if work.due_ns else self._left)
+        waited = self._now - work.received_ns
+        if not overdue and work.due_ns and waited < BACKLOG * engine.slice_ns:
+            self._left = min(self._left, work.due_ns - self._now)
         if work.late or work.swap:
-            self._whole += engine.facts.horizon * engine.cost.ns(1)
+            self._spent += engine.facts.horizon * engine.cost.ns(1)
         else:
-            self._bins[work.model] = self._bins.get(work.model, 0) + 1
-        spent = self._whole + sum(
-            self._fleet.engine(model).cost.ns(bins) for model, bins in self._bins.items()
-        )
-        return spent <= min(self._longest, self._left / 2)
+            bins = self._bins.get(work.model, 0)
+            self._bins[work.model] = bins + 1
+            self._spent += engine.cost.ns(bins + 1) - engine.cost.ns(bins)
+        return self._spent <= min(self._longest, self._left / 2)
 
 
 class Fleet:
@@ -129,8 +135,9 @@ class Fleet:
         model together, then one by one what takes a window, or cannot be solved together."""
         together: dict[tuple[str, bool], list[Work]] = {}
         alone: list[list[Work]] = []
+        single = {m: self.engine(m).batch == 1 for m in {work.model for work in works}}
         for work in works:
-            if work.late or work.swap or self.engine(work.model).batch == 1:
+            if work.late or work.swap or single[work.model]:
                 alone.append([work])
             else:
                 shed = work.budget == NO_SOLVE

@@ -17,6 +17,9 @@ from ilqr_service import logs
 from ilqr_service.settings import ServiceSettings
 
 _MCL_CURRENT_AND_FUTURE = 3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 64 << 20
+_LARGEST_KEPT_BYTES = 32 << 20  # more is not accepted
 
 
 def parse_cpus(text: str) -> set[int]:
@@ -64,6 +67,8 @@ class Hygiene:
         if settings.gc == "idle":
             gc.disable()
             self.report["gc"] = "on"
+        if settings.malloc == "keep":
+            self._try("malloc", _keep_freed_memory)
 
     def thread(self) -> None:
         """What holds for the calling thread: cores and scheduling class."""
@@ -94,6 +99,20 @@ def _lock_memory() -> None:
     if libc.mlockall(_MCL_CURRENT_AND_FUTURE) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def _keep_freed_memory() -> None:
+    """Use freed memory again, rather than give it back and be given it page by page at every step
+    of many streams."""
+    if not sys.platform.startswith("linux"):
+        raise OSError("not on this system")
+    libc = ctypes.CDLL(None)
+    for what, size in (
+        (_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES),
+        (_M_TRIM_THRESHOLD, _KEPT_BYTES),
+    ):
+        if not libc.mallopt(what, size):
+            raise OSError("not accepted by malloc")
 
 
 def _pin(cpus: str) -> None:

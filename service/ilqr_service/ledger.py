@@ -140,7 +140,7 @@ class Ledger:
             journal.write(Served(slot=slot, model=model, manifest=manifest))
         ended = dict(effects.ended)
         opened = {s.run for s in effects.opened}
-        for message in effects.published:
+        for message, frame in zip(effects.published, effects.frames, strict=True):
             if isinstance(message, wire.Result) and answer is not None:
                 journal.write(
                     Answered(
@@ -149,7 +149,7 @@ class Ledger:
                         settles=answer.settles,
                         index=message.index,
                         revision=message.revision,
-                        frame=wire.encode(message),
+                        frame=frame,
                     )
                 )
         for run, what in ended.items():

@@ -26,6 +26,7 @@ import zmq
 from ilqr_vae import wire
 
 _MAX_TOPIC = 1024
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 class Publisher:
@@ -46,19 +47,18 @@ class Publisher:
         self._last: dict[bytes, bytes] = {}
         self._strange = 0
 
-    def publish(self, message: wire.Result | wire.Notice) -> None:
-        """Send to the session's subscribers; never waits."""
-        self._send(*self.remember(message))
+    def publish(self, session: str, frame: bytes) -> None:
+        """Send a message to the session's subscribers; never waits."""
+        self._send(self.remember(session, frame), frame)
 
-    def remember(self, message: wire.Result | wire.Notice) -> tuple[bytes, bytes]:
-        """Keep as the topic's last message; returns topic and frame."""
-        topic = wire.topic(message.session)
-        frame = wire.encode(message)
+    def remember(self, session: str, frame: bytes) -> bytes:
+        """Keep as the last message of the session's topic, which it returns."""
+        topic = wire.topic(session)
         self._last.pop(topic, None)  # so that the newest topics are last
         self._last[topic] = frame
         if len(self._last) > self._topics:
             del self._last[next(iter(self._last))]
-        return topic, frame
+        return topic
 
     def welcome(self) -> None:
         """Take all (un)subscriptions off the socket and answer each subscription."""
@@ -105,4 +105,5 @@ class Publisher:
 
     def _send(self, topic: bytes, frame: bytes) -> None:
         with contextlib.suppress(zmq.Again):
-            self.socket.send_multipart([topic, frame], zmq.NOBLOCK)
+            self.socket.send(topic, _MORE)
+            self.socket.send(frame, zmq.NOBLOCK)

@@ -24,8 +24,7 @@ from ilqr_vae.streams import HorizonState
 from ilqr_vae.units import UnitWatch
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """A bin of the window and what was known before it.
 
     Attributes:

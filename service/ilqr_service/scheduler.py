@@ -18,7 +18,9 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from ilqr_service.work import NO_SOLVE, Work
 
@@ -105,6 +107,8 @@ class Scheduler:
         rounds: list[list[Work]] = []
         for run, queue in self._queues.items():
             works, place = queue.works, 0
+            if len(works) == 1:
+                continue
             behind = queue.sheds and works[0][1].due_ns <= ready(works[0][1])
             while len(works) > 1 and limit > 0:
                 work = works[0][1]

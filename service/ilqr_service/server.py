@@ -26,11 +26,11 @@ from ilqr_service.ledger import Ledger
 from ilqr_service.publisher import Publisher
 from ilqr_service.runs import PackedRun
 from ilqr_service.security import Gate
-from ilqr_service.session import Effects, Limits
+from ilqr_service.session import Effects, Limits, counted
 from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.slots import Slots
-from ilqr_service.sockets import bind, empty, received
+from ilqr_service.sockets import bind, empty, patience_ms, received
 from ilqr_service.solver import SolverThread
 from ilqr_service.telemetry import Telemetry
 from ilqr_service.web import Web
@@ -45,6 +45,7 @@ _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
 _COLLECT_S = 5.0
+_FEED = (wire.Bin, wire.Open, wire.Close)
 
 
 class Service:
@@ -146,7 +147,7 @@ class Service:
             )
             self.results = self._bind("results", self._publisher.socket, self._settings.results)
             for result in self._ledger.last:
-                self._publisher.remember(result)
+                self._publisher.remember(result.session, wire.encode(result))
             self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
             self._wake.bind(_WAKE)
             if self._settings.http:
@@ -229,8 +230,9 @@ class Service:
             poller.register(self._gate.socket, zmq.POLLIN)
         drained_by: int | None = None
         ticked = 0
+        due: int | None = None
         while self._solver.failure is None:
-            events = dict(poller.poll(self._patience_ms()))
+            events = dict(poller.poll(patience_ms(due, _POLL_MS)))
             now = time.monotonic_ns()
             self._seen = now / 1e9
             if self._wake in events:
@@ -254,6 +256,7 @@ class Service:
                 self._noted(self._slots.loaded())
                 self._credits()
                 self._housekeeping()
+                due = self._table.next_due()
             if self._stop.is_set():
                 if drained_by is None:
                     self._table.drain("shutting down")
@@ -268,12 +271,6 @@ class Service:
         for owner, credit in self._table.credits(all_owed=all_owed):
             self._reply(owner, credit)
 
-    def _patience_ms(self) -> int:
-        due = self._table.next_due()
-        if due is None:
-            return _POLL_MS
-        return max(0, min(_POLL_MS, -((time.monotonic_ns() - due) // 1_000_000)))
-
     def _housekeeping(self) -> None:
         """Ten times a second."""
         waiting = self._table.waiting
@@ -281,8 +278,8 @@ class Service:
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
         self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
         self.telemetry.count(self._connections.events() + self._publisher.strange())
-        self.telemetry.settle()
         self._ledger.flush()
+        self.telemetry.settle()
         if self._gate is not None:
             self._gate.refresh()
             self.telemetry.count(self._gate.strange())
@@ -292,6 +289,8 @@ class Service:
 
     def _answers(self) -> None:
         answers = self._solver.finished()
+        if not answers:
+            return
         step: list[Effects] = []
         while answers:
             answer = answers.popleft()
@@ -336,7 +335,7 @@ class Service:
         message = wire.decode_upstream(frames[0])
         if self._gate is not None:
             self._gate.check(user, message)
-        if isinstance(message, wire.Open | wire.Bin | wire.Close):
+        if isinstance(message, _FEED):
             return self._table.receive(owner, message, at_ns, user)
         return self._control.answer(owner, user, message, frames[0], at_ns)
 
@@ -376,14 +375,14 @@ class Service:
             for run in effects.overran:
                 self._solver.overran(run)
             for message in effects.again:
-                self._publisher.publish(message)
-            for message in effects.published:
-                self._publisher.publish(message)
+                self._publisher.publish(message.session, wire.encode(message))
+            for message, frame in zip(effects.published, effects.frames, strict=True):
+                self._publisher.publish(message.session, frame)
                 if isinstance(message, wire.Result) and message.revision == 0:
                     self.telemetry.observe(message)
             for owner, reply in effects.replies:
                 self._reply(owner, reply)
-            self.telemetry.count(effects.events, effects.bits, effects.spikes)
+        self.telemetry.count(*counted(steps))
 
     def _reply(self, owner: bytes, message: wire.Message) -> None:
         if not owner:

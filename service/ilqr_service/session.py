@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Vector, Work, status_of
@@ -35,8 +36,15 @@ class Limits:
     backlog: int = 256
 
 
-@dataclass(slots=True)
-class Effects:
+def _list() -> Any:
+    return msgspec.field(default_factory=list)
+
+
+def _events() -> dict[str, int]:
+    return defaultdict(int)  # a Counter takes longer to make than to use
+
+
+class Effects(msgspec.Struct):
     """What a caller has to do now, in this order.
 
     Attributes:
@@ -53,24 +61,26 @@ class Effects:
         bits, spikes: log-likelihood gained over the mean rates, and spikes, of bins that came.
     """
 
-    forget: list[int] = field(default_factory=list[int])
-    work: list[Work] = field(default_factory=list[Work])
-    overran: list[int] = field(default_factory=list[int])
-    opened: list[Session] = field(default_factory=list["Session"])
-    ended: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
-    again: list[wire.Result] = field(default_factory=list[wire.Result])
-    published: list[wire.Result | wire.Notice] = field(
-        default_factory=list["wire.Result | wire.Notice"]
-    )
-    replies: list[tuple[bytes, wire.Message]] = field(
-        default_factory=list[tuple[bytes, wire.Message]]
-    )
-    events: Counter[str] = field(default_factory=Counter[str])
-    served: list[tuple[str, str, dict[str, Any]]] = field(
-        default_factory=list[tuple[str, str, dict[str, Any]]]
-    )
+    forget: list[int] = _list()
+    work: list[Work] = _list()
+    overran: list[int] = _list()
+    opened: list[Session] = _list()
+    ended: list[tuple[int, str]] = _list()
+    again: list[wire.Result] = _list()
+    published: list[wire.Result | wire.Notice] = _list()
+    replies: list[tuple[bytes, wire.Message]] = _list()
+    events: dict[str, int] = msgspec.field(default_factory=_events)
+    served: list[tuple[str, str, dict[str, Any]]] = _list()
     bits: float = 0.0
     spikes: int = 0
+    _frames: list[bytes] | None = None
+
+    @property
+    def frames(self) -> list[bytes]:
+        """What is published as it goes out, encoded once; nothing may be added from here on."""
+        if self._frames is None:
+            self._frames = [wire.encode(message) for message in self.published]
+        return self._frames
 
     @staticmethod
     def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
@@ -82,7 +92,19 @@ class Effects:
             got=error.got[:200],
             session=session[:64],
         )
-        return Effects(replies=[(owner, refused)], events=Counter({f"refused:{reason}": 1}))
+        return Effects(replies=[(owner, refused)], events={f"refused:{reason}": 1})
+
+
+def counted(steps: list[Effects]) -> tuple[dict[str, int], float, int]:
+    """Events, bits and spikes of several steps of the table together."""
+    events = _events()
+    bits, spikes = 0.0, 0
+    for effects in steps:
+        for event, times in effects.events.items():
+            events[event] += times
+        bits += effects.bits
+        spikes += effects.spikes
+    return events, bits, spikes
 
 
 class Recent:
@@ -105,8 +127,11 @@ class Recent:
         return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)
 
 
+_F8 = np.dtype("<f8")
+
+
 def _packed(values: Vector) -> wire.Array:
-    return wire.Array("<f8", values.shape, values.astype("<f8", copy=False).tobytes())
+    return wire.Array("<f8", values.shape, values.astype(_F8, copy=False).tobytes())
 
 
 ARRIVALS = 256
@@ -329,7 +354,7 @@ class Session:
             self.solves.add(answer.solve_end_ns - answer.solve_start_ns)
             self._calm(answer, published_ns)
             effects.events[f"status:{status}"] += 1
-        if np.isfinite(answer.bits) and (work.late or not answer.revised):
+        if math.isfinite(answer.bits) and (work.late or not answer.revised):
             self.bits += answer.bits
             self.spikes += answer.spikes
             effects.spikes += answer.spikes

@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_service.checks import check_bin, check_open
+from ilqr_service.dues import Credits, TimeTable
 from ilqr_service.session import Effects, Limits, Session
 from ilqr_service.work import NO_SOLVE, Answer, ModelFacts, Vector, Work
 from ilqr_vae import wire
@@ -65,8 +66,8 @@ class SessionTable:
         self.next_run = 0
         self._sessions: dict[str, Session] = {}
         self._runs: dict[int, Session] = {}
-        self._owing: dict[int, Session] = {}
-        self._clocked: dict[int, Session] = {}
+        self._credits = Credits(limits)
+        self._times = TimeTable(self._runs, limits)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -115,15 +116,11 @@ class SessionTable:
             if session is None or not isinstance(message, wire.Bin):
                 return effects
             if (session.owner, session.epoch) == (owner, message.epoch):
-                self._owe(session)
+                self._credits.owe(session)
                 if error.field == "credits":
                     session.overran()
                     effects.overran.append(session.run)
             return effects
-
-    def _owe(self, session: Session) -> None:
-        session.owed += 1
-        self._owing[session.run] = session
 
     def _open(self, owner: bytes, message: wire.Open, now_ns: int, user: str) -> Effects:
         before = self._sessions.get(message.session)
@@ -174,8 +171,6 @@ class SessionTable:
         self.next_run = max(self.next_run, session.run + 1)
         self._sessions[session.name] = session
         self._runs[session.run] = session
-        if session.request.clocked:
-            self._clocked[session.run] = session
 
     def _resume(
         self, session: Session, owner: bytes, message: wire.Open, now_ns: int, user: str
@@ -236,6 +231,7 @@ class SessionTable:
         self._queue(session, index, now_ns, effects, message, counts, mask, late)
         session.unanswered += 1
         session.prune()
+        self._times.note(session)
         return effects
 
     def _bridge(self, session: Session, index: int, now_ns: int, effects: Effects) -> None:
@@ -318,7 +314,8 @@ class SessionTable:
             session.waiting -= 1
             if answer.revised or not work.missing:
                 session.unanswered -= 1
-                self._owe(session)
+                self._credits.owe(session)
+            self._times.note(session)
         if answer.void:
             effects.events["late_lost"] += 1
         else:
@@ -330,16 +327,13 @@ class SessionTable:
     def credits(self, *, all_owed: bool = True) -> list[tuple[bytes, wire.Credit]]:
         """The credits that came free since they were last told, one message per session; of
         ``all_owed`` also the few that a feeder cannot be short of yet."""
-        least = 1 if all_owed else max(1, self.limits.credits // 8)
-        due = [s for s in self._owing.values() if s.owed >= least]
-        return [(s.owner, self._owing.pop(s.run).credit()) for s in due]
+        return self._credits.told(all_owed=all_owed)
 
     # ---- time and ends -------------------------------------------------------------------------
 
     def next_due(self) -> int | None:
         """When ``tick`` has the next bin to answer without it."""
-        due = [s.overdue_ns(self.limits) for s in self._clocked.values()]
-        return min((d for d in due if d is not None), default=None)
+        return self._times.next()
 
     def tick(self, now_ns: int) -> Effects:
         """Answer bins whose time has passed; end the sessions that have been silent too long."""
@@ -349,6 +343,7 @@ class SessionTable:
                 session.silent += 1
                 effects.events["overdue"] += 1
                 self._queue(session, session.next_index, now_ns, effects)
+                self._times.note(session)
             if session.waiting == 0 and now_ns - session.seen_ns > self.limits.idle_ns:
                 self._end(session, "idle", effects)
                 effects.events["idle"] += 1
@@ -388,8 +383,7 @@ class SessionTable:
     def _end(self, session: Session, what: str, effects: Effects) -> None:
         del self._sessions[session.name]
         del self._runs[session.run]
-        self._owing.pop(session.run, None)
-        self._clocked.pop(session.run, None)
+        self._credits.forget(session.run)
         if session.owed:
             effects.replies.append((session.owner, session.credit()))
         effects.forget.append(session.run)

@@ -49,6 +49,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         cpus: cores for the I/O and solver threads, e.g. ``2-3``; "" is any.
         realtime: SCHED_FIFO priority of those threads; 0 is none.
         lock_memory: keep all memory out of swap.
+        malloc: ``keep`` has the C library keep up to 64 MB of freed memory for what comes next,
+            where it can; ``auto`` leaves it alone.
         gc: ``idle`` collects garbage only while nothing is queued; ``auto`` is Python's own way.
     """
 
@@ -80,6 +82,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     cpus: str = ""
     realtime: Annotated[int, msgspec.Meta(ge=0, le=99)] = 0
     lock_memory: bool = False
+    malloc: Literal["keep", "auto"] = "keep"
     gc: Literal["idle", "auto"] = "idle"
 
 

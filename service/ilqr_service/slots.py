@@ -159,7 +159,8 @@ class Slots:
                 refused = ProtocolError(error.field, expected=error.expected, got=error.got)
                 failed = Effects.refusal(done.owner, refused)
                 effects.replies += failed.replies
-                effects.events.update(failed.events)
+                for event, times in failed.events.items():
+                    effects.events[event] += times
                 effects.events["load_failed"] += 1
                 continue
             self._add(done.engine)

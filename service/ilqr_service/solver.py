@@ -69,7 +69,7 @@ class SolverThread:
         self._since: dict[int, int] = {}
         self._scheduler = Scheduler(fleet.first.facts.bin_width_ns)
         self._forgotten: list[int] = []
-        self._stopping = False
+        self._stopping = self._told = False
         self._changed = threading.Condition()
         self._answers: deque[Answer | PackedRun] = deque()
         self._thread = threading.Thread(target=self._run, name="solver", daemon=True)
@@ -99,7 +99,9 @@ class SolverThread:
         return dropped
 
     def finished(self) -> deque[Answer | PackedRun]:
-        """The answers and snapshots not yet taken; the caller pops them from the left."""
+        """The answers and snapshots not yet taken; the caller pops them from the left. What comes
+        from here on wakes the I/O thread again."""
+        self._told = False
         return self._answers
 
     def stop(self) -> None:
@@ -184,8 +186,9 @@ class SolverThread:
                 if packed is not None:
                     self._answers.append(packed)
 
-    @staticmethod
-    def _tell(wake: zmq.Socket[bytes]) -> None:
-        # A full pipe holds wake-ups enough.
-        with contextlib.suppress(zmq.Again):
-            wake.send(b"", zmq.NOBLOCK)
+    def _tell(self, wake: zmq.Socket[bytes]) -> None:
+        # Told already, the I/O thread has yet to look.
+        if not self._told:
+            self._told = True
+            with contextlib.suppress(zmq.Again):  # a full pipe holds wake-ups enough
+                wake.send(b"", zmq.NOBLOCK)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -51,6 +52,8 @@ class Pool:
         self._arrays: list[Tensor] = []
         # on the CPU, the same memory as numpy sees it: far less of a detour for a few small rows
         self._views: list[NDArray[Any]] | None = None
+        # what ``get`` gathers into: a step reads it, and is done with it when its states are put
+        self._gathered: list[Tensor] = []
         self._free: list[int] = []
         self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
 
@@ -74,16 +77,10 @@ class Pool:
 
     def put(self, states: HorizonState) -> list[Row]:
         """Copy streams into rows."""
-        given = [getattr(states, name) for name in _FIELDS]
-        count = given[0].shape[0]
-        if len(self._free) < count:
-            self._grow(2 * self.capacity + count)
-        rows = [Row(self._free, self._free.pop()) for _ in range(count)]
+        given = states.tensors()
         if self._views is not None:
-            places = [row.at for row in rows]
-            for view, values in zip(self._views, given, strict=True):
-                view[places] = values.numpy()
-            return rows
+            return self.put_arrays([t.numpy() for t in given])
+        rows = self._rows(given[0].shape[0])
         at = self._index(rows)
         for array, values in zip(self._arrays, given, strict=True):
             # what a step passes on as it was may be a row itself (see ``get``)
@@ -91,14 +88,41 @@ class Pool:
             array.index_copy_(0, at, values.clone() if own else values)
         return rows
 
-    def get(self, rows: Sequence[Row]) -> HorizonState:
-        """The streams of these rows as one batch; of a single row, the row itself."""
+    def put_arrays(self, given: Sequence[NDArray[Any]]) -> list[Row]:
+        """``put`` for the fields of a ``HorizonState`` as arrays, on the CPU."""
+        rows = self._rows(given[0].shape[0])
+        assert self._views is not None
         if len(rows) == 1:
+            for view, values in zip(self._views, given, strict=True):
+                view[rows[0].at] = values[0]
+            return rows
+        places = np.array([row.at for row in rows])
+        for view, values in zip(self._views, given, strict=True):
+            view[places] = values
+        return rows
+
+    def _rows(self, count: int) -> list[Row]:
+        if len(self._free) < count:
+            self._grow(2 * self.capacity + count)
+        return [Row(self._free, self._free.pop()) for _ in range(count)]
+
+    def get(self, rows: Sequence[Row]) -> HorizonState:
+        """The streams of these rows as one batch, which lasts until the next is asked for; of a
+        single row, the row itself."""
+        count = len(rows)
+        if count == 1:
             first = rows[0].at
             return HorizonState(*(array[first : first + 1] for array in self._arrays))
         if self._views is not None:
-            places = [row.at for row in rows]
-            return HorizonState(*(torch.from_numpy(view[places]) for view in self._views))
+            if not self._gathered or self._gathered[0].shape[0] < count:
+                room = 1 << (count - 1).bit_length()
+                self._gathered = [t.new_empty((room, *t.shape[1:])) for t in self._like]
+            batch = [t[:count] for t in self._gathered]
+            places = np.array([row.at for row in rows])
+            for view, into in zip(self._views, batch, strict=True):
+                # "clip": "raise" would first write to a place of its own; every place is there
+                np.take(view, places, axis=0, out=into.numpy(), mode="clip")
+            return HorizonState(*batch)
         at = self._index(rows)
         return HorizonState(*(array.index_select(0, at) for array in self._arrays))
 

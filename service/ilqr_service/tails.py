@@ -1,6 +1,6 @@
 """Times of one stage of a bin: a Prometheus histogram and exact tails, at the cost of an append.
 
-What comes is put aside and counted in bulk, when somebody asks or ten times a second. For the exact
+What comes is put aside and counted in bulk, when somebody asks or once a second. For the exact
 tails a time is kept to microseconds, above two milliseconds to a part in a thousand; how many
 numbers that are is bounded.
 """

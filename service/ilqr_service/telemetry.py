@@ -2,6 +2,8 @@
 
 Prometheus edges are finer than the defaults, with one edge exactly at the bin width, so that the
 share of bins answered within a bin is a count and no estimate. No label grows with the sessions.
+What comes is put aside, and counted when somebody asks or once a second: a counter's lock and
+label for each bin would cost more than its bookkeeping in the session table.
 
 Stages of a bin: ``wire_in`` (source to arrival: from the feeder's clock to this one, by the offset
 that the feeder states with the bin; its uncertainty is a histogram beside it, and bins of feeders
@@ -11,10 +13,16 @@ of solve to the socket), ``total`` (arrival to the socket).
 
 from __future__ import annotations
 
+import threading
 from collections import Counter as Tally
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from itertools import cycle
 from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from ilqr_service.tails import Stage
 from ilqr_vae import wire
@@ -73,6 +81,20 @@ def edges(bin_width: float) -> tuple[float, ...]:
     return tuple(sorted({e / 1e3 for e in _EDGES_MS} | {r * bin_width for r in relative}))
 
 
+class _First(Collector):
+    """Has something done before the registry's other metrics are collected."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do = do
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        self._do()
+        return []
+
+
 class Telemetry:
     """Counters, gauges and histograms of one service, in a registry of its own.
 
@@ -86,6 +108,7 @@ class Telemetry:
     def __init__(self, bin_width: float) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         r = self.registry
+        r.register(_First(self._settle_events))
         self._stages = {
             stage: Stage(
                 f"ilqr_{stage}_seconds", f"time a bin spent in stage {stage}", edges(bin_width)
@@ -123,51 +146,69 @@ class Telemetry:
             (0.0, *edges(bin_width)),
         )
         r.register(self._uncertainty)
+        self._turns = cycle([*self._stages.values(), self._uncertainty])
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
+        self._done = self._counted = 0
         self._tally: Tally[str] = Tally()
+        self._aside: deque[Mapping[str, int]] = deque()
+        self._lock = threading.Lock()
 
-    def count(self, events: Tally[str], bits: float = 0.0, spikes: int = 0) -> None:
+    def count(self, events: Mapping[str, int], bits: float = 0.0, spikes: int = 0) -> None:
         """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; and
         the bits that their spikes gained over the mean rates."""
         if spikes:
             keep = 0.5 ** (spikes / _HALF_LIFE)
             self._recent = (keep * self._recent[0] + bits, keep * self._recent[1] + spikes)
-            self._bits.set(self._recent[0] / self._recent[1])
-        if not events:
-            return
-        self._tally.update(events)
-        for event, n in events.items():
-            kind, _, label = event.partition(":")
-            if kind == "status":
-                self._bins[label].inc(n)
-            elif kind == "refused":
-                self._refused.labels(label).inc(n)
-            else:
-                self._events[kind].inc(n)
+        if events:
+            self._aside.append(events)
+
+    def _settle_events(self) -> None:
+        """Count the events that were put aside. From any thread."""
+        with self._lock:
+            events: Tally[str] = Tally()
+            while self._aside:
+                events.update(self._aside.popleft())
+            for event, n in events.items():
+                self._tally[event] += n
+                kind, _, label = event.partition(":")
+                if kind == "status":
+                    self._bins[label].inc(n)
+                elif kind == "refused":
+                    self._refused.labels(label).inc(n)
+                else:
+                    self._events[kind].inc(n)
+            iterations, self._counted = self._done - self._counted, self._done
+            self._iterations.inc(iterations)
+            bits, spikes = self._recent
+        if spikes:
+            self._bits.set(bits / spikes)
 
     def observe(self, result: wire.Result) -> None:
         """Time one published answer; a missing bin has a solve time and no others."""
-        times = {"solve": result.solve_end_ns - result.solve_start_ns}
-        if result.status != "missing":
-            if (clock := result.clock) is None:
-                self.count(Tally({"unclocked": 1}))
-            else:
-                wire_in = result.received_ns - result.source_ns - clock.offset_ns
-                within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
-                times["wire_in"] = 0 if within else wire_in
-                self._uncertainty.add(min(clock.uncertainty_ns, _MINUTE_NS))
-            times["queue"] = result.solve_start_ns - result.received_ns
-            times["publish"] = result.published_ns - result.solve_end_ns
-            times["total"] = result.published_ns - result.received_ns
-        for stage, ns in times.items():
-            if 0 <= ns < _MINUTE_NS:
-                self._stages[stage].add(ns)
-        self._iterations.inc(result.iterations)
+        self._time("solve", result.solve_end_ns - result.solve_start_ns)
+        self._done += result.iterations
+        if result.status == "missing":
+            return
+        if (clock := result.clock) is None:
+            self.count({"unclocked": 1})
+        else:
+            wire_in = result.received_ns - result.source_ns - clock.offset_ns
+            within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
+            self._time("wire_in", 0 if within else wire_in)
+            self._uncertainty.add(min(clock.uncertainty_ns, _MINUTE_NS))
+        self._time("queue", result.solve_start_ns - result.received_ns)
+        self._time("publish", result.published_ns - result.solve_end_ns)
+        self._time("total", result.published_ns - result.received_ns)
+
+    def _time(self, stage: str, ns: int) -> None:
+        if 0 <= ns < _MINUTE_NS:
+            self._stages[stage].add(ns)
 
     def settle(self) -> None:
-        """Count what was only noted; to be called now and then."""
-        for stage in (*self._stages.values(), self._uncertainty):
-            stage.settle()
+        """Count what was put aside: events, and the times of one stage after the other, so that no
+        call takes long. To be called some ten times a second."""
+        next(self._turns).settle()
+        self._settle_events()
 
     def gauge(self, *, sessions: int, queued: int) -> None:
         self._sessions.set(sessions)
@@ -186,6 +227,7 @@ class Telemetry:
 
     def counts(self) -> dict[str, int]:
         """Everything counted so far, by event."""
+        self._settle_events()
         return dict(self._tally)
 
     def summary(self) -> dict[str, Any]:

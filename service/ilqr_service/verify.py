@@ -8,10 +8,11 @@ solve short, it is cut after as many iterations as then. A stretch that the jour
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from ilqr_service.engine import Engine
 from ilqr_service.fleet import Fleet

@@ -1,13 +1,15 @@
 """What travels between the sessions and the engine: one bin to solve, and its answer.
 
 Plain data: numpy arrays and integers, no sockets, no torch. Times are nanoseconds of the service's
-monotonic clock. N units, n latents, D kinematic channels.
+monotonic clock. N units, n latents, D kinematic channels. Structs, because one of each is made for
+every bin; nothing in them can refer back to them, so the garbage collector need not look.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -62,8 +64,7 @@ class ModelFacts:
     iterations: int
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, gc=False):
     """One bin of one run of a session, to be solved.
 
     Attributes:
@@ -116,8 +117,7 @@ class Work:
         return self.counts is None or (self.mask is not None and not self.mask.any())
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """The engine's answer to one ``Work``.
 
     Attributes:

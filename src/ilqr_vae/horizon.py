@@ -260,6 +260,11 @@ class MovingHorizon:
         blank = (*fresh.tensors(), missing, missing)
         return Graphs(step, blank, record)
 
+    def compiled(self, like: Tensor) -> Estimator | None:
+        """The compiled step by itself, which takes tensors and gives arrays, where there is one for
+        this model and for tensors like this one; what ``step`` and ``pass_by`` then do."""
+        return self._estimator() if solver.usable(self.model, ("spikes",), like) else None
+
     def _estimator(self) -> Estimator:
         """The model packed for the compiled step, once."""
         if self._packed is None:

@@ -34,7 +34,7 @@ class HorizonState:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields, in order."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return (self.age, self.mean, self.precision, self.z, self.u, self.counts, self.mask)
 
     def __getitem__(self, i: int) -> HorizonState:
         """One stream, as a batch of one."""

@@ -21,6 +21,7 @@ latency from one clock to the other has its uncertainty.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -33,6 +34,7 @@ PROTOCOL = 2
 
 DType = Literal["u1", "<u2", "<u4", "<i8", "<f4", "<f8"]
 DTYPES: tuple[str, ...] = ("u1", "<u2", "<u4", "<i8", "<f4", "<f8")
+_NUMPY = {name: np.dtype(name) for name in DTYPES}
 
 Status = Literal["ok", "degraded", "late", "missing", "extrapolated"]
 
@@ -44,11 +46,12 @@ class Message(
     forbid_unknown_fields=True,
     tag=str.lower,
     tag_field="type",
+    gc=False,
 ):
-    """Base: a tagged, immutable message; unknown fields are refused."""
+    """Base: a tagged, immutable message without cycles; unknown fields are refused."""
 
 
-class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """An array as dtype, shape and raw little-endian bytes in C order."""
 
     dtype: DType
@@ -56,7 +59,7 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: bytes
 
 
-class Offset(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Offset(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """The service's clock minus the feeder's, and how far from the truth that may be, both in
     nanoseconds; 0, 0 where they are the same clock."""
 
@@ -383,16 +386,14 @@ def pack(values: NDArray[Any], dtype: DType) -> Array:
 
 def unpack(array: Array, field: str) -> NDArray[Any]:
     """The array back, read-only. Raises ProtocolError naming ``field`` where it doesn't fit."""
-    dtype = np.dtype(array.dtype)
-    if any(s < 0 for s in array.shape) or len(array.shape) > 3:
-        raise ProtocolError(f"{field}.shape", expected="up to 3 sizes >= 0", got=str(array.shape))
-    size = 1
-    for s in array.shape:
-        size *= s
+    dtype, shape = _NUMPY[array.dtype], array.shape
+    if len(shape) > 3 or (shape and min(shape) < 0):
+        raise ProtocolError(f"{field}.shape", expected="up to 3 sizes >= 0", got=str(shape))
+    size = math.prod(shape)
     if len(array.data) != size * dtype.itemsize:
         raise ProtocolError(
             f"{field}.data",
-            expected=f"{size * dtype.itemsize} bytes for {array.dtype} {array.shape}",
+            expected=f"{size * dtype.itemsize} bytes for {array.dtype} {shape}",
             got=f"{len(array.data)} bytes",
         )
-    return np.frombuffer(array.data, dtype=dtype).reshape(array.shape)
+    return np.frombuffer(array.data, dtype=dtype).reshape(shape)
