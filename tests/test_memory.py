@@ -26,14 +26,16 @@ from ilqr_training.data import Crops
 from ilqr_training.loop import gradient_step, start
 from ilqr_training.memory import estimate, resident
 from ilqr_training.validate import validate
+from ilqr_vae.horizon import HorizonConfig
 
 torch.set_num_threads(1)
 settings = TrainConfig(
     model=ModelConfig(latents=30, inputs=8),
     training=LoopConfig(batch=64, chunk=60, iterations=3),
+    estimator=HorizonConfig(iterations=1),
     readout=ReadoutConfig(steps=5, recurrent_steps=5, alphas=(1.0, 10.0)),
 )
-data = prepared(3000, 150)
+data = prepared(2000, 150)
 said = estimate(settings, data)
 model = build_model(settings.model, data)
 gradient_step(start(model, Crops(data, model, 60, 0), settings.training), settings.training)

@@ -21,7 +21,7 @@ from ilqr_vae.model import Model
 from ilqr_vae.readout import KinematicReadout
 from ilqr_vae.recordings.spec import warmup_start
 
-LOST_BINS = 20_000
+LOST_BINS = 10_000
 """Of each part, in a pass with lost bins; more would cost memory and hardly add."""
 
 
