@@ -107,7 +107,7 @@ def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scrat
                 u[t, a] += alpha * k[t, a]
             for i in range(n):
                 deviation[i] = z[t, i] - zb[t, i]
-            add_product(u[t], K[t], deviation)
+            add_product(u, t * m, K, t * m * n, n, deviation, 0, m, n)
         times_panels(u, t * m, m, 1, drive, driven, 0, n8)
         if family == LINEAR:
             times_panels(z, t * n, n, 1, state, moved, 0, n8)
