@@ -70,14 +70,16 @@ def scratch(dtype: DTypeLike, size: int) -> NDArray[Any]:
 
     It grows to the largest ever asked for and stays.
     """
-    kept: dict[str, NDArray[Any]] = _local.__dict__
+    kept: dict[np.dtype[Any], NDArray[Any]] | None = getattr(_local, "kept", None)
+    if kept is None:
+        kept = _local.kept = {}
     key = np.dtype(dtype)
-    buffer = kept.get(key.name)
+    buffer = kept.get(key)
     if buffer is None or buffer.size < size:
         raw: NDArray[Any] = np.zeros(size + _ALIGNMENT, key)
         start = -raw.ctypes.data % _ALIGNMENT // key.itemsize
         buffer = raw[start : start + size]
-        kept[key.name] = buffer
+        kept[key] = buffer
     return buffer
 
 

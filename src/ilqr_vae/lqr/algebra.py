@@ -82,67 +82,59 @@ def multiply(X, x0, ldx, Y, y0, ldy, C, c0, ldc, length, rows, columns, upper):
     the upper triangle are computed.
     """
     never_inline()
-    width = wide(Y)
     for i in range(0, rows, ROWS):
         short = rows - i <= 4
-        j = (i // COLUMNS) * COLUMNS if upper else 0
+        j = i // COLUMNS * COLUMNS if upper else 0
         while j < columns:
             x, y, c = x0 + i, y0 + j, c0 + i * ldc + j
-            if width > COLUMNS and columns - j > COLUMNS:
-                if short:
-                    _rest_wide(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-                else:
-                    _full_wide(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-                j += 2 * COLUMNS
+            double = wide(Y) > COLUMNS and columns - j > COLUMNS
+            if double and short:
+                _rest_wide(X, x, ldx, Y, y, ldy, C, c, ldc, length)
+            elif double:
+                _full_wide(X, x, ldx, Y, y, ldy, C, c, ldc, length)
+            elif short:
+                _rest(X, x, ldx, Y, y, ldy, C, c, ldc, length)
             else:
-                if short:
-                    _rest(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-                else:
-                    _full(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-                j += COLUMNS
+                _full(X, x, ldx, Y, y, ldy, C, c, ldc, length)
+            j += 2 * COLUMNS if double else COLUMNS
 
 
 @inner
 def subtract_square(W, w0, ldw, C, c0, ldc, length, size):
     """C -= W' W over ``length`` rows, the tiles that touch the upper triangle; see ``multiply``."""
     never_inline()
-    width = wide(C)
     for i in range(0, size, ROWS):
         short = size - i <= 4
-        j = (i // COLUMNS) * COLUMNS
+        j = i // COLUMNS * COLUMNS
         while j < size:
             x, y, c = w0 + i, w0 + j, c0 + i * ldc + j
-            if short:
-                _rest_minus(W, x, ldw, W, y, ldw, C, c, ldc, length)
-                j += COLUMNS
-            elif width > COLUMNS and size - j > COLUMNS:
+            double = wide(C) > COLUMNS and size - j > COLUMNS and not short
+            if double:
                 _full_wide_minus(W, x, ldw, W, y, ldw, C, c, ldc, length)
-                j += 2 * COLUMNS
+            elif short:
+                _rest_minus(W, x, ldw, W, y, ldw, C, c, ldc, length)
             else:
                 _full_minus(W, x, ldw, W, y, ldw, C, c, ldc, length)
-                j += COLUMNS
+            j += 2 * COLUMNS if double else COLUMNS
 
 
 @inner
 def multiply_across(X, x0, ldx, Y, y0, ldy, C, c0, ldc, length, rows, columns):
     """``multiply`` with X as it stands, C = X Y; ``rows`` are read and written to the next 4."""
     never_inline()
-    width = wide(Y)
     for i in range(0, rows, ROWS):
         short = rows - i <= 4
-        x = x0 + i * ldx
         j = 0
         while j < columns:
-            y, c = y0 + j, c0 + i * ldc + j
-            if short:
-                _across_rest(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-                j += COLUMNS
-            elif width > COLUMNS and columns - j > COLUMNS:
+            x, y, c = x0 + i * ldx, y0 + j, c0 + i * ldc + j
+            double = wide(Y) > COLUMNS and columns - j > COLUMNS and not short
+            if double:
                 _across_wide(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-                j += 2 * COLUMNS
+            elif short:
+                _across_rest(X, x, ldx, Y, y, ldy, C, c, ldc, length)
             else:
                 _across(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-                j += COLUMNS
+            j += 2 * COLUMNS if double else COLUMNS
 
 
 @inner

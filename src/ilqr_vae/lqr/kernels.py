@@ -211,7 +211,14 @@ def _forward(problem, has_c, damping, law, cost, step):
 
 
 @inner
-def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, flat, scratch):
+def flat(array, b):
+    """Everything that an array holds for problem ``b``."""
+    part = array[b]
+    return part.reshape(part.size)
+
+
+@inner
+def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, scratch):
     """Solve problem ``b`` of a batch; the arguments of ``solve``. Returns whether it is ok."""
     never_inline()
     A, B, Q, q, R, r, c, S = problem
@@ -230,13 +237,22 @@ def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, flat, sc
         good = _initial(V[b, 0], v[b, 0], damping[b], dz[b, 0], scratch)
     if good:
         _forward(problem_b, has_c, damping[b], law_b, cost_b, step_b)
-        for values in flat:
-            good = good and all_finite(values[b])
+    # what is not finite in one V makes the earlier ones so, in every place: the first will do
+    good = good and all_finite(flat(V[b], 0))
+    rest = (
+        flat(K, b), flat(k, b), flat(Quu_inv, b), flat(v, b), flat(dz, b), flat(du, b),
+        flat(costate, b), flat(model, b),
+    )  # fmt: skip
+    for values in rest:
+        good = good and all_finite(values)
+    if not good:
+        for values in (flat(V, b), *rest):
+            values[:] = values.dtype.type(0.0)
     return good
 
 
 @compiled
-def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, flat, ok, scratch):
+def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, ok, scratch):
     """Solve problems ``first`` to ``last`` of a batch.
 
     Args:
@@ -248,14 +264,11 @@ def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, fl
         law: (K, k, Quu_inv), written.
         cost: (V, v), written.
         step: (dz, du, costate, model), written; model is (B, 2), decrease and linear.
-        flat: everything written, each as (B, -1): what has to be finite.
-        ok: (B,) bool, written. What is written for a problem that is not ok has no meaning.
+        ok: (B,) bool, written. What is written for a problem that is not ok is zeros.
         scratch: flat, ``scratch_size(n, m)`` numbers.
     """
     for b in range(first, last):
-        ok[b] = solve_one(
-            b, problem, has_c, has_S, damping, free, law, cost, step, flat, scratch
-        )  # fmt: skip
+        ok[b] = solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, scratch)
 
 
 @inner
