@@ -95,7 +95,12 @@ class _Emit:
 
 
 def make_tile(
-    rows: int, columns: int = COLUMNS, *, across: bool = False, onto: bool = False, minus: bool = False
+    rows: int,
+    columns: int = COLUMNS,
+    *,
+    across: bool = False,
+    onto: bool = False,
+    minus: bool = False,
 ) -> Any:
     """An intrinsic that computes ``rows`` x ``columns`` numbers of a product.
 
@@ -221,9 +226,7 @@ def make_mirror(size: int, *, diagonal: bool) -> Any:
         p0: Any,
         ldp: Any,
     ) -> Any:
-        signature = types.void(
-            Z, _SIZE, _SIZE, _SIZE, Q, _SIZE, _SIZE, _SIZE, P, _SIZE, _SIZE
-        )
+        signature = types.void(Z, _SIZE, _SIZE, _SIZE, Q, _SIZE, _SIZE, _SIZE, P, _SIZE, _SIZE)
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e = _Emit(context, builder, signature, args, size)
