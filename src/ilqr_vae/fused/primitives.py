@@ -23,9 +23,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ilqr_vae.lqr.algebra import COLUMNS, ROWS, compiled, inner, make_tile, never_inline, round_up
+from ilqr_vae.lqr.algebra import compiled, inner, never_inline, round_up
+from ilqr_vae.lqr.tiles import COLUMNS, ROWS, make_tile
 
-_four_rows = make_tile(ROWS, across=True)
+_rows = make_tile(ROWS, across=True)
+_four_rows = make_tile(4, across=True)
 _one_row = make_tile(1, across=True)
 
 # exp(x) = 2^k exp(r), |r| <= log(2)/2: bits of the mantissa, smallest and largest x whose 2^k is a
@@ -137,13 +139,15 @@ def times_panels(X, x0, ldx, rows, panels, C, c0, ldc):
     """
     never_inline()
     count, length, _ = panels.shape
-    whole = rows // ROWS * ROWS
+    most, fours = rows // ROWS * ROWS, rows // 4 * 4
     for p in range(count):
         y0 = p * length * COLUMNS
         column = c0 + p * COLUMNS
-        for i in range(0, whole, ROWS):
+        for i in range(0, most, ROWS):
+            _rows(X, x0 + i * ldx, ldx, panels, y0, COLUMNS, C, column + i * ldc, ldc, length)
+        for i in range(most, fours, 4):
             _four_rows(X, x0 + i * ldx, ldx, panels, y0, COLUMNS, C, column + i * ldc, ldc, length)
-        for i in range(whole, rows):
+        for i in range(fours, rows):
             _one_row(X, x0 + i * ldx, ldx, panels, y0, COLUMNS, C, column + i * ldc, ldc, length)
 
 
