@@ -16,13 +16,15 @@ from __future__ import annotations
 import numpy as np
 
 from ilqr_vae.fused.primitives import (
-    eight,
     exp_inplace,
+    new_panels,
     pack,
     pack_transposed,
     times_panels,
+    whole,
 )
-from ilqr_vae.lqr.algebra import COLUMNS, add_product, carve, compiled, inner, never_inline
+from ilqr_vae.lqr.algebra import add_product, carve, compiled, inner, never_inline
+from ilqr_vae.lqr.tiles import PANEL
 
 LINEAR, MGU2 = 0, 1
 #: Dynamics families with kernels, by the name in configs.
@@ -31,21 +33,17 @@ FAMILIES = {"linear": LINEAR, "mgu2": MGU2}
 
 def scratch_size(n, m):
     """Numbers of scratch that ``roll_out`` and ``linearise`` need."""
-    wide = n + m + 2 * COLUMNS
+    wide = n + m + 2 * PANEL
     return 4 * wide + 2 * wide * wide
 
 
 def closed_loop_scratch(T, n, m):
     """Numbers of scratch that ``closed_loop`` needs."""
-    return scratch_size(n, m) + 2 * T * (n + COLUMNS)
-
-
-def _panels(rows, columns, dtype):
-    return np.empty((-(-columns // COLUMNS), rows, COLUMNS), dtype)
+    return scratch_size(n, m) + 2 * T * (n + PANEL)
 
 
 def _transposed(matrix):
-    panels = _panels(matrix.shape[1], matrix.shape[0], matrix.dtype)
+    panels = new_panels(matrix.shape[1], matrix.shape[0], matrix.dtype)
     pack_transposed(matrix, panels)
     return panels
 
@@ -65,7 +63,7 @@ def pack_weights(family, w):
     none = np.zeros(1, w[0].dtype)
     if FAMILIES[family] == MGU2:
         gate, gate_bias, hidden, hidden_bias, drive = w
-        straight = _panels(*gate.shape, gate.dtype)
+        straight = new_panels(*gate.shape, gate.dtype)
         pack(gate, straight)
         return (
             _transposed(gate),
@@ -79,7 +77,7 @@ def pack_weights(family, w):
             straight,
         )
     A, B = w
-    empty = np.zeros((1, 1, COLUMNS), A.dtype)
+    empty = np.zeros((1, 1, PANEL), A.dtype)
     return _transposed(A), none, empty, none, _transposed(B), A, np.zeros((1, 1), A.dtype), B, empty
 
 
@@ -91,7 +89,7 @@ def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scrat
     state, state_bias, hidden, hidden_bias, drive, _, _, _, _ = weights
     T, m = ub.shape
     n = z0.size
-    n8 = eight(n)
+    n8 = whole(n)
     one, two = z.dtype.type(1.0), z.dtype.type(2.0)
     deviation = scratch[:n]
     gated = scratch[n8 : 2 * n8]
@@ -136,7 +134,7 @@ def linearise(family, weights, z, f, h, A, B, scratch):
     never_inline()
     _, _, _, _, _, state, hidden, drive, straight = weights
     T, n, m = B.shape
-    n8 = eight(n)
+    n8 = whole(n)
     one = z.dtype.type(1.0)
     if family == LINEAR:
         for t in range(T):
@@ -174,9 +172,9 @@ def closed_loop(first, last, family, weights, closed, z0, zb, ub, K, k, alpha, z
     """
     T = ub.shape[1]
     n, m = z0.shape[1], ub.shape[2]
-    base = 4 * eight(n + m)
-    f, end = carve(scratch, base, T, eight(n))
-    h, end = carve(scratch, end, T, eight(n))
+    base = 4 * whole(n + m)
+    f, end = carve(scratch, base, T, whole(n))
+    h, end = carve(scratch, end, T, whole(n))
     for b in range(first, last):
         law = b if closed else 0
         roll_out(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from ilqr_vae.fused import observations
-from ilqr_vae.fused.primitives import eight
+from ilqr_vae.fused.primitives import whole
 from ilqr_vae.lqr.algebra import carve, part
 
 
@@ -27,7 +27,7 @@ def _features(b, bank, sizes, after, window, scratch):
         slot = max(newest - lag, 0)
         for i in range(n):
             window[b, lag * n + i] = z[b, slot, i]
-    expected, end = carve(scratch, 0, 1, eight(N))
+    expected, end = carve(scratch, 0, 1, whole(N))
     at, end = carve(scratch, end, 1, n)
     for k in range(residuals):
         slot, first = newest - k, (lags + 1) * n + k * N
@@ -104,7 +104,7 @@ def answer(b, bank, readout, after, estimate, scratch):
     n, N = z.shape[2], rates.shape[1]
     _features(b, bank, sizes, after, window, scratch)
     _decode(b, maps, spread, window, z_cov, kinematics, kinematics_std, scratch)
-    expected, end = carve(scratch, 0, 1, eight(N))
+    expected, end = carve(scratch, 0, 1, whole(N))
     at, end = carve(scratch, end, 1, n)
     for i in range(n):
         at[0, i] = z[b, age[b], i]

@@ -18,11 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ilqr_vae import backend, threads
+from ilqr_vae import aligned, backend, threads
 from ilqr_vae.dynamics import MGU2, Linear, Weights
 from ilqr_vae.likelihoods import Gaussian, Likelihood, Observations, Poisson
 from ilqr_vae.lqr import LQRProblem, LQRSolution
-from ilqr_vae.lqr.cpu import aligned_arrays
 from ilqr_vae.model import Model
 from ilqr_vae.priors import LOG_2PI, GaussianPrior, InitialCost
 
@@ -145,20 +144,23 @@ class Work:
         self.batch, self.steps, self.dtype = batch, steps, dtype
         T = steps
 
-        n8, N8 = -(-n // 8) * 8, -(-N // 8) * 8
+        from ilqr_vae.lqr.tiles import PANEL
+
+        n8, N8 = (-(-size // PANEL) * PANEL for size in (n, N))
         status, iterations = (np.zeros(batch, np.int64) for _ in range(2))
         states, inputs, kept = (batch, T + 1, n), (batch, T, m), (2, batch, T)
         # apart from the rest, so that who keeps a trajectory does not keep the matrices
-        z, u, cost, damping, self.taken = aligned_arrays(
+        z, u, cost, damping, self.taken = aligned.arrays(
             dtype, states, inputs, (batch,), (batch,), (batch,)
         )
-        f, h, d, w, A, B, Q, q, R, r, K, k, Quu_inv, V, v, dz, du, costate, decrease = aligned_arrays(
+        made = aligned.arrays(
             dtype,
             (*kept, n8), (*kept, n8), (*kept, N8), (*kept, N8),
             (batch, T, n, n), (batch, T, n, m), (*states, n), states, (*inputs, m), inputs,
             (*inputs, n), inputs, (*inputs, m), (*states, n), states,
             states, inputs, states, (batch, 2),
         )  # fmt: skip
+        f, h, d, w, A, B, Q, q, R, r, K, k, Quu_inv, V, v, dz, du, costate, decrease = made
         self.state = (z, u, cost, damping, status, iterations)
         self.kept = (f, h, d, w, np.zeros(batch, np.int64))
         none = np.zeros((1, 1, 1), dtype)

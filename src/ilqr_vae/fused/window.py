@@ -15,7 +15,7 @@ import math
 
 from ilqr_vae.fused import decode, observations
 from ilqr_vae.fused.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING
-from ilqr_vae.fused.primitives import eight, finite
+from ilqr_vae.fused.primitives import finite, whole
 from ilqr_vae.lqr.algebra import (
     COLUMNS,
     back_substitute,
@@ -27,16 +27,18 @@ from ilqr_vae.lqr.algebra import (
     move_rows,
     multiply,
     part,
+    round_up,
 )
 from ilqr_vae.lqr.kernels import covariance_of_one
 from ilqr_vae.lqr.kernels import scratch_size as lqr_scratch
+from ilqr_vae.lqr.tiles import PANEL
 from ilqr_vae.rollout_kernels import linearise, roll_out
 from ilqr_vae.rollout_kernels import scratch_size as rollout_scratch
 
 
 def scratch_size(T, n, m, N, hidden):
     """Numbers of scratch that one thread needs; ``hidden``: of the readout."""
-    n8, N8 = n + COLUMNS, N + COLUMNS
+    n8, N8 = n + PANEL, N + PANEL
     absorb = 2 * n + m + 2 * n8 + 2 * N8 + 5 * n * n + 2 * n + n * m
     absorb += 5 * n8 * n8 + 2 * (n8 + m) * n8 + 3 * n8 * n8 + n8
     absorb += max(rollout_scratch(n, m), observations.scratch_size(1, n))
@@ -57,16 +59,16 @@ def _absorb(b, model, before, mean, precision, scratch):
     centre, input_precision, _ = prior
     _, old_mean, old_precision, z, u, counts, mask = before
     n, m = z.shape[2], u.shape[2]
-    n8, N8 = eight(n), eight(counts.shape[2])
+    n8 = round_up(n, COLUMNS)
     zero = z.dtype.type(0.0)
 
     # the model around the oldest transition
     z_two, end = carve(scratch, 0, 2, n)
     u_one, end = carve(scratch, end, 1, m)
-    f, end = carve(scratch, end, 1, n8)
-    h, end = carve(scratch, end, 1, n8)
-    d, end = carve(scratch, end, 1, N8)
-    w, end = carve(scratch, end, 1, N8)
+    f, end = carve(scratch, end, 1, whole(n))
+    h, end = carve(scratch, end, 1, whole(n))
+    d, end = carve(scratch, end, 1, whole(counts.shape[2]))
+    w, end = carve(scratch, end, 1, whole(counts.shape[2]))
     A, end = _carve3(scratch, end, 1, n, n)
     B, end = _carve3(scratch, end, 1, n, m)
     Q, end = _carve3(scratch, end, 2, n, n)
@@ -185,8 +187,8 @@ def _enter(b, model, null, before, after, arriving, predicted, estimate, scratch
         centre = prior[0]
         z_two, end = carve(scratch, 0, 2, n)
         u_one, end = carve(scratch, end, 1, m)
-        f, end = carve(scratch, end, 1, eight(n))
-        h, end = carve(scratch, end, 1, eight(n))
+        f, end = carve(scratch, end, 1, whole(n))
+        h, end = carve(scratch, end, 1, whole(n))
         rest, end = carve(scratch, end, 1, m)
         for a in range(m):
             rest[0, a] = centre[a]
@@ -203,7 +205,7 @@ def _enter(b, model, null, before, after, arriving, predicted, estimate, scratch
     newest = age[b] - moves
     new_age[b] = newest + 1
 
-    expected, end = carve(scratch, 0, 1, eight(N))
+    expected, end = carve(scratch, 0, 1, whole(N))
     at, end = carve(scratch, end, 1, n)
     for i in range(n):
         at[0, i] = z[b, newest + 1, i]

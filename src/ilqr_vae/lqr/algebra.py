@@ -5,9 +5,7 @@ symmetric sums are put together from the vector instructions of `tiles.py`; a nu
 depend on where in a matrix it stands. Arrays are C-contiguous and most places in them are given as
 positions in their memory.
 
-Only numba code lives here: it must not be wrapped by a type-checking import hook. numba's cache
-notices a change of the file a compiled function stands in, not of the files it calls into: touch
-`kernels.py` after editing this one.
+Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
 
 # numba infers the types of what it compiles, and gives an intrinsic's first parameter itself.
@@ -15,6 +13,10 @@ notices a change of the file a compiled function stands in, not of the files it 
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,25 @@ from ilqr_vae.lqr.tiles import (
     wide,
 )
 
-#: How entry points are compiled: what Python calls.
-compiled = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
+
+@cache
+def _sources() -> str:
+    """A digest of all files that kernels are in."""
+    package = Path(__file__).parents[1]
+    files = [package / "rollout_kernels.py", *package.glob("lqr/*.py"), *package.glob("fused/*.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """How entry points are compiled: what Python calls. Kept on disk, for as long as no file that
+    kernels are in changes: numba itself looks at the file of the entry point alone."""
+    made = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    kept = getattr(getattr(made, "_cache", None), "_cache_file", None)
+    if hasattr(kept, "_source_stamp"):
+        kept._source_stamp = (kept._source_stamp, _sources())  # pyright: ignore
+    return made
+
+
 #: How everything they call is compiled: without a wrapper of its own, which for functions of many
 #: arrays takes longer to compile than the function.
 inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)

@@ -11,9 +11,8 @@ Where numba cannot be imported the reference solves instead, after one warning i
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from ilqr_vae import threads
+from ilqr_vae import aligned, threads
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
 from ilqr_vae.lqr.types import LQRProblem, LQRSolution, check_covariance, damping_per_problem
@@ -36,8 +35,6 @@ from ilqr_vae.shapes import (
 )
 
 _log = logging.getLogger(__name__)
-
-_LINE = 64  # bytes of a cache line
 
 
 def solve_cpu(
@@ -72,8 +69,8 @@ def solve_cpu(
     S = _nothing(dtype, 4) if problem.S is None else _array(problem.S)
     states, inputs = (batch, steps + 1, n), (batch, steps, m)
     # apart from each other, so that who keeps a trajectory does not keep the matrices
-    V, K, Quu_inv = aligned_arrays(dtype, (*states, n), (*inputs, n), (*inputs, m))
-    dz, v, costate, du, k, model = aligned_arrays(
+    V, K, Quu_inv = aligned.arrays(dtype, (*states, n), (*inputs, n), (*inputs, m))
+    dz, v, costate, du, k, model = aligned.arrays(
         dtype, states, states, states, inputs, inputs, (batch, 2)
     )
     ok = np.empty(batch, np.bool_)
@@ -105,28 +102,6 @@ def solve_cpu(
         linear=tensor(model[:, 1]),
         ok=tensor(ok),
     )
-
-
-def aligned_arrays(dtype: np.dtype[Any], *shapes: tuple[int, ...]) -> list[NDArray[Any]]:
-    """Arrays of these shapes in one piece of memory, each from a cache line's start."""
-    total, places = _layout(dtype.itemsize, shapes)
-    room = np.empty(total, dtype)
-    start = -room.__array_interface__["data"][0] % _LINE // dtype.itemsize
-    return [room[start + at : start + end].reshape(shape) for at, end, shape in places]
-
-
-@lru_cache(256)
-def _layout(
-    itemsize: int, shapes: tuple[tuple[int, ...], ...]
-) -> tuple[int, list[tuple[int, int, tuple[int, ...]]]]:
-    """Numbers in all, and where each array begins and ends."""
-    unit, at = _LINE // itemsize, 0
-    places: list[tuple[int, int, tuple[int, ...]]] = []
-    for shape in shapes:
-        end = at + math.prod(shape)
-        places.append((at, end, shape))
-        at = -(-end // unit) * unit
-    return at + unit, places
 
 
 @cache

@@ -5,9 +5,9 @@ small matrix [Quu | I], which gives L = U^{-T} with Quu = U'U, and products with
 
     V = Q + A' V A - W' W,    K = -L' W,    Quu^{-1} = L' L.
 
-Of symmetric ones half is computed. Scratch matrices are padded with zeros to whole tiles (see `algebra.py`). Letters and signs are
-those of `types.py`. Only numba code lives here: it must not be wrapped by a type-checking import
-hook.
+Of symmetric ones half is computed. Scratch matrices are padded with zeros to whole tiles (see
+`algebra.py`). Letters and signs are those of `types.py`. Only numba code lives here: it must not be
+wrapped by a type-checking import hook.
 """
 
 # numba infers the types of what it compiles.

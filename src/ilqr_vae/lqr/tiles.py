@@ -35,11 +35,13 @@ def _many_registers() -> bool:
 
 #: Rows of a tile: with one vector of columns enough sums to keep two multiply-add units busy.
 ROWS = 8 if _many_registers() else 4
+#: Columns of a panel: of a matrix that is only ever multiplied from the left, packed for it.
+PANEL = 2 * COLUMNS if _many_registers() else COLUMNS
 _LANE = ir.IntType(32)
 
 
-class _Emit:
-    """What the intrinsics' code generators share."""
+class Emit:
+    """What the intrinsics' code generators share: vectors, and the memory of array arguments."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any, lanes: int) -> None:
         self.context, self.builder, self.signature, self.args = context, builder, signature, args
@@ -126,7 +128,7 @@ def make_tile(
         signature = types.void(X, _SIZE, _SIZE, Y, _SIZE, _SIZE, C, _SIZE, _SIZE, _SIZE)
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            e = _Emit(context, builder, signature, args, columns)
+            e = Emit(context, builder, signature, args, columns)
             _, x0, ldx, _, y0, ldy, _, c0, ldc, length = args
             sums = [cgutils.alloca_once(builder, e.vector) for _ in range(rows)]
             x, y, c = e.at(0, x0), e.at(3, y0), e.at(6, c0)
@@ -161,7 +163,7 @@ def make_move(width: int) -> Any:
 
     def move(typingctx: Any, target: Any, t: Any, factor: Any, source: Any, s: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            e = _Emit(context, builder, signature, args, width)
+            e = Emit(context, builder, signature, args, width)
             e.store(builder.fmul(e.spread(args[2]), e.load(e.at(3, args[4]))), e.at(0, args[1]))
             return e.done()
 
@@ -176,7 +178,7 @@ def make_add(width: int) -> Any:
 
     def add(typingctx: Any, target: Any, t: Any, factor: Any, source: Any, s: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            e = _Emit(context, builder, signature, args, width)
+            e = Emit(context, builder, signature, args, width)
             place = e.at(0, args[1])
             e.store(e.fma(e.spread(args[2]), e.load(e.at(3, args[4])), e.load(place)), place)
             return e.done()
@@ -186,7 +188,7 @@ def make_add(width: int) -> Any:
     return intrinsic(add)
 
 
-def _transpose(e: _Emit, rows: list[Any]) -> list[Any]:
+def _transpose(e: Emit, rows: list[Any]) -> list[Any]:
     """A square of vectors, transposed."""
     size = e.lanes
     half = 1
@@ -229,7 +231,7 @@ def make_mirror(size: int, *, diagonal: bool) -> Any:
         signature = types.void(Z, _SIZE, _SIZE, _SIZE, Q, _SIZE, _SIZE, _SIZE, P, _SIZE, _SIZE)
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            e = _Emit(context, builder, signature, args, size)
+            e = Emit(context, builder, signature, args, size)
             _, upper, lower, ldz, _, q_upper, q_lower, ldq, _, p0, ldp = args
             half = ir.Constant(e.vector, [e.scalar(0.5)] * size)
 
@@ -271,7 +273,7 @@ def make_dots(width: int, rows: int) -> Any:
         typingctx: Any, out: Any, o: Any, M: Any, m0: Any, ldm: Any, x: Any, x0: Any, length: Any
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            e = _Emit(context, builder, signature, args, width)
+            e = Emit(context, builder, signature, args, width)
             _, o, _, m0, ldm, _, x0, length = args
             sums = [cgutils.alloca_once(builder, e.vector) for _ in range(rows)]
             for total in sums:
