@@ -43,10 +43,15 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
+# Without numba's reference counts, which kernels that make no arrays can do without and which cost
+# an atomic operation wherever an array is named. A view cannot be returned then, except by ``part``.
+_common: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """How entry points are compiled: what Python calls. Kept on disk, for as long as no file that
     kernels are in changes: numba itself looks at the file of the entry point alone."""
-    made = njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    made = njit(cache=True, no_cfunc_wrapper=True, **_common)(function)
     kept = getattr(getattr(made, "_cache", None), "_cache_file", None)
     if hasattr(kept, "_source_stamp"):
         kept._source_stamp = (kept._source_stamp, _sources())  # pyright: ignore
@@ -55,12 +60,10 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 #: How everything they call is compiled: without a wrapper of its own, which for functions of many
 #: arrays takes longer to compile than the function.
-inner = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_common)
 #: How a long function is written in parts. LLVM works again on everything a function calls, at each
 #: level of calls; parts that are merged before it sees them are worked on once.
-part = njit(
-    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always"
-)
+part = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always", **_common)
 
 
 @intrinsic

@@ -210,7 +210,7 @@ def _forward(problem, has_c, damping, law, cost, step):
     model[1] = linear
 
 
-@inner
+@part
 def flat(array, b):
     """Everything that an array holds for problem ``b``."""
     part = array[b]
