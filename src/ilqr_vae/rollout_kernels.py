@@ -38,8 +38,8 @@ def scratch_size(n, m):
 
 
 def closed_loop_scratch(T, n, m):
-    """Numbers of scratch that ``closed_loop`` needs."""
-    return scratch_size(n, m) + 2 * T * (n + PANEL)
+    """Numbers of scratch that ``closed_loop`` and ``jacobians`` need."""
+    return scratch_size(n, m) + 2 * T * (n + PANEL) + (T + 1) * (n + m)
 
 
 def _transposed(matrix):
@@ -181,6 +181,23 @@ def closed_loop(first, last, family, weights, closed, z0, zb, ub, K, k, alpha, z
             family, weights, closed, z0[b], zb[law], ub[b], K[law], k[law], alpha[law], z[b], u[b],
             f, h, scratch,
         )  # fmt: skip
+
+
+@compiled
+def jacobians(first, last, family, weights, z, u, A, B, scratch):
+    """``linearise`` along the trajectories z of inputs u, problems ``first`` to ``last``."""
+    T, m = u.shape[1:]
+    n = z.shape[2]
+    f, end = carve(scratch, 0, T, whole(n))
+    h, end = carve(scratch, end, T, whole(n))
+    again, end = carve(scratch, end, T + 1, n)
+    inputs, end = carve(scratch, end, T, m)
+    for b in range(first, last):
+        roll_out(
+            family, weights, False, z[b, 0], z[b], u[b], z, z[b], z.dtype.type(0.0), again, inputs,
+            f, h, scratch[end:],
+        )  # fmt: skip
+        linearise(family, weights, again, f, h, A[b], B[b], scratch[end:])
 
 
 @compiled

@@ -43,8 +43,8 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
-# Without numba's reference counts, which kernels that make no arrays can do without and which cost
-# an atomic operation wherever an array is named. A view cannot be returned then, except by ``part``.
+# Without numba's reference counts: kernels that make no arrays can do without, and each costs an
+# atomic operation wherever an array is named. Then only a ``part`` can return a view.
 _common: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 
