@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ilqr_vae.ilqr import Problem, State, where_solved
+from ilqr_vae.ilqr import Problem, State, quadratise, where_solved
 from ilqr_vae.lqr import LQRSolution, solve_lqr
 from ilqr_vae.rollout import adjoint
 
@@ -45,7 +45,7 @@ class _Site:
 def _solve_adjoint(site: _Site, gz0: Tensor, gu: Tensor) -> tuple[LQRSolution, Tensor]:
     """The LQR solution for the incoming gradient, and the costates lam of J."""
     p, s = site.problem, site.state
-    at_optimum = p.model.lqr_problem(p.w, s.z, s.u, p.observed, p.initial)
+    at_optimum = quadratise(p, s.z, s.u)
     lam = adjoint(at_optimum.A, at_optimum.q)
     q = torch.zeros_like(at_optimum.q)
     q[:, 0] = gz0

@@ -251,13 +251,17 @@ class Poisson(_Counts):
         return found
 
     def slope_along(self, z: Tensor, o: Observed, dz: Tensor) -> Tensor:
-        # linear in the parameters, the gradient worked out: autograd would keep what has the size of
+        # linear in the parameters, the gradient worked out: autograd would keep what is as large as
         # the observations, and go through it a second time
         with torch.no_grad():
             a = self.affine(z)
             weight = o.mask * (dz @ self.C.mT)
-            d = (self.derivatives(a, o.values)[0] * o.mask).flatten(0, -2)
-            bend = (self.curvature(a, o.values) * weight).flatten(0, -2)
+            if bool((a <= self.log_rate_max).all()):
+                rate = a.exp_()
+                d, bend = rate - o.values, rate
+            else:
+                d, bend = self.derivatives(a, o.values)[0], self.curvature(a, o.values)
+            d, bend = d.mul_(o.mask).flatten(0, -2), (bend * weight).flatten(0, -2)
             gC = bend.mT @ z.flatten(0, -2) + d.mT @ dz.flatten(0, -2)
             gb = bend.sum(0)
         return (gC * self.C).sum() + gb @ self.b

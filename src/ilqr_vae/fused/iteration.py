@@ -152,6 +152,14 @@ def _search(b, model, data, initial, state, kept, answer, options, scratch):
 
 
 @compiled
+def quadratise(first, last, model, data, initial, start, state, kept, problem, scratch):
+    """Fill the LQR problems around the trajectories of ``state``; the arguments of ``solve``."""
+    for b in range(first, last):
+        begin(b, False, model, data, initial, start, state, kept, scratch)
+        _quadratic_model(b, model, initial, state, kept, problem, scratch)
+
+
+@compiled
 def solve(
     first, last, limit, entry, model, data, initial, start, state, kept, info, options, scratch
 ):

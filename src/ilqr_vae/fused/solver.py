@@ -291,6 +291,32 @@ def solve(
     return work
 
 
+def quadratise(
+    model: Model,
+    w: Weights,
+    observed: Observations,
+    initial: InitialCost,
+    z: Tensor,
+    u: Tensor,
+) -> LQRProblem:
+    """``Model.lqr_problem`` around rollouts z (B, T+1, n) of inputs u (B, T, m)."""
+    code = kernels()
+    assert code is not None
+    packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
+    work.state[0][...], work.state[1][...] = array(z), array(u)
+    arrival = (array(initial.mean), array(initial.precision))
+    start = (array(z[:, 0]), array(u), *work.none)
+    threads.share_out(
+        code.quadratise,
+        work.batch,
+        cost_of_iteration(packed, work.steps) // 2,
+        (packed.arrays, data, arrival, start, work.state, work.kept, work.problem),
+        dtype=work.dtype,
+        scratch_size=code.scratch_size(work.steps, model.n, model.m),
+    )
+    return work.lqr()[0]
+
+
 def resume(
     model: Model,
     w: Weights,
