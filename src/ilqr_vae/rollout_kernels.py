@@ -23,7 +23,7 @@ from ilqr_vae.fused.primitives import (
     times_panels,
     whole,
 )
-from ilqr_vae.lqr.algebra import add_product, carve, compiled, inner, never_inline
+from ilqr_vae.lqr.algebra import add_product, add_row, carve, compiled, inner, never_inline
 from ilqr_vae.lqr.tiles import PANEL
 
 LINEAR, MGU2 = 0, 1
@@ -210,7 +210,6 @@ def adjoint(first, last, A, gz, lam, scratch):
         for t in range(T - 1, -1, -1):
             for i in range(n):
                 lam[b, t, i] = gz[b, t, i]
+            here, row = (b * (T + 1) + t) * n, (b * T + t) * n * n
             for j in range(n):
-                s = lam[b, t + 1, j]
-                for i in range(n):
-                    lam[b, t, i] += A[b, t, j, i] * s
+                add_row(lam, here, lam[b, t + 1, j], A, row + j * n, n)

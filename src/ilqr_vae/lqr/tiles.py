@@ -20,7 +20,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 #: Numbers in a vector; where the processor's are shorter, LLVM splits it.
@@ -30,6 +30,9 @@ _SIZE = types.intp
 
 def _many_registers() -> bool:
     """Whether there are 32 vector registers of 64 bytes, else half of both is counted on."""
+    chosen: str | None = getattr(config, "CPU_FEATURES", None)
+    if chosen is not None:
+        return "+avx512f" in chosen
     return bool(llvm.get_host_cpu_features().get("avx512f", False))
 
 
