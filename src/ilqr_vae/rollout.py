@@ -157,7 +157,7 @@ def _open_loop(dynamics: Dynamics, w: Weights, z0: Tensor, u: Tensor) -> Tensor:
 def jacobians(
     dynamics: Dynamics, w: Weights, z: Float[Tensor, "B T1 n"], u: Float[Tensor, "B T m"]
 ) -> tuple[Float[Tensor, "B T n n"], Float[Tensor, "B T n m"]]:
-    """A_k = df/dz and B_k = df/du along the rollout z of inputs u; no gradient on the fast path."""
+    """A_k = df/dz and B_k = df/du at (z_k, u_k); no gradient on the fast path."""
     kernels = _kernels_for(dynamics, z)
     if kernels is None or (torch.is_grad_enabled() and any(t.requires_grad for t in (*w, z, u))):
         return dynamics.jacobians(w, z[:, :-1], u)

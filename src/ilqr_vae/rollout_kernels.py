@@ -39,7 +39,7 @@ def scratch_size(n, m):
 
 def closed_loop_scratch(T, n, m):
     """Numbers of scratch that ``closed_loop`` and ``jacobians`` need."""
-    return scratch_size(n, m) + 2 * T * (n + PANEL) + (T + 1) * (n + m)
+    return scratch_size(n, m) + 2 * T * (n + PANEL) + 2 * n + m
 
 
 def _transposed(matrix):
@@ -185,19 +185,22 @@ def closed_loop(first, last, family, weights, closed, z0, zb, ub, K, k, alpha, z
 
 @compiled
 def jacobians(first, last, family, weights, z, u, A, B, scratch):
-    """``linearise`` along the trajectories z of inputs u, problems ``first`` to ``last``."""
+    """``linearise`` along the trajectories z (T + 1) and u of problems ``first`` to ``last``, which
+    need not be rollouts."""
     T, m = u.shape[1:]
     n = z.shape[2]
     f, end = carve(scratch, 0, T, whole(n))
     h, end = carve(scratch, end, T, whole(n))
-    again, end = carve(scratch, end, T + 1, n)
-    inputs, end = carve(scratch, end, T, m)
+    two, end = carve(scratch, end, 2, n)
+    one, end = carve(scratch, end, 1, m)
+    rest = scratch[end:]
     for b in range(first, last):
-        roll_out(
-            family, weights, False, z[b, 0], z[b], u[b], z, z[b], z.dtype.type(0.0), again, inputs,
-            f, h, scratch[end:],
-        )  # fmt: skip
-        linearise(family, weights, again, f, h, A[b], B[b], scratch[end:])
+        for t in range(T):
+            roll_out(
+                family, weights, False, z[b, t], z[b], u[b, t : t + 1], z, z[b],
+                z.dtype.type(0.0), two, one, f[t : t + 1], h[t : t + 1], rest,
+            )  # fmt: skip
+        linearise(family, weights, z[b], f, h, A[b], B[b], rest)
 
 
 @compiled
