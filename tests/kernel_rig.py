@@ -47,7 +47,7 @@ class Stream:
     """A moving-horizon estimator and made-up bins for it."""
 
     def __init__(self, dynamics: str = "mgu2", *, n: int = 6, m: int = 3, N: int = 12) -> None:
-        shape = ReadoutShape(lags=2, residuals=3, hidden=4)
+        shape = ReadoutShape(lags=2, residuals=3, hidden=4, recurrent=5)
         readout = KinematicReadout(n, 2, shape, units=N).double()
         g = torch.Generator().manual_seed(5)
         for b in readout.buffers():

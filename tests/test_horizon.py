@@ -37,11 +37,13 @@ def estimator(
 ) -> MovingHorizon:
     readout = None
     if lags is not None:
-        shape = ReadoutShape(lags=lags, residuals=lags, hidden=2)
+        shape = ReadoutShape(lags=lags, residuals=lags, hidden=2, recurrent=3 if lags else 0)
         units = model.group("spikes").b.shape[0]
         readout = KinematicReadout(model.n, 2, shape, units=units).double()
         generator = torch.Generator().manual_seed(9)
-        for b in (readout.W, readout.U, readout.O):
+        for b in readout.buffers():
+            if b.ndim != 2:
+                continue
             b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float64))
     channels = model.group("spikes").b.shape[0]
     rate = torch.full((channels,), 1.5, dtype=torch.float64)
@@ -323,7 +325,11 @@ def test_the_answer_is_what_it_says() -> None:
     last, spikes = answers[-1], model.group("spikes")
     n = model.n
     units = values.shape[-1]
-    assert last.window.shape == (1, 3 * n + 2 * units)
+    at = 3 * n + 2 * units  # then the bins held, and the counts of two with what is missing filled
+    assert last.window.shape == (1, at + 1 + 2 * units)
+    assert last.window[0, at] == 2
+    filled = torch.where(mask[:, 8] > 0, values[:, 8], spikes.mean(last.z))
+    torch.testing.assert_close(last.window[:, at + 1 : at + 1 + units], filled, rtol=1e-12, atol=0)
     torch.testing.assert_close(last.window[:, :n], last.z, rtol=0, atol=0)
     left = mask[:, 8] * (values[:, 8] - spikes.mean(last.z))
     torch.testing.assert_close(last.window[:, 3 * n : 3 * n + units], left, rtol=0, atol=1e-12)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ilqr_training.causal import Causal
 from ilqr_training.config import ReadoutConfig
-from ilqr_training.readouts import calibrate, fit_readout
+from ilqr_training.readouts import Bins, ReadoutFit, calibrate
+from ilqr_training.readouts import fit_readout as fit_bins
 from ilqr_vae.metrics import interval_coverage
 from ilqr_vae.readout import KinematicReadout, ReadoutShape
 
@@ -82,6 +83,21 @@ def causal(rng: np.random.Generator, T: int) -> Causal:
         statuses={},
         iterations=1.0,
     )
+
+
+def fit_readout(
+    train: Causal,
+    train_y: NDArray[np.float64],
+    held: Causal,
+    held_y: NDArray[np.float64],
+    n: int,
+    config: ReadoutConfig,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+) -> ReadoutFit:
+    parts = [Bins.of(train, train_y)], [Bins.of(held, held_y)]
+    return fit_bins(*parts, n, UNITS, config, seed=seed, quick=quick)
 
 
 def _inputs(x: Causal) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,15 +1,16 @@
 """Latent -> kinematics, with standard deviations.
 
-    y_t = W x_t + b + O relu(U x_t + c) + e_t
+    y_t = W x_t + b + O relu(U x_t + c) + C h_t + e_t
     x_t = [z_t, z_{t-1}, ..., z_{t-L},  r_t, r_{t-1}, ..., r_{t-K+1}],    e_t ~ N(0, diag s_t^2)
 
 z are the estimates available at bin t (nothing later), and r_k = mask_k (counts_k - rates(z_k))
-what they leave unexplained of the spikes: zero for a unit or a bin that is missing. L, K and the
-number of hidden units may be zero. The stated variance of channel d is
+what they leave unexplained of the spikes: zero for a unit or a bin that is missing. h_t is a
+recurrent layer's state after the window's last L bins (``recurrent``). L, K and the numbers of
+hidden and recurrent units may be zero. The stated variance of channel d is
 
     s_td^2 = gain_d (J_t Sigma_t J_t')_dd + tau_d^2 + kappa_d q_t
 
-Sigma_t is the estimator's own covariance of z_t, J_t the derivative of the decode in z_t, and
+Sigma_t is the estimator's own covariance of z_t, J_t the derivative of all but C h_t in z_t, and
 q_t the decode's mean square over channels, each centred and in units of its spread: errors grow
 with speed. ``gain``, tau^2 and kappa are fitted on held-out residuals, so that the intervals mean
 what they say.
@@ -24,6 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ilqr_vae.recurrent import Cell, run
+
 
 class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a readout reads.
@@ -32,15 +35,22 @@ class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         lags: L, earlier estimates of the window beside the newest.
         residuals: K, bins whose unexplained spikes it reads; zero for none.
         hidden: units of the layer beside the linear map; zero for none.
+        recurrent: units of the layer that runs over the last L bins; zero for none.
     """
 
     lags: int = 0
     residuals: int = 0
     hidden: int = 0
+    recurrent: int = 0
+
+    def direct(self, n: int, units: int) -> int:
+        """Length of x, F."""
+        return (self.lags + 1) * n + self.residuals * units
 
     def features(self, n: int, units: int) -> int:
-        """Length of x."""
-        return (self.lags + 1) * n + self.residuals * units
+        """Length of all that is read: x, and for a recurrent layer how many of the last L bins are
+        held, and their counts, newest first."""
+        return self.direct(n, units) + (1 + self.lags * units if self.recurrent else 0)
 
 
 def read_window(
@@ -51,7 +61,8 @@ def read_window(
     mask: Float[Tensor, "S H N"],
     rates: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S F"]:
-    """x of each stream: its newest latents, then the spikes of its newest bins left unexplained.
+    """What is read of each stream: its newest latents, then the spikes of its newest bins left
+    unexplained, then for a recurrent layer the bins held and their counts, filled where missing.
 
     Args:
         age: bins in the window; z[:, age] is the newest estimate.
@@ -59,14 +70,31 @@ def read_window(
     """
     row = torch.arange(len(age), device=z.device).unsqueeze(1)
     back = age.unsqueeze(1) - torch.arange(shape.lags + 1, device=z.device)
-    latents = z[row, back.clamp(min=0)].reshape(len(age), -1)
-    if not shape.residuals:
-        return latents
-    back = age.unsqueeze(1) - torch.arange(shape.residuals, device=z.device)
+    read = [z[row, back.clamp(min=0)].reshape(len(age), -1)]
+    bins = max(shape.residuals, shape.lags if shape.recurrent else 0)
+    if not bins:
+        return read[0]
+    back = age.unsqueeze(1) - torch.arange(bins, device=z.device)
     held, slot = (back > 0).unsqueeze(-1), back.clamp(min=1)
-    left = counts[row, slot - 1] - rates(z[row, slot])
-    residual = mask[row, slot - 1] * left * held
-    return torch.cat([latents, residual.reshape(len(age), -1)], -1)
+    expected, seen, there = rates(z[row, slot]), counts[row, slot - 1], mask[row, slot - 1]
+    K, L = shape.residuals, shape.lags
+    read.append((there * (seen - expected) * held)[:, :K].reshape(len(age), -1))
+    if shape.recurrent:
+        filled = torch.where(there > 0, seen, expected) * held
+        read += [age.clamp(max=L).to(z).unsqueeze(1), filled[:, :L].reshape(len(age), -1)]
+    return torch.cat(read, -1)
+
+
+def split_recurrent(
+    x: Float[Tensor, "*batch features"], n: int, shape: ReadoutShape
+) -> tuple[Float[Tensor, "*batch n"], Int[Tensor, "*batch"], Float[Tensor, "*batch L N"]]:
+    """Of all that is read what the recurrent layer begins from, how many bins are held, and their
+    counts."""
+    L = shape.lags
+    units = (x.shape[-1] - 1 - (L + 1) * n) // (shape.residuals + L)
+    at = shape.direct(n, units)
+    counts = x[..., at + 1 :].unflatten(-1, (L, units))
+    return x[..., L * n : (L + 1) * n], x[..., at].to(torch.int64), counts
 
 
 class KinematicReadout(nn.Module):
@@ -81,6 +109,7 @@ class KinematicReadout(nn.Module):
     Attributes:
         W: (D, F); b: (D,); in the recording's kinematic units.
         U: (h, F); c: (h,); O: (D, h).
+        C: (D, g); and the recurrent layer's weights, as in ``recurrent.Cell``.
         variance: (D,) tau^2.
         gain: (D,) multiplier of the propagated latent variance.
         kappa: (D,) of the decode's mean square.
@@ -92,6 +121,13 @@ class KinematicReadout(nn.Module):
     U: Tensor
     c: Tensor
     O: Tensor  # noqa: E741 (the letter of the formula)
+    C: Tensor
+    A: Tensor
+    a: Tensor
+    P: Tensor
+    p: Tensor
+    G: Tensor
+    g: Tensor
     variance: Tensor
     gain: Tensor
     kappa: Tensor
@@ -103,8 +139,12 @@ class KinematicReadout(nn.Module):
     ) -> None:
         super().__init__()
         self.n, self.shape = n, shape or ReadoutShape()
-        F, h, D = self.shape.features(n, units), self.shape.hidden, channels
-        for name, size in (("W", (D, F)), ("b", (D,)), ("U", (h, F)), ("c", (h,)), ("O", (D, h))):
+        F, h, D = self.shape.direct(n, units), self.shape.hidden, channels
+        sizes = {"W": (D, F), "b": (D,), "U": (h, F), "c": (h,), "O": (D, h)}
+        if g := self.shape.recurrent:
+            sizes |= {"C": (D, g), "A": (g, n), "a": (g,), "P": (3 * g, units), "p": (3 * g,)}
+            sizes |= {"G": (3 * g, g), "g": (3 * g,)}
+        for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(size))
         for name, value in (
             ("variance", 1.0),
@@ -115,15 +155,26 @@ class KinematicReadout(nn.Module):
         ):
             self.register_buffer(name, torch.full((D,), value))
 
-    def mean(self, x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch D"]:
-        """The decode."""
-        return x @ self.W.mT + self.b + (x @ self.U.mT + self.c).relu() @ self.O.mT
+    @property
+    def cell(self) -> Cell:
+        """The recurrent layer, where there is one."""
+        return Cell(self.A, self.a, self.P, self.p, self.G, self.g)
+
+    def mean(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch D"]:
+        """The decode of all that is read."""
+        F, shape = self.W.shape[1], self.shape
+        direct = x[..., :F]
+        mean = direct @ self.W.mT + self.b + (direct @ self.U.mT + self.c).relu() @ self.O.mT
+        if not shape.recurrent:
+            return mean
+        oldest, held, counts = split_recurrent(x, self.n, shape)
+        return mean + run(self.cell, oldest, counts, held) @ self.C.mT
 
     def latent_variance(
-        self, x: Float[Tensor, "*batch F"], covariance: Float[Tensor, "*batch n n"]
+        self, x: Float[Tensor, "*batch features"], covariance: Float[Tensor, "*batch n n"]
     ) -> Float[Tensor, "*batch D"]:
         """diag(J Sigma J'): how much of the decode's variance the latent's explains."""
-        slope = (x @ self.U.mT + self.c > 0).to(x)
+        slope = (x[..., : self.W.shape[1]] @ self.U.mT + self.c > 0).to(x)
         J = self.W[:, : self.n] + (self.O * slope.unsqueeze(-2)) @ self.U[:, : self.n]
         return ((J @ covariance) * J).sum(-1)
 
@@ -132,7 +183,7 @@ class KinematicReadout(nn.Module):
         return (((mean - self.centre) / self.spread) ** 2).mean(-1)
 
     def forward(
-        self, x: Float[Tensor, "*batch F"], covariance: Float[Tensor, "*batch n n"]
+        self, x: Float[Tensor, "*batch features"], covariance: Float[Tensor, "*batch n n"]
     ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
         """Mean and standard deviation of the kinematics."""
         mean = self.mean(x)

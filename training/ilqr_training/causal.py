@@ -27,7 +27,7 @@ class Causal:
     """Estimates for each bin of a span, in order.
 
     Attributes:
-        window: (T, features), the readout's input at each bin; z is its first n columns.
+        window: (T, F), x of the readout at each bin; z is its first n columns.
         latent_std: (T, n).
         covariance: (T, n, n), of z.
         rates: (T, N), expected counts per bin.
@@ -37,6 +37,8 @@ class Causal:
         bits, spikes: (T,), see ``horizon.Estimate``.
         statuses: solver status -> bins.
         iterations: mean per bin.
+        recalled: (T, 1 + L N) float32, what the readout's recurrent layer reads beside: how many
+            bins are held, and their counts; None where it has none.
         masked: (T, N), units that were not believed at each bin; None where none were watched.
     """
 
@@ -51,6 +53,7 @@ class Causal:
     spikes: NDArray[np.float64]
     statuses: dict[str, int]
     iterations: float
+    recalled: NDArray[np.float32] | None = None
     masked: NDArray[np.bool_] | None = None
 
     def rows(self, keep: NDArray[np.bool_]) -> Causal:
@@ -107,6 +110,8 @@ def causal_pass(
     fresh[[0, *recording.breaks]] = True
 
     units = UnitWatch.fresh(recording.n_units) if watch else None
+    readout = estimator.readout
+    direct = None if readout is None else readout.W.shape[1]
     delay = min(INPUT_DELAY, estimator.config.horizon - 1)
     state = estimator.init(streams)
     kept: dict[str, list[torch.Tensor]] = {}
@@ -135,15 +140,18 @@ def causal_pass(
             continue
         if held is not None:
             masked.append(held)
-        for name in ("window", "z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
+        kept.setdefault("window", []).append(answer.window[:, :direct])
+        if direct is not None and answer.window.shape[1] > direct:
+            kept.setdefault("recalled", []).append(answer.window[:, direct:].float())
+        for name in ("z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
             kept.setdefault(name, []).append(getattr(answer, name))
         kept.setdefault("inputs", []).append(delayed_inputs(state, delay))
         tally += torch.bincount(answer.status.cpu(), minlength=len(Status))
         iterations += int(answer.iterations.sum())
 
-    def in_order(name: str) -> NDArray[np.float64]:
+    def in_order(name: str, dtype: torch.dtype = torch.float64) -> NDArray[Any]:
         # (length, streams, ...) -> pieces one after the other, the last one's overhang cut off
-        x = torch.stack(kept[name]).transpose(0, 1).double().cpu().numpy()
+        x = torch.stack(kept.pop(name)).transpose(0, 1).to(dtype).cpu().numpy()
         return x.reshape(streams * length, *x.shape[2:])[:n_bins]
 
     covariance = in_order("z_cov")
@@ -159,6 +167,7 @@ def causal_pass(
         spikes=in_order("spikes"),
         statuses={s.name.lower(): int(c) for s, c in zip(Status, tally, strict=True) if c},
         iterations=iterations / (streams * length),
+        recalled=in_order("recalled", torch.float32) if "recalled" in kept else None,
         masked=np.stack(masked) if watch else None,
     )
 

@@ -80,16 +80,24 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         hidden: units of each hidden layer it may have; zero for none.
         members: hidden layers averaged.
         steps: gradient steps of the hidden layers' training.
-        dropout: share of hidden units left out in it; of features and of units, half of that.
+        dropout: share of hidden units left out in it; of features and of units, half of that. Of
+            the recurrent layer's inputs and units as well.
+        recurrent: units of a layer that may run over the last ``lags`` bins' counts; zero for none.
+        recurrent_steps: gradient steps of its training at most.
+        lost: shares of the bins that are left out in further passes over the training part, from
+            which all but the penalties and shares are learnt as well.
         alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
     """
 
-    lags: int = 6
+    lags: int = 9
     residuals: int = 4
     hidden: int = 128
     members: int = 4
     steps: int = 2000
     dropout: float = 0.4
+    recurrent: int = 128
+    recurrent_steps: int = 1500
+    lost: tuple[float, ...] = (0.2, 0.3)
     alphas: tuple[float, ...] = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5)
 
     def within(self, horizon: int) -> ReadoutConfig:
@@ -101,7 +109,12 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     @property
     def shape(self) -> ReadoutShape:
         """The most it may read."""
-        return ReadoutShape(lags=self.lags, residuals=self.residuals, hidden=self.hidden)
+        return ReadoutShape(
+            lags=self.lags,
+            residuals=self.residuals,
+            hidden=self.hidden,
+            recurrent=self.recurrent if self.lags else 0,
+        )
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -142,13 +155,15 @@ def check(config: TrainConfig) -> TrainConfig:
         value = getattr(config.estimator, name)
         _require(f"estimator.{name}", value, "at least 1", value >= 1)
     readout = config.readout
-    for name in ("lags", "residuals", "hidden"):
+    for name in ("lags", "residuals", "hidden", "recurrent"):
         value = getattr(readout, name)
         _require(f"readout.{name}", value, "zero or more", value >= 0)
-    for name in ("members", "steps"):
+    for name in ("members", "steps", "recurrent_steps"):
         value = getattr(readout, name)
         _require(f"readout.{name}", value, "at least 1", value >= 1)
     _require("readout.dropout", readout.dropout, "0 to below 1", 0 <= readout.dropout < 1)
+    shares = all(0 < share < 1 for share in readout.lost)
+    _require("readout.lost", str(readout.lost), "shares between 0 and 1", shares)
     _require(
         "readout.alphas",
         str(config.readout.alphas),

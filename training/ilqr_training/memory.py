@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ilqr_training.config import TrainConfig
 from ilqr_training.data import Prepared
+from ilqr_training.validate import LOST_BINS
 
 GIB = 2**30
 
@@ -78,10 +79,15 @@ def estimate(config: TrainConfig, data: Prepared) -> Estimate:
     block = (n + m) * (n + m)  # Jacobians, curvature, gains and value matrices of a bin
     posterior = 3 * loop.chunk**2 if loop.posterior == "kronecker" else 4 * rows * block
     step = word * (rows * (_BLOCKS * block + _PATHS * (n + m) + _CHANNELS * (N + D)) + posterior)
-    features = n * (config.readout.lags + 1) + N * getattr(config.readout, "residuals", 0)
-    # float64: window, covariance, rates; then the design, standardised, and its copies
-    kept = 8 * (train + validation) * (n * n + n + N + m + 2 * features + 4 * D)
-    fit = 8 * ((train + validation) * 3 * features + 3 * features**2)
+    reads = config.readout.within(config.estimator.horizon)
+    features = n * (reads.lags + 1) + N * reads.residuals
+    bins = train + validation
+    bins += len(reads.lost) * sum(min(part, LOST_BINS) for part in (train, validation))
+    # float64: window, covariance, rates; float32: counts that are recalled; then the design,
+    # standardised, and its copies
+    recalled = 4 * reads.lags * N if reads.recurrent else 0
+    kept = bins * (8 * (n * n + n + N + m + 2 * features + 4 * D) + 2 * recalled)
+    fit = 8 * (bins * 3 * features + 3 * features**2)
     streams = 8 * _STREAMS * config.estimator.horizon * (4 * block + 3 * N)
     return Estimate(
         now=resident(),

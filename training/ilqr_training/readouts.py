@@ -1,4 +1,4 @@
-"""Fitting ``ilqr_vae.readout`` on causal latents: linear map, hidden layer, intervals.
+"""Fitting ``ilqr_vae.readout`` on causal latents: linear map, layers, intervals.
 
 Everything is fitted on the training part and chosen on the held-out part; what was chosen is then
 fitted again on both, as the Wiener filter is. The intervals come from the held-out errors of the
@@ -7,7 +7,7 @@ readout that had not seen them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -20,13 +20,15 @@ from scipy.stats import norm
 from ilqr_training.causal import Causal
 from ilqr_training.config import ReadoutConfig
 from ilqr_training.hidden import Maps, fit_hidden
+from ilqr_training.recurrence import Recurrent, Windows, fit_recurrent
 from ilqr_vae.metrics import r2
 from ilqr_vae.readout import KinematicReadout, ReadoutShape
 
 Array = NDArray[np.float64]
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of what the hidden layer adds to the linear map, tried on the held-out part beside none of it."""
+"""Of what the hidden layer adds to the linear map, and of the recurrent layer's decode in the mean
+with theirs (not all of it), tried on the held-out part beside none of it."""
 
 LEVEL = 0.9
 """Of the intervals whose coverage on the held-out part is made exact."""
@@ -94,17 +96,20 @@ class _Table:
 @dataclass(frozen=True)
 class _Choice:
     """Penalties of the linear map, on latents and on unexplained spikes; hidden units, and how much
-    of what they add is taken."""
+    of what they add is taken; steps of the recurrent layer, and its part in the mean."""
 
     alpha: float
     beta: float
     hidden: int = 0
     share: float = 0.0
+    steps: int = 0
+    part: float = 0.0
 
     def __str__(self) -> str:
         spikes = "none" if np.isinf(self.beta) else f"{self.beta:g}"
         hidden = f"hidden units {self.hidden}, {self.share:.0%} of what they add"
-        return f"ridge {self.alpha:g}, on unexplained spikes {spikes}, {hidden}"
+        recurrent = f"recurrent layer after {self.steps} steps, {self.part:.0%} of the decode"
+        return f"ridge {self.alpha:g}, on unexplained spikes {spikes}, {hidden}, {recurrent}"
 
 
 def _ridges(table: _Table, latents: int, choices: list[_Choice]) -> Iterator[Maps]:
@@ -122,34 +127,81 @@ def _ridges(table: _Table, latents: int, choices: list[_Choice]) -> Iterator[Map
         yield Maps.linear(W, np.zeros(D))
 
 
-def _module(maps: Maps, n: int, units: int, shape: ReadoutShape, y: Array) -> KinematicReadout:
+def _module(
+    maps: Maps,
+    recurrent: Recurrent | None,
+    table: _Table,
+    sizes: tuple[int, int],
+    shape: ReadoutShape,
+    choice: _Choice,
+) -> KinematicReadout:
+    """The readout of standardised maps, of targets' and features' own units.
+
+    Args:
+        sizes: n and N.
+    """
+    n, units = sizes
     readout = KinematicReadout(n, len(maps.b), shape, units=units).double()
+    maps = table.in_units(maps).reading(slice(0, shape.direct(n, units)))
     for name in ("W", "b", "U", "c", "O"):
         getattr(readout, name).copy_(torch.as_tensor(getattr(maps, name)))
-    readout.centre.copy_(torch.as_tensor(y.mean(0)))
-    readout.spread.copy_(torch.as_tensor(y.std(0) + 1e-12))
+    if recurrent is not None:
+        for name in ("W", "b", "O"):
+            getattr(readout, name).mul_(1 - choice.part)
+        for name, value in recurrent.cell._asdict().items():
+            getattr(readout, name).copy_(value)
+        out = choice.part * table.y_scale
+        readout.C.copy_(torch.as_tensor(recurrent.C * out[:, None]))
+        readout.b += torch.as_tensor(recurrent.d * out + choice.part * table.y_mean)
+    readout.centre.copy_(torch.as_tensor(table.y_mean))
+    readout.spread.copy_(torch.as_tensor(table.y_scale))
     return readout
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Bins to fit or to choose on."""
+class Bins:
+    """Bins to fit or to choose on.
+
+    Attributes:
+        x: (T, F); y: (T, D); covariance: (T, n, n) of the latents.
+        recalled: (T, 1 + L N), see ``Causal``; None where there is none.
+    """
 
     x: Array
     y: Array
     covariance: Array
+    recalled: NDArray[np.float32] | None
 
     @staticmethod
-    def both(one: _Part, other: _Part) -> _Part:
-        return _Part(*(np.concatenate([getattr(one, k), getattr(other, k)]) for k in vars(one)))
+    def of(causal: Causal, y: Array) -> Bins:
+        """Of estimates and kinematics (T, D) of the same bins."""
+        return Bins(causal.window, y, causal.covariance, causal.recalled)
+
+    @staticmethod
+    def together(parts: Sequence[Bins]) -> Bins:
+        """One after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        recalled = [p.recalled for p in parts if p.recalled is not None]
+        return Bins(
+            x=np.concatenate([p.x for p in parts]),
+            y=np.concatenate([p.y for p in parts]),
+            covariance=np.concatenate([p.covariance for p in parts]),
+            recalled=np.concatenate(recalled) if len(recalled) == len(parts) else None,
+        )
+
+    def everything(self, reads: int, recurrent: bool) -> Array:
+        """All that a readout reads: the first columns of x, and what is recalled."""
+        if not recurrent or self.recalled is None:
+            return self.x[:, :reads]
+        return np.concatenate([self.x[:, :reads], self.recalled.astype(np.float64)], 1)
 
 
 def fit_readout(
-    train: Causal,
-    train_y: Array,
-    held: Causal,
-    held_y: Array,
+    train: Sequence[Bins],
+    held: Sequence[Bins],
     n: int,
+    units: int,
     config: ReadoutConfig,
     *,
     seed: int = 0,
@@ -158,51 +210,99 @@ def fit_readout(
     """The readout that does best on the held-out part among those the configuration allows.
 
     Args:
-        train, held: estimates whose ``window`` holds what ``config`` reads.
-        train_y, held_y: (T, D) kinematics of the same bins.
-        n: latents.
-        seed: of the hidden layer's start and dropout.
+        train, held: estimates whose windows hold what ``config`` reads: first with nothing amiss,
+            which is what is chosen on and what intervals are of, then those of passes in which
+            bins were lost.
+        n: latents. units: N.
+        seed: of the layers' starts and dropout.
         quick: the linear map alone.
     """
-    units = train.rates.shape[1]
-    latents = (config.lags + 1) * n
-    one = _Part(train.window, train_y, train.covariance)
-    other = _Part(held.window, held_y, held.covariance)
-    table = _Table.of(one.x, one.y, latents)
+    reads = _Reads(n, units, config, seed)
+    one, other = Bins.together(train), held[0]
+    table = _Table.of(one.x, one.y, reads.latents)
     betas = (np.inf, *config.alphas) if config.residuals else (np.inf,)
     choices = [_Choice(a, b) for a, b in product(config.alphas, betas)]
-
-    def decode(maps: Maps) -> Array:
-        return table.in_units(maps)(other.x)
+    in_table = (other.x - table.x_mean) / table.x_scale
+    truth = (other.y - table.y_mean) / table.y_scale
 
     scored = [
-        (r2(held_y, decode(maps)), i, choices[i], maps)
-        for i, maps in enumerate(_ridges(table, latents, choices))
+        (r2(truth, maps(in_table)), i, choices[i], maps)
+        for i, maps in enumerate(_ridges(table, reads.latents, choices))
     ]
     score, _, choice, maps = max(scored, key=lambda s: (s[0], -s[1]))
+    recurrent = None
     if config.hidden and not quick:
         deep = fit_hidden(table.x, table.y, maps, config, seed, units=units)
         for share in SHARES:
-            found = r2(held_y, decode(deep.share(share)))
+            found = r2(truth, deep.share(share)(in_table))
             if found > score:
                 score, maps = found, deep.share(share)
                 choice = replace(choice, hidden=len(deep.c), share=share)
-    residuals = config.residuals if np.isfinite(choice.beta) or choice.hidden else 0
-    shape = ReadoutShape(lags=config.lags, residuals=residuals, hidden=choice.hidden)
-    reads = slice(0, shape.features(n, units))
+    if config.recurrent and not quick and one.recalled is not None:
+        direct, seen = maps(in_table), reads.windows(other)
+        for steps, layer in fit_recurrent(reads.windows(one), table.y, config, seed):
+            alone = layer(seen)
+            for part in SHARES[:-1]:
+                found = r2(truth, (1 - part) * direct + part * alone)
+                if found > score:
+                    score, recurrent = found, layer
+                    choice = replace(choice, steps=steps, part=part)
 
-    trained = _module(table.in_units(maps).reading(reads), n, units, shape, one.y)
-    decoded, std = calibrate(trained, other.x[:, reads], other.y, other.covariance)
-    whole = _Part.both(one, other)
-    table = _Table.of(whole.x, whole.y, latents)
-    (again,) = _ridges(table, latents, [choice])
-    if choice.hidden:
-        again = fit_hidden(table.x, table.y, again, config, seed, units=units)
-        again = again.share(choice.share)
-    readout = _module(table.in_units(again).reading(reads), n, units, shape, one.y)
+    shape = reads.shape(choice)
+    F = shape.direct(n, units)
+    trained = _module(maps, recurrent, table, (n, units), shape, choice)
+    seen = other.everything(F, bool(choice.steps))
+    decoded, std = calibrate(trained, seen, other.y, other.covariance)
+    readout = _again(Bins.together([*train, *held]), choice, reads, shape)
     for name in ("gain", "variance", "kappa"):
         getattr(readout, name).copy_(getattr(trained, name))
-    return ReadoutFit(readout, score, held_y, decoded, std, str(choice))
+    return ReadoutFit(readout, score, other.y, decoded, std, str(choice))
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Sizes and settings of a fit."""
+
+    n: int
+    units: int
+    config: ReadoutConfig
+    seed: int
+
+    @property
+    def latents(self) -> int:
+        """Columns of x that are latents."""
+        return (self.config.lags + 1) * self.n
+
+    def windows(self, bins: Bins) -> Windows:
+        """What the recurrent layer reads."""
+        if bins.recalled is None:
+            raise ValueError("recalled: a pass without what the recurrent layer reads")
+        return Windows.of(bins.x, bins.recalled, self.config.lags, self.n)
+
+    def shape(self, choice: _Choice) -> ReadoutShape:
+        """What the readout chosen reads."""
+        spikes = np.isfinite(choice.beta) or choice.hidden
+        return ReadoutShape(
+            lags=self.config.lags,
+            residuals=self.config.residuals if spikes else 0,
+            hidden=choice.hidden,
+            recurrent=self.config.recurrent if choice.steps else 0,
+        )
+
+
+def _again(bins: Bins, choice: _Choice, reads: _Reads, shape: ReadoutShape) -> KinematicReadout:
+    """What was chosen, fitted on all bins; without intervals."""
+    config, seed = reads.config, reads.seed
+    table = _Table.of(bins.x, bins.y, reads.latents)
+    (maps,) = _ridges(table, reads.latents, [choice])
+    if choice.hidden:
+        maps = fit_hidden(table.x, table.y, maps, config, seed, units=reads.units)
+        maps = maps.share(choice.share)
+    recurrent = None
+    if choice.steps:
+        made = fit_recurrent(reads.windows(bins), table.y, config, seed)
+        recurrent = next(layer for steps, layer in made if steps == choice.steps)
+    return _module(maps, recurrent, table, (reads.n, reads.units), shape, choice)
 
 
 def calibrate(

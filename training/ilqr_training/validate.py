@@ -8,17 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_training.causal import Causal, causal_pass
 from ilqr_training.config import ReadoutConfig, TrainConfig
 from ilqr_training.data import Prepared
-from ilqr_training.readouts import fit_readout
+from ilqr_training.readouts import Bins, fit_readout
 from ilqr_vae.horizon import MovingHorizon
 from ilqr_vae.metrics import interval_coverage, r2
 from ilqr_vae.model import Model
 from ilqr_vae.readout import KinematicReadout
 from ilqr_vae.recordings.spec import warmup_start
+
+LOST_BINS = 20_000
+"""Of each part, in a pass with lost bins; more would cost memory and hardly add."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,14 @@ def mean_rate(data: Prepared) -> torch.Tensor:
     return torch.as_tensor(spikes / np.maximum(seen.sum(0), 1))
 
 
-def _reads(config: TrainConfig) -> ReadoutConfig:
-    return config.readout.within(config.estimator.horizon)
+def _reads(config: TrainConfig, thorough: bool = True) -> ReadoutConfig:
+    reads = config.readout.within(config.estimator.horizon)
+    return reads if thorough else replace(reads, recurrent=0, lost=())
 
 
-def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHorizon:
+def estimator_of(
+    model: Model, data: Prepared, config: TrainConfig, *, thorough: bool = True
+) -> MovingHorizon:
     """A float64 copy of the model as a moving-horizon estimator without a fitted readout.
 
     The blank readout only sets how many lags each answer's window holds.
@@ -59,7 +66,10 @@ def estimator_of(model: Model, data: Prepared, config: TrainConfig) -> MovingHor
     blank = None
     if k is not None:
         blank = KinematicReadout(
-            model.n, k.shape[1], _reads(config).shape, units=data.recording.counts.shape[1]
+            model.n,
+            k.shape[1],
+            _reads(config, thorough).shape,
+            units=data.recording.counts.shape[1],
         ).double()
     frozen = copy.deepcopy(model).double().cpu()
     return MovingHorizon(frozen, blank, mean_rate(data), config.estimator)
@@ -80,7 +90,7 @@ def validate(
             parallel pieces, quick enough to do while training.
         progress: called with (what, done, of).
     """
-    estimator = estimator_of(model, data, config)
+    estimator = estimator_of(model, data, config, thorough=thorough)
     say = progress or (lambda what, done, of: None)
     train = causal_pass(
         estimator,
@@ -102,31 +112,58 @@ def validate(
     k = data.recording.kinematics
     if k is None:
         return Validation(held.bits_per_spike, scores, None, estimator.mean_rate)
-    fitted = _decode(train, held, k, data, model.n, config, thorough)
+    reads = _reads(config, thorough)
+    parts = {"train": [train], "validation": [held]}
+    for i, share in enumerate(reads.lost):
+        lost = _lost(data, share, (config.training.seed, i))
+        for name, causals in parts.items():
+            span = _latest(getattr(data, name))
+            causals.append(
+                causal_pass(
+                    estimator, data.recording, *span, streams=16, run_in=40, dropped=lost,
+                    progress=lambda i, n: say("latents with bins lost", i, n),
+                )
+            )  # fmt: skip
+    fitted = _decode(parts, k, data, model.n, reads, config.training.seed, quick=not thorough)
     return Validation(fitted[1]["r2"], scores | fitted[1], fitted[0], estimator.mean_rate)
 
 
+def _latest(span: tuple[int, int]) -> tuple[int, int]:
+    """The last bins of a span, as many as a pass with lost bins is made of."""
+    return max(span[0], span[1] - LOST_BINS), span[1]
+
+
+def _lost(data: Prepared, share: float, seed: tuple[int, int]) -> NDArray[np.bool_]:
+    """Bins of the recording that are lost, each on its own."""
+    return np.random.default_rng(seed).random(len(data.recording)) < share
+
+
 def _decode(
-    train: Causal,
-    held: Causal,
+    parts: dict[str, list[Causal]],
     k: NDArray[np.float64],
     data: Prepared,
     n: int,
-    config: TrainConfig,
-    thorough: bool,
+    reads: ReadoutConfig,
+    seed: int,
+    *,
+    quick: bool,
 ) -> tuple[KinematicReadout, dict[str, float]]:
     valid = data.recording.scored
-    a, b = data.train
-    c, d = data.validation
+    bins: dict[str, list[Bins]] = {}
+    for name, causals in parts.items():
+        span = getattr(data, name)
+        for i, causal in enumerate(causals):
+            rows = slice(*(_latest(span) if i else span))
+            made = Bins.of(causal.rows(valid[rows]), k[rows][valid[rows]])
+            bins.setdefault(name, []).append(made)
     fit = fit_readout(
-        train.rows(valid[a:b]),
-        k[a:b][valid[a:b]],
-        held.rows(valid[c:d]),
-        k[c:d][valid[c:d]],
+        bins["train"],
+        bins["validation"],
         n,
-        _reads(config),
-        seed=config.training.seed,
-        quick=not thorough,
+        data.recording.n_units,
+        reads,
+        seed=seed,
+        quick=quick,
     )
     names = data.recording.kinematic_names
     scores = {"r2": fit.score} | {

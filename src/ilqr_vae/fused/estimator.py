@@ -38,6 +38,17 @@ class _Room:
         self.predicted = (z0, z, u)
 
 
+def _layer(readout: KinematicReadout, n: int, units: int) -> tuple[Tensor, ...]:
+    """C, A, a, P', p, G' and g of a recurrent layer, of no units where there is none."""
+    if readout.shape.recurrent:
+        A, a, P, p, G, g = readout.cell
+        return readout.C, A, a, P.mT, p, G.mT, g
+    none = readout.W.new_zeros(0)
+    wide = readout.W.new_zeros(units, 0)
+    out = readout.W.new_zeros(len(readout.b), 0)
+    return out, none.view(0, n), none, wide, none, none.view(0, 0), none
+
+
 class Estimator:
     """One model and readout, packed.
 
@@ -69,14 +80,17 @@ class Estimator:
         prior = array(model.initial.cost(1).precision[0])
         self.wide = array(model.initial.cost(1).precision[0].inverse())
         used = KinematicReadout(n, 0) if readout is None else readout
-        self.channels, self.features = used.W.shape
-        self.scratch_size = window.scratch_size(horizon, n, m, N, used.shape.hidden)
+        shape = used.shape
+        self.channels, self.features = used.W.shape[0], shape.features(n, N)
+        self.scratch_size = window.scratch_size(horizon, n, m, N, shape.hidden, shape.recurrent)
         U = (used.U.mT.contiguous(), used.U[:, :n].contiguous())
         maps = tuple(array(t.to(mean_rate.dtype)) for t in (used.W, used.b, *U, used.c, used.O))
+        layer = _layer(used, n, N)
         spread = (used.variance, used.gain, used.kappa, used.centre, used.spread)
         affine = (
-            (used.shape.lags, used.shape.residuals),
+            (shape.lags, shape.residuals, shape.recurrent),
             maps,
+            tuple(array(t.to(mean_rate.dtype).contiguous()) for t in layer),
             tuple(array(t.to(mean_rate.dtype)) for t in spread),
         )
         self.fixed = (self.plan.arrays, prior, array(mean_rate))

@@ -36,13 +36,13 @@ from ilqr_vae.rollout_kernels import linearise, roll_out
 from ilqr_vae.rollout_kernels import scratch_size as rollout_scratch
 
 
-def scratch_size(T, n, m, N, hidden):
-    """Numbers of scratch that one thread needs; ``hidden``: of the readout."""
+def scratch_size(T, n, m, N, hidden, recurrent):
+    """Numbers of scratch that one thread needs; ``hidden``, ``recurrent``: of the readout."""
     n8, N8 = n + PANEL, N + PANEL
     absorb = 2 * n + m + 2 * n8 + 2 * N8 + 5 * n * n + 2 * n + n * m
     absorb += 5 * n8 * n8 + 2 * (n8 + m) * n8 + 3 * n8 * n8 + n8
     absorb += max(rollout_scratch(n, m), observations.scratch_size(1, n))
-    answer = (T + 1) * n * n + lqr_scratch(n, m) + N8 + n + hidden
+    answer = (T + 1) * n * n + lqr_scratch(n, m) + N8 + n + hidden + 10 * (recurrent + PANEL)
     return max(absorb, answer)
 
 
