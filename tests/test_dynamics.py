@@ -43,6 +43,24 @@ def test_jacobians_are_autodiffs(family: str, n: int, m: int, seed: int) -> None
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_tangent_is_the_jacobians_and_autodiffs_in_the_weights(family: str) -> None:
+    dynamics, w, generator = make(family, 4, 3, 2)
+    z, dz, lam, mu = (normal(generator, 5, 4) for _ in range(4))
+    u, du = normal(generator, 5, 3), normal(generator, 5, 3)
+    leaves = tuple(t.requires_grad_() for t in w)
+    after, change = dynamics.tangent(leaves, z, u, dz, du)
+    A, B = dynamics.jacobians(leaves, z, u)
+    expected = (A @ dz.unsqueeze(-1) + B @ du.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(after, dynamics.step(leaves, z, u), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(change, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (
+        torch.autograd.grad((lam * x).sum() + (mu * y).sum(), leaves, materialize_grads=True)
+        for x, y in ((change, after), (expected, dynamics.step(leaves, z, u)))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @grid
 @given(n=st.integers(1, 5), m=st.integers(1, 6), seed=SEEDS)
 def test_curvature_is_the_slope_of_the_jacobians(family: str, n: int, m: int, seed: int) -> None:

@@ -17,7 +17,7 @@ from ilqr_vae.errors import ConfigError
 from ilqr_vae.fused import solver
 from ilqr_vae.horizon import HorizonConfig, MovingHorizon
 from ilqr_vae.likelihoods import Observed
-from ilqr_vae.rollout import adjoint, closed_loop, rollout
+from ilqr_vae.rollout import adjoint, closed_loop, jacobians, rollout
 from kernel_rig import assert_identical, assert_same, model_of
 
 SIZES = [(20, 5, 40, 3, 8), (3, 2, 7, 4, 5), (17, 9, 33, 2, 3), (1, 1, 1, 1, 1)]
@@ -65,6 +65,20 @@ def test_a_solve_is_the_one_torch_defines(
         assert_same(state, expected, tolerance)
         assert_same(info.problem, theirs.problem, tolerance)
         assert_same(info.lqr, theirs.lqr, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("dynamics", ["linear", "mgu2"])
+def test_the_quadratic_model_is_the_one_torch_defines(
+    dynamics: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    problem, z0, u = problem_of(dynamics, SIZES[0], dtype)
+    with torch.no_grad():
+        z = problem.model.rollout(problem.w, z0, u)
+        ours = ilqr.quadratise(problem, z, u)
+        with backend.using("reference"):
+            theirs = ilqr.quadratise(problem, z, u)
+    assert_same(ours, theirs, tolerance)
 
 
 def test_a_step_resumes_a_state() -> None:
@@ -155,12 +169,14 @@ def test_rollouts_are_the_ones_torch_defines(
             *closed_loop(family, w, *given),
             rollout(family, w, given[0], given[2]),
             adjoint(A, given[1]),
+            *jacobians(family, w, given[1], given[2]),
         )
         with backend.using("reference"):
             theirs = (
                 *closed_loop(family, w, *given),
                 rollout(family, w, given[0], given[2]),
                 adjoint(A, given[1]),
+                *jacobians(family, w, given[1], given[2]),
             )
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

@@ -191,7 +191,7 @@ def test_a_steady_stream_compiles_nothing_and_keeps_nothing() -> None:
 
 
 def test_kernels_allocate_nothing() -> None:
-    """numba counts one record per array handed over, and nothing for the work done inside."""
+    """numba would count a record for each array made, or handed over by code that can make some."""
     from numba.core.runtime import _nrt_python, rtsys
 
     made = []
@@ -212,5 +212,4 @@ def test_kernels_allocate_nothing() -> None:
         finally:
             _nrt_python.memsys_disable_stats()
         made.append(after.alloc - before.alloc)
-        assert after.free - before.free == made[-1]
-    assert made[0] == made[1] > 0
+    assert made == [0, 0]

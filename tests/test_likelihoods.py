@@ -65,6 +65,35 @@ def test_derivatives_are_autodiffs(family: str, spread: float) -> None:
         assert not bool(real.all())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spread", [0.3, 6.0], ids=["real rates", "beyond the continuation"])
+def test_what_training_differentiates_has_autograds_gradients(family: str, spread: float) -> None:
+    likelihood, generator = make(family, 3, 8), torch.Generator().manual_seed(1)
+    z, dz = spread * normal(generator, 4, 6, 3), normal(generator, 4, 6, 3)
+    mask = (torch.rand(4, 6, 8, generator=generator) < 0.7).double()
+    # where nothing was observed any number may stand
+    y = torch.where(mask > 0, values_for(family, (4, 6, 8), generator), -1.0)
+    o, weight = Observed(y, mask), normal(generator, 4, 6)
+    z.requires_grad_(True)
+    parameters = list(likelihood.requires_grad_(True).parameters())
+
+    scores = likelihood.score(z, o), likelihood.log_prob(z, o)
+    torch.testing.assert_close(*scores, rtol=1e-12, atol=1e-12)
+    found = [torch.autograd.grad((s * weight).sum(), [z, *parameters]) for s in scores]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-11)
+
+    at = z.detach()
+    d, _ = likelihood.derivatives(likelihood.affine(at), y)
+    along = (d * mask * (dz @ likelihood.C.mT)).sum()
+    pairs = [
+        torch.autograd.grad(s, parameters, materialize_grads=True)
+        for s in (likelihood.slope_along(at, o, dz), along)
+    ]
+    torch.testing.assert_close(pairs[0], pairs[1], rtol=1e-10, atol=1e-10)
+    if spread > 1 and isinstance(likelihood, Poisson):
+        assert bool((likelihood.affine(at) > likelihood.log_rate_max).any())
+
+
 @given(y=st.integers(0, 2000), log_rate_max=st.floats(-1.0, 6.0))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_the_continuation_is_once_differentiable_convex_and_bounded_below(

@@ -129,6 +129,16 @@ def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) 
     return State(z, u, cost, zero, status, torch.zeros_like(status))
 
 
+def quadratise(
+    problem: Problem, z: Float[Tensor, "B T1 n"], u: Float[Tensor, "B T m"]
+) -> LQRProblem:
+    """The Gauss-Newton model of J around the rollout z of u; no gradient on the fast path."""
+    p = problem
+    if not torch.is_grad_enabled() and solver.usable(p.model, p.observed, u):
+        return solver.quadratise(p.model, p.w, p.observed, p.initial, z, u)
+    return p.model.lqr_problem(p.w, z, u, p.observed, p.initial)
+
+
 def solve_exact(
     problem: Problem,
     quadratic: LQRProblem,

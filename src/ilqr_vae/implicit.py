@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ilqr_vae.ilqr import Problem, State, where_solved
+from ilqr_vae.ilqr import Problem, State, quadratise, where_solved
 from ilqr_vae.lqr import LQRSolution, solve_lqr
 from ilqr_vae.rollout import adjoint
 
@@ -45,7 +45,7 @@ class _Site:
 def _solve_adjoint(site: _Site, gz0: Tensor, gu: Tensor) -> tuple[LQRSolution, Tensor]:
     """The LQR solution for the incoming gradient, and the costates lam of J."""
     p, s = site.problem, site.state
-    at_optimum = p.model.lqr_problem(p.w, s.z, s.u, p.observed, p.initial)
+    at_optimum = quadratise(p, s.z, s.u)
     lam = adjoint(at_optimum.A, at_optimum.q)
     q = torch.zeros_like(at_optimum.q)
     q[:, 0] = gz0
@@ -60,20 +60,15 @@ def _solve_adjoint(site: _Site, gz0: Tensor, gu: Tensor) -> tuple[LQRSolution, T
 
 
 def _stationarity_product(site: _Site, sol: LQRSolution, lam: Tensor) -> Tensor:
-    """The scalar whose parameter gradient is the implicit term (see the module's docstring)."""
+    """A scalar whose parameter gradient is the implicit term (see the module's docstring)."""
     p, s = site.problem, site.state
     model, before = p.model, s.z[:, :-1]
     w = model.dynamics.weights()
-    pushed: Any = torch.func.jvp(
-        lambda z, u: model.dynamics.step(w, z, u), (before, s.u), (sol.dz[:, :-1], sol.du)
-    )
-    z_next, tangent = pushed
+    z_next, tangent = model.dynamics.tangent(w, before, s.u, sol.dz[:, :-1], sol.du)
     total = (lam[:, 1:] * tangent).sum() + (sol.costate[:, 1:] * z_next).sum()
     total = total + (sol.du * model.prior.quadratise(s.u)[0]).sum()
     for name, o in p.observed.items():
-        family = model.group(name)
-        d, _ = family.derivatives(family.affine(s.z[:, 1:]), o.values)
-        total = total + (d * o.mask * (sol.dz[:, 1:] @ family.C.mT)).sum()
+        total = total + model.group(name).slope_along(s.z[:, 1:], o, sol.dz[:, 1:])
     initial = model.initial.cost(s.z.shape[0])
     return total + (sol.dz[:, 0] * initial.gradient(s.z[:, 0])).sum()
 

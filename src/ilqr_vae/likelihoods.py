@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
+from ilqr_vae import backend
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.priors import LOG_2PI
 
@@ -78,6 +79,20 @@ class Likelihood(nn.Module, ABC):
     def unnormalised(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
         """log p without constants that no optimum depends on."""
         return self.log_prob(z, o)
+
+    def score(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
+        """``log_prob``, differentiable once."""
+        return self.log_prob(z, o)
+
+    def slope_along(
+        self, z: Float[Tensor, "*batch n"], o: Observed, dz: Float[Tensor, "*batch n"]
+    ) -> Tensor:
+        """A scalar with the gradient, in the family's parameters, of the slope of -log p along dz.
+
+        The slope is summed over bins; z and dz are held fixed. The scalar itself has no meaning.
+        """
+        d, _ = self.derivatives(self.affine(z), o.values)
+        return (d * o.mask * (dz @ self.C.mT)).sum()
 
     def curvature(
         self, a: Float[Tensor, "*batch N"], values: Float[Tensor, "*batch N"]
@@ -165,6 +180,37 @@ class _Counts(Likelihood):
             )
 
 
+class _PoissonScore(torch.autograd.Function):
+    """log p of a Poisson readout, with its slope made at once: few passes over what has the size of
+    the observations."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, C: Tensor, b: Tensor, o: Observed, limit: float) -> Tensor:
+        a = torch.addmm(b, z.reshape(-1, z.shape[-1]), C.mT).view(*z.shape[:-1], -1)
+        y, mask = o
+        if bool((a <= limit).all()):
+            rate = torch.exp(a)
+            slope, found = rate - y, y * a - rate
+        else:
+            over = (a - limit).clamp(min=0)
+            least = a - over
+            rise, stretch = torch.exp(least), 1 + over
+            slope = rise - y / stretch
+            found = y * (least + torch.log1p(over)) - rise * stretch
+        ctx.save_for_backward(z, C, slope.mul_(mask))
+        return found.sub_(torch.lgamma(y * mask + 1)).mul_(mask).sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch passes grads in order)
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        z, C, slope = ctx.saved_tensors
+        e = (slope * -g.unsqueeze(-1)).flatten(0, -2)
+        gz = (e @ C).view(z.shape)
+        return gz, e.mT @ z.flatten(0, -2), e.sum(0), None, None
+
+
 class Poisson(_Counts):
     """Counts per bin, Poisson with rate exp(a), continued linearly above ``log_rate_max``.
 
@@ -197,6 +243,28 @@ class Poisson(_Counts):
         """log p without the constant log y!, which no optimum depends on."""
         a = self.affine(z)
         return ((o.values * self._log_rate(a) - self._rate(a)[0]) * o.mask).sum(-1)
+
+    def score(self, z: Tensor, o: Observed) -> Tensor:
+        if z.device.type != "cpu" or backend.current() == "reference":
+            return self.log_prob(z, o)
+        found: Any = _PoissonScore.apply(z, self.C, self.b, o, self.log_rate_max)
+        return found
+
+    def slope_along(self, z: Tensor, o: Observed, dz: Tensor) -> Tensor:
+        # linear in the parameters, the gradient worked out: autograd would keep what is as large as
+        # the observations, and go through it a second time
+        with torch.no_grad():
+            a = self.affine(z)
+            weight = o.mask * (dz @ self.C.mT)
+            if bool((a <= self.log_rate_max).all()):
+                rate = a.exp_()
+                d, bend = rate - o.values, rate
+            else:
+                d, bend = self.derivatives(a, o.values)[0], self.curvature(a, o.values)
+            d, bend = d.mul_(o.mask).flatten(0, -2), (bend * weight).flatten(0, -2)
+            gC = bend.mT @ z.flatten(0, -2) + d.mT @ dz.flatten(0, -2)
+            gb = bend.sum(0)
+        return (gC * self.C).sum() + gb @ self.b
 
     def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         rate, slope = self._rate(a)

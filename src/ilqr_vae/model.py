@@ -24,7 +24,7 @@ from ilqr_vae.errors import ShapeError
 from ilqr_vae.likelihoods import Likelihood, Observations, Observed
 from ilqr_vae.lqr import LQRProblem
 from ilqr_vae.priors import InitialCost, InitialPrior, InputPrior
-from ilqr_vae.rollout import rollout
+from ilqr_vae.rollout import jacobians, rollout
 
 
 class Model(nn.Module):
@@ -103,7 +103,7 @@ class Model(nn.Module):
         self, z: Float[Tensor, "B T1 n"], observed: Observations
     ) -> dict[str, Float[Tensor, "B T"]]:
         """log p(o_k | z_{k+1}) per group and bin."""
-        return {name: self.group(name).log_prob(z[:, 1:], o) for name, o in observed.items()}
+        return {name: self.group(name).score(z[:, 1:], o) for name, o in observed.items()}
 
     def cost(
         self,
@@ -122,7 +122,7 @@ class Model(nn.Module):
         self, w: Weights, z: Float[Tensor, "B T1 n"], u: Float[Tensor, "B T m"]
     ) -> tuple[Float[Tensor, "B T n n"], Float[Tensor, "B T n m"]]:
         """Jacobians A_k, B_k along the trajectory."""
-        return self.dynamics.jacobians(w, z[:, :-1], u)
+        return jacobians(self.dynamics, w, z, u)
 
     def observation_terms(
         self, z: Float[Tensor, "*batch n"], observed: Observations

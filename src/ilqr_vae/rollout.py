@@ -154,6 +154,28 @@ def _open_loop(dynamics: Dynamics, w: Weights, z0: Tensor, u: Tensor) -> Tensor:
     return _run(kernels, dynamics, w, False, z0, none, u, none[None], none, none[0, 0])[0]
 
 
+def jacobians(
+    dynamics: Dynamics, w: Weights, z: Float[Tensor, "B T1 n"], u: Float[Tensor, "B T m"]
+) -> tuple[Float[Tensor, "B T n n"], Float[Tensor, "B T n m"]]:
+    """A_k = df/dz and B_k = df/du at (z_k, u_k); no gradient on the fast path."""
+    kernels = _kernels_for(dynamics, z)
+    if kernels is None or (torch.is_grad_enabled() and any(t.requires_grad for t in (*w, z, u))):
+        return dynamics.jacobians(w, z[:, :-1], u)
+    B, T, m = u.shape
+    n = z.shape[2]
+    found = z.new_empty(B, T, n, n), z.new_empty(B, T, n, m)
+    weights = kernels.pack_weights(dynamics.family, _arrays(*w))
+    threads.share_out(
+        kernels.jacobians,
+        B,
+        2 * T * n * n * n,
+        (kernels.FAMILIES[dynamics.family], weights, *_arrays(z, u), *(x.numpy() for x in found)),
+        dtype=weights[0].dtype,
+        scratch_size=kernels.closed_loop_scratch(T, n, m),
+    )
+    return found
+
+
 def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[Tensor, "B T1 n"]:
     """lam_T = gz_T, lam_k = gz_k + A_k' lam_{k+1}."""
     compiled = _compiled() if A.device.type == "cpu" and backend.current() != "reference" else None
@@ -195,7 +217,7 @@ class _Rollout(torch.autograd.Function):
         z, u, *w = ctx.saved_tensors
         dynamics: Dynamics = ctx.dynamics
         before = z[:, :-1]
-        A, B = dynamics.jacobians(tuple(w), before, u)
+        A, B = jacobians(dynamics, tuple(w), z, u)
         lam = adjoint(A, gz)
         gu = (B.mT @ lam[:, 1:].unsqueeze(-1)).squeeze(-1)
         with torch.enable_grad():

@@ -16,13 +16,15 @@ from __future__ import annotations
 import numpy as np
 
 from ilqr_vae.fused.primitives import (
-    eight,
     exp_inplace,
+    new_panels,
     pack,
     pack_transposed,
     times_panels,
+    whole,
 )
-from ilqr_vae.lqr.algebra import COLUMNS, add_product, carve, compiled, inner, never_inline
+from ilqr_vae.lqr.algebra import add_product, add_row, carve, compiled, inner, never_inline
+from ilqr_vae.lqr.tiles import PANEL
 
 LINEAR, MGU2 = 0, 1
 #: Dynamics families with kernels, by the name in configs.
@@ -31,21 +33,17 @@ FAMILIES = {"linear": LINEAR, "mgu2": MGU2}
 
 def scratch_size(n, m):
     """Numbers of scratch that ``roll_out`` and ``linearise`` need."""
-    wide = n + m + 2 * COLUMNS
+    wide = n + m + 2 * PANEL
     return 4 * wide + 2 * wide * wide
 
 
 def closed_loop_scratch(T, n, m):
-    """Numbers of scratch that ``closed_loop`` needs."""
-    return scratch_size(n, m) + 2 * T * (n + COLUMNS)
-
-
-def _panels(rows, columns, dtype):
-    return np.empty((-(-columns // COLUMNS), rows, COLUMNS), dtype)
+    """Numbers of scratch that ``closed_loop`` and ``jacobians`` need."""
+    return scratch_size(n, m) + 2 * T * (n + PANEL) + 2 * n + m
 
 
 def _transposed(matrix):
-    panels = _panels(matrix.shape[1], matrix.shape[0], matrix.dtype)
+    panels = new_panels(matrix.shape[1], matrix.shape[0], matrix.dtype)
     pack_transposed(matrix, panels)
     return panels
 
@@ -65,7 +63,7 @@ def pack_weights(family, w):
     none = np.zeros(1, w[0].dtype)
     if FAMILIES[family] == MGU2:
         gate, gate_bias, hidden, hidden_bias, drive = w
-        straight = _panels(*gate.shape, gate.dtype)
+        straight = new_panels(*gate.shape, gate.dtype)
         pack(gate, straight)
         return (
             _transposed(gate),
@@ -79,7 +77,7 @@ def pack_weights(family, w):
             straight,
         )
     A, B = w
-    empty = np.zeros((1, 1, COLUMNS), A.dtype)
+    empty = np.zeros((1, 1, PANEL), A.dtype)
     return _transposed(A), none, empty, none, _transposed(B), A, np.zeros((1, 1), A.dtype), B, empty
 
 
@@ -91,7 +89,7 @@ def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scrat
     state, state_bias, hidden, hidden_bias, drive, _, _, _, _ = weights
     T, m = ub.shape
     n = z0.size
-    n8 = eight(n)
+    n8 = whole(n)
     one, two = z.dtype.type(1.0), z.dtype.type(2.0)
     deviation = scratch[:n]
     gated = scratch[n8 : 2 * n8]
@@ -107,7 +105,7 @@ def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scrat
                 u[t, a] += alpha * k[t, a]
             for i in range(n):
                 deviation[i] = z[t, i] - zb[t, i]
-            add_product(u[t], K[t], deviation)
+            add_product(u, t * m, K, t * m * n, n, deviation, 0, m, n)
         times_panels(u, t * m, m, 1, drive, driven, 0, n8)
         if family == LINEAR:
             times_panels(z, t * n, n, 1, state, moved, 0, n8)
@@ -136,7 +134,7 @@ def linearise(family, weights, z, f, h, A, B, scratch):
     never_inline()
     _, _, _, _, _, state, hidden, drive, straight = weights
     T, n, m = B.shape
-    n8 = eight(n)
+    n8 = whole(n)
     one = z.dtype.type(1.0)
     if family == LINEAR:
         for t in range(T):
@@ -174,15 +172,35 @@ def closed_loop(first, last, family, weights, closed, z0, zb, ub, K, k, alpha, z
     """
     T = ub.shape[1]
     n, m = z0.shape[1], ub.shape[2]
-    base = 4 * eight(n + m)
-    f, end = carve(scratch, base, T, eight(n))
-    h, end = carve(scratch, end, T, eight(n))
+    base = 4 * whole(n + m)
+    f, end = carve(scratch, base, T, whole(n))
+    h, end = carve(scratch, end, T, whole(n))
     for b in range(first, last):
         law = b if closed else 0
         roll_out(
             family, weights, closed, z0[b], zb[law], ub[b], K[law], k[law], alpha[law], z[b], u[b],
             f, h, scratch,
         )  # fmt: skip
+
+
+@compiled
+def jacobians(first, last, family, weights, z, u, A, B, scratch):
+    """``linearise`` along the trajectories z (T + 1) and u of problems ``first`` to ``last``, which
+    need not be rollouts."""
+    T, m = u.shape[1:]
+    n = z.shape[2]
+    f, end = carve(scratch, 0, T, whole(n))
+    h, end = carve(scratch, end, T, whole(n))
+    two, end = carve(scratch, end, 2, n)
+    one, end = carve(scratch, end, 1, m)
+    rest = scratch[end:]
+    for b in range(first, last):
+        for t in range(T):
+            roll_out(
+                family, weights, False, z[b, t], z[b], u[b, t : t + 1], z, z[b],
+                z.dtype.type(0.0), two, one, f[t : t + 1], h[t : t + 1], rest,
+            )  # fmt: skip
+        linearise(family, weights, z[b], f, h, A[b], B[b], rest)
 
 
 @compiled
@@ -195,7 +213,6 @@ def adjoint(first, last, A, gz, lam, scratch):
         for t in range(T - 1, -1, -1):
             for i in range(n):
                 lam[b, t, i] = gz[b, t, i]
+            here, row = (b * (T + 1) + t) * n, (b * T + t) * n * n
             for j in range(n):
-                s = lam[b, t + 1, j]
-                for i in range(n):
-                    lam[b, t, i] += A[b, t, j, i] * s
+                add_row(lam, here, lam[b, t + 1, j], A, row + j * n, n)

@@ -70,7 +70,9 @@ def scratch(dtype: DTypeLike, size: int) -> NDArray[Any]:
 
     It grows to the largest ever asked for and stays.
     """
-    kept: dict[Any, NDArray[Any]] = _local.__dict__.setdefault("buffers", {})
+    kept: dict[np.dtype[Any], NDArray[Any]] | None = getattr(_local, "kept", None)
+    if kept is None:
+        kept = _local.kept = {}
     key = np.dtype(dtype)
     buffer = kept.get(key)
     if buffer is None or buffer.size < size:

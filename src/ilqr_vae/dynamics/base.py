@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import msgspec
 import torch
@@ -63,6 +64,18 @@ class Dynamics(nn.Module, ABC):
         self, w: Weights, z: Float[Tensor, "*batch n"], u: Float[Tensor, "*batch m"]
     ) -> tuple[Float[Tensor, "*batch n n"], Float[Tensor, "*batch n m"]]:
         """A = df/dz and B = df/du at (z, u)."""
+
+    def tangent(
+        self,
+        w: Weights,
+        z: Float[Tensor, "*batch n"],
+        u: Float[Tensor, "*batch m"],
+        dz: Float[Tensor, "*batch n"],
+        du: Float[Tensor, "*batch m"],
+    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
+        """f(z, u), and its change A dz + B du; differentiable in w."""
+        pushed: Any = torch.func.jvp(lambda z, u: self.step(w, z, u), (z, u), (dz, du))
+        return pushed
 
     def curvature(
         self,

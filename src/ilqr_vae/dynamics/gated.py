@@ -81,6 +81,17 @@ class MGU2(Dynamics):
         A = A + torch.diag_embed(1 - f)
         return A, fh.unsqueeze(-1) * W
 
+    def tangent(
+        self, w: Weights, z: Tensor, u: Tensor, dz: Tensor, du: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        Uf, bf, Uh, bh, W = w
+        f = torch.sigmoid(z @ Uf.mT + bf)
+        h = torch.tanh((f * z) @ Uh.mT + u @ W.mT + bh)
+        df = f * (1 - f) * (dz @ Uf.mT)
+        dh = (1 - h * h) * ((df * z + f * dz) @ Uh.mT + du @ W.mT)
+        gap = h - z
+        return z + f * gap, dz + df * gap + f * (dh - dz)
+
 
 class MGU(MGU2):
     """Minimal gated unit (Zhou et al. 2016): as MGU2, with the input in the gate too.
@@ -117,6 +128,9 @@ class MGU(MGU2):
         f = torch.sigmoid(z @ Uf.mT + u @ Wf.mT + bf)
         h = torch.tanh((f * z) @ Uh.mT + u @ W.mT + bh)
         return z + f * (h - z)
+
+    # its step is another than MGU2's, so is its change
+    tangent = Dynamics.tangent
 
     def jacobians(self, w: Weights, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         Uf, bf, Uh, bh, W, Wf = w

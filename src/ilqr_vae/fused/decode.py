@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from ilqr_vae.fused import observations
-from ilqr_vae.fused.primitives import eight, exp_inplace
+from ilqr_vae.fused.primitives import exp_inplace, whole
 from ilqr_vae.lqr.algebra import carve, inner, part
 
 
@@ -28,7 +28,7 @@ def _features(b, bank, sizes, after, window, scratch):
         slot = max(newest - lag, 0)
         for i in range(n):
             window[b, lag * n + i] = z[b, slot, i]
-    expected, end = carve(scratch, 0, 1, eight(N))
+    expected, end = carve(scratch, 0, 1, whole(N))
     at, end = carve(scratch, end, 1, n)
     bins = max(residuals, lags if recurrent else 0)
     left_from = (lags + 1) * n
@@ -82,9 +82,9 @@ def _recur(b, layer, at, held, window, h, scratch):
     g_units, n, N = A.shape[0], A.shape[1], Pt.shape[0]
     one, two = h.dtype.type(1.0), h.dtype.type(2.0)
     zero = h.dtype.type(0.0)
-    given, end = carve(scratch, 0, 2, eight(3 * g_units))
-    gates, end = carve(scratch, end, 1, eight(2 * g_units))
-    fresh, end = carve(scratch, end, 1, eight(g_units))
+    given, end = carve(scratch, 0, 2, whole(3 * g_units))
+    gates, end = carve(scratch, end, 1, whole(2 * g_units))
+    fresh, end = carve(scratch, end, 1, whole(g_units))
     for i in range(g_units):
         total = a[i]
         for j in range(n):
@@ -185,13 +185,13 @@ def answer(b, bank, readout, after, estimate, scratch):
     n, N = z.shape[2], rates.shape[1]
     _features(b, bank, sizes, after, window, scratch)
     lags, residuals, recurrent = sizes
-    h, end = carve(scratch, 0, 1, eight(recurrent))
+    h, end = carve(scratch, 0, 1, whole(recurrent))
     if recurrent:
         held_at = (lags + 1) * n + residuals * N
         at = (lags * n, held_at + 1)
         _recur(b, layer[1:], at, min(age[b], lags), window, h[0], scratch[end:])
     _decode(b, maps, layer[0], h, spread, window, z_cov, kinematics, kinematics_std, scratch[end:])
-    expected, end = carve(scratch, 0, 1, eight(N))
+    expected, end = carve(scratch, 0, 1, whole(N))
     newest, end = carve(scratch, end, 1, n)
     for i in range(n):
         newest[0, i] = z[b, age[b], i]

@@ -152,6 +152,14 @@ def _search(b, model, data, initial, state, kept, answer, options, scratch):
 
 
 @compiled
+def quadratise(first, last, model, data, initial, start, state, kept, problem, scratch):
+    """Fill the LQR problems around the trajectories of ``state``; the arguments of ``solve``."""
+    for b in range(first, last):
+        begin(b, False, model, data, initial, start, state, kept, scratch)
+        _quadratic_model(b, model, initial, state, kept, problem, scratch)
+
+
+@compiled
 def solve(
     first, last, limit, entry, model, data, initial, start, state, kept, info, options, scratch
 ):
@@ -162,7 +170,7 @@ def solve(
             where the last call with these arrays ended.
     """
     z, _, cost, damping, status, iterations = state
-    problem, law, value, found, flat, ok, taken = info
+    problem, law, value, found, ok, taken = info
     K, k, _ = law
     dz, _, _, expected = found
     tolerance, _, _, damping_min, damping_max = options
@@ -177,12 +185,8 @@ def solve(
         while looking or (status[b] == RUNNING and done < limit):
             _quadratic_model(b, model, initial, state, kept, problem, scratch)
             ok[b] = lqr.solve_one(
-                b, problem, False, False, damping, True, law, value, found, flat, scratch
+                b, problem, False, False, damping, True, law, value, found, scratch
             )  # fmt: skip
-            if not ok[b]:
-                for values in flat:
-                    for i in range(values.shape[1]):
-                        values[b, i] = nothing_taken
             taken[b] = nothing_taken
             if looking:
                 break

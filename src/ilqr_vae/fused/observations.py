@@ -17,19 +17,22 @@ import math
 import numpy as np
 
 from ilqr_vae.fused.primitives import (
-    eight,
     exp_inplace,
+    new_panels,
     pack,
     pack_products,
     pack_transposed,
+    score_poisson,
     times_panels,
+    whole,
 )
-from ilqr_vae.lqr.algebra import COLUMNS, carve, inner, never_inline
+from ilqr_vae.lqr.algebra import carve, inner, never_inline
+from ilqr_vae.lqr.tiles import PANEL
 
 
 def scratch_size(T, n):
     """Numbers of scratch that ``quadratise`` needs."""
-    return T * (n * (n + 1) // 2 + n + 2 * COLUMNS)
+    return T * (n * (n + 1) // 2 + n + 2 * PANEL)
 
 
 def pack_bank(C, b, limit, precision, poisson):
@@ -42,17 +45,15 @@ def pack_bank(C, b, limit, precision, poisson):
         poisson: how many channels, the first ones, are Poisson.
     """
     N, n = C.shape
-    wide = -(-N // COLUMNS) * COLUMNS
+    wide = -(-N // PANEL) * PANEL
 
     def padded(x):
         out = np.zeros(wide, C.dtype)
         out[:N] = x
         return out
 
-    def panels(rows, columns):
-        return np.empty((-(-columns // COLUMNS), rows, COLUMNS), C.dtype)
-
-    affine, slope, curvature = panels(n, N), panels(N, n), panels(N, n * (n + 1) // 2)
+    sizes = ((n, N), (N, n), (N, n * (n + 1) // 2))
+    affine, slope, curvature = (new_panels(*size, C.dtype) for size in sizes)
     pack_transposed(C, affine)
     pack(C, slope)
     pack_products(C, curvature)
@@ -63,23 +64,29 @@ def pack_bank(C, b, limit, precision, poisson):
 def _poisson_row(t, count, bias, limit, values, mask, d, w):
     """Turn a row of d = C z into d and w; returns the row's part of the cost."""
     never_inline()
-    one, zero = d.dtype.type(1.0), d.dtype.type(0.0)
-    N8 = d.shape[1]
     beyond = False
     for i in range(count):
         a = d[t, i] + bias[i]
         d[t, i] = a
-        above = a > limit[i]
-        beyond |= above
-        w[t, i] = limit[i] if above else a
+        beyond |= a > limit[i]
+    if beyond:
+        return _stretched_row(t, count, limit, values, mask, d, w)
+    return score_poisson(d, w, t, values, t * values.shape[1], mask, count)
+
+
+@inner
+def _stretched_row(t, count, limit, values, mask, d, w):
+    """``_poisson_row`` where some a is beyond its limit, and the rate linear in it."""
+    never_inline()
+    one, zero = d.dtype.type(1.0), d.dtype.type(0.0)
     total = 0.0
     for i in range(count):
+        w[t, i] = limit[i] if d[t, i] > limit[i] else d[t, i]
+    for i in range(count):
         total -= values[t, i] * w[t, i] * mask[t, i]
-    if beyond:
-        for i in range(count):
-            if d[t, i] > limit[i]:
-                total -= values[t, i] * mask[t, i] * math.log1p(d[t, i] - limit[i])
-    exp_inplace(w, t * N8, count)
+        if d[t, i] > limit[i]:
+            total -= values[t, i] * mask[t, i] * math.log1p(d[t, i] - limit[i])
+    exp_inplace(w, t * d.shape[1], count)
     for i in range(count):
         over = d[t, i] - limit[i]
         stretch = one + (over if over > zero else zero)
@@ -128,8 +135,8 @@ def quadratise(bank, d, w, q, Q, scratch):
     _, _, _, _, _, slope, curvature = bank
     T, N8 = d.shape
     n = q.shape[1]
-    triangle = curvature.shape[0] * COLUMNS
-    n8 = eight(n)
+    triangle = curvature.shape[0] * PANEL
+    n8 = whole(n)
     H, end = carve(scratch, 0, T, triangle)
     g, end = carve(scratch, end, T, n8)
     times_panels(d, 0, N8, T, slope, g, 0, n8)

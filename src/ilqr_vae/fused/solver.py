@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ilqr_vae import backend, threads
+from ilqr_vae import aligned, backend, threads
 from ilqr_vae.dynamics import MGU2, Linear, Weights
 from ilqr_vae.likelihoods import Gaussian, Likelihood, Observations, Poisson
 from ilqr_vae.lqr import LQRProblem, LQRSolution
@@ -144,29 +144,31 @@ class Work:
         self.batch, self.steps, self.dtype = batch, steps, dtype
         T = steps
 
-        def new(*shape: int) -> Array:
-            return np.empty((batch, *shape), dtype)
+        from ilqr_vae.lqr.tiles import PANEL
 
-        n8, N8 = -(-n // 8) * 8, -(-N // 8) * 8
+        n8, N8 = (-(-size // PANEL) * PANEL for size in (n, N))
         status, iterations = (np.zeros(batch, np.int64) for _ in range(2))
-        self.state = (new(T + 1, n), new(T, m), new(), new(), status, iterations)
-        self.kept = (
-            *(np.empty((2, batch, T, width), dtype) for width in (n8, n8, N8, N8)),
-            np.zeros(batch, np.int64),
+        states, inputs, kept = (batch, T + 1, n), (batch, T, m), (2, batch, T)
+        # apart from the rest, so that who keeps a trajectory does not keep the matrices
+        z, u, cost, damping, self.taken = aligned.arrays(
+            dtype, states, inputs, (batch,), (batch,), (batch,)
         )
-        none = np.zeros((1, 1, 1), dtype)
-        self.problem = (
-            new(T, n, n), new(T, n, m), new(T + 1, n, n), new(T + 1, n), new(T, m, m), new(T, m),
-            none, none[None],
+        made = aligned.arrays(
+            dtype,
+            (*kept, n8), (*kept, n8), (*kept, N8), (*kept, N8),
+            (batch, T, n, n), (batch, T, n, m), (*states, n), states, (*inputs, m), inputs,
+            (*inputs, n), inputs, (*inputs, m), (*states, n), states,
+            states, inputs, states, (batch, 2),
         )  # fmt: skip
-        self.law = (new(T, m, n), new(T, m), new(T, m, m))
-        self.value = (new(T + 1, n, n), new(T + 1, n))
-        self.found = (new(T + 1, n), new(T, m), new(T + 1, n), new(2))
-        written = (*self.law, *self.value, *self.found)
-        flat = tuple(x.reshape(batch, x.size // max(batch, 1)) for x in written)
+        f, h, d, w, A, B, Q, q, R, r, K, k, Quu_inv, V, v, dz, du, costate, decrease = made
+        self.state = (z, u, cost, damping, status, iterations)
+        self.kept = (f, h, d, w, np.zeros(batch, np.int64))
+        none = np.zeros((1, 1, 1), dtype)
+        self.problem = (A, B, Q, q, R, r, none, none[None])
+        self.law, self.value = (K, k, Quu_inv), (V, v)
+        self.found = (dz, du, costate, decrease)
         self.ok = np.zeros(batch, np.bool_)
-        self.taken = new()
-        self.info = (self.problem, self.law, self.value, self.found, flat, self.ok, self.taken)
+        self.info = (self.problem, self.law, self.value, self.found, self.ok, self.taken)
         self.none = (none[0], none)
 
     @property
@@ -287,6 +289,32 @@ def solve(
     arrival = (array(initial.mean), array(initial.precision))
     iterate(packed, work, 1, (data, arrival, (array(z0), array(u))), options, stopped)
     return work
+
+
+def quadratise(
+    model: Model,
+    w: Weights,
+    observed: Observations,
+    initial: InitialCost,
+    z: Tensor,
+    u: Tensor,
+) -> LQRProblem:
+    """``Model.lqr_problem`` around rollouts z (B, T+1, n) of inputs u (B, T, m)."""
+    code = kernels()
+    assert code is not None
+    packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
+    work.state[0][...], work.state[1][...] = array(z), array(u)
+    arrival = (array(initial.mean), array(initial.precision))
+    start = (array(z[:, 0]), array(u), *work.none)
+    threads.share_out(
+        code.quadratise,
+        work.batch,
+        cost_of_iteration(packed, work.steps) // 2,
+        (packed.arrays, data, arrival, start, work.state, work.kept, work.problem),
+        dtype=work.dtype,
+        scratch_size=code.scratch_size(work.steps, model.n, model.m),
+    )
+    return work.lqr()[0]
 
 
 def resume(

@@ -15,7 +15,7 @@ import math
 
 from ilqr_vae.fused import decode, observations
 from ilqr_vae.fused.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING
-from ilqr_vae.fused.primitives import eight, finite
+from ilqr_vae.fused.primitives import finite, whole
 from ilqr_vae.lqr.algebra import (
     COLUMNS,
     back_substitute,
@@ -23,23 +23,26 @@ from ilqr_vae.lqr.algebra import (
     compiled,
     eliminate,
     inner,
+    inverse_of_symmetric,
+    move_rows,
     multiply,
-    never_inline,
     part,
+    round_up,
 )
 from ilqr_vae.lqr.kernels import covariance_of_one
 from ilqr_vae.lqr.kernels import scratch_size as lqr_scratch
+from ilqr_vae.lqr.tiles import PANEL
 from ilqr_vae.rollout_kernels import linearise, roll_out
 from ilqr_vae.rollout_kernels import scratch_size as rollout_scratch
 
 
 def scratch_size(T, n, m, N, hidden, recurrent):
     """Numbers of scratch that one thread needs; ``hidden``, ``recurrent``: of the readout."""
-    n8, N8 = n + COLUMNS, N + COLUMNS
+    n8, N8 = n + PANEL, N + PANEL
     absorb = 2 * n + m + 2 * n8 + 2 * N8 + 5 * n * n + 2 * n + n * m
-    absorb += 6 * n8 * n8 + m * n8 + 2 * n8 + 2 * n * n8 + n8
+    absorb += 5 * n8 * n8 + 2 * (n8 + m) * n8 + 3 * n8 * n8 + n8
     absorb += max(rollout_scratch(n, m), observations.scratch_size(1, n))
-    answer = (T + 1) * n * n + lqr_scratch(n, m) + N8 + n + hidden + 10 * (recurrent + COLUMNS)
+    answer = (T + 1) * n * n + lqr_scratch(n, m) + N8 + n + hidden + 10 * (recurrent + PANEL)
     return max(absorb, answer)
 
 
@@ -49,27 +52,6 @@ def _carve3(scratch, start, count, rows, columns):
     return scratch[start:end].reshape(count, rows, columns), end
 
 
-@inner
-def _spd_inverse(M, out, n, scratch):
-    """out[:n, :n] = M[:n, :n]^-1; False where M is not positive definite."""
-    never_inline()
-    E, end = carve(scratch, 0, n, 2 * n)
-    zero, one = E.dtype.type(0.0), E.dtype.type(1.0)
-    for i in range(n):
-        for j in range(n):
-            E[i, j] = M[i, j]
-            E[i, n + j] = zero
-        E[i, n + i] = one
-    if not eliminate(E, n, 2 * n, scratch[end:]):
-        return False
-    back_substitute(E, n, n, 2 * n)
-    for i in range(n):
-        for j in range(i, n):
-            out[i, j] = E[i, n + j]
-            out[j, i] = E[i, n + j]
-    return True
-
-
 @part
 def _absorb(b, model, before, mean, precision, scratch):
     """Arrival mean and precision one bin later, for stream ``b``; False where they break down."""
@@ -77,16 +59,16 @@ def _absorb(b, model, before, mean, precision, scratch):
     centre, input_precision, _ = prior
     _, old_mean, old_precision, z, u, counts, mask = before
     n, m = z.shape[2], u.shape[2]
-    n8, N8 = eight(n), eight(counts.shape[2])
+    n8 = round_up(n, COLUMNS)
     zero = z.dtype.type(0.0)
 
     # the model around the oldest transition
     z_two, end = carve(scratch, 0, 2, n)
     u_one, end = carve(scratch, end, 1, m)
-    f, end = carve(scratch, end, 1, n8)
-    h, end = carve(scratch, end, 1, n8)
-    d, end = carve(scratch, end, 1, N8)
-    w, end = carve(scratch, end, 1, N8)
+    f, end = carve(scratch, end, 1, whole(n))
+    h, end = carve(scratch, end, 1, whole(n))
+    d, end = carve(scratch, end, 1, whole(counts.shape[2]))
+    w, end = carve(scratch, end, 1, whole(counts.shape[2]))
     A, end = _carve3(scratch, end, 1, n, n)
     B, end = _carve3(scratch, end, 1, n, m)
     Q, end = _carve3(scratch, end, 2, n, n)
@@ -104,38 +86,35 @@ def _absorb(b, model, before, mean, precision, scratch):
 
     start = end
     P, end = carve(scratch, start, n8, n8)
-    At, end = carve(scratch, end, n8, n8)
-    PAt, end = carve(scratch, end, n8, n8)
+    X, end = carve(scratch, end, n + m, n8)  # [A'; R^-1/2 B']
+    Y, end = carve(scratch, end, n + m + COLUMNS, n8)  # [P A'; R^-1/2 B']
     P_minus, end = carve(scratch, end, n8, n8)
-    noise, end = carve(scratch, end, n8, n8)
-    Bt, end = carve(scratch, end, m, n8)
-    information, end = carve(scratch, end, n, n)
+    information, end = carve(scratch, end, n8, n8)
     scratch[start:end] = zero
     shift, rest = scratch[end : end + n], scratch[end + n :]
 
-    if not _spd_inverse(old_precision[b], P, n, rest):
+    if not inverse_of_symmetric(old_precision[b], P, n, rest):
         return False
     for i in range(n):
         shift[i] = zero
         for j in range(n):
-            At[j, i] = A[0, i, j]
+            X[j, i] = A[0, i, j]
             shift[i] += A[0, i, j] * (old_mean[b, j] - z[b, 0, j])
         for a in range(m):
             # R is diagonal, so R^-1 r = u - centre
             shift[i] -= B[0, i, a] * (u[b, 0, a] - centre[a])
-            Bt[a, i] = B[0, i, a] / math.sqrt(input_precision[a])
-    multiply(P, 0, n8, At, 0, n8, PAt, n8, n, n, n, False)
-    multiply(At, 0, n8, PAt, 0, n8, P_minus, n8, n, n, n, True)
-    multiply(Bt, 0, n8, Bt, 0, n8, noise, n8, m, n, n, True)
+            X[n + a, i] = B[0, i, a] / math.sqrt(input_precision[a])
+    multiply(P, 0, n8, X, 0, n8, Y, 0, n8, n, n, n, False)
+    move_rows(Y, n * n8, n8, X, n * n8, n8, m, n)
+    multiply(X, 0, n8, Y, 0, n8, P_minus, 0, n8, n + m, n, n, True)
     trace = zero
     for i in range(n):
-        for j in range(i, n):
-            P_minus[i, j] += noise[i, j]
-            P_minus[j, i] = P_minus[i, j]
         trace += P_minus[i, i]
     for i in range(n):
         P_minus[i, i] += 1e-10 * trace / n
-    if not _spd_inverse(P_minus, information, n, rest):
+        for j in range(i):
+            P_minus[i, j] = P_minus[j, i]
+    if not inverse_of_symmetric(P_minus, information, n, rest):
         return False
 
     E, end = carve(rest, 0, n, n + 1)
@@ -208,8 +187,8 @@ def _enter(b, model, null, before, after, arriving, predicted, estimate, scratch
         centre = prior[0]
         z_two, end = carve(scratch, 0, 2, n)
         u_one, end = carve(scratch, end, 1, m)
-        f, end = carve(scratch, end, 1, eight(n))
-        h, end = carve(scratch, end, 1, eight(n))
+        f, end = carve(scratch, end, 1, whole(n))
+        h, end = carve(scratch, end, 1, whole(n))
         rest, end = carve(scratch, end, 1, m)
         for a in range(m):
             rest[0, a] = centre[a]
@@ -226,7 +205,7 @@ def _enter(b, model, null, before, after, arriving, predicted, estimate, scratch
     newest = age[b] - moves
     new_age[b] = newest + 1
 
-    expected, end = carve(scratch, 0, 1, eight(N))
+    expected, end = carve(scratch, 0, 1, whole(N))
     at, end = carve(scratch, end, 1, n)
     for i in range(n):
         at[0, i] = z[b, newest + 1, i]
@@ -255,7 +234,7 @@ def _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
     """Write stream ``b``'s solved window and its answer."""
     state, info = work
     solved_z, solved_u, _, _, status, iterations = state
-    problem, law, value, _, _, _, _ = info
+    problem, law, value, _, _, _ = info
     age, _, _, z, u, _, _ = after
     _, z_cov, _, _, _, _, _, done, ended = estimate
     n = z.shape[2]

@@ -14,13 +14,14 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from ilqr_vae import threads
+from ilqr_vae import aligned, threads
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
 from ilqr_vae.lqr.types import LQRProblem, LQRSolution, check_covariance, damping_per_problem
@@ -58,53 +59,54 @@ def solve_cpu(
     batch, steps, n, m = problem.sizes()
     A = problem.A
     _check_supported(A)
-    damping = damping_per_problem(regularisation, A, batch)
     given = _arrays((A, problem.B, problem.Q, problem.q, problem.R, problem.r))
     dtype = given[0].dtype
-    c = np.empty((1, 0, 0), dtype) if problem.c is None else _array(problem.c)
-    S = np.empty((1, 0, 0, 0), dtype) if problem.S is None else _array(problem.S)
-    # Made by numpy: its small arrays cost a fraction of torch's, and there are many per call.
-    dz, v, costate = (np.empty((batch, steps + 1, n), dtype) for _ in range(3))
-    du, k = (np.empty((batch, steps, m), dtype) for _ in range(2))
-    K = np.empty((batch, steps, m, n), dtype)
-    V = np.empty((batch, steps + 1, n, n), dtype)
-    Quu_inv = np.empty((batch, steps, m, m), dtype)
-    model = np.empty((batch, 2), dtype)
+    if isinstance(regularisation, Tensor):
+        damping = _array(damping_per_problem(regularisation, A, batch))
+    else:
+        damping = np.full(batch, regularisation, dtype)
+    c = _nothing(dtype, 3) if problem.c is None else _array(problem.c)
+    S = _nothing(dtype, 4) if problem.S is None else _array(problem.S)
+    states, inputs = (batch, steps + 1, n), (batch, steps, m)
+    # one by one: numpy makes small arrays in a fraction of the time that torch takes
+    (V,) = aligned.arrays(dtype, (*states, n))
+    K, Quu_inv = np.empty((*inputs, n), dtype), np.empty((*inputs, m), dtype)
+    dz, v, costate = np.empty(states, dtype), np.empty(states, dtype), np.empty(states, dtype)
+    du, k, model = np.empty(inputs, dtype), np.empty(inputs, dtype), np.empty((batch, 2), dtype)
     ok = np.empty(batch, np.bool_)
-    law, cost, step = (K, k, Quu_inv), (V, v), (dz, du, costate, model)
-    written = (*law, *cost, *step)
     arguments = (
         (*given, c, S),
         problem.c is not None,
         problem.S is not None,
-        _array(damping),
+        damping,
         free_initial,
-        law,
-        cost,
-        step,
-        tuple(value.reshape(batch, value.size // max(batch, 1)) for value in written),
+        (K, k, Quu_inv),
+        (V, v),
+        (dz, du, costate, model),
         ok,
     )
     _run(kernels, kernels.solve, (batch, steps * n * (n + m) ** 2), (n, m), arguments, dtype)
-    if not ok.all():
-        for value in written:
-            value[~ok] = 0.0
-    states = torch.from_numpy(dz)
-    both = torch.from_numpy(model)
+    tensor = torch.from_numpy
     return LQRSolution(
-        dz=states,
-        du=torch.from_numpy(du),
-        K=torch.from_numpy(K),
-        k=torch.from_numpy(k),
-        dz0=states[:, 0],
-        V=torch.from_numpy(V),
-        v=torch.from_numpy(v),
-        costate=torch.from_numpy(costate),
-        Quu_inv=torch.from_numpy(Quu_inv),
-        decrease=both[:, 0],
-        linear=both[:, 1],
-        ok=torch.from_numpy(ok),
+        dz=tensor(dz),
+        du=tensor(du),
+        K=tensor(K),
+        k=tensor(k),
+        dz0=tensor(dz[:, 0]),
+        V=tensor(V),
+        v=tensor(v),
+        costate=tensor(costate),
+        Quu_inv=tensor(Quu_inv),
+        decrease=tensor(model[:, 0]),
+        linear=tensor(model[:, 1]),
+        ok=tensor(ok),
     )
+
+
+@cache
+def _nothing(dtype: np.dtype[Any], dimensions: int) -> NDArray[Any]:
+    """What stands for offsets or cross curvature that are not there."""
+    return np.empty((1,) + (0,) * (dimensions - 1), dtype)
 
 
 def marginal_covariance_cpu(

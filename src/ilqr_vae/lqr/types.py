@@ -86,26 +86,29 @@ class LQRProblem:
         Raises:
             ShapeError: a tensor has another shape, dtype or device than the rest.
         """
-        if self.B.dim() != 4:
-            raise ShapeError("B", expected="4 dimensions (B, T, n, m)", got=f"{self.B.dim()}")
-        batch, steps, n, m = self.B.shape
-        expected = {
-            "A": (batch, steps, n, n),
-            "B": (batch, steps, n, m),
-            "Q": (batch, steps + 1, n, n),
-            "q": (batch, steps + 1, n),
-            "R": (batch, steps, m, m),
-            "r": (batch, steps, m),
-            "c": (batch, steps, n),
-            "S": (batch, steps, m, n),
-        }
-        for name, value in self.tensors().items():
-            if value.shape != expected[name]:
-                raise ShapeError(name, expected=str(expected[name]), got=str(tuple(value.shape)))
-            if value.dtype != self.A.dtype or value.device != self.A.device:
+        A, B = self.A, self.B
+        if B.dim() != 4:
+            raise ShapeError("B", expected="4 dimensions (B, T, n, m)", got=f"{B.dim()}")
+        batch, steps, n, m = B.shape
+        dtype, device = A.dtype, A.device
+        for name, value, expected in (
+            ("A", A, (batch, steps, n, n)),
+            ("B", B, (batch, steps, n, m)),
+            ("Q", self.Q, (batch, steps + 1, n, n)),
+            ("q", self.q, (batch, steps + 1, n)),
+            ("R", self.R, (batch, steps, m, m)),
+            ("r", self.r, (batch, steps, m)),
+            ("c", self.c, (batch, steps, n)),
+            ("S", self.S, (batch, steps, m, n)),
+        ):
+            if value is None:
+                continue
+            if value.shape != expected:
+                raise ShapeError(name, expected=str(expected), got=str(tuple(value.shape)))
+            if value.dtype != dtype or value.device != device:
                 raise ShapeError(
                     name,
-                    expected=f"{self.A.dtype} on {self.A.device}",
+                    expected=f"{dtype} on {device}",
                     got=f"{value.dtype} on {value.device}",
                 )
         if n < 1 or m < 1 or steps < 1:
