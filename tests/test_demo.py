@@ -29,6 +29,9 @@ validate_every = 0
 [estimator]
 horizon = 3
 iterations = 1
+[readout]
+steps = 20
+recurrent_steps = 20
 """
 
 

@@ -30,6 +30,7 @@ def small(name: str, path: Path, **sections: dict[str, object]) -> Path:
     sizes = {
         "model": {"latents": 4, "inputs": 2},
         "training": {"steps": 2, "batch": 4, "iterations": 3, "validate_every": 0},
+        "readout": {"hidden": 16, "steps": 120, "recurrent": 8, "recurrent_steps": 60},
     }
     for section, keys in sections.items():
         sizes[section] = sizes.get(section, {}) | keys

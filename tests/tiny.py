@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ilqr_training.config import LoopConfig, ModelConfig, TrainConfig
+from ilqr_training.config import LoopConfig, ModelConfig, ReadoutConfig, TrainConfig
 from ilqr_training.data import Prepared
 from ilqr_training.loop import Report
 from ilqr_training.validate import Validation
@@ -16,6 +16,7 @@ from ilqr_vae.recordings.spec import RecordingSpec
 from rig import spec
 
 LOOP = LoopConfig(steps=12, batch=4, chunk=15, kl_warmup=5, validate_every=4, iterations=4, seed=5)
+READOUT = ReadoutConfig(hidden=16, steps=120, recurrent=8, recurrent_steps=60)
 
 
 def config(
@@ -27,6 +28,7 @@ def config(
         model=ModelConfig(latents=4, inputs=2),
         training=msgspec.structs.replace(LOOP, **loop),
         estimator=HorizonConfig(horizon=4, iterations=2),
+        readout=READOUT,
     )
 
 
