@@ -55,6 +55,12 @@ class Maps:
         return Maps(self.W[:, columns], self.b, self.U[:, columns], self.c, self.O)
 
 
+def dropped(values: Tensor, share: float, g: torch.Generator) -> Tensor:
+    """With that share of the numbers left out, and the others made larger for it."""
+    kept = torch.rand(values.shape, generator=g) >= share
+    return values * kept / (1 - share)
+
+
 def fit_hidden(
     x: Array, y: Array, start: Maps, config: ReadoutConfig, seed: int, *, units: int = 0
 ) -> Maps:
@@ -77,10 +83,6 @@ def fit_hidden(
     optimiser = torch.optim.AdamW([U, c, O], lr=_RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=config.steps)
 
-    def drop(values: Tensor, share: float) -> Tensor:
-        kept = torch.rand(values.shape, generator=g) >= share
-        return values * kept / (1 - share)
-
     spikes = config.residuals * units
 
     def silence(values: Tensor) -> Tensor:
@@ -92,8 +94,8 @@ def fit_hidden(
     batches = _batches(T, M, g)
     for _ in range(config.steps):
         rows = next(batches)
-        seen = drop(silence(xs[rows]) if spikes else xs[rows], config.dropout / 2)
-        active = drop(torch.baddbmm(c, seen, U.mT).relu(), config.dropout)
+        seen = dropped(silence(xs[rows]) if spikes else xs[rows], config.dropout / 2, g)
+        active = dropped(torch.baddbmm(c, seen, U.mT).relu(), config.dropout, g)
         error = seen @ W.T + b + active @ O.mT - ys[rows]
         # a sum over members, whose parameters are apart
         loss = (error**2).mean((1, 2)).sum()

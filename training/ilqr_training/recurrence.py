@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_training.config import ReadoutConfig
+from ilqr_training.hidden import dropped
 from ilqr_vae.recurrent import Cell, run
 
 Array = NDArray[np.float64]
@@ -106,16 +107,13 @@ def fit_recurrent(
     steps = config.recurrent_steps
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 
-    def drop(values: Tensor) -> Tensor:
-        kept = torch.rand(values.shape, generator=g) >= config.dropout
-        return values * kept / (1 - config.dropout)
-
     looks = {max(1, steps * (i + 1) // CHECKPOINTS) for i in range(CHECKPOINTS)}
     for step in range(1, steps + 1):
         rows = torch.randint(T, (min(_BATCH, T),), generator=g)
-        seen = drop((counts[rows] - x_mean) / x_scale)
+        seen = dropped((counts[rows] - x_mean) / x_scale, config.dropout, g)
         h = run(cell, z[rows], seen, held[rows])
-        loss = ((drop(h) @ C.mT + d - ys[rows]) ** 2).mean()
+        decoded = dropped(h, config.dropout, g) @ C.mT + d
+        loss = ((decoded - ys[rows]) ** 2).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
