@@ -14,7 +14,7 @@ import torch
 from benchmarks.models import estimator_of
 from benchmarks.rows import Row, quantiles, row
 from ilqr_vae import backend, threads
-from ilqr_vae.fused import estimator as fused_estimator
+from ilqr_vae.fused import steps
 from ilqr_vae.horizon import MovingHorizon
 
 BASE = {"n": 20, "m": 5, "units": 196, "H": 20, "streams": 1, "iterations": 2}
@@ -39,7 +39,9 @@ def bins_of(est: MovingHorizon, streams: int, count: int = 64) -> torch.Tensor:
     return torch.poisson(torch.full((count, streams, N), 0.4, dtype=torch.float64), generator=g)
 
 
-def measure(est: MovingHorizon, streams: int, seconds: float) -> list[float]:
+def measure(
+    est: MovingHorizon, streams: int, seconds: float, stop: Callable[[], bool] | None = None
+) -> list[float]:
     """Seconds of single steps of a window that is full."""
     like = est.mean_rate
     counts = bins_of(est, streams).to(like)
@@ -53,39 +55,52 @@ def measure(est: MovingHorizon, streams: int, seconds: float) -> list[float]:
     end = time.perf_counter() + seconds
     while len(spent) < 20 or time.perf_counter() < end:
         began = time.perf_counter()
-        state, answer = est.step(state, counts[len(spent) % 64], mask)
+        state, answer = est.step(state, counts[len(spent) % 64], mask, stop)
         answer.z.sum().item()
         spent.append(time.perf_counter() - began)
     return spent
 
 
 class _Stopwatch:
-    """Time inside each compiled entry point, for as long as it is in place."""
+    """Time inside the compiled step, by which parts of it were asked for, as long as it is in
+    place."""
 
     def __init__(self) -> None:
-        self.spent: dict[str, list[float]] = defaultdict(list)
+        self.spent: dict[int, list[float]] = defaultdict(list)
 
     def __enter__(self) -> _Stopwatch:
-        self._original = threads.share_out
+        self._original = threads.together
+        step = steps.step
 
-        def timed(kernel: Any, *given: Any, **options: Any) -> None:
+        def timed(calls: Any) -> None:
             began = time.perf_counter()
-            self._original(kernel, *given, **options)
-            self.spent[kernel.py_func.__name__].append(time.perf_counter() - began)
+            self._original(calls)
+            spent = time.perf_counter() - began
+            kernel, (which, *_) = calls[0].args
+            if kernel is step:
+                self.spent[which].append(spent)
 
-        fused_estimator.threads.share_out = timed
+        threads.together = timed
         return self
 
     def __exit__(self, *_: object) -> None:
-        fused_estimator.threads.share_out = self._original
+        threads.together = self._original
 
 
 def _parts(est: MovingHorizon, whole: float) -> Row:
-    """Median microseconds of moving the window, solving, answering, and everything in Python."""
+    """Median microseconds of moving the window, solving, answering, and everything in Python.
+
+    The step is done in parts for it, as where someone is asked between iterations.
+    """
     with _Stopwatch() as watch:
-        measure(est, 1, 0.3)
-    medians = {name: float(np.median(spent)) * 1e6 for name, spent in watch.spent.items()}
-    parts = {k: round(medians[k], 1) for k in ("enter", "solve", "leave") if k in medians}
+        measure(est, 1, 0.3, stop=lambda: False)
+    us = {which: float(np.median(spent)) * 1e6 for which, spent in watch.spent.items()}
+    iteration = us[steps.SOLVE]
+    parts = {
+        "enter": round(us[steps.ENTER | steps.SOLVE] - iteration, 1),
+        "solve": round(est.config.iterations * iteration, 1),
+        "leave": round(us[steps.LEAVE], 1),
+    }
     return parts | {"python": round(whole - sum(parts.values()), 1)}
 
 

@@ -220,16 +220,16 @@ def test_rows_are_free_when_nothing_refers_to_them(engine: Engine) -> None:
 
 
 def test_batches_of_all_sizes_and_kinds_compile_nothing_once_warm(model_file: Path) -> None:
-    """And the memory that they are gathered in stays where it is."""
-    from ilqr_vae.fused import iteration, window
+    """And the states stay in the memory where they are."""
+    from ilqr_vae.fused import iteration, steps
 
-    entries: tuple[Any, ...] = (window.enter, window.leave, window.pass_by, iteration.solve)
+    entries: tuple[Any, ...] = (steps.step, steps.pass_by, iteration.solve)
     engine = Engine.load(model_file, ServiceSettings(device="cpu", max_sessions=40))
     engine.warm_up()
     engine.solve([work(run, 0, "plain") for run in range(40)])
     compiled = [len(entry.nopython_signatures) for entry in entries]
     pool = engine._stepper.pool  # pyright: ignore[reportPrivateUsage]
-    gathered = [t.data_ptr() for t in pool._gathered]  # pyright: ignore[reportPrivateUsage]
+    places = [view.ctypes.data for view in pool.views()]
     rng = np.random.default_rng(0)
     bins = dict.fromkeys(range(40), 0)
     kinds = ("plain", "masked", "missing", "cut", "overdue", "shed", "watched")
@@ -241,7 +241,7 @@ def test_batches_of_all_sizes_and_kinds_compile_nothing_once_warm(model_file: Pa
         assert len(answers) == len(runs)
         assert FAILED not in {answer.solver for answer in answers}
     assert [len(entry.nopython_signatures) for entry in entries] == compiled
-    assert [t.data_ptr() for t in pool._gathered] == gathered  # pyright: ignore[reportPrivateUsage]
+    assert [view.ctypes.data for view in pool.views()] == places
 
 
 def test_a_pool_grows_and_keeps_what_it_holds(engine: Engine) -> None:

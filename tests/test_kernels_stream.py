@@ -140,11 +140,11 @@ def test_a_step_that_cannot_be_recorded_is_run_and_the_log_says_so_once(
 STEADY = """
 import gc, tracemalloc
 import psutil
-from ilqr_vae.fused import iteration, window
+from ilqr_vae.fused import iteration, steps
 from ilqr_vae.lqr import kernels
 from tests.kernel_rig import Stream
 
-entries = (window.enter, window.leave, iteration.solve, kernels.solve, kernels.covariance)
+entries = (steps.step, iteration.solve, kernels.solve, kernels.covariance)
 stream = Stream(n=4, m=2, N=6)
 state = stream.estimator.init(5)
 bins = [stream.bin(5) for _ in range(50)]
@@ -152,7 +152,9 @@ bins = [stream.bin(5) for _ in range(50)]
 def take(count):
     global state
     for t in range(count):
-        state, _ = stream.estimator.step(state, *bins[t % 50], stop=lambda: False)
+        # in one call, and asked between iterations
+        stop = None if t % 2 else lambda: False
+        state, _ = stream.estimator.step(state, *bins[t % 50], stop=stop)
 
 take(300)
 compiled = [len(entry.nopython_signatures) for entry in entries]

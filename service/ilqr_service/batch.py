@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ilqr_service.states import Pool, Row
 from ilqr_service.work import SHED, Answer, ModelFacts, Work
 from ilqr_vae import ilqr
+from ilqr_vae.fused.estimator import Places, States
 from ilqr_vae.fused.solver import Array
 from ilqr_vae.horizon import MovingHorizon
 from ilqr_vae.ilqr import Status
@@ -138,21 +139,32 @@ class Stepper:
             ValueError: counts or a mask of a wrong size.
         """
         started = self._clock()
-        counts, mask = self._given(works, watches)
-        before, stop = self.pool.get(states), self._stop(works, started)
+        given, stop = self._given(works, watches), self._stop(works, started)
         if self._compiled is None:
-            rows, estimate = self._put(*self._estimator.step(before, counts, mask, stop))
+            before = self.pool.get(states)
+            rows, estimate = self._put(*self._estimator.step(before, *self._moved(*given), stop))
         else:
-            stopped = ilqr.stopping(stop)
-            after, estimate = self._compiled.step(before.tensors(), counts, mask, stopped)
-            rows = self.pool.put_arrays(after)
+            rows, to = self._rows(states)
+            estimate = self._compiled.step(*to, *given, ilqr.stopping(stop))
         answers, sound = self._answers(works, estimate, started)
         return [Stepped(*one) for one in zip(rows, answers, sound, strict=True)]
+
+    def _rows(self, states: Sequence[Row]) -> tuple[list[Row], tuple[States, Places]]:
+        """Rows for the next states, and where the compiled step reads and writes."""
+        rows = self.pool.take(len(states))
+        arrays = self.pool.views()
+        before, after = (np.array([row.at for row in these]) for these in (states, rows))
+        return rows, ((arrays, arrays), (before, after))
 
     def _put(self, after: HorizonState, estimate: Estimate) -> tuple[list[Row], tuple[Array, ...]]:
         """Keep the states; the estimate as the compiled step gives it."""
         answer = tuple(getattr(estimate, name).detach().cpu().numpy() for name in _ESTIMATE)
         return self.pool.put(after), answer
+
+    def _moved(self, counts: Array, mask: Array) -> tuple[torch.Tensor, torch.Tensor]:
+        """To where the model is."""
+        given = torch.from_numpy(counts), torch.from_numpy(mask)
+        return given[0].to(self._device), given[1].to(self._device)
 
     def pass_by(
         self, states: Sequence[Row], works: Sequence[Work], watches: Sequence[UnitWatch | None]
@@ -160,13 +172,13 @@ class Stepper:
         """One bin of each run without a solve: the answers are predictions, their uncertainty not
         known, their bits not counted. As ``step`` otherwise."""
         started = self._clock()
-        counts, mask = self._given(works, watches)
-        before = self.pool.get(states)
+        given = self._given(works, watches)
         if self._compiled is None:
-            rows, estimate = self._put(*self._estimator.pass_by(before, counts, mask))
+            before = self.pool.get(states)
+            rows, estimate = self._put(*self._estimator.pass_by(before, *self._moved(*given)))
         else:
-            after, estimate = self._compiled.pass_by(before.tensors(), counts, mask)
-            rows = self.pool.put_arrays(after)
+            rows, to = self._rows(states)
+            estimate = self._compiled.pass_by(*to, *given)
         answers, sound = self._answers(works, estimate, started)
         return [
             Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good)
@@ -175,7 +187,7 @@ class Stepper:
 
     def _given(
         self, works: Sequence[Work], watches: Sequence[UnitWatch | None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Array, Array]:
         """Counts and mask (S, N) of bins."""
         shape = (len(works), len(self._facts.unit_names))
         counts, mask = np.empty(shape, self._number), np.ones(shape, self._number)
@@ -188,10 +200,7 @@ class Stepper:
                 mask[i] = work.mask
             if watch is not None:
                 mask[i, watch.masked] = 0
-        given = torch.from_numpy(counts), torch.from_numpy(mask)
-        if self._device.type == "cpu":
-            return given
-        return given[0].to(self._device), given[1].to(self._device)
+        return counts, mask
 
     def _stop(self, works: Sequence[Work], started: int) -> Callable[[], NDArray[np.bool_]] | None:
         """Which solves to end early, asked before every iteration after the first."""

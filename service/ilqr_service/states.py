@@ -1,9 +1,9 @@
 """The estimator's states of all streams in one set of arrays, a row each.
 
-A batch of streams is gathered from its rows and scattered to new ones with one copy per field,
-whatever its size, on the CPU as on a GPU. A row is written once and never changed; it is free again
-when nothing refers to it any more. Rows freed last are used first, so that the memory touched is
-that of the streams there are.
+On the CPU the compiled step reads and writes rows where they lie. Else a batch of streams is
+gathered from its rows and scattered to new ones with one copy per field, whatever its size. A row
+is written once and never changed; it is free again when nothing refers to it any more. Rows freed
+last are used first, so that the memory touched is that of the streams there are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -50,10 +49,6 @@ class Pool:
         self._like = [getattr(like, name) for name in _FIELDS]
         size = sum(t.nbytes for t in self._like)
         self._arrays: list[Tensor] = []
-        # on the CPU, the same memory as numpy sees it: far less of a detour for a few small rows
-        self._views: list[NDArray[Any]] | None = None
-        # what ``get`` gathers into: a step reads it, and is done with it when its states are put
-        self._gathered: list[Tensor] = []
         self._free: list[int] = []
         self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
 
@@ -71,16 +66,22 @@ class Pool:
         self._arrays = [t.new_empty((rows, *t.shape[1:])) for t in self._like]
         for new, old in zip(self._arrays, before, strict=False):
             new[:first] = old
-        if self._arrays[0].device.type == "cpu":
-            self._views = [t.numpy() for t in self._arrays]
         self._free[:0] = range(rows - 1, first - 1, -1)
+
+    def views(self) -> tuple[NDArray[Any], ...]:
+        """The arrays as numpy sees them, on the CPU; until the next ``take`` or ``put``."""
+        return tuple(t.numpy() for t in self._arrays)
+
+    def take(self, count: int) -> list[Row]:
+        """Rows that are free, to be written to by the caller."""
+        if len(self._free) < count:
+            self._grow(2 * self.capacity + count)
+        return [Row(self._free, self._free.pop()) for _ in range(count)]
 
     def put(self, states: HorizonState) -> list[Row]:
         """Copy streams into rows."""
         given = states.tensors()
-        if self._views is not None:
-            return self.put_arrays([t.numpy() for t in given])
-        rows = self._rows(given[0].shape[0])
+        rows = self.take(given[0].shape[0])
         at = self._index(rows)
         for array, values in zip(self._arrays, given, strict=True):
             # what a step passes on as it was may be a row itself (see ``get``)
@@ -88,41 +89,12 @@ class Pool:
             array.index_copy_(0, at, values.clone() if own else values)
         return rows
 
-    def put_arrays(self, given: Sequence[NDArray[Any]]) -> list[Row]:
-        """``put`` for the fields of a ``HorizonState`` as arrays, on the CPU."""
-        rows = self._rows(given[0].shape[0])
-        assert self._views is not None
-        if len(rows) == 1:
-            for view, values in zip(self._views, given, strict=True):
-                view[rows[0].at] = values[0]
-            return rows
-        places = np.array([row.at for row in rows])
-        for view, values in zip(self._views, given, strict=True):
-            view[places] = values
-        return rows
-
-    def _rows(self, count: int) -> list[Row]:
-        if len(self._free) < count:
-            self._grow(2 * self.capacity + count)
-        return [Row(self._free, self._free.pop()) for _ in range(count)]
-
     def get(self, rows: Sequence[Row]) -> HorizonState:
         """The streams of these rows as one batch, which lasts until the next is asked for; of a
         single row, the row itself."""
-        count = len(rows)
-        if count == 1:
+        if len(rows) == 1:
             first = rows[0].at
             return HorizonState(*(array[first : first + 1] for array in self._arrays))
-        if self._views is not None:
-            if not self._gathered or self._gathered[0].shape[0] < count:
-                room = 1 << (count - 1).bit_length()
-                self._gathered = [t.new_empty((room, *t.shape[1:])) for t in self._like]
-            batch = [t[:count] for t in self._gathered]
-            places = np.array([row.at for row in rows])
-            for view, into in zip(self._views, batch, strict=True):
-                # "clip": "raise" would first write to a place of its own; every place is there
-                np.take(view, places, axis=0, out=into.numpy(), mode="clip")
-            return HorizonState(*batch)
         at = self._index(rows)
         return HorizonState(*(array.index_select(0, at) for array in self._arrays))
 

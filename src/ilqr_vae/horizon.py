@@ -24,18 +24,20 @@ Pure: ``step(state, bin) -> (state, estimate)``; S streams, one never changing a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import msgspec
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ilqr_vae import backend, ilqr
 from ilqr_vae.fused import solver
-from ilqr_vae.fused.estimator import Estimator
+from ilqr_vae.fused.estimator import Estimator, Places, States
 from ilqr_vae.fused.graphs import Graphs, Record, record_cuda
-from ilqr_vae.fused.solver import Array
+from ilqr_vae.fused.solver import Array, array
 from ilqr_vae.gpu.iteration import iteration
 from ilqr_vae.likelihoods import Observed
 from ilqr_vae.lqr import marginal_covariance
@@ -202,14 +204,17 @@ class MovingHorizon:
             if state.z.device.type == "cuda" and stop is None and backend.current() != "reference":
                 return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
-        step = self._estimator().step
-        return self._given(*step(state.tensors(), counts, mask, ilqr.stopping(stop)))
+        step, stopped = self._estimator().step, ilqr.stopping(stop)
+        return self._compiled(state, lambda *to: step(*to, array(counts), array(mask), stopped))
 
-    def _given(
-        self, after: tuple[Array, ...], answer: tuple[Array, ...]
+    def _compiled(
+        self, state: HorizonState, step: Callable[[States, Places], tuple[Array, ...]]
     ) -> tuple[HorizonState, Estimate]:
-        """What the compiled step gives."""
-        window, *rest = (torch.from_numpy(x) for x in answer)
+        """A compiled step on a state's tensors."""
+        before = tuple(array(t) for t in state.tensors())
+        after = tuple(np.empty_like(x) for x in before)
+        rows = np.arange(len(before[0]))
+        window, *rest = (torch.from_numpy(x) for x in step((before, after), (rows, rows)))
         moved = HorizonState(*(torch.from_numpy(x) for x in after))
         return moved, Estimate(window[:, : self.model.n], rest[0], window, *rest[1:])
 
@@ -225,7 +230,8 @@ class MovingHorizon:
         beyond the model's prior, so that after a few such bins the window's data decide.
         """
         if solver.usable(self.model, ("spikes",), state.z):
-            return self._given(*self._estimator().pass_by(state.tensors(), counts, mask))
+            step = self._estimator().pass_by
+            return self._compiled(state, lambda *to: step(*to, array(counts), array(mask)))
         after, predicted, bad = self._enter(state, counts, mask, absorbs=False)
         newest = torch.arange(len(bad), device=bad.device), after.age - 1
         unknown = torch.full_like(after.precision, torch.nan)
@@ -261,8 +267,8 @@ class MovingHorizon:
         return Graphs(step, blank, record)
 
     def compiled(self, like: Tensor) -> Estimator | None:
-        """The compiled step by itself, which takes tensors and gives arrays, where there is one for
-        this model and for tensors like this one; what ``step`` and ``pass_by`` then do."""
+        """The compiled step by itself, on rows of arrays, where there is one for this model and for
+        tensors like this one; what ``step`` and ``pass_by`` then do."""
         return self._estimator() if solver.usable(self.model, ("spikes",), like) else None
 
     def _estimator(self) -> Estimator:

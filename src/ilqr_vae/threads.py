@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -83,6 +83,28 @@ def scratch(dtype: DTypeLike, size: int) -> NDArray[Any]:
     return buffer
 
 
+def worth(batch: int, work: int) -> int:
+    """How many threads to share a batch out to.
+
+    Args:
+        batch: problems.
+        work: multiply-adds per problem, roughly: decides whether threads are woken.
+    """
+    return min(count(), batch, 1 + batch * work // WORTH_A_THREAD)
+
+
+def together(calls: Sequence[Callable[[], None]]) -> None:
+    """Side by side: the first call in this thread, each other one in a helper."""
+    if len(calls) == 1:
+        calls[0]()
+        return
+    helpers = _pool.helpers()
+    pending = [helpers.submit(call) for call in calls[1:]]
+    calls[0]()
+    for one in pending:
+        one.result()
+
+
 def share_out(
     kernel: Callable[..., None],
     batch: int,
@@ -95,12 +117,11 @@ def share_out(
     """Run ``kernel(first, last, *arguments, scratch)`` over a batch.
 
     Args:
-        batch: problems.
-        work: multiply-adds per problem, roughly: decides whether threads are woken.
+        batch, work: see ``worth``.
         arguments: the kernel's, between the range and the scratch buffer.
         dtype, scratch_size: of the buffer each thread brings.
     """
-    threads = min(count(), batch, 1 + batch * work // WORTH_A_THREAD)
+    threads = worth(batch, work)
     if threads <= 1:
         kernel(0, batch, *arguments, scratch(dtype, scratch_size))
         return
@@ -109,13 +130,9 @@ def share_out(
     edges = [batch * run // runs for run in range(runs + 1)]
     queue = iter(itertools.pairwise(edges))
 
-    def work_through(queue: Iterator[tuple[int, int]]) -> None:
+    def work_through() -> None:
         buffer = scratch(dtype, scratch_size)
         for first, last in queue:
             kernel(first, last, *arguments, buffer)
 
-    helpers = _pool.helpers()
-    pending = [helpers.submit(work_through, queue) for _ in range(threads - 1)]
-    work_through(queue)
-    for one in pending:
-        one.result()
+    together([work_through] * threads)

@@ -1,13 +1,14 @@
 """The torch side of the compiled moving-horizon step.
 
-A model is packed once. What a step reads is the streams' state; what it writes is fresh, since
-``HorizonState`` is never changed; everything between lives in work arrays that are kept and used
-again, so that a steady stream allocates its answers and nothing else.
+A model is packed once. What a step reads is the streams' state; what it writes is rows that nobody
+else has, since a ``HorizonState`` is never changed; everything between lives in work arrays that
+are kept and used again, so that a steady stream allocates its answers and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,14 @@ from ilqr_vae.fused.solver import Array, Options, Plan, Stopped, Work, array, co
 from ilqr_vae.model import Model
 from ilqr_vae.readout import KinematicReadout
 
-#: Sets of work arrays kept per size.
+#: Sets of work arrays kept per size, beside one for each thread.
 _SPARE = 2
+
+States = tuple[tuple[Array, ...], tuple[Array, ...]]
+"""Arrays of the fields of ``HorizonState``: before the bins, and after them."""
+
+Places = tuple[Array, Array]
+"""The streams' rows in both, int64."""
 
 
 class _Room:
@@ -31,11 +38,11 @@ class _Room:
     def __init__(self, plan: Plan, streams: int, horizon: int, dtype: np.dtype[Any]) -> None:
         n, m, _ = plan.sizes
         self.size = streams
-        self.work = Work(plan, streams, horizon, dtype)
+        self.work = work = Work(plan, streams, horizon, dtype)
         z0 = np.empty((streams, n), dtype)
         z = np.empty((streams, horizon + 1, n), dtype)
         u = np.empty((streams, horizon, m), dtype)
-        self.predicted = (z0, z, u)
+        self.arrays = ((z0, z, u), (work.state, work.kept, work.info), work.none)
 
 
 def _layer(readout: KinematicReadout, n: int, units: int) -> tuple[Tensor, ...]:
@@ -70,31 +77,30 @@ class Estimator:
         horizon: int,
         options: Options,
     ) -> None:
-        from ilqr_vae.fused import window
+        from ilqr_vae.fused import steps
 
-        self._code = window
+        self._code = steps
         self.plan = solver.plan(model, w, ("spikes",))
         self.horizon, self.options = horizon, options
         n, m, N = self.plan.sizes
         self.dtype = array(mean_rate).dtype
         prior = array(model.initial.cost(1).precision[0])
-        self.wide = array(model.initial.cost(1).precision[0].inverse())
+        wide = array(model.initial.cost(1).precision[0].inverse())
         used = KinematicReadout(n, 0) if readout is None else readout
         shape = used.shape
         self.channels, self.features = used.W.shape[0], shape.features(n, N)
-        self.scratch_size = window.scratch_size(horizon, n, m, N, shape.hidden, shape.recurrent)
+        self.scratch_size = steps.scratch_size(horizon, n, m, N, shape.hidden, shape.recurrent)
         U = (used.U.mT.contiguous(), used.U[:, :n].contiguous())
         maps = tuple(array(t.to(mean_rate.dtype)) for t in (used.W, used.b, *U, used.c, used.O))
         layer = _layer(used, n, N)
         spread = (used.variance, used.gain, used.kappa, used.centre, used.spread)
-        affine = (
+        self.readout = (
             (shape.lags, shape.residuals, shape.recurrent),
             maps,
             tuple(array(t.to(mean_rate.dtype).contiguous()) for t in layer),
             tuple(array(t.to(mean_rate.dtype)) for t in spread),
         )
-        self.fixed = (self.plan.arrays, prior, array(mean_rate))
-        self.readout = affine
+        self.fixed = (self.plan.arrays, prior, array(mean_rate), wide, options.numbers)
         self._spare: dict[int, list[_Room]] = {}
 
     def _take(self, streams: int) -> _Room:
@@ -106,86 +112,79 @@ class Estimator:
 
     def _put(self, room: _Room) -> None:
         spare = self._spare.setdefault(room.size, [])
-        if len(spare) < _SPARE:
+        if len(spare) < _SPARE + threads.count():
             spare.append(room)
 
     def step(
-        self, state: Sequence[Tensor], counts: Tensor, mask: Tensor, stopped: Stopped | None
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        self, states: States, places: Places, counts: Array, mask: Array, stopped: Stopped | None
+    ) -> tuple[Array, ...]:
         """One bin of each stream.
 
         Args:
-            state: the fields of ``HorizonState``.
+            states: read, and written.
+            places: where; no stream's place after is anybody's place before.
             counts, mask: (S, N).
             stopped: asked between iterations with the statuses, which it may change; True ends.
 
         Returns:
-            the fields of the next state, and (window, z_cov, rates, kinematics, kinematics_std,
-            bits, spikes, iterations, status).
+            (window, z_cov, rates, kinematics, kinematics_std, bits, spikes, iterations, status).
         """
-        S, code = counts.shape[0], self._code
-        room = self._take(S)
-        after, estimate = self._enter(room, state, counts, mask)
-        inputs = (
-            (after[5], after[6]),
-            (after[1], after[2]),
-            (room.predicted[0], room.predicted[2]),
-        )
-        solver.iterate(self.plan, room.work, 1, inputs, self.options, stopped)
-        work = (room.work.state, room.work.info)
-        self._share(
-            S, code.leave, self.plan.arrays[2], self.wide, self.readout, work, after,
-            room.predicted, estimate,
-        )  # fmt: skip
-        self._put(room)
-        return after, estimate
+        S, code = len(counts), self._code
+        estimate = self._fresh(S)
+        given = (self.fixed, self.readout, states, places, (counts, mask), estimate)
+        limit = self.options.iterations
+
+        def parts(which: int, iterations: int, rooms: Sequence[_Room], *, shared: bool) -> None:
+            self._run(
+                code.step,
+                [(which, iterations, *given, room.arrays, shared) for room in rooms],
+            )
+
+        workers = self._workers(S)
+        if stopped is None:
+            rooms = [self._take(1) for _ in range(workers)]
+            parts(code.WHOLE, limit, rooms, shared=False)
+        else:
+            rooms = [self._take(S)]
+            parts(code.ENTER | code.SOLVE, 1, rooms * workers, shared=True)
+            for _ in range(1, limit):
+                if stopped(rooms[0].work.status):
+                    break
+                parts(code.SOLVE, 1, rooms * workers, shared=True)
+            parts(code.LEAVE, 0, rooms * workers, shared=True)
+        for room in rooms:
+            self._put(room)
+        return estimate
 
     def pass_by(
-        self, state: Sequence[Tensor], counts: Tensor, mask: Tensor
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        self, states: States, places: Places, counts: Array, mask: Array
+    ) -> tuple[Array, ...]:
         """``step`` without a solve: the windows hold the bins, the answers are predictions of
         unknown covariance."""
-        before, after, estimate = self._fresh(state, counts)
-        self._share(
-            counts.shape[0], self._code.pass_by, self.fixed, self.readout, before, after,
-            (array(counts), array(mask)), estimate,
-        )  # fmt: skip
-        return after, estimate
+        estimate = self._fresh(len(counts))
+        given = (self.fixed, self.readout, states, places, (counts, mask), estimate)
+        self._run(self._code.pass_by, [given] * self._workers(len(counts)))
+        return estimate
 
-    def _enter(
-        self, room: _Room, state: Sequence[Tensor], counts: Tensor, mask: Tensor
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Move the windows and take the bins in: the next states, but for the room's predicted
-        trajectories; and the answers, as far as they are known."""
-        before, after, estimate = self._fresh(state, counts)
-        self._share(
-            counts.shape[0], self._code.enter, self.fixed, before, after,
-            (array(counts), array(mask)), room.predicted, estimate,
-        )  # fmt: skip
-        return after, estimate
-
-    def _fresh(
-        self, state: Sequence[Tensor], counts: Tensor
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
-        """The fields of the states, and room for those of the next and for the answers."""
-        before = tuple(array(t) for t in state)
-        S, N = counts.shape
-        n = self.plan.sizes[0]
-        after = tuple(np.empty_like(x) for x in before)
+    def _fresh(self, streams: int) -> tuple[Array, ...]:
+        """Room for answers."""
+        n, _, N = self.plan.sizes
         shapes = ((self.features,), (n, n), (N,), (self.channels,), (self.channels,), (), ())
-        estimate = (
-            *(np.empty((S, *shape), self.dtype) for shape in shapes),
-            np.empty(S, np.int64),
-            np.empty(S, np.int64),
+        return (
+            *(np.empty((streams, *shape), self.dtype) for shape in shapes),
+            np.empty(streams, np.int64),
+            np.empty(streams, np.int64),
         )
-        return before, after, estimate
 
-    def _share(self, streams: int, kernel: Callable[..., None], *arguments: Any) -> None:
-        threads.share_out(
-            kernel,
-            streams,
-            cost_of_iteration(self.plan, self.horizon) // 4,
-            arguments,
-            dtype=self.dtype,
-            scratch_size=self.scratch_size,
-        )
+    def _workers(self, streams: int) -> int:
+        cost = cost_of_iteration(self.plan, self.horizon)
+        return threads.worth(streams, self.options.iterations * cost)
+
+    def _run(self, kernel: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+        """The kernel once in each of as many threads, on one queue."""
+        queue = np.zeros(1, np.int64)
+
+        def call(kernel: Callable[..., None], given: tuple[Any, ...]) -> None:
+            kernel(queue, *given, threads.scratch(self.dtype, self.scratch_size))
+
+        threads.together([partial(call, kernel, given) for given in arguments])

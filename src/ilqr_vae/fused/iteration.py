@@ -70,9 +70,9 @@ def begin(b, fresh, model, data, initial, start, state, kept, scratch):
     inputs = u0[b] if fresh else u[b]
     roll_out(
         family, weights, False, first, nothing, inputs, no_law, nothing, zero, z[b], u[b],
-        f[0, b], h[0, b], scratch,
+        f[b, 0], h[b, 0], scratch,
     )  # fmt: skip
-    J = observations.score(bank, z[b], values[b], mask[b], d[0, b], w[0, b])
+    J = observations.score(bank, z[b], values[b], mask[b], d[b, 0], w[b, 0])
     if not fresh:
         return
     cost[b] = J + _initial_and_prior(b, z[b], u[b], prior, initial)
@@ -93,8 +93,8 @@ def _quadratic_model(b, model, initial, state, kept, problem, scratch):
     s = slot[b]
     _, T, n, m = B.shape
     zero = z.dtype.type(0.0)
-    linearise(family, weights, z[b], f[s, b], h[s, b], A[b], B[b], scratch)
-    observations.quadratise(bank, d[s, b], w[s, b], q[b], Q[b], scratch)
+    linearise(family, weights, z[b], f[b, s], h[b, s], A[b], B[b], scratch)
+    observations.quadratise(bank, d[b, s], w[b, s], q[b], Q[b], scratch)
     for i in range(n):
         total = zero
         for j in range(n):
@@ -132,9 +132,9 @@ def _search(b, model, data, initial, state, kept, answer, options, scratch):
             start[i] = z[b, 0, i] + alpha * dz[b, 0, i]
         roll_out(
             family, weights, True, start, z[b], u[b], K[b], k[b], alpha, z_try, u_try,
-            f[other, b], h[other, b], rest,
+            f[b, other], h[b, other], rest,
         )  # fmt: skip
-        J = observations.score(bank, z_try, values[b], mask[b], d[other, b], w[other, b])
+        J = observations.score(bank, z_try, values[b], mask[b], d[b, other], w[b, other])
         trial = z.dtype.type(J + _initial_and_prior(b, z_try, u_try, prior, initial))
         promised = alpha * (two - alpha) * decrease
         if trial <= cost[b] - armijo * promised + slack:

@@ -69,6 +69,17 @@ def _emit_exp(e: Emit, given: Any) -> Any:
 
 
 @intrinsic
+def next_of(typingctx: Any, queue: Any) -> Any:
+    """queue[0], which is one more for whoever asks next, in whatever thread."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(queue), codegen
+
+
+@intrinsic
 def _exp_eight(typingctx: Any, X: Any, x0: Any) -> Any:
     """X[x0 : x0 + 8] = exp of itself."""
 

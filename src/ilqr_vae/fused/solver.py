@@ -148,7 +148,7 @@ class Work:
 
         n8, N8 = (-(-size // PANEL) * PANEL for size in (n, N))
         status, iterations = (np.zeros(batch, np.int64) for _ in range(2))
-        states, inputs, kept = (batch, T + 1, n), (batch, T, m), (2, batch, T)
+        states, inputs, kept = (batch, T + 1, n), (batch, T, m), (batch, 2, T)
         # apart from the rest, so that who keeps a trajectory does not keep the matrices
         z, u, cost, damping, self.taken = aligned.arrays(
             dtype, states, inputs, (batch,), (batch,), (batch,)

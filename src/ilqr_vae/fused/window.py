@@ -1,7 +1,7 @@
-"""Compiled moving horizon: ``MovingHorizon.step`` of a range of streams, stream by stream.
+"""Compiled moving horizon: what one stream's window does before and after its solve.
 
-A stream's window comes in, moves where it is full (the bin that leaves is absorbed into the arrival
-cost), takes the new bin, is solved, and answers. Letters and formulas are those of ``horizon``.
+It moves where it is full (the bin that leaves is absorbed into the arrival cost) and takes the new
+bin in; when it is solved, it answers. Letters and formulas are those of ``horizon``.
 
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
@@ -20,7 +20,6 @@ from ilqr_vae.lqr.algebra import (
     COLUMNS,
     back_substitute,
     carve,
-    compiled,
     eliminate,
     inner,
     inverse_of_symmetric,
@@ -161,7 +160,7 @@ def _stay(b, before, after):
 
 
 @part
-def _enter(b, model, null, before, after, arriving, predicted, estimate, scratch):
+def _take_in(b, model, null, before, after, arriving, predicted, estimate, scratch):
     """Move what stream ``b``'s window holds if it is full, put the new bin in, and predict it. The
     arrival cost is written already."""
     family, weights, bank, prior = model
@@ -230,8 +229,17 @@ def _enter(b, model, null, before, after, arriving, predicted, estimate, scratch
 
 
 @part
-def _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
-    """Write stream ``b``'s solved window and its answer."""
+def leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
+    """Write stream ``b``'s solved window and its answer.
+
+    Args:
+        bank: the channels.
+        wide: (n, n) covariance of z_0, stated where a solve broke down.
+        readout: see ``decode.answer``.
+        work: (state, info) of ``iteration`` after the solve.
+        after: the fields of ``HorizonState``; z and u are written.
+        predicted, estimate: see ``enter``; the estimate is written.
+    """
     state, info = work
     solved_z, solved_u, _, _, status, iterations = state
     problem, law, value, _, _, _ = info
@@ -272,9 +280,9 @@ def _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
     decode.answer(b, bank, readout, after, estimate, scratch)
 
 
-@compiled
-def enter(first, last, fixed, before, after, arriving, predicted, estimate, scratch):
-    """Streams ``first`` to ``last`` move their windows and take the new bin in.
+@part
+def enter(b, fixed, before, after, arriving, predicted, estimate, scratch):
+    """Stream ``b`` moves its window and takes the new bin in.
 
     Args:
         fixed: (model, prior precision of z_0, mean rates).
@@ -285,22 +293,21 @@ def enter(first, last, fixed, before, after, arriving, predicted, estimate, scra
     """
     model, prior_precision, null = fixed
     z0, z, u = predicted
-    for b in range(first, last):
-        if before[0][b] < before[4].shape[1]:
-            _stay(b, before, after)
-        elif not _absorb(b, model, before, after[1], after[2], scratch):
-            _forget(b, z.dtype.type(0.0), prior_precision, before, after)
-        _enter(b, model, null, before, after, arriving, (z, u), estimate, scratch)
-        for i in range(z.shape[2]):
-            z0[b, i] = z[b, 0, i]
+    if before[0][b] < before[4].shape[1]:
+        _stay(b, before, after)
+    elif not _absorb(b, model, before, after[1], after[2], scratch):
+        _forget(b, z.dtype.type(0.0), prior_precision, before, after)
+    _take_in(b, model, null, before, after, arriving, (z, u), estimate, scratch)
+    for i in range(z.shape[2]):
+        z0[b, i] = z[b, 0, i]
 
 
-@compiled
-def pass_by(first, last, fixed, readout, before, after, arriving, estimate, scratch):
-    """Streams ``first`` to ``last`` take the new bin in and answer by its prediction, unsolved.
+@part
+def pass_by(b, fixed, readout, before, after, arriving, estimate, scratch):
+    """Stream ``b`` takes the new bin in and answers by its prediction, unsolved.
 
     Args:
-        fixed, before, arriving: see ``enter``; ``readout``: see ``leave``.
+        fixed, before, arriving: see ``enter``; ``readout``: see ``decode.answer``.
         after: the fields of ``HorizonState``, written.
         estimate: the answer's arrays, written; its covariance is not known (NaN).
     """
@@ -309,30 +316,13 @@ def pass_by(first, last, fixed, readout, before, after, arriving, estimate, scra
     z_cov, done = estimate[1], estimate[7]
     n = z_cov.shape[1]
     unknown = z_cov.dtype.type(math.nan)
-    for b in range(first, last):
-        if before[0][b] < before[4].shape[1]:
-            _stay(b, before, after)
-        else:
-            _forget(b, z_cov.dtype.type(0.5), prior_precision, before, after)
-        _enter(b, model, null, before, after, arriving, trajectory, estimate, scratch)
-        done[b] = 0
-        for i in range(n):
-            for j in range(n):
-                z_cov[b, i, j] = unknown
-        decode.answer(b, model[2], readout, after, estimate, scratch)
-
-
-@compiled
-def leave(first, last, bank, wide, readout, work, after, predicted, estimate, scratch):
-    """Streams ``first`` to ``last`` answer.
-
-    Args:
-        bank: the channels.
-        wide: (n, n) covariance of z_0, stated where a solve broke down.
-        readout: ((L, K), (W, b, U', U of z, c, O), (variance, gain, kappa, centre, spread)).
-        work: (state, info) of ``iteration`` after the solve.
-        after: the fields of ``HorizonState``; z and u are written.
-        predicted, estimate: see ``enter``; the estimate is written.
-    """
-    for b in range(first, last):
-        _leave(b, bank, wide, readout, work, after, predicted, estimate, scratch)
+    if before[0][b] < before[4].shape[1]:
+        _stay(b, before, after)
+    else:
+        _forget(b, z_cov.dtype.type(0.5), prior_precision, before, after)
+    _take_in(b, model, null, before, after, arriving, trajectory, estimate, scratch)
+    done[b] = 0
+    for i in range(n):
+        for j in range(n):
+            z_cov[b, i, j] = unknown
+    decode.answer(b, model[2], readout, after, estimate, scratch)
