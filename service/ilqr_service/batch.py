@@ -230,8 +230,7 @@ class Stepper:
         """The answers, and which are sound; ``estimate`` in the order of ``_ESTIMATE``."""
         window, z_cov, *rest = estimate
         z = window[:, : self._facts.latents]
-        # torch's root, as ``Estimate`` has it: numpy's may differ in the last bit
-        z_std = torch.from_numpy(z_cov).diagonal(dim1=-2, dim2=-1).sqrt().numpy()
+        z_std = np.sqrt(z_cov.diagonal(axis1=1, axis2=2))  # torch would let the interpreter go
         vectors = [_doubles(v) for v in (z, z_std, *rest[:3])]
         scalars = [v.tolist() for v in rest[3:]]
         sound: list[bool] = np.isfinite(z).all(-1).tolist()  # pyright: ignore[reportAssignmentType]

@@ -205,7 +205,8 @@ class MovingHorizon:
                 return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
         step, stopped = self._estimator().step, ilqr.stopping(stop)
-        return self._compiled(state, lambda *to: step(*to, array(counts), array(mask), stopped))
+        given = array(counts), array(mask)
+        return self._compiled(state, lambda s, at: step(s, at, *given, stopped))
 
     def _compiled(
         self, state: HorizonState, step: Callable[[States, Places], tuple[Array, ...]]
@@ -230,8 +231,8 @@ class MovingHorizon:
         beyond the model's prior, so that after a few such bins the window's data decide.
         """
         if solver.usable(self.model, ("spikes",), state.z):
-            step = self._estimator().pass_by
-            return self._compiled(state, lambda *to: step(*to, array(counts), array(mask)))
+            step, given = self._estimator().pass_by, (array(counts), array(mask))
+            return self._compiled(state, lambda s, at: step(s, at, *given))
         after, predicted, bad = self._enter(state, counts, mask, absorbs=False)
         newest = torch.arange(len(bad), device=bad.device), after.age - 1
         unknown = torch.full_like(after.precision, torch.nan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -77,4 +78,8 @@ class Estimate:
 
     @property
     def z_std(self) -> Float[Tensor, "S n"]:
-        return self.z_cov.diagonal(dim1=-2, dim2=-1).sqrt()
+        variance = self.z_cov.diagonal(dim1=-2, dim2=-1)
+        if variance.device.type != "cpu":
+            return variance.sqrt()
+        # numpy rounds roots correctly, whatever the array's size and layout; torch does not
+        return torch.from_numpy(np.sqrt(variance.detach().numpy()))

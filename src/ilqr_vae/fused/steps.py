@@ -8,7 +8,8 @@ many. A stream's bits depend neither on its row nor on who else is there.
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
 
-# pyright: reportMissingParameterType=false
+# numba infers the types of what it compiles, and gives an intrinsic's first parameter itself.
+# pyright: reportMissingParameterType=false, reportCallIssue=false
 
 from __future__ import annotations
 
