@@ -14,7 +14,6 @@ Only numba code lives here: it must not be wrapped by a type-checking import hoo
 from __future__ import annotations
 
 from ilqr_vae.fused import iteration, window
-from ilqr_vae.fused.iteration import CONTINUE, START
 from ilqr_vae.fused.primitives import next_of
 from ilqr_vae.lqr.algebra import compiled, part
 
@@ -124,7 +123,7 @@ def step(
             about = (model, prior_precision, null)
             window.enter(0, about, old, new, given, (z0, z, u), said, scratch)
         if parts & SOLVE:
-            entry = START if parts & ENTER else CONTINUE
+            entry = iteration.START if parts & ENTER else iteration.CONTINUE
             data, arrival, start = (new[5], new[6]), (new[1], new[2]), (z0, u, none[0], none[1])
             iteration.solve(
                 0, 1, limit, entry, model, data, arrival, start, state, kept, info, options,
