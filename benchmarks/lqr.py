@@ -15,6 +15,18 @@ SIZES = [(20, 5, 50), (32, 8, 64), (64, 16, 64)]
 BATCHES = [1, 64]
 
 
+def operations(n: int, m: int, T: int) -> int:
+    """Floating-point operations of one solution, a multiplication and an addition each one.
+
+    Per step V [B | A]; B' of that, half of its symmetric part; half of A' V A; the elimination of
+    Quu, L Qux, W' W, the gains; and the step itself. What no method of this recursion avoids.
+    """
+    products = n * n * (n + m) + m * n * (n + (m + 1) // 2) + n * n * (n + 1) // 2
+    gains = m**3 // 2 + n * m * m + m * n * (n + 1) // 2
+    step = n * (n + m) + m * n + n * n
+    return 2 * T * (products + gains + step)
+
+
 def problem_of(batch: int, n: int, m: int, T: int) -> LQRProblem:
     """A random stable, well-posed problem; float64."""
     g = torch.Generator().manual_seed(0)
@@ -80,6 +92,22 @@ def run(quick: bool) -> list[Row]:
             for one in found:
                 spent = one.pop("seconds")
                 rows.append(row("lqr", **one, **common) | quantiles(spent))
+    for one in rows:
+        if "median_us" in one:
+            work = one["batch"] * operations(one["n"], one["m"], one["T"])
+            one["gflops"] = round(work / one["median_us"] / 1e3, 1)
+    return rows + _products(seconds)
+
+
+def _products(seconds: float, size: int = 1024) -> list[Row]:
+    """What one core does at best: a product of large matrices by torch's library."""
+    rows: list[Row] = []
+    for dtype in (torch.float64, torch.float32):
+        X = torch.ones(size, size, dtype=dtype)
+        found = timed(lambda X=X: X @ X, seconds=seconds)
+        label, name = f"product of {size} x {size}, one thread", str(dtype).removeprefix("torch.")
+        rate = {"gflops": round(2 * size**3 / found["median_us"] / 1e3, 1)}
+        rows.append(row("lqr", label, n=size, batch=1, dtype=name, device="cpu") | found | rate)
     return rows
 
 

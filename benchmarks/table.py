@@ -17,7 +17,10 @@ TITLES = {
 }
 NOTES = {
     "lqr": "One call, tensors in, tensors out; `error` is of dz against the float64 reference. "
-    "diffilqrax is given the initial state that the others have to find, which is less work.",
+    "diffilqrax is given the initial state that the others have to find, which is less work. "
+    "`GFLOP/s`: the operations that the recursion cannot do without (`lqr.operations`) over the "
+    "median; beside them what one core reaches in a product of large matrices. A time that would "
+    "need more than that of one core cannot be had from it.",
     "stream": "One moving-horizon step, two iterations, the window full. `parts`: moving the "
     "window, solving, answering, and Python around them.",
     "train": "One gradient step of 32 crops of 40 bins (made-up data), solves warm. "
@@ -39,7 +42,8 @@ COLUMNS = {
     "H": "H", "units": "units", "streams": "streams", "batch": "batch", "threads": "threads",
     "dtype": "dtype", "axis": "size", "exponent": "exponent", "iterations": "iterations",
     "min_us": "min µs", "median_us": "median µs", "p99_us": "p99 µs", "p999_us": "p99.9 µs",
-    "max_us": "max µs", "samples": "samples", "error": "error", "parts_us": "parts µs",
+    "max_us": "max µs", "samples": "samples", "error": "error",
+    "gflops": "GFLOP/s", "parts_us": "parts µs",
     "bound": "bound", "seconds_to_bound": "s to bound", "solve_p99_us": "solve p99 µs",
     "beside_solve_median_us": "beside solve median µs",
     "beside_solve_p99_us": "beside solve p99 µs",
