@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from benchmarks import stream
-from benchmarks.lqr import BATCHES, SIZES, problem_of
+from benchmarks.lqr import BATCHES, SIZES, operations, problem_of
 from benchmarks.models import estimator_of
 from benchmarks.rows import Row, absent, quantiles, row, timed
 from ilqr_training.experiments.maze import MazeConfig, maze_size
@@ -28,8 +28,7 @@ def lqr_floor(batch: int, n: int, m: int, T: int, size: int) -> tuple[float, flo
     """(bytes, operations) that one solve cannot do without: each number in and out once."""
     read = T * (n * n + n * m + m * m + m) + (T + 1) * (n * n + n)
     written = (T + 1) * (n * n + 3 * n) + T * (m * n + m * m + 2 * m)
-    per_step = 2 * (n * n * (n + m) + n * (n + m) ** 2 / 2 + m * m * m / 3 + m * m * n + m * n * n)
-    return batch * size * (read + written), batch * T * per_step
+    return batch * size * (read + written), batch * operations(n, m, T)
 
 
 def share_of_floor(floor: tuple[float, float], seconds: float) -> Row:

@@ -69,12 +69,21 @@ def _ours(problem: LQRProblem, truth: Tensor, seconds: float, common: Row) -> li
     return rows
 
 
+def _compile() -> None:
+    """What is compiled on first use."""
+    problem = problem_of(1, 2, 1, 2)
+    for dtype in (torch.float64, torch.float32):
+        cast = LQRProblem(**{k: v.to(dtype) for k, v in problem.tensors().items()})
+        solve_lqr(cast, free_initial=True, backend="cpu")
+
+
 def run(quick: bool) -> list[Row]:
     """Rows for every size, batch, implementation and dtype."""
     torch.set_num_threads(1)
     threads.use(threads.cores())
     rows: list[Row] = []
     seconds = 0.3 if quick else 3.0
+    jax_side.beside(_compile, 40.0 if quick else 600.0)
     for n, m, T in SIZES[:2] if quick else SIZES:
         for batch in BATCHES[:1] if quick else BATCHES:
             problem = problem_of(batch, n, m, T)
