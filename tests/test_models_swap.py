@@ -12,12 +12,10 @@ import pytest
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
-from ilqr_service.engine import Engine
-from ilqr_service.settings import ServiceSettings
 from ilqr_service.verify import verify
 from ilqr_vae import wire
 from ilqr_vae.cli import main
-from ilqr_vae.errors import ServiceError
+from ilqr_vae.errors import JournalError, ServiceError
 from ilqr_vae.units import UnitWatch
 from process import Served, metrics, offline, served
 from rig import make_model, serving
@@ -113,8 +111,11 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
     assert counted["ilqr_swapped_total"] == 2
     assert counted["ilqr_load_failed_total"] == 5
     files = [models / f"{name}.safetensors" for name in "ab"]
-    verdict = verify(journal, [Engine.load(f, ServiceSettings(device="cpu")) for f in files])
+    verdict = verify(journal, files)
     assert verdict.answers == verdict.identical == 120
+    for given in files:  # b is named by swaps alone, in no run's beginning
+        with pytest.raises(JournalError, match=f"files of {b if given is files[0] else a} too"):
+            verify(journal, [given])
 
 
 def test_slots_serve_models_side_by_side(models: Path) -> None:

@@ -65,7 +65,7 @@ class Service:
 
     Raises:
         ConfigError: keys that cannot be read.
-        ServiceError: a journal that cannot be read.
+        JournalError: a journal that cannot be read.
     """
 
     def __init__(
