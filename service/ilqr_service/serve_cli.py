@@ -135,8 +135,7 @@ def serve(
         signal.signal(number, lambda *_: stop.set())
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
-        _await_ready(service, stop)
-        if not stop.is_set():
+        if await_ready(service, stop):
             gc.collect()
             gc.freeze()
             ready = {
@@ -173,9 +172,17 @@ def _more(slots: list[str], settings: ServiceSettings) -> dict[str, Engine]:
     return more
 
 
-def _await_ready(service: Service, stop: threading.Event) -> None:
+def await_ready(service: Service, stop: threading.Event) -> bool:
+    """Whether bins are answered now; not where it was told to stop, or ended before.
+
+    Raises:
+        ServiceError: it has been warming up for too long.
+    """
     waited = 0.0
-    while not (stop.is_set() or service.ended.is_set() or service.wait_ready(0.1)):
+    while not service.wait_ready(0.1):
         waited += 0.1
+        if stop.is_set() or service.ended.is_set():
+            return False
         if waited > _WARM_UP_S:
             raise ServiceError("warm-up", expected=f"done within {_WARM_UP_S:g} s", got="still not")
+    return not stop.is_set()
