@@ -171,6 +171,11 @@ class Service:
         return self._accepting.is_set() and self.healthy and not self._stop.is_set()
 
     @property
+    def warming(self) -> bool:
+        """Nothing was accepted yet."""
+        return not self._accepting.is_set()
+
+    @property
     def healthy(self) -> bool:
         """Both threads are alive and the I/O thread is not stuck."""
         failed = self.failure or self._solver.failure or self.ended.is_set()
