@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -213,6 +214,22 @@ def test_a_manifest_that_is_none_is_said() -> None:
     )
     with pytest.raises(ProtocolError, match="manifest"):
         model_of(described)
+
+
+def test_a_service_on_ipv6_is_reached(tmp_path: Path) -> None:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            pass
+    except OSError as error:
+        pytest.skip(f"no ::1 here ({error})")
+    model = make_model(tmp_path / "m.safetensors", n_units=len(UNITS))
+    with (
+        serving(model, ingest="tcp://[::1]:*", results="tcp://[::1]:*") as running,
+        ServiceClient(running.ingest, timeout=10.0) as client,
+        open_(client, "six") as session,
+    ):
+        session.send(0, counts(1)[0])
+        assert [a.index for a in collect(session, 1)] == [0]
 
 
 @pytest.mark.parametrize(
