@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
+from ilqr_clients.sdk import ServiceClient
 from ilqr_service.engine import Engine
 from ilqr_service.journal import Journal
 from ilqr_service.records import (
@@ -265,3 +266,53 @@ def test_without_its_model_a_session_ends_and_the_service_runs(
         assert isinstance(service, Service)
         assert service.ready
     assert open_runs(folder)[1] == {}
+
+
+@pytest.mark.parametrize("served", ["old and new", "new"])
+def test_a_service_that_died_soon_after_a_swap_is_taken_up_on_the_new_model(
+    model_file: Path, tmp_path: Path, served: str
+) -> None:
+    counts = spikes(30)
+    new = make_model(model_file.with_name("new.safetensors"), n_units=7, names=UNITS, seed=1)
+    with (
+        serving(model_file, journal=str(tmp_path / "a")) as service,
+        Feeder(service.ingest, service.results) as feeder,
+        ServiceClient(service.ingest, timeout=60.0) as control,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), wire.Opened)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(15)))
+        feeder.results(15)
+        control.load(new.name)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(15, 18)))
+        feeder.results(3)
+        feeder.ask(wire.Describe(), wire.Described)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(18, 30)))
+        expected = feeder.results(12)
+    main_model, extra = (new, None) if served == "new" else (model_file, {"new": new})
+    with (
+        serving(main_model, extra=extra, journal=str(tmp_path / "b")) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("s")
+        opened = feeder.ask(open_("s", resume=True, answered=17), wire.Opened)
+        assert (opened.resumed, opened.next_index) == (True, 18)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(18, 30)))
+        for got, want in zip(feeder.results(12), expected, strict=True):
+            assert (got.index, got.model) == (want.index, want.model)
+            np.testing.assert_array_equal(numbers(got), numbers(want))
+
+
+def test_bins_left_unanswered_before_a_reboot_are_due_at_once(
+    left_open: tuple[Path, list[wire.Result]], model_file: Path
+) -> None:
+    """The clock begins anew at a boot: what was received by the old one may lie ahead."""
+    _, live = open_runs(left_open[0])
+    live[0].answers.clear()
+    newest = max(record.work.received_ns for _, record in live[0].works.values())
+    facts = engine(model_file).facts
+    for now, changed in ((newest, False), (newest // 2, True)):
+        _, resumed = take_up(live[0], facts, 0, now)
+        last = resumed.works[-1]
+        assert ((last.received_ns, last.due_ns) == (now, now)) == changed

@@ -127,14 +127,15 @@ def test_a_number_lost_or_a_solve_that_ended_otherwise_is_beyond_any_tolerance(
     assert exact(near, "1e-6")[0] == 1
 
 
+@pytest.mark.parametrize("changed", [{"iterations": 1}, {"horizon": 8}])
 def test_each_part_is_run_again_with_the_settings_it_was_served_with(
-    left_open: tuple[Path, list[wire.Result]], model_file: Path, tmp_path: Path
+    left_open: tuple[Path, list[wire.Result]], model_file: Path, changed: dict[str, int]
 ) -> None:
     """A session goes on under other settings, and one begins; then both services' are gone over."""
     folder, _ = left_open
     counts = spikes(40)
     with (
-        serving(model_file, journal=str(folder), iterations=1) as service,
+        serving(model_file, journal=str(folder), **changed) as service,
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
@@ -143,7 +144,7 @@ def test_each_part_is_run_again_with_the_settings_it_was_served_with(
         feeder.ask(open_("new"), wire.Opened)
         feeder.send(*(bin_("s", i, counts[i]) for i in range(30, 40)))
         feeder.send(*(bin_("new", i, counts[i]) for i in range(20)))
-        assert {r.iterations for r in feeder.results(30)} == {1}
+        feeder.results(30)
     assert verify(folder, [model_file]) == Verdict(2, 60, 60)
 
 
