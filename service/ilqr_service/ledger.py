@@ -48,7 +48,7 @@ class Ledger:
         last: the newest answer of each, for new subscribers.
 
     Raises:
-        ServiceError: a journal that cannot be read.
+        JournalError: a journal that cannot be read.
     """
 
     def __init__(

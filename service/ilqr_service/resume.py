@@ -53,7 +53,7 @@ def open_runs(folder: Path) -> tuple[int, dict[int, Live]]:
     counts for nothing, the one before it holds the same.
 
     Raises:
-        ServiceError: a segment cannot be read or is of another version.
+        JournalError: a segment cannot be read or is of another version.
     """
     next_run = 0
     live: dict[int, Live] = {}
