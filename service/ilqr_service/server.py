@@ -376,6 +376,8 @@ class Service:
             works += effects.work
         if works:
             self._solver.submit(works)
+        # before anyone is told: who was told may look
+        self.telemetry.count(*counted(steps))
         for effects in steps:
             for run in effects.overran:
                 self._solver.overran(run)
@@ -387,7 +389,6 @@ class Service:
                     self.telemetry.observe(message)
             for owner, reply in effects.replies:
                 self._reply(owner, reply)
-        self.telemetry.count(*counted(steps))
 
     def _reply(self, owner: bytes, message: wire.Message) -> None:
         if not owner:
