@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from scipy import io
 
+import layouts
 from ilqr_clients.replay import StreamLog, stream
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
@@ -166,12 +167,34 @@ def test_bins_inside_a_gap_of_the_recording_are_sent_masked(rig: Rig) -> None:
     counts = load_recording(rig.recording, spec()).counts[:12]
     valid = np.ones(12, dtype=bool)
     valid[4:7] = False
+    mask = np.broadcast_to(valid[:, None], counts.shape)
     with (
         ServiceClient(rig.service.ingest) as client,
         client.open("gap", units=UNITS, bin_width=BIN_S, deadline=60.0) as session,
     ):
-        log = stream(session, counts, valid=valid)
+        log = stream(session, counts, mask=mask)
     assert [s == "extrapolated" for s in log.status] == (~valid).tolist()
+
+
+def test_units_not_recorded_throughout_are_masked_as_offline(rig: Rig, tmp_path: Path) -> None:
+    nwb = layouts.file()
+    nwb.add_unit_column("unit_name", "names")
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(UNITS):
+        end = 6.0 if i < 3 else 12.0  # three are lost halfway
+        times = np.sort(rng.uniform(0, end, 200))
+        nwb.add_unit(spike_times=times, obs_intervals=np.array([[0.0, end]]), unit_name=name)
+    lossy = Rig(rig.service, rig.model, layouts.save(tmp_path / "lossy.nwb", nwb))
+    out = tmp_path / "a.npz"
+    assert lossy.replay("--speed", "max", "--span", "all", "--arrays", out) == 0
+    recording = load_recording(lossy.recording, spec())
+    assert recording.observed is not None
+    estimator = load_artifact(rig.model, device="cpu").estimator()
+    offline = causal_pass(estimator, recording, 0, len(recording))
+    with np.load(out) as streamed:
+        for name in ("kinematics", "kinematics_std", "bits"):
+            expected = getattr(offline, name)
+            np.testing.assert_allclose(streamed[name], expected, rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_dropping_is_repeatable_and_spares_the_ends() -> None:

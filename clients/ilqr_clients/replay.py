@@ -153,7 +153,7 @@ def stream(
     session: Session,
     counts: NDArray[Any],
     *,
-    valid: NDArray[np.bool_] | None = None,
+    mask: NDArray[np.bool_] | None = None,
     dropped: NDArray[np.bool_] | None = None,
     interval: float | None = None,
     watch: Callable[[StreamLog, float], None] | None = None,
@@ -164,7 +164,8 @@ def stream(
     Args:
         session: open, nothing sent yet.
         counts: (T, N).
-        valid: bool (T,); a bin that is not valid is sent with every unit masked. None means all.
+        mask: bool (T, N), True where a count is data; a bin goes out with its row of it where not
+            every unit was observed. None means all.
         dropped: bool (T,); these are never sent. None means none.
         interval: seconds between sends; None means as fast as credits allow.
         watch: called with the log and the seconds that are free until the next send; once more with
@@ -177,7 +178,7 @@ def stream(
     """
     log = StreamLog(len(counts), session.opened.latents, len(session.opened.kinematic_names))
     to_send = np.arange(len(counts)) if dropped is None else np.flatnonzero(~dropped)
-    blind = np.zeros(counts.shape[1], dtype=bool)
+    whole = np.ones(len(counts), dtype=bool) if mask is None else mask.all(axis=1)
     log.started_ns = session.timer.now_ns()
     step_ns = 0 if interval is None else round(interval * 1e9)
     first_ns = log.started_ns + min(step_ns, 50_000_000)
@@ -192,11 +193,9 @@ def stream(
             intended = now if interval is None else first_ns + index * step_ns
             room = session.credits > 0 and position - sent_answers < IN_FLIGHT
             if room if interval is None else now >= intended:
-                masked = None if valid is None or valid[index] else blind
+                seen = None if mask is None or whole[index] else mask[index]
                 log.intended[index] = intended
-                log.sent[index] = session.send(
-                    index, counts[index], mask=masked, source_ns=intended
-                )
+                log.sent[index] = session.send(index, counts[index], mask=seen, source_ns=intended)
                 position += 1
                 wait = 0.0
             elif interval is not None:

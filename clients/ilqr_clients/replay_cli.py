@@ -247,7 +247,7 @@ def replay(
                 log = stream(
                     opened,
                     read.counts[first:stop],
-                    valid=read.valid[first:stop],
+                    mask=read.mask()[first:stop],
                     dropped=run.dropped,
                     interval=None if pace is None else read.bin_width / pace,
                     watch=live,
