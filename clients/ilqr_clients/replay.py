@@ -178,7 +178,6 @@ def stream(
     """
     log = StreamLog(len(counts), session.opened.latents, len(session.opened.kinematic_names))
     to_send = np.arange(len(counts)) if dropped is None else np.flatnonzero(~dropped)
-    whole = np.ones(len(counts), dtype=bool) if mask is None else mask.all(axis=1)
     log.started_ns = session.timer.now_ns()
     step_ns = 0 if interval is None else round(interval * 1e9)
     first_ns = log.started_ns + min(step_ns, 50_000_000)
@@ -193,7 +192,7 @@ def stream(
             intended = now if interval is None else first_ns + index * step_ns
             room = session.credits > 0 and position - sent_answers < IN_FLIGHT
             if room if interval is None else now >= intended:
-                seen = None if mask is None or whole[index] else mask[index]
+                seen = None if mask is None or mask[index].all() else mask[index]
                 log.intended[index] = intended
                 log.sent[index] = session.send(index, counts[index], mask=seen, source_ns=intended)
                 position += 1
