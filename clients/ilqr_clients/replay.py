@@ -142,8 +142,8 @@ class StreamLog:
             stages["wire_out"] = stage(arrived - self.published)
         return stages
 
-    def bits_per_spike(self, rows: slice) -> float:
-        """Of the bins that came, one step ahead; NaN where there was no spike."""
+    def bits_per_spike(self, rows: slice | NDArray[np.int64]) -> float:
+        """Of those bins that came, one step ahead; NaN where there was no spike."""
         known = np.isfinite(self.bits[rows])
         spikes = float(self.spikes[rows][known].sum())
         return float(self.bits[rows][known].sum()) / spikes if spikes else float("nan")

@@ -258,6 +258,7 @@ def _trials(session: Session, spec: RecordingSpec) -> Recording:
                 name: starts[:-1] + (when - planned.begin) / width
                 for name, when in events_of(session.table, planned.rows, spec).items()
             },
+            begin=planned.begin,
         ),
         valid=valid,
         scored=np.concatenate([s for _, s in made_of]),
