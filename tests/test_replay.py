@@ -284,6 +284,22 @@ def test_bins_beyond_the_credits_are_counted_and_become_gaps(rig: Rig) -> None:
     assert "" not in log.status[: log.answered]
 
 
+def test_bins_of_a_gap_beyond_the_limit_are_not_waited_for(rig: Rig) -> None:
+    counts = load_recording(rig.recording, spec()).counts[:60]
+    dropped = np.zeros(60, dtype=bool)
+    dropped[10:40] = dropped[45:48] = True
+    with (
+        serving(rig.model, gap_limit=20) as service,
+        ServiceClient(service.ingest) as client,
+        client.open("gaps", units=UNITS, bin_width=BIN_S, deadline=60.0) as session,
+    ):
+        log = stream(session, counts, dropped=dropped)
+    assert log.unbridged == 30
+    assert np.flatnonzero(np.array(log.status) == "").tolist() == list(range(10, 40))
+    assert log.status.count("missing") == 3
+    assert log.answered == 30
+
+
 def test_an_interrupted_replay_writes_nothing_and_closes_its_session(
     rig: Rig, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ and latency counts from them, so a feeder that falls behind shows it instead of 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ enough that they do not wait long in its queue."""
 CROSSING: tuple[str, ...] = ("wire_in", "wire_out")
 """Stages that go from one clock to the other: no better known than the offset between them."""
 
+_RESET = re.compile(r"reset: bins (\d+) to (\d+) did not come")
+"""The service's notice of a gap beyond its limit, whose bins it does not answer."""
+
 PATIENCE_S = 10.0
 """How long nothing may come back while answers are due."""
 
@@ -43,7 +47,8 @@ class StreamLog:
 
     Values are the first answer's for each bin, the one a subject would have had; ``revised`` holds
     the answers that superseded one. Times are ns: ``intended``, ``sent`` and ``arrived`` of this
-    client's clock, the others of the service's.
+    client's clock, the others of the service's. ``unbridged`` counts the bins of gaps too long for
+    the service, which have no answers.
     """
 
     n_bins: int
@@ -68,6 +73,7 @@ class StreamLog:
     revised: dict[int, Answer] = field(default_factory=dict[int, Answer])
     answered: int = 0
     refused: int = 0
+    unbridged: int = 0
     started_ns: int = 0
     ended_ns: int = 0
 
@@ -183,7 +189,7 @@ def stream(
     first_ns = log.started_ns + min(step_ns, 50_000_000)
     news_ns = log.started_ns
     due = int(to_send[-1]) + 1 if len(to_send) else 0
-    position = sent_answers = 0
+    position = sent_answers = notices = 0
     while position < len(to_send) or log.answered < due:
         now = session.timer.now_ns()
         wait = 0.05
@@ -206,6 +212,12 @@ def stream(
             sent_answers += answer.revision == 0 and answer.status != "missing"
         if session.refused:
             sent_answers += _refusals(session, log)
+        for what in session.notices[notices:]:
+            if (gap := _RESET.match(what)) is not None:
+                unbridged = int(gap[2]) - int(gap[1]) + 1
+                log.unbridged += unbridged
+                due -= unbridged
+        notices = len(session.notices)
         if session.closed is not None:
             raise ServiceError(
                 f"service at {session.endpoint}",

@@ -97,6 +97,10 @@ def _notes(run: Run, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
         notes.append(
             f"{log.refused} bins came faster than the service takes them; it refused them."
         )
+    if log.unbridged:
+        notes.append(
+            f"{log.unbridged} bins lay in gaps too long for the service: it began anew after them."
+        )
     if run.recording.kinematics is None:
         notes.append("The recording has no kinematics: nothing to score decodes on.")
     if not run.model.kinematic_names:
@@ -230,6 +234,7 @@ def _extra(run: Run, log: StreamLog, elapsed: float) -> dict[str, Any]:
         "misses": {name: status.count(name) for name in MISSES},
         "unanswered": status.count(""),
         "refused": log.refused,
+        "unbridged": log.unbridged,
         "revised": len(log.revised),
         "solver": dict(log.solver),
         "iterations": distribution(log.iterations[log.iterations > 0]),
