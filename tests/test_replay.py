@@ -242,6 +242,15 @@ def test_a_recording_that_does_not_fit_the_model_ends_with_its_field(
     assert "binwidth" in capsys.readouterr().err
 
 
+def test_trials_of_an_hdf5_file_are_not_streamed(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = layouts.nlb_hdf5(tmp_path / "a.h5")
+    assert main(["replay", str(file), "--to", rig.service.ingest]) == 2
+    message = "recording: expected a .nwb or .mat file (trials of an HDF5 file"
+    assert message in capsys.readouterr().err
+
+
 def test_no_service_ends_with_3_and_writes_nothing(
     rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

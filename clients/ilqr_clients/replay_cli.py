@@ -186,6 +186,13 @@ def replay(
         raise typer.Exit(same)
     if recording is None:
         raise ConfigError("recording", expected="a .nwb or .mat file, or --journal", got="none")
+    if recording.suffix.lower() in (".h5", ".hdf5"):
+        raise ConfigError(
+            "recording",
+            expected="a .nwb or .mat file (trials of an HDF5 file cannot be streamed: nothing says "
+            "what lay between them; see evaluate)",
+            got=recording.name,
+        )
     pace = parse_speed(speed)
     chosen = parse_span(span)
     outputs = Outputs(json_file=json_file, html_file=html_file, arrays_file=arrays_file)
