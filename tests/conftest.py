@@ -5,6 +5,7 @@ Shape checking of the library under pytest is switched on in pyproject.toml (``a
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from feeder import UNITS, Feeder
+from feeder import UNITS, Feeder, bin_, open_, spikes
 from ilqr_service.server import Service
+from ilqr_vae import wire
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.horizon import HorizonConfig, MovingHorizon
 from rig import make_model, serving
@@ -64,3 +66,19 @@ def service(model_file: Path) -> Iterator[Service]:
 def feeder(service: Service) -> Iterator[Feeder]:
     with Feeder(service.ingest, service.results) as f:
         yield f
+
+
+@pytest.fixture
+def left_open(model_file: Path, tmp_path: Path) -> tuple[Path, list[wire.Result]]:
+    """A journal copied while its session is open, and the answers given."""
+    with (
+        serving(model_file, journal=str(tmp_path / "live"), snapshot_every=8) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), wire.Opened)
+        feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(30))))
+        results = feeder.results(30)
+        feeder.ask(wire.Describe(), wire.Described)
+        shutil.copytree(tmp_path / "live", tmp_path / "copy")
+    return tmp_path / "copy", results

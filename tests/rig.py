@@ -56,6 +56,7 @@ def make_model(
     seed: int = 0,
     horizon: int = 5,
     bin_width: float = BIN_S,
+    kinematic_unit: str = "m/s",
 ) -> Path:
     """A tiny model file that was never trained but answers: 4 latents."""
     shapes = ModelSpec(
@@ -75,7 +76,7 @@ def make_model(
         bin_width=bin_width,
         unit_names=names or tuple(f"unit{i}" for i in range(n_units)),
         kinematic_names=("vx", "vy") if kinematics else (),
-        kinematic_units=("m/s", "m/s") if kinematics else (),
+        kinematic_units=(kinematic_unit,) * 2 if kinematics else (),
         data=msgspec.structs.replace(spec(kinematics=kinematics), bin_width=bin_width),
         horizon=HorizonConfig(horizon=horizon, iterations=2),
         model=shapes,

@@ -20,8 +20,6 @@ import zmq
 from feeder import UNITS, Feeder, bin_, numbers, open_
 from ilqr_clients.load import Generator, Outcome, quantiles
 from ilqr_clients.plan import Faults, Load
-from ilqr_service.engine import Engine
-from ilqr_service.settings import ServiceSettings
 from ilqr_service.verify import verify
 from ilqr_vae import wire
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, save_artifact
@@ -189,8 +187,7 @@ def test_overload_is_shed_by_policy_and_over_within_a_window(tmp_path: Path, any
     print(f"{rate * SESSIONS:.0f} bins a second; {dict(flags)}; after a window {dict(after)}")
     assert flags["extrapolated"] > 0.2 * SESSIONS * flood, flags
     assert set(after) <= {"ok", "degraded", "late"}  # nothing is shed any more
-    engine = Engine.load(model, ServiceSettings(device="cpu"))
-    verdict = verify(journal, [engine])  # shed again what was shed, solved again what was solved
+    verdict = verify(journal, [model])  # shed again what was shed, solved again what was solved
     assert verdict.answers == verdict.identical > 0, verdict
 
 

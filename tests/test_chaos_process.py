@@ -20,9 +20,7 @@ import zmq
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.plan import Faults, Load, counts_of
 from ilqr_clients.sdk import ServiceClient, Session
-from ilqr_service.engine import Engine
 from ilqr_service.records import Answered, records, segments
-from ilqr_service.settings import ServiceSettings
 from ilqr_service.verify import verify
 from ilqr_vae import wire
 from process import ENVIRONMENT, Served, offline, served
@@ -106,7 +104,7 @@ def test_killed_service_and_killed_feeder_go_on_where_they_stood(
     expected = offline(model_file, counts, np.ones(counts.shape, dtype=bool))
     for i in range(90):
         np.testing.assert_array_equal(answers[i, 0], expected[i])
-    verdict = verify(tmp_path / "journal", [Engine.load(model_file, ServiceSettings(device="cpu"))])
+    verdict = verify(tmp_path / "journal", [model_file])
     assert verdict.answers == verdict.identical == 90
     assert answered_once(tmp_path / "journal") == {(i, 0) for i in range(90)}
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
-from ilqr_service.engine import Engine
 from ilqr_service.hygiene import Hygiene
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.verify import verify
@@ -114,7 +113,7 @@ def test_a_disk_without_space_stops_no_answer_and_the_journal_goes_on_when_there
     for result, expected in zip(results, offline(model_file, counts[:n], everything), strict=True):
         np.testing.assert_array_equal(numbers(result), expected)
     # what was written before and after is whole, and gives the same bits again
-    verdict = verify(tmp_path / "kept", [Engine.load(model_file, ServiceSettings(device="cpu"))])
+    verdict = verify(tmp_path / "kept", [model_file])
     assert verdict.answers == verdict.identical
     assert 80 <= verdict.answers + verdict.skipped < n
 

@@ -19,6 +19,7 @@ from feeder import UNITS
 from ilqr_service.batch import Cost
 from ilqr_service.engine import Engine
 from ilqr_service.fleet import Fleet, Quota
+from ilqr_service.runs import unpack_work
 from ilqr_service.scheduler import Scheduler
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.states import Pool
@@ -332,3 +333,21 @@ def test_a_snapshot_goes_on_as_it_was_solved_though_its_time_is_over(engine: Eng
     engine.restore(msgspec.structs.replace(packed, works=late))
     (answer,) = engine.solve([work(210, H + 2, "plain")])
     assert held(answer) == held(expected)
+
+
+def test_a_snapshot_made_with_another_horizon_gives_its_bins(
+    engine: Engine, model_file: Path
+) -> None:
+    for index in range(H + 4):
+        engine.solve([work(220, index, "plain")])
+    packed = engine.pack(220)
+    assert packed is not None
+    longer = Engine.load(model_file, ServiceSettings(device="cpu", horizon=H + 3))
+    longer.restore(packed)
+    bins = [unpack_work(one) for one in packed.works]
+    for k, one in enumerate(bins):
+        longer.solve([msgspec.structs.replace(one, run=221, fresh=k == 0)])
+    (answer,) = longer.solve([work(220, H + 4, "plain")])
+    (expected,) = longer.solve([msgspec.structs.replace(work(220, H + 4, "plain"), run=221)])
+    assert held(answer) == held(expected)
+    assert answer.solver != FAILED

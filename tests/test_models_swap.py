@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +14,15 @@ import pytest
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.engine import Engine
+from ilqr_service.fleet import Fleet
+from ilqr_service.session import Effects, Limits
+from ilqr_service.sessions import SessionTable
 from ilqr_service.settings import ServiceSettings
+from ilqr_service.slots import Slots
 from ilqr_service.verify import verify
 from ilqr_vae import wire
 from ilqr_vae.cli import main
-from ilqr_vae.errors import ServiceError
+from ilqr_vae.errors import JournalError, ServiceError
 from ilqr_vae.units import UnitWatch
 from process import Served, metrics, offline, served
 from rig import make_model, serving
@@ -33,6 +38,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "units.safetensors", n_units=7, names=tuple(reversed(UNITS)), seed=2)
     make_model(folder / "width.safetensors", n_units=7, names=UNITS, seed=3, bin_width=0.02)
     make_model(folder / "same.safetensors", n_units=7, names=tuple(reversed(UNITS)))
+    scaled = folder / "scaled.safetensors"
+    make_model(scaled, n_units=7, names=UNITS, seed=4, kinematic_unit="mm/s")
     (folder / "bad.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:-9])
     return folder
 
@@ -74,6 +81,7 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
             ("bad.safetensors", "model file bad"),
             ("units.safetensors", "unit_names"),
             ("width.safetensors", "bin_width"),
+            ("scaled.safetensors", "kinematic_units"),
             ("same.safetensors", "unit_names"),  # the same weights, for other units
             ("a.safetensors", "model"),
             ("absent.safetensors", "path"),
@@ -111,10 +119,13 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
         np.testing.assert_array_equal(numbers(r), expected[r.index - 95])
     counted = metrics(running)
     assert counted["ilqr_swapped_total"] == 2
-    assert counted["ilqr_load_failed_total"] == 5
+    assert counted["ilqr_load_failed_total"] == 6
     files = [models / f"{name}.safetensors" for name in "ab"]
-    verdict = verify(journal, [Engine.load(f, ServiceSettings(device="cpu")) for f in files])
+    verdict = verify(journal, files)
     assert verdict.answers == verdict.identical == 120
+    for given in files:  # b is named by swaps alone, in no run's beginning
+        with pytest.raises(JournalError, match=f"files of {b if given is files[0] else a} too"):
+            verify(journal, [given])
 
 
 def test_slots_serve_models_side_by_side(models: Path) -> None:
@@ -147,6 +158,55 @@ def test_slots_serve_models_side_by_side(models: Path) -> None:
             np.testing.assert_array_equal(numbers(r), e)
 
 
+@pytest.mark.parametrize("shadow", [True, False])
+def test_loading_a_model_that_another_slot_serves_takes_nothing_from_its_sessions(
+    models: Path, shadow: bool
+) -> None:
+    rows = spikes(20)
+    everything = np.ones(rows.shape, dtype=bool)
+    with (
+        serving(models / "a.safetensors", extra={"other": models / "b.safetensors"}) as running,
+        Feeder(running.ingest, running.results) as feeder,
+        ServiceClient(running.ingest, timeout=60.0) as control,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s", model="other"), wire.Opened)
+        feeder.send(*(bin_("s", i, row) for i, row in enumerate(rows[:10])))
+        results = feeder.results(10)
+        control.load("b.safetensors", slot="main", shadow=shadow)
+        feeder.send(*(bin_("s", 10 + i, row) for i, row in enumerate(rows[10:])))
+        results += feeder.results(10)
+    for r, e in zip(results, offline(models / "b.safetensors", rows, everything), strict=True):
+        np.testing.assert_array_equal(numbers(r), e)
+
+
+def test_a_model_that_came_to_be_served_while_it_was_loading_is_refused(models: Path) -> None:
+    options = ServiceSettings(device="cpu")
+    first = Engine.load(models / "a.safetensors", options)
+    fleet, table = Fleet(first), SessionTable(first.facts, Limits(deadline_ns=1))
+    slots = Slots({"main": first}, fleet, table, options, models)
+
+    def done() -> Effects:
+        for thread in threading.enumerate():
+            if thread.name == "load":
+                thread.join(60)
+        return slots.loaded()
+
+    slots.load(b"me", wire.Load(path="b.safetensors"))
+    done()
+    serving_b = slots.slots["main"].serving
+    slots.rollback(b"me", wire.Rollback())
+    slots.load(b"me", wire.Load(path="b.safetensors", shadow=True))
+    slots.rollback(b"me", wire.Rollback())  # which serves it
+    (_, reply), *_ = done().replies
+    assert isinstance(reply, wire.Refused)
+    assert reply.field == "model"
+    slot = slots.slots["main"]
+    assert slot.serving is serving_b is fleet.engines[serving_b.facts.model]
+    assert slot.shadow is None
+    assert not fleet.shadows
+
+
 # ---- units -------------------------------------------------------------------------------------
 
 
@@ -176,6 +236,33 @@ def test_dead_saturated_and_drifting_units_are_masked_and_come_back() -> None:
     assert len(changes) == 6  # each masked once and used again once: no flicker
     most = watched(np.zeros((200, 24), dtype=int))[-1]
     assert most.masked.sum() == 6  # never more than a quarter
+
+
+def test_the_list_of_masked_units_is_the_estimator_s_through_resets_and_swaps(
+    models: Path,
+) -> None:
+    rows = np.random.default_rng(0).poisson(1.0, (400, 7))
+    rows[:, 2] = 0
+    with (
+        serving(models / "a.safetensors", credits=500, gap_limit=20) as running,
+        Feeder(running.ingest, running.results) as feeder,
+        ServiceClient(running.ingest, timeout=60.0) as control,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(open_("s", watch_units=True), wire.Opened)
+
+        def flagged_after(first: int, last: int) -> tuple[str, ...]:
+            feeder.send(*(bin_("s", i, rows[i]) for i in range(first, last)))
+            feeder.results(last - first)
+            (info,) = feeder.ask(wire.Sessions(), wire.SessionList).sessions
+            return info.flagged
+
+        assert flagged_after(0, 100) == ("u2:dead",)
+        assert flagged_after(200, 205) == ()  # a gap too long: everything begins again
+        assert flagged_after(205, 270) == ("u2:dead",)
+        control.load("b.safetensors")
+        assert flagged_after(270, 275) == ("u2:dead",)  # what is known of units goes along
+        assert flagged_after(275, 350) == ("u2:dead",)
 
 
 def test_a_dead_unit_is_masked_in_a_session_that_asked(

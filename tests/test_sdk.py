@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -194,6 +195,20 @@ def test_counts_that_are_not_counts_are_never_sent(
         assert [a.index for a in collect(session, 1)] == [0]
 
 
+def test_counts_and_mask_may_be_plain_lists(client: ServiceClient) -> None:
+    with open_(client, "plain") as session:
+        session.send(0, [0, 1, 2, 0, 3])
+        session.send(1, [0, 1, 2, 0, 3], mask=[True, True, False, True, True])
+        first, second = collect(session, 2)
+        assert (first.spikes, second.spikes) == (6, 4)
+        for wrong in ([1, 2, 3, 4], [[1], [2, 3]], ["1", "b", "c", "d", "e"], [2**70] * 5, None):
+            with pytest.raises(ShapeError, match="counts: expected"):
+                session.send(2, wrong)
+        for wrong in ([True] * 4, [2, 1, 1, 1, 1], ["yes"] * 5):
+            with pytest.raises(ShapeError, match="mask: expected"):
+                session.send(2, [0] * 5, mask=wrong)
+
+
 def test_no_service_is_said_in_time_and_by_address(tmp_path: Path) -> None:
     nobody = f"ipc://{tmp_path}/nobody"
     with ServiceClient(nobody, timeout=0.2) as client:
@@ -202,6 +217,16 @@ def test_no_service_is_said_in_time_and_by_address(tmp_path: Path) -> None:
             with pytest.raises(ServiceError, match=r"nobody.*expected an answer within 0\.2 s"):
                 client.describe()
         assert time.monotonic() - began < 5.0
+        with pytest.raises(ServiceError, match=r"expected an answer within 0\.3 s"):
+            client.load("m.safetensors", timeout=0.3)
+
+
+def test_models_says_that_no_service_is_there_however_long_a_load_may_take(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    nobody = f"ipc://{tmp_path}/nobody"
+    assert main(["models", "load", "m.safetensors", "--to", nobody, "--timeout", "100"]) == 3
+    assert "nobody: expected an answer within 3 s" in capsys.readouterr().err
 
 
 def test_what_is_no_address_is_said() -> None:
@@ -215,6 +240,22 @@ def test_a_manifest_that_is_none_is_said() -> None:
     )
     with pytest.raises(ProtocolError, match="manifest"):
         model_of(described)
+
+
+def test_a_service_on_ipv6_is_reached(tmp_path: Path) -> None:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            pass
+    except OSError as error:
+        pytest.skip(f"no ::1 here ({error})")
+    model = make_model(tmp_path / "m.safetensors", n_units=len(UNITS))
+    with (
+        serving(model, ingest="tcp://[::1]:*", results="tcp://[::1]:*") as running,
+        ServiceClient(running.ingest, timeout=10.0) as client,
+        open_(client, "six") as session,
+    ):
+        session.send(0, counts(1)[0])
+        assert [a.index for a in collect(session, 1)] == [0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -100,12 +101,12 @@ def test_an_address_in_use_is_a_clear_error(service: Service, model_file: Path, 
                 Service(Engine.load(model_file, options), options).start()
 
 
-def run(*args: str) -> subprocess.Popen[bytes]:
+def run(*args: str, **environment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "ilqr_vae.cli", "serve", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
 
 
@@ -137,6 +138,32 @@ def test_process_from_ready_to_sigterm(model_file: Path, tmp_path: Path) -> None
     finally:
         process.kill()
         process.communicate()
+
+
+def test_told_to_stop_while_the_kernels_compile_it_does_not_wait_for_them(
+    model_file: Path, tmp_path: Path
+) -> None:
+    process = run(
+        *(str(model_file), "--ingest", FREE["ingest"], "--results", FREE["results"]),
+        *("--http", "", "--device", "cpu", "--log", "json", "--ready-file", "-"),
+        *("--cpus", str(min(os.sched_getaffinity(0)))),
+        NUMBA_CACHE_DIR=str(tmp_path),  # nothing is compiled yet
+    )
+    assert process.stderr is not None
+    said: list[dict[str, Any]] = []
+    try:
+        while not said or "cpus_solver" not in said[-1]["data"]:  # the thread's last word before
+            said.append(json.loads(process.stderr.readline()))
+        process.send_signal(signal.SIGTERM)
+        out, log = process.communicate(timeout=10 * WAIT_S)
+    finally:
+        process.kill()
+        process.communicate()
+    said += [json.loads(line) for line in log.splitlines()]
+    assert process.returncode == 0
+    assert not out
+    assert [one["message"] for one in said].count("warm") == 0
+    assert said[-1]["message"] == "stopped while warming up"
 
 
 def test_what_is_wrong_at_the_start_ends_with_an_error(

@@ -12,6 +12,7 @@ import numpy as np
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
 from ilqr_service.engine import Engine
+from ilqr_service.serve_cli import await_ready
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_vae import wire
@@ -68,6 +69,16 @@ def test_ready_only_when_warm_and_then_at_once(model_file: Path) -> None:
     finally:
         service.stop()
     assert service.failure is None
+
+
+def test_one_that_ended_while_it_warmed_up_is_never_called_ready(model_file: Path) -> None:
+    running, told = threading.Event(), threading.Event()
+    told.set()
+    with serving(model_file) as service:
+        assert await_ready(service, running)
+        assert not await_ready(service, told)
+    assert service.ended.is_set()
+    assert not await_ready(service, running)
 
 
 def test_keeping_warm_changes_no_answer(model_file: Path) -> None:

@@ -54,6 +54,8 @@ def connect(
     key = key or key_from_environment()
     if key is not None:
         key.apply(socket)
+    if endpoint.startswith("tcp://["):
+        socket.ipv6 = True
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:

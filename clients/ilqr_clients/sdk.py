@@ -17,17 +17,17 @@ import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import zmq
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from ilqr_clients.answers import Answer
+from ilqr_clients.bins import counts_of, mask_of
 from ilqr_clients.clocks import KnownClock
 from ilqr_clients.closing import Closing
 from ilqr_clients.connection import Model, connect, model_of, reachable, refusal
 from ilqr_vae import wire
 from ilqr_vae.clock import Clock, ClockOffset, MonotonicClock, offset_of
-from ilqr_vae.errors import ServiceError, ShapeError
+from ilqr_vae.errors import ServiceError
 from ilqr_vae.keys import ClientKey
 
 __all__ = ["Model", "ServiceClient", "Session", "connect", "model_of", "reachable", "refusal"]
@@ -73,7 +73,8 @@ class ServiceClient(Closing):
 
     def _ask(self, request: wire.Message, kind: type[Reply], timeout: float | None = None) -> Reply:
         self._socket.send(wire.encode(request))
-        end = time.monotonic() + (timeout or self.timeout)
+        limit = self.timeout if timeout is None else timeout
+        end = time.monotonic() + limit
         while (left := end - time.monotonic()) > 0:
             if not self._socket.poll(max(1, int(left * 1e3))):
                 continue
@@ -87,7 +88,7 @@ class ServiceClient(Closing):
         self._socket = connect(self._context, zmq.DEALER, self.endpoint, self.key)
         raise ServiceError(
             f"service at {self.endpoint}",
-            expected=f"an answer within {self.timeout:g} s",
+            expected=f"an answer within {limit:g} s",
             got="none (is it running, and is this its address?)",
         )
 
@@ -278,9 +279,9 @@ class Session(Closing):
     def send(
         self,
         index: int,
-        counts: NDArray[Any],
+        counts: ArrayLike,
         *,
-        mask: NDArray[np.bool_] | None = None,
+        mask: ArrayLike | None = None,
         source_ns: int | None = None,
     ) -> int:
         """Send one bin; never waits.
@@ -296,25 +297,20 @@ class Session(Closing):
             When it was handed to the socket, ns of this client's clock.
 
         Raises:
-            ShapeError: not one count (or mask) per unit, or counts that are not whole numbers in
-                [0, 65535].
+            ShapeError: not one count (or mask) per unit, counts that are not whole numbers in
+                [0, 65535], or a mask of others than True and False.
         """
         n_units = len(self.request.units)
-        for field, values in (("counts", counts), ("mask", mask)):
-            if values is not None and values.shape != (n_units,):
-                raise ShapeError(field, expected=f"({n_units},)", got=str(values.shape))
-        with np.errstate(invalid="ignore"):
-            whole = counts.astype("<u2")
-        if not np.array_equal(whole, counts):
-            raise ShapeError("counts", expected="whole numbers in [0, 65535]", got=f"{counts!r}")
+        packed = counts_of(counts, n_units)
+        observed = None if mask is None else mask_of(mask, n_units)
         now = self.timer.now_ns()
         message = wire.Bin(
             session=self.request.session,
             epoch=self.request.epoch,
             index=index,
             source_ns=now if source_ns is None else source_ns,
-            counts=wire.pack(whole, "<u2"),
-            mask=None if mask is None else wire.pack(mask, "u1"),
+            counts=packed,
+            mask=observed,
             clock=self.clock.stated(now),
         )
         if (probe := self.clock.probe(now)) is not None:

@@ -125,6 +125,11 @@ class Engine:
         held = self._runs.get(run)
         return [] if held is None else [e.work for e in held.entries]
 
+    def watched(self, run: int) -> UnitWatch | None:
+        """What was known of a run's units before the bins held; None where they are not watched."""
+        held = self._runs.get(run)
+        return None if held is None or not held.entries else held.entries[0].watch
+
     def flagged(self, run: int) -> tuple[str, ...]:
         """``NAME:reason`` of a run's masked units."""
         held = self._runs.get(run)
@@ -132,16 +137,28 @@ class Engine:
             () if held is None or held.watch is None else held.watch.flagged(self.facts.unit_names)
         )
 
-    def adopt(self, run: int, works: list[Work], serial: int = -1) -> None:
-        """Begin a run from the bins that another model held of it."""
+    def adopt(
+        self, run: int, works: list[Work], serial: int = -1, watch: UnitWatch | None = None
+    ) -> None:
+        """Begin a run from the bins that another model held of it, and from what was known of its
+        units before them."""
         self.forget(run)
-        for k, work in enumerate(works):
-            model = self.facts.model
-            self._solve(
-                [replace(work, fresh=k == 0, late=False, anytime=False, budget=0, model=model)]
-            )
+        if not works:
+            return
+        if watch is None and works[0].watch:
+            watch = UnitWatch.fresh(len(self.facts.unit_names))
+        self._begin(run, works, watch, serial)
+
+    def _begin(self, run: int, works: list[Work], watch: UnitWatch | None, serial: int) -> None:
+        """Solve bins anew, whatever the clock said then, from the state that every run begins
+        with; ``serial`` of the newest work in them."""
+        self._runs[run] = Run(self.facts.horizon, self._stepper.fresh, watch)
+        model = self.facts.model
+        for work in works:
+            again = replace(work, fresh=False, late=False, anytime=False, budget=0, model=model)
+            self._solve([again])
         held = self._runs.get(run)
-        if held is not None:
+        if held is not None:  # a solve that fails may lose it
             held.serial = serial
 
     def keep_warm(self) -> None:
@@ -156,8 +173,16 @@ class Engine:
         return None if held is None else pack_run(run, self.facts.model, held, self._stepper.pool)
 
     def restore(self, packed: PackedRun) -> None:
-        """Take up a run from a snapshot. Raises ProtocolError: bytes that do not fit."""
+        """Take up a run from a snapshot. One that was made with another horizon gives the bins
+        alone: the window is solved anew. Raises ProtocolError: bytes that do not fit."""
         state, watch = unpack_state(packed, self.device)
+        if not self._stepper.pool.takes(state):
+            logs.warning(
+                "a snapshot with another horizon: its bins are solved anew", run=packed.run
+            )
+            works = [unpack_work(one) for one in packed.works]
+            self._begin(packed.run, works, watch, packed.serial)
+            return
         (row,) = self._stepper.pool.put(state)
         held = Run(self.facts.horizon, row, watch)
         self._runs[packed.run] = held
@@ -288,7 +313,10 @@ class Engine:
         before, watch = held.watch, held.watch
         if before is not None:
             watch = before.after(work.counts, work.mask, answer.rates)
-            answer = replace(answer, flags=watch.changes(before, self.facts.unit_names))
+            names = self.facts.unit_names
+            answer = replace(
+                answer, flags=watch.changes(before, names), flagged=watch.flagged(names)
+            )
         kept = work
         if work.late or work.budget or answer.solver == STOPPED:
             budget = {STOPPED: answer.iterations, SHED: NO_SOLVE}.get(answer.solver, 0)

@@ -33,7 +33,7 @@ class Kept:
 
 
 def runs_of(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
-    """All runs, oldest first, and the manifests by model id. Raises ServiceError."""
+    """All runs, oldest first, and the manifests by model id. Raises JournalError."""
     runs: dict[int, Kept] = {}
     manifests: dict[str, Any] = {}
     header: Header | None = None

@@ -8,7 +8,7 @@ a shadow may run, which solves the same bins after their answers are out; both s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
@@ -43,11 +43,13 @@ class Score:
 
 @dataclass(slots=True)
 class Shadow:
-    """An engine beside another, and both scores since it began."""
+    """An engine beside another, both scores since it began, and the runs that it has taken up: the
+    engine may hold states of them from before."""
 
     engine: Engine
-    own: Score
-    other: Score
+    own: Score = field(default_factory=Score)
+    other: Score = field(default_factory=Score)
+    runs: set[int] = field(default_factory=set[int])
 
 
 class Quota:
@@ -129,6 +131,7 @@ class Fleet:
             engine.forget(run)
         for shadow in list(self.shadows.values()):
             shadow.engine.forget(run)
+            shadow.runs.discard(run)
 
     def parts(self, works: list[Work]) -> list[list[Work]]:
         """Bins of different runs as the calls of ``solve`` that answer soonest: the bins of each
@@ -161,7 +164,7 @@ class Fleet:
 
     def _swap(self, engine: Engine, work: Work) -> None:
         other = self.engines[work.swap]
-        other.adopt(work.run, engine.window(work.run), work.serial)
+        other.adopt(work.run, engine.window(work.run), work.serial, engine.watched(work.run))
         if other is not engine:
             engine.forget(work.run)
 
@@ -178,8 +181,9 @@ class Fleet:
             engine = shadow.engine
             try:
                 for work, _ in answered:
-                    if not work.fresh and not engine.window(work.run):
+                    if not work.fresh and work.run not in shadow.runs:
                         engine.adopt(work.run, self.engine(model).window(work.run)[:-1])
+                    shadow.runs.add(work.run)
                 own = engine.solve([replace(work, anytime=False) for work, _ in answered])
             except Exception:
                 logs.exception("the shadow broke and is dropped", model=engine.facts.model)

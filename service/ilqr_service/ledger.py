@@ -16,7 +16,7 @@ from ilqr_service.engine import Engine
 from ilqr_service.fleet import Fleet
 from ilqr_service.journal import Journal, Live
 from ilqr_service.records import Answered, Began, Controlled, Ended, Header, Kept, Served, Worked
-from ilqr_service.resume import Resumed, models_of, open_runs, take_up
+from ilqr_service.resume import Resumed, model_of, models_of, open_runs, take_up
 from ilqr_service.runs import PackedRun, pack_work
 from ilqr_service.session import Effects
 from ilqr_service.sessions import SessionTable
@@ -48,7 +48,7 @@ class Ledger:
         last: the newest answer of each, for new subscribers.
 
     Raises:
-        ServiceError: a journal that cannot be read.
+        JournalError: a journal that cannot be read.
     """
 
     def __init__(
@@ -81,10 +81,9 @@ class Ledger:
                 )
                 self._gone.append(run)
                 continue
-            facts = fleet.engine(live.began.model).facts
+            facts = fleet.engine(model_of(live)).facts
             now = time.monotonic_ns()
             session, resumed = take_up(live, facts, round(settings.deadline_ms * 1e6), now)
-            session.facts = fleet.engine(session.facts.model).facts
             table.add(session)
             self.resumed.append(resumed)
             if session.recent:

@@ -17,7 +17,7 @@ import msgspec
 
 from ilqr_service.runs import PackedRun, PackedWork
 from ilqr_vae import wire
-from ilqr_vae.errors import ServiceError
+from ilqr_vae.errors import JournalError
 
 MAGIC = b"ilqr-journal-1\n\n"
 SUFFIX = ".journal"
@@ -142,16 +142,16 @@ def records(path: Path) -> Iterator[AnyRecord]:
     """The good records of a segment, in order.
 
     Raises:
-        ServiceError: the file cannot be read, or is no segment of this version.
+        JournalError: the file cannot be read, or is no segment of this version.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ServiceError("journal", expected="a readable file", got=str(error)) from error
+        raise JournalError("journal", expected="a readable file", got=str(error)) from error
     if data[: len(MAGIC)] != MAGIC:
         if MAGIC.startswith(data):
             return  # torn while it was being made
-        raise ServiceError("journal", expected="a journal of this version", got=path.name)
+        raise JournalError("journal", expected="a journal of this version", got=path.name)
     at = len(MAGIC)
     while at + _HEAD.size <= len(data):
         length, check = _HEAD.unpack_from(data, at)
@@ -164,16 +164,16 @@ def records(path: Path) -> Iterator[AnyRecord]:
         try:
             yield _decoder.decode(payload)
         except msgspec.MsgspecError as error:
-            raise ServiceError(
+            raise JournalError(
                 f"journal {path.name}", expected="records of this version", got=str(error)
             ) from error
         at = end
 
 
 def segments(folder: Path) -> list[Path]:
-    """A journal's segments, oldest first. Raises ServiceError: no such folder."""
+    """A journal's segments, oldest first. Raises JournalError: no such folder."""
     if not folder.is_dir():
-        raise ServiceError("journal", expected="a folder", got=str(folder))
+        raise JournalError("journal", expected="a folder", got=str(folder))
     return sorted(folder.glob(f"*{SUFFIX}"))
 
 

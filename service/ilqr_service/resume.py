@@ -53,7 +53,7 @@ def open_runs(folder: Path) -> tuple[int, dict[int, Live]]:
     counts for nothing, the one before it holds the same.
 
     Raises:
-        ServiceError: a segment cannot be read or is of another version.
+        JournalError: a segment cannot be read or is of another version.
     """
     next_run = 0
     live: dict[int, Live] = {}
@@ -112,6 +112,11 @@ def models_of(live: Live) -> set[str]:
     return needed
 
 
+def model_of(live: Live) -> str:
+    """Id of the model that a run goes on with."""
+    return advance(live.began, [record for _, record in live.works.values()]).model
+
+
 def take_up(
     live: Live, facts: ModelFacts, deadline_ns: int, now_ns: int
 ) -> tuple[Session, Resumed]:
@@ -160,6 +165,8 @@ def take_up(
         work = unpack_work(record.work)
         if work.serial <= answered:  # as it was solved, whatever the clock says now
             work = replace(work, anytime=False, budget=cut.get(work.serial, 0))
+        elif work.received_ns > now_ns:  # by the clock of a boot before this one
+            work = replace(work, received_ns=now_ns, due_ns=now_ns)
         to_do.append(work)
     for work in to_do:
         if work.serial > answered and not work.swap:

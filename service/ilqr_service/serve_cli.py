@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import sys
 import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,8 +101,8 @@ def serve(
     --results 'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json
 
     Told to stop, it answers what is queued, tells feeders and subscribers, logs the exact latency
-    quantiles and exits with 0. Exit codes: 2 wrong model, setting or usage; 3 an address cannot be
-    used, or the service broke.
+    quantiles and exits with 0; while it warms up, it exits at once. Exit codes: 2 wrong model,
+    setting or usage; 3 an address cannot be used, or the service broke.
     """
     overrides: dict[str, Any] = {
         "ingest": ingest,
@@ -122,44 +124,61 @@ def serve(
     logs.configure(settings.log)
     hygiene = Hygiene(settings)
     hygiene.process()
-    service = Service(
-        Engine.load(model, settings),
-        settings,
-        more=_more(slot or [], settings),
-        folder=model.parent,
-        hygiene=hygiene,
-    )
-    service.start()
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    try:
-        _await_ready(service, stop)
-        if not stop.is_set():
-            gc.collect()
-            gc.freeze()
-            ready = {
-                "ingest": service.ingest,
-                "results": service.results,
-                "http": service.http,
-                "model": service.model,
-                "device": service.device,
-                "pid": os.getpid(),
-                "hygiene": hygiene.report,
-            }
-            logs.info("ready", **ready)
-            if ready_file is not None:
-                _announce(ready_file, msgspec.json.encode(ready))
-        while not stop.is_set() and not service.ended.is_set():
-            stop.wait(0.2)
-    finally:
-        service.stop()
-        logs.info("stopped", **service.telemetry.summary())
+    with _told_to_stop() as stop:
+        service = Service(
+            Engine.load(model, settings),
+            settings,
+            more=_more(slot or [], settings),
+            folder=model.parent,
+            hygiene=hygiene,
+        )
+        service.start()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        try:
+            if await_ready(service, stop):
+                gc.collect()
+                gc.freeze()
+                ready = {
+                    "ingest": service.ingest,
+                    "results": service.results,
+                    "http": service.http,
+                    "model": service.model,
+                    "device": service.device,
+                    "pid": os.getpid(),
+                    "hygiene": hygiene.report,
+                }
+                logs.info("ready", **ready)
+                if ready_file is not None:
+                    _announce(ready_file, msgspec.json.encode(ready))
+            elif stop.is_set() and service.warming:
+                # The kernels may compile for minutes, in a thread that nobody can interrupt.
+                # Nothing was accepted, and what the journal says is open may stay so.
+                logs.info("stopped while warming up")
+                os._exit(0)
+            while not stop.is_set() and not service.ended.is_set():
+                stop.wait(0.2)
+        finally:
+            service.stop()
+            logs.info("stopped", **service.telemetry.summary())
     if service.failure is not None:
         raise ServiceError(
             "service", expected="to run until stopped", got=f"{service.failure!r}"
         ) from service.failure
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Generator[threading.Event]:
+    """Set by SIGINT and SIGTERM, which do nothing else inside."""
+    stop = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _more(slots: list[str], settings: ServiceSettings) -> dict[str, Engine]:
@@ -173,9 +192,17 @@ def _more(slots: list[str], settings: ServiceSettings) -> dict[str, Engine]:
     return more
 
 
-def _await_ready(service: Service, stop: threading.Event) -> None:
+def await_ready(service: Service, stop: threading.Event) -> bool:
+    """Whether bins are answered now; not where it was told to stop, or ended before.
+
+    Raises:
+        ServiceError: it has been warming up for too long.
+    """
     waited = 0.0
-    while not (stop.is_set() or service.ended.is_set() or service.wait_ready(0.1)):
+    while not service.wait_ready(0.1):
         waited += 0.1
+        if stop.is_set() or service.ended.is_set():
+            return False
         if waited > _WARM_UP_S:
             raise ServiceError("warm-up", expected=f"done within {_WARM_UP_S:g} s", got="still not")
+    return not stop.is_set()

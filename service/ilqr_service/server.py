@@ -65,7 +65,7 @@ class Service:
 
     Raises:
         ConfigError: keys that cannot be read.
-        ServiceError: a journal that cannot be read.
+        JournalError: a journal that cannot be read.
     """
 
     def __init__(
@@ -169,6 +169,11 @@ class Service:
     def ready(self) -> bool:
         """Bins are answered."""
         return self._accepting.is_set() and self.healthy and not self._stop.is_set()
+
+    @property
+    def warming(self) -> bool:
+        """Nothing was accepted yet."""
+        return not self._accepting.is_set()
 
     @property
     def healthy(self) -> bool:

@@ -365,7 +365,8 @@ class Session:
         for flag in answer.flags:
             effects.published.append(self.notice(flag))
             effects.events["unit_changes"] += 1
-            self._flag(flag)
+        if answer.flagged is not None:
+            self.flagged = answer.flagged
 
     def overran(self) -> None:
         """It has more queued than it may: it sheds from here on."""
@@ -376,12 +377,3 @@ class Session:
         in_time = answer.solver != SHED and published_ns <= answer.work.due_ns
         self.calm = self.calm + 1 if in_time else 0
         self.overrun &= self.calm < self.facts.horizon
-
-    def _flag(self, flag: str) -> None:
-        """Keep the list of masked units: ``unit NAME masked: WHY`` or ``unit NAME used again``."""
-        name, masked, why = flag.removeprefix("unit ").rpartition(" masked: ")
-        if masked:
-            self.flagged = (*self.flagged, f"{name}:{why}")
-            return
-        name = flag.removeprefix("unit ").removesuffix(" used again")
-        self.flagged = tuple(f for f in self.flagged if f.rpartition(":")[0] != name)

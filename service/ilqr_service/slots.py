@@ -43,11 +43,16 @@ class _Loaded:
     error: IlqrVaeError | None
 
 
+def _other(engine: Engine, facts: ModelFacts) -> None:
+    """Raises ProtocolError where it is what is served."""
+    if engine.facts.model == facts.model:
+        raise ProtocolError("model", expected="another than is served", got=facts.model)
+
+
 def _fits(engine: Engine, facts: ModelFacts) -> None:
     """Raises ProtocolError where sessions that ``facts`` were told could not go on with it."""
     new = engine.facts
-    if new.model == facts.model:
-        raise ProtocolError("model", expected="another than is served", got=new.model)
+    _other(engine, facts)
     if new.bin_width_ns != facts.bin_width_ns:
         raise ProtocolError(
             "model.bin_width", expected=f"{facts.bin_width_ns} ns", got=f"{new.bin_width_ns} ns"
@@ -55,6 +60,7 @@ def _fits(engine: Engine, facts: ModelFacts) -> None:
     for field, expected, got in (
         ("unit_names", facts.unit_names, new.unit_names),
         ("kinematic_names", facts.kinematic_names, new.kinematic_names),
+        ("kinematic_units", facts.kinematic_units, new.kinematic_units),
     ):
         if expected != got:
             raise ProtocolError(
@@ -154,8 +160,16 @@ class Slots:
             done = self._done.popleft()
             name, slot = self._slot(done.message.slot)
             slot.loading = ""
-            if done.error is not None or done.engine is None:
-                error = done.error or ProtocolError("model", expected="one that loads", got="")
+            engine, error = done.engine, done.error
+            if engine is not None and error is None:
+                # meanwhile it may have come to be served here, or be in use in another slot
+                engine = self._fleet.engines.get(engine.facts.model, engine)
+                try:
+                    _other(engine, slot.serving.facts)
+                except ProtocolError as same:
+                    error = same
+            if engine is None or error is not None:
+                error = error or ProtocolError("model", expected="one that loads", got="")
                 refused = ProtocolError(error.field, expected=error.expected, got=error.got)
                 failed = Effects.refusal(done.owner, refused)
                 effects.replies += failed.replies
@@ -163,15 +177,13 @@ class Slots:
                     effects.events[event] += times
                 effects.events["load_failed"] += 1
                 continue
-            self._add(done.engine)
+            self._add(engine)
             if done.message.shadow:
                 self._stop_shadow(slot)
-                slot.shadow = done.engine
-                self._fleet.shadows[slot.serving.facts.model] = Shadow(
-                    done.engine, Score(), Score()
-                )
+                slot.shadow = engine
+                self._fleet.shadows[slot.serving.facts.model] = Shadow(engine)
             else:
-                self._serve(name, slot, done.engine, effects)
+                self._serve(name, slot, engine, effects)
             effects.replies.append((done.owner, self.list()))
         return effects
 

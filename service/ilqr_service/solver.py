@@ -180,7 +180,8 @@ class SolverThread:
             return
         for work in works:
             since = self._since[work.run] = self._since.get(work.run, 0) + 1
-            if since >= self._snapshot_every:
+            # from a swap on the run needs the new model alone
+            if work.swap or since >= self._snapshot_every:
                 self._since[work.run] = 0
                 packed = self._fleet.pack(work)
                 if packed is not None:

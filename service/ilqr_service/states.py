@@ -68,6 +68,11 @@ class Pool:
             new[:first] = old
         self._free[:0] = range(rows - 1, first - 1, -1)
 
+    def takes(self, states: HorizonState) -> bool:
+        """Whether their shapes are those of the rows."""
+        pairs = zip(states.tensors(), self._like, strict=True)
+        return all(t.shape[1:] == like.shape[1:] for t, like in pairs)
+
     def views(self) -> tuple[NDArray[Any], ...]:
         """The arrays as numpy sees them, on the CPU; until the next ``take`` or ``put``."""
         return tuple(t.numpy() for t in self._arrays)

@@ -1,8 +1,9 @@
 """A journal run again offline: every answer computed anew and compared, bit for bit.
 
-Each run's works go through the engine in the order they were accepted. Where the clock had cut a
-solve short, it is cut after as many iterations as then. A stretch that the journal does not hold
-(it could not be written) is skipped: the run goes on from the next snapshot.
+Each run's works go through the engine in the order they were accepted, with the settings that the
+segment's header states. Where the clock had cut a solve short, it is cut after as many iterations
+as then. A stretch that the journal does not hold (it could not be written) is skipped: the run goes
+on from the next snapshot.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
@@ -20,6 +22,7 @@ from ilqr_service.records import (
     Answered,
     AnyRecord,
     Began,
+    Checkpoint,
     Header,
     Kept,
     Worked,
@@ -27,9 +30,11 @@ from ilqr_service.records import (
     segments,
 )
 from ilqr_service.runs import unpack_work
+from ilqr_service.settings import ServiceSettings
 from ilqr_service.work import Answer, Work, budget_of
 from ilqr_vae import wire
-from ilqr_vae.errors import ServiceError
+from ilqr_vae.artifact import read_manifest
+from ilqr_vae.errors import JournalError
 
 
 @dataclass(slots=True)
@@ -40,7 +45,9 @@ class Verdict:
         runs, answers: compared.
         identical: answers that are the same to the last bit.
         skipped: answers that could not be compared: their run's state is not in the journal.
-        largest: absolute difference over all numbers of all answers.
+        largest: absolute difference over all numbers of all answers; infinite where a number is
+            none now and was one then, or the other way round.
+        changed: answers whose solve ended otherwise (``solver``).
         first: where the first difference is.
     """
 
@@ -49,12 +56,19 @@ class Verdict:
     identical: int = 0
     skipped: int = 0
     largest: float = 0.0
+    changed: int = 0
     first: str = ""
+
+    def within(self, tolerance: float) -> bool:
+        """No number differs by more, and every solve ended as it had; 0 is bit for bit."""
+        if not tolerance:
+            return self.identical == self.answers
+        return self.largest <= tolerance and not self.changed
 
 
 @dataclass(slots=True)
 class _Run:
-    """A run under way."""
+    """A run under way: all of it up to the work ``done`` is computed, where it is ``sound``."""
 
     began: Began
     done: int = -1
@@ -63,19 +77,35 @@ class _Run:
     frames: list[Answered] = field(default_factory=list[Answered])
 
 
-def header_of(folder: Path) -> Header:
-    """The first segment's header. Raises ServiceError: no journal."""
-    for path in segments(folder):
-        for record in records(path):
-            if isinstance(record, Header):
-                return record
-    raise ServiceError("journal", expected="a folder with segments", got=str(folder))
-
-
 def stream(folder: Path) -> Iterator[AnyRecord]:
-    """All good records, oldest first."""
+    """All good records, oldest first. Raises JournalError."""
     for path in segments(folder):
         yield from records(path)
+
+
+def models_named(folder: Path) -> set[str]:
+    """Ids of the models that anything in a journal runs on. Raises JournalError."""
+    named: set[str] = set()
+    for record in stream(folder):
+        match record:
+            case Began():
+                named.add(record.model)
+            case Kept():
+                named.add(record.packed.model)
+            case Worked():
+                named |= {record.work.model, record.work.swap}
+            case _:
+                pass
+    return named - {""}
+
+
+def settings_of(header: Header) -> ServiceSettings:
+    """What of a service's settings an answer depends on. Raises JournalError."""
+    try:
+        kept = {name: header.settings[name] for name in ("device", "horizon", "iterations")}
+        return msgspec.convert(kept, ServiceSettings)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise JournalError("journal", expected="settings of a service", got=str(error)) from error
 
 
 def numbers(result: wire.Result) -> np.ndarray:
@@ -97,60 +127,102 @@ def computed(answer: Answer) -> np.ndarray:
     return np.concatenate([*arrays, [answer.bits, answer.spikes, answer.iterations]])
 
 
+def difference(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest absolute one; infinite where one of two is NaN, or they are not as many."""
+    if got.shape != want.shape:
+        return float("inf")
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    off = np.abs(got[~same] - want[~same])
+    return float(np.where(np.isnan(off), np.inf, off).max(initial=0.0))
+
+
 class Verifier:
     """Follows a journal and compares.
 
     Args:
-        engines: of all models that it names.
+        models: files of all models that it names.
     """
 
-    def __init__(self, engines: list[Engine]) -> None:
+    def __init__(self, models: list[Path]) -> None:
         self.verdict = Verdict()
-        self._fleet = Fleet(engines[0])
-        for engine in engines:
-            self._fleet.engines[engine.facts.model] = engine
+        self._models = models
+        self._fleets: dict[ServiceSettings, Fleet] = {}
+        self._fleet: Fleet | None = None
         self._runs: dict[int, _Run] = {}
+        # Runs whose state comes from what a segment begins with, not from before it: they were
+        # solved with other settings then. The answers repeated there are not to be had again.
+        self._anew: set[int] = set()
 
     def follow(self, record: AnyRecord) -> None:
-        """Take one record. Raises ServiceError: a model that is not there."""
+        """Take one record.
+
+        Raises:
+            ArtifactError, ConfigError: a model file or device that cannot be used.
+            JournalError: a segment without a header, or with settings that are none.
+        """
+        if isinstance(record, Header):
+            self._serve(settings_of(record))
+            return
+        if self._fleet is None:
+            raise JournalError("journal", expected="a header first", got=type(record).__name__)
         match record:
+            case Checkpoint():
+                self._anew.clear()
             case Began():
-                if record.model not in self._fleet.engines:
-                    raise ServiceError("model", expected=f"{record.model} too", got="not given")
-                if record.run not in self._runs:
-                    self.verdict.runs += 1
-                    run = _Run(record, sound=not record.again)
-                    self._runs[record.run] = run
+                self._begin(record)
             case Worked():
                 work = unpack_work(record.work)
                 run = self._runs.get(work.run)
                 if run is not None and work.serial > run.done:
                     run.works.setdefault(work.serial, work)
             case Kept():
-                self._snapshot(record)
+                self._snapshot(self._fleet, record)
             case Answered():
                 run = self._runs.get(record.run)
                 if run is not None and record.serial > run.done:
                     run.frames.append(record)
                     if record.settles:
-                        self._settle(run, record.serial)
+                        self._settle(self._fleet, run, record.serial)
             case _:
                 pass
 
-    def _snapshot(self, record: Kept) -> None:
+    def _serve(self, settings: ServiceSettings) -> None:
+        fleet = self._fleets.get(settings)
+        if fleet is None:
+            engines = [Engine.load(path, settings) for path in self._models]
+            fleet = Fleet(engines[0])
+            fleet.engines |= {engine.facts.model: engine for engine in engines}
+            self._fleets[settings] = fleet
+        if self._fleet is not None and self._fleet is not fleet:
+            for run in self._runs:
+                self._fleet.forget(run)
+            self._anew |= self._runs.keys()
+        self._fleet = fleet
+
+    def _begin(self, record: Began) -> None:
+        known = record.run in self._runs
+        if known and record.run not in self._anew:
+            return
+        self.verdict.runs += not known
+        # without a snapshot all its works follow
+        self._runs[record.run] = _Run(record, record.serial - 1, sound=record.serial == 0)
+        if record.again:
+            self._anew.add(record.run)
+
+    def _snapshot(self, fleet: Fleet, record: Kept) -> None:
         run = self._runs.get(record.packed.run)
         serial = record.packed.serial
         if run is None:
             return
         if run.sound and all(s in run.works for s in range(run.done + 1, serial + 1)):
             return  # all of it is, or will be, computed anyway
-        self._fleet.forget(record.packed.run)
-        self._fleet.restore(record.packed)
+        fleet.forget(record.packed.run)
+        fleet.restore(record.packed)
         run.done, run.sound = serial, True
         run.works = {s: w for s, w in run.works.items() if s > serial}
         run.frames.clear()
 
-    def _settle(self, run: _Run, serial: int) -> None:
+    def _settle(self, fleet: Fleet, run: _Run, serial: int) -> None:
         frames = [f for f in run.frames if f.serial == serial]
         run.frames.clear()
         expected: list[wire.Result] = []
@@ -167,8 +239,10 @@ class Verifier:
             # as the clock had it then
             budget = budget_of(expected[0]) if s == serial and expected else 0
             work = replace(work, anytime=False, budget=budget)
-            answers = self._fleet.solve([work])
+            answers = fleet.solve([work])
         run.done = serial
+        if run.began.run in self._anew:
+            return
         if run.sound:
             # where a late bin's answers were cut short by a crash, the last ones are told again
             self._compare(run, answers, expected[-len(answers) :] if answers else [])
@@ -180,20 +254,36 @@ class Verifier:
         for answer, result in zip(answers, expected, strict=False):
             verdict.answers += 1
             got, want = computed(answer), numbers(result)
-            same = got.tobytes() == want.tobytes() and answer.solver == result.solver
-            verdict.identical += same
-            if same:
+            changed = answer.solver != result.solver
+            if got.tobytes() == want.tobytes() and not changed:
+                verdict.identical += 1
                 continue
-            off = float(np.nanmax(np.abs(got - want))) if got.shape == want.shape else np.inf
-            verdict.largest = max(verdict.largest, off)
+            verdict.changed += changed
+            verdict.largest = max(verdict.largest, difference(got, want))
             if not verdict.first:
                 name = run.began.request.session
                 verdict.first = f"session {name} epoch {result.epoch} bin {result.index}"
 
 
-def verify(folder: Path, engines: list[Engine]) -> Verdict:
-    """Compare a whole journal. Raises ServiceError: it cannot be read, or needs another model."""
-    verifier = Verifier(engines)
+def verify(folder: Path, models: list[Path]) -> Verdict:
+    """Compare a whole journal.
+
+    Args:
+        folder: the journal.
+        models: files of the models it names; at least one.
+
+    Raises:
+        ArtifactError, ConfigError: a model file or device that cannot be used.
+        JournalError: it cannot be read, or needs a model that is not given.
+    """
+    if not segments(folder):
+        raise JournalError("journal", expected="a folder with segments", got=str(folder))
+    needed = models_named(folder) - {read_manifest(path).model_id for path in models}
+    if needed:  # said before hours of solving
+        raise JournalError(
+            "model", expected=f"files of {', '.join(sorted(needed))} too", got="not given"
+        )
+    verifier = Verifier(models)
     for record in stream(folder):
         verifier.follow(record)
     return verifier.verdict

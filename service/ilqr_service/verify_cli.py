@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +10,9 @@ import msgspec
 import torch
 import typer
 
-from ilqr_service.engine import Engine
-from ilqr_service.settings import ServiceSettings
-from ilqr_service.verify import Verdict, header_of, verify
+from ilqr_service.verify import Verdict, verify
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.report import STDOUT, check_writable, write_whole
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,23 +32,22 @@ def command(
 
     Example: ilqr-vae verify journal/ --model model.safetensors
 
-    On the build and device that served, answers are the same to the last bit; elsewhere state a
-    --tolerance (1e-6 is usual). Exit codes: 0 the same, 1 different, 2 wrong input.
+    Each part is run with the settings it was served with. On the build and device that served,
+    answers are the same to the last bit; elsewhere state a --tolerance (1e-6 is usual). Exit codes:
+    0 the same, 1 different, 2 wrong input: no journal, a model that it names and that is not given.
     """
+    if not math.isfinite(tolerance):
+        raise ConfigError("--tolerance", expected="a finite number", got=str(tolerance))
+    check_writable(json_file, "--json")
     torch.set_num_threads(1)
-    kept = header_of(journal).settings
-    try:
-        settings = msgspec.convert(
-            {k: kept[k] for k in ("device", "horizon", "iterations")}, ServiceSettings
-        )
-    except (KeyError, msgspec.ValidationError) as error:
-        raise ConfigError("journal", expected="settings of a service", got=str(error)) from error
-    verdict = verify(journal, [Engine.load(path, settings) for path in model])
-    text = json.dumps(msgspec.to_builtins(verdict), indent=2)
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(text + "\n")
-    typer.echo(text if str(json_file) == "-" else summary(verdict))
-    if verdict.largest > tolerance or (verdict.identical < verdict.answers and not tolerance):
+    verdict = verify(journal, model)
+    # a difference that is infinite is null there: JSON has no such number
+    text = msgspec.json.format(msgspec.json.encode(verdict), indent=2).decode()
+    if json_file is not None:
+        write_whole(json_file, text + "\n")
+    if json_file != STDOUT:
+        typer.echo(summary(verdict))
+    if not verdict.within(tolerance):
         raise typer.Exit(1)
 
 
@@ -63,4 +61,6 @@ def summary(verdict: Verdict) -> str:
         said += f", {verdict.skipped} not comparable (their state was not written)"
     if verdict.first:
         said += f"; first difference at {verdict.first}, largest {verdict.largest:.3g}"
+    if verdict.changed:
+        said += f"; {verdict.changed} solves ended otherwise"
     return said

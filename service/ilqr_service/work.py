@@ -136,6 +136,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
         due_ns: instead of the work's own; 0 is that.
         serial: of the work that caused this answer.
         flags: what changed about units, for people.
+        flagged: ``NAME:reason`` of all masked units, None where they are not watched.
     """
 
     work: Work
@@ -157,6 +158,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     due_ns: int = 0
     serial: int = 0
     flags: tuple[str, ...] = ()
+    flagged: tuple[str, ...] | None = None
 
 
 def status_of(answer: Answer, published_ns: int) -> Status:

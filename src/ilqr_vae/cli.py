@@ -3,8 +3,8 @@
 Each package registers its verbs under the entry-point group ``ilqr_vae.verbs``; an entry is a
 ``typer.Typer`` application holding one command. ``ilqr-vae replay`` therefore never imports torch.
 
-Exit codes: 0 done; 2 the input or usage is wrong; 3 the service refused or is not reachable;
-4 training cannot go on; 130 interrupted.
+Exit codes: 0 done; 1 a journal's answers differ; 2 the input or usage is wrong; 3 the service
+refused, is not reachable or cannot start; 4 training cannot go on; 130 interrupted.
 """
 
 from __future__ import annotations

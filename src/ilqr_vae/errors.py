@@ -46,6 +46,10 @@ class ProtocolError(IlqrVaeError):
     """A message on the wire is not what the protocol says."""
 
 
+class JournalError(IlqrVaeError):
+    """A service's journal cannot be read, or needs a model that is not given."""
+
+
 class ServiceError(IlqrVaeError):
     """The service refused, is not reachable, or could not start (port in use)."""
 
