@@ -212,6 +212,8 @@ def test_training_does_not_begin_with_bad_options(
         (["--seed", "-1"], {}, "training.seed: expected zero or more, got -1"),
         (["--steps", "0"], {}, "training.steps: expected at least 1, got 0"),
         (["--json", str(absent / "s.json")], {}, "--json: expected a file in a folder"),
+        (["--log-dir", str(text)], {}, "--log-dir: expected a folder that can be written"),
+        (["--log-dir", str(text / "log")], {}, "r.txt is no folder"),
     ]:
         assert rig.train(out, *options, **changed) == 2
         assert expected in said(capsys)

@@ -66,7 +66,7 @@ def test_the_file_names_the_units_or_the_seed_draws_them() -> None:
     named, said = held_out_units(replace(recording, held_out=("u5", "u2")), 0.25, 1)
     np.testing.assert_array_equal(np.flatnonzero(named), [2, 5])
     assert "file" in said
-    for share in (0.0, 1.0):
+    for share in (0.0, 1.0, -1.0, 5.0, float("nan")):
         with pytest.raises(ConfigError, match="--held-out"):
             held_out_units(recording, share, 1)
 

@@ -115,6 +115,7 @@ def test_options_out_of_range(rig: Rig, capsys: pytest.CaptureFixture[str]) -> N
         (["--span", "train"], "--span: expected validation or test"),
         (["--fraction", "1"], "--fraction"),
         (["--seeds", "0"], "--seeds"),
+        (["--out", str(rig.config)], "--out: expected a folder that can be written"),
     ):
         assert rig.run(*options) == 2
         assert named in capsys.readouterr().err

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -13,7 +15,10 @@ from ilqr_training.config import load_config
 from ilqr_training.train import train
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
-from layouts import area2_bump, mc_maze, mc_rtt, nlb_hdf5, self_paced
+from ilqr_vae.recordings import load_recording
+from ilqr_vae.recordings.trials import in_course
+from layouts import area2_bump, mc_maze, mc_rtt, nlb_hdf5, reaches, self_paced
+from rig import serving
 from tiny import Recorder, write_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -52,6 +57,46 @@ def test_a_ready_configuration_trains_and_evaluates(name: str, tmp_path: Path) -
     assert np.isfinite(report["scores"]["iLQR-VAE"]["r2"])
     assert report["bins"] > 50
     assert load_artifact(model).manifest.data == load_config(config).data
+
+
+def test_a_stream_of_labelled_trials_is_scored_in_the_test_trials_alone(tmp_path: Path) -> None:
+    recording = mc_maze(tmp_path / "r.nwb")
+    config, model = small("mc_maze", tmp_path / "c.toml"), tmp_path / "m.safetensors"
+    said = ("--recording", str(recording))
+    assert main(["train", str(config), *said, "--out", str(model), "--threads", "1"]) == 0
+    out = tmp_path / "r.json"
+    with serving(model) as service:
+        where = ("--to", service.ingest, "--speed", "max", "--json", str(out))
+        assert main(["replay", str(recording), *where]) == 0
+        report = json.loads(out.read_text())
+        bare = tmp_path / "bare.nwb"
+        shutil.copy(recording, bare)
+        with h5py.File(bare, "r+") as raw:
+            del raw["intervals/trials"]
+        assert main(["replay", str(bare), *where]) == 0
+        plain = json.loads(out.read_text())
+
+    spec = load_config(config).data
+    windows, ran = load_recording(recording, spec), load_recording(recording, spec.as_it_ran())
+    begin = ran.start_time + 0.02 * np.arange(len(ran))
+    tested = np.zeros(len(ran), dtype=bool)
+    onsets = reaches(30, 1.2, 0.45).onset[3::6]  # those labelled val
+    for onset in onsets:
+        tested |= (begin > onset - 0.25 - 1e-9) & (begin + 0.02 < onset + 0.45 + 1e-9)
+    part, inside = in_course(ran, windows, spec.split.occupied("test", windows))
+    np.testing.assert_array_equal(inside, tested)
+    np.testing.assert_array_equal(part.scored, ran.scored & tested)
+    assert part.trials is not None
+    moved = ran.start_time + 0.02 * part.trials.events["move_onset_time"]
+    np.testing.assert_allclose(moved, onsets)
+    assert report["bins"] == np.ptp(np.flatnonzero(tested)) + 1
+    assert report["recording"]["bins_of_span"] == tested.sum()
+    assert report["scored_bins"] == part.scored.sum()
+    within = f"{tested.sum()} bins inside 5 trials of the test part"
+    assert any(within in note for note in report["notes"])
+    span = spec.split.bins("test", len(ran))
+    assert plain["recording"]["start"] == span[0]  # no trials are there: by time
+    assert any("got no trials" in note for note in plain["notes"])
 
 
 def test_the_benchmarks_hdf5_trains_with_and_without_behaviour(tmp_path: Path) -> None:

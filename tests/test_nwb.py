@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import msgspec
 import numpy as np
 import pynwb
 import pytest
@@ -134,6 +135,14 @@ def test_gaps_in_kinematics_never_come_out_as_nan(tmp_path: Path) -> None:
     assert np.flatnonzero(~recording.valid).tolist() == list(range(40, 66))
 
 
+def test_invalid_times_may_have_no_end(tmp_path: Path) -> None:
+    nwb = with_units(file())
+    nwb.add_invalid_time_interval(start_time=-np.inf, stop_time=0.5)
+    nwb.add_invalid_time_interval(start_time=5.0, stop_time=np.inf)
+    recording = load_recording(save(tmp_path / "a.nwb", nwb))
+    assert np.flatnonzero(recording.valid).tolist() == list(range(10, 100))
+
+
 def binned(data: Any, **options: Any) -> Any:
     nwb = file()
     module = nwb.create_processing_module("ecephys", "counts")
@@ -172,6 +181,12 @@ def test_counts_already_binned(tmp_path: Path) -> None:
 def test_wrong_counts_are_named(tmp_path: Path, nwb: Any, message: str) -> None:
     with pytest.raises(RecordingError, match=message):
         load_recording(save(tmp_path / "a.nwb", nwb), COUNTED)
+
+
+def test_bin_widths_that_nearly_agree_are_told_apart(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nwb", binned(GOOD, rate=60.0))
+    with pytest.raises(RecordingError, match=r"the file's 0.01666666667 s .*, got 0.0166667 s"):
+        load_recording(path, msgspec.structs.replace(COUNTED, bin_width=0.0166667))
 
 
 def test_other_wrong_files_are_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import io, sparse
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings import MatSpec, RecordingSpec, load_recording
+from ilqr_vae.recordings import MatSpec, RecordingSpec, TrialSpec, load_recording
 from ilqr_vae.recordings.binning import bin_spikes, resample
 from ilqr_vae.recordings.checks import fill_gaps, whole_counts
 
@@ -146,6 +147,35 @@ def test_a_bin_width_within_rounding_is_the_same(tmp_path: Path) -> None:
 def test_wrong_maps_are_named(tmp_path: Path, mat: MatSpec, message: str) -> None:
     with pytest.raises(RecordingError, match=message):
         load_recording(mat5(tmp_path / "a.mat"), RecordingSpec(mat=mat))
+
+
+def test_events_beside_spike_times_are_on_the_clock_of_the_samples(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    time = 100.0 + np.arange(1000) * 0.01
+    cells = np.empty((2, 1), dtype=object)
+    for i in range(2):
+        cells[i, 0] = np.sort(rng.uniform(100.0, 110.0, 400))
+    first = np.array([1, 201, 401, 601, 801])
+    content = {"cells": cells, "time": time, "hand": np.sin(time)[:, None], "first": first}
+    content |= {"go": first + 50, "side": np.array([1, 2, 1, 2, 1])}
+    io.savemat(tmp_path / "a.mat", content)
+    mat = MatSpec(
+        spike_times="cells",
+        time="time",
+        kinematics="hand",
+        trial_starts="first",
+        trial_conditions="side",
+        trial_events=("go",),
+    )
+    spec = RecordingSpec(bin_width=0.05, mat=mat, trials=TrialSpec(event="go", window=(0.0, 0.5)))
+    read = load_recording(tmp_path / "a.mat", spec)
+    assert read.trials is not None
+    assert np.allclose(read.trials.events["go_time"], read.trials.start + 10)
+    assert read.trials.condition == ("1", "2", "1", "2", "1")
+    cut = load_recording(tmp_path / "a.mat", msgspec.structs.replace(spec, mode="trials"))
+    assert cut.start_time == pytest.approx(100.5)
+    assert cut.segments() == [(0, 10), (10, 20), (20, 30), (30, 40), (40, 50)]
+    assert np.array_equal(cut.counts[:10], read.counts[10:20])
 
 
 def test_what_is_no_recording_file_is_said(tmp_path: Path) -> None:

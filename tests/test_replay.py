@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from scipy import io
 
+import layouts
 from ilqr_clients.replay import StreamLog, stream
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
@@ -166,12 +167,34 @@ def test_bins_inside_a_gap_of_the_recording_are_sent_masked(rig: Rig) -> None:
     counts = load_recording(rig.recording, spec()).counts[:12]
     valid = np.ones(12, dtype=bool)
     valid[4:7] = False
+    mask = np.broadcast_to(valid[:, None], counts.shape)
     with (
         ServiceClient(rig.service.ingest) as client,
         client.open("gap", units=UNITS, bin_width=BIN_S, deadline=60.0) as session,
     ):
-        log = stream(session, counts, valid=valid)
+        log = stream(session, counts, mask=mask)
     assert [s == "extrapolated" for s in log.status] == (~valid).tolist()
+
+
+def test_units_not_recorded_throughout_are_masked_as_offline(rig: Rig, tmp_path: Path) -> None:
+    nwb = layouts.file()
+    nwb.add_unit_column("unit_name", "names")
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(UNITS):
+        end = 6.0 if i < 3 else 12.0  # three are lost halfway
+        times = np.sort(rng.uniform(0, end, 200))
+        nwb.add_unit(spike_times=times, obs_intervals=np.array([[0.0, end]]), unit_name=name)
+    lossy = Rig(rig.service, rig.model, layouts.save(tmp_path / "lossy.nwb", nwb))
+    out = tmp_path / "a.npz"
+    assert lossy.replay("--speed", "max", "--span", "all", "--arrays", out) == 0
+    recording = load_recording(lossy.recording, spec())
+    assert recording.observed is not None
+    estimator = load_artifact(rig.model, device="cpu").estimator()
+    offline = causal_pass(estimator, recording, 0, len(recording))
+    with np.load(out) as streamed:
+        for name in ("kinematics", "kinematics_std", "bits"):
+            expected = getattr(offline, name)
+            np.testing.assert_allclose(streamed[name], expected, rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_dropping_is_repeatable_and_spares_the_ends() -> None:
@@ -219,6 +242,15 @@ def test_a_recording_that_does_not_fit_the_model_ends_with_its_field(
     assert "binwidth" in capsys.readouterr().err
 
 
+def test_trials_of_an_hdf5_file_are_not_streamed(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = layouts.nlb_hdf5(tmp_path / "a.h5")
+    assert main(["replay", str(file), "--to", rig.service.ingest]) == 2
+    message = "recording: expected a .nwb or .mat file (trials of an HDF5 file"
+    assert message in capsys.readouterr().err
+
+
 def test_no_service_ends_with_3_and_writes_nothing(
     rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +291,22 @@ def test_bins_beyond_the_credits_are_counted_and_become_gaps(rig: Rig) -> None:
     # Refused bins show as missing once a later one comes; those at the very end have no answer.
     assert log.status.count("missing") + log.status.count("") == log.refused
     assert "" not in log.status[: log.answered]
+
+
+def test_bins_of_a_gap_beyond_the_limit_are_not_waited_for(rig: Rig) -> None:
+    counts = load_recording(rig.recording, spec()).counts[:60]
+    dropped = np.zeros(60, dtype=bool)
+    dropped[10:40] = dropped[45:48] = True
+    with (
+        serving(rig.model, gap_limit=20) as service,
+        ServiceClient(service.ingest) as client,
+        client.open("gaps", units=UNITS, bin_width=BIN_S, deadline=60.0) as session,
+    ):
+        log = stream(session, counts, dropped=dropped)
+    assert log.unbridged == 30
+    assert np.flatnonzero(np.array(log.status) == "").tolist() == list(range(10, 40))
+    assert log.status.count("missing") == 3
+    assert log.answered == 30
 
 
 def test_an_interrupted_replay_writes_nothing_and_closes_its_session(

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ilqr_clients.answers import Answer
+from ilqr_clients.monitor import Snapshot
 from ilqr_clients.sdk import ServiceClient, Session, model_of, reachable
 from ilqr_service.server import Service
 from ilqr_vae import wire
@@ -290,6 +292,27 @@ def test_the_monitor_shows_open_sessions_and_their_newest_decode(
     assert seen["newest"]["index"] == 3
     assert seen["newest"]["kinematics"]["vx"] == pytest.approx(newest.kinematics[0])
     assert 0 < seen["solve_p50_ms"] <= seen["solve_p99_ms"]
+
+
+def test_the_monitors_json_has_null_for_what_an_answer_lacks(client: ServiceClient) -> None:
+    with open_(client, "shed") as session:
+        session.send(0, counts(1)[0])
+        (answer,) = collect(session, 1)
+        shed = replace(answer, kinematics_std=np.full(2, np.nan))  # as of one without a solve
+        shown = Snapshot(
+            endpoint=client.endpoint,
+            model=answer.model,
+            ready=True,
+            device="cpu",
+            names=("vx", "vy"),
+            units=("m/s", "m/s"),
+            sessions=tuple(s for s in client.sessions() if s.session == "shed"),
+            newest={"shed": shed},
+            clock=client.clock(),
+        )
+    (seen,) = json.loads(json.dumps(shown.to_json(), allow_nan=False))["sessions"]
+    assert seen["newest"]["kinematics_std"] == {"vx": None, "vy": None}
+    assert seen["newest"]["kinematics"]["vx"] == pytest.approx(answer.kinematics[0])
 
 
 def test_the_monitor_says_that_no_service_is_there(

@@ -28,7 +28,6 @@ WORKSPACE = 0.20
 """Metres from the centre at which the cursor stops."""
 MAX_TRIAL_S = 12.0
 """Longest a trial lasts on average before the run is ended."""
-_GONE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +131,7 @@ def run_loop(
     columns: NDArray[np.int64],
     deadline: float,
     speed: float | None,
+    patience: float,
     watch: Callable[[LoopLog, CentreOut], Any] | None = None,
 ) -> tuple[Reaching, LoopLog]:
     """Reach ``trials`` times, or for as long as ``MAX_TRIAL_S`` a trial allows.
@@ -142,10 +142,11 @@ def run_loop(
         columns: the subject's units in the order of the session's.
         deadline: seconds from a bin's send until its answer must be there.
         speed: multiple of real time, or None for the next bin as soon as one is answered.
+        patience: seconds without any answer, while some are due, after which to give up.
 
     Raises:
-        ServiceError: a bin was refused, the service ended the session, or nothing came for ten
-            seconds.
+        ServiceError: a bin was refused, the service ended the session, or nothing came for
+            ``patience`` seconds.
     """
     width = subject.bin_width
     limit = int(trials * MAX_TRIAL_S / width)
@@ -177,10 +178,10 @@ def run_loop(
                 velocity = decoded.copy()
         if newest < index:
             log.held += 1
-            if now - heard_ns > _GONE_S * 1e9:
+            if now - heard_ns > patience * 1e9:
                 raise ServiceError(
                     f"service at {session.endpoint}",
-                    expected=f"an answer within {_GONE_S:g} s",
+                    expected=f"an answer within {patience:g} s",
                     got="none",
                 )
         log.velocities.append(velocity)

@@ -128,6 +128,7 @@ def closed_loop(
                     columns=columns,
                     deadline=deadline,
                     speed=pace,
+                    patience=timeout,
                     watch=watch,
                 )
                 clock = ClockTrack(before, service.clock())

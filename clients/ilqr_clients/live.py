@@ -42,8 +42,8 @@ class LiveReplay(Closing):
     a second it draws all the same, or the table would freeze at high speeds.
 
     Args:
-        total: bins in the stream; ``scored`` of them from ``warm_up`` on.
-        truth: (T, D) of the whole stream, or None.
+        total: bins in the stream; those before ``warm_up`` are not scored.
+        truth: (T, D) of the whole stream, or None; ``scored`` (T,) says where it counts.
         names: of the D channels.
         enabled: False draws nothing.
     """
@@ -55,10 +55,12 @@ class LiveReplay(Closing):
         total: int,
         warm_up: int,
         truth: NDArray[np.float64] | None,
+        scored: NDArray[np.bool_],
         names: tuple[str, ...],
         enabled: bool,
     ) -> None:
         self._total, self._warm_up, self._truth, self._names = total, warm_up, truth, names
+        self._scored = scored
         self._live = Live(console=console, auto_refresh=False) if enabled else None
         self._drawn = time.monotonic()
         self._cost = 0.01
@@ -98,7 +100,7 @@ class LiveReplay(Closing):
         table.add_row("statuses", status_text(Counter(s for s in log.status if s)))
         rows = slice(self._warm_up, None)
         if self._truth is not None and self._names:
-            known = np.isfinite(log.kinematics[rows]).all(axis=1)
+            known = np.isfinite(log.kinematics[rows]).all(axis=1) & self._scored[rows]
             if known.sum() > 1:
                 each = r2_per_channel(self._truth[rows][known], log.kinematics[rows][known])
                 text = "  ".join(

@@ -17,6 +17,7 @@ from ilqr_clients.live import number, status_text
 from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
 from ilqr_vae import wire
 from ilqr_vae.clock import Clock, ClockOffset, ClockTrack
+from ilqr_vae.report.data import plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +43,8 @@ class Snapshot:
     clock: ClockOffset
 
     def to_json(self) -> dict[str, Any]:
-        """Ready for ``json.dumps``; times in milliseconds."""
-        return {
+        """Ready for ``json.dumps``; times in milliseconds, None for what is not known."""
+        shown = {
             "endpoint": self.endpoint,
             "model": self.model,
             "ready": self.ready,
@@ -51,6 +52,7 @@ class Snapshot:
             "clock": ClockTrack(self.clock, self.clock).to_json(),
             "sessions": [self._session(info) for info in self.sessions],
         }
+        return plain(shown)
 
     def _session(self, info: wire.SessionInfo) -> dict[str, Any]:
         answer = self.newest.get(info.session)

@@ -6,6 +6,7 @@ and latency counts from them, so a feeder that falls behind shows it instead of 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ enough that they do not wait long in its queue."""
 CROSSING: tuple[str, ...] = ("wire_in", "wire_out")
 """Stages that go from one clock to the other: no better known than the offset between them."""
 
+_RESET = re.compile(r"reset: bins (\d+) to (\d+) did not come")
+"""The service's notice of a gap beyond its limit, whose bins it does not answer."""
+
 PATIENCE_S = 10.0
 """How long nothing may come back while answers are due."""
 
@@ -43,7 +47,8 @@ class StreamLog:
 
     Values are the first answer's for each bin, the one a subject would have had; ``revised`` holds
     the answers that superseded one. Times are ns: ``intended``, ``sent`` and ``arrived`` of this
-    client's clock, the others of the service's.
+    client's clock, the others of the service's. ``unbridged`` counts the bins of gaps too long for
+    the service, which have no answers.
     """
 
     n_bins: int
@@ -68,6 +73,7 @@ class StreamLog:
     revised: dict[int, Answer] = field(default_factory=dict[int, Answer])
     answered: int = 0
     refused: int = 0
+    unbridged: int = 0
     started_ns: int = 0
     ended_ns: int = 0
 
@@ -142,8 +148,8 @@ class StreamLog:
             stages["wire_out"] = stage(arrived - self.published)
         return stages
 
-    def bits_per_spike(self, rows: slice) -> float:
-        """Of the bins that came, one step ahead; NaN where there was no spike."""
+    def bits_per_spike(self, rows: slice | NDArray[np.int64]) -> float:
+        """Of those bins that came, one step ahead; NaN where there was no spike."""
         known = np.isfinite(self.bits[rows])
         spikes = float(self.spikes[rows][known].sum())
         return float(self.bits[rows][known].sum()) / spikes if spikes else float("nan")
@@ -153,7 +159,7 @@ def stream(
     session: Session,
     counts: NDArray[Any],
     *,
-    valid: NDArray[np.bool_] | None = None,
+    mask: NDArray[np.bool_] | None = None,
     dropped: NDArray[np.bool_] | None = None,
     interval: float | None = None,
     watch: Callable[[StreamLog, float], None] | None = None,
@@ -164,7 +170,8 @@ def stream(
     Args:
         session: open, nothing sent yet.
         counts: (T, N).
-        valid: bool (T,); a bin that is not valid is sent with every unit masked. None means all.
+        mask: bool (T, N), True where a count is data; a bin goes out with its row of it where not
+            every unit was observed. None means all.
         dropped: bool (T,); these are never sent. None means none.
         interval: seconds between sends; None means as fast as credits allow.
         watch: called with the log and the seconds that are free until the next send; once more with
@@ -177,13 +184,12 @@ def stream(
     """
     log = StreamLog(len(counts), session.opened.latents, len(session.opened.kinematic_names))
     to_send = np.arange(len(counts)) if dropped is None else np.flatnonzero(~dropped)
-    blind = np.zeros(counts.shape[1], dtype=bool)
     log.started_ns = session.timer.now_ns()
     step_ns = 0 if interval is None else round(interval * 1e9)
     first_ns = log.started_ns + min(step_ns, 50_000_000)
     news_ns = log.started_ns
     due = int(to_send[-1]) + 1 if len(to_send) else 0
-    position = sent_answers = 0
+    position = sent_answers = notices = 0
     while position < len(to_send) or log.answered < due:
         now = session.timer.now_ns()
         wait = 0.05
@@ -192,11 +198,9 @@ def stream(
             intended = now if interval is None else first_ns + index * step_ns
             room = session.credits > 0 and position - sent_answers < IN_FLIGHT
             if room if interval is None else now >= intended:
-                masked = None if valid is None or valid[index] else blind
+                seen = None if mask is None or mask[index].all() else mask[index]
                 log.intended[index] = intended
-                log.sent[index] = session.send(
-                    index, counts[index], mask=masked, source_ns=intended
-                )
+                log.sent[index] = session.send(index, counts[index], mask=seen, source_ns=intended)
                 position += 1
                 wait = 0.0
             elif interval is not None:
@@ -208,6 +212,12 @@ def stream(
             sent_answers += answer.revision == 0 and answer.status != "missing"
         if session.refused:
             sent_answers += _refusals(session, log)
+        for what in session.notices[notices:]:
+            if (gap := _RESET.match(what)) is not None:
+                unbridged = int(gap[2]) - int(gap[1]) + 1
+                log.unbridged += unbridged
+                due -= unbridged
+        notices = len(session.notices)
         if session.closed is not None:
             raise ServiceError(
                 f"service at {session.endpoint}",

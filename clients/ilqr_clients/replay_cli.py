@@ -16,11 +16,12 @@ from rich.markup import escape
 
 from ilqr_clients.journal import verify_journal
 from ilqr_clients.live import LiveReplay, number, status_text
+from ilqr_clients.part import part_of
 from ilqr_clients.replay import stream
 from ilqr_clients.replay_report import Ending, Run, arrays_of, report_of
 from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.recordings import Recording, RecordingSpec, load_matching
+from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.recordings.spec import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import STDOUT, Outputs, ReportData, distribution
 
@@ -74,17 +75,6 @@ def spec_from(config: Path | None, model: Model) -> RecordingSpec:
         raise ConfigError(
             f"{config} [data]", expected="recording settings", got=str(error)
         ) from error
-
-
-def read_for(model: Model, path: Path, spec: RecordingSpec) -> Recording:
-    """The recording, the model's units alone. Raises RecordingError."""
-    return load_matching(
-        path,
-        spec,
-        bin_width=model.bin_width,
-        unit_names=model.unit_names,
-        kinematic_names=model.kinematic_names,
-    )
 
 
 def _summary(console: Console, data: ReportData) -> None:
@@ -196,6 +186,13 @@ def replay(
         raise typer.Exit(same)
     if recording is None:
         raise ConfigError("recording", expected="a .nwb or .mat file, or --journal", got="none")
+    if recording.suffix.lower() in (".h5", ".hdf5"):
+        raise ConfigError(
+            "recording",
+            expected="a .nwb or .mat file (trials of an HDF5 file cannot be streamed: nothing says "
+            "what lay between them; see evaluate)",
+            got=recording.name,
+        )
     pace = parse_speed(speed)
     chosen = parse_span(span)
     outputs = Outputs(json_file=json_file, html_file=html_file, arrays_file=arrays_file)
@@ -205,18 +202,13 @@ def replay(
         with ServiceClient(to, timeout=timeout) as service:
             described = service.describe()
             model = model_of(described)
-            spec = spec_from(config, model).as_it_ran()
-            read = read_for(model, recording, spec)
-            start, stop = spec.split.occupied(chosen, read)
+            part = part_of(model, recording, spec_from(config, model), chosen)
+            read, start, stop = part.recording, part.start, part.stop
             first = warmup_start(start)
             run = Run(
-                recording=read,
+                part=part,
                 model=model,
-                split=spec.split,
-                span=chosen,
                 first=first,
-                start=start,
-                stop=stop,
                 dropped=plan_drops(stop - first, drop, seed),
                 speed=pace,
                 deadline=parse_deadline(deadline_ms, read.bin_width),
@@ -230,6 +222,7 @@ def replay(
                 total=stop - first,
                 warm_up=start - first,
                 truth=None if read.kinematics is None else read.kinematics[first:stop],
+                scored=read.scored[first:stop],
                 names=model.kinematic_names,
                 enabled=console.is_terminal,
             )
@@ -247,7 +240,7 @@ def replay(
                 log = stream(
                     opened,
                     read.counts[first:stop],
-                    valid=read.valid[first:stop],
+                    mask=read.mask()[first:stop],
                     dropped=run.dropped,
                     interval=None if pace is None else read.bin_width / pace,
                     watch=live,

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ilqr_clients.part import Part
 from ilqr_clients.replay import CROSSING, StreamLog
 from ilqr_clients.sdk import Model
 from ilqr_vae.clock import ClockOffset, ClockTrack
-from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.recordings import Recording
 from ilqr_vae.report import ReportData, Scores, distribution, score_decodes
 from ilqr_vae.report.score import OURS, WIENER
 
@@ -23,25 +24,19 @@ _SHOWN = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What was streamed: bins [first, stop) of ``recording``, scored from ``start``.
+    """What was streamed: bins [first, stop) of the part's recording, scored from its start.
 
     Attributes:
-        recording: all of it, the model's units alone.
-        split: of the recording; the Wiener filter trains on its train span.
-        span: its name.
+        part: of the recording; the Wiener filter trains on its train span.
         dropped: bool (stop - first,), bins never sent.
         speed: multiple of real time, or None for as fast as possible.
         deadline: seconds.
         clock: the service's clock before the first bin.
     """
 
-    recording: Recording
+    part: Part
     model: Model
-    split: SplitSpec
-    span: str
     first: int
-    start: int
-    stop: int
     dropped: NDArray[np.bool_]
     speed: float | None
     deadline: float
@@ -51,29 +46,47 @@ class Run:
     command: str
 
     @property
+    def recording(self) -> Recording:
+        return self.part.recording
+
+    @property
+    def start(self) -> int:
+        return self.part.start
+
+    @property
+    def stop(self) -> int:
+        return self.part.stop
+
+    @property
     def rows(self) -> slice:
-        """The scored bins within the stream."""
+        """The bins reported within the stream: without those of warm-up."""
         return slice(self.start - self.first, self.stop - self.first)
+
+    def bits_per_spike(self, log: StreamLog) -> float:
+        """Of the bins of the part."""
+        return log.bits_per_spike(np.flatnonzero(self.part.inside) - self.first)
 
 
 def _scores(run: Run, log: StreamLog) -> Scores | None:
     recording, names = run.recording, run.model.kinematic_names
     if recording.kinematics is None or not names:
         return None
-    if not np.isfinite(log.kinematics[run.rows]).all(axis=1).any():
+    answered = np.isfinite(log.kinematics[run.rows]).all(axis=1)
+    if not (answered & recording.scored[run.start : run.stop]).any():
         return None
     return score_decodes(
         recording,
-        run.split,
+        run.part.split,
         bins=(run.start, run.stop),
         decoded=log.kinematics[run.rows],
         std=log.kinematics_std[run.rows],
         seen=~run.dropped[run.rows],
+        fit_on=run.part.learnt_from,
     )
 
 
 def _notes(run: Run, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
-    notes = list(scores.notes) if scores is not None else []
+    notes = list(run.part.notes) + (list(scores.notes) if scores is not None else [])
     dropped = int(run.dropped[run.rows].sum())
     if dropped:
         notes.append(
@@ -83,6 +96,10 @@ def _notes(run: Run, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
     if log.refused:
         notes.append(
             f"{log.refused} bins came faster than the service takes them; it refused them."
+        )
+    if log.unbridged:
+        notes.append(
+            f"{log.unbridged} bins lay in gaps too long for the service: it began anew after them."
         )
     if run.recording.kinematics is None:
         notes.append("The recording has no kinematics: nothing to score decodes on.")
@@ -116,7 +133,7 @@ def _facts(
         if WIENER in scores.methods:
             facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
         facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
-    facts["bits per spike, one step ahead"] = f"{log.bits_per_spike(run.rows):.3f}"
+    facts["bits per spike, one step ahead"] = f"{run.bits_per_spike(log):.3f}"
     if total["n"]:
         facts["p99 latency, send to answer"] = f"{total['p99']:.1f} ms"
     facts["missed deadlines"] = str(sum(log.status[run.rows].count(s) for s in MISSES))
@@ -148,7 +165,7 @@ def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
     latency = log.latency_ms(rows, clock)
     crossing = dict.fromkeys(CROSSING, clock.uncertainty_ns / 1000000.0)
     elapsed = (log.ended_ns - log.started_ns) / 1e9
-    bits = log.bits_per_spike(rows)
+    bits = run.bits_per_spike(log)
     speed = "as fast as possible" if run.speed is None else f"{run.speed:g} x real time"
     deadline_ms = run.deadline * 1e3
     sha = run.recording.sha256
@@ -178,7 +195,7 @@ def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
         provenance={
             "model": run.model.model_id,
             "recording": run.recording.name + (f", sha256 {sha}" if sha else ""),
-            "span": f"{run.span}: bins {run.start} to {run.stop - 1}, "
+            "span": f"{run.part.span}: bins {run.start} to {run.stop - 1}, "
             f"after {run.start - run.first} bins of warm-up",
             "speed": f"{speed}; {log.answered / max(elapsed, 1e-9):.1f} bins per second",
             "service": f"device {run.device}",
@@ -204,10 +221,11 @@ def _extra(run: Run, log: StreamLog, elapsed: float) -> dict[str, Any]:
         "recording": {
             "name": run.recording.name,
             "sha256": run.recording.sha256,
-            "span": run.span,
+            "span": run.part.span,
             "first_streamed": run.first,
             "start": run.start,
             "stop": run.stop,
+            "bins_of_span": int(run.part.inside.sum()),
             "dropped": int(run.dropped[run.rows].sum()),
         },
         "speed": run.speed,
@@ -216,6 +234,7 @@ def _extra(run: Run, log: StreamLog, elapsed: float) -> dict[str, Any]:
         "misses": {name: status.count(name) for name in MISSES},
         "unanswered": status.count(""),
         "refused": log.refused,
+        "unbridged": log.unbridged,
         "revised": len(log.revised),
         "solver": dict(log.solver),
         "iterations": distribution(log.iterations[log.iterations > 0]),

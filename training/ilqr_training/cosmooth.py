@@ -89,8 +89,10 @@ def held_out_units(recording: Recording, share: float, seed: int) -> tuple[Flags
     """(N,) which units are held out, and how they were chosen: those the file names, else a draw.
 
     Raises:
-        ConfigError: that share holds out no unit, or all of them.
+        ConfigError: it is no share, or one that holds out no unit, or all of them.
     """
+    if not 0 <= share <= 1:
+        raise ConfigError("--held-out", expected="a share of the units, 0 to 1", got=f"{share:g}")
     if recording.held_out:
         named = set(recording.held_out)
         out = np.array([name in named for name in recording.unit_names])

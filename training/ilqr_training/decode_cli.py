@@ -21,7 +21,7 @@ from ilqr_training.train import Watcher
 from ilqr_training.train_cli import Terminal, overridden, use_threads
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import load_recording
-from ilqr_vae.report import STDOUT, check_writable, write_whole
+from ilqr_vae.report import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.report.data import plain
 
 EXAMPLE = (
@@ -101,6 +101,7 @@ def decode(
         gru=gru,
     ).checked()
     check_writable(json_file, "--json")
+    check_folder(out, "--out")
     settings = overridden(load_config(config), steps=steps)
     use_threads(threads)
     watch = _Watch(Console(stderr=True), settings)

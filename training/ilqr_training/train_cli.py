@@ -25,7 +25,7 @@ from ilqr_training.validate import Validation
 from ilqr_vae import threads
 from ilqr_vae.artifact import Manifest
 from ilqr_vae.errors import ConfigError, ShapeError
-from ilqr_vae.report import Table, check_writable, write_whole
+from ilqr_vae.report import Table, check_folder, check_writable, write_whole
 from ilqr_vae.report.score import OURS, WIENER
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -178,6 +178,8 @@ def train_command(
         raise ConfigError("--out", expected="a name ending in .safetensors", got=str(out))
     check_writable(out, "--out")
     check_writable(json_file, "--json")
+    events = log_dir or log_folder(out)
+    check_folder(events, "--log-dir")
     settings = overridden(
         load_config(config), seed=seed, steps=steps, device=device, fraction=fraction
     )
@@ -187,7 +189,7 @@ def train_command(
     began = time.monotonic()
     try:
         with terminal.bar:
-            done, own = _fit(settings, recording, out, terminal, resume, log_dir or log_folder(out))
+            done, own = _fit(settings, recording, out, terminal, resume, events)
     except KeyboardInterrupt:
         kept = checkpoint_path(out)
         hint = f"; continue with --resume ({kept.name})" if kept.exists() else ""

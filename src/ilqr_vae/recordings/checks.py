@@ -64,8 +64,9 @@ def _refuse(array: NDArray[Any], bad: NDArray[np.bool_], field: str, expected: s
 def same_bin_width(file: float, spec: float, field: str) -> None:
     """Raises RecordingError unless the file's bin width is the spec's (relative 1e-6)."""
     if not (np.isfinite(file) and abs(file - spec) <= 1e-6 * abs(spec)):
+        # digits enough to tell two widths apart that are not the same
         raise RecordingError(
-            "data.bin_width", expected=f"the file's {file:g} s ({field})", got=f"{spec:g} s"
+            "data.bin_width", expected=f"the file's {file:.10g} s ({field})", got=f"{spec:.10g} s"
         )
 
 

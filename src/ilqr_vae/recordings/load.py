@@ -60,8 +60,8 @@ def load_matching(
     if abs(recording.bin_width - bin_width) > 1e-9:
         raise RecordingError(
             "recording.bin_width",
-            expected=f"the model's {bin_width:g} s",
-            got=f"{recording.bin_width:g} s",
+            expected=f"the model's {bin_width:.10g} s",
+            got=f"{recording.bin_width:.10g} s",
         )
     decoded = kinematic_names and recording.kinematics is not None
     if decoded and recording.kinematic_names != kinematic_names:

@@ -121,9 +121,10 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
         raw, names, kinds = _kinematics(variables[mat.kinematics], mat, len(times))
         interval = float(np.median(np.diff(times)))
         moving = Moving(mat.kinematics, raw.astype(np.float64), times, interval, names, kinds)
-    table = None if moving is None else _table(variables, mat, len(moving.times), moving.interval)
-    if table is not None and moving is not None:
-        table = Table(table.start + moving.times[0], table.stop + moving.times[0], table.columns)
+    table = None
+    if moving is not None:
+        begin = float(moving.times[0])
+        table = _table(variables, mat, len(moving.times), moving.interval, begin)
     names = tuple(f"unit{i}" for i in range(len(units)))
     return recording_of(Session(units, names, moving=moving, table=table), spec)
 
@@ -255,8 +256,10 @@ def whole_lag(spec: RecordingSpec) -> None:
         )
 
 
-def _table(variables: dict[str, Any], mat: MatSpec, n_bins: int, width: float) -> Table | None:
-    """One-based bins as a trials table, seconds from the first bin."""
+def _table(
+    variables: dict[str, Any], mat: MatSpec, n_bins: int, width: float, begin: float = 0.0
+) -> Table | None:
+    """One-based bins as a trials table in seconds; the first bin is at ``begin``."""
     if not mat.trial_starts:
         return None
     start = _bin_numbers(_numbers(variables[mat.trial_starts], mat.trial_starts), mat.trial_starts)
@@ -284,10 +287,10 @@ def _table(variables: dict[str, Any], mat: MatSpec, n_bins: int, width: float) -
     for name in mat.trial_events:
         values = np.ravel(_numbers(variables[name], name)).astype(np.float64)
         _one_a_trial(values, len(start), name)
-        columns[name if name.endswith("_time") else f"{name}_time"] = width * (values - 1)
+        columns[name if name.endswith("_time") else f"{name}_time"] = begin + width * (values - 1)
     # a column of the file's own name too, so that ``data.trials.event`` may say it as it is
     columns |= {name: columns[f"{name}_time"] for name in mat.trial_events if name not in columns}
-    seconds = width * np.stack([start - 1, stop]).astype(np.float64)
+    seconds = begin + width * np.stack([start - 1, stop]).astype(np.float64)
     return Table(seconds[0], seconds[1], columns)
 
 

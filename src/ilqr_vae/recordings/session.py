@@ -171,7 +171,8 @@ def _channels(moving: Moving | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _touched(intervals: Array, start: float, width: float, n_bins: int) -> NDArray[np.bool_]:
     bad = np.zeros(n_bins, dtype=bool)
-    for begin, end in intervals:
+    # one may be without end: the bins are all that matters
+    for begin, end in intervals.clip(start, start + width * n_bins):
         if end > begin:
             first = int(bins_of(np.array([begin]), start, width)[0])
             last = int(np.ceil((end - start) / width - 1e-6))
@@ -258,6 +259,7 @@ def _trials(session: Session, spec: RecordingSpec) -> Recording:
                 name: starts[:-1] + (when - planned.begin) / width
                 for name, when in events_of(session.table, planned.rows, spec).items()
             },
+            begin=planned.begin,
         ),
         valid=valid,
         scored=np.concatenate([s for _, s in made_of]),

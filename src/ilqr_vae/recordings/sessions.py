@@ -95,7 +95,7 @@ def units_of(name: str, joined: Recording) -> tuple[str, ...]:
 
 def _alike(first_name: str, first: Recording, name: str, other: Recording) -> None:
     for field, mine, theirs in (
-        ("bin_width", f"{first.bin_width:g} s", f"{other.bin_width:g} s"),
+        ("bin_width", f"{first.bin_width:.10g} s", f"{other.bin_width:.10g} s"),
         (
             "kinematics",
             f"{first.kinematic_names} in {first.kinematic_units}",

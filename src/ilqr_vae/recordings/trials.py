@@ -269,10 +269,60 @@ def cut(
         counts=recording.counts[rows],
         kinematics=None if recording.kinematics is None else recording.kinematics[rows],
         trials=Trials(
-            starts[:-1], starts[1:], condition, {name: when + move for name, when in events.items()}
+            starts[:-1],
+            starts[1:],
+            condition,
+            {name: when + move for name, when in events.items()},
+            recording.start_time + recording.bin_width * first.astype(np.float64),
         ),
         valid=recording.valid[rows],
         scored=recording.scored[rows],
         observed=None if recording.observed is None else recording.observed[rows],
         breaks=starts[1:-1],
     )
+
+
+def in_course(
+    course: Recording, windows: Recording, bins: tuple[int, int]
+) -> tuple[Recording, NDArray[np.bool_]]:
+    """A recording as it ran, to be scored in some of its trials alone.
+
+    Args:
+        course: as it ran.
+        windows: the same recording as trials laid end to end.
+        bins: half-open range of ``windows``: of the trials wanted.
+
+    Returns:
+        ``course`` with those trials for its trials and ``scored`` in them alone; and bool (T,),
+        the bins of ``course`` wholly inside them and outside of all other trials.
+
+    Raises:
+        RecordingError: it is not known when the trials began (``Trials.begin``).
+    """
+    trials = windows.trials
+    if trials is None or len(trials.begin) != len(trials):
+        raise RecordingError("recording.trials", expected="when each begins", got="not known")
+    first = (trials.begin - course.start_time) / course.bin_width
+    last = first + (trials.stop - trials.start)
+    wanted = (trials.start >= bins[0]) & (trials.stop <= bins[1])
+
+    def covered(low: Array, high: Array) -> NDArray[np.bool_]:
+        made = np.zeros(len(course), dtype=bool)
+        for a, b in np.stack([low, high], axis=1).clip(0, len(course)).astype(np.int64):
+            made[a:b] = True
+        return made
+
+    slack = 1e-6
+    start, stop = np.ceil(first[wanted] - slack), np.floor(last[wanted] + slack)
+    other = covered(np.floor(first[~wanted] + slack), np.ceil(last[~wanted] - slack))
+    inside = covered(start, stop) & ~other
+    kept = (start >= 0) & (stop <= len(course)) & (stop > start)
+    move = (first - trials.start)[wanted][kept]
+    chosen = trials.shifted(wanted, 0).shifted(kept, 0)
+    made = Trials(
+        start[kept].astype(np.int64),
+        stop[kept].astype(np.int64),
+        chosen.condition,
+        {name: when + move for name, when in chosen.events.items()},
+    )
+    return replace(course, trials=made, scored=course.scored & inside), inside

@@ -26,6 +26,8 @@ class Trials:
         condition: str per trial, empty where unknown.
         events: float64 (K,) by name: when each event came, in bins (fractions allowed) on the
             recording's own bins; NaN where it did not.
+        begin: float64 (K,), seconds on the recording's clock where each begins, of trials that are
+            laid end to end; empty where they are where they ran, or it is not known.
     """
 
     start: NDArray[np.int64]
@@ -34,6 +36,7 @@ class Trials:
     events: Mapping[str, NDArray[np.float64]] = field(
         default_factory=dict[str, "NDArray[np.float64]"]
     )
+    begin: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     def __len__(self) -> int:
         return len(self.start)
@@ -45,6 +48,7 @@ class Trials:
             stop=self.stop[keep] - by,
             condition=tuple(c for c, k in zip(self.condition, keep, strict=False) if k),
             events={name: when[keep] - by for name, when in self.events.items()},
+            begin=self.begin[keep] if len(self.begin) else self.begin,
         )
 
 

@@ -9,7 +9,7 @@ scores need numpy and scipy alone; ``render_html`` needs the extra ``report`` (m
 """
 
 from ilqr_vae.report.data import ReportData, distribution, to_json
-from ilqr_vae.report.files import STDOUT, check_writable, write_whole
+from ilqr_vae.report.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.report.outputs import Outputs, check_html, render_html
 from ilqr_vae.report.score import Scores, calibration, score_decodes
 from ilqr_vae.report.table import Table
@@ -21,6 +21,7 @@ __all__ = [
     "Scores",
     "Table",
     "calibration",
+    "check_folder",
     "check_html",
     "check_writable",
     "distribution",

@@ -28,6 +28,20 @@ def check_writable(path: Path | None, field: str) -> None:
         raise ConfigError(field, expected="a file in a folder that can be written", got=str(path))
 
 
+def check_folder(path: Path, field: str) -> None:
+    """Refuse an output folder, which may have to be made, before the work begins.
+
+    Raises:
+        ConfigError: there is a file in its place or above it, or it cannot be written.
+    """
+    there = path.absolute()
+    while not os.path.exists(there):  # unlike Path.exists it is False where one may not look
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written" if there.is_dir() else "is no folder"
+        raise ConfigError(field, expected="a folder that can be written", got=f"{there} {why}")
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write beside ``path`` and rename: what is at ``path`` is the old file or the new one.
 

@@ -196,6 +196,7 @@ def score_decodes(
     baseline: bool = True,
     others: Mapping[str, NDArray[Any]] | None = None,
     others_std: Mapping[str, NDArray[Any]] | None = None,
+    fit_on: Recording | None = None,
 ) -> Scores:
     """Score decodes of the bins [a, b) of ``recording``, and a Wiener filter's on the same bins.
 
@@ -210,6 +211,7 @@ def score_decodes(
         baseline: fit and score the Wiener filter too.
         others: (T, D) decodes of further decoders by name, scored on the same bins and listed in
             this order; ``others_std``: their standard deviations where they state them.
+        fit_on: what the Wiener filter is fitted on, and ``split`` is of; None is ``recording``.
 
     Raises:
         ShapeError: no kinematics, wrong shapes, or no bin to score.
@@ -239,7 +241,7 @@ def score_decodes(
     notes: tuple[str, ...] = ()
     if baseline:
         try:
-            fitted = fit_wiener(recording, split)
+            fitted = fit_wiener(recording if fit_on is None else fit_on, split)
         except ShapeError as error:
             notes = (f"No Wiener filter beside it: {error}.",)
         else:
