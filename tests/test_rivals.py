@@ -93,6 +93,14 @@ def test_each_begins_anew_where_the_recording_does() -> None:
         np.testing.assert_allclose(part, found[20:], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+def test_a_gru_learns_from_trials_of_varying_length() -> None:
+    recording = made(breaks=(100, 110, 170, 290, 340, 345, 420, 480))
+    gru = GRUDecoder.fit(recording, SPLIT, grid=QUICK)
+    found = gru.decode(recording, recording.counts.astype(np.float64), (480, 600))
+    assert found.shape == (120, D)
+    assert np.isfinite(found).all()
+
+
 @pytest.mark.parametrize(
     ("filling", "expected"),
     [

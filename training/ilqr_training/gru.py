@@ -178,7 +178,8 @@ class _Table:
         inside = [(a, b) for a, b in inside if b > a]
         wished = int(np.clip(round(_CROP_S / self.bin_width), *_CROP_BINS))
         length = min(wished, int(np.median([b - a for a, b in inside])))
-        return torch.cat([torch.arange(a, b - length + 1) for a, b in inside]), length
+        long = [(a, b) for a, b in inside if b - a >= length]
+        return torch.cat([torch.arange(a, b - length + 1) for a, b in long]), length
 
 
 def _fit(
