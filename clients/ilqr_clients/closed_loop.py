@@ -2,7 +2,8 @@
 
 Lock-step: each bin the subject sees cursor and target and fires; the counts go to the service; the
 decoded velocity that is there by the deadline moves the cursor. One that is not there in time
-leaves the newest velocity known as it is, and is counted.
+leaves the newest velocity known as it is, and is counted. A loop that runs ahead of its answers
+waits where it has used up its credits.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def run_loop(
         if speed is not None:
             intended = stream.started_ns + round(index * width / speed * 1e9)
             _listen(session, stream, until_ns=intended, index=-1)
+        _wait_for_room(session, stream, patience)
         stream.intended[index] = intended
         stream.sent[index] = session.send(index, counts, source_ns=intended)
         log.bins = index + 1
@@ -179,11 +181,7 @@ def run_loop(
         if newest < index:
             log.held += 1
             if now - heard_ns > patience * 1e9:
-                raise ServiceError(
-                    f"service at {session.endpoint}",
-                    expected=f"an answer within {patience:g} s",
-                    got="none",
-                )
+                raise _silent(session, patience)
         log.velocities.append(velocity)
         cursor = np.clip(cursor + velocity * width, -WORKSPACE, WORKSPACE)
         if watch is not None:
@@ -197,18 +195,42 @@ def _listen(session: Session, log: StreamLog, *, until_ns: int, index: int) -> N
     while True:
         left = (until_ns - time.monotonic_ns()) / 1e9
         # Polling counts in whole milliseconds; the last one is spent looking.
-        for answer in session.receive(left if left >= 0.001 else 0.0):
-            log.take(answer)
-        if session.refused:
-            raise refusal(session.endpoint, session.refused[0])
-        if session.closed is not None:
-            raise ServiceError(
-                f"service at {session.endpoint}",
-                expected="the session to stay open",
-                got=f"closed ({', '.join(session.notices[-1:])})",
-            )
+        _take(session, log, left if left >= 0.001 else 0.0)
         if left <= 0 or (index >= 0 and log.status[index]):
             return
+
+
+def _wait_for_room(session: Session, log: StreamLog, patience: float) -> None:
+    """Take answers until the service would take another bin; beyond its credits it refuses one."""
+    heard_ns = time.monotonic_ns()
+    while session.credits <= 0:
+        answered = log.answered
+        _take(session, log, 0.05)
+        now = time.monotonic_ns()
+        if log.answered > answered:
+            heard_ns = now
+        elif now - heard_ns > patience * 1e9:
+            raise _silent(session, patience)
+
+
+def _take(session: Session, log: StreamLog, wait: float) -> None:
+    """Note what comes, waiting up to ``wait`` seconds for the first of it. Raises ServiceError."""
+    for answer in session.receive(wait):
+        log.take(answer)
+    if session.refused:
+        raise refusal(session.endpoint, session.refused[0])
+    if session.closed is not None:
+        raise ServiceError(
+            f"service at {session.endpoint}",
+            expected="the session to stay open",
+            got=f"closed ({', '.join(session.notices[-1:])})",
+        )
+
+
+def _silent(session: Session, patience: float) -> ServiceError:
+    return ServiceError(
+        f"service at {session.endpoint}", expected=f"an answer within {patience:g} s", got="none"
+    )
 
 
 def without_decoder(
