@@ -85,7 +85,13 @@ def test_train_then_inspect_then_evaluate(
     table = capsys.readouterr().out
     for what in (manifest.model_id, "mgu2, n = 4, m = 2", "vx [m/s], vy [m/s]", "50 ms"):
         assert what in table
+    # what was set on those bins is not shown as a score of them
+    assert "score r2 " in table
+    assert "coverage_90" in manifest.scores
+    assert "coverage" not in table + printed.out
     assert json.loads((tmp_path / "i.json").read_text())["model_id"] == manifest.model_id
+    assert main(["inspect", str(out), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["model_id"] == manifest.model_id
 
     assert rig.evaluate("--span", "validation", "--json", "-", model=out) == 0
     report = json.loads(capsys.readouterr().out)
@@ -98,8 +104,13 @@ def test_train_then_inspect_then_evaluate(
     assert [step for step, _ in followed["bound (nats per bin)"]] == [1, 2, 3, 4]
 
 
-def test_steps_on_the_command_line_win(rig: Rig, tmp_path: Path) -> None:
-    assert rig.train(tmp_path / "m.safetensors", "--steps", "1") == 0
+def test_steps_on_the_command_line_win(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rig.train(tmp_path / "m.safetensors", "--steps", "1", "--json", "-") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["steps"] == 1  # alone on its stream
+    assert "wrote " in printed.err
     assert load_artifact(tmp_path / "m.safetensors").manifest.provenance["steps"] == "1"
 
 

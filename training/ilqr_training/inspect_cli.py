@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ilqr_vae.artifact import Manifest, read_manifest
-from ilqr_vae.report import check_writable, write_whole
+from ilqr_vae.report import STDOUT, check_writable, write_whole
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -36,7 +36,7 @@ def _table(manifest: Manifest) -> Table:
         "estimator": f"horizon {manifest.horizon.horizon} bins, "
         f"{manifest.horizon.iterations} iterations a bin",
     }
-    rows |= {f"score {k}": f"{v:.4f}" for k, v in manifest.scores.items()}
+    rows |= {f"score {k}": f"{v:.4f}" for k, v in manifest.measured.items()}
     rows |= dict(manifest.provenance)
     for name, value in rows.items():
         table.add_row(name, value)
@@ -47,7 +47,7 @@ def _table(manifest: Manifest) -> Table:
 def inspect(
     model: Annotated[Path, typer.Argument(help="A model file.")],
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the whole manifest here.")
+        Path | None, typer.Option("--json", help="Write the whole manifest here; - is stdout.")
     ] = None,
 ) -> None:
     """Check a model file and show what it is: shapes, units, scores, where it came from."""
@@ -55,4 +55,6 @@ def inspect(
     manifest = read_manifest(model)
     if json_file is not None:
         write_whole(json_file, msgspec.json.format(msgspec.json.encode(manifest)).decode() + "\n")
-    Console(soft_wrap=True).print(_table(manifest), highlight=False, markup=False)
+    Console(soft_wrap=True, stderr=json_file == STDOUT).print(
+        _table(manifest), highlight=False, markup=False
+    )

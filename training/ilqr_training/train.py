@@ -96,7 +96,8 @@ def _steps_until_stop(
         watcher.validated(report.step, scored, best)
         if writer is not None:
             for name, value in scored.scores.items():
-                writer.add_scalar(f"validation/{name}", value, report.step)
+                if name != "coverage_90":  # no score here, see ``Manifest.measured``
+                    writer.add_scalar(f"validation/{name}", value, report.step)
         save_checkpoint(checkpoint, identity, run, progress)
         if loop.patience and progress.waited >= loop.patience:
             return

@@ -25,7 +25,7 @@ from ilqr_training.validate import Validation
 from ilqr_vae import threads
 from ilqr_vae.artifact import Manifest
 from ilqr_vae.errors import ConfigError, ShapeError
-from ilqr_vae.report import Table, check_folder, check_writable, write_whole
+from ilqr_vae.report import STDOUT, Table, check_folder, check_writable, write_whole
 from ilqr_vae.report.score import OURS, WIENER
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -166,7 +166,8 @@ def train_command(
         bool, typer.Option("--gru", help="A GRU among those baselines; takes minutes.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the scores and the history here.")
+        Path | None,
+        typer.Option("--json", help="Write the scores and the history here; - is stdout."),
     ] = None,
 ) -> None:
     """Fit a model to a recording: its latent dynamics, and a causal readout of its kinematics.
@@ -199,7 +200,7 @@ def train_command(
     beside = {}
     if terminal.data is not None and len(recording) == 1 and baselines:
         beside = _beside(terminal.data, settings, gru, console)
-    scores = {k: round(v, 4) for k, v in done.manifest.scores.items()}
+    scores = {k: round(v, 4) for k, v in done.manifest.measured.items()}
     if json_file is not None:
         content = {
             "model": done.manifest.model_id,
@@ -212,16 +213,20 @@ def train_command(
             "seconds": done.seconds,
         }
         write_whole(json_file, msgspec.json.format(msgspec.json.encode(content)).decode() + "\n")
-    Console(soft_wrap=True).print(
+    on_stderr = json_file == STDOUT
+    said = Console(soft_wrap=True, stderr=on_stderr)
+    said.print(
         f"wrote {out} (model {done.manifest.model_id}) after {done.steps} steps, best at "
         f"{done.best_step}, {seconds:.0f} s; causal validation scores: {scores}",
         highlight=False,
     )
     if beside:
-        Console(width=WIDTH).print(shown(_table(done.manifest.scores["r2"], beside)))
+        Console(width=WIDTH, stderr=on_stderr).print(
+            shown(_table(done.manifest.scores["r2"], beside))
+        )
     for name, manifest in own.items():
-        own_scores = {k: round(v, 4) for k, v in manifest.scores.items()}
-        Console(soft_wrap=True).print(
+        own_scores = {k: round(v, 4) for k, v in manifest.measured.items()}
+        said.print(
             f"wrote {session_path(out, name)} (model {manifest.model_id}): {own_scores}",
             highlight=False,
         )
