@@ -107,7 +107,7 @@ def write(
 
     Raises:
         RecordingError: not a .nwb path in an existing folder, it exists and ``force`` is not
-            given, or pynwb is not installed.
+            given, it cannot be written, or pynwb is not installed.
     """
     if path.suffix.lower() != ".nwb" or not path.parent.is_dir():
         raise RecordingError("out", expected="NAME.nwb in an existing folder", got=str(path))

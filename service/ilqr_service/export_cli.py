@@ -9,6 +9,7 @@ import typer
 
 from ilqr_service.export import choose, runs_of, write
 from ilqr_vae.recordings.nwb_write import SubjectInfo
+from ilqr_vae.report import check_writable
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,6 +33,7 @@ def export(
 
     Example: ilqr-vae export journal/ --session rat-7 --out rat-7.nwb
     """
+    check_writable(out, "--out")
     runs, manifests = runs_of(journal)
     chosen = choose(runs, session, epoch, run)
     who = None

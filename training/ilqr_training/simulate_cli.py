@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
+from ilqr_vae.recordings.checks import missing_extra
+from ilqr_vae.report import check_writable, write_whole
 from ilqr_vae.subject import RESOLUTION, TICK, Session, simulate_session
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -39,10 +42,10 @@ def simulate(
         raise RecordingError("out", expected="a name ending in .nwb", got=out.name)
     if out.exists() and not force:
         raise RecordingError("out", expected="a new file, or --force", got=f"{out} exists")
-    if not out.parent.is_dir():
-        raise RecordingError("out", expected="an existing folder", got=str(out.parent))
-    if json_file is not None and not json_file.parent.is_dir():
-        raise RecordingError("json", expected="an existing folder", got=str(json_file.parent))
+    check_writable(out, "--out")
+    check_writable(json_file, "--json")
+    if find_spec("pynwb") is None:
+        raise missing_extra("--out", "pynwb", "nwb")
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -61,11 +64,8 @@ def simulate(
         progress.update(task, description="writing")
         write_session(out, session, force=force)
     summary = summarise(out, session)
-    text = json.dumps(summary, indent=2)
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(text + "\n")
-    elif json_file is not None:
-        print(text)
+    if json_file is not None:
+        write_whole(json_file, json.dumps(summary, indent=2) + "\n")
     console.print(
         f"{out}: {summary['minutes']:g} minutes, {summary['units']} units at "
         f"{summary['rate_hz_median']:.1f} Hz (median), {summary['trials']} reaches",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,7 +113,8 @@ def write_nwb(
 
     Raises:
         RecordingError: the file exists and ``force`` is not given, its folder does not exist, the
-            suffix is another, names do not fit or repeat, or pynwb is not installed.
+            suffix is another, it cannot be written, names do not fit or repeat, or pynwb is not
+            installed.
     """
     path = Path(path)
     if path.suffix.lower() != ".nwb":
@@ -157,14 +159,23 @@ def write_nwb(
 
 
 def write_whole_nwb(pynwb: Any, nwb: Any, path: Path) -> None:
-    """Write an ``NWBFile`` beside ``path`` and rename: the whole file, or none."""
+    """Write an ``NWBFile`` beside ``path`` and rename: the whole file, or none.
+
+    Raises:
+        RecordingError: it cannot be written there.
+    """
     part = path.with_name(f".{path.stem}.{os.getpid()}.part.nwb")
     try:
         with pynwb.NWBHDF5IO(str(part), mode="w") as file:
             file.write(nwb)
         os.replace(part, path)
+    except OSError as error:
+        raise RecordingError(
+            "out", expected="a file that can be written", got=str(error)
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made
+            part.unlink()
 
 
 def _add_spikes(
