@@ -214,6 +214,7 @@ def test_dropping_is_repeatable_and_spares_the_ends() -> None:
         (["--speed", "0"], 2, "--speed"),
         (["--span", "tests"], 2, "--span: expected train, validation, test or all"),
         (["--deadline-ms", "-1"], 2, "--deadline-ms"),
+        (["--deadline-ms", "1e300"], 2, "--deadline-ms: expected milliseconds above zero, at most"),
         (["--json", "absent/r.json"], 2, "--json"),
         (["--config", "absent.toml"], 2, "--config"),
         (["--session", "no spaces"], 3, "session (refused"),

@@ -164,6 +164,10 @@ def test_a_checkpoint_of_another_run_or_of_nothing_is_refused(
         checkpoint_path(out).write_bytes(content)
         with pytest.raises(TrainingError, match="a readable checkpoint"):
             fit(recording, out, resume=True)
+    for other in ({"weights": torch.zeros(2)}, torch.zeros(2)):
+        torch.save(other, checkpoint_path(out))
+        with pytest.raises(TrainingError, match="a checkpoint of train, got something else"):
+            fit(recording, out, resume=True)
     assert not out.exists()
 
 

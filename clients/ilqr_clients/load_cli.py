@@ -12,6 +12,7 @@ import typer
 
 from ilqr_clients.load import Generator
 from ilqr_clients.plan import Faults, Load
+from ilqr_clients.replay_cli import parse_deadline
 from ilqr_clients.sdk import ServiceClient, model_of
 from ilqr_vae.report import STDOUT, check_writable, write_whole
 
@@ -51,13 +52,14 @@ def command(
     Exit codes: 0 done, 2 wrong usage, 3 no service or it refused.
     """
     check_writable(json_file, "--json")
+    deadline = parse_deadline(deadline_ms or None, 0.0)
     with ServiceClient(to) as service:
         width = model_of(service.describe()).bin_width
     load = Load(
         sessions=sessions,
         bins=max(1, round(duration * speed / width)),
         speed=speed,
-        deadline=deadline_ms / 1e3,
+        deadline=deadline,
         clocked=clocked,
         anytime=anytime,
         rate=rate,

@@ -33,6 +33,9 @@ EXAMPLE = (
     "ilqr-vae replay --journal journal/ --model model.safetensors"
 )
 
+NANOSECOND_MS, HOUR_MS = 1e-6, 3.6e6
+"""Shortest and longest deadline: what the wire can say, and what a service takes."""
+
 
 def parse_speed(text: str) -> float | None:
     """A multiple of real time, or None for ``max``. Raises ConfigError."""
@@ -51,9 +54,11 @@ def parse_deadline(milliseconds: float | None, bin_width: float) -> float:
     """Seconds; default the bin width. Raises ConfigError."""
     if milliseconds is None:
         return bin_width
-    if not (np.isfinite(milliseconds) and milliseconds > 0):
+    if not NANOSECOND_MS <= milliseconds <= HOUR_MS:  # NaN is neither
         raise ConfigError(
-            "--deadline-ms", expected="milliseconds above zero", got=str(milliseconds)
+            "--deadline-ms",
+            expected=f"milliseconds above zero, at most {HOUR_MS:g} (an hour)",
+            got=str(milliseconds),
         )
     return milliseconds / 1e3
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,14 +72,18 @@ def load_checkpoint(path: Path, identity: str, run: Run, progress: Progress) -> 
     """Continue ``run`` and ``progress`` from a checkpoint, in place.
 
     Raises:
-        TrainingError: unreadable, or of another configuration or recording.
+        TrainingError: unreadable, no checkpoint of ours, or of another configuration or recording.
     """
     try:
-        content: Mapping[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        content: Any = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many types for a file that is no checkpoint
         raise TrainingError(
             f"checkpoint {path.name}", expected="a readable checkpoint", got=str(error)
         ) from error
+    if not isinstance(content, dict) or "identity" not in content:
+        raise TrainingError(
+            f"checkpoint {path.name}", expected="a checkpoint of train", got="something else"
+        )
     if content["identity"] != identity:
         raise TrainingError(
             f"checkpoint {path.name}",
