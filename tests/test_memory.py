@@ -9,10 +9,12 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pytest
 
 from ilqr_training.config import TrainConfig
 from ilqr_training.data import Prepared, prepare
-from ilqr_training.memory import GIB, Estimate, estimate
+from ilqr_training.memory import GIB, Estimate, estimate, refuse_hopeless
+from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording
 from tiny import config
 
@@ -91,3 +93,17 @@ def test_what_does_not_fit_is_said_before_it_starts() -> None:
     tight = replace(fits, step=8 * GIB)
     assert "it may not fit; smaller training.batch" in str(tight)
     assert "free" not in str(replace(fits, available=None))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("model", "latents", 10**6), ("training", "batch", 10**10), ("training", "chunk", 10**10)],
+)
+def test_what_can_never_fit_is_refused_by_name(part: str, name: str, value: int) -> None:
+    data, settings = prepared(400, 5), config()
+    refuse_hopeless(settings, data)
+    if estimate(settings, data).available is None:
+        pytest.skip("this system does not say how much memory is free")
+    changed = msgspec.structs.replace(getattr(settings, part), **{name: value})
+    with pytest.raises(ConfigError, match=rf"{part}\.{name}: expected what fits .*, got {value}, "):
+        refuse_hopeless(msgspec.structs.replace(settings, **{part: changed}), data)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from ilqr_training.config import TrainConfig
 from ilqr_training.data import Prepared
 from ilqr_training.validate import LOST_BINS
+from ilqr_vae.backend import device_of
+from ilqr_vae.errors import ConfigError
 
 GIB = 2**30
+HOPELESS = 4
+"""Times the free memory."""
 
 # How many tensors of each size are alive at the peak of a step, counted from measured peaks
 # (tests/test_memory.py holds the estimate against one).
@@ -96,6 +102,36 @@ def estimate(config: TrainConfig, data: Prepared) -> Estimate:
         validation=int(_COPIES * kept) + fit + streams,
         available=available(),
     )
+
+
+def refuse_hopeless(config: TrainConfig, data: Prepared) -> None:
+    """Refuse what is far from fitting: the estimate is right within a factor of two, swap helps a
+    little, and what is merely tight is said beside the estimate.
+
+    Raises:
+        ConfigError: naming the setting without which the least would be needed.
+    """
+    made = _on_host(config, data)
+    if made.available is None or made.more <= HOPELESS * made.available:
+        return
+    least: dict[str, int] = {}
+    for field in ("model.latents", "model.inputs", "training.batch", "training.chunk"):
+        part, name = field.split(".")
+        changed = msgspec.structs.replace(getattr(config, part), **{name: 1})
+        least[field] = _on_host(msgspec.structs.replace(config, **{part: changed}), data).more
+    field = min(least, key=lambda name: least[name])
+    part, name = field.split(".")
+    raise ConfigError(
+        field,
+        expected=f"what fits in memory ({made.available / GIB:.1f} GiB are free)",
+        got=f"{getattr(getattr(config, part), name)}, about {made.more / GIB:.3g} GiB in all",
+    )
+
+
+def _on_host(config: TrainConfig, data: Prepared) -> Estimate:
+    """The estimate without what a gradient step takes elsewhere."""
+    made = estimate(config, data)
+    return made if device_of(config.training.device).type == "cpu" else replace(made, step=0)
 
 
 def resident() -> int:

@@ -22,6 +22,7 @@ from ilqr_training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ilqr_training.config import TrainConfig
 from ilqr_training.data import Crops, Prepared, prepare
 from ilqr_training.loop import Report, Run, start, train_steps
+from ilqr_training.memory import refuse_hopeless
 from ilqr_training.validate import Validation, validate
 from ilqr_vae.artifact import Manifest, save_artifact
 from ilqr_vae.backend import device_of
@@ -140,6 +141,7 @@ def train_on(
     loop = config.training
     data = prepare(recording, config.data, chunk=loop.chunk)
     watcher.prepared(data)
+    refuse_hopeless(config, data)
     torch.manual_seed(loop.seed)
     model = build_model(config.model, data).to(device_of(loop.device), getattr(torch, loop.dtype))
     run = start(model, Crops(data, model, loop.chunk, loop.seed), loop)
