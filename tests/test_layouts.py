@@ -171,6 +171,7 @@ def test_whole_trials_of_any_length(tmp_path: Path) -> None:
             {"trials": TrialSpec(event="move_onset_time", window=(1e5, 1e5 + 1))},
             "recording.trials: expected at least one trial with kinematics, got 25 without",
         ),
+        ({"bin_width": 1e-9}, r"data.bin_width: .*makes .*e\+.* bins x \d+ units"),
     ],
 )
 def test_wrong_trials_are_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:

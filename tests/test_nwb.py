@@ -123,6 +123,13 @@ def test_without_kinematics_bins_begin_at_zero_and_hold_every_spike(tmp_path: Pa
     assert recording.counts.sum() == sum(map(len, SPIKES))
 
 
+@pytest.mark.parametrize("width", [1e-9, 1e-300])
+def test_more_bins_than_any_recording_has_are_refused(tmp_path: Path, width: float) -> None:
+    path = save(tmp_path / "a.nwb", with_units(file()))
+    with pytest.raises(RecordingError, match=r"data.bin_width: .*bins x \d+ units"):
+        load_recording(path, RecordingSpec(bin_width=width))
+
+
 def test_gaps_in_kinematics_never_come_out_as_nan(tmp_path: Path) -> None:
     data = np.stack([TIMES, TIMES], 1)
     data[100:120] = np.nan

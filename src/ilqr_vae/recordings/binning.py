@@ -16,7 +16,7 @@ from ilqr_vae.recordings.checks import MAX_COUNT, MAX_GAP_SECONDS
 
 # An edge this close to a spike or sample, in bins, is that spike's or sample's own: times such as
 # 0.15 and 3 * 0.05 differ by rounding.
-_EDGE = 1e-6
+EDGE = 1e-6
 
 
 def bin_spikes(
@@ -68,7 +68,7 @@ def bin_windows(
         RecordingError: a count exceeds 65535.
     """
     edges = np.concatenate(
-        [b + bin_width * (np.arange(n + 1) - _EDGE) for b, n in zip(begin, bins, strict=True)]
+        [b + bin_width * (np.arange(n + 1) - EDGE) for b, n in zip(begin, bins, strict=True)]
     )
     # between the last edge of a window and the first of the next lies no bin
     real = np.ones(len(edges) - 1, dtype=bool)
@@ -88,7 +88,7 @@ def left_edges(start: float, bin_width: float, n_bins: int) -> NDArray[np.float6
 def bins_of(seconds: NDArray[Any], start: float, bin_width: float) -> NDArray[np.int64]:
     """The bin each time falls in, negative before ``start``."""
     position = (np.asarray(seconds, dtype=np.float64) - start) / bin_width
-    return np.floor(position + _EDGE).astype(np.int64)
+    return np.floor(position + EDGE).astype(np.int64)
 
 
 def resample(

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.binning import bin_spikes, bin_windows, bins_of, left_edges, resample
+from ilqr_vae.recordings.binning import EDGE, bin_spikes, bin_windows, bins_of, left_edges, resample
 from ilqr_vae.recordings.checks import fill_gaps, inside_intervals
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.trials import Table, condition_of, cut, events_of, plan, trials_of
 from ilqr_vae.recordings.types import Recording, Trials
 
-_MOST_COUNTS = 4_000_000_000
+_MOST_BINS, _MOST_COUNTS = 100_000_000, 1_000_000_000
 
 Array = NDArray[np.float64]
 
@@ -80,7 +80,7 @@ def recording_of(session: Session, spec: RecordingSpec) -> Recording:
     """The session on bins, as ``spec.mode`` asks.
 
     Raises:
-        RecordingError: no spike falls inside the bins, there are more bins than fit in memory,
+        RecordingError: no spike falls inside the bins, there are more bins than any recording has,
             kinematics are missing nearly everywhere, or trials are asked for that are not there.
     """
     made = _trials(session, spec) if spec.mode == "trials" else _continuous(session, spec)
@@ -100,15 +100,16 @@ def _elsewhere(times: list[NDArray[Any]]) -> str:
     return f"all of them elsewhere, from {first:g} to {last:g} s"
 
 
-def possible(n_bins: int, n_units: int, width: float) -> None:
-    """Raises RecordingError where there is no bin, or more than memory could hold."""
-    if n_bins < 1:
+def possible(n_bins: float, n_units: int, width: float) -> None:
+    """Raises RecordingError where there is no bin, or more than any recording has."""
+    if not n_bins >= 1:  # nor where it is NaN
         raise RecordingError("recording", expected=f"one bin of {width:g} s or more", got="none")
-    if n_bins * n_units > _MOST_COUNTS:
+    if n_bins > _MOST_BINS or n_bins * n_units > _MOST_COUNTS:
         raise RecordingError(
-            "recording",
-            expected=f"at most {_MOST_COUNTS} counts (are its times in seconds?)",
-            got=f"{n_bins} bins x {n_units} units",
+            "data.bin_width",
+            expected=f"so wide that there are at most {_MOST_BINS:g} bins and {_MOST_COUNTS:g} "
+            "counts (are the recording's times in seconds?)",
+            got=f"{width:g} s, which makes {n_bins:.4g} bins x {n_units} units",
         )
 
 
@@ -119,8 +120,8 @@ def _continuous(session: Session, spec: RecordingSpec) -> Recording:
     else:
         last = max((float(t[-1]) for t in session.spike_times if len(t)), default=0.0)
         start, end = 0.0, last + width
+    possible((end - start) / width + EDGE, len(session.spike_times), width)
     n_bins = int(bins_of(np.array([end]), start, width)[0])
-    possible(n_bins, len(session.spike_times), width)
     counts = bin_spikes(session.spike_times, start, width, n_bins)
     begin = left_edges(start, width, n_bins)
     return finish(counts, begin, session, spec)
@@ -220,6 +221,7 @@ def _trials(session: Session, spec: RecordingSpec) -> Recording:
         )
     width, moving = spec.bin_width, session.moving
     planned = plan(session.table, spec)
+    possible(int(planned.bins.sum()), len(session.spike_times), width)
     pieces = [
         _piece(session, spec, b, int(n)) for b, n in zip(planned.begin, planned.bins, strict=True)
     ]
@@ -231,7 +233,6 @@ def _trials(session: Session, spec: RecordingSpec) -> Recording:
             got=f"{len(keep)} without" + ("" if moving is None else f" any of {moving.path}"),
         )
     planned = planned.keeping(keep, "have no kinematics")
-    possible(int(planned.bins.sum()), len(session.spike_times), width)
     counts = bin_windows(session.spike_times, planned.begin, planned.bins, width)
     begin = np.concatenate(
         [left_edges(b, width, n) for b, n in zip(planned.begin, planned.bins, strict=True)]
