@@ -89,6 +89,7 @@ def test_the_whole_chain(config: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     [
         (("absent.toml",), "config: expected a TOML file"),
         (("{config}", "--recording", "absent.nwb"), "--recording: expected"),
+        (("{config}", "--recording", "{config}"), "--recording: expected a .nwb or .mat file"),
         (("{config}", "--speed", "fast"), "--speed: expected a number above zero, or max"),
         (("{config}", "--speed", "0"), "--speed: expected a number above zero, or max"),
         (("{config}", "--out", "{config}"), "--out: expected a folder"),
@@ -105,6 +106,31 @@ def test_what_cannot_work_is_refused_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     assert main(["demo", *(o.format(config=config) for o in options)]) == 2
     assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_configuration_is_refused_before_anything_is_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("[model]\nlatent_size = 4\n")
+    assert main(["demo", str(wrong), "--out", str(tmp_path / "out")]) == 2
+    said = capfd.readouterr()
+    assert "unknown field `latent_size` - at `$.model`" in said.err
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == [wrong]
+
+
+def test_a_missing_package_is_said_before_anything_is_made(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # None in sys.modules is how Python itself marks a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "pynwb", None)
+    assert main(["demo", str(config), "--out", str(tmp_path / "out")]) == 2
+    assert "demo: expected the package 'pynwb'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ from ilqr_vae.demo_steps import (
     serving,
 )
 from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.recordings.checks import missing_extra
+from ilqr_vae.report import check_folder
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -45,7 +48,14 @@ class Chain:
         self._number = itertools.count(1)
 
     def clear(self) -> None:
-        """Take away the results of an earlier run: what is there later is this one's."""
+        """Make the folder, and take away the results of an earlier run: what is there later is
+        this one's. Raises ConfigError."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                "--out", expected="a folder that can be made", got=f"{self.out} ({error.strerror})"
+            ) from error
         for path in (self.report, self.page, self.loop):
             path.unlink(missing_ok=True)
 
@@ -71,13 +81,19 @@ class Chain:
             *("--units", str(units), "--force"),
         )
 
+    def check(self, config: Path, steps: int | None) -> None:
+        """Have ``train`` look at its configuration before anything is made. Raises StepError."""
+        run("train", [str(a) for a in (*self._training(config, steps), "--check")])
+
     def train(self, config: Path, steps: int | None) -> None:
-        self.step(
-            "Train on its first part",
+        self.step("Train on its first part", *self._training(config, steps))
+
+    def _training(self, config: Path, steps: int | None) -> list[str | Path]:
+        return [
             *("train", config, "--recording", self.recording, "--out", self.model),
             "--no-baselines",  # the replay's report has one
             *(() if steps is None else ("--steps", str(steps))),
-        )
+        ]
 
     def serve_and_stream(self, speed: str, units: int, reaches: int) -> None:
         """The service as a process of its own; the held-out part through it; then reaches."""
@@ -125,14 +141,17 @@ def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
         raise ConfigError("--speed", expected="a number above zero, or max", got=repr(speed))
     if not config.is_file():
         raise ConfigError("config", expected="a TOML file, see configs/", got=str(config))
-    if recording is not None and not recording.is_file():
+    needed = {"jinja2": "report", "matplotlib": "report"}
+    if recording is None or recording.suffix.lower() == ".nwb":
+        needed |= {"pynwb": "nwb"}
+    if recording is not None and not (
+        recording.is_file() and recording.suffix.lower() in (".nwb", ".mat")
+    ):  # what ``replay`` streams
         raise RecordingError("--recording", expected="a .nwb or .mat file", got=str(recording))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            "--out", expected="a folder that can be made", got=f"{out} ({error.strerror})"
-        ) from error
+    for package, extra in needed.items():
+        if find_spec(package) is None:
+            raise missing_extra("demo", package, extra)
+    check_folder(out, "--out")
 
 
 def _number(value: Any, digits: int) -> str:
@@ -213,6 +232,7 @@ def demo(
     chain = Chain(console, out, recording)
     try:
         with interruptible():
+            chain.check(config, steps)
             chain.clear()
             if recording is None:
                 chain.simulate(minutes, units)

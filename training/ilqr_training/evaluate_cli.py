@@ -160,7 +160,7 @@ def _cosmoothed(
 @app.command(epilog=EXAMPLE)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model file.")],
-    recording: Annotated[Path, typer.Option(help="A .nwb or .mat recording.")],
+    recording: Annotated[Path, typer.Option(help="A .nwb, .mat or .h5 recording.")],
     span: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
     drop: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out.")

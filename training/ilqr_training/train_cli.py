@@ -24,6 +24,7 @@ from ilqr_training.train import Trained, Watcher, checkpoint_path, train
 from ilqr_training.validate import Validation
 from ilqr_vae import threads
 from ilqr_vae.artifact import Manifest
+from ilqr_vae.backend import device_of
 from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.report import STDOUT, Table, check_folder, check_writable, write_whole
 from ilqr_vae.report.score import OURS, WIENER
@@ -165,6 +166,9 @@ def train_command(
     gru: Annotated[
         bool, typer.Option("--gru", help="A GRU among those baselines; takes minutes.")
     ] = False,
+    check_only: Annotated[
+        bool, typer.Option("--check", help="Check the configuration and end; nothing is read.")
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the scores and the history here; - is stdout."),
@@ -177,13 +181,16 @@ def train_command(
     """
     if out.suffix != ".safetensors":
         raise ConfigError("--out", expected="a name ending in .safetensors", got=str(out))
+    settings = overridden(
+        load_config(config), seed=seed, steps=steps, device=device, fraction=fraction
+    )
+    device_of(settings.training.device)
+    if check_only:
+        return
     check_writable(out, "--out")
     check_writable(json_file, "--json")
     events = log_dir or log_folder(out)
     check_folder(events, "--log-dir")
-    settings = overridden(
-        load_config(config), seed=seed, steps=steps, device=device, fraction=fraction
-    )
     use_threads(threads)
     console = Console(stderr=True)
     terminal = Terminal(console, settings)
