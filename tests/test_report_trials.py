@@ -100,12 +100,47 @@ def test_the_interval_covers_what_it_should() -> None:
 
 def test_pieces_are_trials_or_blocks() -> None:
     data, recording = reaching()
-    assert pieces(len(recording), 0.05, data.trials).what == "trials"
-    blocks = pieces(1200, 0.05, None)
+    everything = np.ones(len(recording), dtype=bool)
+    assert pieces(everything, 0.05, data.trials).what == "trials"
+    blocks = pieces(everything, 0.05, None)
     assert (blocks.what, blocks.number) == ("blocks of 5 s", 12)
     assert np.bincount(blocks.of).tolist() == [100] * 12
     few = Trials(np.array([0]), np.array([1200]))
-    assert pieces(1200, 0.05, few).what == "blocks of 5 s"
+    assert pieces(everything, 0.05, few).what == "blocks of 5 s"
+
+
+def test_the_interval_is_of_all_scored_bins_those_between_trials_too() -> None:
+    """Decoded well between trials and badly within: R2 is of both, and so is its interval."""
+    _, recording = reaching()
+    start = np.arange(K) * TRIAL + 8
+    trials = Trials(start, start + 18)
+    rng = np.random.default_rng(5)
+    truth = rng.normal(size=(len(recording), 2))
+    within = (np.arange(len(truth)) % TRIAL - 8) % TRIAL < 18
+    noise = rng.normal(size=truth.shape)
+    cut = replace(recording, kinematics=truth, trials=trials)
+    made = score_decodes(
+        cut,
+        SplitSpec(),
+        bins=(0, len(truth)),
+        decoded=truth + noise * np.where(within, 0.7, 0.1)[:, None],
+        others={"worse": truth + noise * np.where(within, 0.9, 0.1)[:, None]},
+        baseline=False,
+    )
+    for name, values in made.methods.items():
+        low, high = made.intervals[name]["r2"]
+        assert low < values["r2"] < high
+    low, high = made.intervals["worse"]["ahead"]
+    assert low < made.methods[OURS]["r2"] - made.methods["worse"]["r2"] < high
+    assert made.resampled == "40 trials, each with the time up to the next"
+    scored = np.ones(len(truth), dtype=bool)
+    scored[40:50] = False
+    drawn = pieces(scored, 0.05, trials)
+    assert np.bincount(drawn.of).tolist() == [38, 20, *[30] * 37, 22]  # each scored bin in one
+    alone = pieces(within, 0.05, trials)
+    assert (alone.what, alone.number) == ("trials", K)
+    scored[12 * TRIAL :] = False
+    assert pieces(scored, 0.05, trials).number == 12  # those of the others have no bin
 
 
 def test_every_method_handed_in_is_in_the_table_with_its_interval() -> None:
