@@ -242,6 +242,25 @@ def test_psths_average_what_was_counted_and_modelled() -> None:
     assert psths(reaching(trials=False)[0]) is None
 
 
+def test_units_shown_are_those_that_tell_conditions_apart() -> None:
+    """One follows time alone, widely; another the condition alone, a little."""
+    data, _ = reaching()
+    assert data.rates is not None
+    phase = np.arange(len(data.rates)) % TRIAL
+    side = np.repeat(np.arange(K) % 2, TRIAL)
+    rates = np.ones_like(data.rates)
+    rates[:, 2] += 0.2 * side
+    rates[:, 4] += np.sin(phase)
+    found = psths(replace(data, rates=rates), shown=1)
+    assert found is not None
+    assert found.units == (2,)
+    assert data.trials is not None
+    same = replace(data.trials, condition=("all",) * K)
+    alone = psths(replace(data, rates=rates, trials=same), shown=1)
+    assert alone is not None
+    assert alone.units == (4,)
+
+
 def test_residuals_follow_a_decoder_that_goes_stale() -> None:
     data, _ = reaching()
     assert data.decoded is not None

@@ -59,7 +59,8 @@ class Psths:
         time: (L,), seconds from it.
         conditions: C names, directions where the file has none; trials: how many of each had the
             event.
-        units: columns of the recording shown.
+        units: columns of the recording shown: those whose modelled rates spread most over
+            conditions, mean over time; over time where there is one condition.
         counted, modelled: (C, L, len(units)), spikes per second.
         correlation: over all units that fire and all conditions, of counted with modelled.
         n_units: how many those are.
@@ -210,7 +211,8 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
         return None
     counted, modelled, time = counted[:, known], modelled[:, known], time[known]
     firing = counted.mean(axis=(0, 1)) > 0.5
-    spread = modelled.std(axis=(0, 1))
+    # over conditions, mean over time; one condition tells none apart, so over time there
+    spread = modelled.std(axis=0).mean(axis=0) if len(chosen) > 1 else modelled[0].std(axis=0)
     units = [int(u) for u in np.argsort(-spread, kind="stable") if firing[u]][:shown]
     if not units:
         return None
