@@ -69,7 +69,7 @@ def run(quick: bool) -> list[Row]:
             for streams in (1, 100) if quick else (1, 8, 32, 64, 100):
                 # in real time, but for the few streams that would take long
                 speed = max(1.0, 5.0 / streams**0.5)
-                seconds = 3.0 if quick else 20.0
+                seconds = 2.0 if quick else 20.0
                 bare = _fed(folder, echoed, streams, speed, seconds / 3)
                 rows.append(_row("bare ZeroMQ echo", bare, streams, speed))
                 fed = _fed(folder, served, streams, speed, seconds)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ilqr_clients.closed_loop import (
+    Reaching,
     Trace,
     own_hand,
     run_loop,
     unit_columns,
     without_decoder,
 )
+from ilqr_clients.closed_loop_cli import summary_line
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
 from ilqr_vae.centre_out import CentreOut, TrialRecord
@@ -71,6 +74,18 @@ def test_efficiency_is_straight_over_travelled() -> None:
     summary = trace.reaching([record, failed]).summary()
     assert summary["success_rate"] == 0.5
     assert summary["time_to_target_s"] == pytest.approx(0.2)
+    assert summary["successes"] == 1
+
+
+def test_the_time_of_one_success_is_not_shown() -> None:
+    record = TrialRecord(0.0, 0, (0.1, 0.0), 0.0, 1.0, 1.05, 1.3, True)
+    failed = replace(record, acquired=float("nan"), success=False)
+    line = summary_line("chance", Reaching((record, *[failed] * 23), (1.0,)))
+    assert "success   1 of 24 (4.2 %)" in line
+    assert line.endswith("time to target -   path efficiency -")
+    three = summary_line("decoder", Reaching((record,) * 3, (0.9, 0.8, 0.7)))
+    assert "success   3 of 3 (100.0 %)" in three
+    assert three.endswith("time to target 0.05 s (0.05 to 0.05)   path efficiency 0.80")
 
 
 def test_a_model_of_other_units_is_refused() -> None:
@@ -156,6 +171,7 @@ def test_the_verb_reports_beside_chance_and_hand(
     assert main(["closed-loop", *options, "--speed", "max"]) == 0
     result = json.loads(out.read_text())
     assert result["decoder"]["trials"] == 2
+    assert 0 <= result["decoder"]["successes"] <= 2
     assert result["own_hand"]["success_rate"] == 1.0
     assert {"chance", "statuses", "held", "latency_ms"} <= result.keys()
     assert "own hand" in capsys.readouterr().out

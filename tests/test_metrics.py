@@ -71,6 +71,12 @@ def test_r2_is_one_minus_sse_over_sst_averaged_over_axes() -> None:
     assert metrics.velocity_r2(truth, guess) == pytest.approx(0.6875)
     assert metrics.r2(truth, truth) == 1.0
     assert np.isnan(metrics.r2_per_axis(np.ones(4), np.ones(4))).all()
+    # a channel that varies by rounding alone says nothing, and spoils nothing
+    flat = np.stack([truth[:, 0], 0.1 + 1e-17 * np.arange(len(truth))], 1)
+    flat[1, 1] = np.nextafter(flat[1, 1], 1.0)
+    assert np.isnan(metrics.r2_per_axis(flat, guess)).tolist() == [False, True]
+    assert metrics.r2(flat, guess) == pytest.approx(1 - 1 / 2)
+    assert np.isnan(metrics.r2(truth, np.where(guess > 0, np.nan, guess)))
     with pytest.raises(ShapeError):
         metrics.r2(np.empty((0, 2)), np.empty((0, 2)))
 

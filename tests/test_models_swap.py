@@ -86,6 +86,8 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
             ("a.safetensors", "model"),
             ("absent.safetensors", "path"),
             ("../a.safetensors", "path"),
+            ("a\0.safetensors", "path"),
+            ("a" * 300, "path"),
         ):
             with pytest.raises(ServiceError, match=said):
                 control.load(name)

@@ -100,12 +100,47 @@ def test_the_interval_covers_what_it_should() -> None:
 
 def test_pieces_are_trials_or_blocks() -> None:
     data, recording = reaching()
-    assert pieces(len(recording), 0.05, data.trials).what == "trials"
-    blocks = pieces(1200, 0.05, None)
+    everything = np.ones(len(recording), dtype=bool)
+    assert pieces(everything, 0.05, data.trials).what == "trials"
+    blocks = pieces(everything, 0.05, None)
     assert (blocks.what, blocks.number) == ("blocks of 5 s", 12)
     assert np.bincount(blocks.of).tolist() == [100] * 12
     few = Trials(np.array([0]), np.array([1200]))
-    assert pieces(1200, 0.05, few).what == "blocks of 5 s"
+    assert pieces(everything, 0.05, few).what == "blocks of 5 s"
+
+
+def test_the_interval_is_of_all_scored_bins_those_between_trials_too() -> None:
+    """Decoded well between trials and badly within: R2 is of both, and so is its interval."""
+    _, recording = reaching()
+    start = np.arange(K) * TRIAL + 8
+    trials = Trials(start, start + 18)
+    rng = np.random.default_rng(5)
+    truth = rng.normal(size=(len(recording), 2))
+    within = (np.arange(len(truth)) % TRIAL - 8) % TRIAL < 18
+    noise = rng.normal(size=truth.shape)
+    cut = replace(recording, kinematics=truth, trials=trials)
+    made = score_decodes(
+        cut,
+        SplitSpec(),
+        bins=(0, len(truth)),
+        decoded=truth + noise * np.where(within, 0.7, 0.1)[:, None],
+        others={"worse": truth + noise * np.where(within, 0.9, 0.1)[:, None]},
+        baseline=False,
+    )
+    for name, values in made.methods.items():
+        low, high = made.intervals[name]["r2"]
+        assert low < values["r2"] < high
+    low, high = made.intervals["worse"]["ahead"]
+    assert low < made.methods[OURS]["r2"] - made.methods["worse"]["r2"] < high
+    assert made.resampled == "40 trials, each with the time up to the next"
+    scored = np.ones(len(truth), dtype=bool)
+    scored[40:50] = False
+    drawn = pieces(scored, 0.05, trials)
+    assert np.bincount(drawn.of).tolist() == [38, 20, *[30] * 37, 22]  # each scored bin in one
+    alone = pieces(within, 0.05, trials)
+    assert (alone.what, alone.number) == ("trials", K)
+    scored[12 * TRIAL :] = False
+    assert pieces(scored, 0.05, trials).number == 12  # those of the others have no bin
 
 
 def test_every_method_handed_in_is_in_the_table_with_its_interval() -> None:
@@ -148,6 +183,33 @@ def test_onsets_come_from_the_file_or_from_the_speed() -> None:
     assert onsets(reaching(trials=False)[0]) == {}
 
 
+def test_a_movement_begins_after_the_go() -> None:
+    """The hand still moves as trials begin; in one it moves as the go comes."""
+    bare, _ = reaching(events=False)
+    assert bare.truth is not None
+    start = np.arange(K) * TRIAL
+    before = bare.truth.copy()
+    before[(np.arange(len(before)) % TRIAL) < 4] = (0.3, 0.0)  # faster than the reach
+    before[5 * TRIAL + 9] = (0.2, 0.0)
+    go = start + 9.4
+    go[7] = np.nan  # the target's is taken
+    made = Trials(start, start + TRIAL, (), {"target_on_time": start + 5.0, "go_cue_time": go})
+    returning = replace(bare, truth=before, trials=made)
+    moved = onsets(returning)[MOVEMENT]
+    assert np.flatnonzero(np.isnan(moved)).tolist() == [5]
+    assert (np.abs(np.delete(moved - start, 5) - 14) <= 1).all()
+    shown = {one.event: one for one in triggered_inputs(returning)}[MOVEMENT]
+    assert (shown.trials, shown.time[0]) == (K - 1, pytest.approx(-8 * 0.05 + 0.025))
+    averaged = psths(returning)
+    assert averaged is not None
+    assert sum(averaged.trials) == K - 1
+    unmarked = replace(returning, trials=replace(made, events={}))
+    assert MOVEMENT not in onsets(unmarked)  # all move as the trial begins
+    found = psths(unmarked)
+    assert found is not None
+    assert found.event == "trial start"
+
+
 def test_inputs_peak_where_they_jump() -> None:
     data, _ = reaching()
     by_event = {one.event: one for one in triggered_inputs(data)}
@@ -180,6 +242,25 @@ def test_psths_average_what_was_counted_and_modelled() -> None:
     assert psths(reaching(trials=False)[0]) is None
 
 
+def test_units_shown_are_those_that_tell_conditions_apart() -> None:
+    """One follows time alone, widely; another the condition alone, a little."""
+    data, _ = reaching()
+    assert data.rates is not None
+    phase = np.arange(len(data.rates)) % TRIAL
+    side = np.repeat(np.arange(K) % 2, TRIAL)
+    rates = np.ones_like(data.rates)
+    rates[:, 2] += 0.2 * side
+    rates[:, 4] += np.sin(phase)
+    found = psths(replace(data, rates=rates), shown=1)
+    assert found is not None
+    assert found.units == (2,)
+    assert data.trials is not None
+    same = replace(data.trials, condition=("all",) * K)
+    alone = psths(replace(data, rates=rates, trials=same), shown=1)
+    assert alone is not None
+    assert alone.units == (4,)
+
+
 def test_residuals_follow_a_decoder_that_goes_stale() -> None:
     data, _ = reaching()
     assert data.decoded is not None
@@ -199,7 +280,7 @@ def test_the_json_form_holds_what_the_page_shows() -> None:
     assert back["resampled"] == "40 trials"
     assert {one["event"] for one in back["inputs"]} == {TARGET, MOVEMENT}
     assert len(back["residuals"]["rms"]) == 40
-    assert back["psth"]["trials"] == [20, 20]
+    assert sorted(back["psth"]["trials"]) == [19, 20]  # one has no onset
     assert back["learning"]["bound"] == [[1, -3.0], [2, -2.5]]
     text = render_html(data)
     for title in ("Residuals over time", "Firing around", "Inferred inputs", "Learning curves"):

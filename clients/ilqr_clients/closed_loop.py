@@ -44,11 +44,13 @@ class Reaching:
     efficiency: tuple[float, ...]
 
     def summary(self) -> dict[str, float]:
-        """trials, success_rate, time_to_target_s (median, p25, p75), path_efficiency (median)."""
+        """trials, successes, success_rate, time_to_target_s (median, p25, p75), path_efficiency
+        (median), the last two of the successful ones, NaN where there is none."""
         times = [t.acquired - t.go for t in self.trials if t.success]
         quartiles = np.percentile(times, [25, 50, 75]) if times else np.full(3, np.nan)
         return {
             "trials": len(self.trials),
+            "successes": len(times),
             "success_rate": float(np.mean([t.success for t in self.trials]))
             if self.trials
             else float("nan"),

@@ -25,7 +25,7 @@ from ilqr_clients.live import number, status_text
 from ilqr_clients.replay import CROSSING
 from ilqr_clients.replay_cli import parse_deadline, parse_speed
 from ilqr_clients.sdk import Model, ServiceClient, model_of
-from ilqr_vae.centre_out import CentreOut
+from ilqr_vae.centre_out import FEWEST_SUCCESSES, CentreOut
 from ilqr_vae.clock import ClockTrack
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.report import STDOUT, check_writable, distribution, write_whole
@@ -47,13 +47,20 @@ def check_velocity(model: Model) -> None:
         )
 
 
-def _line(name: str, reaching: Reaching) -> str:
+def summary_line(name: str, reaching: Reaching) -> str:
+    """One line of the table; no time and no efficiency of fewer than ``FEWEST_SUCCESSES``."""
     s = reaching.summary()
+    time_taken = efficiency = "-"
+    if s["successes"] >= FEWEST_SUCCESSES:
+        median, low, high = (
+            number(s[f"time_to_target_{key}"], 2) for key in ("s", "p25_s", "p75_s")
+        )
+        time_taken = f"{median} s ({low} to {high})"
+        efficiency = number(s["path_efficiency"], 2)
     return (
-        f"  {name:<16} success {100 * s['success_rate']:5.1f} %   time to target "
-        f"{number(s['time_to_target_s'], 2)} s ({number(s['time_to_target_p25_s'], 2)} to "
-        f"{number(s['time_to_target_p75_s'], 2)})   path efficiency "
-        f"{number(s['path_efficiency'], 2)}"
+        f"  {name:<16} success {s['successes']:>3} of {s['trials']} "
+        f"({number(100 * s['success_rate'], 1)} %)   time to target {time_taken}   "
+        f"path efficiency {efficiency}"
     )
 
 
@@ -166,7 +173,7 @@ def closed_loop(
     out = Console(soft_wrap=True, stderr=json_file == STDOUT)
     out.print(f"[bold]Closed loop[/], {len(reaching.trials)} reaches, {log.bins} bins")
     for name, each in (("decoder", reaching), ("chance", chance), ("own hand", hand)):
-        out.print(_line(name, each), highlight=False)
+        out.print(summary_line(name, each), highlight=False)
     bits = log.stream.bits_per_spike(rows)
     total = latency["total"]
     out.print(

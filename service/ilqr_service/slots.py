@@ -131,9 +131,15 @@ class Slots:
         _, slot = self._slot(message.slot)
         if slot.loading:
             raise ProtocolError("slot", expected="one that loads nothing now", got=slot.loading)
-        path = (self._folder / message.path).resolve()
-        if not path.is_relative_to(self._folder) or not path.is_file():
-            raise ProtocolError("path", expected="a file in the model folder", got=message.path)
+        path = self._folder / message.path
+        try:
+            path = path.resolve()
+            found = path.is_relative_to(self._folder) and path.is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            found = False
+        if not found:
+            got = message.path[:64]
+            raise ProtocolError("path", expected="a file in the model folder", got=got)
         slot.loading = path.name
         thread = threading.Thread(
             target=self._load, args=(owner, message, path), name="load", daemon=True

@@ -15,6 +15,8 @@ Array = NDArray[np.float64]
 
 REACH = 0.10
 """Metres from the centre to each target."""
+FEWEST_SUCCESSES = 3
+"""Successful reaches under which their median time or path says nothing, and is not shown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ilqr_vae.centre_out import FEWEST_SUCCESSES
 from ilqr_vae.demo_steps import (
     Interrupted,
     interruptible,
@@ -192,11 +193,13 @@ def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
     table.add_row("statuses", "  ".join(f"{k} {v}" for k, v in report["statuses"].items()))
     if loop is not None:
         ours, chance = loop["decoder"], loop["chance"]
+        time_taken = f"{_number(ours['time_to_target_s'], 2)} s"
+        if ours["successes"] < FEWEST_SUCCESSES:
+            time_taken = "-"
         table.add_row(
             "closed loop",
-            f"{100 * ours['success_rate']:.0f} % of reaches succeed "
-            f"(chance {100 * chance['success_rate']:.0f} %), "
-            f"{_number(ours['time_to_target_s'], 2)} s to target",
+            f"{ours['successes']} of {ours['trials']} reaches succeed "
+            f"(chance {chance['successes']} of {chance['trials']}), time to target {time_taken}",
         )
     return table
 

@@ -110,7 +110,7 @@ def r2_per_axis(truth: NDArray[Any], prediction: NDArray[Any]) -> Array:
         truth, prediction: (T, D), or (T,) for one channel.
 
     Returns:
-        (D,); NaN for a channel that never varies.
+        (D,); NaN for a channel that varies by no more than rounding.
 
     Raises:
         ShapeError: shapes differ, or there are no bins.
@@ -118,12 +118,21 @@ def r2_per_axis(truth: NDArray[Any], prediction: NDArray[Any]) -> Array:
     y, p = _pair(truth, prediction, ("truth", "prediction"), ndim=2)
     error = np.sum((y - p) ** 2, axis=0)
     total = np.sum((y - y.mean(axis=0)) ** 2, axis=0)
-    return 1.0 - np.divide(error, total, out=np.full(len(total), np.nan), where=total > 0)
+    return 1.0 - np.divide(error, total, out=np.full(len(total), np.nan), where=_varies(y))
+
+
+def _varies(y: Array) -> NDArray[np.bool_]:
+    """Which columns vary by more than rounding."""
+    dust = 16 * np.finfo(np.float64).eps * np.abs(y).max(axis=0)
+    return y.std(axis=0) > dust
 
 
 def r2(truth: NDArray[Any], prediction: NDArray[Any]) -> float:
-    """``r2_per_axis`` averaged over channels. Raises ShapeError."""
-    return float(r2_per_axis(truth, prediction).mean())
+    """``r2_per_axis`` averaged over the channels that vary; NaN where none does. Raises
+    ShapeError."""
+    each = r2_per_axis(truth, prediction)
+    varies = _varies(_pair(truth, prediction, ("truth", "prediction"), ndim=2)[0])
+    return float(each[varies].mean()) if varies.any() else float("nan")
 
 
 velocity_r2 = r2

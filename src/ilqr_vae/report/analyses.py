@@ -57,8 +57,10 @@ class Psths:
     Attributes:
         event: what trials are aligned to.
         time: (L,), seconds from it.
-        conditions: C names, directions where the file has none; trials: how many of each.
-        units: columns of the recording shown.
+        conditions: C names, directions where the file has none; trials: how many of each had the
+            event.
+        units: columns of the recording shown: those whose modelled rates spread most over
+            conditions, mean over time; over time where there is one condition.
         counted, modelled: (C, L, len(units)), spikes per second.
         correlation: over all units that fire and all conditions, of counted with modelled.
         n_units: how many those are.
@@ -107,7 +109,9 @@ def onsets(data: ReportData) -> dict[str, Array]:
 
     The target by an event whose name holds ``target`` (and ``on``), else ``go``, else the trial's
     start. The movement by an event whose name holds ``move``, else, where velocity was measured,
-    where the speed first passes a fifth of the trial's greatest.
+    where the speed first passes a fifth of its greatest from the go on (an event whose name holds
+    ``go``, else the target's, else the trial's start); NaN where it is above that there already,
+    as the hand still moves from before. Left out where fewer than ``FEWEST_TRIALS`` have one.
     """
     trials = data.trials
     if trials is None or not len(trials):
@@ -123,17 +127,28 @@ def onsets(data: ReportData) -> dict[str, Array]:
     if moving:
         found[MOVEMENT] = np.asarray(trials.events[moving[0]], dtype=np.float64)
     elif data.truth is not None and any(u.strip().endswith("/s") for u in data.units[:2]):
-        found[MOVEMENT] = _from_speed(data.truth[:, :2], trials.start, trials.stop)
+        since = trials.start.astype(np.float64)
+        for name in [*target[:1], *[n for n in names if "go" in n][:1]]:
+            at = np.asarray(trials.events[name], dtype=np.float64)
+            since = np.where(np.isfinite(at), np.maximum(at, trials.start), since)
+        moved = _from_speed(data.truth[:, :2], since, trials.stop)
+        if np.isfinite(moved).sum() >= FEWEST_TRIALS:
+            found[MOVEMENT] = moved
     return found
 
 
-def _from_speed(velocity: Array, start: NDArray[np.int64], stop: NDArray[np.int64]) -> Array:
-    when = np.full(len(start), np.nan)
-    for k, (a, b) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
-        speed = np.hypot(*velocity[a:b].T) if velocity.shape[1] == 2 else np.abs(velocity[a:b, 0])
-        if len(speed) and speed.max() > 0:
-            when[k] = a + int(np.argmax(speed > _SPEED_SHARE * speed.max()))
+def _from_speed(velocity: Array, since: Array, stop: NDArray[np.int64]) -> Array:
+    when = np.full(len(since), np.nan)
+    for k, (a, b) in enumerate(zip(_bin_of(since).tolist(), stop.tolist(), strict=True)):
+        speed = np.linalg.norm(velocity[a:b], axis=1)
+        fast = speed > _SPEED_SHARE * speed.max(initial=0.0)
+        if fast.any() and not fast[0]:
+            when[k] = a + int(np.argmax(fast))
     return when
+
+
+def _bin_of(when: Array) -> NDArray[np.int64]:
+    return np.floor(when + 1e-6).astype(np.int64)
 
 
 def _around(data: ReportData, values: Array, at: Array) -> tuple[Array, Array]:
@@ -145,7 +160,7 @@ def _around(data: ReportData, values: Array, at: Array) -> tuple[Array, Array]:
     ranges = zip(data.trials.start.tolist(), data.trials.stop.tolist(), at, strict=True)
     for k, (a, b, when) in enumerate(ranges):
         if np.isfinite(when):
-            rows = int(np.floor(when + 1e-6)) + offsets
+            rows = int(_bin_of(when)) + offsets
             inside = (rows >= max(a, 0)) & (rows < min(b, len(values)))
             made[k, inside] = values[rows[inside]]
     return np.asarray((offsets + 0.5) * data.bin_width, dtype=np.float64), made
@@ -179,7 +194,8 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
     events = onsets(data)
     event = MOVEMENT if MOVEMENT in events else next(iter(events))
     kinds = np.array(trials.condition or _sectors(data) or ("all",) * len(trials))
-    names, number = np.unique(kinds, return_counts=True)
+    had = np.isfinite(events[event])
+    names, number = np.unique(kinds[had], return_counts=True)
     order = np.argsort(-number, kind="stable")[:MOST_CONDITIONS]
     chosen = [str(names[i]) for i in order if number[i] >= FEWEST_TRIALS]
     if not chosen:
@@ -195,7 +211,8 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
         return None
     counted, modelled, time = counted[:, known], modelled[:, known], time[known]
     firing = counted.mean(axis=(0, 1)) > 0.5
-    spread = modelled.std(axis=(0, 1))
+    # over conditions, mean over time; one condition tells none apart, so over time there
+    spread = modelled.std(axis=0).mean(axis=0) if len(chosen) > 1 else modelled[0].std(axis=0)
     units = [int(u) for u in np.argsort(-spread, kind="stable") if firing[u]][:shown]
     if not units:
         return None
@@ -207,7 +224,7 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
         event=event,
         time=time,
         conditions=tuple(chosen),
-        trials=tuple(int((kinds == name).sum()) for name in chosen),
+        trials=tuple(int((kinds[had] == name).sum()) for name in chosen),
         units=tuple(units),
         counted=counted[..., units],
         modelled=modelled[..., units],

@@ -1,8 +1,12 @@
-"""How sure a score is: bootstrap over trials, or over blocks of time where there are none."""
+"""How sure a score is: bootstrap over trials, or over blocks of time where there are none.
+
+All scored bins are resampled, those between trials too, so that an interval is of the same quantity
+as the score beside it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +19,17 @@ DRAWS = 2000
 BLOCK_SECONDS = 5.0
 FEWEST = 8
 """Pieces to resample under which an interval would say little, and none is given."""
+WITH_GAPS = "each with the time up to the next"
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Bins in pieces that are drawn together, since neighbours in time are alike.
+    """Scored bins in pieces that are drawn together, since neighbours in time are alike.
 
     Attributes:
-        of: int64 (T,), the piece each bin belongs to, -1 for none.
+        of: int64 (n,), the piece each scored bin belongs to, 0 to K - 1; each piece has a bin.
         number: K.
-        what: ``trials``, or ``blocks of 5 s``.
+        what: ``trials``, ``trials, each with the time up to the next``, or ``blocks of 5 s``.
     """
 
     of: NDArray[np.int64]
@@ -32,17 +37,36 @@ class Pieces:
     what: str
 
 
-def pieces(n_bins: int, bin_width: float, trials: Trials | None) -> Pieces:
-    """Trials where there are ``FEWEST`` or more that hold most of the bins, else blocks."""
-    of = np.full(n_bins, -1, dtype=np.int64)
-    if trials is not None and len(trials) >= FEWEST:
-        for k, (a, b) in enumerate(zip(trials.start.tolist(), trials.stop.tolist(), strict=True)):
-            of[max(a, 0) : max(b, 0)] = k
-        if (of >= 0).mean() > 0.5:
-            return Pieces(of, len(trials), "trials")
+def pieces(scored: NDArray[np.bool_], bin_width: float, trials: Trials | None) -> Pieces:
+    """Pieces of the scored bins, each bin in exactly one.
+
+    Trials where ``FEWEST`` or more of them hold most of the scored bins, else blocks. Bins between
+    trials go with the trial before them, those before the first with the first: what follows a
+    reach (the return, the rest) depends on it, so cycles of a trial and what follows are nearer to
+    independent than blocks, whose edges cut through movements.
+
+    Args:
+        scored: bool (T,).
+        bin_width: seconds.
+        trials: on the same bins, in any order; None where there are none.
+    """
+    bins = np.flatnonzero(scored)
+    if trials is not None and len(trials):
+        inside = np.zeros(len(scored), dtype=bool)
+        for a, b in zip(trials.start.tolist(), trials.stop.tolist(), strict=True):
+            inside[max(a, 0) : max(b, 0)] = True
+        before = np.searchsorted(np.sort(trials.start), bins, side="right") - 1
+        made = _numbered(before.clip(0), "trials")
+        share = float(inside[bins].mean()) if len(bins) else 0.0
+        if made.number >= FEWEST and share > 0.5:
+            return made if share == 1.0 else replace(made, what=f"trials, {WITH_GAPS}")
     length = max(1, round(BLOCK_SECONDS / bin_width))
-    blocks = np.arange(n_bins) // length
-    return Pieces(blocks, int(blocks[-1]) + 1 if n_bins else 0, f"blocks of {BLOCK_SECONDS:g} s")
+    return _numbered(bins // length, f"blocks of {BLOCK_SECONDS:g} s")
+
+
+def _numbered(of: NDArray[np.int64], what: str) -> Pieces:
+    found, place = np.unique(of, return_inverse=True)
+    return Pieces(place.astype(np.int64), len(found), what)
 
 
 def r2_draws(

@@ -41,8 +41,9 @@ _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
     ),
     (
         "Firing around the movement",
-        "Mean rate of the units that tell conditions apart best: counted (thin) and as the model "
-        "has it from each bin and those before (thick); colour is the condition.",
+        "Mean rate of the units whose rates differ most between conditions (over time where there "
+        "is one): counted (thin) and as the model has it from each bin and those before (thick); "
+        "colour is the condition.",
         figures_trials.psth,
     ),
     (

@@ -56,7 +56,7 @@ class Scores:
         wiener: (T, D) its decodes of all the bins, or None where it could not be fitted.
         notes: sentences a reader should know.
         intervals: by decoder: ``r2``, the 95 % bootstrap interval of its mean R2, and for others
-            than ours ``ahead``, that of ours less theirs on the same draws.
+            than ours ``ahead``, that of ours less theirs on the same draws. All n bins are drawn.
         resampled: what the bootstrap draws, and how many of them: ``34 trials``; "" for none.
     """
 
@@ -282,17 +282,16 @@ def score_decodes(
 def _intervals(
     part: Recording, truth: Array, decodes: Mapping[str, NDArray[Any]], rows: NDArray[np.bool_]
 ) -> tuple[dict[str, dict[str, tuple[float, float]]], str]:
-    made = pieces(len(part), part.bin_width, part.trials)
-    used = rows & (made.of >= 0)
-    _, place = np.unique(made.of[used], return_inverse=True)
-    number = int(place.max()) + 1 if len(place) else 0
-    if number < FEWEST:
+    made = pieces(rows, part.bin_width, part.trials)
+    if made.number < FEWEST:
         return {}, ""
-    draws = {name: r2_draws(truth[used], d[used], place, number) for name, d in decodes.items()}
+    draws = {
+        name: r2_draws(truth[rows], d[rows], made.of, made.number) for name, d in decodes.items()
+    }
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for name, values in draws.items():
         both = {"r2": interval(values)}
         if name != OURS:
             both["ahead"] = interval(draws[OURS] - values)
         intervals[name] = {key: found for key, found in both.items() if found is not None}
-    return intervals, f"{number} {made.what}"
+    return intervals, f"{made.number} {made.what}"
