@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ilqr_vae.errors import ConfigError, ShapeError
+from ilqr_vae.metrics import r2_per_axis
 from ilqr_vae.recordings import Recording, SplitSpec, Trials
 from ilqr_vae.report import (
     ReportData,
@@ -21,7 +22,7 @@ from ilqr_vae.report import (
     to_json,
     write_whole,
 )
-from ilqr_vae.report.score import LEVELS, OURS, WIENER, r2_per_channel
+from ilqr_vae.report.score import LEVELS, OURS, WIENER
 
 T, N, TRIAL = 800, 20, 20
 
@@ -95,11 +96,11 @@ def test_both_decoders_are_scored_on_the_same_answered_bins(recording: Recording
     n = len(data.counts)
     rows = np.arange(n) != 7
     assert data.scores.n == n - 1
-    expected = r2_per_channel(data.truth[rows], data.decoded[rows])
+    expected = r2_per_axis(data.truth[rows], data.decoded[rows])
     ours = data.scores.methods[OURS]
     assert ours["r2"] == pytest.approx(expected.mean())
     assert (ours["r2.vx"], ours["r2.vy"]) == pytest.approx(tuple(expected))
-    wiener = r2_per_channel(data.truth[rows], data.baselines[WIENER][rows])
+    wiener = r2_per_axis(data.truth[rows], data.baselines[WIENER][rows])
     assert data.scores.methods[WIENER]["r2"] == pytest.approx(wiener.mean())
     assert 0.5 < data.scores.methods[WIENER]["r2"] < ours["r2"]
 

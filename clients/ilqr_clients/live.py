@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ilqr_clients.closing import Closing
 from ilqr_clients.replay import StreamLog
-from ilqr_vae.report.score import r2_per_channel
+from ilqr_vae.metrics import r2_per_axis
 
 STYLES = {
     "ok": "green",
@@ -102,7 +102,7 @@ class LiveReplay(Closing):
         if self._truth is not None and self._names:
             known = np.isfinite(log.kinematics[rows]).all(axis=1) & self._scored[rows]
             if known.sum() > 1:
-                each = r2_per_channel(self._truth[rows][known], log.kinematics[rows][known])
+                each = r2_per_axis(self._truth[rows][known], log.kinematics[rows][known])
                 text = "  ".join(
                     f"{n} {number(float(v))}" for n, v in zip(self._names, each, strict=True)
                 )

@@ -49,6 +49,7 @@ class Pool:
         self._like = [getattr(like, name) for name in _FIELDS]
         size = sum(t.nbytes for t in self._like)
         self._arrays: list[Tensor] = []
+        self._views: tuple[NDArray[Any], ...] = ()
         self._free: list[int] = []
         self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
 
@@ -66,6 +67,8 @@ class Pool:
         self._arrays = [t.new_empty((rows, *t.shape[1:])) for t in self._like]
         for new, old in zip(self._arrays, before, strict=False):
             new[:first] = old
+        if self._arrays[0].device.type == "cpu":
+            self._views = tuple(t.numpy() for t in self._arrays)
         self._free[:0] = range(rows - 1, first - 1, -1)
 
     def takes(self, states: HorizonState) -> bool:
@@ -75,7 +78,7 @@ class Pool:
 
     def views(self) -> tuple[NDArray[Any], ...]:
         """The arrays as numpy sees them, on the CPU; until the next ``take`` or ``put``."""
-        return tuple(t.numpy() for t in self._arrays)
+        return self._views
 
     def take(self, count: int) -> list[Row]:
         """Rows that are free, to be written to by the caller."""

@@ -130,9 +130,9 @@ def _varies(y: Array) -> NDArray[np.bool_]:
 def r2(truth: NDArray[Any], prediction: NDArray[Any]) -> float:
     """``r2_per_axis`` averaged over the channels that vary; NaN where none does. Raises
     ShapeError."""
-    each = r2_per_axis(truth, prediction)
-    varies = _varies(_pair(truth, prediction, ("truth", "prediction"), ndim=2)[0])
-    return float(each[varies].mean()) if varies.any() else float("nan")
+    y, p = _pair(truth, prediction, ("truth", "prediction"), ndim=2)
+    varies = _varies(y)
+    return float(r2_per_axis(y, p)[varies].mean()) if varies.any() else float("nan")
 
 
 velocity_r2 = r2

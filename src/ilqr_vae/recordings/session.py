@@ -176,7 +176,7 @@ def _touched(intervals: Array, start: float, width: float, n_bins: int) -> NDArr
     for begin, end in intervals.clip(start, start + width * n_bins):
         if end > begin:
             first = int(bins_of(np.array([begin]), start, width)[0])
-            last = int(np.ceil((end - start) / width - 1e-6))
+            last = int(np.ceil((end - start) / width - EDGE))
             bad[max(first, 0) : max(last, 0)] = True
     return bad
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.binning import bins_of
+from ilqr_vae.recordings.binning import EDGE, bins_of
 from ilqr_vae.recordings.spec import RecordingSpec, SplitSpec
 from ilqr_vae.recordings.types import Recording, Trials
 
@@ -312,9 +312,8 @@ def in_course(
             made[a:b] = True
         return made
 
-    slack = 1e-6
-    start, stop = np.ceil(first[wanted] - slack), np.floor(last[wanted] + slack)
-    other = covered(np.floor(first[~wanted] + slack), np.ceil(last[~wanted] - slack))
+    start, stop = np.ceil(first[wanted] - EDGE), np.floor(last[wanted] + EDGE)
+    other = covered(np.floor(first[~wanted] + EDGE), np.ceil(last[~wanted] - EDGE))
     inside = covered(start, stop) & ~other
     kept = (start >= 0) & (stop <= len(course)) & (stop > start)
     move = (first - trials.start)[wanted][kept]

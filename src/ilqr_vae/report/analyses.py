@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ilqr_vae.recordings.binning import bins_of
+
 if TYPE_CHECKING:
     from ilqr_vae.report.data import ReportData
 
@@ -139,16 +141,12 @@ def onsets(data: ReportData) -> dict[str, Array]:
 
 def _from_speed(velocity: Array, since: Array, stop: NDArray[np.int64]) -> Array:
     when = np.full(len(since), np.nan)
-    for k, (a, b) in enumerate(zip(_bin_of(since).tolist(), stop.tolist(), strict=True)):
+    for k, (a, b) in enumerate(zip(bins_of(since, 0.0, 1.0).tolist(), stop.tolist(), strict=True)):
         speed = np.linalg.norm(velocity[a:b], axis=1)
         fast = speed > _SPEED_SHARE * speed.max(initial=0.0)
         if fast.any() and not fast[0]:
             when[k] = a + int(np.argmax(fast))
     return when
-
-
-def _bin_of(when: Array) -> NDArray[np.int64]:
-    return np.floor(when + 1e-6).astype(np.int64)
 
 
 def _around(data: ReportData, values: Array, at: Array) -> tuple[Array, Array]:
@@ -160,7 +158,7 @@ def _around(data: ReportData, values: Array, at: Array) -> tuple[Array, Array]:
     ranges = zip(data.trials.start.tolist(), data.trials.stop.tolist(), at, strict=True)
     for k, (a, b, when) in enumerate(ranges):
         if np.isfinite(when):
-            rows = int(_bin_of(when)) + offsets
+            rows = int(bins_of(when, 0.0, 1.0)) + offsets
             inside = (rows >= max(a, 0)) & (rows < min(b, len(values)))
             made[k, inside] = values[rows[inside]]
     return np.asarray((offsets + 0.5) * data.bin_width, dtype=np.float64), made

@@ -12,6 +12,7 @@ from scipy.special import ndtri
 
 from ilqr_vae.baselines import WienerFilter
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.metrics import r2_per_axis
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.recordings.spacing import spaced_out
 from ilqr_vae.recordings.spec import segment_start
@@ -73,14 +74,6 @@ class Scores:
     resampled: str = ""
 
 
-def r2_per_channel(truth: Array, decoded: Array) -> Array:
-    """(D,) coefficient of determination over (T, D); NaN where the truth is constant."""
-    residual = ((truth - decoded) ** 2).sum(axis=0)
-    total = ((truth - truth.mean(axis=0)) ** 2).sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(total > 0, 1.0 - residual / total, np.nan)
-
-
 def calibration(
     truth: Array, decoded: Array, std: Array, levels: tuple[float, ...] = LEVELS
 ) -> tuple[float, ...]:
@@ -118,7 +111,7 @@ def coverage_by_speed(
 
 
 def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, float]:
-    each = r2_per_channel(truth, decoded)
+    each = r2_per_axis(truth, decoded)
     known = each[np.isfinite(each)]
     scores = {"r2": float(known.mean()) if known.size else float("nan")}
     return scores | {f"r2.{name}": float(v) for name, v in zip(names, each, strict=True)}
