@@ -14,15 +14,15 @@ import msgspec
 import numpy as np
 import zmq
 
-from ilqr_vae import wire
+from ilqr_vae.protocol import messages
 
 
-def _zeros(size: int) -> wire.Array:
-    return wire.pack(np.zeros(size), "<f8")
+def _zeros(size: int) -> messages.Array:
+    return messages.pack(np.zeros(size), "<f8")
 
 
-def _blank(latents: int, units: int) -> wire.Result:
-    return wire.Result(
+def _blank(latents: int, units: int) -> messages.Result:
+    return messages.Result(
         session="", epoch=0, index=0, revision=0, model="0" * 12, status="ok",
         solver="iteration_limit", iterations=2, bits=0.0, spikes=0, source_ns=0, received_ns=0,
         solve_start_ns=0, solve_end_ns=0, published_ns=0, latent=_zeros(latents),
@@ -49,24 +49,24 @@ def serve(latents: int, units: int) -> None:
             asked = pub.recv()
             if asked[:1] == b"\x01":
                 name = asked[1:].rstrip(b"\x00").decode()
-                notice = wire.Notice(session=name, epoch=0, what="subscribed")
-                pub.send_multipart([asked[1:], wire.encode(notice)])
+                notice = messages.Notice(session=name, epoch=0, what="subscribed")
+                pub.send_multipart([asked[1:], messages.encode(notice)])
         if router in ready:
             owner, frame = router.recv_multipart()
-            message = wire.decode_upstream(frame)
-            if isinstance(message, wire.Open):
-                opened = wire.Opened(
+            message = messages.decode_upstream(frame)
+            if isinstance(message, messages.Open):
+                opened = messages.Opened(
                     session=message.session, epoch=0, model="echo", latents=latents,
                     kinematic_names=(), kinematic_units=(), horizon=1, iterations=0, credits=1,
                 )  # fmt: skip
-                router.send_multipart([owner, wire.encode(opened)])
-            elif isinstance(message, wire.Bin):
+                router.send_multipart([owner, messages.encode(opened)])
+            elif isinstance(message, messages.Bin):
                 now = time.monotonic_ns()
                 answer = msgspec.structs.replace(
                     blank, session=message.session, index=message.index, received_ns=now,
                     solve_start_ns=now, solve_end_ns=now, published_ns=now,
                 )  # fmt: skip
-                pub.send_multipart([wire.topic(message.session), wire.encode(answer)])
+                pub.send_multipart([messages.topic(message.session), messages.encode(answer)])
 
 
 def main() -> None:

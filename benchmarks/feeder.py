@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from ilqr_vae import wire
+from ilqr_vae.protocol import messages
 
 WAIT_S = 10.0
 """For answers after the last send, and for sessions to open."""
@@ -125,11 +125,11 @@ def _schedule(plan: Plan) -> list[tuple[int, int, int]]:
 def _frames(plan: Plan, schedule: list[tuple[int, int, int]], began: int) -> list[bytes]:
     """The bins as they are sent."""
     rng = np.random.default_rng(1)
-    drawn = [wire.pack(rng.poisson(plan.rate, len(plan.units)), "<u2") for _ in range(500)]
-    same = wire.Offset(0, 0)
+    drawn = [messages.pack(rng.poisson(plan.rate, len(plan.units)), "<u2") for _ in range(500)]
+    same = messages.Offset(0, 0)
     return [
-        wire.encode(
-            wire.Bin(
+        messages.encode(
+            messages.Bin(
                 session=_name(stream),
                 index=index,
                 source_ns=began + at,
@@ -144,26 +144,26 @@ def _frames(plan: Plan, schedule: list[tuple[int, int, int]], began: int) -> lis
 def _open(plan: Plan, sockets: _Sockets) -> None:
     """Subscribe and open. Raises RuntimeError: a session was refused or nothing came."""
     for stream in range(plan.streams):
-        sockets.sub.setsockopt(zmq.SUBSCRIBE, wire.topic(_name(stream)))
-        request = wire.Open(
-            protocol=wire.PROTOCOL,
+        sockets.sub.setsockopt(zmq.SUBSCRIBE, messages.topic(_name(stream)))
+        request = messages.Open(
+            protocol=messages.PROTOCOL,
             session=_name(stream),
             units=plan.units,
             bin_width_ns=plan.bin_width_ns,
             deadline_ns=plan.bin_width_ns,
         )
-        sockets.dealer.send(wire.encode(request))
+        sockets.dealer.send(messages.encode(request))
     opened: set[str] = set()
     seen: set[str] = set()
     end = time.monotonic() + WAIT_S
     while not len(opened) == len(seen) == plan.streams:
         sockets.take()
-        replies = [wire.decode_downstream(frame) for _, frame in sockets.replies]
-        refused = [reply for reply in replies if isinstance(reply, wire.Refused)]
+        replies = [messages.decode_downstream(frame) for _, frame in sockets.replies]
+        refused = [reply for reply in replies if isinstance(reply, messages.Refused)]
         if refused or time.monotonic() > end:
             raise RuntimeError(f"{len(opened)} of {plan.streams} sessions opened; {refused[:1]}")
-        opened |= {reply.session for reply in replies if isinstance(reply, wire.Opened)}
-        seen |= {wire.decode_published(frame).session for _, frame in sockets.published}
+        opened |= {reply.session for reply in replies if isinstance(reply, messages.Opened)}
+        seen |= {messages.decode_published(frame).session for _, frame in sockets.published}
         sockets.replies.clear()
         sockets.published.clear()
         sockets.wait(0.1)
@@ -182,7 +182,7 @@ def feed(plan: Plan) -> Fed:
         return _fed(plan, sockets)
     finally:
         for stream in range(plan.streams):
-            sockets.dealer.send(wire.encode(wire.Close(session=_name(stream))))
+            sockets.dealer.send(messages.encode(messages.Close(session=_name(stream))))
         context.destroy(linger=1000)
 
 
@@ -241,12 +241,12 @@ def _counted(
     own_cpu_us: float,
 ) -> Fed:
     """Match answers and bins."""
-    found: dict[tuple[str, int], tuple[int, wire.Result]] = {}
+    found: dict[tuple[str, int], tuple[int, messages.Result]] = {}
     for at, frame in sockets.published:
-        message = wire.decode_published(frame)
-        if isinstance(message, wire.Result):
+        message = messages.decode_published(frame)
+        if isinstance(message, messages.Result):
             found.setdefault((message.session, message.index), (at, message))
-    replies = [wire.decode_downstream(frame) for _, frame in sockets.replies]
+    replies = [messages.decode_downstream(frame) for _, frame in sockets.replies]
     rows = [
         (intended, sent, *found[key])
         for (_, stream, index), intended, sent in zip(schedule, *times, strict=True)
@@ -264,7 +264,7 @@ def _counted(
         published=[a.published_ns for a in answers],
         statuses=dict(Counter("shed" if a.solver == "shed" else a.status for a in answers)),
         unanswered=plan.streams * (plan.bins - plan.warm) - len(rows),
-        refused=dict(Counter(r.field for r in replies if isinstance(r, wire.Refused))),
+        refused=dict(Counter(r.field for r in replies if isinstance(r, messages.Refused))),
         seconds=(max(arrived) - rows[0][0]) / 1e9 if rows else 0.0,
         cpu_us=cpu_us,
         own_cpu_us=own_cpu_us,

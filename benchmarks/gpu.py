@@ -12,7 +12,7 @@ from benchmarks.lqr import BATCHES, SIZES, operations, problem_of
 from benchmarks.models import estimator_of
 from benchmarks.rows import Row, absent, quantiles, row, timed
 from ilqr_training.experiments.maze import MazeConfig, maze_size
-from ilqr_vae import backend
+from ilqr_vae.kernels import backend
 from ilqr_vae.lqr import LQRProblem, solve_lqr
 
 STREAMS: list[Row] = [

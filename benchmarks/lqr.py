@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.rivals import cpp, jax_side
 from benchmarks.rows import Row, absent, quantiles, row, timed
-from ilqr_vae import threads
+from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.lqr import LQRProblem, solve_lqr
 
 SIZES = [(20, 5, 50), (32, 8, 64), (64, 16, 64)]

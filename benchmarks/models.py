@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ilqr_training.build import build_model
 from ilqr_training.config import LoopConfig, ModelConfig
-from ilqr_training.data import Crops, Prepared, prepare
-from ilqr_training.loop import Run, start
+from ilqr_training.fit.build import build_model
+from ilqr_training.fit.crops import Crops, Prepared, prepare
+from ilqr_training.fit.loop import Run, start
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
-from ilqr_vae.horizon import HorizonConfig, MovingHorizon
-from ilqr_vae.model import Model
+from ilqr_vae.model.generative import Model
 from ilqr_vae.recordings import MatSpec, Recording, RecordingSpec, SplitSpec
+from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
 BIN_S = 0.05
 

@@ -92,7 +92,7 @@ def machine() -> Row:
     """Hardware, commit and versions."""
     import torch
 
-    from ilqr_vae import threads
+    from ilqr_vae.kernels.cpu import threads
 
     commit = _first(["git", "rev-parse", "--short", "HEAD"])
     changed = _first(["git", "status", "--porcelain"]) not in ("", "none")

@@ -26,8 +26,8 @@ from benchmarks.feeder import Fed, Plan
 from benchmarks.models import BIN_S, estimator_of, model_of
 from benchmarks.rows import ROOT, Row, quantiles, row
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, save_artifact
-from ilqr_vae.horizon import HorizonConfig
 from ilqr_vae.recordings import MatSpec, RecordingSpec
+from ilqr_vae.streaming.horizon import HorizonConfig
 
 N, M, UNITS, H = 20, 5, 196, 20
 RATE = 0.4

@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.models import estimator_of
 from benchmarks.rows import Row, quantiles, row
-from ilqr_vae import backend, threads
-from ilqr_vae.fused import steps
-from ilqr_vae.horizon import MovingHorizon
+from ilqr_vae.kernels import backend
+from ilqr_vae.kernels.cpu import step as steps
+from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.streaming.horizon import MovingHorizon
 
 BASE = {"n": 20, "m": 5, "units": 196, "H": 20, "streams": 1, "iterations": 2}
 GRID: list[Row] = [

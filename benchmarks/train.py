@@ -11,9 +11,11 @@ from benchmarks.models import training_run
 from benchmarks.rivals import jax_side
 from benchmarks.rows import Row, absent, quantiles, row
 from ilqr_training.config import LoopConfig
-from ilqr_training.loop import Report, train_steps
-from ilqr_vae import backend, ilqr, threads
-from ilqr_vae.dynamics import MGU2
+from ilqr_training.fit.loop import Report, train_steps
+from ilqr_vae.inference import ilqr
+from ilqr_vae.kernels import backend
+from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.model.dynamics import MGU2
 
 UNITS = 143
 

@@ -15,9 +15,9 @@ import torch
 
 from feeder import UNITS, Feeder, bin_, open_, spikes
 from ilqr_service.server import Service
-from ilqr_vae import wire
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
-from ilqr_vae.horizon import HorizonConfig, MovingHorizon
+from ilqr_vae.protocol import messages
+from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 from rig import make_model, serving
 
 torch.set_num_threads(1)
@@ -69,16 +69,16 @@ def feeder(service: Service) -> Iterator[Feeder]:
 
 
 @pytest.fixture
-def left_open(model_file: Path, tmp_path: Path) -> tuple[Path, list[wire.Result]]:
+def left_open(model_file: Path, tmp_path: Path) -> tuple[Path, list[messages.Result]]:
     """A journal copied while its session is open, and the answers given."""
     with (
         serving(model_file, journal=str(tmp_path / "live"), snapshot_every=8) as service,
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
+        feeder.ask(open_("s"), messages.Opened)
         feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(30))))
         results = feeder.results(30)
-        feeder.ask(wire.Describe(), wire.Described)
+        feeder.ask(messages.Describe(), messages.Described)
         shutil.copytree(tmp_path / "live", tmp_path / "copy")
     return tmp_path / "copy", results

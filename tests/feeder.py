@@ -11,8 +11,8 @@ import zmq
 from numpy.typing import NDArray
 
 from ilqr_clients.closing import Closing
-from ilqr_vae import wire
-from ilqr_vae.keys import ClientKey
+from ilqr_vae.protocol import messages as wire
+from ilqr_vae.protocol.keys import ClientKey
 
 WAIT_S = 20.0
 UNITS = tuple(f"u{i}" for i in range(7))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
-from ilqr_vae.horizon import HorizonConfig, MovingHorizon
-from ilqr_vae.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
 
 def model_of(dynamics: str, n: int, m: int, N: int, *, kinematics: int = 0) -> Any:

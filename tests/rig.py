@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from scipy import io
 
-from ilqr_service.engine import Engine
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
+from ilqr_service.solving.engine import Engine
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, save_artifact
-from ilqr_vae.horizon import HorizonConfig
-from ilqr_vae.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import MatSpec, RecordingSpec, SplitSpec
+from ilqr_vae.streaming.horizon import HorizonConfig
 
 BIN_S = 0.05
 N_BINS = 400

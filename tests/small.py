@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ilqr_vae import ilqr
-from ilqr_vae.dynamics import FAMILIES, DynamicsOptions, Weights
-from ilqr_vae.likelihoods import Gaussian, Likelihood, Observations, Observed, Poisson
-from ilqr_vae.model import Model, conditioned_on
-from ilqr_vae.priors import GaussianPrior, InitialPrior
+from ilqr_vae.inference import ilqr
+from ilqr_vae.model.dynamics import FAMILIES, DynamicsOptions, Weights
+from ilqr_vae.model.generative import Model, conditioned_on
+from ilqr_vae.model.likelihoods import Gaussian, Likelihood, Observations, Observed, Poisson
+from ilqr_vae.model.priors import GaussianPrior, InitialPrior
 
 # Newton: the last step, of 1e-8 or so, squares the error once more
 TIGHT = ilqr.SolverConfig(iterations=100, tolerance=1e-15, exact=True)

@@ -25,10 +25,10 @@ from ilqr_vae.artifact import (
     save_artifact,
 )
 from ilqr_vae.errors import ArtifactError, ConfigError
-from ilqr_vae.horizon import HorizonConfig
-from ilqr_vae.likelihoods import Poisson
-from ilqr_vae.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.model.likelihoods import Poisson
+from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import MatSpec, RecordingSpec
+from ilqr_vae.streaming.horizon import HorizonConfig
 from small import perturb
 
 UNITS = ("a1", "å2", "c/3")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from ilqr_vae.baselines import KalmanFilter, WienerFilter
 from ilqr_vae.errors import ShapeError
-from ilqr_vae.metrics import r2, r2_per_axis
 from ilqr_vae.recordings import RecordingSpec, load_recording
+from ilqr_vae.scoring.baselines import KalmanFilter, WienerFilter
+from ilqr_vae.scoring.metrics import r2, r2_per_axis
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -24,9 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
-from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
-from ilqr_vae.keys import ClientKey, add_client, read_client_key
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.keys import ClientKey, add_client, read_client_key
 from process import Served, offline, served
 from rig import make_model
 
@@ -83,20 +83,20 @@ def counted(service: Served) -> Counter[str]:
 # ---- what is sent ------------------------------------------------------------------------------
 
 ROW = spikes(1)[0]
-GOOD: tuple[wire.Message, ...] = (
+GOOD: tuple[messages.Message, ...] = (
     open_("fuzz"),
     bin_("fuzz", 0, ROW),
-    bin_("fuzz", 1, ROW, mask=wire.pack(np.ones(7), "u1"), clock=wire.Offset(5, 6)),
-    wire.Close(session="fuzz"),
-    wire.Describe(),
-    wire.Sessions(),
-    wire.Models(),
-    wire.Probe(client_ns=1),
-    wire.Load(path="absent.safetensors"),
-    wire.Swap(),
-    wire.Rollback(),
+    bin_("fuzz", 1, ROW, mask=messages.pack(np.ones(7), "u1"), clock=messages.Offset(5, 6)),
+    messages.Close(session="fuzz"),
+    messages.Describe(),
+    messages.Sessions(),
+    messages.Models(),
+    messages.Probe(client_ns=1),
+    messages.Load(path="absent.safetensors"),
+    messages.Swap(),
+    messages.Rollback(),
 )
-ENCODED = tuple(wire.encode(m) for m in GOOD)
+ENCODED = tuple(messages.encode(m) for m in GOOD)
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -146,7 +146,7 @@ MESSAGES: st.SearchStrategy[Frames] = st.one_of(
     st.tuples(st.sampled_from(ENCODED), st.binary(min_size=1, max_size=8)).map(
         lambda p: (p[0] + p[1],)
     ),
-    st.integers(-(2**63), 2**63).map(lambda v: (wire.encode(open_("fuzz", protocol=v)),)),
+    st.integers(-(2**63), 2**63).map(lambda v: (messages.encode(open_("fuzz", protocol=v)),)),
     st.integers(LIMIT + 1, 4 * LIMIT - 64).map(lambda n: (b"\x81" * n,)),
     st.lists(st.binary(max_size=3), min_size=2, max_size=4).map(tuple),
 )
@@ -159,10 +159,10 @@ def surely(frames: Frames) -> str:
     if len(frames[0]) > LIMIT:
         return "size"
     try:
-        message = wire.decode_upstream(frames[0])
+        message = messages.decode_upstream(frames[0])
     except ProtocolError:
         return "message"
-    wrong = isinstance(message, wire.Open) and message.protocol != wire.PROTOCOL
+    wrong = isinstance(message, messages.Open) and message.protocol != messages.PROTOCOL
     return "protocol" if wrong and message.session == "fuzz" and not message.model else ""
 
 
@@ -174,14 +174,14 @@ def test_every_random_or_mutated_message_is_a_counted_error_or_understood(
 ) -> None:
     counts = spikes(BATCHES, seed=3)
     fed, sent, refused_in_all = 0, 0, 0
-    answers: list[wire.Result] = []
+    answers: list[messages.Result] = []
     addresses = (service.ingest, service.results)
     with (
         Feeder(*addresses, key=key(folder, "rig")) as steady,
         Feeder(*addresses, key=key(folder, "fuzz")) as feeder,
     ):
         steady.subscribe("steady")
-        steady.ask(open_("steady"), wire.Opened)
+        steady.ask(open_("steady"), messages.Opened)
 
         # one draw is a whole batch: large data, and sending it is no fault of the generator
         checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -194,13 +194,13 @@ def test_every_random_or_mutated_message_is_a_counted_error_or_understood(
             for frames in batch:
                 feeder.dealer.send_multipart(frames)
             sent += len(batch)
-            feeder.send(wire.Probe(client_ns=2**62))
+            feeder.send(messages.Probe(client_ns=2**62))
             refused: Counter[str] = Counter()
             while True:
                 reply = feeder.reply()
-                if isinstance(reply, wire.Refused):
+                if isinstance(reply, messages.Refused):
                     refused[reply.field.split(".")[0].split("[")[0]] += 1
-                if isinstance(reply, wire.Probed) and reply.client_ns == 2**62:
+                if isinstance(reply, messages.Probed) and reply.client_ns == 2**62:
                     break
             must = Counter(kind for frames in batch if (kind := surely(frames)))
             assert must <= refused
@@ -213,13 +213,13 @@ def test_every_random_or_mutated_message_is_a_counted_error_or_understood(
                 steady.send(bin_("steady", fed, counts[fed]))
                 answers.extend(steady.results(1))
                 fed += 1
-            for info in feeder.ask(wire.Sessions(), wire.SessionList).sessions:
+            for info in feeder.ask(messages.Sessions(), messages.SessionList).sessions:
                 if info.session != "steady":
-                    feeder.send(wire.Close(session=info.session, epoch=info.epoch))
-            feeder.ask(wire.Models(), wire.ModelList)
+                    feeder.send(messages.Close(session=info.session, epoch=info.epoch))
+            feeder.ask(messages.Models(), messages.ModelList)
 
         send()
-        steady.ask(wire.Close(session="steady"), wire.Closed)
+        steady.ask(messages.Close(session="steady"), messages.Closed)
     assert sent >= (100_000 if FULL else 4_000)
     assert refused_in_all > 0.7 * sent
     assert [(r.index, r.revision, r.status) for r in answers] == [(i, 0, "ok") for i in range(fed)]
@@ -250,7 +250,7 @@ def test_what_libzmq_cuts_off_or_lets_not_in_is_counted_too(service: Served, fol
     rig, repeat = key(folder, "rig"), 40 if FULL else 4
     with Feeder(service.ingest, service.results, key=rig) as steady:
         steady.subscribe("held")
-        steady.ask(open_("held"), wire.Opened)
+        steady.ask(open_("held"), messages.Opened)
 
         def settled(before: Counter[str], **wanted: int) -> None:
             """Counted, within as many questions as the service answers in that time."""
@@ -258,7 +258,7 @@ def test_what_libzmq_cuts_off_or_lets_not_in_is_counted_too(service: Served, fol
                 grown = counted(service) - before
                 if all(grown[kind] >= n for kind, n in wanted.items()):
                     break
-                steady.ask(wire.Describe(), wire.Described)
+                steady.ask(messages.Describe(), messages.Described)
             # somebody of before may have left only now, which counts as disconnected as well
             assert grown.pop("disconnected") >= wanted.pop("disconnected")
             assert {kind: grown[kind] for kind in wanted} == wanted
@@ -270,7 +270,7 @@ def test_what_libzmq_cuts_off_or_lets_not_in_is_counted_too(service: Served, fol
             public, secret = zmq.curve_keypair()
             return public.decode(), secret.decode()
 
-        describe = wire.encode(wire.Describe())
+        describe = messages.encode(messages.Describe())
         for _ in range(repeat):
             (public, secret), (other, _unused) = fresh(), fresh()
             for made, message, reason in (
@@ -295,7 +295,7 @@ def test_what_libzmq_cuts_off_or_lets_not_in_is_counted_too(service: Served, fol
             settled(before, disconnected=1)
         steady.send(*(bin_("held", i, ROW) for i in range(5)))
         assert {r.status for r in steady.results(5)} == {"ok"}
-        steady.ask(wire.Close(session="held"), wire.Closed)
+        steady.ask(messages.Close(session="held"), messages.Closed)
 
 
 def test_nonsense_at_the_results_socket_is_counted_and_disturbs_no_subscriber(
@@ -305,7 +305,7 @@ def test_nonsense_at_the_results_socket_is_counted_and_disturbs_no_subscriber(
     rig, rounds = key(folder, "rig"), 200 if FULL else 20
     with Feeder(service.ingest, service.results, key=rig) as steady:
         steady.subscribe("heard")
-        steady.ask(open_("heard"), wire.Opened)
+        steady.ask(open_("heard"), messages.Opened)
         context: zmq.Context[Any] = zmq.Context()
         try:
             stranger = context.socket(zmq.XSUB)
@@ -329,18 +329,18 @@ def test_nonsense_at_the_results_socket_is_counted_and_disturbs_no_subscriber(
             for _ in range(4_000):
                 if counted(service)["subscription"] - before["subscription"] >= sent:
                     break
-                steady.ask(wire.Describe(), wire.Described)
+                steady.ask(messages.Describe(), messages.Described)
             assert counted(service)["subscription"] - before["subscription"] == sent > 0
             before = counted(service)
             stranger.send(b"\x01" + b"t" * 5_000)  # a topic too long: cut off
             for _ in range(4_000):
                 if counted(service)["disconnected"] > before["disconnected"]:
                     break
-                steady.ask(wire.Describe(), wire.Described)
+                steady.ask(messages.Describe(), messages.Described)
             assert counted(service)["disconnected"] > before["disconnected"]
         finally:
             context.destroy(linger=0)
-        steady.ask(wire.Close(session="heard"), wire.Closed)
+        steady.ask(messages.Close(session="heard"), messages.Closed)
 
 
 def test_a_reader_that_tries_to_feed_is_refused_and_counted(service: Served, folder: Path) -> None:
@@ -351,14 +351,19 @@ def test_a_reader_that_tries_to_feed_is_refused_and_counted(service: Served, fol
     ):
         steady.subscribe("mine")
         reader.subscribe("mine")  # that it may
-        steady.ask(open_("mine"), wire.Opened)
+        steady.ask(open_("mine"), messages.Opened)
         before = counted(service)
-        tried = (open_("mine", epoch=1), bin_("mine", 0, ROW), wire.Close(session="mine"))
-        for message in (*tried, wire.Swap(), wire.Load(path="m.safetensors"), wire.Rollback()):
-            assert reader.ask(message, wire.Refused).field == "role"
+        tried = (open_("mine", epoch=1), bin_("mine", 0, ROW), messages.Close(session="mine"))
+        for message in (
+            *tried,
+            messages.Swap(),
+            messages.Load(path="m.safetensors"),
+            messages.Rollback(),
+        ):
+            assert reader.ask(message, messages.Refused).field == "role"
         assert counted(service) - before == Counter({"role": 6})
         steady.send(bin_("mine", 0, ROW))
         (mine,), (seen,) = steady.results(1), reader.results(1)
         assert mine == seen
         assert (mine.index, mine.epoch, mine.status) == (0, 0, "ok")
-        steady.ask(wire.Close(session="mine"), wire.Closed)
+        steady.ask(messages.Close(session="mine"), messages.Closed)

@@ -19,11 +19,11 @@ import zmq
 
 from feeder import UNITS, Feeder, bin_, numbers, open_
 from ilqr_clients.load import Generator, Outcome, quantiles
-from ilqr_clients.plan import Faults, Load
-from ilqr_service.verify import verify
-from ilqr_vae import wire
+from ilqr_clients.load_schedule import Faults, Load
+from ilqr_service.journal.verify import verify
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, save_artifact
-from ilqr_vae.horizon import HorizonConfig
+from ilqr_vae.protocol import messages
+from ilqr_vae.streaming.horizon import HorizonConfig
 from process import Served, offline, served
 from rig import BIN_S, make_model, spec
 
@@ -217,7 +217,7 @@ def test_models_of_different_units_and_bin_widths_at_once(tmp_path: Path) -> Non
     }
     slots = [f"{slot}={path}" for slot, path in models.items() if slot != "main"]
     options = [part for slot in slots for part in ("--slot", slot)]
-    got: dict[str, dict[int, wire.Result]] = {}
+    got: dict[str, dict[int, messages.Result]] = {}
     with (
         served(models["main"], tmp_path / "log", *options) as service,
         Feeder(service.ingest, service.results) as feeder,
@@ -227,9 +227,9 @@ def test_models_of_different_units_and_bin_widths_at_once(tmp_path: Path) -> Non
             got[name] = {}
             feeder.subscribe(name)
             about = {"units": names[slot], "bin_width_ns": round(widths[slot] * 1e9)}
-            feeder.ask(open_(name, model="" if slot == "main" else slot, **about), wire.Opened)
+            feeder.ask(open_(name, model="" if slot == "main" else slot, **about), messages.Opened)
         wrong = open_("wrong", units=names["main"], model="fine")
-        assert feeder.ask(wrong, wire.Refused).field in {"bin_width_ns", "units"}
+        assert feeder.ask(wrong, messages.Refused).field in {"bin_width_ns", "units"}
         for first in range(0, n_bins, 20):
             for index in range(first, first + 20):
                 for (slot, k), rows in counts.items():

@@ -18,11 +18,11 @@ import pytest
 import zmq
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
-from ilqr_clients.plan import Faults, Load, counts_of
+from ilqr_clients.load_schedule import Faults, Load, counts_of
 from ilqr_clients.sdk import ServiceClient, Session
-from ilqr_service.records import Answered, records, segments
-from ilqr_service.verify import verify
-from ilqr_vae import wire
+from ilqr_service.journal.records import Answered, records, segments
+from ilqr_service.journal.verify import verify
+from ilqr_vae.protocol import messages
 from process import ENVIRONMENT, Served, offline, served
 from rig import BIN_S, make_model
 
@@ -128,8 +128,8 @@ def test_a_feeder_that_is_killed_is_followed_by_another(
             name, newest = "", -1
             while newest < 40:
                 assert reader.sub.poll(WAIT_S * 1e3)
-                message = wire.decode_published(reader.sub.recv_multipart()[-1])
-                if isinstance(message, wire.Result):
+                message = messages.decode_published(reader.sub.recv_multipart()[-1])
+                if isinstance(message, messages.Result):
                     name, newest = message.session, message.index
         finally:
             feeding.kill()
@@ -223,10 +223,10 @@ def test_sessions_that_come_and_go_leave_nothing_behind(service: Served) -> None
         with Feeder(service.ingest, service.results) as feeder:
             names = [f"churn-{round_}-{k}" for k in range(sessions)]
             for name in names:
-                feeder.send(open_(name), bin_(name, 0, row), wire.Close(session=name))
+                feeder.send(open_(name), bin_(name, 0, row), messages.Close(session=name))
             closed = 0
             while closed < sessions:
-                closed += isinstance(feeder.reply(), wire.Closed)
+                closed += isinstance(feeder.reply(), messages.Closed)
         memory = process.memory_info().rss >> 20
         grown.append((memory, process.num_threads(), process.num_fds()))
     half = len(grown) // 2
@@ -241,7 +241,7 @@ def test_a_full_disk_stops_no_answer_and_is_told(service: Served) -> None:
     counts = spikes(120)
     with Feeder(service.ingest, service.results) as feeder:
         feeder.subscribe("disk")
-        feeder.ask(open_("disk"), wire.Opened)
+        feeder.ask(open_("disk"), messages.Opened)
         feeder.send(*(bin_("disk", i, counts[i]) for i in range(40)))
         results = feeder.results(40)
         pid = service.process.pid
@@ -261,7 +261,7 @@ def test_a_full_disk_stops_no_answer_and_is_told(service: Served) -> None:
             index += 1
         feeder.send(*(bin_("disk", i, counts[i]) for i in range(index, 120)))
         results += feeder.results(120 - index)
-        feeder.ask(wire.Close(session="disk"), wire.Closed)
+        feeder.ask(messages.Close(session="disk"), messages.Closed)
     assert metric(service, "ilqr_journal_ok", 1.0) == 1.0
     assert [r.index for r in results] == list(range(120))
     assert {r.status for r in results} == {"ok"}
@@ -283,16 +283,16 @@ def test_a_long_run_stays_flat_and_exact(service: Served, model_file: Path) -> N
     counts = spikes(n_bins, seed=5)
     process = psutil.Process(service.process.pid)
     memory: list[int] = []
-    tail: list[wire.Result] = []
+    tail: list[messages.Result] = []
     with Feeder(service.ingest, service.results) as feeder:
         feeder.subscribe("soak")
-        feeder.ask(open_("soak"), wire.Opened)
+        feeder.ask(open_("soak"), messages.Opened)
         for first in range(0, n_bins, 50):
             feeder.send(*(bin_("soak", i, counts[i]) for i in range(first, first + 50)))
             tail = feeder.results(50)
             assert [r.index for r in tail] == list(range(first, first + 50))
             memory.append(process.memory_info().rss)
-        feeder.ask(wire.Close(session="soak"), wire.Closed)
+        feeder.ask(messages.Close(session="soak"), messages.Closed)
     half = len(memory) // 2
     assert (max(memory[half:]) - max(memory[:half])) >> 20 <= (16 if FULL else 8)
     everything = np.ones(counts.shape, dtype=bool)

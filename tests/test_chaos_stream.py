@@ -16,8 +16,8 @@ import pytest
 
 from feeder import UNITS, numbers
 from ilqr_clients.load import Generator, Outcome
-from ilqr_clients.plan import Faults, Load, counts_of
-from ilqr_vae import wire
+from ilqr_clients.load_schedule import Faults, Load, counts_of
+from ilqr_vae.protocol import messages
 from process import Served, offline, served
 from rig import make_model
 
@@ -137,6 +137,6 @@ def test_wire_defaults_are_additive() -> None:
         "bin_width_ns": 1,
         "deadline_ns": 0,
     }
-    message = wire.decode_upstream(msgspec.msgpack.encode(old))
-    assert isinstance(message, wire.Open)
+    message = messages.decode_upstream(msgspec.msgpack.encode(old))
+    assert isinstance(message, messages.Open)
     assert (message.clocked, message.resume, message.watch_units) == (False, False, False)

@@ -17,9 +17,9 @@ import pytest
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_service.hygiene import Hygiene
+from ilqr_service.journal.verify import verify
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.verify import verify
-from ilqr_vae import wire
+from ilqr_vae.protocol import messages
 from process import metrics, offline, served
 from rig import make_model
 
@@ -63,7 +63,7 @@ def test_a_disk_without_space_stops_no_answer_and_the_journal_goes_on_when_there
 ) -> None:
     """ENOSPC by the kernel: a file system filled to its last byte, and freed again."""
     counts = spikes(4_000)
-    results: list[wire.Result] = []
+    results: list[messages.Result] = []
     (tmp_path / "s.toml").write_text("snapshot_every = 10\n")
     disk = tmp_path / "disk"
     with (
@@ -78,7 +78,7 @@ def test_a_disk_without_space_stops_no_answer_and_the_journal_goes_on_when_there
     ):
         inside = Path(f"/proc/{service.process.pid}/root{disk}")
         feeder.subscribe("disk")
-        feeder.ask(open_("disk"), wire.Opened)
+        feeder.ask(open_("disk"), messages.Opened)
 
         def feed(n: int) -> None:
             first = len(results)
@@ -101,7 +101,7 @@ def test_a_disk_without_space_stops_no_answer_and_the_journal_goes_on_when_there
             feed(5)
         feed(40)
         assert metrics(service)["ilqr_journal_ok"] == 1.0
-        feeder.ask(wire.Close(session="disk"), wire.Closed)
+        feeder.ask(messages.Close(session="disk"), messages.Closed)
         shutil.copytree(inside / "journal", tmp_path / "kept")
         assert service.stop() == 0
     log = (tmp_path / "log").read_text()
@@ -155,13 +155,13 @@ def test_what_is_asked_of_the_kernel_is_in_force_or_said_not_to_be(
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
+        feeder.ask(open_("s"), messages.Opened)
         feeder.send(*(bin_("s", i, row) for i, row in enumerate(spikes(20))))
         assert {r.status for r in feeder.results(20)} == {"ok"}
         report: dict[str, str] = service.ready["hygiene"]
         pid = service.process.pid
         seen, locked, shown = threads(pid), locked_kb(pid), metrics(service)
-        feeder.ask(wire.Close(session="s"), wire.Closed)
+        feeder.ask(messages.Close(session="s"), messages.Closed)
         assert service.stop() == 0
     each = [f"{what} {thread}" for what in ("cpus", "realtime") for thread in ("io", "solver")]
     assert set(report) == {"gc", "malloc", "lock_memory", *each}

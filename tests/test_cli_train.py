@@ -14,7 +14,7 @@ from scipy import io
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.recordings import MatSpec, RecordingSpec
-from ilqr_vae.recordings.spec import plan_drops, warmup_start
+from ilqr_vae.recordings.split import plan_drops, warmup_start
 from rig import N_BINS, SPLIT, make_model, write_recording
 from tiny import config, write_config
 

@@ -20,13 +20,13 @@ from rich.console import Console
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
 from ilqr_clients.load import Generator
+from ilqr_clients.load_schedule import Faults, Load
 from ilqr_clients.monitor import Monitor, view
-from ilqr_clients.plan import Faults, Load
-from ilqr_clients.replay import CROSSING, stream
 from ilqr_clients.sdk import ServiceClient
+from ilqr_clients.stream import CROSSING, stream
 from ilqr_service.server import Service
-from ilqr_vae import wire
-from ilqr_vae.clock import DRIFT, ClockOffset, ClockTrack, offset_of, this_clock
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.clock import DRIFT, ClockOffset, ClockTrack, offset_of, this_clock
 from rig import BIN_S, make_model, serving
 
 SECOND = 1_000_000_000
@@ -188,10 +188,10 @@ def test_the_services_own_metric_is_corrected_and_says_how_far_off_it_may_be(
     assert 0 < grown["ilqr_wire_in_uncertainty_seconds_sum"] < 20.0
     with Feeder(service.ingest, service.results) as feeder:  # one that says nothing of its clock
         feeder.subscribe("mute")
-        feeder.ask(open_("mute"), wire.Opened)
+        feeder.ask(open_("mute"), messages.Opened)
         feeder.send(bin_("mute", 0, spikes(1)[0]))
         feeder.results(1)
-        feeder.ask(wire.Close(session="mute"), wire.Closed)
+        feeder.ask(messages.Close(session="mute"), messages.Closed)
     last = settled(service, "ilqr_unclocked_total", after, 1)
     assert last["ilqr_unclocked_total"] == after["ilqr_unclocked_total"] + 1
     assert last["ilqr_wire_in_seconds_count"] == after["ilqr_wire_in_seconds_count"]
@@ -295,20 +295,20 @@ def test_an_old_offset_is_probed_anew_while_bins_are_sent(service: Service) -> N
 def test_source_times_rise_with_the_index(service: Service) -> None:
     with Feeder(service.ingest, service.results) as feeder:
         feeder.subscribe("time")
-        feeder.ask(open_("time"), wire.Opened)
+        feeder.ask(open_("time"), messages.Opened)
         row = spikes(1)[0]
 
-        def at(index: int, source_ns: int) -> wire.Bin:
-            whole = wire.pack(row, "<u2")
-            return wire.Bin(session="time", index=index, source_ns=source_ns, counts=whole)
+        def at(index: int, source_ns: int) -> messages.Bin:
+            whole = messages.pack(row, "<u2")
+            return messages.Bin(session="time", index=index, source_ns=source_ns, counts=whole)
 
         feeder.send(at(0, 100), at(1, 100), at(4, 400))
         assert [r.index for r in feeder.results(5)] == list(range(5))
         for bad in (at(5, 399), at(2, 401)):  # a later bin before, an earlier one after
-            refused = feeder.ask(bad, wire.Refused)
+            refused = feeder.ask(bad, messages.Refused)
             assert refused.field == "source_ns"
             assert "bin 4's 400" in refused.expected
         feeder.send(at(5, 500), at(2, 200))
         assert {r.index for r in feeder.results(5)} == {2, 3, 4, 5}
-        feeder.ask(wire.Close(session="time"), wire.Closed)
+        feeder.ask(messages.Close(session="time"), messages.Closed)
     assert service.telemetry.counts()["refused:source_ns"] == 2

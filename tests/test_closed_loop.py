@@ -21,10 +21,10 @@ from ilqr_clients.closed_loop import (
 from ilqr_clients.closed_loop_cli import summary_line
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
-from ilqr_vae.centre_out import CentreOut, TrialRecord
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ConfigError, ServiceError
-from ilqr_vae.subject import Subject
+from ilqr_vae.simulated.centre_out import CentreOut, TrialRecord
+from ilqr_vae.simulated.subject import Subject
 from rig import BIN_S, make_model, serving
 
 N_UNITS = 6

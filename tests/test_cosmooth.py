@@ -11,14 +11,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ilqr_training.cosmooth import (
+from ilqr_training.evaluation.cosmoothing import (
     LONG,
     OURS_REGRESSED,
     cosmooth,
     held_out_units,
     smoothing_solve,
 )
-from ilqr_training.cosmooth_rivals import (
+from ilqr_training.evaluation.cosmoothing_baselines import (
     FACTORS,
     SMOOTHING,
     factors,
@@ -29,11 +29,11 @@ from ilqr_training.cosmooth_rivals import (
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ConfigError, ShapeError
-from ilqr_vae.likelihoods import Observed
-from ilqr_vae.metrics import bits_per_spike
-from ilqr_vae.prediction import infer
+from ilqr_vae.inference.prediction import infer
+from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.recordings import Recording, SplitSpec, load_recording
-from ilqr_vae.report.score import OURS
+from ilqr_vae.scoring.metrics import bits_per_spike
+from ilqr_vae.scoring.score import OURS
 from rig import make_model, spec, write_recording
 from small import make_model as make_gaussian
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import io
 
-from ilqr_training.cosmooth import OURS_REGRESSED
-from ilqr_training.decoding_table import rows_of, tables
+from ilqr_training.evaluation.cosmoothing import OURS_REGRESSED
+from ilqr_training.evaluation.tables import rows_of, tables
 from ilqr_vae.cli import main
-from ilqr_vae.report.score import OURS, WIENER
+from ilqr_vae.scoring.score import OURS, WIENER
 from rig import N_BINS, SPLIT, write_recording
 from tiny import config, write_config
 

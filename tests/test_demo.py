@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ilqr_vae.cli import main
-from ilqr_vae.demo_steps import Interrupted, StepError, interruptible, run, serving
+from ilqr_vae.commands.children import Interrupted, StepError, interruptible, run, serving
 from rig import make_model
 
 TINY = """

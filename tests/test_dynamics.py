@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ilqr_vae.dynamics import FAMILIES, MGU2, Dynamics, DynamicsOptions, Linear, Weights
+from ilqr_vae.model.dynamics import FAMILIES, MGU2, Dynamics, DynamicsOptions, Linear, Weights
 from small import perturb
 
 SEEDS = st.integers(0, 2**31)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from feeder import WAIT_S, Feeder
 from ilqr_clients.sdk import ServiceClient
-from ilqr_vae import wire
-from ilqr_vae.recordings.spec import plan_drops, warmup_start
+from ilqr_vae.protocol import messages
+from ilqr_vae.recordings.split import plan_drops, warmup_start
 from rig import N_BINS, SPLIT, write_recording
 from tiny import config, write_config
 
@@ -128,9 +128,9 @@ def test_the_whole_chain(served: Served) -> None:
     )
     with clocked, Feeder(served.ingest, served.results) as stranger:
         try:
-            stranger.sub.setsockopt(zmq.SUBSCRIBE, wire.topic("timed"))
+            stranger.sub.setsockopt(zmq.SUBSCRIBE, messages.topic("timed"))
             assert len(stranger.results(20)) == 20
-            refused = stranger.ask(b"\xc1 no message", wire.Refused)
+            refused = stranger.ask(b"\xc1 no message", messages.Refused)
             assert refused.field
             assert refused.session == ""
             assert clocked.poll() is None, "the malformed message came too late"

@@ -16,17 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feeder import UNITS
-from ilqr_service.batch import Cost
-from ilqr_service.engine import Engine
-from ilqr_service.fleet import Fleet, Quota
-from ilqr_service.runs import unpack_work
-from ilqr_service.scheduler import Scheduler
+from ilqr_service.journal.verify import computed
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.states import Pool
-from ilqr_service.verify import computed
+from ilqr_service.solving.engine import Engine
+from ilqr_service.solving.engines import Fleet, Quota
+from ilqr_service.solving.pool import Pool
+from ilqr_service.solving.run import unpack_work
+from ilqr_service.solving.scheduler import Scheduler
+from ilqr_service.solving.stepper import Cost
 from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, Work
-from ilqr_vae import backend, threads
-from ilqr_vae.streams import HorizonState
+from ilqr_vae.kernels import backend
+from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.streaming.state import HorizonState
 from rig import make_model
 
 N = len(UNITS)
@@ -222,7 +223,8 @@ def test_rows_are_free_when_nothing_refers_to_them(engine: Engine) -> None:
 
 def test_batches_of_all_sizes_and_kinds_compile_nothing_once_warm(model_file: Path) -> None:
     """And the states stay in the memory where they are."""
-    from ilqr_vae.fused import iteration, steps
+    from ilqr_vae.kernels.cpu import iteration
+    from ilqr_vae.kernels.cpu import step as steps
 
     entries: tuple[Any, ...] = (steps.step, steps.pass_by, iteration.solve)
     engine = Engine.load(model_file, ServiceSettings(device="cpu", max_sessions=40))

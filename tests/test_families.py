@@ -11,23 +11,17 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ilqr_vae import elbo, ilqr, implicit
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, load_artifact, save_artifact
-from ilqr_vae.dynamics import FAMILIES, MGU2, DynamicsOptions, Linear
 from ilqr_vae.errors import ArtifactError, ConfigError, ShapeError
-from ilqr_vae.horizon import HorizonConfig
-from ilqr_vae.likelihoods import (
-    LIKELIHOODS,
-    Gaussian,
-    Observed,
-    Poisson,
-    SoftplusPoisson,
-)
+from ilqr_vae.inference import elbo, ilqr, implicit
+from ilqr_vae.inference.posterior import Kronecker, laplace_at
 from ilqr_vae.lqr import LQRProblem, solve_lqr
-from ilqr_vae.model import Model
-from ilqr_vae.posterior import Kronecker, laplace_at
-from ilqr_vae.priors import INPUT_PRIORS, DiagonalGaussian, StudentPrior
+from ilqr_vae.model.dynamics import FAMILIES, MGU2, DynamicsOptions, Linear
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import LIKELIHOODS, Gaussian, Observed, Poisson, SoftplusPoisson
+from ilqr_vae.model.priors import INPUT_PRIORS, DiagonalGaussian, StudentPrior
 from ilqr_vae.recordings import RecordingSpec
+from ilqr_vae.streaming.horizon import HorizonConfig
 
 DTYPE = torch.float64
 

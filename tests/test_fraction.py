@@ -9,8 +9,8 @@ import pytest
 from ilqr_training.config import TrainConfig, check, with_fraction
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording, SplitSpec
-from ilqr_vae.recordings.sessions import join
-from ilqr_vae.recordings.spec import rehearsal
+from ilqr_vae.recordings.joined import join
+from ilqr_vae.recordings.split import rehearsal
 
 T = 1000
 SPLIT = SplitSpec(train=0.6, validation=0.75)

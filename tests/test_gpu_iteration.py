@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilqr_vae import backend, ilqr, line_search
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
-from ilqr_vae.gpu.iteration import Iteration, packed
-from ilqr_vae.horizon import HorizonConfig, HorizonState, MovingHorizon
-from ilqr_vae.likelihoods import Observed
+from ilqr_vae.inference import ilqr, line_search
+from ilqr_vae.inference.on_gpu import Iteration, packed
+from ilqr_vae.kernels import backend
 from ilqr_vae.lqr import solve_lqr
-from ilqr_vae.model import Model
-from ilqr_vae.priors import InitialCost
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observed
+from ilqr_vae.model.priors import InitialCost
+from ilqr_vae.streaming.horizon import HorizonConfig, HorizonState, MovingHorizon
 from test_lqr_gpu import on_each_device
 from test_rollout import normal
 
-code = pytest.importorskip("ilqr_vae.gpu.iteration_kernels")
+code = pytest.importorskip("ilqr_vae.kernels.gpu.iteration")
 CASES = pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-11), (torch.float32, 1e-4)],

@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ilqr_vae.gpu import rollout as rollout_gpu
-from ilqr_vae.rollout import adjoint, closed_loop_reference, rollout
+from ilqr_vae.model import rollout as rollouts
+from ilqr_vae.model.rollout import adjoint, closed_loop_reference, rollout
 from small import make_model
 from test_lqr_gpu import on_each_device
 from test_rollout import normal, policy
 
-code = pytest.importorskip("ilqr_vae.gpu.rollout_kernels")
+code = pytest.importorskip("ilqr_vae.kernels.gpu.dynamics")
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 2e-5)]
 
 
@@ -31,14 +31,14 @@ def test_closed_loop_is_the_reference(
     # three trajectories a law
     given[0] = torch.cat([given[0], 0.5 * given[0], -given[0]])
     given[5] = torch.cat([given[5], 0.5 * given[5], 0 * given[5]])
-    z, u = rollout_gpu.closed_loop(code, model.dynamics, w, True, *given)
+    z, u = rollouts._gpu_closed_loop(code, model.dynamics, w, True, *given)
     z_, u_ = closed_loop_reference(model.dynamics, w, *given)
     assert z.dtype == u.dtype == dtype
     scale = 1 + float(z_.abs().max()) + float(u_.abs().max())
     torch.testing.assert_close(z, z_, rtol=0, atol=tolerance * scale)
     torch.testing.assert_close(u, u_, rtol=0, atol=tolerance * scale)
     z0 = given[0][:B]
-    z, u = rollout_gpu.closed_loop(code, model.dynamics, w, False, z0, z0, given[2], z0, z0, z0)
+    z, u = rollouts._gpu_closed_loop(code, model.dynamics, w, False, z0, z0, given[2], z0, z0, z0)
     z_ = rollout(model.dynamics, w, z0, given[2])
     torch.testing.assert_close(z, z_, rtol=0, atol=tolerance * scale)
     assert torch.equal(u, given[2])
@@ -52,6 +52,6 @@ def test_adjoint_is_the_reference(
 ) -> None:
     A, gz = normal(4, (B, T, n, n), (B, T + 1, n))
     truth = adjoint(0.3 * A, gz)
-    found = rollout_gpu.adjoint(code, *(x.to(device, dtype) for x in (0.3 * A, gz)))
+    found = rollouts._gpu_adjoint(code, *(x.to(device, dtype) for x in (0.3 * A, gz)))
     atol = tolerance * float(truth.abs().max())
     torch.testing.assert_close(found.cpu().double(), truth, rtol=0, atol=atol)

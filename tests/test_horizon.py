@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilqr_vae import backend, ilqr
-from ilqr_vae.horizon import HorizonConfig, MovingHorizon
-from ilqr_vae.ilqr import SolverConfig, Status
-from ilqr_vae.likelihoods import Observed
-from ilqr_vae.model import Model
-from ilqr_vae.readout import KinematicReadout, ReadoutShape
-from ilqr_vae.streams import Estimate, HorizonState
+from ilqr_vae.inference import ilqr
+from ilqr_vae.inference.problem import SolverConfig, Status
+from ilqr_vae.kernels import backend
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observed
+from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
+from ilqr_vae.streaming.state import Estimate, HorizonState
 from small import as_problem, draw_data, kalman, make_model, rest
 
 NUMBERS = ("z", "z_cov", "window", "rates", "kinematics", "kinematics_std", "bits", "spikes")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ilqr_vae import ilqr
-from ilqr_vae.dynamics import FAMILIES, Dynamics, DynamicsOptions, Weights
-from ilqr_vae.ilqr import SolverConfig, Status
-from ilqr_vae.likelihoods import Observed
-from ilqr_vae.model import Model
+from ilqr_vae.inference import ilqr
+from ilqr_vae.inference.problem import SolverConfig, Status
+from ilqr_vae.model.dynamics import FAMILIES, Dynamics, DynamicsOptions, Weights
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observed
 from small import TIGHT, as_problem, draw_data, loop_rollout, make_model, rest
 
 PATIENT = SolverConfig(iterations=300, tolerance=1e-13)

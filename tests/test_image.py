@@ -21,7 +21,7 @@ import yaml
 
 from dockerfile import Image, instructions
 from feeder import UNITS, Feeder, bin_, open_, spikes
-from ilqr_vae import wire
+from ilqr_vae.protocol import messages
 from rig import make_model
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def test_the_images_steps_give_a_service_that_is_healthy_and_not_root(tmp_path: 
         told = json.loads(ready.read_text())
         with Feeder(told["ingest"], told["results"]) as feeder:
             feeder.subscribe("s")
-            feeder.ask(open_("s"), wire.Opened)
+            feeder.ask(open_("s"), messages.Opened)
             feeder.send(*(bin_("s", i, row) for i, row in enumerate(spikes(5))))
             assert {r.status for r in feeder.results(5)} == {"ok"}
         process.send_signal(signal.SIGTERM)

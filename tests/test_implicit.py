@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilqr_vae import elbo, ilqr, implicit
-from ilqr_vae.dynamics import FAMILIES
-from ilqr_vae.ilqr import Status
-from ilqr_vae.likelihoods import Observed
-from ilqr_vae.model import Model
-from ilqr_vae.posterior import Kronecker
+from ilqr_vae.inference import elbo, ilqr, implicit
+from ilqr_vae.inference.posterior import Kronecker
+from ilqr_vae.inference.problem import Status
+from ilqr_vae.model.dynamics import FAMILIES
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observed
 from small import TIGHT, as_problem, draw_data, make_model, perturb, rest
 
 B, T = 2, 5

@@ -12,9 +12,7 @@ import pytest
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
-from ilqr_service.engine import Engine
-from ilqr_service.journal import Journal
-from ilqr_service.records import (
+from ilqr_service.journal.records import (
     MAGIC,
     Answered,
     Began,
@@ -26,14 +24,16 @@ from ilqr_service.records import (
     records,
     segments,
 )
-from ilqr_service.resume import open_runs, take_up
-from ilqr_service.runs import pack_work
+from ilqr_service.journal.resume import open_runs, take_up
+from ilqr_service.journal.verify import Verdict, verify
+from ilqr_service.journal.writer import Journal
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.verify import Verdict, verify
+from ilqr_service.solving.engine import Engine
+from ilqr_service.solving.run import pack_work
 from ilqr_service.work import Work
-from ilqr_vae import wire
 from ilqr_vae.errors import JournalError, ServiceError
+from ilqr_vae.protocol import messages
 from rig import make_model, serving
 
 
@@ -64,7 +64,7 @@ def standing(folder: Path) -> tuple[object, ...]:
 @pytest.mark.chaos
 @pytest.mark.parametrize("kind", [Worked, Answered, Kept])
 def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone(
-    left_open: tuple[Path, list[wire.Result]], model_file: Path, kind: type[Record]
+    left_open: tuple[Path, list[messages.Result]], model_file: Path, kind: type[Record]
 ) -> None:
     folder, _ = left_open
     (path,) = segments(folder)
@@ -94,7 +94,7 @@ def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone
 
 @pytest.mark.chaos
 def test_a_service_takes_up_a_torn_journal_and_answers_again_what_was_torn(
-    left_open: tuple[Path, list[wire.Result]], model_file: Path
+    left_open: tuple[Path, list[messages.Result]], model_file: Path
 ) -> None:
     folder, results = left_open
     (path,) = segments(folder)
@@ -106,11 +106,11 @@ def test_a_service_takes_up_a_torn_journal_and_answers_again_what_was_torn(
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
-        opened = feeder.ask(open_("s", resume=True, answered=28), wire.Opened)
+        opened = feeder.ask(open_("s", resume=True, answered=28), messages.Opened)
         assert (opened.resumed, opened.next_index) == (True, 30)
         feeder.send(bin_("s", 30, spikes(31)[30]))
         again = {r.index: r for r in feeder.results(2)}
-        feeder.ask(wire.Close(session="s"), wire.Closed)
+        feeder.ask(messages.Close(session="s"), messages.Closed)
     assert set(again) <= {29, 30}  # 29 may have been there already when this one subscribed
     np.testing.assert_array_equal(numbers(again[29]), numbers(results[29]))
     assert again[29].revision == 0
@@ -119,7 +119,7 @@ def test_a_service_takes_up_a_torn_journal_and_answers_again_what_was_torn(
 
 
 def test_a_segment_torn_in_its_beginning_counts_for_nothing(
-    left_open: tuple[Path, list[wire.Result]],
+    left_open: tuple[Path, list[messages.Result]],
 ) -> None:
     folder, _ = left_open
     (path,) = segments(folder)
@@ -197,7 +197,7 @@ def test_old_segments_go_and_the_rest_is_enough(model_file: Path, tmp_path: Path
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
+        feeder.ask(open_("s"), messages.Opened)
         feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(120))))
         feeder.results(120)
     assert len(segments(tmp_path)) == 2
@@ -224,7 +224,7 @@ def test_a_restarted_service_goes_on_where_the_other_stood(
     counts = spikes(60)
     with serving(model_file) as plain, Feeder(plain.ingest, plain.results) as feeder:
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
+        feeder.ask(open_("s"), messages.Opened)
         feeder.send(*(bin_("s", i, counts[i]) for i in range(60)))
         expected = feeder.results(60)
     with (
@@ -232,25 +232,25 @@ def test_a_restarted_service_goes_on_where_the_other_stood(
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
+        feeder.ask(open_("s"), messages.Opened)
         feeder.send(*(bin_("s", i, counts[i]) for i in range(33)))
         feeder.results(33)
-        feeder.ask(wire.Describe(), wire.Described)
+        feeder.ask(messages.Describe(), messages.Described)
         shutil.copytree(tmp_path / "a", tmp_path / "b")
     with (
         serving(model_file, journal=str(tmp_path / "b")) as service,
         Feeder(service.ingest, service.results) as feeder,
     ):
         last = feeder.subscribe("s")
-        assert isinstance(last, wire.Result)
+        assert isinstance(last, messages.Result)
         assert last.index == 32
-        opened = feeder.ask(open_("s", resume=True, answered=32), wire.Opened)
+        opened = feeder.ask(open_("s", resume=True, answered=32), messages.Opened)
         assert (opened.resumed, opened.next_index) == (True, 33)
         feeder.send(*(bin_("s", i, counts[i]) for i in range(33, 60)))
         for got, want in zip(feeder.results(27), expected[33:], strict=True):
             assert (got.index, got.revision) == (want.index, 0)
             np.testing.assert_array_equal(numbers(got), numbers(want))
-        feeder.ask(wire.Close(session="s"), wire.Closed)
+        feeder.ask(messages.Close(session="s"), messages.Closed)
     verdict = verify(tmp_path / "b", [model_file])
     assert verdict == Verdict(1, 60, 60)
     kinds = {type(r) for p in segments(tmp_path / "b") for r in records(p)}
@@ -258,7 +258,7 @@ def test_a_restarted_service_goes_on_where_the_other_stood(
 
 
 def test_without_its_model_a_session_ends_and_the_service_runs(
-    model_file: Path, left_open: tuple[Path, list[wire.Result]], tmp_path: Path
+    model_file: Path, left_open: tuple[Path, list[messages.Result]], tmp_path: Path
 ) -> None:
     folder, _ = left_open
     other = make_model(tmp_path / "other.safetensors", n_units=7, names=UNITS, kinematics=False)
@@ -280,13 +280,13 @@ def test_a_service_that_died_soon_after_a_swap_is_taken_up_on_the_new_model(
         ServiceClient(service.ingest, timeout=60.0) as control,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
+        feeder.ask(open_("s"), messages.Opened)
         feeder.send(*(bin_("s", i, counts[i]) for i in range(15)))
         feeder.results(15)
         control.load(new.name)
         feeder.send(*(bin_("s", i, counts[i]) for i in range(15, 18)))
         feeder.results(3)
-        feeder.ask(wire.Describe(), wire.Described)
+        feeder.ask(messages.Describe(), messages.Described)
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         feeder.send(*(bin_("s", i, counts[i]) for i in range(18, 30)))
         expected = feeder.results(12)
@@ -296,7 +296,7 @@ def test_a_service_that_died_soon_after_a_swap_is_taken_up_on_the_new_model(
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
-        opened = feeder.ask(open_("s", resume=True, answered=17), wire.Opened)
+        opened = feeder.ask(open_("s", resume=True, answered=17), messages.Opened)
         assert (opened.resumed, opened.next_index) == (True, 18)
         feeder.send(*(bin_("s", i, counts[i]) for i in range(18, 30)))
         for got, want in zip(feeder.results(12), expected, strict=True):
@@ -305,7 +305,7 @@ def test_a_service_that_died_soon_after_a_swap_is_taken_up_on_the_new_model(
 
 
 def test_bins_left_unanswered_before_a_reboot_are_due_at_once(
-    left_open: tuple[Path, list[wire.Result]], model_file: Path
+    left_open: tuple[Path, list[messages.Result]], model_file: Path
 ) -> None:
     """The clock begins anew at a boot: what was received by the old one may lie ahead."""
     _, live = open_runs(left_open[0])

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilqr_vae import backend, ilqr, line_search, threads
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.fused import solver
-from ilqr_vae.horizon import HorizonConfig, MovingHorizon
-from ilqr_vae.likelihoods import Observed
-from ilqr_vae.rollout import adjoint, closed_loop, jacobians, rollout
+from ilqr_vae.inference import compiled, ilqr, line_search
+from ilqr_vae.kernels import backend
+from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.model.likelihoods import Observed
+from ilqr_vae.model.rollout import adjoint, closed_loop, jacobians, rollout
+from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 from kernel_rig import assert_identical, assert_same, model_of
 
 SIZES = [(20, 5, 40, 3, 8), (3, 2, 7, 4, 5), (17, 9, 33, 2, 3), (1, 1, 1, 1, 1)]
@@ -217,7 +218,7 @@ def test_families_without_kernels_run_in_torch_and_the_log_says_so_once(
         )
     ).double()
     est = MovingHorizon(model, None, torch.ones(4).double(), HorizonConfig(horizon=3))
-    solver._say.cache_clear()
+    compiled._say.cache_clear()
     state = est.init(1)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -230,9 +231,9 @@ def test_families_without_kernels_run_in_torch_and_the_log_says_so_once(
 
 def test_the_switch() -> None:
     problem, _, u = problem_of("mgu2", SIZES[1], torch.float64)
-    assert solver.usable(problem.model, problem.observed, u)
+    assert compiled.usable(problem.model, problem.observed, u)
     with backend.using("reference"):
-        assert not solver.usable(problem.model, problem.observed, u)
+        assert not compiled.usable(problem.model, problem.observed, u)
         assert backend.current() == "reference"
     assert backend.current() == "auto"
     with pytest.raises(ConfigError, match="abacus"):

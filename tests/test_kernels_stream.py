@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ilqr_vae import backend, ilqr, threads
-from ilqr_vae.fused.graphs import Graphs, padded_size, record_plainly
-from ilqr_vae.horizon import HorizonConfig, MovingHorizon
-from ilqr_vae.streams import Estimate, HorizonState
+from ilqr_vae.inference import ilqr
+from ilqr_vae.kernels import backend
+from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.streaming.graphs import Graphs, padded_size, record_plainly
+from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
+from ilqr_vae.streaming.state import Estimate, HorizonState
 from kernel_rig import Stream, assert_identical, assert_same
 
 
@@ -140,11 +142,10 @@ def test_a_step_that_cannot_be_recorded_is_run_and_the_log_says_so_once(
 STEADY = """
 import gc, tracemalloc
 import psutil
-from ilqr_vae.fused import iteration, steps
-from ilqr_vae.lqr import kernels
+from ilqr_vae.kernels.cpu import iteration, lqr, step
 from tests.kernel_rig import Stream
 
-entries = (steps.step, iteration.solve, kernels.solve, kernels.covariance)
+entries = (step.step, iteration.solve, lqr.solve, lqr.covariance)
 stream = Stream(n=4, m=2, N=6)
 state = stream.estimator.init(5)
 bins = [stream.bin(5) for _ in range(50)]

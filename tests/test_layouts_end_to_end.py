@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ilqr_training.config import load_config
-from ilqr_training.train import train
+from ilqr_training.fit.train import train
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.recordings import load_recording

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ilqr_vae.likelihoods import LIKELIHOODS, Gaussian, Likelihood, Observed, Poisson
+from ilqr_vae.model.likelihoods import LIKELIHOODS, Gaussian, Likelihood, Observed, Poisson
 from small import perturb
 
 SEEDS = st.integers(0, 2**31)

@@ -199,21 +199,20 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ilqr_vae.gpu import iteration_kernels, rollout_kernels
-from ilqr_vae.lqr import gpu_kernels
+from ilqr_vae.kernels.gpu import dynamics, iteration, lqr
 
 sizes = {name: "i32" for name in ("T", "H", "n", "m", "N", "laws", "tiles", "tries")}
 sizes |= {name: "fp32" for name in ("eps", "largest", "armijo", "slack")}
 sizes |= {"ok": "*i8", "seeking": "*i8", "numbers": "*fp64"}
 kernels = (
-    gpu_kernels.solve,
-    gpu_kernels.covariance,
-    rollout_kernels.closed_loop,
-    rollout_kernels.adjoint,
-    iteration_kernels.search,
-    iteration_kernels.linearise,
-    iteration_kernels.derivatives,
-    iteration_kernels.absorb,
+    lqr.solve,
+    lqr.covariance,
+    dynamics.closed_loop,
+    dynamics.adjoint,
+    iteration.search,
+    iteration.linearise,
+    iteration.derivatives,
+    iteration.absorb,
 )
 for number, some in (("fp32", kernels), ("fp64", kernels[:1])):
     for kernel in some:

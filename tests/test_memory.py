@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ilqr_training.config import TrainConfig
-from ilqr_training.data import Prepared, prepare
-from ilqr_training.memory import GIB, Estimate, estimate, refuse_hopeless
+from ilqr_training.fit.crops import Prepared, prepare
+from ilqr_training.fit.memory import GIB, Estimate, estimate, refuse_hopeless
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording
 from tiny import config
@@ -22,13 +22,13 @@ from tiny import config
 MEASURED = """
 import numpy as np, torch
 from test_memory import prepared
-from ilqr_training.build import build_model
+from ilqr_training.fit.build import build_model
 from ilqr_training.config import LoopConfig, ModelConfig, ReadoutConfig, TrainConfig
-from ilqr_training.data import Crops
-from ilqr_training.loop import gradient_step, start
-from ilqr_training.memory import estimate, resident
-from ilqr_training.validate import validate
-from ilqr_vae.horizon import HorizonConfig
+from ilqr_training.fit.crops import Crops
+from ilqr_training.fit.loop import gradient_step, start
+from ilqr_training.fit.memory import estimate, resident
+from ilqr_training.fit.validate import validate
+from ilqr_vae.streaming.horizon import HorizonConfig
 
 torch.set_num_threads(1)
 settings = TrainConfig(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ilqr_vae import metrics
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.scoring import metrics
 
 VECTORS = np.load(Path(__file__).parent / "data" / "nlb_metric_vectors.npz")
 RATES, SPIKES, NAN_SPIKES = (VECTORS[k] for k in ("rates", "spikes", "spikes_with_nan"))

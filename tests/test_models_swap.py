@@ -13,17 +13,17 @@ import pytest
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
-from ilqr_service.engine import Engine
-from ilqr_service.fleet import Fleet
-from ilqr_service.session import Effects, Limits
-from ilqr_service.sessions import SessionTable
+from ilqr_service.journal.verify import verify
+from ilqr_service.sessions.session import Effects, Limits
+from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.slots import Slots
-from ilqr_service.verify import verify
-from ilqr_vae import wire
+from ilqr_service.solving.engine import Engine
+from ilqr_service.solving.engines import Fleet
+from ilqr_service.solving.slots import Slots
 from ilqr_vae.cli import main
 from ilqr_vae.errors import JournalError, ServiceError
-from ilqr_vae.units import UnitWatch
+from ilqr_vae.protocol import messages
+from ilqr_vae.streaming.unit_watch import UnitWatch
 from process import Served, metrics, offline, served
 from rig import make_model, serving
 
@@ -63,18 +63,18 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
     running, journal = service
     counts = spikes(120)
     a, b = str(running.ready["model"]), ""
-    results: list[wire.Result] = []
+    results: list[messages.Result] = []
     with (
         Feeder(running.ingest, running.results) as feeder,
         ServiceClient(running.ingest, timeout=60.0) as control,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
+        feeder.ask(open_("s"), messages.Opened)
 
         def feed(first: int, last: int) -> None:
             feeder.send(*(bin_("s", i, counts[i]) for i in range(first, last)))
             # taken by the time this is answered: control comes by another connection
-            feeder.ask(wire.Probe(client_ns=0), wire.Probed)
+            feeder.ask(messages.Probe(client_ns=0), messages.Probed)
 
         feed(0, 20)
         for name, said in (
@@ -106,7 +106,7 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
         assert [m.role for m in control.roll_back()] == ["serving", "before"]
         feed(110, 120)
         results += feeder.results(40)
-        feeder.ask(wire.Close(session="s"), wire.Closed)
+        feeder.ask(messages.Close(session="s"), messages.Closed)
     assert [r.index for r in results] == list(range(120))
     assert {r.status for r in results} == {"ok"}
     at = [r.model for r in results]
@@ -139,18 +139,18 @@ def test_slots_serve_models_side_by_side(models: Path) -> None:
     ):
         feeder.subscribe("a")
         feeder.subscribe("b")
-        first = feeder.ask(open_("a"), wire.Opened)
-        second = feeder.ask(open_("b", model="other", units=UNITS[::-1]), wire.Opened)
+        first = feeder.ask(open_("a"), messages.Opened)
+        second = feeder.ask(open_("b", model="other", units=UNITS[::-1]), messages.Opened)
         assert first.model != second.model
-        assert feeder.ask(open_("c", model="other"), wire.Refused).field == "units[0]"
+        assert feeder.ask(open_("c", model="other"), messages.Refused).field == "units[0]"
         counts = spikes(1)[0]
         feeder.send(bin_("a", 0, counts), bin_("b", 0, counts))
         by_session = {r.session: r.model for r in feeder.results(2)}
         assert by_session == {"a": first.model, "b": second.model}
         quick = open_("q", model="quick", bin_width_ns=20_000_000)
-        assert feeder.ask(open_("q", model="quick"), wire.Refused).field == "bin_width_ns"
+        assert feeder.ask(open_("q", model="quick"), messages.Refused).field == "bin_width_ns"
         feeder.subscribe("q")
-        third = feeder.ask(quick, wire.Opened)
+        third = feeder.ask(quick, messages.Opened)
         rows = spikes(12)
         feeder.send(*(bin_("q", i, row) for i, row in enumerate(rows)))
         everything = np.ones(rows.shape, dtype=bool)
@@ -172,7 +172,7 @@ def test_loading_a_model_that_another_slot_serves_takes_nothing_from_its_session
         ServiceClient(running.ingest, timeout=60.0) as control,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s", model="other"), wire.Opened)
+        feeder.ask(open_("s", model="other"), messages.Opened)
         feeder.send(*(bin_("s", i, row) for i, row in enumerate(rows[:10])))
         results = feeder.results(10)
         control.load("b.safetensors", slot="main", shadow=shadow)
@@ -194,14 +194,14 @@ def test_a_model_that_came_to_be_served_while_it_was_loading_is_refused(models: 
                 thread.join(60)
         return slots.loaded()
 
-    slots.load(b"me", wire.Load(path="b.safetensors"))
+    slots.load(b"me", messages.Load(path="b.safetensors"))
     done()
     serving_b = slots.slots["main"].serving
-    slots.rollback(b"me", wire.Rollback())
-    slots.load(b"me", wire.Load(path="b.safetensors", shadow=True))
-    slots.rollback(b"me", wire.Rollback())  # which serves it
+    slots.rollback(b"me", messages.Rollback())
+    slots.load(b"me", messages.Load(path="b.safetensors", shadow=True))
+    slots.rollback(b"me", messages.Rollback())  # which serves it
     (_, reply), *_ = done().replies
-    assert isinstance(reply, wire.Refused)
+    assert isinstance(reply, messages.Refused)
     assert reply.field == "model"
     slot = slots.slots["main"]
     assert slot.serving is serving_b is fleet.engines[serving_b.facts.model]
@@ -251,12 +251,12 @@ def test_the_list_of_masked_units_is_the_estimator_s_through_resets_and_swaps(
         ServiceClient(running.ingest, timeout=60.0) as control,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s", watch_units=True), wire.Opened)
+        feeder.ask(open_("s", watch_units=True), messages.Opened)
 
         def flagged_after(first: int, last: int) -> tuple[str, ...]:
             feeder.send(*(bin_("s", i, rows[i]) for i in range(first, last)))
             feeder.results(last - first)
-            (info,) = feeder.ask(wire.Sessions(), wire.SessionList).sessions
+            (info,) = feeder.ask(messages.Sessions(), messages.SessionList).sessions
             return info.flagged
 
         assert flagged_after(0, 100) == ("u2:dead",)
@@ -276,18 +276,20 @@ def test_a_dead_unit_is_masked_in_a_session_that_asked(
     with Feeder(running.ingest, running.results) as feeder:
         for name, watch in (("plain", False), ("watched", True)):
             feeder.subscribe(name)
-            feeder.ask(open_(name, watch_units=watch), wire.Opened)
+            feeder.ask(open_(name, watch_units=watch), messages.Opened)
             feeder.send(*(bin_(name, i, row) for i, row in enumerate(counts)))
             notice = None
-            results: list[wire.Result] = []
+            results: list[messages.Result] = []
             while len(results) < 300:
                 message = feeder.published()
-                if isinstance(message, wire.Result):
+                if isinstance(message, messages.Result):
                     results.append(message)
                 elif message.what.startswith("unit"):
                     notice = message.what
             assert (notice == "unit u4 masked: dead") == watch
-        infos = {i.session: i for i in feeder.ask(wire.Sessions(), wire.SessionList).sessions}
+        infos = {
+            i.session: i for i in feeder.ask(messages.Sessions(), messages.SessionList).sessions
+        }
         assert infos["watched"].flagged == ("u4:dead",)
         assert infos["plain"].flagged == ()
         assert main(["monitor", "--to", running.ingest, "--once"]) == 0

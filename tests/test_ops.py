@@ -20,13 +20,13 @@ import pytest
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
 from ilqr_clients.load import quantiles
-from ilqr_clients.plan import Faults, Load, schedule
+from ilqr_clients.load_schedule import Faults, Load, schedule
 from ilqr_service.hygiene import Hygiene, parse_cpus
+from ilqr_service.metrics.telemetry import Telemetry
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.telemetry import Telemetry
-from ilqr_vae import wire
 from ilqr_vae.cli import main
+from ilqr_vae.protocol import messages
 from rig import make_model, serving
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -51,10 +51,10 @@ def fed(served: tuple[Service, Path, Path]) -> tuple[Service, Path, Path]:
     counts = spikes(80)
     with Feeder(service.ingest, service.results) as feeder:
         feeder.subscribe("rat-7")
-        feeder.ask(open_("rat-7"), wire.Opened)
+        feeder.ask(open_("rat-7"), messages.Opened)
         feeder.send(*(bin_("rat-7", i, counts[i]) for i in range(80) if i not in (9, 30)))
         feeder.results(80)
-        feeder.ask(wire.Close(session="rat-7"), wire.Closed)
+        feeder.ask(messages.Close(session="rat-7"), messages.Closed)
     return served
 
 
@@ -227,13 +227,13 @@ def test_a_session_of_gaps_and_shed_bins_and_one_of_several_of_its_name_are_clea
         feeder.subscribe("gaps")
         # two recordings under one name and epoch, of which the second begins anywhere
         for first in (0, 2**40):
-            feeder.ask(open_("gaps", anytime=True, deadline_ns=1), wire.Opened)
+            feeder.ask(open_("gaps", anytime=True, deadline_ns=1), messages.Opened)
             lost = first + 40_000  # further than a gap is bridged
             indices = [*range(first, first + 50), *range(lost, lost + 10)]
             bins = zip(indices, counts, strict=True)
             feeder.send(*(bin_("gaps", i, x) for i, x in bins))
             assert "shed" in {r.solver for r in feeder.results(60)}
-            feeder.ask(wire.Close(session="gaps"), wire.Closed)
+            feeder.ask(messages.Close(session="gaps"), messages.Closed)
     capsys.readouterr()
     arguments = ["export", str(journal), "--out", str(tmp_path / "gaps.nwb"), "--session", "gaps"]
     assert main(arguments) == 2

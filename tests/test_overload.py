@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from ilqr_service.scheduler import Scheduler
+from ilqr_service.solving.scheduler import Scheduler
 from ilqr_service.work import NO_SOLVE, SHED, Work
-from ilqr_vae import wire
+from ilqr_vae.protocol import messages
 from test_sessions import FACTS, MS, answer, bin_, open_, table
 
 SESSIONS = 4
@@ -45,7 +45,7 @@ class Overload:
             # the service stamps what it takes off its socket: nothing waits there unseen
             effects = self.table.receive(b"f", bin_(index, session=session), at)
             for _, message in effects.replies:
-                assert isinstance(message, wire.Refused)
+                assert isinstance(message, messages.Refused)
                 self.refused[message.field] += 1
             assert not effects.published  # no reset: every index gets its answer
             for work in effects.work:
@@ -66,7 +66,7 @@ class Overload:
     def _answer(self, work: Work) -> None:
         solver = SHED if work.budget == NO_SOLVE else "converged"
         for message in self.table.answered(answer(work, solver=solver), self.now).published:
-            assert isinstance(message, wire.Result)
+            assert isinstance(message, messages.Result)
             key = (message.session, message.index)
             assert key not in self.answers
             self.answers[key] = (message.status, message.solver, self.now)

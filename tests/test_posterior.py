@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilqr_vae import elbo, ilqr
-from ilqr_vae.likelihoods import Gaussian, Observed
+from ilqr_vae.inference import elbo, ilqr
+from ilqr_vae.inference.posterior import Draw, Kronecker, laplace_draw
 from ilqr_vae.lqr import LQRProblem, LQRSolution, marginal_covariance, solve_lqr
-from ilqr_vae.model import Model
-from ilqr_vae.posterior import Draw, Kronecker, laplace_draw
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Gaussian, Observed
 from small import TIGHT, as_problem, draw_data, kalman, make_model, perturb, rest
 
 B, T, N_LATENT, M = 3, 9, 4, 2

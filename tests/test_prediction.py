@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilqr_vae import elbo, ilqr, prediction
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.errors import ConfigError, ShapeError
-from ilqr_vae.likelihoods import Observed, padded
-from ilqr_vae.model import Model
-from ilqr_vae.posterior import Kronecker
+from ilqr_vae.inference import elbo, ilqr, prediction
+from ilqr_vae.inference.posterior import Kronecker
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observed, padded
 
 DTYPE = torch.float64
 TIGHT = ilqr.SolverConfig(iterations=50, tolerance=1e-14)

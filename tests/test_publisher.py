@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import zmq
 
-from ilqr_service.publisher import Publisher
-from ilqr_vae import wire
+from ilqr_service.transport.results import Publisher
+from ilqr_vae.protocol import messages
 
 
 class Hall:
@@ -26,12 +26,12 @@ class Hall:
         self._there.append(socket)
         socket.connect("inproc://results")
         for topic in topics:
-            socket.setsockopt(zmq.SUBSCRIBE, wire.topic(topic))
+            socket.setsockopt(zmq.SUBSCRIBE, messages.topic(topic))
         return socket
 
     def says(self, session: str, what: str) -> None:
         self.publisher.publish(
-            session, wire.encode(wire.Notice(session=session, epoch=0, what=what))
+            session, messages.encode(messages.Notice(session=session, epoch=0, what=what))
         )
 
 
@@ -46,8 +46,8 @@ def heard(socket: zmq.Socket[bytes]) -> list[str]:
     """Everything that has come, as session:what."""
     got: list[str] = []
     while socket.poll(0):
-        message = wire.decode_published(socket.recv_multipart()[1])
-        assert isinstance(message, wire.Notice)
+        message = messages.decode_published(socket.recv_multipart()[1])
+        assert isinstance(message, messages.Notice)
         got.append(f"{message.session}:{message.what}")
     return got
 
@@ -62,7 +62,7 @@ def test_each_new_subscriber_gets_the_last_message_alone(hall: Hall) -> None:
     hall.says("a", "two")
     assert heard(second) == ["a:one", "b:subscribed", "a:two"]
     assert heard(first) == ["a:two"]
-    first.setsockopt(zmq.UNSUBSCRIBE, wire.topic("a"))
+    first.setsockopt(zmq.UNSUBSCRIBE, messages.topic("a"))
     hall.publisher.welcome()
     hall.says("a", "three")
     assert (heard(first), heard(second)) == ([], ["a:three"])
@@ -82,7 +82,7 @@ def test_a_message_that_is_no_subscription_costs_no_subscriber_anything(
     for _ in range(junk):
         stranger.send(b"\x05nothing that a subscriber would say")
     if leaves:
-        leaving.setsockopt(zmq.UNSUBSCRIBE, wire.topic("a"))
+        leaving.setsockopt(zmq.UNSUBSCRIBE, messages.topic("a"))
     after = [hall.comes(zmq.SUB, name) for name in ("a", "b", "c")]
     hall.publisher.welcome()
     assert hall.publisher.strange() == {"refused:subscription": junk}

@@ -10,12 +10,12 @@ import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ilqr_training.causal import Causal
 from ilqr_training.config import ReadoutConfig
-from ilqr_training.readouts import Bins, ReadoutFit, calibrate
-from ilqr_training.readouts import fit_readout as fit_bins
-from ilqr_vae.metrics import interval_coverage
-from ilqr_vae.readout import KinematicReadout, ReadoutShape
+from ilqr_training.readout.causal import Causal
+from ilqr_training.readout.fit import Bins, ReadoutFit, calibrate
+from ilqr_training.readout.fit import fit_readout as fit_bins
+from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.scoring.metrics import interval_coverage
 
 N, D, UNITS = 3, 2, 4
 SHAPE = ReadoutShape(lags=2, residuals=1, hidden=5)

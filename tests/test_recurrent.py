@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ilqr_training.config import ReadoutConfig
-from ilqr_training.readouts import Bins, fit_readout
-from ilqr_training.recurrence import Recurrent, Windows, fit_recurrent
-from ilqr_vae.metrics import r2
-from ilqr_vae.readout import ReadoutShape, read_window, split_recurrent
-from ilqr_vae.recurrent import Cell, run
+from ilqr_training.readout.fit import Bins, fit_readout
+from ilqr_training.readout.recurrent import Recurrent, Windows, fit_recurrent
+from ilqr_vae.model.readout import Cell, ReadoutShape, read_window, run, split_recurrent
+from ilqr_vae.scoring.metrics import r2
 
 n, N, G, L, D = 3, 4, 5, 6, 2
 

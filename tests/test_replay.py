@@ -17,15 +17,15 @@ import pytest
 from scipy import io
 
 import layouts
-from ilqr_clients.replay import StreamLog, stream
 from ilqr_clients.sdk import ServiceClient
+from ilqr_clients.stream import StreamLog, stream
 from ilqr_service.server import Service
-from ilqr_training.causal import causal_pass
+from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.recordings import load_recording
-from ilqr_vae.recordings.spec import WARMUP_BINS, plan_drops, warmup_start
+from ilqr_vae.recordings.split import WARMUP_BINS, plan_drops, warmup_start
 from rig import BIN_S, N_BINS, SPLIT, make_model, serving, spec, write_recording
 
 N_UNITS = 6

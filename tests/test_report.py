@@ -10,19 +10,11 @@ import numpy as np
 import pytest
 
 from ilqr_vae.errors import ConfigError, ShapeError
-from ilqr_vae.metrics import r2_per_axis
+from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.recordings import Recording, SplitSpec, Trials
-from ilqr_vae.report import (
-    ReportData,
-    calibration,
-    check_writable,
-    distribution,
-    render_html,
-    score_decodes,
-    to_json,
-    write_whole,
-)
-from ilqr_vae.report.score import LEVELS, OURS, WIENER
+from ilqr_vae.report import ReportData, distribution, render_html, to_json
+from ilqr_vae.scoring.metrics import r2_per_axis
+from ilqr_vae.scoring.score import LEVELS, OURS, WIENER, calibration, score_decodes
 
 T, N, TRIAL = 800, 20, 20
 

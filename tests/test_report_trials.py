@@ -11,10 +11,10 @@ import pytest
 
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec, Trials
-from ilqr_vae.report import ReportData, render_html, score_decodes, to_json
+from ilqr_vae.report import ReportData, render_html, to_json
 from ilqr_vae.report.analyses import MOVEMENT, TARGET, onsets, psths, residuals, triggered_inputs
-from ilqr_vae.report.bootstrap import interval, pieces, r2_draws
-from ilqr_vae.report.score import OURS, WIENER
+from ilqr_vae.scoring.bootstrap import interval, pieces, r2_draws
+from ilqr_vae.scoring.score import OURS, WIENER, score_decodes
 
 TRIAL, K, N = 30, 40, 6
 

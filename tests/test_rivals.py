@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ilqr_training.gru import GRUConfig, GRUDecoder
-from ilqr_training.rivals import KALMAN, Filling, filled, fit_rivals
+from ilqr_training.evaluation.baselines import KALMAN, Filling, filled, fit_rivals
+from ilqr_training.evaluation.gru import GRUConfig, GRUDecoder
 from ilqr_vae.errors import ShapeError
-from ilqr_vae.metrics import r2
 from ilqr_vae.recordings import Recording, SplitSpec
-from ilqr_vae.report.score import WIENER, fit_wiener, histories
+from ilqr_vae.scoring.metrics import r2
+from ilqr_vae.scoring.score import WIENER, fit_wiener, histories
 
 Array = NDArray[np.float64]
 Decode = Callable[[Recording, Array, tuple[int, int]], Array]

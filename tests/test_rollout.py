@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ilqr_vae.dynamics import FAMILIES
-from ilqr_vae.rollout import adjoint, closed_loop, closed_loop_reference, rollout
+from ilqr_vae.model.dynamics import FAMILIES
+from ilqr_vae.model.rollout import adjoint, closed_loop, closed_loop_reference, rollout
 from small import loop_rollout, make_model
 
 EVERY = sorted(FAMILIES)

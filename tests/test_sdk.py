@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ilqr_clients.answers import Answer
+from ilqr_clients.answer import Answer
 from ilqr_clients.monitor import Snapshot
 from ilqr_clients.sdk import ServiceClient, Session, model_of, reachable
 from ilqr_service.server import Service
-from ilqr_vae import wire
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ProtocolError, ServiceError, ShapeError
+from ilqr_vae.protocol import messages
 from rig import BIN_S, make_model, serving
 
 UNITS = tuple(f"unit{i}" for i in range(5))
@@ -235,7 +235,7 @@ def test_what_is_no_address_is_said() -> None:
 
 
 def test_a_manifest_that_is_none_is_said() -> None:
-    described = wire.Described(
+    described = messages.Described(
         protocol=1, model="m", ready=True, device="cpu", results="", manifest={"model_id": 3}
     )
     with pytest.raises(ProtocolError, match="manifest"):

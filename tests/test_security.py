@@ -11,13 +11,13 @@ import pytest
 
 from feeder import UNITS, Feeder, bin_, open_, spikes
 from ilqr_clients.sdk import ServiceClient
-from ilqr_service.security import RateLimit
 from ilqr_service.server import Service
 from ilqr_service.settings import loopback_endpoint
-from ilqr_vae import wire
+from ilqr_service.transport.security import RateLimit
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ConfigError, ProtocolError, ServiceError
-from ilqr_vae.keys import add_client, make_server_key, read_authorized, read_client_key
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.keys import add_client, make_server_key, read_authorized, read_client_key
 from rig import BIN_S, make_model, serving
 
 pytestmark = pytest.mark.chaos
@@ -90,7 +90,7 @@ def test_a_stranger_gets_no_connection_and_is_counted(
     ):
         stranger.describe()
     with Feeder(service.ingest, service.results) as bare:  # no key at all
-        bare.send(wire.Describe())
+        bare.send(messages.Describe())
         assert not bare.dealer.poll(500)
     with client(service, folder, "rig") as rig:
         rig.describe()
@@ -193,12 +193,12 @@ def test_too_many_requests_and_too_large_ones_are_refused_and_counted(tmp_path: 
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
-        feeder.send(*(wire.Describe() for _ in range(30)))
+        feeder.ask(open_("s"), messages.Opened)
+        feeder.send(*(messages.Describe() for _ in range(30)))
         replies = [feeder.reply() for _ in range(30)]
-        assert sum(isinstance(r, wire.Described) for r in replies) in range(10, 13)
-        assert {r.field for r in replies if isinstance(r, wire.Refused)} == {"rate"}
-        assert feeder.ask(b"x" * 4000, wire.Refused).field == "size"
+        assert sum(isinstance(r, messages.Described) for r in replies) in range(10, 13)
+        assert {r.field for r in replies if isinstance(r, messages.Refused)} == {"rate"}
+        assert feeder.ask(b"x" * 4000, messages.Refused).field == "size"
         feeder.send(bin_("s", 0, spikes(1)[0]))  # bins are not requests
         assert feeder.results(1)[0].status == "ok"
         assert service.telemetry.counts()["refused:size"] == 1

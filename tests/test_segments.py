@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from ilqr_training.build import build_model
-from ilqr_training.causal import causal_pass
-from ilqr_training.data import Crops, Prepared, prepare
-from ilqr_training.loop import gradient_step, start
-from ilqr_training.validate import estimator_of
+from ilqr_training.fit.build import build_model
+from ilqr_training.fit.crops import Crops, Prepared, prepare
+from ilqr_training.fit.loop import gradient_step, start
+from ilqr_training.fit.validate import estimator_of
+from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import Recording, SplitSpec, Trials
-from ilqr_vae.recordings.spacing import spaced_out
-from ilqr_vae.report.score import WIENER, score_decodes
+from ilqr_vae.scoring.score import WIENER, score_decodes
+from ilqr_vae.scoring.spacing import spaced_out
 from tiny import config
 
 LENGTHS = (20, 6, 30, 9, 25, 12, 18)

@@ -19,13 +19,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from feeder import WAIT_S, Feeder, bin_, open_, spikes
-from ilqr_service.engine import Engine
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
-from ilqr_service.web import Web
-from ilqr_vae import wire
+from ilqr_service.solving.engine import Engine
+from ilqr_service.transport.http import Web
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
+from ilqr_vae.protocol import messages
 
 FREE = {"ingest": "tcp://127.0.0.1:*", "results": "tcp://127.0.0.1:0", "http": "127.0.0.1:0"}
 
@@ -43,7 +43,7 @@ def test_http(service: Service, feeder: Feeder) -> None:
     feeder.subscribe("http")
     feeder.send(open_("http"), bin_("http", 2, spikes(1)[0]))
     feeder.results(3)
-    feeder.ask(b"?", wire.Refused)
+    feeder.ask(b"?", messages.Refused)
     assert get(service.http, "/healthz") == (200, "ok\n")
     assert get(service.http, "/readyz") == (200, "ok\n")
     assert get(service.http, "/")[0] == 404
@@ -121,14 +121,14 @@ def test_process_from_ready_to_sigterm(model_file: Path, tmp_path: Path) -> None
         assert ready["pid"] == process.pid
         with Feeder(ready["ingest"], ready["results"]) as feeder:
             feeder.subscribe("s")
-            feeder.ask(open_("s"), wire.Opened)
+            feeder.ask(open_("s"), messages.Opened)
             feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(40))))
             # the service has taken all of them once it answers what was asked after them
-            feeder.ask(wire.Probe(client_ns=0), wire.Probed)
+            feeder.ask(messages.Probe(client_ns=0), messages.Probed)
             process.send_signal(signal.SIGTERM)
             assert [r.index for r in feeder.results(40)] == list(range(40))
             assert feeder.notice("shutdown").session == "s"
-            assert feeder.reply_of(wire.Closed).bins == 40
+            assert feeder.reply_of(messages.Closed).bins == 40
         _, log = process.communicate(timeout=WAIT_S)
         assert process.returncode == 0
         last = json.loads(log.splitlines()[-1])

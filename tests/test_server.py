@@ -13,16 +13,16 @@ import zmq
 from numpy.typing import NDArray
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
-from ilqr_service.engine import Engine
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
+from ilqr_service.solving.engine import Engine
 from ilqr_service.work import FAILED, Work
-from ilqr_vae import wire
 from ilqr_vae.artifact import (
     load_artifact,
 )
-from ilqr_vae.backend import device_of
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.kernels.backend import device_of
+from ilqr_vae.protocol import messages
 
 
 def offline(
@@ -54,12 +54,12 @@ def test_what_is_streamed_is_what_the_estimator_says_at_any_speed(
     observed[12, :3] = False
     sent = [i for i in range(30) if i not in lost]
 
-    def bin_of(session: str, i: int) -> wire.Bin:
-        mask = None if observed[i].all() else wire.pack(observed[i], "u1")
+    def bin_of(session: str, i: int) -> messages.Bin:
+        mask = None if observed[i].all() else messages.pack(observed[i], "u1")
         return bin_(session, i, counts[i], mask=mask)
 
     feeder.subscribe("fast")
-    assert feeder.ask(open_("fast"), wire.Opened).kinematic_names == ("vx", "vy")
+    assert feeder.ask(open_("fast"), messages.Opened).kinematic_names == ("vx", "vy")
     feeder.send(*(bin_of("fast", i) for i in sent))
     fast = feeder.results(30)
     assert [r.index for r in fast] == list(range(30))
@@ -72,8 +72,8 @@ def test_what_is_streamed_is_what_the_estimator_says_at_any_speed(
         assert stages == sorted(stages)
 
     feeder.subscribe("slow")
-    feeder.ask(open_("slow"), wire.Opened)
-    slow: list[wire.Result] = []
+    feeder.ask(open_("slow"), messages.Opened)
+    slow: list[messages.Result] = []
     for i in sent:  # one at a time, each after the answer to the one before
         feeder.send(bin_of("slow", i))
         while not slow or slow[-1].index != i:
@@ -88,32 +88,32 @@ def test_sessions_side_by_side_equal_each_alone(feeder: Feeder, model_file: Path
         feeder.subscribe(name)
         feeder.send(open_(name))
     feeder.send(*(bin_(name, i, x[i]) for i in range(12) for name, x in streams.items()))
-    got: dict[str, list[wire.Result]] = {name: [] for name in streams}
+    got: dict[str, list[messages.Result]] = {name: [] for name in streams}
     for r in feeder.results(36):
         got[r.session].append(r)
     everything = np.ones((12, len(UNITS)), dtype=bool)
     for name, x in streams.items():
         for result, expected in zip(got[name], offline(model_file, x, everything), strict=True):
             np.testing.assert_allclose(numbers(result), expected, rtol=0, atol=1e-12)
-    infos = {i.session: i for i in feeder.ask(wire.Sessions(), wire.SessionList).sessions}
+    infos = {i.session: i for i in feeder.ask(messages.Sessions(), messages.SessionList).sessions}
     assert infos["side1"].bins == infos["side1"].statuses["ok"] == 12
     assert infos["side1"].solve_p99_ns >= infos["side1"].solve_p50_ns > 0
 
 
 def test_credits_come_back(feeder: Feeder) -> None:
-    assert feeder.ask(open_("credits"), wire.Opened).credits == 200
+    assert feeder.ask(open_("credits"), messages.Opened).credits == 200
     feeder.send(*(bin_("credits", i, spikes(1)[0]) for i in (0, 1, 2, 5)))
     returned, newest = 0, -1
     while returned < 4:
-        credit = feeder.reply_of(wire.Credit)
+        credit = feeder.reply_of(messages.Credit)
         returned, newest = returned + credit.credits, credit.index
     assert (returned, newest) == (4, 5)
-    assert feeder.ask(wire.Close(session="credits"), wire.Closed).bins == 6
+    assert feeder.ask(messages.Close(session="credits"), messages.Closed).bins == 6
 
 
 def test_anytime_stops_at_the_deadline_and_says_so(feeder: Feeder) -> None:
     feeder.subscribe("anytime")
-    feeder.ask(open_("anytime", deadline_ns=1, anytime=True), wire.Opened)
+    feeder.ask(open_("anytime", deadline_ns=1, anytime=True), messages.Opened)
     for i, x in enumerate(spikes(5)):
         feeder.send(bin_("anytime", i, x))
         (r,) = feeder.results(1)
@@ -128,7 +128,7 @@ def test_anytime_stops_at_the_deadline_and_says_so(feeder: Feeder) -> None:
     assert burst[-1].iterations == 1
     assert any(r.solver == "shed" for r in burst)
     feeder.subscribe("fixed")
-    feeder.ask(open_("fixed", deadline_ns=1), wire.Opened)
+    feeder.ask(open_("fixed", deadline_ns=1), messages.Opened)
     feeder.send(bin_("fixed", 0, spikes(1)[0]))
     (r,) = feeder.results(1)
     assert (r.iterations, r.status) == (2, "late")  # the clock touches flags, never numbers
@@ -165,24 +165,24 @@ def test_device_is_checked() -> None:
 
 def test_another_feeder_needs_a_higher_epoch(service: Service, feeder: Feeder) -> None:
     feeder.subscribe("mine")
-    feeder.ask(open_("mine"), wire.Opened)
+    feeder.ask(open_("mine"), messages.Opened)
     with Feeder(service.ingest, service.results) as thief:
-        assert thief.ask(open_("mine"), wire.Refused).field == "epoch"
-        assert thief.ask(bin_("mine", 0, spikes(1)[0]), wire.Refused).field == "session"
+        assert thief.ask(open_("mine"), messages.Refused).field == "epoch"
+        assert thief.ask(bin_("mine", 0, spikes(1)[0]), messages.Refused).field == "session"
         feeder.send(bin_("mine", 0, spikes(1)[0]))
         assert feeder.results(1)[0].status == "ok"
-        thief.ask(open_("mine", epoch=1), wire.Opened)
+        thief.ask(open_("mine", epoch=1), messages.Opened)
         assert feeder.notice("restarted").epoch == 0
-        assert feeder.reply_of(wire.Closed).bins == 1
-        assert feeder.ask(bin_("mine", 1, spikes(1)[0]), wire.Refused).field == "session"
+        assert feeder.reply_of(messages.Closed).bins == 1
+        assert feeder.ask(bin_("mine", 1, spikes(1)[0]), messages.Refused).field == "session"
         thief.send(bin_("mine", 0, spikes(1)[0], epoch=1))
         (r,) = feeder.results(1)
         assert (r.epoch, r.index) == (1, 0)
 
 
 def test_a_new_subscriber_alone_gets_the_last_value(service: Service, feeder: Feeder) -> None:
-    assert feeder.subscribe("last") == wire.Notice(session="last", epoch=0, what="subscribed")
-    feeder.ask(open_("last"), wire.Opened)
+    assert feeder.subscribe("last") == messages.Notice(session="last", epoch=0, what="subscribed")
+    feeder.ask(open_("last"), messages.Opened)
     feeder.send(bin_("last", 0, spikes(1)[0]))
     (before,) = feeder.results(1)
     for _ in range(3):
@@ -198,11 +198,11 @@ def test_subscribers_that_come_and_go_cost_the_others_nothing(
     service: Service, feeder: Feeder
 ) -> None:
     feeder.subscribe("churn")
-    feeder.ask(open_("churn"), wire.Opened)
+    feeder.ask(open_("churn"), messages.Opened)
     counts, got = spikes(60), set[int]()
     for i, x in enumerate(counts):
         with Feeder(service.ingest, service.results) as passing:
-            for topic in (wire.topic("churn"), b"", b"c"):
+            for topic in (messages.topic("churn"), b"", b"c"):
                 passing.sub.setsockopt(zmq.SUBSCRIBE, topic)
             if i % 3 == 0:
                 passing.published()
@@ -215,10 +215,10 @@ def test_subscribers_that_come_and_go_cost_the_others_nothing(
 
 
 def test_describe_and_probe(service: Service, feeder: Feeder) -> None:
-    described = feeder.ask(wire.Describe(), wire.Described)
+    described = feeder.ask(messages.Describe(), messages.Described)
     assert described.ready
-    assert (described.protocol, described.results) == (wire.PROTOCOL, service.results)
+    assert (described.protocol, described.results) == (messages.PROTOCOL, service.results)
     assert tuple(described.manifest["unit_names"]) == UNITS
     before = time.monotonic_ns()
-    probed = feeder.ask(wire.Probe(client_ns=before), wire.Probed)
+    probed = feeder.ask(messages.Probe(client_ns=before), messages.Probed)
     assert probed.client_ns == before <= probed.service_ns <= time.monotonic_ns()

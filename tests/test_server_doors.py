@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from feeder import UNITS, Feeder, bin_, open_, spikes
 from ilqr_service.server import Service
-from ilqr_vae import wire
+from ilqr_vae.protocol import messages
 
 # ---- nonsense ----------------------------------------------------------------------------------
 
-GOOD_BIN = wire.encode(bin_("steady", 0, spikes(1)[0]))
+GOOD_BIN = messages.encode(bin_("steady", 0, spikes(1)[0]))
 
 
 @pytest.mark.parametrize(
@@ -27,54 +27,54 @@ GOOD_BIN = wire.encode(bin_("steady", 0, spikes(1)[0]))
         (GOOD_BIN.replace(b"source_ns", b"sauce__ns"), "message"),
         (GOOD_BIN.replace(b"<u2", b"|O8"), "message"),
         (b"\x91" * 100_000, "message"),
-        (wire.encode(wire.Closed(session="s", epoch=0, bins=0)), "message"),
-        (open_("s", protocol=wire.PROTOCOL + 1), "protocol"),
+        (messages.encode(messages.Closed(session="s", epoch=0, bins=0)), "message"),
+        (open_("s", protocol=messages.PROTOCOL + 1), "protocol"),
         (open_("s", protocol=1), "protocol"),
         (open_("s", units=UNITS[:-1]), "units"),
         (open_("s", units=UNITS[::-1]), "units[0]"),
         (open_("s", bin_width_ns=20_000_000), "bin_width_ns"),
         (bin_("nobody", 0, spikes(1)[0]), "session"),
         (bin_("steady", 3, np.ones(3)), "counts.shape"),
-        (wire.Close(session="nobody"), "session"),
+        (messages.Close(session="nobody"), "session"),
     ],
 )
 def test_a_wrong_message_is_refused_counted_and_disturbs_nothing(
-    service: Service, feeder: Feeder, message: wire.Message | bytes, field: str
+    service: Service, feeder: Feeder, message: messages.Message | bytes, field: str
 ) -> None:
     counted = f"refused:{field.split('.')[0].split('[')[0]}"
     feeder.subscribe("steady")
-    feeder.ask(open_("steady"), wire.Opened)
+    feeder.ask(open_("steady"), messages.Opened)
     before = service.telemetry.counts().get(counted, 0)
     feeder.send(bin_("steady", 0, spikes(1)[0]))
-    refused = feeder.ask(message, wire.Refused)
+    refused = feeder.ask(message, messages.Refused)
     assert refused.field == field
     feeder.send(bin_("steady", 1, spikes(1)[0]))
     assert [(r.index, r.status) for r in feeder.results(2)] == [(0, "ok"), (1, "ok")]
     assert service.telemetry.counts()[counted] == before + 1
-    feeder.ask(wire.Close(session="steady"), wire.Closed)
+    feeder.ask(messages.Close(session="steady"), messages.Closed)
 
 
 def test_several_frames_are_refused(feeder: Feeder) -> None:
     for frames in ([b"", b""], [b"", GOOD_BIN], [b"x"] * 50):
         feeder.dealer.send_multipart(frames)
-        assert feeder.reply_of(wire.Refused).field == "frames"
+        assert feeder.reply_of(messages.Refused).field == "frames"
 
 
 def test_an_oversized_message_costs_its_sender_the_connection_only(
     service: Service, feeder: Feeder
 ) -> None:
     with Feeder(service.ingest, service.results) as big:
-        big.ask(wire.Describe(), wire.Described)
+        big.ask(messages.Describe(), messages.Described)
         big.send(b"x" * (2 << 20))
-        assert feeder.ask(wire.Describe(), wire.Described).ready
+        assert feeder.ask(messages.Describe(), messages.Described).ready
 
 
 def test_random_and_mutated_messages_are_each_refused_or_understood(
     service: Service, feeder: Feeder
 ) -> None:
     good = [
-        *(wire.encode(m) for m in (open_("fuzz"), wire.Describe(), wire.Sessions())),
-        wire.encode(wire.Close(session="fuzz")),
+        *(messages.encode(m) for m in (open_("fuzz"), messages.Describe(), messages.Sessions())),
+        messages.encode(messages.Close(session="fuzz")),
         GOOD_BIN,
     ]
 
@@ -91,10 +91,15 @@ def test_random_and_mutated_messages_are_each_refused_or_understood(
         feeder.send(frame)
         reply = feeder.reply()
         assert isinstance(
-            reply, wire.Refused | wire.Opened | wire.Closed | wire.Described | wire.SessionList
+            reply,
+            messages.Refused
+            | messages.Opened
+            | messages.Closed
+            | messages.Described
+            | messages.SessionList,
         )
-        if isinstance(reply, wire.Opened):
-            feeder.ask(wire.Close(session=reply.session, epoch=reply.epoch), wire.Closed)
+        if isinstance(reply, messages.Opened):
+            feeder.ask(messages.Close(session=reply.session, epoch=reply.epoch), messages.Closed)
 
     send()
     assert service.healthy

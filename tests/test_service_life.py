@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
-from ilqr_service.engine import Engine
 from ilqr_service.serve_cli import await_ready
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
-from ilqr_vae import wire
+from ilqr_service.solving.engine import Engine
+from ilqr_vae.protocol import messages
 from process import offline
 from rig import serving
 
@@ -55,9 +55,9 @@ def test_ready_only_when_warm_and_then_at_once(model_file: Path) -> None:
             while True:
                 feeder.send(open_("early"))
                 reply = feeder.reply()
-                if isinstance(reply, wire.Opened):
+                if isinstance(reply, messages.Opened):
                     break
-                assert isinstance(reply, wire.Refused)
+                assert isinstance(reply, messages.Refused)
                 assert (reply.field, reply.got) == ("service", "still warming up")
             feeder.subscribe("early")
             feeder.send(bin_("early", 0, spikes(1)[0]))
@@ -89,10 +89,10 @@ def test_keeping_warm_changes_no_answer(model_file: Path) -> None:
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("s")
-        feeder.ask(open_("s"), wire.Opened)
-        results: list[wire.Result] = []
+        feeder.ask(open_("s"), messages.Opened)
+        results: list[messages.Result] = []
         for index, row in enumerate(counts):
-            feeder.ask(wire.Describe(), wire.Described)
+            feeder.ask(messages.Describe(), messages.Described)
             feeder.send(bin_("s", index, row))
             results += feeder.results(1)
     expected = offline(model_file, counts, np.ones(counts.shape, dtype=bool))
@@ -106,11 +106,11 @@ def test_a_silent_session_ends_with_a_notice_and_its_feeder_is_told(model_file: 
         Feeder(service.ingest, service.results) as feeder,
     ):
         feeder.subscribe("dozing")
-        feeder.ask(open_("dozing"), wire.Opened)
+        feeder.ask(open_("dozing"), messages.Opened)
         feeder.send(bin_("dozing", 0, spikes(1)[0]))
         assert feeder.notice("idle").session == "dozing"
-        assert feeder.reply_of(wire.Closed).bins == 1
-        assert feeder.ask(wire.Sessions(), wire.SessionList).sessions == ()
-        assert feeder.ask(bin_("dozing", 1, spikes(1)[0]), wire.Refused).field == "session"
-        feeder.ask(open_("dozing", units=UNITS), wire.Opened)  # name and epoch are free again
+        assert feeder.reply_of(messages.Closed).bins == 1
+        assert feeder.ask(messages.Sessions(), messages.SessionList).sessions == ()
+        assert feeder.ask(bin_("dozing", 1, spikes(1)[0]), messages.Refused).field == "session"
+        feeder.ask(open_("dozing", units=UNITS), messages.Opened)  # name and epoch are free again
     assert service.telemetry.counts()["idle"] >= 1

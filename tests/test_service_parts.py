@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from ilqr_service.scheduler import Scheduler
-from ilqr_service.session import Recent
+from ilqr_service.metrics.telemetry import edges
+from ilqr_service.sessions.session import Recent
 from ilqr_service.settings import (
     ServiceSettings,
     http_address,
     load_settings,
     loopback_endpoint,
 )
-from ilqr_service.telemetry import edges
+from ilqr_service.solving.scheduler import Scheduler
 from ilqr_service.work import NO_SOLVE, Work
 from ilqr_vae.errors import ConfigError, ServiceError
 

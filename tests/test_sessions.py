@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from ilqr_service.scheduler import Scheduler
-from ilqr_service.session import Effects, Limits
-from ilqr_service.sessions import SessionTable
+from ilqr_service.sessions.session import Effects, Limits
+from ilqr_service.sessions.table import SessionTable
+from ilqr_service.solving.scheduler import Scheduler
 from ilqr_service.work import FAILED, STOPPED, Answer, ModelFacts, Work, status_of
-from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError
+from ilqr_vae.protocol import messages
 
 MS = 1_000_000
 UNITS = ("a", "b", "c")
@@ -36,25 +36,25 @@ def table(**limits: int) -> SessionTable:
     return SessionTable(FACTS, Limits(**({"deadline_ns": 50 * MS} | limits)))
 
 
-def open_(name: str = "s", **changes: Any) -> wire.Open:
+def open_(name: str = "s", **changes: Any) -> messages.Open:
     fields: dict[str, Any] = {
-        "protocol": wire.PROTOCOL,
+        "protocol": messages.PROTOCOL,
         "session": name,
         "units": UNITS,
         "bin_width_ns": 50 * MS,
         "deadline_ns": 50 * MS,
     }
-    return wire.Open(**(fields | changes))
+    return messages.Open(**(fields | changes))
 
 
-def bin_(at: int, **changes: Any) -> wire.Bin:
+def bin_(at: int, **changes: Any) -> messages.Bin:
     fields: dict[str, Any] = {
         "session": "s",
         "index": at,
         "source_ns": 7,
-        "counts": wire.pack(np.array([1, 0, 2]), "<u2"),
+        "counts": messages.pack(np.array([1, 0, 2]), "<u2"),
     }
-    return wire.Bin(**(fields | changes))
+    return messages.Bin(**(fields | changes))
 
 
 def answer(work: Work, solver: str = "converged", start: int = 0, end: int = 1) -> Answer:
@@ -74,9 +74,9 @@ def answer(work: Work, solver: str = "converged", start: int = 0, end: int = 1) 
     )
 
 
-def refused(effects: Effects) -> wire.Refused:
+def refused(effects: Effects) -> messages.Refused:
     (message,) = [m for _, m in effects.replies]
-    assert isinstance(message, wire.Refused)
+    assert isinstance(message, messages.Refused)
     assert sum(effects.events.values()) == 1
     assert not effects.work
     return message
@@ -95,9 +95,9 @@ def test_open_says_what_is_served_and_grants_credits() -> None:
     effects = table(credits=9).receive(b"f", open_(), 0)
     ((owner, opened),) = effects.replies
     assert owner == b"f"
-    assert isinstance(opened, wire.Opened)
+    assert isinstance(opened, messages.Opened)
     assert (opened.model, opened.credits, opened.kinematic_names) == ("m", 9, ("vx",))
-    assert effects.published == [wire.Notice(session="s", epoch=0, what="opened")]
+    assert effects.published == [messages.Notice(session="s", epoch=0, what="opened")]
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_open_session_needs_a_higher_epoch_and_then_drops_the_older_run() -> Non
     (queued,) = t.receive(b"f", bin_(0), 2).work
     effects = t.receive(b"g", open_(epoch=1), 3)
     assert effects.forget == [queued.run]
-    assert [n.what for n in effects.published if isinstance(n, wire.Notice)] == [
+    assert [n.what for n in effects.published if isinstance(n, messages.Notice)] == [
         "restarted: epoch 1",
         "opened",
     ]
     assert [(o, type(m)) for o, m in effects.replies] == [
-        (b"f", wire.Closed),
-        (b"g", wire.Opened),
+        (b"f", messages.Closed),
+        (b"g", messages.Opened),
     ]
     # what was being solved when the run ended goes nowhere
     late = t.answered(answer(queued), 9)
@@ -154,7 +154,7 @@ def test_only_so_many_sessions() -> None:
     for name in ("a", "b"):
         t.receive(b"f", open_(name), 0)
     assert refused(t.receive(b"f", open_("c"), 0)).field == "session"
-    t.receive(b"f", wire.Close(session="a"), 0)
+    t.receive(b"f", messages.Close(session="a"), 0)
     assert len(t.receive(b"f", open_("c"), 0).published) == 1
 
 
@@ -167,17 +167,17 @@ def test_only_so_many_sessions() -> None:
         ({"session": "unknown"}, "session"),
         ({"epoch": 3}, "epoch"),
         ({"index": -1}, "index"),
-        ({"counts": wire.pack(np.zeros(2), "<u2")}, "counts.shape"),
-        ({"counts": wire.pack(np.zeros((1, 3)), "<u2")}, "counts.shape"),
-        ({"counts": wire.Array("<u2", (3,), b"12345")}, "counts.data"),
-        ({"counts": wire.pack(np.array([0, 0.5, 1]), "<f8")}, "counts"),
-        ({"counts": wire.pack(np.array([0, np.nan, 1]), "<f4")}, "counts"),
-        ({"counts": wire.pack(np.array([0, np.inf, 1]), "<f8")}, "counts"),
-        ({"counts": wire.pack(np.array([0, -1, 1]), "<i8")}, "counts"),
-        ({"counts": wire.pack(np.array([0, 2**31, 1]), "<u4")}, "counts"),
-        ({"mask": wire.pack(np.ones(2), "u1")}, "mask.shape"),
-        ({"mask": wire.pack(np.array([0, 2, 1]), "u1")}, "mask"),
-        ({"mask": wire.pack(np.ones(3), "<f8")}, "mask.dtype"),
+        ({"counts": messages.pack(np.zeros(2), "<u2")}, "counts.shape"),
+        ({"counts": messages.pack(np.zeros((1, 3)), "<u2")}, "counts.shape"),
+        ({"counts": messages.Array("<u2", (3,), b"12345")}, "counts.data"),
+        ({"counts": messages.pack(np.array([0, 0.5, 1]), "<f8")}, "counts"),
+        ({"counts": messages.pack(np.array([0, np.nan, 1]), "<f4")}, "counts"),
+        ({"counts": messages.pack(np.array([0, np.inf, 1]), "<f8")}, "counts"),
+        ({"counts": messages.pack(np.array([0, -1, 1]), "<i8")}, "counts"),
+        ({"counts": messages.pack(np.array([0, 2**31, 1]), "<u4")}, "counts"),
+        ({"mask": messages.pack(np.ones(2), "u1")}, "mask.shape"),
+        ({"mask": messages.pack(np.array([0, 2, 1]), "u1")}, "mask"),
+        ({"mask": messages.pack(np.ones(3), "<f8")}, "mask.dtype"),
     ],
 )
 def test_a_wrong_bin_is_refused_and_disturbs_nothing(changes: dict[str, Any], field: str) -> None:
@@ -193,9 +193,11 @@ def test_bin_of_another_feeder_is_refused() -> None:
     assert t.credits() == []
 
 
-@pytest.mark.parametrize("dtype", wire.DTYPES)
-def test_counts_of_every_dtype_arrive_as_they_are(dtype: wire.DType) -> None:
-    (work,) = started().receive(b"f", bin_(0, counts=wire.pack(np.array([3, 0, 1]), dtype)), 1).work
+@pytest.mark.parametrize("dtype", messages.DTYPES)
+def test_counts_of_every_dtype_arrive_as_they_are(dtype: messages.DType) -> None:
+    (work,) = (
+        started().receive(b"f", bin_(0, counts=messages.pack(np.array([3, 0, 1]), dtype)), 1).work
+    )
     assert work.counts is not None
     np.testing.assert_array_equal(work.counts, [3.0, 0.0, 1.0])
     assert work.counts.dtype == np.float64
@@ -209,7 +211,9 @@ def test_a_gap_is_answered_first_as_missing() -> None:
     assert [w.fresh for w in effects.work] == [True, False, False, False]
     assert effects.events == Counter({"gap": 1, "gap_bins": 3})
     published = [t.answered(answer(w), 20).published[0] for w in effects.work]
-    assert [r.status for r in published if isinstance(r, wire.Result)] == ["missing"] * 3 + ["ok"]
+    assert [r.status for r in published if isinstance(r, messages.Result)] == ["missing"] * 3 + [
+        "ok"
+    ]
     ((_, credit),) = t.credits()
     assert (credit.credits, credit.index) == (1, 3)  # bins that never came hold no credit
 
@@ -222,7 +226,7 @@ def test_a_gap_too_long_starts_the_estimate_again() -> None:
     assert [(w.index, w.fresh) for w in effects.work] == [(11, True)]
     assert effects.events["reset"] == 1
     (notice,) = effects.published
-    assert isinstance(notice, wire.Notice)
+    assert isinstance(notice, messages.Notice)
     assert notice.what.startswith("reset: bins 6 to 10 ")
 
 
@@ -286,17 +290,17 @@ def test_status_is_a_function_of_the_answer_and_the_clock(
 def test_close_waits_for_what_is_queued_and_then_frees_the_name() -> None:
     t = started()
     (work,) = t.receive(b"f", bin_(0), 0).work
-    assert t.receive(b"f", wire.Close(session="s"), 1).replies == []
+    assert t.receive(b"f", messages.Close(session="s"), 1).replies == []
     assert refused(t.receive(b"f", bin_(1), 1)).field == "session"
     effects = t.answered(answer(work), 2)
-    assert [type(m) for m in effects.published] == [wire.Result, wire.Notice]
+    assert [type(m) for m in effects.published] == [messages.Result, messages.Notice]
     credit, closed = (m for _, m in effects.replies)
-    assert isinstance(credit, wire.Credit)
+    assert isinstance(credit, messages.Credit)
     assert credit.credits == 2  # one answered, one refused
-    assert closed == wire.Closed(session="s", epoch=0, bins=1)
+    assert closed == messages.Closed(session="s", epoch=0, bins=1)
     assert effects.forget == [work.run]
     (again,) = t.receive(b"f", open_(), 3).replies
-    assert isinstance(again[1], wire.Opened)
+    assert isinstance(again[1], messages.Opened)
 
 
 def test_idle_sessions_end_with_a_notice_but_not_while_bins_are_queued() -> None:
@@ -305,7 +309,7 @@ def test_idle_sessions_end_with_a_notice_but_not_while_bins_are_queued() -> None
     assert t.tick(1000).published == []
     t.answered(answer(work), 1000)
     effects = t.tick(1001)
-    assert effects.published == [wire.Notice(session="s", epoch=0, what="idle")]
+    assert effects.published == [messages.Notice(session="s", epoch=0, what="idle")]
     assert len(t) == 0
 
 
@@ -317,7 +321,7 @@ def test_draining_refuses_what_is_new_and_answers_what_is_queued() -> None:
         assert refused(t.receive(b"f", message, 1)).got == "shutting down"
     assert len(t.answered(answer(work), 2).published) == 1
     effects = t.end_all("shutdown")
-    assert effects.published == [wire.Notice(session="s", epoch=0, what="shutdown")]
+    assert effects.published == [messages.Notice(session="s", epoch=0, what="shutdown")]
     assert t.waiting == 0
 
 
@@ -342,7 +346,7 @@ def test_any_stream_is_answered_once_under_a_revision_and_credits_balance(data: 
             for work in scheduler.take(1):
                 one = replace(answer(work), revised=work.late)
                 for message in t.answered(one, now).published:
-                    assert isinstance(message, wire.Result)
+                    assert isinstance(message, messages.Result)
                     answered.append((message.index, message.revision))
         returned += sum(c.credits for _, c in t.credits())
 

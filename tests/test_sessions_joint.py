@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ilqr_training.causal import causal_pass
-from ilqr_training.sessions import session_path, train_sessions
+from ilqr_training.fit.joint import session_path, train_sessions
+from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import SplitSpec, load_recording
-from ilqr_vae.recordings.sessions import join, units_of
+from ilqr_vae.recordings.joined import join, units_of
 from rig import N_BINS, SPLIT, write_recording
 from test_segments import pieces
 from tiny import Recorder, config, write_config

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import structs
 
 from ilqr_service.work import NO_SOLVE, SHED
-from ilqr_vae import wire
+from ilqr_vae.protocol import messages
 from test_sessions import FACTS, MS, answer, bin_, open_, refused, started, table
 
 
@@ -64,7 +64,7 @@ def test_resuming_takes_a_session_over_where_it_stands() -> None:
     (result,) = t.answered(answer(first), 1).published
     effects = t.receive(b"g", open_(resume=True, answered=-1), 2)
     ((owner, opened),) = effects.replies
-    assert isinstance(opened, wire.Opened)
+    assert isinstance(opened, messages.Opened)
     assert (owner, opened.next_index, opened.resumed, opened.credits) == (b"g", 2, True, 8)
     assert effects.again == [result]
     assert t.receive(b"h", open_(resume=True, answered=0), 2).again == []
@@ -73,7 +73,7 @@ def test_resuming_takes_a_session_over_where_it_stands() -> None:
     ((owner, credit),) = t.credits()
     assert (owner, credit.credits) == (b"h", 1)
     (begun,) = t.receive(b"h", open_("new", resume=True), 5).replies
-    assert isinstance(begun[1], wire.Opened)
+    assert isinstance(begun[1], messages.Opened)
     assert not begun[1].resumed
 
 

@@ -15,18 +15,18 @@ from ilqr_training.experiments.generators import (
     sparse_inputs,
     stable_matrix,
 )
-from ilqr_training.experiments.linear import eigenvalue_error
-from ilqr_training.experiments.oracle import oracle_scores, smoothed_inputs
-from ilqr_training.experiments.starts import (
+from ilqr_training.experiments.initialise import (
     StartConfig,
     difference_noise,
     start_linear,
     start_residual,
 )
-from ilqr_training.loop import gradient_step, start
+from ilqr_training.experiments.linear import eigenvalue_error
+from ilqr_training.experiments.oracle import oracle_scores, smoothed_inputs
+from ilqr_training.fit.loop import gradient_step, start
 from ilqr_vae.artifact import GroupSpec
 from ilqr_vae.errors import ShapeError
-from ilqr_vae.model import Model
+from ilqr_vae.model.generative import Model
 
 
 def _model(dynamics: str, channels: int, *, latents: int, inputs: int) -> Model:

@@ -10,15 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from ilqr_training.causal import causal_pass
-from ilqr_training.rivals import KALMAN, fit_rivals
-from ilqr_training.stress import CLEAN, Row, Stress, StressPlan, silent_units, under_stress
+from ilqr_training.evaluation.baselines import KALMAN, fit_rivals
+from ilqr_training.evaluation.stress import (
+    CLEAN,
+    Row,
+    Stress,
+    StressPlan,
+    silent_units,
+    under_stress,
+)
+from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording, load_recording
-from ilqr_vae.report.score import OURS, WIENER
-from ilqr_vae.units import DEAD, UnitWatch
+from ilqr_vae.scoring.score import OURS, WIENER
+from ilqr_vae.streaming.unit_watch import DEAD, UnitWatch
 from rig import N_BINS, SPLIT, make_model, spec, write_recording
 
 N = 8

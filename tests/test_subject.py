@@ -10,12 +10,12 @@ import pytest
 
 from ilqr_training.simulate_cli import write_session
 from ilqr_vae import cli
-from ilqr_vae.baselines import WienerFilter
-from ilqr_vae.centre_out import REACH, CentreOut, target_position
 from ilqr_vae.errors import ShapeError
-from ilqr_vae.metrics import r2
 from ilqr_vae.recordings import NwbSpec, RecordingSpec, load_recording
-from ilqr_vae.subject import LATENTS, Session, Subject, simulate_session
+from ilqr_vae.scoring.baselines import WienerFilter
+from ilqr_vae.scoring.metrics import r2
+from ilqr_vae.simulated.centre_out import REACH, CentreOut, target_position
+from ilqr_vae.simulated.subject import LATENTS, Session, Subject, simulate_session
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,18 @@ from scipy import io
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from ilqr_training.build import build_model
-from ilqr_training.checkpoint import Progress
 from ilqr_training.config import TrainConfig
-from ilqr_training.culprit import culprit
-from ilqr_training.data import Crops, prepare
-from ilqr_training.loop import Run, gradient_step, start
-from ilqr_training.train import Trained, checkpoint_path, train
+from ilqr_training.fit.build import build_model
+from ilqr_training.fit.checkpoint import Progress
+from ilqr_training.fit.crops import Crops, prepare
+from ilqr_training.fit.loop import Run, gradient_step, start
+from ilqr_training.fit.not_finite import culprit
+from ilqr_training.fit.train import Trained, checkpoint_path, train
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
-from ilqr_vae.elbo import Bound
 from ilqr_vae.errors import RecordingError, TrainingError
-from ilqr_vae.model import Model
+from ilqr_vae.inference.elbo import Bound
+from ilqr_vae.model.generative import Model
 from ilqr_vae.recordings import Recording, load_recording
 from rig import N_BINS, SPLIT, write_recording
 from tiny import Recorder, config, write_config

@@ -11,10 +11,10 @@ import pytest
 from msgspec.structs import replace
 
 from feeder import UNITS, Feeder, bin_, open_, spikes
-from ilqr_service.records import MAGIC, Answered, frame, records, segments
-from ilqr_service.verify import Verdict, verify
-from ilqr_vae import wire
+from ilqr_service.journal.records import MAGIC, Answered, frame, records, segments
+from ilqr_service.journal.verify import Verdict, verify
 from ilqr_vae.cli import main
+from ilqr_vae.protocol import messages
 from rig import make_model, serving
 
 
@@ -39,14 +39,14 @@ def journal(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         feeder.send(open_("a"), open_("b", deadline_ns=1, anytime=True, watch_units=True))
         order = [i for i in range(150) if i % 13 != 5]
         order[40:44] = order[43:39:-1]  # out of order, within the window
-        mask = wire.pack(np.arange(7) != 3, "u1")
+        mask = messages.pack(np.arange(7) != 3, "u1")
         for i in order:
             feeder.send(bin_("a", i, counts[i], mask=mask if i % 3 == 0 else None))
             feeder.send(bin_("b", i, counts[i]))
-        feeder.ask(wire.Close(session="a"), wire.Closed)
+        feeder.ask(messages.Close(session="a"), messages.Closed)
         feeder.send(open_("a", epoch=1), *(bin_("a", i, counts[i], epoch=1) for i in range(30)))
-        feeder.ask(wire.Close(session="a", epoch=1), wire.Closed)
-        feeder.ask(wire.Close(session="b"), wire.Closed)
+        feeder.ask(messages.Close(session="a", epoch=1), messages.Closed)
+        feeder.ask(messages.Close(session="b"), messages.Closed)
     return folder
 
 
@@ -60,8 +60,8 @@ def test_a_journal_run_again_gives_the_same_bits(journal: Path, model_file: Path
     for path in segments(journal):
         for record in records(path):
             if isinstance(record, Answered):
-                result = wire.decode_published(record.frame)
-                assert isinstance(result, wire.Result)
+                result = messages.decode_published(record.frame)
+                assert isinstance(result, messages.Result)
                 statuses.add(result.status)
                 revisions.add(result.revision)
     assert {"missing", "late"} <= statuses
@@ -89,16 +89,18 @@ def test_verify_says_where_another_model_differs(
         assert not told.out
 
 
-def rewritten(journal: Path, folder: Path, alter: Callable[[wire.Result], wire.Result]) -> Path:
+def rewritten(
+    journal: Path, folder: Path, alter: Callable[[messages.Result], messages.Result]
+) -> Path:
     """A copy in which bin 3 of run 0 was first answered otherwise."""
     folder.mkdir()
     for path in segments(journal):
         framed: list[bytes] = []
         for record in records(path):
             if isinstance(record, Answered) and (record.run, record.serial) == (0, 3):
-                result = wire.decode_published(record.frame)
-                assert isinstance(result, wire.Result)
-                record = replace(record, frame=wire.encode(alter(result)))
+                result = messages.decode_published(record.frame)
+                assert isinstance(result, messages.Result)
+                record = replace(record, frame=messages.encode(alter(result)))
             framed.append(frame(record))
         (folder / path.name).write_bytes(MAGIC + b"".join(framed))
     return folder
@@ -112,8 +114,8 @@ def test_a_number_lost_or_a_solve_that_ended_otherwise_is_beyond_any_tolerance(
         code = main(["verify", str(folder), *options])
         return code, json.loads(capsys.readouterr().out)
 
-    def latent(values: np.ndarray) -> Callable[[wire.Result], wire.Result]:
-        return lambda result: replace(result, latent=wire.pack(values, "<f8"))
+    def latent(values: np.ndarray) -> Callable[[messages.Result], messages.Result]:
+        return lambda result: replace(result, latent=messages.pack(values, "<f8"))
 
     lost = rewritten(journal, tmp_path / "lost", latent(np.array([0.0, 0.0, 0.0, np.nan])))
     code, verdict = exact(lost, "1e6")
@@ -129,7 +131,7 @@ def test_a_number_lost_or_a_solve_that_ended_otherwise_is_beyond_any_tolerance(
 
 @pytest.mark.parametrize("changed", [{"iterations": 1}, {"horizon": 8}])
 def test_each_part_is_run_again_with_the_settings_it_was_served_with(
-    left_open: tuple[Path, list[wire.Result]], model_file: Path, changed: dict[str, int]
+    left_open: tuple[Path, list[messages.Result]], model_file: Path, changed: dict[str, int]
 ) -> None:
     """A session goes on under other settings, and one begins; then both services' are gone over."""
     folder, _ = left_open
@@ -140,8 +142,8 @@ def test_each_part_is_run_again_with_the_settings_it_was_served_with(
     ):
         feeder.subscribe("s")
         feeder.subscribe("new")
-        assert feeder.ask(open_("s", resume=True, answered=29), wire.Opened).next_index == 30
-        feeder.ask(open_("new"), wire.Opened)
+        assert feeder.ask(open_("s", resume=True, answered=29), messages.Opened).next_index == 30
+        feeder.ask(open_("new"), messages.Opened)
         feeder.send(*(bin_("s", i, counts[i]) for i in range(30, 40)))
         feeder.send(*(bin_("new", i, counts[i]) for i in range(20)))
         feeder.results(30)
@@ -151,7 +153,7 @@ def test_each_part_is_run_again_with_the_settings_it_was_served_with(
 def test_one_altered_bit_is_found(journal: Path, model_file: Path, tmp_path: Path) -> None:
     """Altered together with its checksum: only computing again can tell."""
 
-    def flipped(result: wire.Result) -> wire.Result:
+    def flipped(result: messages.Result) -> messages.Result:
         first, *rest = result.latent.data
         return replace(result, latent=replace(result.latent, data=bytes([first ^ 1, *rest])))
 

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 
 from ilqr_training.config import LoopConfig, ModelConfig, ReadoutConfig, TrainConfig
-from ilqr_training.data import Prepared
-from ilqr_training.loop import Report
-from ilqr_training.validate import Validation
-from ilqr_vae.horizon import HorizonConfig
+from ilqr_training.fit.crops import Prepared
+from ilqr_training.fit.loop import Report
+from ilqr_training.fit.validate import Validation
 from ilqr_vae.recordings.spec import RecordingSpec
+from ilqr_vae.streaming.horizon import HorizonConfig
 from rig import spec
 
 LOOP = LoopConfig(steps=12, batch=4, chunk=15, kl_warmup=5, validate_every=4, iterations=4, seed=5)

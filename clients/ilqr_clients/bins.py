@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from ilqr_vae import wire
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.protocol import messages
 
 
-def counts_of(values: ArrayLike, n_units: int) -> wire.Array:
+def counts_of(values: ArrayLike, n_units: int) -> messages.Array:
     """Spikes of each unit. Raises ShapeError: not N whole numbers in [0, 65535]."""
     whole = _exactly("counts", values, n_units, "<u2", "whole numbers in [0, 65535]")
-    return wire.pack(whole, "<u2")
+    return messages.pack(whole, "<u2")
 
 
-def mask_of(values: ArrayLike, n_units: int) -> wire.Array:
+def mask_of(values: ArrayLike, n_units: int) -> messages.Array:
     """Which units were observed. Raises ShapeError: not N times True or False."""
-    return wire.pack(_exactly("mask", values, n_units, np.bool_, "True or False"), "u1")
+    return messages.pack(_exactly("mask", values, n_units, np.bool_, "True or False"), "u1")
 
 
 def _exactly(

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_clients.replay import StreamLog
 from ilqr_clients.sdk import Session, refusal
-from ilqr_vae.centre_out import CentreOut, TrialRecord
+from ilqr_clients.stream import StreamLog
 from ilqr_vae.errors import ConfigError, ServiceError
-from ilqr_vae.subject import TICK, Hand, Subject
+from ilqr_vae.simulated.centre_out import CentreOut, TrialRecord
+from ilqr_vae.simulated.subject import TICK, Hand, Subject
 
 Array = NDArray[np.float64]
 

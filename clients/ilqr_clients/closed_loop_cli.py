@@ -21,16 +21,17 @@ from ilqr_clients.closed_loop import (
     unit_columns,
     without_decoder,
 )
-from ilqr_clients.live import number, status_text
-from ilqr_clients.replay import CROSSING
 from ilqr_clients.replay_cli import parse_deadline, parse_speed
+from ilqr_clients.replay_view import number, status_text
 from ilqr_clients.sdk import Model, ServiceClient, model_of
-from ilqr_vae.centre_out import FEWEST_SUCCESSES, CentreOut
-from ilqr_vae.clock import ClockTrack
+from ilqr_clients.stream import CROSSING
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.report import STDOUT, check_writable, distribution, write_whole
+from ilqr_vae.files import STDOUT, check_writable, write_whole
+from ilqr_vae.protocol.clock import ClockTrack
+from ilqr_vae.report import distribution
 from ilqr_vae.report.data import plain
-from ilqr_vae.subject import Subject
+from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES, CentreOut
+from ilqr_vae.simulated.subject import Subject
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

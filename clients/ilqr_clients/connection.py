@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from ilqr_vae import wire
 from ilqr_vae.errors import ProtocolError, ServiceError
-from ilqr_vae.keys import ClientKey, key_from_environment
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.keys import ClientKey, key_from_environment
 from ilqr_vae.recordings import RecordingSpec
 
 
@@ -26,7 +26,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     provenance: dict[str, str] = msgspec.field(default_factory=dict[str, str])
 
 
-def model_of(described: wire.Described) -> Model:
+def model_of(described: messages.Described) -> Model:
     """The manifest, typed. Raises ProtocolError where the service describes no such model."""
     try:
         return msgspec.convert(described.manifest, Model)
@@ -82,7 +82,7 @@ def reachable(results: str, endpoint: str) -> str:
     return f"tcp://{here}:{port}"
 
 
-def refusal(endpoint: str, refused: wire.Refused) -> ServiceError:
+def refusal(endpoint: str, refused: messages.Refused) -> ServiceError:
     """A refusal as an error of this side."""
     return ServiceError(
         f"{refused.field} (refused by {endpoint})", expected=refused.expected, got=refused.got

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import zmq
 
-from ilqr_clients.clocks import KnownClock
-from ilqr_clients.plan import Faults, Load, counts_of, schedule, source_offset
+from ilqr_clients.known_offset import KnownClock
+from ilqr_clients.load_schedule import Faults, Load, counts_of, schedule, source_offset
 from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
-from ilqr_vae import wire
-from ilqr_vae.clock import Clock, ClockTrack, MonotonicClock
 from ilqr_vae.errors import ServiceError
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.clock import Clock, ClockTrack, MonotonicClock
 
 
 @dataclass(slots=True)
@@ -60,8 +60,8 @@ class Outcome:
     first_statuses: Counter[str] = field(default_factory=Counter[str])
     refused: Counter[str] = field(default_factory=Counter[str])
     notices: Counter[str] = field(default_factory=Counter[str])
-    results: dict[str, dict[int, wire.Result]] = field(
-        default_factory=dict[str, dict[int, wire.Result]]
+    results: dict[str, dict[int, messages.Result]] = field(
+        default_factory=dict[str, dict[int, messages.Result]]
     )
     sends: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
 
@@ -165,10 +165,10 @@ class Generator:
     def open(self) -> None:
         """Open all sessions and wait for that. Raises ServiceError."""
         for name in self.names:
-            self._sub.setsockopt(zmq.SUBSCRIBE, wire.topic(name))
+            self._sub.setsockopt(zmq.SUBSCRIBE, messages.topic(name))
         for name in self.names:
-            request = wire.Open(
-                protocol=wire.PROTOCOL,
+            request = messages.Open(
+                protocol=messages.PROTOCOL,
                 session=name,
                 units=self.model.unit_names,
                 bin_width_ns=round(self.model.bin_width * 1e9),
@@ -176,7 +176,7 @@ class Generator:
                 clocked=self.load.clocked,
                 anytime=self.load.anytime,
             )
-            self._dealer.send(wire.encode(request))
+            self._dealer.send(messages.encode(request))
         end = time.monotonic() + 10.0 + 0.1 * len(self.names)
         while not (len(self._opened) == len(self._seen) == len(self.names)):
             if time.monotonic() > end or self.outcome.refused:
@@ -217,7 +217,7 @@ class Generator:
                 self._take(left / 1e9)
             name = self.names[k]
             sent = now_ns()
-            message = wire.Bin(
+            message = messages.Bin(
                 session=name,
                 index=index,
                 source_ns=began + source_offset(self.load, k, index, self.model.bin_width),
@@ -225,8 +225,8 @@ class Generator:
                 clock=self._clock.stated(sent),
             )
             if (probe := self._clock.probe(sent)) is not None:
-                self._dealer.send(wire.encode(probe))
-            self._dealer.send(wire.encode(message))
+                self._dealer.send(messages.encode(probe))
+            self._dealer.send(messages.encode(message))
             if (name, index) not in self._intended:
                 self.outcome.sent += 1
                 self._intended[name, index] = intended
@@ -241,11 +241,11 @@ class Generator:
         return sum(key not in self._newest for key in self._intended)
 
     @cached_property
-    def _counts(self) -> list[list[wire.Array]]:
+    def _counts(self) -> list[list[messages.Array]]:
         """By session and index."""
         units = len(self.model.unit_names)
         return [
-            [wire.pack(row, "<u2") for row in counts_of(self.load, self.faults, k, units)]
+            [messages.pack(row, "<u2") for row in counts_of(self.load, self.faults, k, units)]
             for k in range(len(self.names))
         ]
 
@@ -262,7 +262,7 @@ class Generator:
 
     def _finish(self) -> None:
         for name in self.names:
-            self._dealer.send(wire.encode(wire.Close(session=name)))
+            self._dealer.send(messages.encode(messages.Close(session=name)))
         end = time.monotonic() + self.load.patience
         # the notice comes after the last answer, on the same socket
         while min(len(self._closed), len(self._ended)) < len(self.names):
@@ -287,26 +287,26 @@ class Generator:
         # Each is stamped as it comes off the socket, before any is looked at.
         came = [(self._timer.now_ns(), frame) for frame in _drained(self._sub)]
         for arrived, frame in came:
-            self._published(wire.decode_published(frame), arrived)
+            self._published(messages.decode_published(frame), arrived)
         replies = list(_drained(self._dealer))
         for frame in replies:
-            match wire.decode_downstream(frame):
-                case wire.Opened() as opened:
+            match messages.decode_downstream(frame):
+                case messages.Opened() as opened:
                     self._opened.add(opened.session)
-                case wire.Refused() as refused:
+                case messages.Refused() as refused:
                     self.outcome.refused[refused.field] += 1
-                case wire.Closed() as closed:
+                case messages.Closed() as closed:
                     self._closed.add(closed.session)
-                case wire.Probed() as probed:
+                case messages.Probed() as probed:
                     self._clock.take(probed)
                 case _:
                     pass
         return bool(came or replies)
 
-    def _published(self, message: wire.Published, arrived: int) -> None:
+    def _published(self, message: messages.Published, arrived: int) -> None:
         out = self.outcome
         self._seen.add(message.session)
-        if isinstance(message, wire.Notice):
+        if isinstance(message, messages.Notice):
             kind = message.what.split(":")[0].split()[0]
             out.notices[kind] += 1
             if kind in _ENDS:

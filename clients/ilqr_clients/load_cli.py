@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from ilqr_clients.load import Generator
-from ilqr_clients.plan import Faults, Load
+from ilqr_clients.load_schedule import Faults, Load
 from ilqr_clients.replay_cli import parse_deadline
 from ilqr_clients.sdk import ServiceClient, model_of
-from ilqr_vae.report import STDOUT, check_writable, write_whole
+from ilqr_vae.files import STDOUT, check_writable, write_whole
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

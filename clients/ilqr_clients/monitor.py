@@ -11,12 +11,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ilqr_clients.answers import Answer
+from ilqr_clients.answer import Answer
 from ilqr_clients.closing import Closing
-from ilqr_clients.live import number, status_text
+from ilqr_clients.replay_view import number, status_text
 from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
-from ilqr_vae import wire
-from ilqr_vae.clock import Clock, ClockOffset, ClockTrack
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.clock import Clock, ClockOffset, ClockTrack
 from ilqr_vae.report.data import plain
 
 
@@ -37,7 +37,7 @@ class Snapshot:
     device: str
     names: tuple[str, ...]
     units: tuple[str, ...]
-    sessions: tuple[wire.SessionInfo, ...]
+    sessions: tuple[messages.SessionInfo, ...]
     newest: dict[str, Answer] = field(default_factory=dict[str, Answer])
     rates: dict[str, float] = field(default_factory=dict[str, float])
     clock: ClockOffset
@@ -54,7 +54,7 @@ class Snapshot:
         }
         return plain(shown)
 
-    def _session(self, info: wire.SessionInfo) -> dict[str, Any]:
+    def _session(self, info: messages.SessionInfo) -> dict[str, Any]:
         answer = self.newest.get(info.session)
         newest = None
         if answer is not None:
@@ -134,8 +134,8 @@ class Monitor(Closing):
             if left <= 0:
                 break
         for frame, arrived in latest.values():
-            message = wire.decode_published(frame)
-            if isinstance(message, wire.Result):
+            message = messages.decode_published(frame)
+            if isinstance(message, messages.Result):
                 self._newest[message.session] = Answer.of(message, arrived)
 
     def snapshot(self) -> Snapshot:
@@ -146,9 +146,9 @@ class Monitor(Closing):
         passed, self._asked = max(1e-9, now - self._asked), now
         names = {info.session for info in sessions}
         for name in names - self._listened:
-            self._sub.setsockopt(zmq.SUBSCRIBE, wire.topic(name))
+            self._sub.setsockopt(zmq.SUBSCRIBE, messages.topic(name))
         for name in self._listened - names:
-            self._sub.setsockopt(zmq.UNSUBSCRIBE, wire.topic(name))
+            self._sub.setsockopt(zmq.UNSUBSCRIBE, messages.topic(name))
             self._newest.pop(name, None)
         self._listened = names
         rates = {

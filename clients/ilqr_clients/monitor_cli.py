@@ -12,7 +12,7 @@ from rich.live import Live
 
 from ilqr_clients.monitor import Monitor, view
 from ilqr_vae.errors import ServiceError
-from ilqr_vae.report import check_writable, write_whole
+from ilqr_vae.files import check_writable, write_whole
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

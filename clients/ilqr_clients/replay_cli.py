@@ -15,15 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from ilqr_clients.journal import verify_journal
-from ilqr_clients.live import LiveReplay, number, status_text
-from ilqr_clients.part import part_of
-from ilqr_clients.replay import stream
 from ilqr_clients.replay_report import Ending, Run, arrays_of, report_of
+from ilqr_clients.replay_view import LiveReplay, number, status_text
 from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
+from ilqr_clients.span import part_of
+from ilqr_clients.stream import stream
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import STDOUT
 from ilqr_vae.recordings import RecordingSpec
-from ilqr_vae.recordings.spec import parse_span, plan_drops, warmup_start
-from ilqr_vae.report import STDOUT, Outputs, ReportData, distribution
+from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
+from ilqr_vae.report import Outputs, ReportData, distribution
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

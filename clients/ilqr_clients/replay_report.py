@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_clients.part import Part
-from ilqr_clients.replay import CROSSING, StreamLog
 from ilqr_clients.sdk import Model
-from ilqr_vae.clock import ClockOffset, ClockTrack
+from ilqr_clients.span import Part
+from ilqr_clients.stream import CROSSING, StreamLog
+from ilqr_vae.protocol.clock import ClockOffset, ClockTrack
 from ilqr_vae.recordings import Recording
-from ilqr_vae.report import ReportData, Scores, distribution, score_decodes
-from ilqr_vae.report.score import OURS, WIENER
+from ilqr_vae.report import ReportData, distribution
+from ilqr_vae.scoring.score import OURS, WIENER, Scores, score_decodes
 
 MISSES = ("degraded", "late")
 _SHOWN = 12

@@ -20,19 +20,21 @@ from typing import Any, TypeVar
 import zmq
 from numpy.typing import ArrayLike
 
-from ilqr_clients.answers import Answer
+from ilqr_clients.answer import Answer
 from ilqr_clients.bins import counts_of, mask_of
-from ilqr_clients.clocks import KnownClock
 from ilqr_clients.closing import Closing
 from ilqr_clients.connection import Model, connect, model_of, reachable, refusal
-from ilqr_vae import wire
-from ilqr_vae.clock import Clock, ClockOffset, MonotonicClock, offset_of
+from ilqr_clients.known_offset import KnownClock
 from ilqr_vae.errors import ServiceError
-from ilqr_vae.keys import ClientKey
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.clock import Clock, ClockOffset, MonotonicClock, offset_of
+from ilqr_vae.protocol.keys import ClientKey
 
 __all__ = ["Model", "ServiceClient", "Session", "connect", "model_of", "reachable", "refusal"]
 
-Reply = TypeVar("Reply", wire.Described, wire.SessionList, wire.Probed, wire.ModelList)
+Reply = TypeVar(
+    "Reply", messages.Described, messages.SessionList, messages.Probed, messages.ModelList
+)
 
 
 class ServiceClient(Closing):
@@ -71,17 +73,19 @@ class ServiceClient(Closing):
         """Close the socket. Sessions opened from here stay open."""
         self._context.destroy(linger=0)
 
-    def _ask(self, request: wire.Message, kind: type[Reply], timeout: float | None = None) -> Reply:
-        self._socket.send(wire.encode(request))
+    def _ask(
+        self, request: messages.Message, kind: type[Reply], timeout: float | None = None
+    ) -> Reply:
+        self._socket.send(messages.encode(request))
         limit = self.timeout if timeout is None else timeout
         end = time.monotonic() + limit
         while (left := end - time.monotonic()) > 0:
             if not self._socket.poll(max(1, int(left * 1e3))):
                 continue
-            reply = wire.decode_downstream(self._socket.recv())
+            reply = messages.decode_downstream(self._socket.recv())
             if isinstance(reply, kind):
                 return reply
-            if isinstance(reply, wire.Refused):
+            if isinstance(reply, messages.Refused):
                 raise refusal(self.endpoint, reply)
         # A reply that still comes must not answer the next question.
         self._socket.close()
@@ -92,36 +96,36 @@ class ServiceClient(Closing):
             got="none (is it running, and is this its address?)",
         )
 
-    def describe(self) -> wire.Described:
+    def describe(self) -> messages.Described:
         """What is served. Raises ServiceError (no answer, refused), ProtocolError."""
-        return self._ask(wire.Describe(), wire.Described)
+        return self._ask(messages.Describe(), messages.Described)
 
-    def sessions(self) -> tuple[wire.SessionInfo, ...]:
+    def sessions(self) -> tuple[messages.SessionInfo, ...]:
         """The open sessions. Raises ServiceError (no answer, refused), ProtocolError."""
-        return self._ask(wire.Sessions(), wire.SessionList).sessions
+        return self._ask(messages.Sessions(), messages.SessionList).sessions
 
-    def models(self) -> tuple[wire.ModelInfo, ...]:
+    def models(self) -> tuple[messages.ModelInfo, ...]:
         """What serves, and what runs beside it. Raises ServiceError, ProtocolError."""
-        return self._ask(wire.Models(), wire.ModelList).models
+        return self._ask(messages.Models(), messages.ModelList).models
 
     def load(
         self, path: str, *, slot: str = "", shadow: bool = False, timeout: float = 120.0
-    ) -> tuple[wire.ModelInfo, ...]:
+    ) -> tuple[messages.ModelInfo, ...]:
         """Load a model into a slot, as its shadow or to serve at once; the models after it.
 
         Raises:
             ServiceError: refused (what serves goes on serving), or no answer in ``timeout`` s.
         """
-        request = wire.Load(path=path, slot=slot, shadow=shadow)
-        return self._ask(request, wire.ModelList, timeout).models
+        request = messages.Load(path=path, slot=slot, shadow=shadow)
+        return self._ask(request, messages.ModelList, timeout).models
 
-    def swap(self, slot: str = "") -> tuple[wire.ModelInfo, ...]:
+    def swap(self, slot: str = "") -> tuple[messages.ModelInfo, ...]:
         """Serve a slot's shadow. Raises ServiceError (no answer, refused)."""
-        return self._ask(wire.Swap(slot=slot), wire.ModelList).models
+        return self._ask(messages.Swap(slot=slot), messages.ModelList).models
 
-    def roll_back(self, slot: str = "") -> tuple[wire.ModelInfo, ...]:
+    def roll_back(self, slot: str = "") -> tuple[messages.ModelInfo, ...]:
         """Drop the shadow, else serve what served before. Raises ServiceError."""
-        return self._ask(wire.Rollback(slot=slot), wire.ModelList).models
+        return self._ask(messages.Rollback(slot=slot), messages.ModelList).models
 
     def clock(self, probes: int = 15) -> ClockOffset:
         """The service's clock against this client's. Raises ServiceError (no answer)."""
@@ -129,7 +133,7 @@ class ServiceClient(Closing):
         same = bool(self.timer.name)
         for _ in range(max(1, probes)):
             before = self.timer.now_ns()
-            probed = self._ask(wire.Probe(client_ns=before), wire.Probed)
+            probed = self._ask(messages.Probe(client_ns=before), messages.Probed)
             taken.append((before, probed.service_ns, self.timer.now_ns()))
             same = same and probed.clock == self.timer.name
         return offset_of(taken, same=same)
@@ -174,8 +178,8 @@ class ServiceClient(Closing):
         if epoch is None:
             known = [s.epoch for s in self.sessions() if s.session == session]
             epoch = max((e if resume else e + 1 for e in known), default=0)
-        request = wire.Open(
-            protocol=wire.PROTOCOL,
+        request = messages.Open(
+            protocol=messages.PROTOCOL,
             session=session,
             units=tuple(units),
             bin_width_ns=round(bin_width * 1e9),
@@ -215,7 +219,7 @@ class Session(Closing):
         self,
         endpoint: str,
         results: str,
-        request: wire.Open,
+        request: messages.Open,
         *,
         timeout: float = 3.0,
         key: ClientKey | None = None,
@@ -229,15 +233,15 @@ class Session(Closing):
         self.timeout = timeout
         self.credits = 0
         self.notices: list[str] = []
-        self.refused: list[wire.Refused] = []
-        self.closed: wire.Closed | None = None
-        self._opened: wire.Opened | None = None
+        self.refused: list[messages.Refused] = []
+        self.closed: messages.Closed | None = None
+        self._opened: messages.Opened | None = None
         self._confirmed = False
         self._early: list[Answer] = []
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._sub = connect(self._context, zmq.SUB, results, key)
-            self._sub.setsockopt(zmq.SUBSCRIBE, wire.topic(request.session))
+            self._sub.setsockopt(zmq.SUBSCRIBE, messages.topic(request.session))
             self._dealer = connect(self._context, zmq.DEALER, endpoint, key)
             self._poller = zmq.Poller()
             self._poller.register(self._sub, zmq.POLLIN)
@@ -254,7 +258,7 @@ class Session(Closing):
         before = -1
         while self._opened is None or not self._begun(before):
             if self._confirmed and before < 0:
-                self._dealer.send(wire.encode(self.request))
+                self._dealer.send(messages.encode(self.request))
                 before = len(self.notices)
             left = end - time.monotonic()
             if left <= 0:
@@ -272,7 +276,7 @@ class Session(Closing):
         return any(what.startswith(("opened", "resumed")) for what in self.notices[before:])
 
     @property
-    def opened(self) -> wire.Opened:
+    def opened(self) -> messages.Opened:
         assert self._opened is not None
         return self._opened
 
@@ -304,7 +308,7 @@ class Session(Closing):
         packed = counts_of(counts, n_units)
         observed = None if mask is None else mask_of(mask, n_units)
         now = self.timer.now_ns()
-        message = wire.Bin(
+        message = messages.Bin(
             session=self.request.session,
             epoch=self.request.epoch,
             index=index,
@@ -314,8 +318,8 @@ class Session(Closing):
             clock=self.clock.stated(now),
         )
         if (probe := self.clock.probe(now)) is not None:
-            self.send_raw(wire.encode(probe))
-        self.send_raw(wire.encode(message))
+            self.send_raw(messages.encode(probe))
+        self.send_raw(messages.encode(message))
         self.credits -= 1
         return now
 
@@ -344,11 +348,11 @@ class Session(Closing):
             except zmq.Again:
                 break
             arrived = self.timer.now_ns()
-            message = wire.decode_published(frames[-1])
+            message = messages.decode_published(frames[-1])
             self._confirmed = True  # whatever it is, the service has seen the subscription
             if message.epoch != self.request.epoch:
                 continue
-            if isinstance(message, wire.Result):
+            if isinstance(message, messages.Result):
                 answers.append(Answer.of(message, arrived))
             else:
                 self.notices.append(message.what)
@@ -357,21 +361,21 @@ class Session(Closing):
                 frame = self._dealer.recv(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            self._reply(wire.decode_downstream(frame))
+            self._reply(messages.decode_downstream(frame))
         return answers
 
-    def _reply(self, reply: wire.Downstream) -> None:
+    def _reply(self, reply: messages.Downstream) -> None:
         match reply:
-            case wire.Opened():
+            case messages.Opened():
                 self._opened = reply
                 self.credits += reply.credits
-            case wire.Credit():
+            case messages.Credit():
                 self.credits += reply.credits
-            case wire.Closed():
+            case messages.Closed():
                 self.closed = reply
-            case wire.Refused():
+            case messages.Refused():
                 self.refused.append(reply)
-            case wire.Probed():
+            case messages.Probed():
                 self.clock.take(reply)
             case _:
                 pass
@@ -386,7 +390,9 @@ class Session(Closing):
             return
         try:
             self.send_raw(
-                wire.encode(wire.Close(session=self.request.session, epoch=self.request.epoch))
+                messages.encode(
+                    messages.Close(session=self.request.session, epoch=self.request.epoch)
+                )
             )
             end = time.monotonic() + min(1.0, self.timeout)
             while self.closed is None and (left := end - time.monotonic()) > 0:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ilqr_service.ledger import Ledger
-from ilqr_service.security import RateLimit
-from ilqr_service.session import Effects
-from ilqr_service.sessions import SessionTable
-from ilqr_service.slots import Slots
-from ilqr_vae import wire
-from ilqr_vae.clock import this_clock
+from ilqr_service.journal.journal import Ledger
+from ilqr_service.sessions.session import Effects
+from ilqr_service.sessions.table import SessionTable
+from ilqr_service.solving.slots import Slots
+from ilqr_service.transport.security import RateLimit
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.clock import this_clock
 
-Request = wire.Probe | wire.Sessions | wire.Models | wire.Describe | wire.Control
+Request = (
+    messages.Probe | messages.Sessions | messages.Models | messages.Describe | messages.Control
+)
 
 
 class Control:
@@ -34,7 +36,7 @@ class Control:
         slots: Slots,
         ledger: Ledger,
         rate: float,
-        described: Callable[[], wire.Described],
+        described: Callable[[], messages.Described],
     ) -> None:
         self._table, self._slots, self._ledger = table, slots, ledger
         self._limit = RateLimit(rate)
@@ -46,24 +48,24 @@ class Control:
         """What a request asks for. Raises ProtocolError: too many, or one that cannot be met."""
         self._limit.check(owner, received)
         match message:
-            case wire.Probe():
+            case messages.Probe():
                 at, name = message.client_ns, this_clock()
-                probed = wire.Probed(client_ns=at, service_ns=received, clock=name)
+                probed = messages.Probed(client_ns=at, service_ns=received, clock=name)
                 return Effects(replies=[(owner, probed)])
-            case wire.Sessions():
-                infos = wire.SessionList(sessions=self._table.infos(received))
+            case messages.Sessions():
+                infos = messages.SessionList(sessions=self._table.infos(received))
                 return Effects(replies=[(owner, infos)])
-            case wire.Models():
+            case messages.Models():
                 return Effects(replies=[(owner, self._slots.list())])
-            case wire.Describe():
+            case messages.Describe():
                 return Effects(replies=[(owner, self._described())])
-            case wire.Load():
+            case messages.Load():
                 self._ledger.control(user, frame)
                 self._slots.load(owner, message)
                 return Effects()
-            case wire.Swap():
+            case messages.Swap():
                 self._ledger.control(user, frame)
                 return self._slots.swap(owner, message)
-            case wire.Rollback():
+            case messages.Rollback():
                 self._ledger.control(user, frame)
                 return self._slots.rollback(owner, message)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ilqr_service.export import choose, runs_of, write
-from ilqr_vae.recordings.nwb_write import SubjectInfo
-from ilqr_vae.report import check_writable
+from ilqr_service.journal.export import choose, runs_of, write
+from ilqr_vae.files import check_writable
+from ilqr_vae.recordings.nwb.write import SubjectInfo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -16,10 +16,10 @@ import msgspec
 import typer
 
 from ilqr_service import logs
-from ilqr_service.engine import Engine
 from ilqr_service.hygiene import Hygiene
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings, load_settings
+from ilqr_service.solving.engine import Engine
 from ilqr_vae.errors import ConfigError, ServiceError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -17,26 +17,26 @@ from typing import Any
 import zmq
 
 from ilqr_service import logs
-from ilqr_service.connections import Connections
 from ilqr_service.control import Control
-from ilqr_service.engine import Engine
-from ilqr_service.fleet import Fleet
 from ilqr_service.hygiene import Hygiene
-from ilqr_service.ledger import Ledger
-from ilqr_service.publisher import Publisher
-from ilqr_service.runs import PackedRun
-from ilqr_service.security import Gate
-from ilqr_service.session import Effects, Limits, counted
-from ilqr_service.sessions import SessionTable
+from ilqr_service.journal.journal import Ledger
+from ilqr_service.metrics.telemetry import Telemetry
+from ilqr_service.sessions.session import Effects, Limits, counted
+from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
-from ilqr_service.slots import Slots
-from ilqr_service.sockets import bind, empty, patience_ms, received
-from ilqr_service.solver import SolverThread
-from ilqr_service.telemetry import Telemetry
-from ilqr_service.web import Web
+from ilqr_service.solving.engine import Engine
+from ilqr_service.solving.engines import Fleet
+from ilqr_service.solving.run import PackedRun
+from ilqr_service.solving.slots import Slots
+from ilqr_service.solving.thread import SolverThread
+from ilqr_service.transport.connections import Connections
+from ilqr_service.transport.http import Web
+from ilqr_service.transport.results import Publisher
+from ilqr_service.transport.security import Gate
+from ilqr_service.transport.sockets import bind, empty, patience_ms, received
 from ilqr_service.work import Work
-from ilqr_vae import wire
 from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
+from ilqr_vae.protocol import messages
 
 _POLL_MS = 100
 _BURST = 256
@@ -45,7 +45,7 @@ _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
 _COLLECT_S = 5.0
-_FEED = (wire.Bin, wire.Open, wire.Close)
+_FEED = (messages.Bin, messages.Open, messages.Close)
 
 
 class Service:
@@ -147,7 +147,7 @@ class Service:
             )
             self.results = self._bind("results", self._publisher.socket, self._settings.results)
             for result in self._ledger.last:
-                self._publisher.remember(result.session, wire.encode(result))
+                self._publisher.remember(result.session, messages.encode(result))
             self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
             self._wake.bind(_WAKE)
             if self._settings.http:
@@ -337,17 +337,17 @@ class Service:
         limit = self._settings.max_message_bytes
         if len(frames[0]) > limit:
             raise ProtocolError("size", expected=f"{limit} bytes", got=f"{len(frames[0])}")
-        message = wire.decode_upstream(frames[0])
+        message = messages.decode_upstream(frames[0])
         if self._gate is not None:
             self._gate.check(user, message)
         if isinstance(message, _FEED):
             return self._table.receive(owner, message, at_ns, user)
         return self._control.answer(owner, user, message, frames[0], at_ns)
 
-    def _described(self) -> wire.Described:
+    def _described(self) -> messages.Described:
         engine = next(iter(self._slots.slots.values())).serving
-        return wire.Described(
-            protocol=wire.PROTOCOL,
+        return messages.Described(
+            protocol=messages.PROTOCOL,
             model=engine.facts.model,
             ready=self.ready,
             device=self.device,
@@ -382,19 +382,19 @@ class Service:
             for run in effects.overran:
                 self._solver.overran(run)
             for message in effects.again:
-                self._publisher.publish(message.session, wire.encode(message))
+                self._publisher.publish(message.session, messages.encode(message))
             for message, frame in zip(effects.published, effects.frames, strict=True):
                 self._publisher.publish(message.session, frame)
-                if isinstance(message, wire.Result) and message.revision == 0:
+                if isinstance(message, messages.Result) and message.revision == 0:
                     self.telemetry.observe(message)
             for owner, reply in effects.replies:
                 self._reply(owner, reply)
 
-    def _reply(self, owner: bytes, message: wire.Message) -> None:
+    def _reply(self, owner: bytes, message: messages.Message) -> None:
         if not owner:
             return  # a session that outlived its service, and has no feeder yet
         try:
-            self._router.send_multipart([owner, wire.encode(message)], zmq.NOBLOCK)
+            self._router.send_multipart([owner, messages.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
             # EHOSTUNREACH: gone. EAGAIN: it does not read. Either way it is the feeder's loss.
             self.telemetry.count(Counter({"unreachable": 1}))

@@ -10,9 +10,9 @@ import msgspec
 import torch
 import typer
 
-from ilqr_service.verify import Verdict, verify
+from ilqr_service.journal.verify import Verdict, verify
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.report import STDOUT, check_writable, write_whole
+from ilqr_vae.files import STDOUT, check_writable, write_whole
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.wire import Offset, Result, Status
+from ilqr_vae.protocol.messages import Offset, Result, Status
 
 Vector = NDArray[np.float64]
 

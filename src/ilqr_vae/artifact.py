@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ilqr_vae.dynamics import FAMILIES, DynamicsOptions
 from ilqr_vae.errors import ArtifactError, ConfigError
-from ilqr_vae.horizon import HorizonConfig, MovingHorizon
-from ilqr_vae.likelihoods import LIKELIHOODS, Likelihood, Poisson
-from ilqr_vae.model import Model
-from ilqr_vae.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
-from ilqr_vae.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.model.dynamics import FAMILIES, DynamicsOptions
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import LIKELIHOODS, Likelihood, Poisson
+from ilqr_vae.model.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
+from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
+from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
 SCHEMA = 3
 KEY = "ilqr_vae"

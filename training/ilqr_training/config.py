@@ -10,9 +10,9 @@ from typing import Literal
 import msgspec
 
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.horizon import HorizonConfig
-from ilqr_vae.readout import ReadoutShape
+from ilqr_vae.model.readout import ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
+from ilqr_vae.streaming.horizon import HorizonConfig
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -20,7 +20,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     Attributes:
         latents, inputs: n and m.
-        dynamics: family name (``ilqr_vae.dynamics.FAMILIES``).
+        dynamics: family name (``ilqr_vae.model.dynamics.FAMILIES``).
         forget_bias: of the MGU2's gate at the start of training.
     """
 

@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ilqr_training.config import TrainConfig, load_config
-from ilqr_training.decoding import Plan, compare
-from ilqr_training.decoding_table import rows_of, stress_rows, tables
-from ilqr_training.evaluated import WIDTH, shown
-from ilqr_training.stress import StressPlan
-from ilqr_training.train import Watcher
+from ilqr_training.evaluation.comparison import Plan, compare
+from ilqr_training.evaluation.report import WIDTH, shown
+from ilqr_training.evaluation.stress import StressPlan
+from ilqr_training.evaluation.tables import rows_of, stress_rows, tables
+from ilqr_training.fit.train import Watcher
 from ilqr_training.train_cli import Terminal, overridden, use_threads
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.recordings import load_recording
-from ilqr_vae.report import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.report.data import plain
 
 EXAMPLE = (

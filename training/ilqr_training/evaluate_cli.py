@@ -12,19 +12,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from ilqr_training.causal import Causal, causal_pass
-from ilqr_training.cosmooth import CoSmoothing, cosmooth, held_out_units
-from ilqr_training.evaluated import Evaluated, say
-from ilqr_training.followed import learning_curves
-from ilqr_training.rivals import GRU, KALMAN, Rival, fit_rivals
-from ilqr_training.stress import Stress, StressPlan, under_stress
+from ilqr_training.evaluation.baselines import GRU, KALMAN, Rival, fit_rivals
+from ilqr_training.evaluation.cosmoothing import CoSmoothing, cosmooth, held_out_units
+from ilqr_training.evaluation.report import Evaluated, say
+from ilqr_training.evaluation.stress import Stress, StressPlan, under_stress
+from ilqr_training.fit.curves import learning_curves
+from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import STDOUT
 from ilqr_vae.recordings import Recording, load_matching
-from ilqr_vae.recordings.spec import parse_span, plan_drops, warmup_start
-from ilqr_vae.report import STDOUT, Outputs, Scores, Table, score_decodes
-from ilqr_vae.report.score import WIENER
+from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
+from ilqr_vae.report import Outputs, Table
+from ilqr_vae.scoring.score import WIENER, Scores, score_decodes
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

@@ -22,7 +22,7 @@ from ilqr_training.experiments import NAMES, find
 from ilqr_training.experiments.driver import Outcome
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.report import check_writable, write_whole
+from ilqr_vae.files import check_writable, write_whole
 
 
 class _Named(TyperGroup):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ilqr_vae.artifact import Manifest, read_manifest
-from ilqr_vae.report import STDOUT, check_writable, write_whole
+from ilqr_vae.files import STDOUT, check_writable, write_whole
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.recordings import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
 from ilqr_vae.recordings.checks import missing_extra
-from ilqr_vae.report import check_writable, write_whole
-from ilqr_vae.subject import RESOLUTION, TICK, Session, simulate_session
+from ilqr_vae.simulated.subject import RESOLUTION, TICK, Session, simulate_session
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

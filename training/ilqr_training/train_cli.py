@@ -13,21 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ilqr_training.config import TrainConfig, check, load_config, with_fraction
-from ilqr_training.data import Prepared
-from ilqr_training.evaluated import WIDTH, shown
-from ilqr_training.followed import log_folder
-from ilqr_training.loop import Report
-from ilqr_training.memory import estimate
-from ilqr_training.rivals import GRU, KALMAN, fit_rivals
-from ilqr_training.sessions import session_path, train_sessions
-from ilqr_training.train import Trained, Watcher, checkpoint_path, train
-from ilqr_training.validate import Validation
-from ilqr_vae import threads
+from ilqr_training.evaluation.baselines import GRU, KALMAN, fit_rivals
+from ilqr_training.evaluation.report import WIDTH, shown
+from ilqr_training.fit.crops import Prepared
+from ilqr_training.fit.curves import log_folder
+from ilqr_training.fit.joint import session_path, train_sessions
+from ilqr_training.fit.loop import Report
+from ilqr_training.fit.memory import estimate
+from ilqr_training.fit.train import Trained, Watcher, checkpoint_path, train
+from ilqr_training.fit.validate import Validation
 from ilqr_vae.artifact import Manifest
-from ilqr_vae.backend import device_of
 from ilqr_vae.errors import ConfigError, ShapeError
-from ilqr_vae.report import STDOUT, Table, check_folder, check_writable, write_whole
-from ilqr_vae.report.score import OURS, WIENER
+from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
+from ilqr_vae.kernels.backend import device_of
+from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.report import Table
+from ilqr_vae.scoring.score import OURS, WIENER
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

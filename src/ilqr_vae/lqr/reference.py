@@ -14,22 +14,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ilqr_vae.lqr.types import LQRProblem, LQRSolution, damping_per_problem
-from ilqr_vae.shapes import (
+from ilqr_vae.lqr.problem import (
     FlagPerProblem,
     InputByState,
     InputJacobians,
     InputMatrices,
+    LQRProblem,
+    LQRSolution,
     StateJacobians,
     StateMatrices,
     StateMatrix,
+    damping_per_problem,
 )
 
 
 def solve_reference(
     problem: LQRProblem, *, free_initial: bool, regularisation: Tensor | float = 0.0
 ) -> LQRSolution:
-    """Solve a batch of LQR problems; see `ilqr_vae.lqr.types` for signs and shapes.
+    """Solve a batch of LQR problems; see `ilqr_vae.lqr.problem` for signs and shapes.
 
     Args:
         problem: the batch.

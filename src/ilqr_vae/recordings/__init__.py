@@ -4,16 +4,10 @@
 """
 
 from ilqr_vae.recordings.load import load_matching, load_recording
-from ilqr_vae.recordings.nwb_write import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
-from ilqr_vae.recordings.spec import (
-    Hdf5Spec,
-    MatSpec,
-    NwbSpec,
-    RecordingSpec,
-    SplitSpec,
-    TrialSpec,
-)
-from ilqr_vae.recordings.types import Recording, Trials
+from ilqr_vae.recordings.nwb.write import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
+from ilqr_vae.recordings.recording import Recording, Trials
+from ilqr_vae.recordings.spec import Hdf5Spec, MatSpec, NwbSpec, RecordingSpec, TrialSpec
+from ilqr_vae.recordings.split import SplitSpec
 
 __all__ = [
     "BehaviourSeries",

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import existing_file, missing_extra, sha256_of, whole_counts
-from ilqr_vae.recordings.session import differentiated
+from ilqr_vae.recordings.recording import Recording, Trials
 from ilqr_vae.recordings.spec import Hdf5Spec, RecordingSpec
-from ilqr_vae.recordings.types import Recording, Trials
+from ilqr_vae.recordings.unbinned import differentiated
 
 Array = NDArray[np.float64]
 _DEFAULT = Hdf5Spec()

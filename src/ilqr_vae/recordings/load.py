@@ -7,8 +7,8 @@ from pathlib import Path
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import existing_file
 from ilqr_vae.recordings.mat import read_mat
+from ilqr_vae.recordings.recording import Recording
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.types import Recording
 
 
 def load_recording(path: str | Path, spec: RecordingSpec | None = None) -> Recording:
@@ -28,7 +28,7 @@ def load_recording(path: str | Path, spec: RecordingSpec | None = None) -> Recor
     if suffix == ".mat":
         return read_mat(path, spec)
     if suffix == ".nwb":
-        from ilqr_vae.recordings.nwb import read_nwb
+        from ilqr_vae.recordings.nwb.read import read_nwb
 
         return read_nwb(path, spec)
     if suffix in (".h5", ".hdf5"):

@@ -20,10 +20,10 @@ from ilqr_vae.recordings.checks import (
     sha256_of,
     whole_counts,
 )
-from ilqr_vae.recordings.session import Moving, Session, cut_on_grid, finish, recording_of
+from ilqr_vae.recordings.recording import Recording
 from ilqr_vae.recordings.spec import MatSpec, RecordingSpec
 from ilqr_vae.recordings.trials import Table
-from ilqr_vae.recordings.types import Recording
+from ilqr_vae.recordings.unbinned import Moving, Session, cut_on_grid, finish, recording_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.binning import EDGE, bins_of
-from ilqr_vae.recordings.spec import RecordingSpec, SplitSpec
-from ilqr_vae.recordings.types import Recording, Trials
+from ilqr_vae.recordings.recording import Recording, Trials
+from ilqr_vae.recordings.spec import RecordingSpec
+from ilqr_vae.recordings.split import SplitSpec
 
 CONDITION_COLUMNS = ("condition", "target_index", "target_id", "target", "trial_type")
 

@@ -8,11 +8,11 @@ scores need numpy and scipy alone; ``render_html`` needs the extra ``report`` (m
 >>> path.write_text(render_html(data))                          # doctest: +SKIP
 """
 
-from ilqr_vae.report.data import ReportData, distribution, to_json
-from ilqr_vae.report.files import STDOUT, check_folder, check_writable, write_whole
-from ilqr_vae.report.outputs import Outputs, check_html, render_html
-from ilqr_vae.report.score import Scores, calibration, score_decodes
+from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
+from ilqr_vae.report.data import ReportData, distribution
+from ilqr_vae.report.outputs import Outputs, check_html, render_html, to_json
 from ilqr_vae.report.table import Table
+from ilqr_vae.scoring.score import Scores, calibration, score_decodes
 
 __all__ = [
     "STDOUT",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Trials
-from ilqr_vae.report.analyses import psths, residuals, summary, triggered_inputs
-from ilqr_vae.report.score import Scores
 from ilqr_vae.report.table import Table
+from ilqr_vae.scoring.score import Scores
 
 Array = NDArray[np.float64]
 
@@ -142,45 +141,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
-
-
-def _bound(data: ReportData, stage: str) -> dict[str, float]:
-    known = stage in data.latency_uncertainty_ms
-    return {"clock_uncertainty": data.latency_uncertainty_ms[stage]} if known else {}
-
-
-def to_json(data: ReportData) -> dict[str, Any]:
-    """The report's numbers, ready for ``json.dumps``; NaN becomes null."""
-    scores = data.scores
-    return plain(
-        {
-            "schema": SCHEMA,
-            "kind": data.kind,
-            "title": data.title,
-            "bins": len(data.counts),
-            "bin_width": data.bin_width,
-            "bits_per_spike": data.bits_per_spike,
-            "scores": {} if scores is None else scores.methods,
-            "scored_bins": 0 if scores is None else scores.n,
-            "intervals_95": {} if scores is None else scores.intervals,
-            "resampled": "" if scores is None else scores.resampled,
-            "calibration": {}
-            if scores is None
-            else {"nominal": scores.nominal, "actual": scores.actual},
-            "coverage_90_by_speed": {}
-            if scores is None or scores.by_speed is None
-            else asdict(scores.by_speed),
-            "statuses": data.statuses,
-            "latency_ms": {
-                k: distribution(v) | _bound(data, k) for k, v in data.latency_ms.items()
-            },
-            "deadline_ms": data.deadline_ms,
-            "residuals": summary(residuals(data)),
-            "psth": summary(psths(data)),
-            "inputs": [summary(found) for found in triggered_inputs(data)],
-            "learning": {name: [list(point) for point in c] for name, c in data.learning.items()},
-            "notes": data.notes,
-            "provenance": data.provenance,
-            **data.extra,
-        }
-    )

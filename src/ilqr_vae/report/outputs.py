@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.report.data import ReportData, to_json
-from ilqr_vae.report.files import check_writable, write_whole
+from ilqr_vae.files import check_writable, write_whole
+from ilqr_vae.report.analyses import psths, residuals, summary, triggered_inputs
+from ilqr_vae.report.data import SCHEMA, ReportData, distribution, plain
 
 
 def check_html(path: Path | None, field: str) -> None:
@@ -71,3 +72,45 @@ class Outputs:
             made.append((self.arrays_file, buffer.getvalue()))
         for path, content in made:
             write_whole(path, content)
+
+
+def _bound(data: ReportData, stage: str) -> dict[str, float]:
+    known = stage in data.latency_uncertainty_ms
+    return {"clock_uncertainty": data.latency_uncertainty_ms[stage]} if known else {}
+
+
+def to_json(data: ReportData) -> dict[str, Any]:
+    """The report's numbers, ready for ``json.dumps``; NaN becomes null."""
+    scores = data.scores
+    return plain(
+        {
+            "schema": SCHEMA,
+            "kind": data.kind,
+            "title": data.title,
+            "bins": len(data.counts),
+            "bin_width": data.bin_width,
+            "bits_per_spike": data.bits_per_spike,
+            "scores": {} if scores is None else scores.methods,
+            "scored_bins": 0 if scores is None else scores.n,
+            "intervals_95": {} if scores is None else scores.intervals,
+            "resampled": "" if scores is None else scores.resampled,
+            "calibration": {}
+            if scores is None
+            else {"nominal": scores.nominal, "actual": scores.actual},
+            "coverage_90_by_speed": {}
+            if scores is None or scores.by_speed is None
+            else asdict(scores.by_speed),
+            "statuses": data.statuses,
+            "latency_ms": {
+                k: distribution(v) | _bound(data, k) for k, v in data.latency_ms.items()
+            },
+            "deadline_ms": data.deadline_ms,
+            "residuals": summary(residuals(data)),
+            "psth": summary(psths(data)),
+            "inputs": [summary(found) for found in triggered_inputs(data)],
+            "learning": {name: [list(point) for point in c] for name, c in data.learning.items()},
+            "notes": data.notes,
+            "provenance": data.provenance,
+            **data.extra,
+        }
+    )

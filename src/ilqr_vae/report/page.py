@@ -9,11 +9,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ilqr_vae.report import figures, figures_trials
+from ilqr_vae.report import figures
 from ilqr_vae.report.data import ReportData, distribution
-from ilqr_vae.report.score import OURS
 from ilqr_vae.report.svg import STATUS_COLOURS, style
 from ilqr_vae.report.table import Table
+from ilqr_vae.scoring.score import OURS
 
 _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
     (
@@ -37,25 +37,25 @@ _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
         "Residuals over time",
         "Root mean square of what the decoder missed by, block by block, against the size of error "
         "it stated; a decoder that goes stale climbs.",
-        figures_trials.residual_course,
+        figures.residual_course,
     ),
     (
         "Firing around the movement",
         "Mean rate of the units whose rates differ most between conditions (over time where there "
         "is one): counted (thin) and as the model has it from each bin and those before (thick); "
         "colour is the condition.",
-        figures_trials.psth,
+        figures.psth,
     ),
     (
         "Inferred inputs around events",
         "Size of the inputs the dynamics need to explain the spikes, mean over trials with its "
         "standard error.",
-        figures_trials.inputs_around,
+        figures.inputs_around,
     ),
     (
         "Learning curves",
         "What was followed while the model was trained.",
-        figures_trials.learning,
+        figures.learning,
     ),
     ("Latency", "Per bin, log axes; total runs from the intended send.", figures.latency),
     ("Latent state", "The state the spikes are explained by.", figures.latents),

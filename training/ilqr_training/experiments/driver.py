@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_training.config import LoopConfig
-from ilqr_training.loop import Report, Run, start, train_steps
+from ilqr_training.fit.loop import Report, Run, start, train_steps
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
-from ilqr_vae.dynamics import DynamicsOptions
 from ilqr_vae.errors import ShapeError
-from ilqr_vae.likelihoods import Gaussian, Observed
-from ilqr_vae.model import Model
+from ilqr_vae.model.dynamics import DynamicsOptions
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Gaussian, Observed
 
 Array = NDArray[np.float64]
 

@@ -27,14 +27,14 @@ from ilqr_training.experiments.driver import (
     observed_of,
 )
 from ilqr_training.experiments.generators import linear_trials, sparse_inputs, stable_matrix
-from ilqr_training.experiments.starts import start_linear
-from ilqr_training.loop import Report, Run
-from ilqr_vae import elbo, ilqr, prediction
+from ilqr_training.experiments.initialise import start_linear
+from ilqr_training.fit.loop import Report, Run
 from ilqr_vae.artifact import GroupSpec
-from ilqr_vae.likelihoods import Observed
-from ilqr_vae.model import Model
-from ilqr_vae.posterior import Draw
-from ilqr_vae.priors import LOG_2PI
+from ilqr_vae.inference import elbo, ilqr, prediction
+from ilqr_vae.inference.posterior import Draw
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observed
+from ilqr_vae.model.priors import LOG_2PI
 
 
 class GapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -28,12 +28,12 @@ from ilqr_training.experiments.generators import (
     spiking,
     stable_matrix,
 )
-from ilqr_training.experiments.starts import start_linear
-from ilqr_vae import ilqr, prediction
+from ilqr_training.experiments.initialise import start_linear
 from ilqr_vae.artifact import GroupSpec
-from ilqr_vae.dynamics import DynamicsOptions
-from ilqr_vae.likelihoods import Observed, padded
-from ilqr_vae.metrics import poisson_nll
+from ilqr_vae.inference import ilqr, prediction
+from ilqr_vae.model.dynamics import DynamicsOptions
+from ilqr_vae.model.likelihoods import Observed, padded
+from ilqr_vae.scoring.metrics import poisson_nll
 
 _SOLVER = ilqr.SolverConfig(iterations=60, tolerance=1e-7)
 

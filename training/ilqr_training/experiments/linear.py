@@ -30,12 +30,12 @@ from ilqr_training.experiments.generators import (
     sparse_inputs,
     stable_matrix,
 )
+from ilqr_training.experiments.initialise import start_linear
 from ilqr_training.experiments.oracle import oracle_scores
-from ilqr_training.experiments.starts import start_linear
-from ilqr_vae import prediction
 from ilqr_vae.artifact import GroupSpec
-from ilqr_vae.dynamics import Linear
-from ilqr_vae.model import Model
+from ilqr_vae.inference import prediction
+from ilqr_vae.model.dynamics import Linear
+from ilqr_vae.model.generative import Model
 
 
 class AutonomousConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

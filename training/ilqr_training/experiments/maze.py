@@ -29,11 +29,11 @@ from ilqr_training.experiments.driver import (
     observed_of,
 )
 from ilqr_training.experiments.generators import duffing_trials, spiking
-from ilqr_training.loop import Report, Run
+from ilqr_training.fit.loop import Report, Run
 from ilqr_vae.artifact import GroupSpec
-from ilqr_vae.backend import device_of
-from ilqr_vae.dynamics import DynamicsOptions
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.kernels.backend import device_of
+from ilqr_vae.model.dynamics import DynamicsOptions
 
 HELD_IN, HELD_OUT = "train_spikes_heldin", "train_spikes_heldout"
 

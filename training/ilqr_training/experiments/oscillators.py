@@ -26,12 +26,12 @@ from ilqr_training.experiments.generators import (
     spiking,
     tuning,
 )
-from ilqr_training.experiments.starts import StartConfig, start_residual
-from ilqr_vae import ilqr, prediction
+from ilqr_training.experiments.initialise import StartConfig, start_residual
 from ilqr_vae.artifact import GroupSpec
-from ilqr_vae.dynamics import DynamicsOptions
-from ilqr_vae.metrics import r2
-from ilqr_vae.model import Model
+from ilqr_vae.inference import ilqr, prediction
+from ilqr_vae.model.dynamics import DynamicsOptions
+from ilqr_vae.model.generative import Model
+from ilqr_vae.scoring.metrics import r2
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

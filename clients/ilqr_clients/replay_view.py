@@ -1,0 +1,117 @@
+"""The terminal view of a running replay. Drawn only where it does not delay a bin."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ilqr_clients.closing import Closing
+from ilqr_clients.stream import StreamLog
+from ilqr_vae.scoring.metrics import r2_per_axis
+
+STYLES = {
+    "ok": "green",
+    "degraded": "yellow",
+    "late": "red",
+    "missing": "bright_black",
+    "extrapolated": "magenta",
+}
+
+
+def status_text(statuses: dict[str, int]) -> str:
+    """Coloured ``ok 120  missing 4``; ``-`` where there are none."""
+    parts = [f"[{STYLES.get(k, 'white')}]{k}[/] {v}" for k, v in statuses.items() if v]
+    return "  ".join(parts) or "-"
+
+
+def number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if np.isfinite(value) else "-"
+
+
+class LiveReplay(Closing):
+    """A ``watch`` for ``replay.stream``: a rich table, at most four times a second.
+
+    Drawing waits for a pause before the next send that is longer than drawing takes; with none for
+    a second it draws all the same, or the table would freeze at high speeds.
+
+    Args:
+        total: bins in the stream; those before ``warm_up`` are not scored.
+        truth: (T, D) of the whole stream, or None; ``scored`` (T,) says where it counts.
+        names: of the D channels.
+        enabled: False draws nothing.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        total: int,
+        warm_up: int,
+        truth: NDArray[np.float64] | None,
+        scored: NDArray[np.bool_],
+        names: tuple[str, ...],
+        enabled: bool,
+    ) -> None:
+        self._total, self._warm_up, self._truth, self._names = total, warm_up, truth, names
+        self._scored = scored
+        self._live = Live(console=console, auto_refresh=False) if enabled else None
+        self._drawn = time.monotonic()
+        self._cost = 0.01
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def close(self) -> None:
+        """Leave the table as it was last drawn."""
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, log: StreamLog, free: float) -> None:
+        if self._live is None:
+            return
+        now = time.monotonic()
+        since = now - self._drawn
+        if not (free == float("inf") or since > 1.0 or (since > 0.25 and free > 2 * self._cost)):
+            return
+        self._live.update(self.table(log), refresh=True)
+        self._drawn = time.monotonic()
+        self._cost = 0.5 * self._cost + 0.5 * (self._drawn - now)
+
+    def table(self, log: StreamLog) -> Table:
+        """The table as it stands."""
+        table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column()
+        elapsed = max(1e-9, ((log.ended_ns or time.monotonic_ns()) - log.started_ns) / 1e9)
+        warm = " (warming up)" if log.answered <= self._warm_up else ""
+        table.add_row(
+            "bins",
+            f"{log.answered} of {self._total}{warm}, {log.answered / elapsed:.1f} per second",
+        )
+        table.add_row("statuses", status_text(Counter(s for s in log.status if s)))
+        rows = slice(self._warm_up, None)
+        if self._truth is not None and self._names:
+            known = np.isfinite(log.kinematics[rows]).all(axis=1) & self._scored[rows]
+            if known.sum() > 1:
+                each = r2_per_axis(self._truth[rows][known], log.kinematics[rows][known])
+                text = "  ".join(
+                    f"{n} {number(float(v))}" for n, v in zip(self._names, each, strict=True)
+                )
+                table.add_row("R2 so far", f"{text}  mean {number(float(np.mean(each)))}")
+        latency = log.latency_ms(rows)
+        for stage in ("solve", "total"):
+            values = latency[stage][np.isfinite(latency[stage])]
+            if values.size:
+                p50, p99 = np.percentile(values, [50, 99])
+                table.add_row(f"{stage}, ms", f"p50 {p50:.2f}  p99 {p99:.2f}")
+        table.add_row("bits per spike", number(log.bits_per_spike(rows)))
+        return table

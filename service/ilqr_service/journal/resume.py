@@ -1,0 +1,159 @@
+"""Going on where a service that died left off: what its journal says is still open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+
+from ilqr_service.journal.records import (
+    Answered,
+    Began,
+    Checkpoint,
+    Ended,
+    Header,
+    Kept,
+    Worked,
+    frame,
+    records,
+    segments,
+)
+from ilqr_service.journal.writer import Live, advance
+from ilqr_service.sessions.session import Session
+from ilqr_service.solving.run import Resumed, unpack_work
+from ilqr_service.work import ModelFacts, Work, budget_of
+from ilqr_vae.protocol import messages
+
+_HEAD = 8
+_kept = msgspec.msgpack.Decoder(Kept)
+_answered = msgspec.msgpack.Decoder(Answered)
+
+
+def open_runs(folder: Path) -> tuple[int, dict[int, Live]]:
+    """The next free run number, and the runs that had not ended.
+
+    What a torn end of the last segment held is not there; a segment whose beginning was cut short
+    counts for nothing, the one before it holds the same.
+
+    Raises:
+        JournalError: a segment cannot be read or is of another version.
+    """
+    next_run = 0
+    live: dict[int, Live] = {}
+    staged: dict[int, Live] = {}
+    whole = False
+    for path in _from_last_whole(segments(folder)) if folder.is_dir() else []:
+        for record in records(path):
+            into = live if whole else staged
+            match record:
+                case Header():
+                    next_run = max(next_run, record.next_run)
+                    staged, whole = {}, False
+                case Checkpoint():
+                    live, whole = staged, True
+                case Began():
+                    next_run = max(next_run, record.run + 1)
+                    into[record.run] = Live(record)
+                case Ended():
+                    into.pop(record.run, None)
+                case Worked() if record.work.run in into:
+                    into[record.work.run].note(record, frame(record))
+                case Answered() if record.run in into:
+                    into[record.run].note(record, frame(record))
+                case Kept() if record.packed.run in into:
+                    into[record.packed.run].note(record, frame(record))
+                case _:
+                    pass
+    return next_run, live
+
+
+def _from_last_whole(paths: list[Path]) -> list[Path]:
+    for k in range(len(paths) - 1, -1, -1):
+        if any(isinstance(record, Checkpoint) for record in records(paths[k])):
+            return paths[k:]
+    return paths
+
+
+def results_of(live: Live) -> list[tuple[Answered, messages.Result]]:
+    """The newest answers of a run, oldest first."""
+    pairs: list[tuple[Answered, messages.Result]] = []
+    for framed in live.answers.values():
+        record = _answered.decode(framed[_HEAD:])
+        result = messages.decode_published(record.frame)
+        if isinstance(result, messages.Result):
+            pairs.append((record, result))
+    return pairs
+
+
+def models_of(live: Live) -> set[str]:
+    """Ids of the models it takes to go on with a run."""
+    needed = {live.began.model}
+    if live.kept:
+        needed.add(_kept.decode(live.kept[_HEAD:]).packed.model)
+    for _, record in live.works.values():
+        needed |= {record.work.model, record.work.swap} - {""}
+    return needed
+
+
+def model_of(live: Live) -> str:
+    """Id of the model that a run goes on with."""
+    return advance(live.began, [record for _, record in live.works.values()]).model
+
+
+def take_up(
+    live: Live, facts: ModelFacts, deadline_ns: int, now_ns: int
+) -> tuple[Session, Resumed]:
+    """A session as it stood, without a feeder, and what the solver needs of it.
+
+    Args:
+        facts: of the model the run is on now.
+        deadline_ns: where the session stated none.
+        now_ns: from when it counts as silent.
+    """
+    works = [record for _, record in live.works.values()]
+    at = advance(live.began, works)
+    results = results_of(live)
+    packed = _kept.decode(live.kept[_HEAD:]).packed if live.kept else None
+    answered = max((a.serial for a, _ in results if a.settles), default=-1)
+    if packed is not None:
+        answered = max(answered, packed.serial)
+    request = at.request
+    session = Session(
+        run=at.run,
+        name=request.session,
+        epoch=request.epoch,
+        owner=b"",
+        deadline_ns=request.deadline_ns or deadline_ns or facts.bin_width_ns,
+        anytime=request.anytime,
+        seen_ns=now_ns,
+        slot=at.slot,
+        facts=facts,
+        request=request,
+        user=at.user,
+        next_index=at.next_index,
+        base=at.base,
+        serial=at.serial,
+        started=at.serial > 0,
+        missing=set(at.missing),
+    )
+    for answer, result in results:
+        session.recent.append(result)
+        if answer.revision:
+            session.revisions[answer.index] = answer.revision
+        session.newest = max(session.newest, result.index)
+    session.bins = session.newest + 1
+    cut = {a.serial: budget_of(r) for a, r in results if not r.revision}
+    to_do: list[Work] = []
+    for record in works:
+        work = unpack_work(record.work)
+        if work.serial <= answered:  # as it was solved, whatever the clock says now
+            work = replace(work, anytime=False, budget=cut.get(work.serial, 0))
+        elif work.received_ns > now_ns:  # by the clock of a boot before this one
+            work = replace(work, received_ns=now_ns, due_ns=now_ns)
+        to_do.append(work)
+    for work in to_do:
+        if work.serial > answered and not work.swap:
+            session.waiting += 1
+            session.unanswered += not work.missing
+    return session, Resumed(packed, to_do, answered)

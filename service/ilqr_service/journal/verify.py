@@ -1,0 +1,289 @@
+"""A journal run again offline: every answer computed anew and compared, bit for bit.
+
+Each run's works go through the engine in the order they were accepted, with the settings that the
+segment's header states. Where the clock had cut a solve short, it is cut after as many iterations
+as then. A stretch that the journal does not hold (it could not be written) is skipped: the run goes
+on from the next snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from ilqr_service.journal.records import (
+    Answered,
+    AnyRecord,
+    Began,
+    Checkpoint,
+    Header,
+    Kept,
+    Worked,
+    records,
+    segments,
+)
+from ilqr_service.settings import ServiceSettings
+from ilqr_service.solving.engine import Engine
+from ilqr_service.solving.engines import Fleet
+from ilqr_service.solving.run import unpack_work
+from ilqr_service.work import Answer, Work, budget_of
+from ilqr_vae.artifact import read_manifest
+from ilqr_vae.errors import JournalError
+from ilqr_vae.protocol import messages
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What a comparison found.
+
+    Attributes:
+        runs, answers: compared.
+        identical: answers that are the same to the last bit.
+        skipped: answers that could not be compared: their run's state is not in the journal.
+        largest: absolute difference over all numbers of all answers; infinite where a number is
+            none now and was one then, or the other way round.
+        changed: answers whose solve ended otherwise (``solver``).
+        first: where the first difference is.
+    """
+
+    runs: int = 0
+    answers: int = 0
+    identical: int = 0
+    skipped: int = 0
+    largest: float = 0.0
+    changed: int = 0
+    first: str = ""
+
+    def within(self, tolerance: float) -> bool:
+        """No number differs by more, and every solve ended as it had; 0 is bit for bit."""
+        if not tolerance:
+            return self.identical == self.answers
+        return self.largest <= tolerance and not self.changed
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run under way: all of it up to the work ``done`` is computed, where it is ``sound``."""
+
+    began: Began
+    done: int = -1
+    sound: bool = True
+    works: dict[int, Work] = field(default_factory=dict[int, Work])
+    frames: list[Answered] = field(default_factory=list[Answered])
+
+
+def stream(folder: Path) -> Iterator[AnyRecord]:
+    """All good records, oldest first. Raises JournalError."""
+    for path in segments(folder):
+        yield from records(path)
+
+
+def models_named(folder: Path) -> set[str]:
+    """Ids of the models that anything in a journal runs on. Raises JournalError."""
+    named: set[str] = set()
+    for record in stream(folder):
+        match record:
+            case Began():
+                named.add(record.model)
+            case Kept():
+                named.add(record.packed.model)
+            case Worked():
+                named |= {record.work.model, record.work.swap}
+            case _:
+                pass
+    return named - {""}
+
+
+def settings_of(header: Header) -> ServiceSettings:
+    """What of a service's settings an answer depends on. Raises JournalError."""
+    try:
+        kept = {name: header.settings[name] for name in ("device", "horizon", "iterations")}
+        return msgspec.convert(kept, ServiceSettings)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise JournalError("journal", expected="settings of a service", got=str(error)) from error
+
+
+def numbers(result: messages.Result) -> np.ndarray:
+    """Everything computed in a result, one after another."""
+    arrays = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
+    values = [messages.unpack(getattr(result, name), name) for name in arrays]
+    return np.concatenate([*values, [result.bits, result.spikes, result.iterations]])
+
+
+def computed(answer: Answer) -> np.ndarray:
+    """The same of an answer."""
+    arrays = (
+        answer.latent,
+        answer.latent_std,
+        answer.rates,
+        answer.kinematics,
+        answer.kinematics_std,
+    )
+    return np.concatenate([*arrays, [answer.bits, answer.spikes, answer.iterations]])
+
+
+def difference(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest absolute one; infinite where one of two is NaN, or they are not as many."""
+    if got.shape != want.shape:
+        return float("inf")
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    off = np.abs(got[~same] - want[~same])
+    return float(np.where(np.isnan(off), np.inf, off).max(initial=0.0))
+
+
+class Verifier:
+    """Follows a journal and compares.
+
+    Args:
+        models: files of all models that it names.
+    """
+
+    def __init__(self, models: list[Path]) -> None:
+        self.verdict = Verdict()
+        self._models = models
+        self._fleets: dict[ServiceSettings, Fleet] = {}
+        self._fleet: Fleet | None = None
+        self._runs: dict[int, _Run] = {}
+        # Runs whose state comes from what a segment begins with, not from before it: they were
+        # solved with other settings then. The answers repeated there are not to be had again.
+        self._anew: set[int] = set()
+
+    def follow(self, record: AnyRecord) -> None:
+        """Take one record.
+
+        Raises:
+            ArtifactError, ConfigError: a model file or device that cannot be used.
+            JournalError: a segment without a header, or with settings that are none.
+        """
+        if isinstance(record, Header):
+            self._serve(settings_of(record))
+            return
+        if self._fleet is None:
+            raise JournalError("journal", expected="a header first", got=type(record).__name__)
+        match record:
+            case Checkpoint():
+                self._anew.clear()
+            case Began():
+                self._begin(record)
+            case Worked():
+                work = unpack_work(record.work)
+                run = self._runs.get(work.run)
+                if run is not None and work.serial > run.done:
+                    run.works.setdefault(work.serial, work)
+            case Kept():
+                self._snapshot(self._fleet, record)
+            case Answered():
+                run = self._runs.get(record.run)
+                if run is not None and record.serial > run.done:
+                    run.frames.append(record)
+                    if record.settles:
+                        self._settle(self._fleet, run, record.serial)
+            case _:
+                pass
+
+    def _serve(self, settings: ServiceSettings) -> None:
+        fleet = self._fleets.get(settings)
+        if fleet is None:
+            engines = [Engine.load(path, settings) for path in self._models]
+            fleet = Fleet(engines[0])
+            fleet.engines |= {engine.facts.model: engine for engine in engines}
+            self._fleets[settings] = fleet
+        if self._fleet is not None and self._fleet is not fleet:
+            for run in self._runs:
+                self._fleet.forget(run)
+            self._anew |= self._runs.keys()
+        self._fleet = fleet
+
+    def _begin(self, record: Began) -> None:
+        known = record.run in self._runs
+        if known and record.run not in self._anew:
+            return
+        self.verdict.runs += not known
+        # without a snapshot all its works follow
+        self._runs[record.run] = _Run(record, record.serial - 1, sound=record.serial == 0)
+        if record.again:
+            self._anew.add(record.run)
+
+    def _snapshot(self, fleet: Fleet, record: Kept) -> None:
+        run = self._runs.get(record.packed.run)
+        serial = record.packed.serial
+        if run is None:
+            return
+        if run.sound and all(s in run.works for s in range(run.done + 1, serial + 1)):
+            return  # all of it is, or will be, computed anyway
+        fleet.forget(record.packed.run)
+        fleet.restore(record.packed)
+        run.done, run.sound = serial, True
+        run.works = {s: w for s, w in run.works.items() if s > serial}
+        run.frames.clear()
+
+    def _settle(self, fleet: Fleet, run: _Run, serial: int) -> None:
+        frames = [f for f in run.frames if f.serial == serial]
+        run.frames.clear()
+        expected: list[messages.Result] = []
+        for one in frames:
+            message = messages.decode_published(one.frame)
+            if isinstance(message, messages.Result):
+                expected.append(message)
+        answers: list[Answer] = []
+        for s in range(run.done + 1, serial + 1):
+            work = run.works.pop(s, None)
+            run.sound = run.sound and work is not None
+            if work is None or not run.sound:
+                continue
+            # as the clock had it then
+            budget = budget_of(expected[0]) if s == serial and expected else 0
+            work = replace(work, anytime=False, budget=budget)
+            answers = fleet.solve([work])
+        run.done = serial
+        if run.began.run in self._anew:
+            return
+        if run.sound:
+            # where a late bin's answers were cut short by a crash, the last ones are told again
+            self._compare(run, answers, expected[-len(answers) :] if answers else [])
+        else:
+            self.verdict.skipped += len(expected)
+
+    def _compare(self, run: _Run, answers: list[Answer], expected: list[messages.Result]) -> None:
+        verdict = self.verdict
+        for answer, result in zip(answers, expected, strict=False):
+            verdict.answers += 1
+            got, want = computed(answer), numbers(result)
+            changed = answer.solver != result.solver
+            if got.tobytes() == want.tobytes() and not changed:
+                verdict.identical += 1
+                continue
+            verdict.changed += changed
+            verdict.largest = max(verdict.largest, difference(got, want))
+            if not verdict.first:
+                name = run.began.request.session
+                verdict.first = f"session {name} epoch {result.epoch} bin {result.index}"
+
+
+def verify(folder: Path, models: list[Path]) -> Verdict:
+    """Compare a whole journal.
+
+    Args:
+        folder: the journal.
+        models: files of the models it names; at least one.
+
+    Raises:
+        ArtifactError, ConfigError: a model file or device that cannot be used.
+        JournalError: it cannot be read, or needs a model that is not given.
+    """
+    if not segments(folder):
+        raise JournalError("journal", expected="a folder with segments", got=str(folder))
+    needed = models_named(folder) - {read_manifest(path).model_id for path in models}
+    if needed:  # said before hours of solving
+        raise JournalError(
+            "model", expected=f"files of {', '.join(sorted(needed))} too", got="not given"
+        )
+    verifier = Verifier(models)
+    for record in stream(folder):
+        verifier.follow(record)
+    return verifier.verdict

@@ -1,0 +1,244 @@
+"""What the service counts and times: Prometheus for dashboards, HDR histograms for exact tails.
+
+Prometheus edges are finer than the defaults, with one edge exactly at the bin width, so that the
+share of bins answered within a bin is a count and no estimate. No label grows with the sessions.
+What comes is put aside, and counted when somebody asks or once a second: a counter's lock and
+label for each bin would cost more than its bookkeeping in the session table.
+
+Stages of a bin: ``wire_in`` (source to arrival: from the feeder's clock to this one, by the offset
+that the feeder states with the bin; its uncertainty is a histogram beside it, and bins of feeders
+that state none are counted and left out), ``queue`` (arrival to solve), ``solve``, ``publish`` (end
+of solve to the socket), ``total`` (arrival to the socket).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter as Tally
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from itertools import cycle
+from typing import Any, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from ilqr_service.metrics.histogram import Stage
+from ilqr_vae.protocol import messages
+
+STAGES = ("wire_in", "queue", "solve", "publish", "total")
+_EDGES_MS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 250)
+_REASONS = (
+    "credits",
+    "index",
+    "late",
+    "message",
+    "size",
+    "session",
+    "key",
+    "role",
+    "rate",
+    "handshake",
+    "source_ns",
+    "frames",
+    "protocol",
+    "subscription",
+)
+_HALF_LIFE = 5_000
+_MINUTE_NS = 60_000_000_000
+_QUANTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "p99.99": 99.99, "max": 100.0}
+
+# Events of the session table and the server, by the counter that counts them.
+EVENTS = {
+    "gap": "gaps in the bin indices",
+    "gap_bins": "bins that did not come",
+    "reset": "estimates started again after a gap too long to bridge",
+    "dropped": "bins dropped because their session ended",
+    "opened": "sessions opened",
+    "restarted": "sessions restarted under a higher epoch",
+    "idle": "sessions ended for being silent",
+    "solve_failed": "solves that raised, answered with a prediction",
+    "non_converged": "solves that stalled or were not finite",
+    "unreachable": "replies to a feeder that is gone or does not read",
+    "overdue": "bins answered without having come, by the clock",
+    "late_in": "bins that came late and were put in their place",
+    "late_lost": "late bins that could not be put in their place",
+    "revised": "answers that superseded one",
+    "shed": "bins answered without a solve, for overload",
+    "resumed": "sessions taken over where they stood",
+    "unit_changes": "units masked or used again",
+    "swapped": "models put in another's place",
+    "load_failed": "models that could not be loaded",
+    "unclocked": "bins whose feeder does not say how far its clock is from this one",
+    "disconnected": "connections of feeders and clients that ended, or were cut off",
+}
+
+
+def edges(bin_width: float) -> tuple[float, ...]:
+    """Histogram edges in seconds, rising, with one exactly at ``bin_width``."""
+    relative = (0.5, 1.0, 2.0, 4.0)
+    return tuple(sorted({e / 1e3 for e in _EDGES_MS} | {r * bin_width for r in relative}))
+
+
+class _First(Collector):
+    """Has something done before the registry's other metrics are collected."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do = do
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        self._do()
+        return []
+
+
+class Telemetry:
+    """Counters, gauges and histograms of one service, in a registry of its own.
+
+    Args:
+        bin_width: seconds.
+
+    Attributes:
+        registry: for the HTTP endpoint.
+    """
+
+    def __init__(self, bin_width: float) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        r = self.registry
+        r.register(_First(self._settle_events))
+        self._stages = {
+            stage: Stage(
+                f"ilqr_{stage}_seconds", f"time a bin spent in stage {stage}", edges(bin_width)
+            )
+            for stage in STAGES
+        }
+        for stage in self._stages.values():
+            r.register(stage)
+        bins = Counter("ilqr_bins", "bins answered, by status", ["status"], registry=r)
+        self._bins = {status: bins.labels(status) for status in get_args(messages.Status)}
+        self._refused = Counter(
+            "ilqr_refused", "messages refused, by the field that was wrong", ["reason"], registry=r
+        )
+        for reason in _REASONS:  # there from the start, so that the first one is an increase
+            self._refused.labels(reason)
+        self._events = {
+            name: Counter(f"ilqr_{name}", text, registry=r) for name, text in EVENTS.items()
+        }
+        self._sessions = Gauge("ilqr_sessions", "open sessions", registry=r)
+        self._queued = Gauge("ilqr_queued_bins", "bins queued or being solved", registry=r)
+        self._ready = Gauge("ilqr_ready", "1 when bins are answered", registry=r)
+        Gauge("ilqr_bin_width_seconds", "the model's bin width", registry=r).set(bin_width)
+        self._bits = Gauge(
+            "ilqr_bits_per_spike", "one step ahead, over the newest spikes", registry=r
+        )
+        self._masked = Gauge("ilqr_masked_units", "units masked, over all sessions", registry=r)
+        self._journal_ok = Gauge("ilqr_journal_ok", "0 while the journal fails", registry=r)
+        self._journal_lost = Gauge("ilqr_journal_lost_records", "records not written", registry=r)
+        self._journal_bytes = Gauge("ilqr_journal_bytes", "bytes written", registry=r)
+        self._journal_ok.set(1)
+        self._recent = (0.0, 0.0)
+        self._uncertainty = Stage(
+            "ilqr_wire_in_uncertainty_seconds",
+            "how far wire_in may be off, from the offset between the clocks; 0 on one clock",
+            (0.0, *edges(bin_width)),
+        )
+        r.register(self._uncertainty)
+        self._turns = cycle([*self._stages.values(), self._uncertainty])
+        self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
+        self._done = self._counted = 0
+        self._tally: Tally[str] = Tally()
+        self._aside: deque[Mapping[str, int]] = deque()
+        self._lock = threading.Lock()
+
+    def count(self, events: Mapping[str, int], bits: float = 0.0, spikes: int = 0) -> None:
+        """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; and
+        the bits that their spikes gained over the mean rates."""
+        if spikes:
+            keep = 0.5 ** (spikes / _HALF_LIFE)
+            self._recent = (keep * self._recent[0] + bits, keep * self._recent[1] + spikes)
+        if events:
+            self._aside.append(events)
+
+    def _settle_events(self) -> None:
+        """Count the events that were put aside. From any thread."""
+        with self._lock:
+            events: Tally[str] = Tally()
+            while self._aside:
+                events.update(self._aside.popleft())
+            for event, n in events.items():
+                self._tally[event] += n
+                kind, _, label = event.partition(":")
+                if kind == "status":
+                    self._bins[label].inc(n)
+                elif kind == "refused":
+                    self._refused.labels(label).inc(n)
+                else:
+                    self._events[kind].inc(n)
+            iterations, self._counted = self._done - self._counted, self._done
+            self._iterations.inc(iterations)
+            bits, spikes = self._recent
+        if spikes:
+            self._bits.set(bits / spikes)
+
+    def observe(self, result: messages.Result) -> None:
+        """Time one published answer; a missing bin has a solve time and no others."""
+        self._time("solve", result.solve_end_ns - result.solve_start_ns)
+        self._done += result.iterations
+        if result.status == "missing":
+            return
+        if (clock := result.clock) is None:
+            self.count({"unclocked": 1})
+        else:
+            wire_in = result.received_ns - result.source_ns - clock.offset_ns
+            within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
+            self._time("wire_in", 0 if within else wire_in)
+            self._uncertainty.add(min(clock.uncertainty_ns, _MINUTE_NS))
+        self._time("queue", result.solve_start_ns - result.received_ns)
+        self._time("publish", result.published_ns - result.solve_end_ns)
+        self._time("total", result.published_ns - result.received_ns)
+
+    def _time(self, stage: str, ns: int) -> None:
+        if 0 <= ns < _MINUTE_NS:
+            self._stages[stage].add(ns)
+
+    def settle(self) -> None:
+        """Count what was put aside: events, and the times of one stage after the other, so that no
+        call takes long. To be called some ten times a second."""
+        next(self._turns).settle()
+        self._settle_events()
+
+    def gauge(self, *, sessions: int, queued: int) -> None:
+        self._sessions.set(sessions)
+        self._queued.set(queued)
+
+    def masked(self, units: int) -> None:
+        self._masked.set(units)
+
+    def journal(self, ok: bool, lost: int, written: int) -> None:
+        self._journal_ok.set(ok)
+        self._journal_lost.set(lost)
+        self._journal_bytes.set(written)
+
+    def ready(self, ready: bool) -> None:
+        self._ready.set(ready)
+
+    def counts(self) -> dict[str, int]:
+        """Everything counted so far, by event."""
+        self._settle_events()
+        return dict(self._tally)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and per stage the exact quantiles in milliseconds (JSON-like)."""
+        tails: dict[str, Any] = {}
+        for stage, times in self._stages.items():
+            histogram = times.exact()
+            n = int(histogram.get_total_count())
+            if n:
+                tails[stage] = {"n": n} | {
+                    name: round(histogram.get_value_at_percentile(q) / 1e6, 4)
+                    for name, q in _QUANTILES.items()
+                }
+        return {"counts": self.counts(), "latency_ms": tails}

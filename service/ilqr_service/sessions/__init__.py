@@ -1,0 +1,1 @@
+"""The session table: pure state, with the clock passed in."""

@@ -1,0 +1,95 @@
+"""Is a message what this model can take? Pure functions; a ProtocolError says what is wrong."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_service.work import ModelFacts, Vector
+from ilqr_vae.errors import ProtocolError
+from ilqr_vae.protocol import messages
+
+SESSION_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_INDEX = 2**53
+MAX_COUNT = 2**31 - 1
+MAX_DEADLINE_NS = 3_600_000_000_000
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_open(message: messages.Open, facts: ModelFacts) -> None:
+    """Raises ProtocolError naming the field where the model cannot serve such a session."""
+    if message.protocol != messages.PROTOCOL:
+        raise ProtocolError("protocol", expected=str(messages.PROTOCOL), got=str(message.protocol))
+    if not SESSION_NAME.fullmatch(message.session):
+        raise ProtocolError(
+            "session", expected="1-64 of [A-Za-z0-9._-]", got=_short(repr(message.session))
+        )
+    if not 0 <= message.epoch <= MAX_INDEX:
+        raise ProtocolError("epoch", expected=f"0 to {MAX_INDEX}", got=str(message.epoch))
+    if message.bin_width_ns != facts.bin_width_ns:
+        raise ProtocolError(
+            "bin_width_ns", expected=str(facts.bin_width_ns), got=str(message.bin_width_ns)
+        )
+    for field in ("deadline_ns", "grace_ns"):
+        ns = getattr(message, field)
+        if not 0 <= ns <= MAX_DEADLINE_NS:
+            raise ProtocolError(
+                field, expected=f"0 (the service's default) to {MAX_DEADLINE_NS}", got=str(ns)
+            )
+    names = facts.unit_names
+    if len(message.units) != len(names):
+        raise ProtocolError(
+            "units", expected=f"the model's {len(names)} units", got=f"{len(message.units)} units"
+        )
+    for i, (expected, got) in enumerate(zip(names, message.units, strict=True)):
+        if expected != got:
+            raise ProtocolError(f"units[{i}]", expected=repr(expected), got=_short(repr(got)))
+
+
+def _vector(array: messages.Array, field: str, n_units: int) -> NDArray[Any]:
+    if array.shape != (n_units,):
+        raise ProtocolError(
+            f"{field}.shape", expected=f"({n_units},)", got=_short(str(tuple(array.shape)))
+        )
+    return messages.unpack(array, field)
+
+
+def check_bin(message: messages.Bin, facts: ModelFacts) -> tuple[Vector, NDArray[np.bool_] | None]:
+    """Counts and mask of a bin, each (N,).
+
+    Raises:
+        ProtocolError: not one count per unit; a count that is not a whole number in [0, 2^31);
+            a mask that is not u1 of zeros and ones; an index out of range.
+    """
+    if not 0 <= message.index <= MAX_INDEX:
+        raise ProtocolError("index", expected=f"0 to {MAX_INDEX}", got=str(message.index))
+    n_units = len(facts.unit_names)
+    raw = _vector(message.counts, "counts", n_units)
+    counts = raw.astype(np.float64)
+    if raw.dtype.kind == "f" and not np.isfinite(counts).all():
+        bad = counts[~np.isfinite(counts)][0]
+        raise ProtocolError("counts", expected="finite numbers", got=str(bad))
+    if raw.dtype.kind != "u" or raw.dtype.itemsize > 2:
+        wrong = (counts < 0) | (counts > MAX_COUNT) | (counts != np.floor(counts))
+        if wrong.any():
+            unit = int(np.flatnonzero(wrong)[0])
+            raise ProtocolError(
+                "counts",
+                expected=f"whole numbers from 0 to {MAX_COUNT}",
+                got=f"{counts[unit]:g} for unit {facts.unit_names[unit]!r}",
+            )
+    if message.mask is None:
+        return counts, None
+    if message.mask.dtype != "u1":
+        raise ProtocolError("mask.dtype", expected="u1", got=message.mask.dtype)
+    mask = _vector(message.mask, "mask", n_units)
+    if (mask > 1).any():
+        raise ProtocolError("mask", expected="zeros and ones", got=str(int(mask.max())))
+    observed = mask.astype(bool)
+    return counts, None if bool(observed.all()) else observed

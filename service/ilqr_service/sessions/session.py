@@ -1,0 +1,381 @@
+"""One run of a session, what the service grants it, and what a step of the table asks for."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Vector, Work, status_of
+from ilqr_vae.errors import ProtocolError
+from ilqr_vae.protocol import messages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the service grants.
+
+    Attributes:
+        credits: bins a feeder may have unanswered.
+        gap_limit: longest gap answered bin by bin.
+        max_sessions: open at once.
+        deadline_ns: for a session that asks for 0; itself 0, the model's bin width.
+        idle_ns: a session silent for longer ends.
+        backlog: works queued of a session beyond which the bins of a gap are not solved.
+    """
+
+    credits: int = 64
+    gap_limit: int = 100
+    max_sessions: int = 256
+    deadline_ns: int = 0
+    idle_ns: int = 600_000_000_000
+    backlog: int = 256
+
+
+def _list() -> Any:
+    return msgspec.field(default_factory=list)
+
+
+def _events() -> dict[str, int]:
+    return defaultdict(int)  # a Counter takes longer to make than to use
+
+
+class Effects(msgspec.Struct):
+    """What a caller has to do now, in this order.
+
+    Attributes:
+        forget: runs whose queue and estimator state are to be dropped.
+        work: bins to solve.
+        overran: runs of which more is queued than may be: it may be shed.
+        opened: runs that begin here, for the journal.
+        ended: runs that end here and why, for the journal.
+        again: results published before, to be published again as they were.
+        published: results and notices for subscribers.
+        replies: messages by feeder.
+        served: slot, model and manifest of models that serve from here on, for the journal.
+        events: what to count; ``refused:REASON`` for refusals.
+        bits, spikes: log-likelihood gained over the mean rates, and spikes, of bins that came.
+    """
+
+    forget: list[int] = _list()
+    work: list[Work] = _list()
+    overran: list[int] = _list()
+    opened: list[Session] = _list()
+    ended: list[tuple[int, str]] = _list()
+    again: list[messages.Result] = _list()
+    published: list[messages.Result | messages.Notice] = _list()
+    replies: list[tuple[bytes, messages.Message]] = _list()
+    events: dict[str, int] = msgspec.field(default_factory=_events)
+    served: list[tuple[str, str, dict[str, Any]]] = _list()
+    bits: float = 0.0
+    spikes: int = 0
+    _frames: list[bytes] | None = None
+
+    @property
+    def frames(self) -> list[bytes]:
+        """What is published as it goes out, encoded once; nothing may be added from here on."""
+        if self._frames is None:
+            self._frames = [messages.encode(message) for message in self.published]
+        return self._frames
+
+    @staticmethod
+    def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
+        """Say what was wrong with one message, and count it by the field that was wrong."""
+        reason = error.field.split(".")[0].split("[")[0]
+        refused = messages.Refused(
+            field=error.field,
+            expected=error.expected,
+            got=error.got[:200],
+            session=session[:64],
+        )
+        return Effects(replies=[(owner, refused)], events={f"refused:{reason}": 1})
+
+
+def counted(steps: list[Effects]) -> tuple[dict[str, int], float, int]:
+    """Events, bits and spikes of several steps of the table together."""
+    events = _events()
+    bits, spikes = 0.0, 0
+    for effects in steps:
+        for event, times in effects.events.items():
+            events[event] += times
+        bits += effects.bits
+        spikes += effects.spikes
+    return events, bits, spikes
+
+
+class Recent:
+    """The newest durations, for quantiles. Holds ``size`` int64 values."""
+
+    def __init__(self, size: int = 1024) -> None:
+        self._values = np.zeros(size, dtype=np.int64)
+        self._count = 0
+
+    def add(self, value: int) -> None:
+        self._values[self._count % len(self._values)] = value
+        self._count += 1
+
+    def quantiles(self, *qs: float) -> tuple[int, ...]:
+        """For each q the smallest held value that at least a share q of them does not exceed; 0
+        where nothing was added yet."""
+        held = np.sort(self._values[: min(self._count, len(self._values))])
+        if held.size == 0:
+            return (0,) * len(qs)
+        return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)
+
+
+_F8 = np.dtype("<f8")
+
+
+def _packed(values: Vector) -> messages.Array:
+    return messages.Array("<f8", values.shape, values.astype(_F8, copy=False).tobytes())
+
+
+ARRIVALS = 256
+"""Newest arrivals that a clocked session's time table follows."""
+
+RECENT = 64
+"""Newest results that are kept to be published again to whoever resumes."""
+
+_REMEMBERED = 4096
+
+
+@dataclass(slots=True)
+class Session:
+    """One run of a session.
+
+    Attributes:
+        run: its serial number.
+        slot, facts: what it is served by.
+        request: what it was opened with.
+        owner: its feeder; empty while none has taken up a session that outlived its service.
+        user: who the feeder is, where the service can tell.
+        next_index: the first bin that has not come.
+        source: index and source time of the newest bin of this feeder.
+        base: where the estimate began.
+        serial: works queued so far.
+        missing: indices answered without a bin.
+        revisions: of the bins that were answered again.
+        overrun: went beyond its credits, and was not in time for a window since; ``calm`` counts.
+    """
+
+    run: int
+    name: str
+    epoch: int
+    owner: bytes
+    deadline_ns: int
+    anytime: bool
+    seen_ns: int
+    slot: str
+    facts: ModelFacts
+    request: messages.Open
+    user: str = ""
+    next_index: int = 0
+    base: int = 0
+    serial: int = 0
+    newest: int = -1
+    started: bool = False
+    closing: bool = False
+    waiting: int = 0
+    unanswered: int = 0
+    owed: int = 0
+    bins: int = 0
+    revised: int = 0
+    bits: float = 0.0
+    spikes: int = 0
+    silent: int = 0
+    overrun: bool = False
+    calm: int = 0
+    flagged: tuple[str, ...] = ()
+    missing: set[int] = field(default_factory=set[int])
+    revisions: dict[int, int] = field(default_factory=dict[int, int])
+    statuses: Counter[str] = field(default_factory=Counter[str])
+    solves: Recent = field(default_factory=Recent)
+    recent: deque[messages.Result] = field(
+        default_factory=lambda: deque[messages.Result](maxlen=RECENT)
+    )
+    arrivals: deque[int] = field(default_factory=lambda: deque[int](maxlen=ARRIVALS))
+    anchor_ns: int = 0
+    source: tuple[int, int] = (-1, -(2**62))
+
+    def check_source(self, index: int, source_ns: int) -> None:
+        """Source times never fall from one index to a higher one. Raises ProtocolError."""
+        newest, at_ns = self.source
+        rising = source_ns >= at_ns if index > newest else source_ns <= at_ns
+        if not rising:
+            raise ProtocolError(
+                "source_ns",
+                expected=f"{'at least' if index > newest else 'at most'} bin {newest}'s {at_ns}",
+                got=f"{source_ns} of bin {index}",
+            )
+        if index > newest:
+            self.source = (index, source_ns)
+
+    def arrived(self, index: int, now_ns: int) -> None:
+        """Follow when bins come: bin k is expected at ``anchor_ns`` + k bin widths, the earliest
+        that the newest arrivals bear out."""
+        self.silent = 0
+        if self.request.clocked:
+            self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
+            self.anchor_ns = min(self.arrivals)
+
+    def overdue_ns(self, limits: Limits) -> int | None:
+        """When the next bin is to be answered without it; None for a session that waits."""
+        if not (self.request.clocked and self.arrivals) or self.closing:
+            return None
+        if self.silent >= limits.gap_limit or self.waiting >= limits.backlog:
+            return None
+        grace = self.request.grace_ns or self.facts.bin_width_ns // 2
+        return self.anchor_ns + self.next_index * self.facts.bin_width_ns + grace
+
+    def in_window(self, index: int) -> bool:
+        """Whether a bin answered as missing can still be put in its place."""
+        return index >= max(self.base, self.next_index - self.facts.horizon)
+
+    def prune(self) -> None:
+        """Forget what lies too far back to matter."""
+        if len(self.missing) > _REMEMBERED:
+            self.missing = {i for i in self.missing if i >= self.next_index - _REMEMBERED // 2}
+        if len(self.revisions) > 4 * self.facts.horizon:
+            # by what is answered, not by what has come: answers to late bins may be queued yet
+            limit = self.newest - 2 * self.facts.horizon
+            self.revisions = {i: r for i, r in self.revisions.items() if i >= limit}
+
+    def info(self, now_ns: int) -> messages.SessionInfo:
+        p50, p99 = self.solves.quantiles(0.5, 0.99)
+        return messages.SessionInfo(
+            session=self.name,
+            epoch=self.epoch,
+            bins=self.bins,
+            next_index=self.next_index,
+            deadline_ns=self.deadline_ns,
+            statuses=dict(self.statuses),
+            solve_p50_ns=p50,
+            solve_p99_ns=p99,
+            bits_per_spike=self.bits / self.spikes if self.spikes else 0.0,
+            idle_ns=max(0, now_ns - self.seen_ns),
+            model=self.facts.model,
+            revised=self.revised,
+            flagged=self.flagged,
+        )
+
+    def opened(self, credits: int, *, resumed: bool = False) -> messages.Opened:
+        facts = self.facts
+        return messages.Opened(
+            session=self.name,
+            epoch=self.epoch,
+            model=facts.model,
+            latents=facts.latents,
+            kinematic_names=facts.kinematic_names,
+            kinematic_units=facts.kinematic_units,
+            horizon=facts.horizon,
+            iterations=facts.iterations,
+            credits=credits,
+            next_index=self.next_index,
+            resumed=resumed,
+        )
+
+    def swap(self, facts: ModelFacts) -> Work:
+        """Go on with another model from the next bin on; the work that does it."""
+        before, self.facts = self.facts.model, facts
+        self.serial += 1
+        return Work(
+            run=self.run,
+            index=self.next_index,
+            counts=None,
+            mask=None,
+            fresh=False,
+            source_ns=0,
+            received_ns=0,
+            due_ns=0,
+            anytime=False,
+            serial=self.serial - 1,
+            swap=facts.model,
+            watch=self.request.watch_units,
+            model=before,
+        )
+
+    def closed(self) -> messages.Closed:
+        return messages.Closed(session=self.name, epoch=self.epoch, bins=self.bins)
+
+    def notice(self, what: str) -> messages.Notice:
+        return messages.Notice(session=self.name, epoch=self.epoch, what=what)
+
+    def credit(self) -> messages.Credit:
+        """The credits owed, which this call settles."""
+        owed, self.owed = self.owed, 0
+        return messages.Credit(session=self.name, epoch=self.epoch, index=self.newest, credits=owed)
+
+    def result(
+        self, answer: Answer, revision: int, status: messages.Status, published_ns: int
+    ) -> messages.Result:
+        """An answer as it is published."""
+        work = answer.work
+        return messages.Result(
+            session=self.name,
+            epoch=self.epoch,
+            index=work.index,
+            revision=revision,
+            model=answer.model or self.facts.model,
+            status=status,
+            solver=answer.solver,
+            iterations=answer.iterations,
+            source_ns=work.source_ns,
+            received_ns=work.received_ns,
+            solve_start_ns=answer.solve_start_ns,
+            solve_end_ns=answer.solve_end_ns,
+            published_ns=published_ns,
+            latent=_packed(answer.latent),
+            latent_std=_packed(answer.latent_std),
+            rates=_packed(answer.rates),
+            kinematics=_packed(answer.kinematics),
+            kinematics_std=_packed(answer.kinematics_std),
+            bits=answer.bits,
+            spikes=answer.spikes,
+            clock=work.clock,
+        )
+
+    def publish(self, answer: Answer, published_ns: int, effects: Effects) -> None:
+        """Account for an answer and add it, with what it says of units, to what goes out."""
+        work = answer.work
+        status = status_of(answer, published_ns)
+        if trouble := TROUBLE.get(answer.solver):
+            effects.events[trouble] += 1
+        revision = 0
+        if answer.revised:
+            revision = self.revisions[work.index] = self.revisions.get(work.index, 0) + 1
+            self.revised += 1
+            effects.events["revised"] += 1
+        else:
+            self.bins += 1
+            self.newest = work.index
+            self.statuses[status] += 1
+            self.solves.add(answer.solve_end_ns - answer.solve_start_ns)
+            self._calm(answer, published_ns)
+            effects.events[f"status:{status}"] += 1
+        if math.isfinite(answer.bits) and (work.late or not answer.revised):
+            self.bits += answer.bits
+            self.spikes += answer.spikes
+            effects.spikes += answer.spikes
+            effects.bits += answer.bits
+        result = self.result(answer, revision, status, published_ns)
+        self.recent.append(result)
+        effects.published.append(result)
+        for flag in answer.flags:
+            effects.published.append(self.notice(flag))
+            effects.events["unit_changes"] += 1
+        if answer.flagged is not None:
+            self.flagged = answer.flagged
+
+    def overran(self) -> None:
+        """It has more queued than it may: it sheds from here on."""
+        self.overrun, self.calm = True, 0
+
+    def _calm(self, answer: Answer, published_ns: int) -> None:
+        """Follow how many answers in a row were in time, none of them shed."""
+        in_time = answer.solver != SHED and published_ns <= answer.work.due_ns
+        self.calm = self.calm + 1 if in_time else 0
+        self.overrun &= self.calm < self.facts.horizon

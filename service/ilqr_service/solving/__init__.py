@@ -1,0 +1,1 @@
+"""From queued bins to answers: policy, engines, model slots."""

@@ -1,0 +1,110 @@
+"""The estimator's states of all streams in one set of arrays, a row each.
+
+On the CPU the compiled step reads and writes rows where they lie. Else a batch of streams is
+gathered from its rows and scattered to new ones with one copy per field, whatever its size. A row
+is written once and never changed; it is free again when nothing refers to it any more. Rows freed
+last are used first, so that the memory touched is that of the streams there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ilqr_vae.streaming.state import HorizonState
+
+_FIELDS = tuple(f.name for f in fields(HorizonState))
+
+# Address space, not memory: a page is taken when it is first written to. Beyond it the arrays are
+# copied into larger ones, which takes a moment.
+_RESERVE_BYTES = 1 << 30
+
+
+class Row:
+    """A place in a ``Pool``, held for as long as this object lives."""
+
+    __slots__ = ("_free", "at")
+
+    def __init__(self, free: list[int], at: int) -> None:
+        self._free, self.at = free, at
+
+    def __del__(self) -> None:
+        self._free.append(self.at)
+
+
+class Pool:
+    """Rows for states.
+
+    Args:
+        like: one stream's state (S = 1): shapes, dtypes and device of all.
+        rows: how many to reserve, within a bound on their bytes.
+    """
+
+    def __init__(self, like: HorizonState, rows: int) -> None:
+        self._like = [getattr(like, name) for name in _FIELDS]
+        size = sum(t.nbytes for t in self._like)
+        self._arrays: list[Tensor] = []
+        self._views: tuple[NDArray[Any], ...] = ()
+        self._free: list[int] = []
+        self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
+
+    def __len__(self) -> int:
+        """Rows held."""
+        return self.capacity - len(self._free)
+
+    @property
+    def capacity(self) -> int:
+        return self._arrays[0].shape[0]
+
+    def _grow(self, rows: int) -> None:
+        before = self._arrays
+        first = before[0].shape[0] if before else 0
+        self._arrays = [t.new_empty((rows, *t.shape[1:])) for t in self._like]
+        for new, old in zip(self._arrays, before, strict=False):
+            new[:first] = old
+        if self._arrays[0].device.type == "cpu":
+            self._views = tuple(t.numpy() for t in self._arrays)
+        self._free[:0] = range(rows - 1, first - 1, -1)
+
+    def takes(self, states: HorizonState) -> bool:
+        """Whether their shapes are those of the rows."""
+        pairs = zip(states.tensors(), self._like, strict=True)
+        return all(t.shape[1:] == like.shape[1:] for t, like in pairs)
+
+    def views(self) -> tuple[NDArray[Any], ...]:
+        """The arrays as numpy sees them, on the CPU; until the next ``take`` or ``put``."""
+        return self._views
+
+    def take(self, count: int) -> list[Row]:
+        """Rows that are free, to be written to by the caller."""
+        if len(self._free) < count:
+            self._grow(2 * self.capacity + count)
+        return [Row(self._free, self._free.pop()) for _ in range(count)]
+
+    def put(self, states: HorizonState) -> list[Row]:
+        """Copy streams into rows."""
+        given = states.tensors()
+        rows = self.take(given[0].shape[0])
+        at = self._index(rows)
+        for array, values in zip(self._arrays, given, strict=True):
+            # what a step passes on as it was may be a row itself (see ``get``)
+            own = values.untyped_storage().data_ptr() == array.untyped_storage().data_ptr()
+            array.index_copy_(0, at, values.clone() if own else values)
+        return rows
+
+    def get(self, rows: Sequence[Row]) -> HorizonState:
+        """The streams of these rows as one batch, which lasts until the next is asked for; of a
+        single row, the row itself."""
+        if len(rows) == 1:
+            first = rows[0].at
+            return HorizonState(*(array[first : first + 1] for array in self._arrays))
+        at = self._index(rows)
+        return HorizonState(*(array.index_select(0, at) for array in self._arrays))
+
+    def _index(self, rows: Sequence[Row]) -> Tensor:
+        return torch.tensor([row.at for row in rows], device=self._arrays[0].device)

@@ -1,0 +1,196 @@
+"""What the engine remembers of a run, and how that is kept in a snapshot.
+
+A run holds the estimator's state and, for each bin of the window, the bin and the state before it.
+So a bin that comes late is put in its place and the window is solved again from there, with the
+same result, bit for bit, as if it had come in order.
+
+A snapshot holds the state before the window and the window's bins: solving those again gives back
+everything else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, fields
+
+import msgspec
+import numpy as np
+import torch
+
+from ilqr_service.solving.pool import Pool, Row
+from ilqr_service.work import Work
+from ilqr_vae.protocol import messages
+from ilqr_vae.streaming.state import HorizonState
+from ilqr_vae.streaming.unit_watch import UnitWatch
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """A bin of the window and what was known before it.
+
+    Attributes:
+        work: as solved: blind where its solve had failed, ``budget`` set where it was cut short.
+        before: the estimator's state before it.
+        watch: the units' state before it, None where they are not watched.
+    """
+
+    work: Work
+    before: Row
+    watch: UnitWatch | None
+
+
+@dataclass(slots=True)
+class Run:
+    """A run: the newest state, and up to ``size`` entries, oldest first."""
+
+    size: int
+    state: Row
+    watch: UnitWatch | None
+    serial: int = -1
+    entries: deque[Entry] = field(default_factory=deque[Entry])
+
+    def add(self, entry: Entry, state: Row, watch: UnitWatch | None) -> None:
+        self.entries.append(entry)
+        if len(self.entries) > self.size:
+            self.entries.popleft()
+        self.state, self.watch = state, watch
+
+    def place(self, index: int) -> int | None:
+        """Where the bin ``index`` is held as missing; None where it is not."""
+        for k in range(len(self.entries) - 1, -1, -1):
+            work = self.entries[k].work
+            if work.index == index:
+                return k if work.missing else None
+        return None
+
+
+class PackedWork(msgspec.Struct, frozen=True, array_like=True):
+    """A ``Work`` as it is kept: counts as <u4, a mask as u1."""
+
+    run: int
+    serial: int
+    index: int
+    counts: messages.Array | None
+    mask: messages.Array | None
+    fresh: bool
+    late: bool
+    anytime: bool
+    watch: bool
+    source_ns: int
+    received_ns: int
+    due_ns: int
+    budget: int
+    swap: str
+    model: str
+    clock: messages.Offset | None = None
+
+
+def pack_work(work: Work) -> PackedWork:
+    return PackedWork(
+        run=work.run,
+        serial=work.serial,
+        index=work.index,
+        counts=None if work.counts is None else messages.pack(work.counts, "<u4"),
+        mask=None if work.mask is None else messages.pack(work.mask, "u1"),
+        fresh=work.fresh,
+        late=work.late,
+        anytime=work.anytime,
+        watch=work.watch,
+        source_ns=work.source_ns,
+        received_ns=work.received_ns,
+        due_ns=work.due_ns,
+        budget=work.budget,
+        swap=work.swap,
+        model=work.model,
+        clock=work.clock,
+    )
+
+
+def unpack_work(packed: PackedWork) -> Work:
+    """Raises ProtocolError where an array's bytes do not fit its shape."""
+    counts, mask = packed.counts, packed.mask
+    return Work(
+        run=packed.run,
+        index=packed.index,
+        counts=None if counts is None else messages.unpack(counts, "counts").astype(np.float64),
+        mask=None if mask is None else messages.unpack(mask, "mask").astype(bool),
+        fresh=packed.fresh,
+        source_ns=packed.source_ns,
+        received_ns=packed.received_ns,
+        due_ns=packed.due_ns,
+        anytime=packed.anytime,
+        serial=packed.serial,
+        late=packed.late,
+        budget=packed.budget,
+        swap=packed.swap,
+        watch=packed.watch,
+        model=packed.model,
+        clock=packed.clock,
+    )
+
+
+class PackedRun(msgspec.Struct, frozen=True, array_like=True):
+    """A run as it is kept.
+
+    Attributes:
+        run, model: whose.
+        serial: of the newest work in it.
+        state: arrays of the estimator's state before the first of ``works``; empty where nothing
+            was solved yet.
+        watch: arrays of the units' state there; empty where they are not watched.
+        works: the window's bins.
+    """
+
+    run: int
+    model: str
+    serial: int
+    state: tuple[tuple[str, tuple[int, ...], bytes], ...]
+    watch: tuple[tuple[str, tuple[int, ...], bytes], ...]
+    works: tuple[PackedWork, ...]
+
+
+def _raw(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
+    array = np.ascontiguousarray(array)
+    return array.dtype.str, array.shape, array.tobytes()
+
+
+def _array(raw: tuple[str, tuple[int, ...], bytes]) -> np.ndarray:
+    dtype, shape, data = raw
+    return np.frombuffer(data, dtype=np.dtype(dtype)).reshape(shape).copy()
+
+
+def pack_run(run: int, model: str, held: Run, pool: Pool) -> PackedRun:
+    first = held.entries[0] if held.entries else None
+    state = pool.get([held.state if first is None else first.before])
+    watch = held.watch if first is None else first.watch
+    return PackedRun(
+        run=run,
+        model=model,
+        serial=held.serial,
+        state=tuple(_raw(getattr(state, f.name).cpu().numpy()) for f in fields(HorizonState)),
+        watch=()
+        if watch is None
+        else tuple(_raw(getattr(watch, f.name)) for f in fields(UnitWatch)),
+        works=tuple(pack_work(e.work) for e in held.entries),
+    )
+
+
+def unpack_state(packed: PackedRun, device: torch.device) -> tuple[HorizonState, UnitWatch | None]:
+    """The state before the snapshot's first bin."""
+    state = HorizonState(*(torch.from_numpy(_array(raw)).to(device) for raw in packed.state))
+    watch = UnitWatch(*(_array(raw) for raw in packed.watch)) if packed.watch else None
+    return state, watch
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A run to be taken up by the solver.
+
+    Attributes:
+        packed: the snapshot to begin from, or None.
+        works: what came after it, in order.
+        answered: serial of the last work whose answers are all in the journal.
+    """
+
+    packed: PackedRun | None
+    works: list[Work]
+    answered: int

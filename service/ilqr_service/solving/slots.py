@@ -1,0 +1,242 @@
+"""Which model serves which slot, and how another takes its place.
+
+A model is loaded and warmed in a thread of its own, beside what is served. It then runs as the
+slot's shadow, or serves at once. What served before is kept for a roll back. A file that cannot be
+read, or a model for other units, changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from ilqr_service import logs
+from ilqr_service.sessions.session import Effects
+from ilqr_service.sessions.table import SessionTable
+from ilqr_service.settings import ServiceSettings
+from ilqr_service.solving.engine import Engine
+from ilqr_service.solving.engines import Fleet, Score, Shadow
+from ilqr_service.work import ModelFacts
+from ilqr_vae.errors import IlqrVaeError, ProtocolError
+from ilqr_vae.protocol import messages
+
+_ENGINES = 8
+
+
+@dataclass(slots=True)
+class Slot:
+    """What a slot holds."""
+
+    serving: Engine
+    shadow: Engine | None = None
+    before: Engine | None = None
+    loading: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    owner: bytes
+    message: messages.Load
+    engine: Engine | None
+    error: IlqrVaeError | None
+
+
+def _other(engine: Engine, facts: ModelFacts) -> None:
+    """Raises ProtocolError where it is what is served."""
+    if engine.facts.model == facts.model:
+        raise ProtocolError("model", expected="another than is served", got=facts.model)
+
+
+def _fits(engine: Engine, facts: ModelFacts) -> None:
+    """Raises ProtocolError where sessions that ``facts`` were told could not go on with it."""
+    new = engine.facts
+    _other(engine, facts)
+    if new.bin_width_ns != facts.bin_width_ns:
+        raise ProtocolError(
+            "model.bin_width", expected=f"{facts.bin_width_ns} ns", got=f"{new.bin_width_ns} ns"
+        )
+    for field, expected, got in (
+        ("unit_names", facts.unit_names, new.unit_names),
+        ("kinematic_names", facts.kinematic_names, new.kinematic_names),
+        ("kinematic_units", facts.kinematic_units, new.kinematic_units),
+    ):
+        if expected != got:
+            raise ProtocolError(
+                f"model.{field}",
+                expected=f"the served model's {len(expected)}",
+                got=f"{len(got)}, or others",
+            )
+
+
+class Slots:
+    """The slots of a service. Used by the I/O thread alone.
+
+    Args:
+        engines: by slot; the first is for sessions that name none.
+        fleet, table: to keep in step.
+        settings: of every engine.
+        folder: what ``Load`` may read from.
+        wake: called from the loading thread when it is done.
+    """
+
+    def __init__(
+        self,
+        engines: dict[str, Engine],
+        fleet: Fleet,
+        table: SessionTable,
+        settings: ServiceSettings,
+        folder: Path,
+    ) -> None:
+        self.slots = {name: Slot(engine) for name, engine in engines.items()}
+        self._fleet, self._table = fleet, table
+        self._settings, self._folder = settings, folder.resolve()
+        self._done: deque[_Loaded] = deque()
+
+    def _slot(self, name: str) -> tuple[str, Slot]:
+        name = name or next(iter(self.slots))
+        slot = self.slots.get(name)
+        if slot is None:
+            raise ProtocolError("slot", expected=f"one of {', '.join(self.slots)}", got=name[:64])
+        return name, slot
+
+    def list(self) -> messages.ModelList:
+        """Every model of every slot."""
+        infos: list[messages.ModelInfo] = []
+        for name, slot in self.slots.items():
+            shadow = self._fleet.shadows.get(slot.serving.facts.model)
+            own, other = (shadow.own, shadow.other) if shadow else (Score(), Score())
+
+            def info(model: str, role: str, score: Score, name: str = name) -> messages.ModelInfo:
+                return messages.ModelInfo(
+                    slot=name,
+                    model=model,
+                    role=role,  # pyright: ignore[reportArgumentType]  # one of the four below
+                    bins=score.bins,
+                    bits_per_spike=score.bits_per_spike,
+                )
+
+            infos.append(info(slot.serving.facts.model, "serving", other))
+            if slot.shadow is not None:
+                infos.append(info(slot.shadow.facts.model, "shadow", own))
+            if slot.before is not None:
+                infos.append(info(slot.before.facts.model, "before", Score()))
+            if slot.loading:
+                infos.append(info(slot.loading, "loading", Score()))
+        return messages.ModelList(models=tuple(infos))
+
+    def load(self, owner: bytes, message: messages.Load) -> None:
+        """Begin to load. Raises ProtocolError: no such slot or file, or one is being loaded."""
+        _, slot = self._slot(message.slot)
+        if slot.loading:
+            raise ProtocolError("slot", expected="one that loads nothing now", got=slot.loading)
+        path = self._folder / message.path
+        try:
+            path = path.resolve()
+            found = path.is_relative_to(self._folder) and path.is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            found = False
+        if not found:
+            got = message.path[:64]
+            raise ProtocolError("path", expected="a file in the model folder", got=got)
+        slot.loading = path.name
+        thread = threading.Thread(
+            target=self._load, args=(owner, message, path), name="load", daemon=True
+        )
+        thread.start()
+
+    def _load(self, owner: bytes, message: messages.Load, path: Path) -> None:
+        engine, failure = None, None
+        try:
+            engine = Engine.load(path, self._settings)
+            _fits(engine, self._slot(message.slot)[1].serving.facts)
+            engine.warm_up()
+        except IlqrVaeError as error:
+            failure = error
+        except Exception as error:
+            logs.exception("a model could not be loaded", path=str(path))
+            failure = ProtocolError("model", expected="one that loads", got=repr(error)[:160])
+        self._done.append(_Loaded(owner, message, engine, failure))
+
+    def loaded(self) -> Effects:
+        """What follows from loads that are done; to be called often."""
+        effects = Effects()
+        while self._done:
+            done = self._done.popleft()
+            name, slot = self._slot(done.message.slot)
+            slot.loading = ""
+            engine, error = done.engine, done.error
+            if engine is not None and error is None:
+                # meanwhile it may have come to be served here, or be in use in another slot
+                engine = self._fleet.engines.get(engine.facts.model, engine)
+                try:
+                    _other(engine, slot.serving.facts)
+                except ProtocolError as same:
+                    error = same
+            if engine is None or error is not None:
+                error = error or ProtocolError("model", expected="one that loads", got="")
+                refused = ProtocolError(error.field, expected=error.expected, got=error.got)
+                failed = Effects.refusal(done.owner, refused)
+                effects.replies += failed.replies
+                for event, times in failed.events.items():
+                    effects.events[event] += times
+                effects.events["load_failed"] += 1
+                continue
+            self._add(engine)
+            if done.message.shadow:
+                self._stop_shadow(slot)
+                slot.shadow = engine
+                self._fleet.shadows[slot.serving.facts.model] = Shadow(engine)
+            else:
+                self._serve(name, slot, engine, effects)
+            effects.replies.append((done.owner, self.list()))
+        return effects
+
+    def swap(self, owner: bytes, message: messages.Swap) -> Effects:
+        """Serve the shadow. Raises ProtocolError: there is none."""
+        name, slot = self._slot(message.slot)
+        if slot.shadow is None:
+            raise ProtocolError("slot", expected="one with a shadow", got=name)
+        effects = Effects()
+        self._serve(name, slot, slot.shadow, effects)
+        effects.replies.append((owner, self.list()))
+        return effects
+
+    def rollback(self, owner: bytes, message: messages.Rollback) -> Effects:
+        """Drop the shadow, else serve what served before. Raises ProtocolError: neither is."""
+        name, slot = self._slot(message.slot)
+        effects = Effects()
+        if slot.shadow is not None:
+            self._stop_shadow(slot)
+        elif slot.before is not None:
+            self._serve(name, slot, slot.before, effects)
+        else:
+            raise ProtocolError("slot", expected="one that served another model", got=name)
+        effects.replies.append((owner, self.list()))
+        return effects
+
+    def _add(self, engine: Engine) -> None:
+        engines = self._fleet.engines
+        engines[engine.facts.model] = engine
+        used = {
+            e.facts.model for s in self.slots.values() for e in (s.serving, s.shadow, s.before) if e
+        }
+        spare = [m for m in engines if m not in used and m != engine.facts.model]
+        for model in spare[: max(0, len(engines) - _ENGINES)]:
+            if len(engines[model]) == 0:
+                del engines[model]
+
+    def _stop_shadow(self, slot: Slot) -> None:
+        self._fleet.shadows.pop(slot.serving.facts.model, None)
+        slot.shadow = None
+
+    def _serve(self, name: str, slot: Slot, engine: Engine, effects: Effects) -> None:
+        self._stop_shadow(slot)
+        slot.before, slot.serving = slot.serving, engine
+        swapped = self._table.swap(name, engine.facts)
+        effects.work += swapped.work
+        effects.published += swapped.published
+        effects.events["swapped"] += 1
+        effects.served.append((name, engine.facts.model, engine.manifest))
+        logs.info("model", slot=name, model=engine.facts.model)

@@ -1,0 +1,260 @@
+"""One estimator step for the bins of many runs: what goes in and what comes out, run by run.
+
+No run changes another's answer. On the CPU the compiled step works stream by stream, so that the
+bits of an answer are the same alone and in any company; on a GPU they agree to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import repeat
+
+import numpy as np
+import torch
+from msgspec import Struct
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from ilqr_service.solving.pool import Pool, Row
+from ilqr_service.work import SHED, Answer, ModelFacts, Work
+from ilqr_vae.inference import ilqr
+from ilqr_vae.inference.compiled import Array
+from ilqr_vae.inference.problem import Status
+from ilqr_vae.streaming.compiled import Places, States
+from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.state import Estimate, HorizonState
+from ilqr_vae.streaming.unit_watch import UnitWatch
+
+Clock = Callable[[], int]
+
+_STATUS = {int(status): status.name.lower() for status in Status}
+
+
+class Stepped(Struct, frozen=True, gc=False):
+    """What came of one run's bin.
+
+    Attributes:
+        after: the run's state after it.
+        answer: for the bin.
+        sound: the estimate is finite; where not, ``answer`` has no use but its ``solver``.
+    """
+
+    after: Row
+    answer: Answer
+    sound: bool
+
+
+class Cost:
+    """What a step of so many bins takes: a start, and so much a bin.
+
+    What was measured once while warming up is scaled by what steps take since.
+
+    Attributes:
+        start, each: nanoseconds.
+    """
+
+    def __init__(self, start: float = 0.0, each: float = 1e6) -> None:
+        self.start, self.each = start, each
+        self._scale = 1.0
+
+    def ns(self, bins: int) -> float:
+        """Of a step of ``bins``; 0 for none."""
+        return self._scale * (self.start + self.each * bins) if bins else 0.0
+
+    def learn(self, bins: int, ns: float) -> None:
+        """Follow what a step took."""
+        ratio = ns / (self.start + self.each * bins)
+        self._scale += (min(max(ratio, 0.25), 4.0) - self._scale) / 16
+
+    @staticmethod
+    def measured(one: float, many: float, bins: int) -> Cost:
+        """From what a step of one bin and a step of ``bins`` take."""
+        each = max((many - one) / (bins - 1), many / bins / 16, 1.0) if bins > 1 else max(one, 1.0)
+        return Cost(max(one - each, 0.0), each)
+
+
+# what the answers are made of, in the order of the compiled step
+_ESTIMATE = (
+    *("window", "z_cov", "rates", "kinematics", "kinematics_std"),
+    *("bits", "spikes", "iterations", "status"),
+)
+
+
+def _doubles(values: Array) -> NDArray[np.float64]:
+    return values.astype(np.float64, copy=False)
+
+
+class Stepper:
+    """Steps of an estimator.
+
+    Args:
+        estimator: of the model.
+        facts: of the model.
+        streams: how many runs there may be, for the memory to reserve.
+        clock: nanoseconds; monotonic.
+
+    Attributes:
+        pool: the states of all runs.
+        fresh: the state that every run begins with.
+        separate: a run's bits are the same in a batch as alone.
+    """
+
+    def __init__(
+        self,
+        estimator: MovingHorizon,
+        facts: ModelFacts,
+        streams: int,
+        *,
+        clock: Clock = time.monotonic_ns,
+    ) -> None:
+        self._estimator, self._facts, self._clock = estimator, facts, clock
+        initial = estimator.init(batch=1)
+        # a window of states for each run, and the batch that is being solved
+        self.pool = Pool(initial, (facts.horizon + 2) * streams)
+        (self.fresh,) = self.pool.put(initial)
+        like = estimator.mean_rate
+        self._device = like.device
+        self._number = torch.empty(0, dtype=like.dtype).numpy().dtype
+        # the steps on arrays as they are: tensors around each would cost as much as a tenth of it
+        self._compiled = estimator.compiled(like)
+        self.separate = self._compiled is not None
+
+    @property
+    def batches(self) -> bool:
+        """Several runs may be stepped at once: bits that a batch could change are a GPU's."""
+        return self.separate or self._device.type == "cuda"
+
+    def step(
+        self, states: Sequence[Row], works: Sequence[Work], watches: Sequence[UnitWatch | None]
+    ) -> list[Stepped]:
+        """One bin of each run.
+
+        Args:
+            states: before the bins.
+            works: the bins, each of another run; none is late or a swap.
+            watches: the units' states; what they mask is not used.
+
+        Raises:
+            ValueError: counts or a mask of a wrong size.
+        """
+        started = self._clock()
+        given, stop = self._given(works, watches), self._stop(works, started)
+        if self._compiled is None:
+            before = self.pool.get(states)
+            rows, estimate = self._put(*self._estimator.step(before, *self._moved(*given), stop))
+        else:
+            rows, to = self._rows(states)
+            estimate = self._compiled.step(*to, *given, ilqr.stopping(stop))
+        answers, sound = self._answers(works, estimate, started)
+        return [Stepped(*one) for one in zip(rows, answers, sound, strict=True)]
+
+    def _rows(self, states: Sequence[Row]) -> tuple[list[Row], tuple[States, Places]]:
+        """Rows for the next states, and where the compiled step reads and writes."""
+        rows = self.pool.take(len(states))
+        arrays = self.pool.views()
+        before, after = (np.array([row.at for row in these]) for these in (states, rows))
+        return rows, ((arrays, arrays), (before, after))
+
+    def _put(self, after: HorizonState, estimate: Estimate) -> tuple[list[Row], tuple[Array, ...]]:
+        """Keep the states; the estimate as the compiled step gives it."""
+        answer = tuple(getattr(estimate, name).detach().cpu().numpy() for name in _ESTIMATE)
+        return self.pool.put(after), answer
+
+    def _moved(self, counts: Array, mask: Array) -> tuple[torch.Tensor, torch.Tensor]:
+        """To where the model is."""
+        given = torch.from_numpy(counts), torch.from_numpy(mask)
+        return given[0].to(self._device), given[1].to(self._device)
+
+    def pass_by(
+        self, states: Sequence[Row], works: Sequence[Work], watches: Sequence[UnitWatch | None]
+    ) -> list[Stepped]:
+        """One bin of each run without a solve: the answers are predictions, their uncertainty not
+        known, their bits not counted. As ``step`` otherwise."""
+        started = self._clock()
+        given = self._given(works, watches)
+        if self._compiled is None:
+            before = self.pool.get(states)
+            rows, estimate = self._put(*self._estimator.pass_by(before, *self._moved(*given)))
+        else:
+            rows, to = self._rows(states)
+            estimate = self._compiled.pass_by(*to, *given)
+        answers, sound = self._answers(works, estimate, started)
+        return [
+            Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good)
+            for row, answer, good in zip(rows, answers, sound, strict=True)
+        ]
+
+    def _given(
+        self, works: Sequence[Work], watches: Sequence[UnitWatch | None]
+    ) -> tuple[Array, Array]:
+        """Counts and mask (S, N) of bins."""
+        shape = (len(works), len(self._facts.unit_names))
+        counts, mask = np.empty(shape, self._number), np.ones(shape, self._number)
+        for i, (work, watch) in enumerate(zip(works, watches, strict=True)):
+            if work.counts is None:
+                counts[i] = mask[i] = 0
+                continue
+            counts[i] = work.counts
+            if work.mask is not None:
+                mask[i] = work.mask
+            if watch is not None:
+                mask[i, watch.masked] = 0
+        return counts, mask
+
+    def _stop(self, works: Sequence[Work], started: int) -> Callable[[], NDArray[np.bool_]] | None:
+        """Which solves to end early, asked before every iteration after the first."""
+        timed_too = self._device.type != "cuda"  # there one launch is all iterations
+        for work in works:
+            if work.budget or (work.anytime and timed_too):
+                break
+        else:
+            return None
+        budget = np.array([work.budget or 2**31 for work in works])
+        timed = np.array([work.anytime and not work.budget for work in works])
+        due = np.array([work.due_ns for work in works])
+        done = 0
+
+        def stop() -> NDArray[np.bool_]:
+            nonlocal done
+            done += 1
+            # One more iteration, and the answer, must still fit before it is due.
+            now = self._clock()
+            return (done >= budget) | (timed & (now + 2 * (now - started) // done >= due))
+
+        return stop
+
+    def _answers(
+        self, works: Sequence[Work], estimate: tuple[Array, ...], started: int
+    ) -> tuple[list[Answer], list[bool]]:
+        """The answers, and which are sound; ``estimate`` in the order of ``_ESTIMATE``."""
+        window, z_cov, *rest = estimate
+        z = window[:, : self._facts.latents]
+        z_std = np.sqrt(z_cov.diagonal(axis1=1, axis2=2))  # torch would let the interpreter go
+        vectors = [_doubles(v) for v in (z, z_std, *rest[:3])]
+        scalars = [v.tolist() for v in rest[3:]]
+        sound: list[bool] = np.isfinite(z).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
+        ended, model = self._clock(), self._facts.model
+        answers = [
+            Answer(
+                work=work,
+                latent=latent,
+                latent_std=latent_std,
+                rates=rates,
+                kinematics=kinematics,
+                kinematics_std=kinematics_std,
+                bits=bits,
+                spikes=int(spikes),
+                iterations=iterations,
+                solver=_STATUS[status],
+                solve_start_ns=start,
+                solve_end_ns=end,
+                model=model,
+                serial=work.serial,
+            )
+            for (
+                work, latent, latent_std, rates, kinematics, kinematics_std,
+                bits, spikes, iterations, status, start, end,
+            ) in zip(works, *vectors, *scalars, repeat(started), repeat(ended), strict=False)
+        ]  # fmt: skip
+        return answers, sound

@@ -1,0 +1,1 @@
+"""Verbs of the library itself: the demo and the keys."""

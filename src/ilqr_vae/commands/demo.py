@@ -1,0 +1,242 @@
+"""``ilqr-vae demo``: the whole chain in one command, each step a verb one could type oneself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ilqr_vae.commands.children import Interrupted, interruptible, run, serve_arguments, serving
+from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.files import check_folder
+from ilqr_vae.recordings.checks import missing_extra
+from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+EXAMPLE = "Example: ilqr-vae demo configs/demo.toml --out demo-out --speed 4"
+
+
+class Chain:
+    """Runs the steps one after another, and says for each what a person would type.
+
+    Args:
+        out: folder for everything made.
+        recording: what is decoded; None to make one up.
+    """
+
+    def __init__(self, console: Console, out: Path, recording: Path | None) -> None:
+        self.console, self.out = console, out
+        self.recording = recording or out / "session.nwb"
+        self.model, self.log = out / "model.safetensors", out / "service.log"
+        self.report, self.page = out / "report.json", out / "report.html"
+        self.loop = out / "closed-loop.json"
+        self._number = itertools.count(1)
+
+    def clear(self) -> None:
+        """Make the folder, and take away the results of an earlier run: what is there later is
+        this one's. Raises ConfigError."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                "--out", expected="a folder that can be made", got=f"{self.out} ({error.strerror})"
+            ) from error
+        for path in (self.report, self.page, self.loop):
+            path.unlink(missing_ok=True)
+
+    def say(self, what: str, words: list[str]) -> None:
+        """Announce a step."""
+        self.console.print(
+            f"\n[bold cyan]{next(self._number)}  {what}[/]\n"
+            f"[dim]$ ilqr-vae {escape(shlex.join(words))}[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def step(self, what: str, *arguments: str | Path) -> None:
+        """Announce a verb and run it to its end. Raises StepError."""
+        words = [str(a) for a in arguments]
+        self.say(what, words)
+        run(words[0], words)
+
+    def simulate(self, minutes: float, units: int) -> None:
+        self.step(
+            "Make up a reaching session",
+            *("simulate", "--out", self.recording, "--minutes", f"{minutes:g}"),
+            *("--units", str(units), "--force"),
+        )
+
+    def check(self, config: Path, steps: int | None) -> None:
+        """Have ``train`` look at its configuration before anything is made. Raises StepError."""
+        run("train", [str(a) for a in (*self._training(config, steps), "--check")])
+
+    def train(self, config: Path, steps: int | None) -> None:
+        self.step("Train on its first part", *self._training(config, steps))
+
+    def _training(self, config: Path, steps: int | None) -> list[str | Path]:
+        return [
+            *("train", config, "--recording", self.recording, "--out", self.model),
+            "--no-baselines",  # the replay's report has one
+            *(() if steps is None else ("--steps", str(steps))),
+        ]
+
+    def serve_and_stream(self, speed: str, units: int, reaches: int) -> None:
+        """The service as a process of its own; the held-out part through it; then reaches."""
+        self.say("Serve the model, as a process of its own", serve_arguments(self.model))
+        warming = self.console.status(
+            "warming up; a first start compiles its kernels, a minute or two"
+        )
+        with serving(self.model, self.log, waiting=warming) as ready:
+            self.console.print(
+                f"ready on {ready.ingest}: model {ready.model}, device {ready.device}, process "
+                f"{ready.pid}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            pace = "as fast as it answers" if speed == "max" else f"at {speed} x real time"
+            self.step(
+                f"Stream the held-out part through it, bin by bin, {pace}",
+                *("replay", self.recording, "--to", ready.ingest, "--speed", speed),
+                *("--span", "test", "--json", self.report, "--html", self.page),
+            )
+            if reaches:
+                self.step(
+                    "Close the loop: the subject moves a cursor with what is decoded",
+                    *("closed-loop", "--to", ready.ingest, "--trials", str(reaches)),
+                    *("--units", str(units), "--speed", "max", "--json", self.loop),
+                )
+        self.console.print("\nservice stopped", highlight=False)
+
+    def conclude(self) -> None:
+        """The results once more, and where they are."""
+        report = json.loads(self.report.read_text())
+        loop = json.loads(self.loop.read_text()) if self.loop.exists() else None
+        self.console.print(f"\n[bold]{escape(report['title'])}, held-out part[/]", highlight=False)
+        self.console.print(summary(report, loop), highlight=False)
+        self.console.print()
+        for path in (self.page, self.report, self.loop, self.model, self.log):
+            if path.exists():
+                self.console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
+    """Refuse what cannot work before minutes are spent. Raises ConfigError, RecordingError."""
+    number = re.fullmatch(r"\d+(\.\d*)?|\.\d+", speed)
+    if speed != "max" and not (number and float(speed) > 0):
+        raise ConfigError("--speed", expected="a number above zero, or max", got=repr(speed))
+    if not config.is_file():
+        raise ConfigError("config", expected="a TOML file, see configs/", got=str(config))
+    needed = {"jinja2": "report", "matplotlib": "report"}
+    if recording is None or recording.suffix.lower() == ".nwb":
+        needed |= {"pynwb": "nwb"}
+    if recording is not None and not (
+        recording.is_file() and recording.suffix.lower() in (".nwb", ".mat")
+    ):  # what ``replay`` streams
+        raise RecordingError("--recording", expected="a .nwb or .mat file", got=str(recording))
+    for package, extra in needed.items():
+        if find_spec(package) is None:
+            raise missing_extra("demo", package, extra)
+    check_folder(out, "--out")
+
+
+def _number(value: Any, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
+    """What came of it, from ``replay``'s JSON and, where there is one, ``closed-loop``'s."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, values in report["scores"].items():
+        each = "  ".join(
+            f"{k.removeprefix('r2.')} {_number(v, 3)}"
+            for k, v in values.items()
+            if k.startswith("r2.")
+        )
+        table.add_row(f"causal R², {name}", f"{_number(values['r2'], 3)}   ({each})")
+    for name, values in report["scores"].items():
+        if values.get("coverage_90") is not None:
+            table.add_row(
+                f"90 % interval, {name}", f"covers {100 * values['coverage_90']:.1f} % of the truth"
+            )
+    if not report["scores"]:
+        table.add_row("decodes", "none scored: latents and rates only")
+    table.add_row("bits per spike", _number(report["bits_per_spike"], 3))
+    for stage in ("solve", "total"):
+        values = report["latency_ms"].get(stage, {"n": 0})
+        if values["n"]:
+            numbers = "  ".join(
+                f"{q} {_number(values[q], 2)}" for q in ("p50", "p99", "p99.9", "max")
+            )
+            table.add_row(f"{stage}, ms", numbers)
+    pace = (
+        "as fast as it answers" if report["speed"] is None else f"{report['speed']:g} x real time"
+    )
+    table.add_row("replayed at", f"{pace}, deadline {report['deadline_ms']:g} ms a bin")
+    table.add_row("statuses", "  ".join(f"{k} {v}" for k, v in report["statuses"].items()))
+    if loop is not None:
+        ours, chance = loop["decoder"], loop["chance"]
+        time_taken = f"{_number(ours['time_to_target_s'], 2)} s"
+        if ours["successes"] < FEWEST_SUCCESSES:
+            time_taken = "-"
+        table.add_row(
+            "closed loop",
+            f"{ours['successes']} of {ours['trials']} reaches succeed "
+            f"(chance {chance['successes']} of {chance['trials']}), time to target {time_taken}",
+        )
+    return table
+
+
+@app.command(epilog=EXAMPLE)
+def demo(
+    config: Annotated[Path, typer.Argument(help="TOML for training; see configs/.")],
+    recording: Annotated[
+        Path | None, typer.Option(help="Your .nwb or .mat recording; default a made-up session.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is made.")] = Path("demo-out"),
+    speed: Annotated[
+        str, typer.Option(help="Of the replay: a multiple of real time, or max.")
+    ] = "4",
+    minutes: Annotated[float, typer.Option(help="Length of the made-up session.")] = 10.0,
+    units: Annotated[int, typer.Option(min=1, help="Neurons of the made-up session.")] = 120,
+    reaches: Annotated[
+        int,
+        typer.Option(min=0, help="Closed-loop reaches of the made-up subject; 0 for none."),
+    ] = 24,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Gradient steps, instead of the config's.")
+    ] = None,
+) -> None:
+    """Simulate (or take your recording), train, serve, replay the held-out part, report.
+
+    Each step is a verb and is shown as one would type it. The service runs as a process of its own
+    on free loopback ports and is stopped at the end, and when a step fails or Ctrl-C comes.
+    Exit codes: 0 done; that of the step that failed; 128 + the signal's number when interrupted.
+    """
+    _check(config, recording, out, speed)
+    console = Console()
+    chain = Chain(console, out, recording)
+    try:
+        with interruptible():
+            chain.check(config, steps)
+            chain.clear()
+            if recording is None:
+                chain.simulate(minutes, units)
+            chain.train(config, steps)
+            chain.serve_and_stream(speed, units, 0 if recording is not None else reaches)
+    except Interrupted as stopped:
+        console.show_cursor()
+        console.print(f"\ninterrupted ({stopped}): everything it started has been stopped")
+        raise typer.Exit(128 + stopped.number) from None
+    chain.conclude()

@@ -1,0 +1,48 @@
+"""``ilqr-vae keys``: make and list the keys of those a service lets in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.protocol import keys as store
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="where the keys are; made where it is not there")],
+    name: Annotated[str | None, typer.Argument(help="of a client; without, list them")] = None,
+    role: Annotated[
+        list[str] | None, typer.Option(help="feed, read or control; repeat for several")
+    ] = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="let NAME in no more")] = False,
+) -> None:
+    """Make a client's key, list who is let in, or let one in no more.
+
+    Example: ilqr-vae keys keys/ rig-3 --role feed --role read
+
+    The service takes the folder (ilqr-vae serve MODEL --keys keys/), a client its own file
+    (ILQR_VAE_KEY=rig-3.key ilqr-vae replay ...). A running service follows the list.
+    """
+    if name is None:
+        store.make_server_key(folder)
+        for client in store.read_authorized(folder).client:
+            typer.echo(f"{client.name}  {', '.join(client.roles)}  {client.public}")
+        return
+    if revoke:
+        store.revoke_client(folder, name)
+        typer.echo(f"{name} is let in no more")
+        return
+    try:
+        roles = msgspec.convert(tuple(role or ("feed", "read")), tuple[store.Role, ...])
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            "role", expected=f"some of {', '.join(store.ROLES)}", got=", ".join(role or ())
+        ) from error
+    typer.echo(str(store.add_client(folder, name, roles)))

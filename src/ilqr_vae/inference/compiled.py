@@ -1,0 +1,336 @@
+"""The torch side of the compiled solve: what it can do, and ``ilqr.solve`` by it.
+
+Tensors are read where they are; outputs are fresh, so a caller may keep them. Where the compiled
+solve cannot stand in for a model's families, the log says so once and torch solves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ilqr_vae.kernels import backend
+from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.lqr import LQRProblem, LQRSolution
+from ilqr_vae.model.dynamics import MGU2, Linear, Weights
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Gaussian, Likelihood, Observations, Poisson
+from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost
+
+_log = logging.getLogger(__name__)
+
+Array = NDArray[Any]
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """The compiled iterations, or None (said once in the log) where there is no compiler."""
+    try:
+        from ilqr_vae.kernels.cpu import iteration
+    except ImportError as error:
+        _log.warning("numba cannot be imported (%s): iLQR runs in torch", error)
+        return None
+    return iteration
+
+
+@cache
+def _say(reason: str) -> None:
+    _log.warning("no compiled iLQR for %s: it runs in torch", reason)
+
+
+def _unsupported(model: Model, names: Iterable[str]) -> str | None:
+    if type(model.dynamics) not in (Linear, MGU2):
+        return f"the dynamics {model.dynamics.family!r}"
+    if type(model.prior) is not GaussianPrior:
+        return f"the prior {model.prior.family!r}"
+    for name in names:
+        if type(model.group(name)) not in (Poisson, Gaussian):
+            return f"the likelihood {model.group(name).family!r}"
+    return None
+
+
+def usable(model: Model, names: Iterable[str], like: Tensor) -> bool:
+    """Whether the compiled solve is wanted and can solve this model, conditioned on these groups,
+    for tensors like this one."""
+    if backend.current() == "reference" or like.device.type != "cpu":
+        return False
+    if like.dtype not in (torch.float32, torch.float64) or kernels() is None:
+        return False
+    reason = _unsupported(model, names)
+    if reason is not None:
+        _say(reason)
+    return reason is None
+
+
+def array(tensor: Tensor) -> Array:
+    """A tensor's memory, C-contiguous."""
+    return tensor.detach().contiguous().numpy()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model as the kernels take it: (family, weights, bank, prior), and the groups' order."""
+
+    arrays: tuple[Any, ...]
+    names: tuple[str, ...]
+    sizes: tuple[int, int, int]
+
+
+def _bank(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    from ilqr_vae.kernels.cpu.observations import pack_bank
+
+    empty = torch.zeros(0, n, dtype=dtype)
+    C = torch.cat([empty, *(f.C.detach() for f in families)])
+    b = torch.cat([empty[:, 0], *(f.b.detach() for f in families)])
+    limit, precision = torch.zeros_like(b), torch.ones_like(b)
+    at, poisson = 0, 0
+    for f in families:
+        channels = slice(at, at + f.b.shape[0])
+        at = channels.stop
+        if isinstance(f, Poisson):
+            limit[channels] = f.log_rate_max
+            poisson = at
+        elif isinstance(f, Gaussian):
+            precision[channels] = torch.exp(-2 * f.log_scale.detach())
+    return pack_bank(array(C), array(b), array(limit), array(precision), poisson)
+
+
+def plan(model: Model, w: Weights, names: Iterable[str]) -> Plan:
+    """Pack a model that is ``usable``."""
+    from ilqr_vae.kernels.cpu.dynamics import FAMILIES, pack_weights
+
+    family = model.dynamics.family
+    # Poisson channels come first
+    order = tuple(sorted(names, key=lambda name: not isinstance(model.group(name), Poisson)))
+    dtype = w[0].dtype
+    with torch.no_grad():
+        scale = model.prior.log_scale
+        constant = float(scale.double().sum()) + 0.5 * model.m * LOG_2PI
+        prior = (array(model.prior.mean), array(torch.exp(-2 * scale)), constant)
+        bank = _bank([model.group(name) for name in order], model.n, dtype)
+    weights = pack_weights(family, tuple(array(t) for t in w))
+    channels = int(bank[5].shape[1])
+    return Plan((FAMILIES[family], weights, bank, prior), order, (model.n, model.m, channels))
+
+
+def observations(plan: Plan, observed: Observations) -> tuple[Array, Array]:
+    """Values and masks (B, T, N) of a plan's groups side by side."""
+    groups = [observed[name] for name in plan.names]
+    if len(groups) == 1:
+        return array(groups[0].values), array(groups[0].mask)
+    return (
+        array(torch.cat([o.values for o in groups], -1)),
+        array(torch.cat([o.mask for o in groups], -1)),
+    )
+
+
+class Work:
+    """Arrays of one batch of solves: state, what iterations keep, and what they report.
+
+    Attributes:
+        batch: how many of them are solved; may be set to fewer than there is room for.
+    """
+
+    def __init__(self, plan: Plan, batch: int, steps: int, dtype: np.dtype[Any]) -> None:
+        n, m, N = plan.sizes
+        self.batch, self.steps, self.dtype = batch, steps, dtype
+        T = steps
+
+        from ilqr_vae.kernels.cpu.tiles import PANEL
+
+        n8, N8 = (-(-size // PANEL) * PANEL for size in (n, N))
+        status, iterations = (np.zeros(batch, np.int64) for _ in range(2))
+        states, inputs, kept = (batch, T + 1, n), (batch, T, m), (batch, 2, T)
+        # apart from the rest, so that who keeps a trajectory does not keep the matrices
+        z, u, cost, damping, self.taken = threads.arrays(
+            dtype, states, inputs, (batch,), (batch,), (batch,)
+        )
+        made = threads.arrays(
+            dtype,
+            (*kept, n8), (*kept, n8), (*kept, N8), (*kept, N8),
+            (batch, T, n, n), (batch, T, n, m), (*states, n), states, (*inputs, m), inputs,
+            (*inputs, n), inputs, (*inputs, m), (*states, n), states,
+            states, inputs, states, (batch, 2),
+        )  # fmt: skip
+        f, h, d, w, A, B, Q, q, R, r, K, k, Quu_inv, V, v, dz, du, costate, decrease = made
+        self.state = (z, u, cost, damping, status, iterations)
+        self.kept = (f, h, d, w, np.zeros(batch, np.int64))
+        none = np.zeros((1, 1, 1), dtype)
+        self.problem = (A, B, Q, q, R, r, none, none[None])
+        self.law, self.value = (K, k, Quu_inv), (V, v)
+        self.found = (dz, du, costate, decrease)
+        self.ok = np.zeros(batch, np.bool_)
+        self.info = (self.problem, self.law, self.value, self.found, self.ok, self.taken)
+        self.none = (none[0], none)
+
+    @property
+    def status(self) -> NDArray[np.int64]:
+        return self.state[4][: self.batch]
+
+    def lqr(self) -> tuple[LQRProblem, LQRSolution]:
+        """The last iterations' LQR problems and solutions, as tensors over these arrays."""
+        t = torch.from_numpy
+        A, B, Q, q, R, r, _, _ = (t(x) for x in self.problem)
+        K, k, Quu_inv = (t(x) for x in self.law)
+        V, v = (t(x) for x in self.value)
+        dz, du, costate, model = (t(x) for x in self.found)
+        solution = LQRSolution(
+            dz=dz, du=du, K=K, k=k, dz0=dz[:, 0], V=V, v=v, costate=costate, Quu_inv=Quu_inv,
+            decrease=model[:, 0], linear=model[:, 1], ok=t(self.ok),
+        )  # fmt: skip
+        return LQRProblem(A=A, B=B, Q=Q, q=q, R=R, r=r), solution
+
+
+def cost_of_iteration(plan: Plan, steps: int) -> int:
+    """Multiply-adds of one iteration, roughly."""
+    n, m, N = plan.sizes
+    return steps * (2 * n * n * n + n * (n + m) ** 2 + N * n * (n // 2 + 3) + 20 * N)
+
+
+def run(
+    plan: Plan,
+    work: Work,
+    limit: int,
+    entry: int,
+    data: tuple[Array, Array],
+    initial: tuple[Array, Array],
+    start: tuple[Array, Array],
+    options: tuple[float, float, int, float, float],
+) -> None:
+    """At most ``limit`` further iterations of every problem that is running."""
+    code = kernels()
+    assert code is not None
+    n, m, _ = plan.sizes
+    threads.share_out(
+        code.solve,
+        work.batch,
+        limit * cost_of_iteration(plan, work.steps),
+        (
+            limit,
+            entry,
+            plan.arrays,
+            data,
+            initial,
+            (*start, *work.none),
+            work.state,
+            work.kept,
+            work.info,
+            options,
+        ),
+        dtype=work.dtype,
+        scratch_size=code.scratch_size(work.steps, n, m),
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the kernels must know of a ``SolverConfig``."""
+
+    iterations: int
+    numbers: tuple[float, float, int, float, float]
+
+
+Stopped = Callable[[NDArray[np.int64]], bool]
+
+
+def iterate(
+    packed: Plan,
+    work: Work,
+    entry: int,
+    inputs: tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]],
+    options: Options,
+    stopped: Stopped | None,
+) -> None:
+    """Iterations until every problem has stopped or the budget is used up.
+
+    Args:
+        inputs: observations (values, mask), initial cost (mean, precision), start (z0, u).
+        stopped: asked between iterations with the statuses, which it may change; True ends.
+    """
+    if stopped is None:
+        run(packed, work, options.iterations, entry, *inputs, options.numbers)
+        return
+    run(packed, work, 1, entry, *inputs, options.numbers)
+    for _ in range(1, options.iterations):
+        if stopped(work.status):
+            break
+        run(packed, work, 1, 0, *inputs, options.numbers)
+
+
+def prepare(
+    model: Model, w: Weights, observed: Observations, batch: int, steps: int
+) -> tuple[Plan, Work, tuple[Array, Array]]:
+    """Pack a model and its data, and make room for a batch of solves."""
+    packed = plan(model, w, observed)
+    data = observations(packed, observed)
+    return packed, Work(packed, batch, steps, data[0].dtype), data
+
+
+def solve(
+    model: Model,
+    w: Weights,
+    observed: Observations,
+    initial: InitialCost,
+    start: tuple[Tensor, Tensor],
+    options: Options,
+    stopped: Stopped | None,
+) -> Work:
+    """Solve a batch from (z0, u); see ``iterate``."""
+    z0, u = start
+    packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
+    arrival = (array(initial.mean), array(initial.precision))
+    iterate(packed, work, 1, (data, arrival, (array(z0), array(u))), options, stopped)
+    return work
+
+
+def quadratise(
+    model: Model,
+    w: Weights,
+    observed: Observations,
+    initial: InitialCost,
+    z: Tensor,
+    u: Tensor,
+) -> LQRProblem:
+    """``Model.lqr_problem`` around rollouts z (B, T+1, n) of inputs u (B, T, m)."""
+    code = kernels()
+    assert code is not None
+    packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
+    work.state[0][...], work.state[1][...] = array(z), array(u)
+    arrival = (array(initial.mean), array(initial.precision))
+    start = (array(z[:, 0]), array(u), *work.none)
+    threads.share_out(
+        code.quadratise,
+        work.batch,
+        cost_of_iteration(packed, work.steps) // 2,
+        (packed.arrays, data, arrival, start, work.state, work.kept, work.problem),
+        dtype=work.dtype,
+        scratch_size=code.scratch_size(work.steps, model.n, model.m),
+    )
+    return work.lqr()[0]
+
+
+def resume(
+    model: Model,
+    w: Weights,
+    observed: Observations,
+    initial: InitialCost,
+    state: Sequence[Tensor],
+    options: Options,
+) -> Work:
+    """One iteration from a state (z, u, cost, regularisation, status, iterations)."""
+    z, u = state[0], state[1]
+    packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
+    for mine, theirs in zip(work.state, state, strict=True):
+        mine[...] = array(theirs)
+    arrival = (array(initial.mean), array(initial.precision))
+    run(packed, work, 1, 2, data, arrival, (array(z[:, 0]), array(u)), options.numbers)
+    return work

@@ -1,0 +1,129 @@
+"""What an iLQR solve is given and what it returns: problem, settings, state, status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ilqr_vae.inference.on_gpu import Iteration, iteration
+from ilqr_vae.lqr import LQRProblem, LQRSolution
+from ilqr_vae.model.dynamics import Weights
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observations
+from ilqr_vae.model.priors import InitialCost
+
+
+class Status(IntEnum):
+    """Why a solve ended. ``explain`` says it in words."""
+
+    RUNNING = 0
+    CONVERGED = 1
+    ITERATION_LIMIT = 2
+    STALLED = 3
+    NOT_FINITE = 4
+    STOPPED = 5
+
+    @property
+    def explain(self) -> str:
+        return {
+            Status.RUNNING: "the solve has not ended",
+            Status.CONVERGED: "the expected decrease fell below the tolerance",
+            Status.ITERATION_LIMIT: "the iteration budget was used up first",
+            Status.STALLED: "no step lowered the cost, at any regularisation",
+            Status.NOT_FINITE: "the cost or its model is not finite: NaN in the data, or dynamics "
+            "that explode",
+            Status.STOPPED: "the caller's deadline ended the solve early",
+        }[self]
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """How hard to try.
+
+    Attributes:
+        iterations: at most this many.
+        tolerance: stop once the expected decrease is below tolerance * (1 + |J|).
+        armijo: fraction of the expected decrease that a step must realise.
+        backtracks: halvings of alpha before a line search has failed.
+        regularisation_min, regularisation_max: first and last Levenberg term tried after failures.
+        exact: use the Hessian with the dynamics' curvature where it is positive definite (Newton:
+            fewer, dearer iterations; converges where Gauss-Newton creeps), else Gauss-Newton.
+    """
+
+    iterations: int = 20
+    tolerance: float = 1e-6
+    armijo: float = 1e-4
+    backtracks: int = 8
+    regularisation_min: float = 1e-3
+    regularisation_max: float = 1e8
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a batch of solves stands.
+
+    Attributes:
+        z, u: current trajectory.
+        cost: J there.
+        regularisation: Levenberg term of the next LQR solve.
+        status: ``Status`` per problem.
+        iterations: done so far.
+    """
+
+    z: Float[Tensor, "B T1 n"]
+    u: Float[Tensor, "B T m"]
+    cost: Float[Tensor, " B"]
+    regularisation: Float[Tensor, " B"]
+    status: Int[Tensor, " B"]
+    iterations: Int[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What one iteration saw: the LQR problem around the trajectory it started from, its solution,
+    and the step size taken (zero where none was)."""
+
+    problem: LQRProblem
+    lqr: LQRSolution
+    alpha: Float[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is being solved: model, its effective weights, data, initial cost."""
+
+    model: Model
+    w: Weights
+    observed: Observations
+    initial: InitialCost
+
+    def cost(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.model.cost(z, u, self.observed, self.initial)
+
+    def on_gpu(self) -> Iteration | None:
+        """GPU kernels for this problem, where there are any; they carry no gradients."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self.w):
+            return None
+        return self._packed
+
+    @cached_property
+    def _packed(self) -> Iteration | None:
+        """As every iteration of a solve takes it, packed once."""
+        return iteration(self.model, self.w, tuple(self.observed), self.initial.mean)
+
+
+Stop = Callable[[], "bool | Sequence[bool] | NDArray[np.bool_] | Tensor"]
+
+
+def where(mask: Bool[Tensor, " B"], new: Tensor, old: Tensor) -> Tensor:
+    """``new`` for the problems in ``mask``, ``old`` for the others."""
+    return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)

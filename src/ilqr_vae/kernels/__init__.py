@@ -1,0 +1,1 @@
+"""Compiled code, and the switch that chooses it."""

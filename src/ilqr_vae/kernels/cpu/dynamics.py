@@ -1,0 +1,218 @@
+"""Compiled dynamics of the built-in families: rollouts, Jacobians along them, their adjoint.
+
+Shapes of one problem: T steps, z (T + 1, n), u (T, m). The gate f and the candidate h of an MGU2
+are kept per step, (T, n rounded up to 8), since the Jacobians need them.
+
+A family's weights travel as one tuple, the same for every family (see ``pack_weights``), so that
+each kernel is compiled once. Only numba code lives here: it must not be wrapped by a type-checking
+import hook.
+"""
+
+# numba infers the types of what it compiles.
+# pyright: reportMissingParameterType=false
+
+from __future__ import annotations
+
+import numpy as np
+
+from ilqr_vae.kernels.cpu.algebra import add_product, add_row, carve, compiled, inner, never_inline
+from ilqr_vae.kernels.cpu.panels import (
+    exp_inplace,
+    new_panels,
+    pack,
+    pack_transposed,
+    times_panels,
+    whole,
+)
+from ilqr_vae.kernels.cpu.tiles import PANEL
+
+LINEAR, MGU2 = 0, 1
+#: Dynamics families with kernels, by the name in configs.
+FAMILIES = {"linear": LINEAR, "mgu2": MGU2}
+
+
+def scratch_size(n, m):
+    """Numbers of scratch that ``roll_out`` and ``linearise`` need."""
+    wide = n + m + 2 * PANEL
+    return 4 * wide + 2 * wide * wide
+
+
+def closed_loop_scratch(T, n, m):
+    """Numbers of scratch that ``closed_loop`` and ``jacobians`` need."""
+    return scratch_size(n, m) + 2 * T * (n + PANEL) + 2 * n + m
+
+
+def _transposed(matrix):
+    panels = new_panels(matrix.shape[1], matrix.shape[0], matrix.dtype)
+    pack_transposed(matrix, panels)
+    return panels
+
+
+def pack_weights(family, w):
+    """Effective weights as the kernels take them.
+
+    Args:
+        family: its name.
+        w: the family's weights as C-contiguous arrays.
+
+    Returns:
+        (state, state_bias, hidden, hidden_bias, input, state_rows, hidden_rows, input_rows,
+        state_straight): panels of the transposes of U_f (or A), U_h and W (or B), the matrices
+        themselves, and panels of U_f.
+    """
+    none = np.zeros(1, w[0].dtype)
+    if FAMILIES[family] == MGU2:
+        gate, gate_bias, hidden, hidden_bias, drive = w
+        straight = new_panels(*gate.shape, gate.dtype)
+        pack(gate, straight)
+        return (
+            _transposed(gate),
+            gate_bias,
+            _transposed(hidden),
+            hidden_bias,
+            _transposed(drive),
+            gate,
+            hidden,
+            drive,
+            straight,
+        )
+    A, B = w
+    empty = np.zeros((1, 1, PANEL), A.dtype)
+    return _transposed(A), none, empty, none, _transposed(B), A, np.zeros((1, 1), A.dtype), B, empty
+
+
+@inner
+def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scratch):
+    """z_0 = z0; z_{k+1} = f(z_k, u_k); u_k = ub_k, or if ``closed`` ub_k + alpha k_k + K_k (z_k -
+    zb_k). Writes z, u, and for an MGU2 f and h."""
+    never_inline()
+    state, state_bias, hidden, hidden_bias, drive, _, _, _, _ = weights
+    T, m = ub.shape
+    n = z0.size
+    n8 = whole(n)
+    one, two = z.dtype.type(1.0), z.dtype.type(2.0)
+    deviation = scratch[:n]
+    gated = scratch[n8 : 2 * n8]
+    driven = scratch[2 * n8 : 3 * n8]
+    moved = scratch[3 * n8 : 4 * n8]
+    for i in range(n):
+        z[0, i] = z0[i]
+    for t in range(T):
+        for a in range(m):
+            u[t, a] = ub[t, a]
+        if closed:
+            for a in range(m):
+                u[t, a] += alpha * k[t, a]
+            for i in range(n):
+                deviation[i] = z[t, i] - zb[t, i]
+            add_product(u, t * m, K, t * m * n, n, deviation, 0, m, n)
+        times_panels(u, t * m, m, 1, drive, driven, 0, n8)
+        if family == LINEAR:
+            times_panels(z, t * n, n, 1, state, moved, 0, n8)
+            for i in range(n):
+                z[t + 1, i] = moved[i] + driven[i]
+        else:
+            times_panels(z, t * n, n, 1, state, f, t * n8, n8)
+            for i in range(n):
+                f[t, i] = -(f[t, i] + state_bias[i])
+            exp_inplace(f, t * n8, n)
+            for i in range(n):
+                f[t, i] = one / (one + f[t, i])
+                gated[i] = f[t, i] * z[t, i]
+            times_panels(gated, 0, n, 1, hidden, h, t * n8, n8)
+            for i in range(n):
+                h[t, i] = two * (h[t, i] + driven[i] + hidden_bias[i])
+            exp_inplace(h, t * n8, n)
+            for i in range(n):
+                h[t, i] = one - two / (one + h[t, i])
+                z[t + 1, i] = z[t, i] + f[t, i] * (h[t, i] - z[t, i])
+
+
+@inner
+def linearise(family, weights, z, f, h, A, B, scratch):
+    """Jacobians A (T, n, n), B (T, n, m) along a rollout that left f and h."""
+    never_inline()
+    _, _, _, _, _, state, hidden, drive, straight = weights
+    T, n, m = B.shape
+    n8 = whole(n)
+    one = z.dtype.type(1.0)
+    if family == LINEAR:
+        for t in range(T):
+            for i in range(n):
+                for j in range(n):
+                    A[t, i, j] = state[i, j]
+                for j in range(m):
+                    B[t, i, j] = drive[i, j]
+        return
+    slope = scratch[:n]
+    X, end = carve(scratch, n8, n, n)
+    M, end = carve(scratch, end, n, n8)
+    for t in range(T):
+        for i in range(n):
+            slope[i] = f[t, i] * (one - f[t, i])
+        for i in range(n):
+            for j in range(n):
+                X[i, j] = hidden[i, j] * z[t, j] * slope[j]
+        times_panels(X, 0, n, n, straight, M, 0, n8)
+        for i in range(n):
+            steep = f[t, i] * (one - h[t, i] * h[t, i])
+            through_gate = (h[t, i] - z[t, i]) * slope[i]
+            for j in range(n):
+                A[t, i, j] = through_gate * state[i, j] + steep * (hidden[i, j] * f[t, j] + M[i, j])
+            A[t, i, i] += one - f[t, i]
+            for j in range(m):
+                B[t, i, j] = steep * drive[i, j]
+
+
+@compiled
+def closed_loop(first, last, family, weights, closed, z0, zb, ub, K, k, alpha, z, u, scratch):
+    """``roll_out`` of problems ``first`` to ``last`` of a batch, f and h thrown away.
+
+    Where not ``closed``, zb, K and k have one problem and are not read.
+    """
+    T = ub.shape[1]
+    n, m = z0.shape[1], ub.shape[2]
+    base = 4 * whole(n + m)
+    f, end = carve(scratch, base, T, whole(n))
+    h, end = carve(scratch, end, T, whole(n))
+    for b in range(first, last):
+        law = b if closed else 0
+        roll_out(
+            family, weights, closed, z0[b], zb[law], ub[b], K[law], k[law], alpha[law], z[b], u[b],
+            f, h, scratch,
+        )  # fmt: skip
+
+
+@compiled
+def jacobians(first, last, family, weights, z, u, A, B, scratch):
+    """``linearise`` along the trajectories z (T + 1) and u of problems ``first`` to ``last``, which
+    need not be rollouts."""
+    T, m = u.shape[1:]
+    n = z.shape[2]
+    f, end = carve(scratch, 0, T, whole(n))
+    h, end = carve(scratch, end, T, whole(n))
+    two, end = carve(scratch, end, 2, n)
+    one, end = carve(scratch, end, 1, m)
+    rest = scratch[end:]
+    for b in range(first, last):
+        for t in range(T):
+            roll_out(
+                family, weights, False, z[b, t], z[b], u[b, t : t + 1], z, z[b],
+                z.dtype.type(0.0), two, one, f[t : t + 1], h[t : t + 1], rest,
+            )  # fmt: skip
+        linearise(family, weights, z[b], f, h, A[b], B[b], rest)
+
+
+@compiled
+def adjoint(first, last, A, gz, lam, scratch):
+    """lam_T = gz_T; lam_k = gz_k + A_k' lam_{k+1}; for problems ``first`` to ``last``."""
+    T, n = A.shape[1], A.shape[2]
+    for b in range(first, last):
+        for i in range(n):
+            lam[b, T, i] = gz[b, T, i]
+        for t in range(T - 1, -1, -1):
+            for i in range(n):
+                lam[b, t, i] = gz[b, t, i]
+            here, row = (b * (T + 1) + t) * n, (b * T + t) * n * n
+            for j in range(n):
+                add_row(lam, here, lam[b, t + 1, j], A, row + j * n, n)

@@ -1,0 +1,212 @@
+"""Compiled iLQR: ``ilqr.init`` and ``ilqr.step`` of a range of a batch, problem by problem.
+
+Everything a problem's iteration reads or writes is its own, so problems may be shared out among
+threads and never change each other's bits. What the last accepted trajectory left (gates f, h;
+slopes d and curvatures w of its channels) is kept in one of two slots per problem, the trial goes
+to the other. Several iterations may be done in one call; asked for one at a time they give the same
+bits.
+
+Only numba code lives here: it must not be wrapped by a type-checking import hook.
+"""
+
+# numba infers the types of what it compiles, and gives an intrinsic's first parameter itself.
+# pyright: reportMissingParameterType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import numpy as np
+
+from ilqr_vae.kernels.cpu import lqr, observations
+from ilqr_vae.kernels.cpu.algebra import all_finite, carve, compiled, inner, never_inline, part
+from ilqr_vae.kernels.cpu.dynamics import linearise, roll_out
+from ilqr_vae.kernels.cpu.dynamics import scratch_size as rollout_scratch
+from ilqr_vae.kernels.cpu.panels import finite
+
+RUNNING, CONVERGED, ITERATION_LIMIT, STALLED, NOT_FINITE = 0, 1, 2, 3, 4
+CONTINUE, START, RESUME = 0, 1, 2
+
+
+def scratch_size(T, n, m):
+    """Numbers of scratch that one thread needs."""
+    trial = (T + 1) * n + T * m
+    return trial + max(
+        rollout_scratch(n, m), observations.scratch_size(T, n), lqr.scratch_size(n, m)
+    )
+
+
+@inner
+def _initial_and_prior(b, z, u, prior, initial):
+    """The parts of J that are not observations."""
+    never_inline()
+    centre, precision, constant = prior
+    mean, arrival = initial
+    n, (T, m) = z.shape[1], u.shape
+    total = T * constant
+    for t in range(T):
+        for a in range(m):
+            e = u[t, a] - centre[a]
+            total += 0.5 * e * e * precision[a]
+    for i in range(n):
+        row = 0.0
+        for j in range(n):
+            row += arrival[b, i, j] * (z[0, j] - mean[b, j])
+        total += 0.5 * (z[0, i] - mean[b, i]) * row
+    return total
+
+
+@part
+def begin(b, fresh, model, data, initial, start, state, kept, scratch):
+    """Roll problem ``b`` out from its start; sets z, u, cost and status. If not ``fresh``, from the
+    state, which is left as it is."""
+    family, weights, bank, prior = model
+    values, mask = data
+    z0, u0, nothing, no_law = start
+    z, u, cost, damping, status, iterations = state
+    f, h, d, w, slot = kept
+    slot[b] = 0
+    zero = z.dtype.type(0.0)
+    first = z0[b] if fresh else z[b, 0]
+    inputs = u0[b] if fresh else u[b]
+    roll_out(
+        family, weights, False, first, nothing, inputs, no_law, nothing, zero, z[b], u[b],
+        f[b, 0], h[b, 0], scratch,
+    )  # fmt: skip
+    J = observations.score(bank, z[b], values[b], mask[b], d[b, 0], w[b, 0])
+    if not fresh:
+        return
+    cost[b] = J + _initial_and_prior(b, z[b], u[b], prior, initial)
+    damping[b] = 0.0
+    iterations[b] = 0
+    status[b] = RUNNING if finite(cost[b]) else NOT_FINITE
+
+
+@part
+def _quadratic_model(b, model, initial, state, kept, problem, scratch):
+    """Fill the LQR problem around the current trajectory."""
+    family, weights, bank, prior = model
+    centre, precision, _ = prior
+    mean, arrival = initial
+    z, u, _, _, _, _ = state
+    f, h, d, w, slot = kept
+    A, B, Q, q, R, r, _, _ = problem
+    s = slot[b]
+    _, T, n, m = B.shape
+    zero = z.dtype.type(0.0)
+    linearise(family, weights, z[b], f[b, s], h[b, s], A[b], B[b], scratch)
+    observations.quadratise(bank, d[b, s], w[b, s], q[b], Q[b], scratch)
+    for i in range(n):
+        total = zero
+        for j in range(n):
+            Q[b, 0, i, j] = arrival[b, i, j]
+            total += arrival[b, i, j] * (z[b, 0, j] - mean[b, j])
+        q[b, 0, i] = total
+    for t in range(T):
+        for i in range(m):
+            for j in range(m):
+                R[b, t, i, j] = zero
+            R[b, t, i, i] = precision[i]
+            r[b, t, i] = (u[b, t, i] - centre[i]) * precision[i]
+
+
+@part
+def _search(b, model, data, initial, state, kept, answer, options, scratch):
+    """Backtrack from the full step; takes the first that lowers J enough. Returns alpha or 0."""
+    family, weights, bank, prior = model
+    values, mask = data
+    z, u, cost, _, _, _ = state
+    f, h, d, w, slot = kept
+    K, k, dz, decrease = answer
+    _, armijo, backtracks, _, _ = options
+    T, n, m = u.shape[1], z.shape[2], u.shape[2]
+    z_try, end = carve(scratch, 0, T + 1, n)
+    u_try, end = carve(scratch, end, T, m)
+    rest = scratch[end:]
+    half, one, two = z.dtype.type(0.5), z.dtype.type(1.0), z.dtype.type(2.0)
+    slack = 10 * np.finfo(z.dtype).eps * abs(cost[b])
+    other = 1 - slot[b]
+    alpha = one
+    for _ in range(backtracks + 1):
+        start = z_try[0]
+        for i in range(n):
+            start[i] = z[b, 0, i] + alpha * dz[b, 0, i]
+        roll_out(
+            family, weights, True, start, z[b], u[b], K[b], k[b], alpha, z_try, u_try,
+            f[b, other], h[b, other], rest,
+        )  # fmt: skip
+        J = observations.score(bank, z_try, values[b], mask[b], d[b, other], w[b, other])
+        trial = z.dtype.type(J + _initial_and_prior(b, z_try, u_try, prior, initial))
+        promised = alpha * (two - alpha) * decrease
+        if trial <= cost[b] - armijo * promised + slack:
+            for t in range(T + 1):
+                for i in range(n):
+                    z[b, t, i] = z_try[t, i]
+            for t in range(T):
+                for a in range(m):
+                    u[b, t, a] = u_try[t, a]
+            cost[b] = trial
+            slot[b] = other
+            return alpha
+        alpha *= half
+    return alpha * z.dtype.type(0.0)
+
+
+@compiled
+def quadratise(first, last, model, data, initial, start, state, kept, problem, scratch):
+    """Fill the LQR problems around the trajectories of ``state``; the arguments of ``solve``."""
+    for b in range(first, last):
+        begin(b, False, model, data, initial, start, state, kept, scratch)
+        _quadratic_model(b, model, initial, state, kept, problem, scratch)
+
+
+@compiled
+def solve(
+    first, last, limit, entry, model, data, initial, start, state, kept, info, options, scratch
+):
+    """At most ``limit`` iterations of the problems of a range that are running.
+
+    Args:
+        entry: START from ``start``, RESUME from the state (z and u of a trajectory), or CONTINUE
+            where the last call with these arrays ended.
+    """
+    z, _, cost, damping, status, iterations = state
+    problem, law, value, found, ok, taken = info
+    K, k, _ = law
+    dz, _, _, expected = found
+    tolerance, _, _, damping_min, damping_max = options
+    nothing_taken = z.dtype.type(0.0)
+    for b in range(first, last):
+        # a problem that has stopped already gets its LQR solution, and no step
+        looking = False
+        if entry != CONTINUE:
+            begin(b, entry == START, model, data, initial, start, state, kept, scratch)
+            looking = status[b] != RUNNING
+        done = 0
+        while looking or (status[b] == RUNNING and done < limit):
+            _quadratic_model(b, model, initial, state, kept, problem, scratch)
+            ok[b] = lqr.solve_one(
+                b, problem, False, False, damping, True, law, value, found, scratch
+            )  # fmt: skip
+            taken[b] = nothing_taken
+            if looking:
+                break
+            done += 1
+            iterations[b] += 1
+            converged = False
+            if ok[b]:
+                before, decrease = abs(cost[b]), expected[b, 0]
+                taken[b] = _search(
+                    b, model, data, initial, state, kept, (K, k, dz, decrease), options, scratch
+                )
+                converged = decrease <= tolerance * (1 + before)
+            if converged:
+                status[b] = CONVERGED
+            if taken[b] > 0:
+                damping[b] = 0.0
+            elif not converged:
+                raised = max(10 * damping[b], damping_min)
+                damping[b] = raised
+                q = problem[3]
+                if not all_finite(q[b].reshape(q[b].size)):
+                    status[b] = NOT_FINITE
+                elif raised > damping_max:
+                    status[b] = STALLED

@@ -1,0 +1,169 @@
+"""Compiled cost and curvature of what is observed: Poisson and Gaussian channels, with masks.
+
+All observed groups are one bank of N channels, the Poisson ones first, each an affine readout
+a = C z + b (see ``pack_bank``). Shapes of one problem: z (T + 1, n), values and mask (T, N); d and
+w (T, N rounded up to 8) are slope and curvature of -log p in a, masked.
+
+Only numba code lives here: it must not be wrapped by a type-checking import hook.
+"""
+
+# numba infers the types of what it compiles, and gives an intrinsic's first parameter itself.
+# pyright: reportMissingParameterType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ilqr_vae.kernels.cpu.algebra import carve, inner, never_inline
+from ilqr_vae.kernels.cpu.panels import (
+    exp_inplace,
+    new_panels,
+    pack,
+    pack_products,
+    pack_transposed,
+    score_poisson,
+    times_panels,
+    whole,
+)
+from ilqr_vae.kernels.cpu.tiles import PANEL
+
+
+def scratch_size(T, n):
+    """Numbers of scratch that ``quadratise`` needs."""
+    return T * (n * (n + 1) // 2 + n + 2 * PANEL)
+
+
+def pack_bank(C, b, limit, precision, poisson):
+    """The bank as the kernels take it.
+
+    Args:
+        C: (N, n); b: (N,).
+        limit: (N,), where an exponential link goes linear; not read for Gaussian channels.
+        precision: (N,), one over variance; not read for Poisson channels.
+        poisson: how many channels, the first ones, are Poisson.
+    """
+    N, n = C.shape
+    wide = -(-N // PANEL) * PANEL
+
+    def padded(x):
+        out = np.zeros(wide, C.dtype)
+        out[:N] = x
+        return out
+
+    sizes = ((n, N), (N, n), (N, n * (n + 1) // 2))
+    affine, slope, curvature = (new_panels(*size, C.dtype) for size in sizes)
+    pack_transposed(C, affine)
+    pack(C, slope)
+    pack_products(C, curvature)
+    return poisson, affine, padded(b), padded(limit), padded(precision), slope, curvature
+
+
+@inner
+def _poisson_row(t, count, bias, limit, values, mask, d, w):
+    """Turn a row of d = C z into d and w; returns the row's part of the cost."""
+    never_inline()
+    beyond = False
+    for i in range(count):
+        a = d[t, i] + bias[i]
+        d[t, i] = a
+        beyond |= a > limit[i]
+    if beyond:
+        return _stretched_row(t, count, limit, values, mask, d, w)
+    return score_poisson(d, w, t, values, t * values.shape[1], mask, count)
+
+
+@inner
+def _stretched_row(t, count, limit, values, mask, d, w):
+    """``_poisson_row`` where some a is beyond its limit, and the rate linear in it."""
+    never_inline()
+    one, zero = d.dtype.type(1.0), d.dtype.type(0.0)
+    total = 0.0
+    for i in range(count):
+        w[t, i] = limit[i] if d[t, i] > limit[i] else d[t, i]
+    for i in range(count):
+        total -= values[t, i] * w[t, i] * mask[t, i]
+        if d[t, i] > limit[i]:
+            total -= values[t, i] * mask[t, i] * math.log1p(d[t, i] - limit[i])
+    exp_inplace(w, t * d.shape[1], count)
+    for i in range(count):
+        over = d[t, i] - limit[i]
+        stretch = one + (over if over > zero else zero)
+        slope, seen = w[t, i], mask[t, i]
+        total += slope * stretch * seen
+        d[t, i] = (slope - values[t, i] / stretch) * seen
+        w[t, i] = slope / stretch * seen
+    return total
+
+
+@inner
+def _gaussian_row(t, first, count, bias, precision, values, mask, d, w):
+    total = 0.0
+    for i in range(first, count):
+        e = d[t, i] + bias[i] - values[t, i]
+        seen = mask[t, i]
+        total += (
+            0.5 * (e * e * precision[i] - math.log(precision[i]) + math.log(2.0 * math.pi)) * seen
+        )
+        d[t, i] = e * precision[i] * seen
+        w[t, i] = precision[i] * seen
+    return total
+
+
+@inner
+def score(bank, z, values, mask, d, w):
+    """-sum over bins and channels of log p without log y!, and d and w on the way."""
+    never_inline()
+    poisson, affine, bias, limit, precision, _, _ = bank
+    T, N = values.shape
+    n = z.shape[1]
+    N8 = d.shape[1]
+    times_panels(z, n, n, T, affine, d, 0, N8)
+    total = 0.0
+    for t in range(T):
+        total += _poisson_row(t, poisson, bias, limit, values, mask, d, w)
+        if poisson < N:
+            total += _gaussian_row(t, poisson, N, bias, precision, values, mask, d, w)
+    return total
+
+
+@inner
+def quadratise(bank, d, w, q, Q, scratch):
+    """q[1:] = C' d and Q[1:] = C' diag(w) C, per bin."""
+    never_inline()
+    _, _, _, _, _, slope, curvature = bank
+    T, N8 = d.shape
+    n = q.shape[1]
+    triangle = curvature.shape[0] * PANEL
+    n8 = whole(n)
+    H, end = carve(scratch, 0, T, triangle)
+    g, end = carve(scratch, end, T, n8)
+    times_panels(d, 0, N8, T, slope, g, 0, n8)
+    times_panels(w, 0, N8, T, curvature, H, 0, triangle)
+    for t in range(T):
+        column = 0
+        for i in range(n):
+            q[t + 1, i] = g[t, i]
+            for j in range(i, n):
+                Q[t + 1, i, j] = H[t, column]
+                Q[t + 1, j, i] = H[t, column]
+                column += 1
+
+
+@inner
+def expected(bank, z, mean):
+    """E[o | z] of one state z (1, n), into mean (1, N rounded up to 8)."""
+    never_inline()
+    poisson, affine, bias, limit, _, _, _ = bank
+    N8 = mean.shape[1]
+    n = z.shape[1]
+    one, zero = mean.dtype.type(1.0), mean.dtype.type(0.0)
+    times_panels(z, 0, n, 1, affine, mean, 0, N8)
+    for i in range(N8):
+        mean[0, i] += bias[i]
+    for i in range(poisson):
+        a = mean[0, i]
+        over = a - limit[i]
+        least = limit[i] if over > zero else a
+        mean[0, i] = math.exp(least) * (one + (over if over > zero else zero))

@@ -1,0 +1,1 @@
+"""Triton kernels. ``launch`` says which problems fit and how kernels are launched."""

@@ -1,0 +1,1 @@
+"""The generative model: priors, dynamics, likelihoods, and the readout of movement."""

@@ -1,0 +1,383 @@
+"""Observation families: log p(o | z), with masks, and its quadratic model in z.
+
+Notation: a = C z + b per channel; for Poisson, rate(a) in expected counts per bin. ``mask`` is one
+where a channel was observed in a bin and zero where not: a missing bin or a missing unit simply has
+no term. ``quadratise`` returns q = d(-log p)/dz and Q, a positive semi-definite curvature.
+
+Several groups (spikes and kinematics, say) make a joint model: a dict of families. A group that is
+absent from the observations is not conditioned on (Schimel et al. 2022, section 3.4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, softplus
+
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.kernels import backend
+from ilqr_vae.model.priors import LOG_2PI
+
+
+def _softplus(a: Tensor) -> Tensor:
+    """log(1 + e^a) to float64's last digit; torch's own turns linear at 20, where e^-20 is left."""
+    return softplus(a, threshold=40.0)
+
+
+class Observed(NamedTuple):
+    """Values of one group and which of them were observed.
+
+    Attributes:
+        values: (B, T, N); where mask is zero, any finite number.
+        mask: (B, T, N), ones and zeros, of the same dtype.
+    """
+
+    values: Float[Tensor, "*batch N"]
+    mask: Float[Tensor, "*batch N"]
+
+
+Observations = Mapping[str, Observed]
+
+
+class Likelihood(nn.Module, ABC):
+    """Base of the families: an affine readout a = C z + b and a density per channel."""
+
+    family: str
+
+    def __init__(self, n: int, channels: int) -> None:
+        super().__init__()
+        self.C = nn.Parameter(torch.randn(channels, n) / math.sqrt(n))
+        self.b = nn.Parameter(torch.zeros(channels))
+
+    def affine(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch N"]:
+        return z @ self.C.mT + self.b
+
+    @abstractmethod
+    def expected(self, a: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
+        """E[o | a], per channel."""
+
+    def mean(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch N"]:
+        """E[o | z]."""
+        return self.expected(self.affine(z))
+
+    @abstractmethod
+    def log_prob(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
+        """log p(o | z), summed over observed channels."""
+
+    @abstractmethod
+    def derivatives(
+        self, a: Float[Tensor, "*batch N"], values: Float[Tensor, "*batch N"]
+    ) -> tuple[Float[Tensor, "*batch N"], Float[Tensor, "*batch N"]]:
+        """First derivative and non-negative curvature of -log p in a, per channel."""
+
+    def unnormalised(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
+        """log p without constants that no optimum depends on."""
+        return self.log_prob(z, o)
+
+    def score(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
+        """``log_prob``, differentiable once."""
+        return self.log_prob(z, o)
+
+    def slope_along(
+        self, z: Float[Tensor, "*batch n"], o: Observed, dz: Float[Tensor, "*batch n"]
+    ) -> Tensor:
+        """A scalar with the gradient, in the family's parameters, of the slope of -log p along dz.
+
+        The slope is summed over bins; z and dz are held fixed. The scalar itself has no meaning.
+        """
+        d, _ = self.derivatives(self.affine(z), o.values)
+        return (d * o.mask * (dz @ self.C.mT)).sum()
+
+    def curvature(
+        self, a: Float[Tensor, "*batch N"], values: Float[Tensor, "*batch N"]
+    ) -> Float[Tensor, "*batch N"]:
+        """Second derivative of -log p in a, per channel (``derivatives`` may approximate it)."""
+        return self.derivatives(a, values)[1]
+
+    @abstractmethod
+    def sample(
+        self, z: Float[Tensor, "*batch n"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*batch N"]:
+        """Draw observations given z."""
+
+    def start_at(self, mean: Float[Tensor, " N"]) -> None:
+        """Set b so that E[o | z = 0] is ``mean``, expected counts per bin for spikes."""
+        with torch.no_grad():
+            self.b.copy_(mean)
+
+    def check(self, o: Observed, field: str) -> None:
+        """Refuse observations this family cannot score.
+
+        Raises:
+            ShapeError: wrong shapes, no bins, values that are not finite where observed (or NaN
+                where not), a mask of other than zeros and ones.
+        """
+        N = self.b.shape[0]
+        v, mask = o.values, o.mask
+        if v.ndim != 3 or v.shape[-1] != N or 0 in v.shape:
+            raise ShapeError(
+                f"{field}.values",
+                expected=f"(trials, bins, {N}), at least one of each",
+                got=str(tuple(v.shape)),
+            )
+        if mask.shape != v.shape:
+            raise ShapeError(
+                f"{field}.mask", expected=f"the values' shape {tuple(v.shape)}", got=str(mask.shape)
+            )
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ShapeError(f"{field}.mask", expected="zeros and ones", got="other numbers")
+        if not bool(v.isfinite().all()):
+            raise ShapeError(
+                f"{field}.values",
+                expected="finite numbers, those not observed masked",
+                got=f"{int((~v.isfinite()).sum())} that are not",
+            )
+
+    def quadratise(
+        self, z: Float[Tensor, "*batch n"], o: Observed
+    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n n"]]:
+        """q = C' d and Q = C' diag(w) C with d, w the derivatives of -log p in a."""
+        d, w = self.derivatives(self.affine(z), o.values)
+        n = z.shape[-1]
+        # one matrix product over (batch x time): w against the outer products of C's rows
+        outer = (self.C.unsqueeze(-1) * self.C.unsqueeze(-2)).reshape(-1, n * n)
+        Q = ((w * o.mask) @ outer).reshape(*z.shape, n)
+        return (d * o.mask) @ self.C, Q
+
+
+class _Counts(Likelihood):
+    """What Poisson families share: integers, drawn at a rate."""
+
+    def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.poisson(self.mean(z), generator=generator)
+
+    def check(self, o: Observed, field: str) -> None:
+        """As ``Likelihood.check``; also: counts that are negative or not whole, silent units.
+
+        Raises:
+            ShapeError: naming ``field``.
+        """
+        super().check(o, field)
+        bad = ((o.values < 0) | (o.values != o.values.round())) & (o.mask > 0)
+        if bool(bad.any()):
+            raise ShapeError(
+                f"{field}.values",
+                expected="whole numbers of spikes, zero or more",
+                got=f"{float(o.values[bad][0]):g}",
+            )
+        silent = ((o.values * o.mask).sum((0, 1)) == 0) & (o.mask.sum((0, 1)) > 0)
+        if bool(silent.any()):
+            raise ShapeError(
+                f"{field}.values",
+                expected="at least one spike of every unit",
+                got=f"unit {int(silent.nonzero()[0])} silent throughout",
+            )
+
+
+class _PoissonScore(torch.autograd.Function):
+    """log p of a Poisson readout, with its slope made at once: few passes over what has the size of
+    the observations."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, C: Tensor, b: Tensor, o: Observed, limit: float) -> Tensor:
+        a = torch.addmm(b, z.reshape(-1, z.shape[-1]), C.mT).view(*z.shape[:-1], -1)
+        y, mask = o
+        if bool((a <= limit).all()):
+            rate = torch.exp(a)
+            slope, found = rate - y, y * a - rate
+        else:
+            over = (a - limit).clamp(min=0)
+            least = a - over
+            rise, stretch = torch.exp(least), 1 + over
+            slope = rise - y / stretch
+            found = y * (least + torch.log1p(over)) - rise * stretch
+        ctx.save_for_backward(z, C, slope.mul_(mask))
+        return found.sub_(torch.lgamma(y * mask + 1)).mul_(mask).sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch passes grads in order)
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        z, C, slope = ctx.saved_tensors
+        e = (slope * -g.unsqueeze(-1)).flatten(0, -2)
+        gz = (e @ C).view(z.shape)
+        return gz, e.mT @ z.flatten(0, -2), e.sum(0), None, None
+
+
+class Poisson(_Counts):
+    """Counts per bin, Poisson with rate exp(a), continued linearly above ``log_rate_max``.
+
+    The continuation is once differentiable and keeps the cost convex and bounded below: clamping
+    the rate alone would leave -y a unbounded. It starts where no real rate lies.
+    """
+
+    family = "poisson"
+
+    def __init__(self, n: int, channels: int, *, log_rate_max: float = 6.0) -> None:
+        super().__init__(n, channels)
+        self.log_rate_max = log_rate_max
+
+    def _rate(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Rate and its slope in a."""
+        slope = torch.exp(a.clamp(max=self.log_rate_max))
+        return slope * (1 + (a - self.log_rate_max).clamp(min=0)), slope
+
+    def expected(self, a: Tensor) -> Tensor:
+        return self._rate(a)[0]
+
+    def _log_rate(self, a: Tensor) -> Tensor:
+        over = (a - self.log_rate_max).clamp(min=0)
+        return a - over + torch.log1p(over)
+
+    def log_prob(self, z: Tensor, o: Observed) -> Tensor:
+        return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
+
+    def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
+        """log p without the constant log y!, which no optimum depends on."""
+        a = self.affine(z)
+        return ((o.values * self._log_rate(a) - self._rate(a)[0]) * o.mask).sum(-1)
+
+    def score(self, z: Tensor, o: Observed) -> Tensor:
+        if z.device.type != "cpu" or backend.current() == "reference":
+            return self.log_prob(z, o)
+        found: Any = _PoissonScore.apply(z, self.C, self.b, o, self.log_rate_max)
+        return found
+
+    def slope_along(self, z: Tensor, o: Observed, dz: Tensor) -> Tensor:
+        # linear in the parameters, the gradient worked out: autograd would keep what is as large as
+        # the observations, and go through it a second time
+        with torch.no_grad():
+            a = self.affine(z)
+            weight = o.mask * (dz @ self.C.mT)
+            if bool((a <= self.log_rate_max).all()):
+                rate = a.exp_()
+                d, bend = rate - o.values, rate
+            else:
+                d, bend = self.derivatives(a, o.values)[0], self.curvature(a, o.values)
+            d, bend = d.mul_(o.mask).flatten(0, -2), (bend * weight).flatten(0, -2)
+            gC = bend.mT @ z.flatten(0, -2) + d.mT @ dz.flatten(0, -2)
+            gb = bend.sum(0)
+        return (gC * self.C).sum() + gb @ self.b
+
+    def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rate, slope = self._rate(a)
+        # exact below log_rate_max (where slope = rate); Fisher information above
+        return slope - values * (slope / rate), slope * (slope / rate)
+
+    def curvature(self, a: Tensor, values: Tensor) -> Tensor:
+        over = (a - self.log_rate_max).clamp(min=0)
+        return torch.where(over > 0, values / (1 + over) ** 2, self._rate(a)[1])
+
+    def start_at(self, mean: Tensor) -> None:
+        with torch.no_grad():
+            self.b.copy_(mean.clamp(min=1e-3).log())
+
+
+class SoftplusPoisson(_Counts):
+    """Counts per bin, Poisson with rate log(1 + exp(a)): linear in a where the rate is high.
+
+    -log p is convex in a, so its exact second derivative serves as the curvature.
+    """
+
+    family = "poisson-softplus"
+
+    def _terms(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rate, its slope, and d log rate / d a (which tends to one as the rate to zero)."""
+        rate, slope = _softplus(a), torch.sigmoid(a)
+        ratio = torch.where(a > -15, slope / rate.clamp(min=1e-30), 1 - 0.5 * torch.exp(a))
+        return rate, slope, ratio
+
+    def expected(self, a: Tensor) -> Tensor:
+        return _softplus(a)
+
+    def _log_rate(self, a: Tensor) -> Tensor:
+        # log softplus(a) -> a as a -> -inf, where softplus itself would lose its digits
+        low = a < -15
+        safe = torch.where(low, torch.zeros_like(a), a)
+        return torch.where(low, a - 0.5 * torch.exp(a), _softplus(safe).log())
+
+    def log_prob(self, z: Tensor, o: Observed) -> Tensor:
+        return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
+
+    def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
+        a = self.affine(z)
+        return ((o.values * self._log_rate(a) - _softplus(a)) * o.mask).sum(-1)
+
+    def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        _, slope, ratio = self._terms(a)
+        bend = slope * torch.exp(logsigmoid(-a))  # slope (1 - slope)
+        # d2/da2 of -y log rate: y ratio (ratio - (1 - slope)), never negative
+        fall = values * ratio * (ratio - torch.sigmoid(-a)).clamp(min=0)
+        return slope - values * ratio, bend + fall
+
+    def start_at(self, mean: Tensor) -> None:
+        with torch.no_grad():
+            self.b.copy_(torch.log(torch.expm1(mean.clamp(min=1e-3))))
+
+
+class Gaussian(Likelihood):
+    """o ~ N(a, diag sigma^2)."""
+
+    family = "gaussian"
+
+    def __init__(self, n: int, channels: int, *, scale: float = 1.0) -> None:
+        super().__init__(n, channels)
+        self.log_scale = nn.Parameter(torch.full((channels,), math.log(scale)))
+
+    def expected(self, a: Tensor) -> Tensor:
+        return a
+
+    def log_prob(self, z: Tensor, o: Observed) -> Tensor:
+        e = (o.values - self.affine(z)) * torch.exp(-self.log_scale)
+        return ((-0.5 * e * e - self.log_scale - 0.5 * LOG_2PI) * o.mask).sum(-1)
+
+    def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        precision = torch.exp(-2 * self.log_scale)
+        return (a - values) * precision, precision.expand_as(a)
+
+    def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        a = self.affine(z)
+        e = torch.randn(a.shape, generator=generator, dtype=a.dtype, device=a.device)
+        return a + e * torch.exp(self.log_scale)
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    cls.family: cls for cls in (Poisson, SoftplusPoisson, Gaussian)
+}
+"""Every likelihood by the name configs and model files use."""
+
+
+def padded(
+    trials: Sequence[Float[Tensor, "_ N"]],
+) -> tuple[Observed, Float[Tensor, "B T"]]:
+    """Trials of different lengths as one batch: zeros and a mask of zeros after each one's end.
+
+    Args:
+        trials: (T_b, N) each, of one dtype and device.
+
+    Returns:
+        the observations (B, max T_b, N), and ``live`` (B, max T_b): one for bins of a trial, zero
+        after its end (``elbo.bound`` leaves the inputs there out of the bound).
+
+    Raises:
+        ShapeError: no trials, or numbers of channels that differ.
+    """
+    if not trials or any(x.ndim != 2 or x.shape[1] != trials[0].shape[1] for x in trials):
+        raise ShapeError(
+            "trials",
+            expected="at least one, (bins, channels) each, of the same channels",
+            got=str([tuple(x.shape) for x in trials]),
+        )
+    T = max(len(x) for x in trials)
+    values = trials[0].new_zeros(len(trials), T, trials[0].shape[1])
+    live = trials[0].new_zeros(len(trials), T)
+    for i, x in enumerate(trials):
+        values[i, : len(x)], live[i, : len(x)] = x, 1.0
+    return Observed(values, live.unsqueeze(-1).expand_as(values)), live

@@ -1,0 +1,137 @@
+"""Recordings from NWB files, read with pynwb (extra ``nwb``)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.binning import left_edges
+from ilqr_vae.recordings.checks import existing_file, missing_extra, sha256_of, unique_names
+from ilqr_vae.recordings.nwb.series import find, kinematics_of, mask_of
+from ilqr_vae.recordings.nwb.tables import (
+    binned_counts,
+    intervals,
+    names_beside,
+    spikes_of,
+    trials_table,
+)
+from ilqr_vae.recordings.recording import Recording
+from ilqr_vae.recordings.spec import RecordingSpec
+from ilqr_vae.recordings.unbinned import Session, cut_on_grid, finish, recording_of
+
+
+def read_nwb(path: str | Path, spec: RecordingSpec) -> Recording:
+    """An NWB file as a recording.
+
+    Bins begin where the kinematic series (or the series of binned counts) begins, and at 0 of the
+    file's clock where there is neither; only whole bins are kept. Counts come from the spike times
+    of the units table, or from a series already binned (``spec.nwb.counts``). Kinematics are the
+    mean of the samples inside each bin, or interpolated at bin centres where samples come slower
+    than bins. Missing samples are interpolated; bins inside a gap above one second, and those in
+    the file's ``invalid_times`` or outside every unit's ``obs_intervals``, are marked invalid. Unit
+    names are the units table's column ``unit_name`` or ``name``, else its ids; a column ``heldout``
+    says which are held out. With ``spec.mode = "trials"`` each trial's window has bins of its own,
+    laid from the event (``TrialSpec``).
+
+    Raises:
+        RecordingError: no such file, no NWB file, a series is absent (those present are listed),
+            no spikes, counts that are not whole numbers 0..65535, a bin width that is not the
+            spec's, unit names that repeat, timestamps that do not increase, trials asked for that
+            are not there, or pynwb is not installed.
+    """
+    path = existing_file(path)
+    with _open(path) as (nwb, series):
+        return replace(_read(nwb, series, spec), name=path.name, sha256=sha256_of(path))
+
+
+@contextmanager
+def _open(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
+    """The file's contents, and every time series in it by its path."""
+    try:
+        import pynwb
+        from hdmf.build.errors import BuildError, ConstructError
+    except ModuleNotFoundError as error:
+        raise missing_extra("recording", "pynwb", "nwb") from error
+    # What h5py, hdmf and pynwb raise on a file that is no NWB file, or is damaged.
+    unreadable = (
+        OSError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        BuildError,
+        ConstructError,
+    )
+    try:
+        # Files of other versions of NWB, or that break a recommendation, make pynwb and hdmf warn;
+        # what matters here is checked here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # pynwb's classes are made at run time: the checker knows nothing of what they take.
+            reader: Any = pynwb.NWBHDF5IO
+            with reader(str(path), mode="r") as file:
+                nwb = file.read()
+                yield nwb, _all_series(nwb, pynwb)
+    except unreadable as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecordingError(
+            "recording", expected="an NWB file", got=f"{path.name}: {reason}"
+        ) from error
+
+
+def _all_series(nwb: Any, pynwb: Any) -> dict[str, Any]:
+    """Every TimeSeries by its path inside the file, e.g. ``processing/behavior/Position/hand``."""
+    found: dict[str, Any] = {}
+    for item in nwb.objects.values():
+        if isinstance(item, pynwb.TimeSeries):
+            names, node = [item.name], item.parent
+            while node is not None and node is not nwb:
+                names.append(node.name)
+                node = node.parent
+            top = names[-1]
+            for group in ("processing", "acquisition", "stimulus", "analysis"):
+                if top in (getattr(nwb, group, None) or {}):
+                    names.append(group)
+                    break
+            found["/".join(reversed(names))] = item
+    return dict(sorted(found.items()))
+
+
+def _read(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Recording:
+    binned = find(series, spec.nwb.counts, "data.nwb.counts") if spec.nwb.counts else None
+    moving = kinematics_of(series, spec.nwb, binned)
+    invalid = None
+    if nwb.invalid_times is not None:
+        invalid = np.stack(intervals(nwb.invalid_times), axis=1)
+    told = Session(
+        spike_times=[],
+        unit_names=(),
+        moving=moving,
+        scored=mask_of(series, spec.nwb, moving),
+        table=trials_table(nwb) if spec.nwb.trials or spec.mode == "trials" else None,
+        invalid=invalid,
+    )
+    if binned is None:
+        units = spikes_of(nwb, series)
+        session = replace(
+            told,
+            spike_times=units.times,
+            unit_names=unique_names(units.names, "units"),
+            held_out=units.held_out,
+            observed=units.observed,
+        )
+        return recording_of(session, spec)
+    counts, start = binned_counts(binned, spec)
+    names, held_out = names_beside(nwb, binned, counts.shape[1])
+    begin = left_edges(start, spec.bin_width, len(counts))
+    session = replace(told, unit_names=unique_names(names, "units"), held_out=held_out)
+    made = finish(counts, begin, session, spec)
+    return made if spec.mode == "continuous" else cut_on_grid(made, session.table, spec)

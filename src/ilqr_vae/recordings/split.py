@@ -1,0 +1,127 @@
+"""Which bins train, which choose, which are scored: a split by time or by label."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.recordings.recording import Recording
+
+Span = Literal["train", "validation", "test", "all"]
+
+
+SPANS: tuple[Span, ...] = ("train", "validation", "test", "all")
+
+
+WARMUP_BINS = 100
+"""Bins streamed before a span so that the estimator has settled when scoring begins; not scored.
+
+Fewer where the recording begins less than this before the span. ``evaluate`` and ``replay`` both
+start there, so that their decodes of a span are the same.
+"""
+
+
+def warmup_start(start: int) -> int:
+    """The first bin to stream for a span that begins at bin ``start``."""
+    return max(0, start - WARMUP_BINS)
+
+
+def parse_span(text: str) -> Span:
+    """A span by name. Raises ConfigError."""
+    for span in SPANS:
+        if text == span:
+            return span
+    raise ConfigError("--span", expected="train, validation, test or all", got=repr(text))
+
+
+def plan_drops(n_bins: int, share: float, seed: int) -> NDArray[np.bool_]:
+    """bool (n_bins,), True for bins to leave out; never the first nor the last of the stream.
+
+    ``evaluate`` and ``replay`` both draw from here: the same seed leaves out the same bins.
+    """
+    dropped = np.random.default_rng(seed).random(n_bins) < share
+    dropped[:1] = dropped[-1:] = False
+    return dropped
+
+
+class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Split by time, as fractions of the bins: [0, train), [train, validation), [validation, 1).
+
+    In ``mode = "trials"`` the fractions are of the trials. With ``column``, the file's own labels
+    decide what is tested on: trials labelled ``test_labels`` are the test part, those labelled
+    ``validation_labels`` the validation part, those labelled ``train_labels`` the training part;
+    without validation labels the last of the training trials are, in the proportion that ``train``
+    has to ``validation``. Other trials are left out.
+
+    ``fraction`` leaves a decoder less to learn from: training and validation part together are the
+    first ``fraction`` of all bins, divided as they would be without it, and what lies between them
+    and the test part is left out. The test part stays what it is. So whatever is chosen is chosen
+    within that share too, by every decoder alike. Trials stay whole.
+    """
+
+    train: float = 0.60
+    validation: float = 0.75
+    column: str = ""
+    train_labels: tuple[str, ...] = ("train",)
+    validation_labels: tuple[str, ...] = ()
+    test_labels: tuple[str, ...] = ("val",)
+    fraction: float = 1.0
+
+    def bins(self, span: Span, n_bins: int) -> tuple[int, int]:
+        """The half-open range of bins of a span of a recording without bounds of its own."""
+        a, b = round(self.train * n_bins), round(self.validation * n_bins)
+        return self._ranges(a, b, n_bins)[span]
+
+    def span(self, span: Span, recording: Recording) -> tuple[int, int]:
+        """The half-open range of bins of a span: by the recording's own bounds if it has any."""
+        if recording.bounds is None:
+            return self.bins(span, len(recording))
+        return self._ranges(*recording.bounds, len(recording), recording)[span]
+
+    def occupied(self, span: Span, recording: Recording) -> tuple[int, int]:
+        """``span``, of one that has some bins. Raises RecordingError."""
+        start, stop = self.span(span, recording)
+        if stop <= start:
+            raise RecordingError(
+                "recording", expected=f"at least one bin in the {span} span", got="none"
+            )
+        return start, stop
+
+    def _ranges(
+        self, a: int, b: int, n_bins: int, trials: Recording | None = None
+    ) -> dict[Span, tuple[int, int]]:
+        """Of first bins ``a`` and ``b`` after the training and the validation part."""
+        test = b
+        if self.fraction < 1 and b > 0:
+            used = min(b, round(self.fraction * n_bins))
+            a, b = round(used * a / b), used
+            if trials is not None and test in trials.breaks:
+                a, b = segment_start(trials, a), segment_start(trials, b)
+        return {"train": (0, a), "validation": (a, b), "test": (test, n_bins), "all": (0, n_bins)}
+
+
+def segment_start(recording: Recording, bin_: int) -> int:
+    """The first bin of the segment that ``bin_`` lies in; itself where it is past the end."""
+    if bin_ >= len(recording):
+        return bin_
+    before = recording.breaks[recording.breaks <= bin_]
+    return int(before[-1]) if len(before) else 0
+
+
+def rehearsal(recording: Recording, split: SplitSpec) -> Recording:
+    """The recording without its test part, with bounds of its own, to try on what is scored once.
+
+    The validation part stands for the test part, and the last of the training part, in the
+    proportion that validation has to both, for the validation part. Nothing of the test part is
+    left, so nothing can be fitted to it or chosen on it.
+    """
+    a, b = split.span("validation", recording)
+    inner = round(a * a / b) if b else 0
+    if b > a and a in recording.breaks:  # a split between trials stays one
+        inner = segment_start(recording, inner)
+    return replace(recording.slice(0, b), bounds=(inner, a))

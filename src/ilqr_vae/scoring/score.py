@@ -1,0 +1,290 @@
+"""Scores of causal decodes beside a Wiener filter's on the same bins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.recordings.split import segment_start
+from ilqr_vae.scoring.baselines import WienerFilter
+from ilqr_vae.scoring.bootstrap import FEWEST, interval, pieces, r2_draws
+from ilqr_vae.scoring.metrics import r2_per_axis
+from ilqr_vae.scoring.spacing import spaced_out
+
+Array = NDArray[np.float64]
+
+LEVELS: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+HISTORIES_S: tuple[float, ...] = (0.25, 0.5, 0.75)
+MOST_WEIGHTS = 3000
+"""Of a Wiener filter, per channel."""
+OURS = "iLQR-VAE"
+WIENER = "Wiener filter"
+
+
+@dataclass(frozen=True, slots=True)
+class BySpeed:
+    """How much of the truth the 90 % interval covers, by quarter of the bins, slowest first.
+
+    Attributes:
+        upto: the speed that each quarter ends at.
+        coverage: in each.
+        what: what speed is here, with its unit.
+    """
+
+    upto: tuple[float, ...]
+    coverage: tuple[float, ...]
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores on n bins, those that are valid and were answered.
+
+    Attributes:
+        methods: by decoder, by metric: ``r2`` (mean over channels), ``r2.<channel>``, and
+            ``coverage_90`` where the decoder states a standard deviation.
+        n: bins scored.
+        nominal, actual: calibration: share of true values inside the central interval of each
+            nominal level; empty without a standard deviation.
+        by_speed: calibration by speed, or None without a standard deviation.
+        wiener: (T, D) its decodes of all the bins, or None where it could not be fitted.
+        notes: sentences a reader should know.
+        intervals: by decoder: ``r2``, the 95 % bootstrap interval of its mean R2, and for others
+            than ours ``ahead``, that of ours less theirs on the same draws. All n bins are drawn.
+        resampled: what the bootstrap draws, and how many of them: ``34 trials``; "" for none.
+    """
+
+    methods: dict[str, dict[str, float]]
+    n: int
+    nominal: tuple[float, ...]
+    actual: tuple[float, ...]
+    wiener: Array | None
+    by_speed: BySpeed | None = None
+    notes: tuple[str, ...] = ()
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(
+        default_factory=dict[str, dict[str, tuple[float, float]]]
+    )
+    resampled: str = ""
+
+
+def calibration(
+    truth: Array, decoded: Array, std: Array, levels: tuple[float, ...] = LEVELS
+) -> tuple[float, ...]:
+    """Share of true values inside the central Gaussian interval of each level.
+
+    Args:
+        truth, decoded, std: (T, D), finite, ``std`` >= 0.
+    """
+    error = np.abs(truth - decoded)
+    return tuple(float((error <= ndtri(0.5 + level / 2) * std).mean()) for level in levels)
+
+
+def coverage_by_speed(
+    truth: Array, decoded: Array, std: Array, units: tuple[str, ...] = ()
+) -> BySpeed:
+    """Coverage of the 90 % interval in each quarter of the bins by the size of the true kinematics.
+
+    Size is the Euclidean norm over channels; of channels whose units differ, each in its own
+    standard deviations.
+
+    Args:
+        truth, decoded, std: (T, D), finite, ``std`` >= 0.
+        units: of the channels.
+    """
+    alike = len(set(units)) == 1
+    scale = 1.0 if alike else truth.std(axis=0) + 1e-300
+    speed = np.linalg.norm(truth / scale, axis=1)
+    parts = np.array_split(np.argsort(speed, kind="stable"), 4)
+    parts = [part for part in parts if len(part)]
+    return BySpeed(
+        tuple(float(speed[part[-1]]) for part in parts),
+        tuple(calibration(truth[part], decoded[part], std[part], (0.9,))[0] for part in parts),
+        f"size of the true kinematics ({units[0] if alike else 'standard deviations'})",
+    )
+
+
+def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, float]:
+    each = r2_per_axis(truth, decoded)
+    known = each[np.isfinite(each)]
+    scores = {"r2": float(known.mean()) if known.size else float("nan")}
+    return scores | {f"r2.{name}": float(v) for name, v in zip(names, each, strict=True)}
+
+
+def histories(bin_width: float, n_units: int) -> tuple[int, ...]:
+    """Bins of history a Wiener filter may choose from: so many seconds, up to so many weights."""
+    most = max(1, MOST_WEIGHTS // n_units)
+    return tuple(sorted({min(max(1, round(s / bin_width)), most) for s in HISTORIES_S}))
+
+
+def fit_wiener(
+    recording: Recording, split: SplitSpec, choices: tuple[int, ...] | None = None
+) -> WienerFilter:
+    """The baseline: trained on the train span, history and penalty chosen on the validation span.
+
+    Args:
+        choices: bins of history to choose from; None is ``histories``.
+
+    Raises:
+        ShapeError: the recording has no kinematics, or a span has no valid bin.
+    """
+    if recording.kinematics is None:
+        raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+    tried = choices or histories(recording.bin_width, recording.n_units)
+    made = [_wiener_of(recording, split, history) for history in tried]
+    return max(made, key=lambda wiener: wiener.validation_r2)
+
+
+def _wiener_of(recording: Recording, split: SplitSpec, history: int) -> WienerFilter:
+    train, validation = split.span("train", recording), split.span("validation", recording)
+    spaced, place = spaced_out(recording, history)
+    assert spaced.kinematics is not None  # the caller has looked
+    counts = spaced.counts.astype(np.float64)
+    counts[~spaced.mask()] = 0.0
+    mean = counts.sum(axis=0) / np.maximum(spaced.mask().sum(axis=0), 1)
+    counts = np.where(spaced.mask(), counts, mean)  # as the filter takes bins it has not seen
+    return WienerFilter.fit(
+        counts,
+        spaced.kinematics,
+        train=(place[train[0]], place[train[1] - 1] + 1) if train[1] > train[0] else train,
+        validation=(place[validation[0]], place[validation[1] - 1] + 1)
+        if validation[1] > validation[0]
+        else validation,
+        history=history,
+        valid=spaced.scored,
+    )
+
+
+def wiener_decodes(
+    wiener: WienerFilter, recording: Recording, counts: Array, bins: tuple[int, int]
+) -> Array:
+    """Decodes (stop - start, D) of the bins [start, stop); no history across a segment's start.
+
+    Args:
+        counts: (T, N) of all of ``recording``, with something in place of what is missing.
+    """
+    return np.concatenate(
+        [
+            wiener.predict(counts[whole:b], a - whole, b - whole)
+            for a, b in recording.segments(*bins)
+            for whole in [segment_start(recording, a)]
+        ]
+    )
+
+
+def score_decodes(
+    recording: Recording,
+    split: SplitSpec,
+    *,
+    bins: tuple[int, int],
+    decoded: NDArray[Any],
+    std: NDArray[Any] | None = None,
+    seen: NDArray[np.bool_] | None = None,
+    baseline: bool = True,
+    others: Mapping[str, NDArray[Any]] | None = None,
+    others_std: Mapping[str, NDArray[Any]] | None = None,
+    fit_on: Recording | None = None,
+) -> Scores:
+    """Score decodes of the bins [a, b) of ``recording``, and a Wiener filter's on the same bins.
+
+    Args:
+        recording: all of it, the model's units alone, with kinematics.
+        split: of the recording; the Wiener filter trains on its train span.
+        bins: half-open range scored, T = b - a.
+        decoded: (T, D); rows that are not finite were not answered and are left out for both.
+        std: (T, D) standard deviations, or None.
+        seen: bool (T,), False where the decoder was not given the bin; the Wiener filter is given
+            the mean there. None means all.
+        baseline: fit and score the Wiener filter too.
+        others: (T, D) decodes of further decoders by name, scored on the same bins and listed in
+            this order; ``others_std``: their standard deviations where they state them.
+        fit_on: what the Wiener filter is fitted on, and ``split`` is of; None is ``recording``.
+
+    Raises:
+        ShapeError: no kinematics, wrong shapes, or no bin to score.
+    """
+    truth_all = recording.kinematics
+    if truth_all is None:
+        raise ShapeError("recording.kinematics", expected="a behaviour to score on", got="none")
+    start, stop = bins
+    truth = truth_all[start:stop]
+    if decoded.shape != truth.shape or (std is not None and std.shape != truth.shape):
+        got = decoded.shape if std is None else (decoded.shape, std.shape)
+        raise ShapeError("decoded", expected=str(truth.shape), got=str(got))
+    rows = recording.scored[start:stop] & np.isfinite(decoded).all(axis=1)
+    if not rows.any():
+        raise ShapeError("decoded", expected="at least one valid, answered bin", got="none")
+    names = recording.kinematic_names
+    methods = {OURS: _methods(truth[rows], decoded[rows], names)}
+    actual: tuple[float, ...] = ()
+    by_speed: BySpeed | None = None
+    if std is not None:
+        actual = calibration(truth[rows], decoded[rows], std[rows])
+        methods[OURS]["coverage_90"] = actual[LEVELS.index(0.9)]
+        by_speed = coverage_by_speed(
+            truth[rows], decoded[rows], std[rows], recording.kinematic_units
+        )
+    wiener: Array | None = None
+    notes: tuple[str, ...] = ()
+    if baseline:
+        try:
+            fitted = fit_wiener(recording if fit_on is None else fit_on, split)
+        except ShapeError as error:
+            notes = (f"No Wiener filter beside it: {error}.",)
+        else:
+            counts = recording.counts.astype(np.float64)
+            unseen = ~recording.mask()
+            counts[unseen] = np.broadcast_to(fitted.mean, counts.shape)[unseen]
+            if seen is not None:
+                counts[start:stop][~seen] = fitted.mean
+            wiener = wiener_decodes(fitted, recording, counts, bins)
+            methods[WIENER] = _methods(truth[rows], wiener[rows], names)
+    decodes: dict[str, NDArray[Any]] = {OURS: decoded}
+    if wiener is not None:
+        decodes[WIENER] = wiener
+    for name, values in (others or {}).items():
+        if values.shape != truth.shape or not np.isfinite(values[rows]).all():
+            raise ShapeError(
+                f"others.{name}", expected=f"finite {truth.shape}", got=str(values.shape)
+            )
+        decodes[name] = values
+        methods[name] = _methods(truth[rows], values[rows], names)
+        if others_std is not None and name in others_std:
+            covered = calibration(truth[rows], values[rows], others_std[name][rows], (0.9,))
+            methods[name]["coverage_90"] = covered[0]
+    intervals, resampled = _intervals(recording.slice(start, stop), truth, decodes, rows)
+    return Scores(
+        methods=methods,
+        n=int(rows.sum()),
+        nominal=LEVELS if actual else (),
+        actual=actual,
+        wiener=wiener,
+        by_speed=by_speed,
+        notes=notes,
+        intervals=intervals,
+        resampled=resampled,
+    )
+
+
+def _intervals(
+    part: Recording, truth: Array, decodes: Mapping[str, NDArray[Any]], rows: NDArray[np.bool_]
+) -> tuple[dict[str, dict[str, tuple[float, float]]], str]:
+    made = pieces(rows, part.bin_width, part.trials)
+    if made.number < FEWEST:
+        return {}, ""
+    draws = {
+        name: r2_draws(truth[rows], d[rows], made.of, made.number) for name, d in decodes.items()
+    }
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, values in draws.items():
+        both = {"r2": interval(values)}
+        if name != OURS:
+            both["ahead"] = interval(draws[OURS] - values)
+        intervals[name] = {key: found for key, found in both.items() if found is not None}
+    return intervals, f"{made.number} {made.what}"

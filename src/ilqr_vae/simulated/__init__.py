@@ -1,0 +1,1 @@
+"""A simulated subject that reaches for targets."""

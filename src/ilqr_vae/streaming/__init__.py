@@ -1,0 +1,1 @@
+"""Moving-horizon estimation: one bin in, one estimate out."""

@@ -1,0 +1,214 @@
+"""What a lab would use instead, on the same bins: a Wiener filter, a Kalman filter and a GRU.
+
+Each is fitted on the training part, what it may choose is chosen on the validation part, and what
+was chosen is fitted again on both, as the readout beside them is. None has a notion of a missing
+unit, and only the Kalman filter has one of a missing bin: ``Filling`` says what stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_training.evaluation.gru import GRUDecoder
+from ilqr_training.readout.restarts import reaching
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.scoring.baselines import KalmanFilter
+from ilqr_vae.scoring.metrics import r2
+from ilqr_vae.scoring.score import WIENER, fit_wiener, wiener_decodes
+
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+Say = Callable[[str, int, int], None]
+Filling = Literal["zeros", "last value", "mean", "no update"]
+Decode = Callable[[Array, tuple[int, int], Flags], Array]
+
+KALMAN, GRU = "Kalman filter", "GRU"
+_LONGEST_LAG_S = 0.2
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A fitted decoder.
+
+    Attributes:
+        name: of it.
+        validation_r2: mean R2 on the validation part, fitted on the training part alone.
+        habit: what stands for a missing bin unless another filling is asked for.
+        fillings: what may stand for one.
+    """
+
+    name: str
+    validation_r2: float
+    habit: Filling
+    fillings: tuple[Filling, ...]
+    _recording: Recording
+    _mean: Array
+    _decode: Decode
+
+    def decode(
+        self,
+        bins: tuple[int, int],
+        *,
+        counts: NDArray[Any] | None = None,
+        missing: Flags | None = None,
+        filling: Filling | None = None,
+    ) -> Array:
+        """Decodes (stop - start, D) of the bins [start, stop), each from its own bin and earlier.
+
+        Args:
+            counts: (T, N) instead of the recording's.
+            missing: (T, N) besides what the recording says is; a row of True is a lost bin.
+            filling: what stands where something is missing.
+
+        Raises:
+            ShapeError: a filling this decoder has no use for.
+        """
+        how = filling or self.habit
+        if how not in (*self.fillings, "mean"):
+            raise ShapeError("filling", expected=f"one of {self.fillings}", got=how)
+        absent = ~self._recording.mask()
+        absent = absent if missing is None else absent | missing
+        given = self._recording.counts if counts is None else counts
+        seen = np.ones(len(absent), dtype=bool)
+        if how == "no update":
+            seen &= ~absent.all(axis=1)
+        return self._decode(filled(given, absent, how, self._mean), bins, seen)
+
+
+def filled(counts: NDArray[Any], missing: Flags, filling: Filling, mean: Array) -> Array:
+    """Counts (T, N) with something where they are missing.
+
+    ``last value`` is the unit's last count that came, 0 before the first. ``no update`` puts the
+    mean where single units are missing: whole bins are not looked at then.
+
+    Args:
+        missing: (T, N).
+        mean: (N,), of the training part.
+    """
+    x = np.asarray(counts, dtype=np.float64)
+    if filling == "zeros":
+        return np.where(missing, 0.0, x)
+    if filling != "last value":
+        return np.where(missing, mean, x)
+    last = np.maximum.accumulate(np.where(missing, -1, np.arange(len(x))[:, None]), axis=0)
+    return np.where(last >= 0, np.take_along_axis(x, np.maximum(last, 0), axis=0), 0.0)
+
+
+def _mean_counts(recording: Recording, split: SplitSpec) -> Array:
+    """(N,) over the training part."""
+    part = slice(*split.span("train", recording))
+    seen = recording.mask()[part]
+    return (recording.counts[part] * seen).sum(0) / np.maximum(seen.sum(0), 1)
+
+
+def _wiener(recording: Recording, split: SplitSpec) -> Rival:
+    fitted = fit_wiener(recording, split)
+
+    def decode(counts: Array, bins: tuple[int, int], _: Flags) -> Array:
+        return wiener_decodes(fitted, recording, counts, bins)
+
+    fillings: tuple[Filling, ...] = ("zeros", "last value", "mean")
+    return Rival(WIENER, fitted.validation_r2, "mean", fillings, recording, fitted.mean, decode)
+
+
+def _states(recording: Recording, kinematics: Array) -> Array:
+    """(T, 2D): the kinematics and their integrals, which begin at zero with each segment."""
+    integral = np.zeros_like(kinematics)
+    for a, b in recording.segments():
+        integral[a:b] = np.cumsum(kinematics[a:b], axis=0) * recording.bin_width
+    return np.concatenate([kinematics, integral], axis=1)
+
+
+def _delayed(recording: Recording, values: NDArray[Any], lag: int) -> NDArray[Any]:
+    """What was ``lag`` bins before, within each segment."""
+    made = values.copy()
+    for a, b in recording.segments():
+        made[a + lag : b] = values[a : max(b - lag, a)]
+    return made
+
+
+def _kalman(recording: Recording, split: SplitSpec) -> Rival:
+    """Position and velocity as its state; its lag chosen."""
+    if recording.kinematics is None:
+        raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+    truth = np.nan_to_num(recording.kinematics)
+    D, mean = truth.shape[1], _mean_counts(recording, split)
+    counts = np.where(recording.mask(), recording.counts, mean)
+    train, validation = split.span("train", recording), split.span("validation", recording)
+    both = (min(train[0], validation[0]), max(train[1], validation[1]))
+    states = _states(recording, truth)
+    # no step of the state leads from one segment to the next
+    valid = recording.scored.copy()
+    valid[recording.breaks] = False
+    scored = recording.scored[slice(*validation)]
+
+    def decoded(kalman: KalmanFilter, x: Array, bins: tuple[int, int], seen: Flags) -> Array:
+        used = reaching(recording.segments(), bins)
+        parts = [
+            kalman.predict(x[a:b], max(bins[0] - a, 0), b - a, seen=seen[a:b]) for a, b in used
+        ]
+        return np.concatenate(parts)[:, :D]
+
+    every = np.ones(len(recording), dtype=bool)
+    tried: list[tuple[float, int]] = []
+    for lag in range(int(_LONGEST_LAG_S / recording.bin_width) + 1):
+        x = _delayed(recording, counts, lag)
+        made = KalmanFilter.fit(x, states, train=train, valid=valid)
+        found = decoded(made, x, validation, every)[scored]
+        tried.append((r2(truth[slice(*validation)][scored], found), -lag))
+    score, minus = max(tried)
+    best = KalmanFilter.fit(_delayed(recording, counts, -minus), states, train=both, valid=valid)
+
+    def decode(given: Array, bins: tuple[int, int], seen: Flags) -> Array:
+        x, came = (_delayed(recording, v, -minus) for v in (given, seen))
+        return decoded(best, x, bins, came)
+
+    return Rival(KALMAN, score, "no update", ("no update", "mean"), recording, mean, decode)
+
+
+def _gru(recording: Recording, split: SplitSpec, seed: int, say: Say) -> Rival:
+    gru = GRUDecoder.fit(recording, split, seed=seed, progress=lambda i, n: say(GRU, i, n))
+
+    def decode(counts: Array, bins: tuple[int, int], _: Flags) -> Array:
+        return gru.decode(recording, counts, bins)
+
+    fillings: tuple[Filling, ...] = ("zeros", "last value")
+    mean = _mean_counts(recording, split)
+    return Rival(GRU, gru.validation_r2, "zeros", fillings, recording, mean, decode)
+
+
+def fit_rivals(
+    recording: Recording,
+    split: SplitSpec,
+    names: tuple[str, ...] = (WIENER, KALMAN, GRU),
+    *,
+    seed: int = 0,
+    say: Say = lambda what, done, of: None,
+) -> dict[str, Rival]:
+    """The rivals asked for, fitted; everything they may choose is chosen on the validation part.
+
+    Args:
+        recording: all of it, with kinematics.
+        names: which, in this order.
+        seed: of the GRU.
+        say: called with (what, done, of).
+
+    Raises:
+        ShapeError: no kinematics, or a part without a bin to fit or choose on.
+    """
+    fits: dict[str, Callable[[], Rival]] = {
+        WIENER: lambda: _wiener(recording, split),
+        KALMAN: lambda: _kalman(recording, split),
+        GRU: lambda: _gru(recording, split, seed, say),
+    }
+    made: dict[str, Rival] = {}
+    for name in names:
+        say(name, 0, 1)
+        made[name] = fits[name]()
+    return made

@@ -1,0 +1,277 @@
+"""The whole comparison on one recording: recipe and rivals, several seeds, all that goes wrong.
+
+For each seed the recipe is trained on the full training part and on a share of it, and is held
+against a Wiener filter, a Kalman filter and a GRU of that seed, on the same bins: R2, coverage of
+the 90 % interval, units silent and bins lost, co-smoothing, training time.
+
+It takes long, so it is done in pieces, a file each in one folder; a piece that is there, of the
+same configuration, recording and span, is not done again. A model half trained goes on from its
+checkpoint.
+
+The span ``validation`` is a rehearsal (``recordings.spec.rehearsal``): the test part is cut off
+before anything is fitted, and the validation part stands for it. The span ``test`` is for the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from ilqr_training.config import TrainConfig, with_fraction
+from ilqr_training.evaluation.baselines import GRU, KALMAN, Rival, fit_rivals
+from ilqr_training.evaluation.cosmoothing import cosmooth, held_out_units
+from ilqr_training.evaluation.stress import StressPlan, under_stress
+from ilqr_training.fit.train import Watcher, train_on
+from ilqr_training.readout.causal import causal_pass
+from ilqr_vae.artifact import Artifact, load_artifact
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import write_whole
+from ilqr_vae.recordings import Recording
+from ilqr_vae.recordings.split import rehearsal, warmup_start
+from ilqr_vae.report.data import plain
+from ilqr_vae.scoring.score import WIENER, score_decodes
+
+Piece = dict[str, Any]
+Scored = Literal["validation", "test"]
+FULL, LESS = "full", "less"
+
+
+class Watch(Protocol):
+    """Who is told how it goes."""
+
+    def training(self, what: str) -> AbstractContextManager[Watcher]:
+        """Around the training of one model."""
+        ...
+
+    def say(self, what: str, done: int, of: int) -> None:
+        """Within a piece."""
+        ...
+
+    def piece(self, name: str, again: bool) -> None:
+        """A piece begins, or is there ``again``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    Attributes:
+        span: scored: the test part, or the validation part as a rehearsal.
+        seeds: of training and of the GRU, of what is drawn, from the configuration's on.
+        fraction: of the recording that is learnt from where there is little; zero for not at all.
+        held_out: share of the units held out in co-smoothing; zero for none.
+        stress: what goes wrong; its own seed is the first seed's.
+        gru: whether there is a GRU, which takes minutes.
+    """
+
+    span: Scored = "validation"
+    seeds: int = 3
+    fraction: float = 0.1
+    held_out: float = 0.25
+    stress: StressPlan = field(default_factory=StressPlan)
+    gru: bool = True
+
+    def checked(self) -> Plan:
+        """Itself. Raises ConfigError naming the option that is out of range."""
+        if self.seeds < 1:
+            raise ConfigError("--seeds", expected="1 or more", got=str(self.seeds))
+        for name, value in (("--fraction", self.fraction), ("--held-out", self.held_out)):
+            if not 0 <= value < 1:
+                raise ConfigError(name, expected="0 or more, below 1", got=str(value))
+        self.stress.checked()
+        return self
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Results by name in a folder, of one identity."""
+
+    folder: Path
+    identity: str
+    watch: Watch
+
+    def get(self, name: str, make: Callable[[], Piece]) -> Piece:
+        """The piece, made if it is not there or is of something else."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            held: Piece = json.loads(path.read_text())
+            if held.get("identity") == self.identity:
+                self.watch.piece(name, True)
+                return held
+        self.watch.piece(name, False)
+        made = plain({"identity": self.identity} | make())
+        write_whole(path, json.dumps(made, indent=1) + "\n")
+        return made
+
+
+class _Run:
+    """One seed on one amount of data: its model and its rivals, fitted when they are asked for."""
+
+    def __init__(
+        self, config: TrainConfig, recording: Recording, plan: Plan, model: Path, watch: Watch
+    ) -> None:
+        self.config, self.recording, self.plan = config, recording, plan
+        self.model, self.watch = model, watch
+        self.seed = config.training.seed
+
+    def train(self) -> Piece:
+        with self.watch.training(self.model.stem) as watcher:
+            done = train_on(self.config, self.recording, self.model, watcher, resume=True)
+        return {
+            "seconds": done.seconds,
+            "steps": done.steps,
+            "best_step": done.best_step,
+            "model": done.manifest.model_id,
+            "validation": done.manifest.scores,
+            "train_bins": done.manifest.provenance["train_bins"],
+            "validation_bins": done.manifest.provenance["validation_bins"],
+        }
+
+    @cached_property
+    def artifact(self) -> Artifact:
+        if not self.model.exists():  # thrown away since it was trained
+            self.train()
+        return load_artifact(self.model)
+
+    @cached_property
+    def read(self) -> Recording:
+        return self.recording.select_units(self.artifact.manifest.unit_names)
+
+    @cached_property
+    def bins(self) -> tuple[int, int]:
+        return self.config.data.split.occupied("test", self.read)
+
+    @cached_property
+    def rivals(self) -> dict[str, Rival]:
+        names = (WIENER, KALMAN, GRU) if self.plan.gru else (WIENER, KALMAN)
+        split = self.config.data.split
+        return fit_rivals(self.read, split, names, seed=self.seed, say=self.watch.say)
+
+    def decode(self) -> Piece:
+        start, stop = self.bins
+        result = causal_pass(
+            self.artifact.estimator(),
+            self.read,
+            start,
+            stop,
+            run_in=start - warmup_start(start),
+            progress=lambda i, n: self.watch.say("streaming offline", i, n),
+        )
+        scores = score_decodes(
+            self.read,
+            self.config.data.split,
+            bins=self.bins,
+            decoded=result.kinematics,
+            std=result.kinematics_std,
+            baseline=False,
+            others={name: rival.decode(self.bins) for name, rival in self.rivals.items()},
+        )
+        return {
+            "bins": list(self.bins),
+            "scores": scores.methods,
+            "intervals_95": scores.intervals,
+            "resampled": scores.resampled,
+            "validation_r2": {name: r.validation_r2 for name, r in self.rivals.items()},
+            "coverage_by_speed": None if scores.by_speed is None else scores.by_speed.coverage,
+            "bits_per_spike": result.bits_per_spike,
+        }
+
+    def stress(self) -> Piece:
+        plan = replace(self.plan.stress, seed=self.seed * self.plan.stress.draws)
+        rivals = tuple(self.rivals.values())
+        found = under_stress(
+            self.artifact.estimator(), self.read, self.bins, rivals, plan, say=self.watch.say
+        )
+        return found.to_json()
+
+    def cosmooth(self) -> Piece:
+        units, said = held_out_units(self.read, self.plan.held_out, self.seed)
+        found = cosmooth(
+            self.artifact,
+            self.read,
+            self.config.data.split,
+            self.bins,
+            units,
+            said,
+            say=self.watch.say,
+        )
+        return found.to_json()
+
+
+def identity_of(config: TrainConfig, recording: Recording, plan: Plan) -> str:
+    """What pieces must share to stand in one table. The code is in it by its version alone."""
+    said = msgspec.json.encode([config, recording.sha256, len(recording), version("ilqr-vae")])
+    asked = repr(replace(plan, seeds=1)).encode()
+    return hashlib.sha256(said + asked).hexdigest()[:16]
+
+
+def compare(
+    config: TrainConfig, recording: Recording, folder: Path, plan: Plan, watch: Watch
+) -> Piece:
+    """Do, or find done, every piece; all of them, ready for ``json.dumps``.
+
+    Args:
+        recording: all of it, with kinematics.
+        folder: of pieces and models; made if need be.
+
+    Raises:
+        ConfigError: no kinematics to decode. RecordingError, ShapeError: parts too short.
+    """
+    if recording.kinematics is None:
+        raise ConfigError("--recording", expected="one with kinematics to decode", got="none")
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = identity_of(config, recording, plan)
+    seen, fraction = recording, plan.fraction
+    if plan.span == "validation":
+        seen = rehearsal(recording, config.data.split)
+        fraction = min(1.0, fraction * len(recording) / len(seen))  # as many bins
+    seeds: list[Piece] = []
+    for i in range(plan.seeds):
+        loop = msgspec.structs.replace(config.training, seed=config.training.seed + i)
+        each = msgspec.structs.replace(config, training=loop)
+        seeds.append(_of_seed(each, seen, folder, plan, fraction, Pieces(folder, identity, watch)))
+    return {
+        "identity": identity,
+        "recording": recording.name,
+        "recording_sha256": recording.sha256,
+        "span": plan.span,
+        "plan": msgspec.to_builtins(plan),
+        "config": msgspec.to_builtins(config),
+        "versions": {"ilqr_vae": version("ilqr-vae")},
+        "seeds": seeds,
+    }
+
+
+def _of_seed(
+    config: TrainConfig,
+    recording: Recording,
+    folder: Path,
+    plan: Plan,
+    fraction: float,
+    pieces: Pieces,
+) -> Piece:
+    seed = config.training.seed
+    amounts = {FULL: config} | ({LESS: with_fraction(config, fraction)} if fraction else {})
+    made: Piece = {"seed": seed}
+    for amount, settings in amounts.items():
+        name = f"seed{seed}-{amount}"
+        model = folder / f"{name}-{pieces.identity}.safetensors"
+        run = _Run(settings, recording, plan, model, pieces.watch)
+        found = {"train": pieces.get(f"{name}-train", run.train)}
+        found["decode"] = pieces.get(f"{name}-decode", run.decode)
+        if amount == FULL:
+            found["stress"] = pieces.get(f"{name}-stress", run.stress)
+            if plan.held_out:
+                found["cosmoothing"] = pieces.get(f"{name}-cosmoothing", run.cosmooth)
+        made[amount] = found
+    return made

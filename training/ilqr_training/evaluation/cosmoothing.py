@@ -1,0 +1,212 @@
+"""Co-smoothing: how well units that were not looked at are predicted from those that were.
+
+Offline, as the Neural Latents Benchmark has it: training shows all units, the span that is scored
+only those held in; rates of the held-out ones are predicted from all of its bins, later ones too.
+
+Ours, twice: the smoothing solve with the held-out units masked, and their rates under its
+posterior, by the rows of the likelihood that training, which had all units, fitted: nothing is
+fitted again.
+And a Poisson regression a unit on the latents of that solve, fitted and chosen exactly as the
+baselines' regressions are (``cosmooth_rivals``): on the training part, where latents are inferred
+without the held-out units too, chosen on the validation part, fitted again on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ilqr_training.evaluation.cosmoothing_baselines import (
+    ALPHAS,
+    FACTORS,
+    SMOOTHING,
+    Candidate,
+    factors,
+    fit_offline,
+    smoothing,
+    standard,
+)
+from ilqr_vae.artifact import Artifact
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.inference.prediction import infer, infer_long
+from ilqr_vae.model.likelihoods import Observed, padded
+from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.report import Table
+from ilqr_vae.scoring.metrics import bits_per_spike
+from ilqr_vae.scoring.score import OURS
+
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+Say = Callable[[str, int, int], None]
+
+OURS_REGRESSED = f"{OURS}, regression on latents"
+LONG = 400
+"""Bins from which on a segment is solved chunk by chunk first."""
+_CHUNK, _AT_ONCE = 100, 32
+
+
+@dataclass(frozen=True)
+class CoSmoothing:
+    """What came of it.
+
+    Attributes:
+        bits: bits per spike of the held-out units by method, over their own mean rates there.
+        chosen: what each baseline chose on the validation part, for people.
+        held_out: names of the units.
+        said: how they were chosen.
+    """
+
+    bits: dict[str, float]
+    chosen: dict[str, str]
+    held_out: tuple[str, ...]
+    said: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bits_per_spike": self.bits,
+            "chosen": self.chosen,
+            "held_out": list(self.held_out),
+            "units": self.said,
+        }
+
+    def table(self) -> Table:
+        return Table(
+            "Co-smoothing",
+            f"{len(self.held_out)} units held out, {self.said}; predicted offline from the others, "
+            "which alone are seen here. Training showed all units.",
+            ("", "chosen on the validation part", "bits per spike"),
+            tuple((name, self.chosen.get(name, ""), f"{b:.4f}") for name, b in self.bits.items()),
+            words=2,
+        )
+
+
+def held_out_units(recording: Recording, share: float, seed: int) -> tuple[Flags, str]:
+    """(N,) which units are held out, and how they were chosen: those the file names, else a draw.
+
+    Raises:
+        ConfigError: it is no share, or one that holds out no unit, or all of them.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError("--held-out", expected="a share of the units, 0 to 1", got=f"{share:g}")
+    if recording.held_out:
+        named = set(recording.held_out)
+        out = np.array([name in named for name in recording.unit_names])
+        said = "as the file names them"
+    else:
+        number = round(share * recording.n_units)
+        out = np.zeros(recording.n_units, dtype=bool)
+        out[np.random.default_rng(seed).choice(recording.n_units, number, replace=False)] = True
+        said = f"drawn by seed {seed}"
+    if not out.any() or out.all():
+        expected = f"a share of {recording.n_units} units that leaves some in and some out"
+        raise ConfigError("--held-out", expected=expected, got=f"{int(out.sum())} units")
+    return out, said
+
+
+@torch.no_grad()
+def smoothing_solve(
+    artifact: Artifact, recording: Recording, bins: tuple[int, int], held_out: Flags
+) -> tuple[Array, Array]:
+    """Latents (T, n) and expected counts (T, N) of the bins [start, stop), from all their held-in
+    counts and from nothing outside them.
+
+    Args:
+        recording: all of it, the model's units alone.
+        held_out: (N,), units whose counts are not looked at.
+    """
+    model = artifact.model
+    like = model.initial.mean
+    seen = recording.mask() & ~held_out
+    latents = np.empty((bins[1] - bins[0], model.n))
+    rates = np.empty((bins[1] - bins[0], recording.n_units))
+
+    def tensor(values: NDArray[Any]) -> torch.Tensor:
+        return torch.as_tensor(values.astype(np.float64)).to(like)
+
+    for group in _together(recording.segments(*bins)):
+        parts = [slice(a, b) for a, b in group]
+        values, live = padded([tensor(recording.counts[p] * seen[p]) for p in parts])
+        mask = padded([tensor(seen[p]) for p in parts])[0].values
+        observed = {"spikes": Observed(values.values, mask)}
+        if live.shape[1] > LONG:
+            found = infer_long(model, observed, chunk=_CHUNK, condition=("spikes",), check=False)
+        else:
+            found = infer(model, observed, condition=("spikes",), check=False)
+        z, expected = found.z[:, 1:], found.posterior_rates("spikes")
+        for (a, b), one, rate in zip(group, z, expected, strict=True):
+            rows = slice(a - bins[0], b - bins[0])
+            latents[rows] = one[: b - a].double().cpu().numpy()
+            rates[rows] = rate[: b - a].double().cpu().numpy()
+    return latents, rates
+
+
+def _together(segments: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Segments to be solved as one batch: short ones of about a length; long ones alone."""
+    batch: list[tuple[int, int]] = []
+    for segment in sorted(segments, key=lambda s: s[1] - s[0]):
+        alone = segment[1] - segment[0] > LONG
+        if batch and (alone or len(batch) == _AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(segment)
+        if alone:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def cosmooth(
+    artifact: Artifact,
+    recording: Recording,
+    split: SplitSpec,
+    bins: tuple[int, int],
+    held_out: Flags,
+    said: str = "",
+    *,
+    say: Say = lambda what, done, of: None,
+) -> CoSmoothing:
+    """Ours and the baselines on the bins [start, stop).
+
+    Args:
+        recording: all of it, the model's units alone.
+        held_out: (N,), and ``said`` how they were chosen (``held_out_units``).
+        say: called with (what, done, of).
+
+    Raises:
+        ShapeError: a part of the split without a bin, or without a spike of the held-out units.
+    """
+    part, held_in = slice(*bins), ~held_out
+    truth = np.where(recording.mask()[part], recording.counts[part], np.nan)[:, held_out]
+    say(OURS, 0, 4)
+    latents = np.zeros((len(recording), artifact.model.n))
+    rates = np.empty(0)
+    # the scored bins last: what is left of the latents there saw those bins alone
+    for span in (split.span("train", recording), split.span("validation", recording), bins):
+        latents[slice(*span)], rates = smoothing_solve(artifact, recording, span, held_out)
+    bits = {OURS: bits_per_spike(rates[:, held_out], truth)}
+    chosen: dict[str, str] = {}
+    ways = {
+        OURS_REGRESSED: _on_latents(latents),
+        SMOOTHING: smoothing(recording, held_in),
+        FACTORS: factors(recording, held_in),
+    }
+    for i, (name, candidates) in enumerate(ways.items()):
+        say(name, i + 1, 4)
+        fitted = fit_offline(candidates, recording, split, held_out)
+        bits[name] = bits_per_spike(fitted.rates(bins), truth)
+        chosen[name] = fitted.chosen
+    return CoSmoothing(bits, chosen, tuple(np.array(recording.unit_names)[held_out].tolist()), said)
+
+
+def _on_latents(z: Array) -> list[Candidate]:
+    both = np.concatenate([z, z**2], axis=1)
+    return [
+        Candidate("latents", lambda rows: standard(z, rows), ALPHAS[FACTORS]),
+        Candidate("latents and their squares", lambda rows: standard(both, rows), ALPHAS[FACTORS]),
+    ]

@@ -1,0 +1,231 @@
+"""The baseline a lab would train instead: a causal GRU from spike counts to kinematics.
+
+    x_t = (counts_t - mean) / std,   h_t = GRU(x_t, h_{t-1}),   y_t = W h_t + b
+
+One pass over time, so bin t knows nothing later. Fitted on random crops of the training part with
+dropout on its inputs and its outputs and a cosine learning rate. Size, dropout (over ``GRID``) and
+the number of steps are chosen on the validation part; what was chosen is fitted again on both, as
+the other decoders are. Where a bin is missing something must stand for its counts: a GRU has no
+better way. It begins anew where the recording does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ilqr_training.readout.restarts import reaching
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.scoring.metrics import r2
+
+Array = NDArray[np.float64]
+
+_BATCH = 64
+_CROP_S, _CROP_BINS = 3.0, (60, 200)
+"""Crops are this long, but of no fewer and no more bins; the error counts after a sixth of them."""
+
+
+@dataclass(frozen=True)
+class GRUConfig:
+    """One candidate.
+
+    Attributes:
+        hidden: units.
+        dropout: of inputs and outputs.
+        steps: gradient steps at most.
+        schedule: steps of the cosine that the learning rate follows.
+        rate: highest learning rate of Adam.
+        decay: weight decay.
+    """
+
+    hidden: int = 128
+    dropout: float = 0.4
+    steps: int = 1200
+    schedule: int = 1200
+    rate: float = 3e-3
+    decay: float = 1e-3
+
+
+GRID: tuple[GRUConfig, ...] = tuple(
+    GRUConfig(hidden=hidden, dropout=dropout) for hidden in (64, 128) for dropout in (0.3, 0.45)
+)
+
+
+class _Net(nn.Module):
+    def __init__(self, units: int, channels: int, config: GRUConfig) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(config.dropout)
+        self.gru = nn.GRU(units, config.hidden, batch_first=True)
+        self.out = nn.Linear(config.hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(self.gru(self.drop(x))[0]))
+
+
+@dataclass(frozen=True)
+class GRUDecoder:
+    """A fitted GRU.
+
+    Attributes:
+        config: the candidate chosen, with the number of steps chosen.
+        validation_r2: its mean R2 on the validation part, before it was fitted on that too.
+    """
+
+    config: GRUConfig
+    validation_r2: float
+    _net: _Net
+    _x: tuple[Array, Array]
+    _y: tuple[Array, Array]
+
+    @staticmethod
+    def fit(
+        recording: Recording,
+        split: SplitSpec,
+        *,
+        seed: int = 0,
+        grid: tuple[GRUConfig, ...] = GRID,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> GRUDecoder:
+        """Fit every candidate; keep the best on the validation part; fit it again on both.
+
+        Args:
+            recording: with kinematics.
+            progress: called with (gradient steps done, of).
+
+        Raises:
+            ShapeError: no kinematics, or a part without a bin to score.
+        """
+        train, validation = split.span("train", recording), split.span("validation", recording)
+        table = _Table.of(recording, train)
+        total, made = sum(c.steps for c in grid) + max(c.steps for c in grid), []
+
+        def say(done: int) -> Callable[[int], None]:
+            return lambda step: None if progress is None else progress(done + step, total)
+
+        for i, config in enumerate(grid):
+            before = sum(c.steps for c in grid[:i])
+            made.append(_fit(table, config, seed, train, validation, say(before)))
+        chosen = max(made, key=lambda d: d.validation_r2)
+        both = (min(train[0], validation[0]), max(train[1], validation[1]))
+        again = _fit(table, chosen.config, seed, both, None, say(sum(c.steps for c in grid)))
+        return replace(again, validation_r2=chosen.validation_r2)
+
+    def decode(self, recording: Recording, counts: Array, bins: tuple[int, int]) -> Array:
+        """Decodes (stop - start, D) of bins [start, stop), causally, from their segment's start on.
+
+        Args:
+            recording: all of it, for where its segments are.
+            counts: (T, N) of it, with something in place of what is missing.
+        """
+        x = torch.as_tensor((counts - self._x[0]) / self._x[1], dtype=torch.float32)
+        y = _run(self._net, x, recording.segments(), bins)
+        return y.double().numpy() * self._y[1] + self._y[0]
+
+
+@torch.no_grad()
+def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]], bins: tuple[int, int]) -> Tensor:
+    """(stop - start, D) of bins [start, stop), each segment among them from its own start on."""
+    net.eval()
+    used = reaching(segments, bins)
+    return torch.cat([net(x[a:b].unsqueeze(0))[0][max(bins[0] - a, 0) :] for a, b in used])
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Standardised counts and kinematics, and which bins count."""
+
+    x: Tensor
+    y: Tensor
+    truth: Array
+    scored: NDArray[np.bool_]
+    segments: list[tuple[int, int]]
+    bin_width: float
+    x_scale: tuple[Array, Array]
+    y_scale: tuple[Array, Array]
+
+    @staticmethod
+    def of(recording: Recording, train: tuple[int, int]) -> _Table:
+        if recording.kinematics is None:
+            raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
+        rows = np.arange(*train)[recording.scored[slice(*train)]]
+        if not len(rows):
+            raise ShapeError("train", expected="at least one valid bin", got="none")
+        counts = recording.counts * recording.mask().astype(np.float64)
+        truth = np.nan_to_num(recording.kinematics)
+        mean, std = counts[rows].mean(0), np.sqrt(counts[rows].var(0) + 1e-2)
+        centre, spread = truth[rows].mean(0), truth[rows].std(0) + 1e-12
+        return _Table(
+            torch.as_tensor((counts - mean) / std, dtype=torch.float32),
+            torch.as_tensor((truth - centre) / spread, dtype=torch.float32),
+            truth,
+            recording.scored,
+            recording.segments(),
+            recording.bin_width,
+            (mean, std),
+            (centre, spread),
+        )
+
+    def crops(self, part: tuple[int, int]) -> tuple[Tensor, int]:
+        """First bins of all crops of a part that cross no segment's end, and their length."""
+        inside = [(max(a, part[0]), min(b, part[1])) for a, b in self.segments]
+        inside = [(a, b) for a, b in inside if b > a]
+        wished = int(np.clip(round(_CROP_S / self.bin_width), *_CROP_BINS))
+        length = min(wished, int(np.median([b - a for a, b in inside])))
+        long = [(a, b) for a, b in inside if b - a >= length]
+        return torch.cat([torch.arange(a, b - length + 1) for a, b in long]), length
+
+
+def _fit(
+    table: _Table,
+    config: GRUConfig,
+    seed: int,
+    train: tuple[int, int],
+    validation: tuple[int, int] | None,
+    say: Callable[[int], None],
+) -> GRUDecoder:
+    """Without ``validation``: all of ``config.steps``, no choice made."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = _Net(table.x.shape[1], table.y.shape[1], config)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=config.rate, weight_decay=config.decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.schedule)
+        starts, length = table.crops(train)
+        run_in = length // 6
+        weight = torch.as_tensor(table.scored, dtype=torch.float32)
+        best, kept, steps = float("nan"), net.state_dict(), config.steps
+        every = max(1, config.steps // 30)
+        for step in range(1, config.steps + 1):
+            net.train()
+            first = starts[torch.randint(len(starts), (_BATCH,))]
+            index = first.unsqueeze(1) + torch.arange(length)
+            scored = weight[index][:, run_in:].unsqueeze(-1)
+            error = (net(table.x[index])[:, run_in:] - table.y[index][:, run_in:]) ** 2
+            loss = (error * scored).sum() / scored.sum().clamp(min=1.0)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            if validation is not None and (step % every == 0 or step == config.steps):
+                found = _score(table, net, validation)
+                if not found <= best:
+                    best, kept, steps = found, copy.deepcopy(net.state_dict()), step
+            if step % every == 0:
+                say(step)
+        net.load_state_dict(kept)
+        return GRUDecoder(replace(config, steps=steps), best, net, table.x_scale, table.y_scale)
+
+
+def _score(table: _Table, net: _Net, part: tuple[int, int]) -> float:
+    scored = table.scored[slice(*part)]
+    if not scored.any():
+        raise ShapeError("validation", expected="at least one valid bin", got="none")
+    y = _run(net, table.x, table.segments, part).double().numpy()[scored]
+    return r2(table.truth[slice(*part)][scored], y * table.y_scale[1] + table.y_scale[0])

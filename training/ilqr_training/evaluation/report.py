@@ -1,0 +1,175 @@
+"""What an offline evaluation comes to, as a report and in the terminal."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Shown
+
+from ilqr_training.readout.causal import Causal
+from ilqr_vae.artifact import Artifact
+from ilqr_vae.recordings import Recording
+from ilqr_vae.recordings.split import Span, warmup_start
+from ilqr_vae.report import ReportData, Table
+from ilqr_vae.scoring.score import OURS, WIENER, Scores
+
+FITTED_HERE = (
+    "Training and validation part are what every decoder here was fitted on in the end: scores on "
+    "them flatter all. 'experiment decode' rehearses on the validation part without that."
+)
+WIDTH = 110
+"""Of tables where the output is no terminal, or a narrow one."""
+
+Curves = dict[str, tuple[tuple[int, float], ...]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model on a span of a recording.
+
+    Attributes:
+        span, bins: which, and its half-open range.
+        result: what was streamed.
+        scores: of its decodes, or None where there is nothing to score on.
+        drops: (T,) bins of the recording left out.
+        seconds: the stream took.
+        learning: curves of the model's training.
+        tables, more: what else was asked for, for people and for the JSON form.
+    """
+
+    artifact: Artifact
+    recording: Recording
+    span: Span
+    bins: tuple[int, int]
+    result: Causal
+    scores: Scores | None
+    drops: NDArray[np.bool_]
+    seconds: float
+    learning: Curves
+    tables: tuple[Table, ...] = ()
+    more: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def report(self) -> ReportData:
+        """For page and JSON."""
+        artifact, recording, scores = self.artifact, self.recording, self.scores
+        result, span, drops = self.result, self.span, self.drops
+        manifest, (start, stop) = artifact.manifest, self.bins
+        part = recording.slice(start, stop)
+        names = manifest.kinematic_names
+        missing = drops[start:stop] | ~recording.valid[start:stop]
+        facts = {"bits per spike, one step ahead": f"{result.bits_per_spike:.3f}"}
+        if scores is not None:
+            facts["causal R2, mean"] = f"{scores.methods[OURS]['r2']:.3f}"
+            if WIENER in scores.methods:
+                facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
+            facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
+        notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
+        if scores is not None and span != "test":
+            notes += (FITTED_HERE,)
+        notes += recording.notes
+        if len(recording.breaks):
+            notes += ("Trials are laid end to end: times leave out what lay between them.",)
+        sha = recording.sha256
+        return ReportData(
+            title=f"Offline causal evaluation on {recording.name}",
+            kind="evaluate",
+            bin_width=recording.bin_width,
+            start=part.start_time,
+            counts=part.counts,
+            status=tuple("missing" if m else "ok" for m in missing),
+            latents=result.window[:, : manifest.latents],
+            latents_std=result.latent_std,
+            rates=result.rates,
+            inputs=result.inputs,
+            learning=self.learning,
+            bits_per_spike=result.bits_per_spike,
+            names=names,
+            units=manifest.kinematic_units,
+            truth=part.kinematics if names else None,
+            decoded=result.kinematics if names else None,
+            decoded_std=result.kinematics_std if names else None,
+            baselines={} if scores is None or scores.wiener is None else {WIENER: scores.wiener},
+            trials=part.trials,
+            scores=scores,
+            tables=self.tables,
+            facts=facts,
+            provenance={
+                "model": manifest.model_id,
+                "recording": recording.name + (f", sha256 {sha}" if sha else ""),
+                "span": f"{span}: bins {start} to {stop - 1}, after {start - warmup_start(start)} "
+                "bins of warm-up",
+                "versions": f"ilqr-vae {version('ilqr-vae')}, Python {platform.python_version()}, "
+                f"torch {torch.__version__}",
+                "command": shlex.join(["ilqr-vae", "evaluate", *sys.argv[2:]]),
+            },
+            notes=notes,
+            extra={
+                "model": manifest.model_id,
+                "solver": result.statuses,
+                "iterations": result.iterations,
+                "seconds": self.seconds,
+                "validation_scores": manifest.scores,
+                **self.more,
+            },
+        )
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every answer, for ``--arrays``."""
+        start, result = self.bins[0], self.result
+        latents = self.artifact.manifest.latents
+        return {
+            "index": np.arange(start, start + len(result.bits)),
+            "kinematics": result.kinematics,
+            "kinematics_std": result.kinematics_std,
+            "latents": result.window[:, :latents],
+            "latents_std": result.latent_std,
+            "inputs": result.inputs,
+            "bits": result.bits,
+            "spikes": result.spikes,
+        }
+
+
+def say(report: ReportData) -> None:
+    """Print the scores and the tables."""
+    console = Console(soft_wrap=True)
+    console.print(f"[bold]{report.title}[/], {len(report.counts)} bins", highlight=False)
+    if report.scores is not None:
+        for name, values in report.scores.methods.items():
+            line = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+            found = report.scores.intervals.get(name, {}).get("r2")
+            if found is not None:
+                line += f"  r2 95 % interval {found[0]:.4f} to {found[1]:.4f}"
+            console.print(f"  {name:<14} {line}", highlight=False, markup=False)
+        by = report.scores.by_speed
+        if by is not None:
+            quarters = ", ".join(f"{100 * c:.1f}" for c in by.coverage)
+            console.print(
+                f"  90 % interval covers {quarters} % by quarter of speed", highlight=False
+            )
+    console.print(f"  bits per spike {report.bits_per_spike:.4f}", highlight=False)
+    for note in report.notes:
+        console.print(f"  {note}", highlight=False, markup=False)
+    for table in report.tables:
+        console.print(f"[bold]{escape(table.title)}[/]", highlight=False)
+        console.print(f"  {table.text}", highlight=False, markup=False)
+        Console(width=max(console.width, WIDTH)).print(shown(table))
+
+
+def shown(table: Table) -> Shown:
+    """A table as the terminal draws it."""
+    made = Shown(box=None, pad_edge=True)
+    for i, column in enumerate(table.columns):
+        made.add_column(escape(column), justify="left" if i < table.words else "right")
+    for row in table.rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made

@@ -1,0 +1,160 @@
+"""The training part of a recording as tensors, random crops of it, and warm starts per bin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observed
+from ilqr_vae.recordings import Recording, RecordingSpec
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recording with the model's units, and its spans.
+
+    Attributes:
+        recording: units selected on the training part.
+        train, validation, test: half-open bin ranges.
+        kinematic_mean, kinematic_scale: of the training part; the joint model sees standardised
+            kinematics.
+    """
+
+    recording: Recording
+    train: tuple[int, int]
+    validation: tuple[int, int]
+    test: tuple[int, int]
+    kinematic_mean: NDArray[np.float64]
+    kinematic_scale: NDArray[np.float64]
+
+    def standardised(self) -> NDArray[np.float64] | None:
+        """Kinematics (T, D) in training standard deviations, or None."""
+        k = self.recording.kinematics
+        return None if k is None else (k - self.kinematic_mean) / self.kinematic_scale
+
+
+def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepared:
+    """Select units by rate on the training part and cut the spans.
+
+    Raises:
+        RecordingError: no unit is fast enough, or a span is too short for one crop.
+    """
+    T = len(recording)
+    train = spec.split.span("train", recording)
+    validation = spec.split.span("validation", recording)
+    if train[1] - train[0] < chunk or validation[1] - validation[0] < 2:
+        raise RecordingError(
+            "recording",
+            expected=f"at least {chunk} bins of training and 2 of validation",
+            got=f"{train[1] - train[0]} and {validation[1] - validation[0]} "
+            f"({T} bins of {recording.bin_width:g} s)",
+        )
+    seen = recording.mask()[train[0] : train[1]]
+    spikes = np.where(seen, recording.counts[train[0] : train[1]], 0).sum(0, dtype=np.float64)
+    rates = spikes / np.maximum(seen.sum(0), 1) / recording.bin_width
+    keep = (rates >= spec.min_rate) & (rates > 0)
+    if not keep.any():
+        raise RecordingError(
+            "data.min_rate",
+            expected="a rate that leaves at least one unit",
+            got=f"{spec.min_rate:g} Hz; the fastest unit has {rates.max():.3g} Hz",
+        )
+    names = tuple(name for name, k in zip(recording.unit_names, keep, strict=True) if k)
+    recording = recording.select_units(names)
+    if recording.kinematics is None:
+        mean = scale = np.zeros(0)
+    else:
+        part = recording.kinematics[train[0] : train[1]]
+        part = part[recording.scored[train[0] : train[1]]]
+        if len(part) < 2:
+            raise RecordingError(
+                "recording.kinematics",
+                expected="two or more bins of the training part to learn from",
+                got=str(len(part)),
+            )
+        mean, scale = part.mean(0), part.std(0)
+        flat = [n for n, s in zip(recording.kinematic_names, scale, strict=True) if not s > 0]
+        if flat:
+            raise RecordingError(
+                "recording.kinematics",
+                expected="channels that vary over the training part",
+                got=f"{flat[0]} constant",
+            )
+    return Prepared(recording, train, validation, spec.split.span("test", recording), mean, scale)
+
+
+class Crops:
+    """Random crops of the training part, each starting warm where its bins were solved before.
+
+    A crop never crosses from one segment into the next (``Recording.segments``). A segment shorter
+    than a crop is drawn from its first bin; what follows its end is masked and not ``live``.
+    """
+
+    def __init__(self, data: Prepared, model: Model, chunk: int, seed: int) -> None:
+        like = model.initial.mean
+        a, b = data.train
+        self.chunk, self.n_bins = chunk, b - a
+        self.counts = torch.as_tensor(data.recording.counts[a:b].astype(np.float64)).to(like)
+        whole = data.recording.observed is None
+        seen = data.recording.valid[a:b, None] if whole else data.recording.mask()[a:b]
+        self.mask = torch.as_tensor(seen.astype(np.float64)).to(like)
+        scored = torch.as_tensor(data.recording.scored[a:b].astype(np.float64)).to(like)
+        self.scored = scored.unsqueeze(1)
+        self.starts, stops = _starts(data.recording.segments(a, b), a, chunk)
+        self.stop_of = torch.as_tensor(stops, device=like.device)
+        self.whole = all(stop - start >= chunk for start, stop in data.recording.segments(a, b))
+        k = data.standardised()
+        self.kinematics = None if k is None else torch.as_tensor(k[a:b]).to(like)
+        self.z = torch.zeros(self.n_bins + 1, model.n).to(like)
+        self.u = torch.zeros(self.n_bins, model.m).to(like)
+        self.rng = np.random.default_rng(seed)
+
+    def draw(self, batch: int) -> Tensor:
+        """Bin indices (B, chunk) of random crops."""
+        starts = self.starts[self.rng.integers(0, len(self.starts), size=batch)]
+        return torch.as_tensor(starts[:, None] + np.arange(self.chunk)[None]).to(self.z.device)
+
+    def _inside(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The index, bins beyond a segment's end moved to its last; and which are not beyond."""
+        last = self.stop_of[index[:, :1]] - 1
+        return torch.minimum(index, last), index <= last
+
+    def observed(self, index: Tensor) -> dict[str, Observed]:
+        """Every group's values and masks at these bins."""
+        index, inside = self._inside(index)
+        live = inside.unsqueeze(-1).to(self.mask)
+        counts, mask = self.counts[index], self.mask[index] * live
+        groups = {"spikes": Observed(counts * mask, mask.expand_as(counts))}
+        if self.kinematics is not None:
+            k = self.kinematics[index]
+            groups["kinematics"] = Observed(k, (self.scored[index] * live).expand_as(k))
+        return groups
+
+    def live(self, index: Tensor) -> Tensor | None:
+        """(B, chunk) one up to each segment's end; None where no segment is shorter than a crop."""
+        return None if self.whole else self._inside(index)[1].to(self.mask)
+
+    def warm(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Initial state and inputs as last solved (zeros before)."""
+        inside, live = self._inside(index)
+        return self.z[index[:, 0]], self.u[inside] * live.unsqueeze(-1).to(self.u)
+
+    def remember(self, index: Tensor, z: Tensor, u: Tensor) -> None:
+        """Keep a solution for the next time these bins are drawn."""
+        live = self._inside(index)[1]
+        self.z[index[live]], self.u[index[live]] = z[:, :-1][live], u[live]
+
+
+def _starts(
+    segments: list[tuple[int, int]], first: int, chunk: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bins a crop may start at, and for each bin where its segment stops; ``first`` is bin zero."""
+    starts = [np.arange(a, max(a + 1, b - chunk + 1), dtype=np.int64) - first for a, b in segments]
+    stops = [np.full(b - a, b - first, dtype=np.int64) for a, b in segments]
+    return np.concatenate(starts), np.concatenate(stops)

@@ -1,0 +1,121 @@
+"""Several sessions with different units: shared dynamics, a model file for each session's units.
+
+Recognition is optimal control, not a network, so that a session needs no read-in: its spikes enter
+through its own rows of the likelihood. Those rows and its kinematic readout are a session's own;
+dynamics, prior and initial state are everyone's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+
+from ilqr_training.config import TrainConfig, with_fraction
+from ilqr_training.fit.crops import prepare
+from ilqr_training.fit.train import Trained, Watcher, manifest_of, train_on
+from ilqr_training.fit.validate import validate
+from ilqr_vae.artifact import Artifact, Manifest, ModelSpec, build, load_artifact, save_artifact
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.model.generative import Model
+from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.recordings.joined import SEPARATOR, join
+
+
+def session_path(out: Path, name: str) -> Path:
+    """The model file of one session beside the joint one: ``m.safetensors``, ``m-monday...``."""
+    return out.with_name(f"{out.stem}-{name}{out.suffix}")
+
+
+def train_sessions(
+    config: TrainConfig,
+    recordings: list[Path],
+    out: Path,
+    watcher: Watcher,
+    *,
+    resume: bool = False,
+    log_dir: Path | None = None,
+) -> tuple[Trained, dict[str, Manifest]]:
+    """Train on all sessions together, then write one model file a session.
+
+    Args:
+        recordings: two or more files; a session is called as its file without the suffix.
+        out: the joint model of all units; ``session_path`` says where the sessions' own go.
+        resume, log_dir: as ``train``.
+
+    Returns:
+        The joint run, and each session's manifest by its name.
+
+    Raises:
+        RecordingError: two files of one name, sessions that differ in bin width or kinematics, or
+            one of which no unit is left. ConfigError, TrainingError: see their places.
+    """
+    names = [path.stem for path in recordings]
+    if len(set(names)) < len(names):
+        raise RecordingError("--recording", expected="files of different names", got=str(names))
+    sessions = {p.stem: load_recording(p, config.data) for p in recordings}
+    joined = join(sessions, config.data.split)
+    # what is left out of each session is left out already
+    done = train_on(
+        with_fraction(config, 1.0), joined, out, watcher, resume=resume, log_dir=log_dir
+    )
+    joint = load_artifact(out)
+    made: dict[str, Manifest] = {}
+    for name, recording in sessions.items():
+        made[name] = _own(config, name, recording, joint, session_path(out, name), done, watcher)
+    return done, made
+
+
+def _own(
+    config: TrainConfig,
+    name: str,
+    recording: Recording,
+    joint: Artifact,
+    out: Path,
+    done: Trained,
+    watcher: Watcher,
+) -> Manifest:
+    """The session's rows of the joint model, with a readout of its own fitted on its own parts."""
+    prefix = name + SEPARATOR
+    kept = [i for i, unit in enumerate(joint.manifest.unit_names) if unit.startswith(prefix)]
+    if not kept:
+        raise RecordingError(
+            "data.min_rate", expected=f"a rate that leaves a unit of {name}", got="none left"
+        )
+    # the joint model's units were chosen on the training part: no further choice here
+    chosen = recording.select_units(
+        tuple(joint.manifest.unit_names[i].removeprefix(prefix) for i in kept)
+    )
+    data = prepare(chosen, msgspec.structs.replace(config.data, min_rate=0.0), chunk=1)
+    spec = _fewer(joint.manifest.model, len(kept))
+    model = restricted(joint.model, spec, kept)
+    final = validate(model, data, config, thorough=True, progress=watcher.validating)
+    manifest = manifest_of(config, data, final, done.steps, done.best_step)
+    others = {"trained_with": joint.manifest.model_id, "session": name}
+    return save_artifact(
+        out,
+        msgspec.structs.replace(
+            manifest, model=spec, provenance=manifest.provenance | others, history=done.history
+        ),
+        model,
+        final.readout,
+        final.mean_rate,
+    )
+
+
+def _fewer(spec: ModelSpec, units: int) -> ModelSpec:
+    spikes = msgspec.structs.replace(spec.groups["spikes"], channels=units)
+    return msgspec.structs.replace(spec, groups={**spec.groups, "spikes": spikes})
+
+
+def restricted(model: Model, spec: ModelSpec, units: list[int]) -> Model:
+    """The model with these units' rows of the likelihood alone; ``spec`` is of that many units."""
+    made = build(spec).to(model.initial.mean)
+    index = torch.as_tensor(units)
+    state = {
+        name: value[index] if name.startswith("groups.spikes.") else value
+        for name, value in model.state_dict().items()
+    }
+    made.load_state_dict(state)
+    return made

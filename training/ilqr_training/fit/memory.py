@@ -1,0 +1,153 @@
+"""How much memory a training run will need, said before it starts."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ilqr_training.config import TrainConfig
+from ilqr_training.fit.crops import Prepared
+from ilqr_training.fit.validate import LOST_BINS
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.kernels.backend import device_of
+
+GIB = 2**30
+HOPELESS = 4
+"""Times the free memory."""
+
+# How many tensors of each size are alive at the peak of a step, counted from measured peaks
+# (tests/test_memory.py holds the estimate against one).
+_BLOCKS, _PATHS, _CHANNELS = 12, 60, 14
+_STREAMS = 64  # pieces a validation runs side by side, at most
+_COPIES = 2.5  # of what a validation keeps: as it came, stacked, and in order
+_LIBRARIES = 280 * 2**20  # torch's and numba's own, taken when they are first used
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes.
+
+    Attributes:
+        now: resident in this process already (the interpreter, its libraries, the recording).
+        data: the training part as tensors, with its warm starts.
+        step: one gradient step.
+        validation: latents, rates and covariances of the training and validation part, and the
+            design the readout is fitted on.
+        available: what the machine has left, or None where it does not say.
+    """
+
+    now: int
+    data: int
+    step: int
+    validation: int
+    available: int | None
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once, this process and all."""
+        return self.now + _LIBRARIES + self.data + max(self.step, self.validation)
+
+    @property
+    def more(self) -> int:
+        """What is needed beyond what is resident already."""
+        return self.peak - self.now
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.more <= self.available
+
+    def __str__(self) -> str:
+        left = "" if self.available is None else f"; {self.available / GIB:.1f} GiB are free"
+        text = (
+            f"memory: about {self.peak / GIB:.1f} GiB at most "
+            f"({(self.now + _LIBRARIES) / GIB:.1f} program and recording, "
+            f"{self.data / GIB:.2f} training data, {self.step / GIB:.2f} a step, "
+            f"{self.validation / GIB:.2f} a validation){left}"
+        )
+        if self.fits:
+            return text
+        return text + ": it may not fit; smaller training.batch, training.chunk or model sizes help"
+
+
+def estimate(config: TrainConfig, data: Prepared) -> Estimate:
+    """For a recording that is read; right to within a factor of two of what was measured."""
+    recording, loop = data.recording, config.training
+    n, m, N = config.model.latents, config.model.inputs, recording.n_units
+    D = 0 if recording.kinematics is None else recording.kinematics.shape[1]
+    train = data.train[1] - data.train[0]
+    validation = data.validation[1] - data.validation[0]
+    word = 4 if loop.dtype == "float32" else 8
+    rows = loop.batch * loop.chunk
+    block = (n + m) * (n + m)  # Jacobians, curvature, gains and value matrices of a bin
+    posterior = 3 * loop.chunk**2 if loop.posterior == "kronecker" else 4 * rows * block
+    step = word * (rows * (_BLOCKS * block + _PATHS * (n + m) + _CHANNELS * (N + D)) + posterior)
+    reads = config.readout.within(config.estimator.horizon)
+    features = n * (reads.lags + 1) + N * reads.residuals
+    bins = train + validation
+    bins += len(reads.lost) * sum(min(part, LOST_BINS) for part in (train, validation))
+    # float64: window, covariance, rates; float32: counts that are recalled; then the design,
+    # standardised, and its copies
+    recalled = 4 * reads.lags * N if reads.recurrent else 0
+    kept = bins * (8 * (n * n + n + N + m + 2 * features + 4 * D) + 2 * recalled)
+    fit = 8 * (bins * 3 * features + 3 * features**2)
+    streams = 8 * _STREAMS * config.estimator.horizon * (4 * block + 3 * N)
+    return Estimate(
+        now=resident(),
+        data=word * train * (N + D + n + m + 2),
+        step=step,
+        validation=int(_COPIES * kept) + fit + streams,
+        available=available(),
+    )
+
+
+def refuse_hopeless(config: TrainConfig, data: Prepared) -> None:
+    """Refuse what is far from fitting: the estimate is right within a factor of two, swap helps a
+    little, and what is merely tight is said beside the estimate.
+
+    Raises:
+        ConfigError: naming the setting without which the least would be needed.
+    """
+    made = _on_host(config, data)
+    if made.available is None or made.more <= HOPELESS * made.available:
+        return
+    least: dict[str, int] = {}
+    for field in ("model.latents", "model.inputs", "training.batch", "training.chunk"):
+        part, name = field.split(".")
+        changed = msgspec.structs.replace(getattr(config, part), **{name: 1})
+        least[field] = _on_host(msgspec.structs.replace(config, **{part: changed}), data).more
+    field = min(least, key=lambda name: least[name])
+    part, name = field.split(".")
+    raise ConfigError(
+        field,
+        expected=f"what fits in memory ({made.available / GIB:.1f} GiB are free)",
+        got=f"{getattr(getattr(config, part), name)}, about {made.more / GIB:.3g} GiB in all",
+    )
+
+
+def _on_host(config: TrainConfig, data: Prepared) -> Estimate:
+    """The estimate without what a gradient step takes elsewhere."""
+    made = estimate(config, data)
+    return made if device_of(config.training.device).type == "cpu" else replace(made, step=0)
+
+
+def resident() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available() -> int | None:
+    """Bytes free for a new process to take, as Linux says; None elsewhere."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        pages = getattr(os, "sysconf_names", {})
+        if "SC_AVPHYS_PAGES" not in pages:
+            return None
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

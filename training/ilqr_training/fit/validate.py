@@ -1,0 +1,174 @@
+"""Causal validation: what the streaming service would score with the parameters as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from ilqr_training.config import ReadoutConfig, TrainConfig
+from ilqr_training.fit.crops import Prepared
+from ilqr_training.readout.causal import Causal, causal_pass
+from ilqr_training.readout.fit import Bins, fit_readout
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.readout import KinematicReadout
+from ilqr_vae.recordings.split import warmup_start
+from ilqr_vae.scoring.metrics import interval_coverage, r2
+from ilqr_vae.streaming.horizon import MovingHorizon
+
+LOST_BINS = 10_000
+"""Of each part, in a pass with lost bins; more would cost memory and hardly add."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores on the validation part, and the readout that made them.
+
+    Attributes:
+        score: what training maximises: mean velocity R2, or bits per spike without kinematics.
+        scores: by name.
+        readout: None without kinematics.
+        mean_rate: (N,) of the training part.
+    """
+
+    score: float
+    scores: dict[str, float]
+    readout: KinematicReadout | None
+    mean_rate: torch.Tensor
+
+
+def mean_rate(data: Prepared) -> torch.Tensor:
+    """(N,) expected counts per bin over the training part, float64."""
+    a, b = data.train
+    seen = data.recording.mask()[a:b]
+    spikes = np.where(seen, data.recording.counts[a:b], 0).sum(0, dtype=np.float64)
+    return torch.as_tensor(spikes / np.maximum(seen.sum(0), 1))
+
+
+def _reads(config: TrainConfig, thorough: bool = True) -> ReadoutConfig:
+    reads = config.readout.within(config.estimator.horizon)
+    return reads if thorough else replace(reads, recurrent=0, lost=())
+
+
+def estimator_of(
+    model: Model, data: Prepared, config: TrainConfig, *, thorough: bool = True
+) -> MovingHorizon:
+    """A float64 copy of the model as a moving-horizon estimator without a fitted readout.
+
+    The blank readout only sets how many lags each answer's window holds.
+    """
+    k = data.recording.kinematics
+    blank = None
+    if k is not None:
+        blank = KinematicReadout(
+            model.n,
+            k.shape[1],
+            _reads(config, thorough).shape,
+            units=data.recording.counts.shape[1],
+        ).double()
+    frozen = copy.deepcopy(model).double().cpu()
+    return MovingHorizon(frozen, blank, mean_rate(data), config.estimator)
+
+
+def validate(
+    model: Model,
+    data: Prepared,
+    config: TrainConfig,
+    *,
+    thorough: bool,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Validation:
+    """Fit the readout on causal latents of the training part, score it on the validation part.
+
+    Args:
+        thorough: the validation part as the one exact stream, as the final scores are; else in
+            parallel pieces, quick enough to do while training.
+        progress: called with (what, done, of).
+    """
+    estimator = estimator_of(model, data, config, thorough=thorough)
+    say = progress or (lambda what, done, of: None)
+    train = causal_pass(
+        estimator,
+        data.recording,
+        *data.train,
+        streams=16 if thorough else 48,
+        run_in=40,
+        progress=lambda i, n: say("latents of the training part", i, n),
+    )
+    held = causal_pass(
+        estimator,
+        data.recording,
+        *data.validation,
+        streams=1 if thorough else 24,
+        run_in=data.validation[0] - warmup_start(data.validation[0]) if thorough else 40,
+        progress=lambda i, n: say("latents of the validation part", i, n),
+    )
+    scores = {"bits_per_spike": held.bits_per_spike, "iterations": held.iterations}
+    k = data.recording.kinematics
+    if k is None:
+        return Validation(held.bits_per_spike, scores, None, estimator.mean_rate)
+    reads = _reads(config, thorough)
+    parts = {"train": [train], "validation": [held]}
+    for i, share in enumerate(reads.lost):
+        lost = _lost(data, share, (config.training.seed, i))
+        for name, causals in parts.items():
+            span = _latest(getattr(data, name))
+            causals.append(
+                causal_pass(
+                    estimator, data.recording, *span, streams=16, run_in=40, dropped=lost,
+                    progress=lambda i, n: say("latents with bins lost", i, n),
+                )
+            )  # fmt: skip
+    fitted = _decode(parts, k, data, model.n, reads, config.training.seed, quick=not thorough)
+    return Validation(fitted[1]["r2"], scores | fitted[1], fitted[0], estimator.mean_rate)
+
+
+def _latest(span: tuple[int, int]) -> tuple[int, int]:
+    """The last bins of a span, as many as a pass with lost bins is made of."""
+    return max(span[0], span[1] - LOST_BINS), span[1]
+
+
+def _lost(data: Prepared, share: float, seed: tuple[int, int]) -> NDArray[np.bool_]:
+    """Bins of the recording that are lost, each on its own."""
+    return np.random.default_rng(seed).random(len(data.recording)) < share
+
+
+def _decode(
+    parts: dict[str, list[Causal]],
+    k: NDArray[np.float64],
+    data: Prepared,
+    n: int,
+    reads: ReadoutConfig,
+    seed: int,
+    *,
+    quick: bool,
+) -> tuple[KinematicReadout, dict[str, float]]:
+    valid = data.recording.scored
+    bins: dict[str, list[Bins]] = {}
+    for name, causals in parts.items():
+        span = getattr(data, name)
+        for i, causal in enumerate(causals):
+            rows = slice(*(_latest(span) if i else span))
+            made = Bins.of(causal.rows(valid[rows]), k[rows][valid[rows]])
+            bins.setdefault(name, []).append(made)
+    fit = fit_readout(
+        bins["train"],
+        bins["validation"],
+        n,
+        data.recording.n_units,
+        reads,
+        seed=seed,
+        quick=quick,
+    )
+    names = data.recording.kinematic_names
+    scores = {"r2": fit.score} | {
+        f"r2.{name}": float(r2(fit.truth[:, [i]], fit.decoded[:, [i]]))
+        for i, name in enumerate(names)
+    }
+    scores["coverage_90"] = float(np.mean(interval_coverage(fit.truth, fit.decoded, fit.std, 0.9)))
+    return fit.readout, scores

@@ -1,0 +1,1 @@
+"""Fitting the readout on causal latents."""

@@ -1,0 +1,187 @@
+"""Causal latents of a recording: the same estimator that streams, run over many pieces at once.
+
+For fitting readouts and for validation while training, a span is cut into pieces that run as
+parallel streams, each after a run-in on the bins before it. ``stream`` is the exact thing: one
+stream, bin by bin, as the service does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ilqr_training.readout.restarts import INPUT_DELAY, delayed_inputs, moved_back, restarted
+from ilqr_vae.inference.problem import Status
+from ilqr_vae.recordings import Recording
+from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.unit_watch import UnitWatch
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Estimates for each bin of a span, in order.
+
+    Attributes:
+        window: (T, F), x of the readout at each bin; z is its first n columns.
+        latent_std: (T, n).
+        covariance: (T, n, n), of z.
+        rates: (T, N), expected counts per bin.
+        kinematics, kinematics_std: (T, D).
+        inputs: (T, m), of each bin as known ``INPUT_DELAY`` bins later (a bin alone tells little
+            of its own input); NaN for the last of a segment.
+        bits, spikes: (T,), see ``horizon.Estimate``.
+        statuses: solver status -> bins.
+        iterations: mean per bin.
+        recalled: (T, 1 + L N) float32, what the readout's recurrent layer reads beside: how many
+            bins are held, and their counts; None where it has none.
+        masked: (T, N), units that were not believed at each bin; None where none were watched.
+    """
+
+    window: NDArray[np.float64]
+    latent_std: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    rates: NDArray[np.float64]
+    kinematics: NDArray[np.float64]
+    kinematics_std: NDArray[np.float64]
+    inputs: NDArray[np.float64]
+    bits: NDArray[np.float64]
+    spikes: NDArray[np.float64]
+    statuses: dict[str, int]
+    iterations: float
+    recalled: NDArray[np.float32] | None = None
+    masked: NDArray[np.bool_] | None = None
+
+    def rows(self, keep: NDArray[np.bool_]) -> Causal:
+        """The bins kept."""
+        arrays: dict[str, Any] = {
+            f.name: value[keep]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), np.ndarray)
+        }
+        return replace(self, **arrays)
+
+    @property
+    def bits_per_spike(self) -> float:
+        return float(self.bits.sum() / max(self.spikes.sum(), 1.0))
+
+
+def causal_pass(
+    estimator: MovingHorizon,
+    recording: Recording,
+    start: int,
+    stop: int,
+    *,
+    streams: int = 1,
+    run_in: int = 100,
+    dropped: NDArray[np.bool_] | None = None,
+    watch: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Causal:
+    """Estimates for bins [start, stop).
+
+    Args:
+        recording: of the model's units.
+        streams: pieces that run side by side; one is the exact stream.
+        run_in: bins before each piece that are streamed first and not reported (fewer at bin 0).
+        dropped: (T,) bins of the recording to treat as missing.
+        watch: mask units that cannot be believed, as the service does where it is asked to
+            (``units.UnitWatch``); one stream alone.
+        progress: called with (bins done, bins in all) per piece.
+
+    Raises:
+        ValueError: units are to be watched in several streams.
+    """
+    if watch and streams != 1:
+        raise ValueError("watch: units are watched in one stream")
+    n_bins = stop - start
+    streams = max(1, min(streams, n_bins))
+    length = -(-n_bins // streams)
+    streams = -(-n_bins // length)
+    first = start + length * np.arange(streams)
+    lead = min(run_in, start) if streams == 1 else run_in
+    like = estimator.mean_rate
+    seen = recording.mask() if dropped is None else recording.mask() & ~dropped[:, None]
+    fresh = np.zeros(len(recording), dtype=bool)
+    fresh[[0, *recording.breaks]] = True
+
+    units = UnitWatch.fresh(recording.n_units) if watch else None
+    readout = estimator.readout
+    direct = None if readout is None else readout.W.shape[1]
+    delay = min(INPUT_DELAY, estimator.config.horizon - 1)
+    state = estimator.init(streams)
+    kept: dict[str, list[torch.Tensor]] = {}
+    masked: list[NDArray[np.bool_]] = []
+    tally = torch.zeros(len(Status), dtype=torch.int64)
+    iterations = 0
+    for j in range(-lead, length):
+        bins = first + j
+        # a piece whose run-in would start before the recording sees missing bins there
+        inside = (bins >= 0) & (bins < stop)
+        index = np.clip(bins, 0, stop - 1)
+        # a step's rows at a time: all bins at once in float64 are much for a long recording
+        counts = torch.as_tensor(recording.counts[index].astype(np.float64)).to(like)
+        observed = seen[index] & inside[:, None]
+        believed = observed if units is None else observed & ~units.masked
+        mask = torch.as_tensor(believed.astype(np.float64)).to(like)
+        again = fresh[index] & inside
+        state = restarted(estimator, state, again)
+        state, answer = estimator.step(state, counts, mask)
+        if progress is not None:
+            progress(j + lead + 1, length + lead)
+        held = None if units is None else units.masked
+        if units is not None:
+            units = _watched(units, recording.counts[bins[0]], observed[0], again[0], answer.rates)
+        if j < 0:
+            continue
+        if held is not None:
+            masked.append(held)
+        kept.setdefault("window", []).append(answer.window[:, :direct])
+        if direct is not None and answer.window.shape[1] > direct:
+            kept.setdefault("recalled", []).append(answer.window[:, direct:].float())
+        for name in ("z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
+            kept.setdefault(name, []).append(getattr(answer, name))
+        kept.setdefault("inputs", []).append(delayed_inputs(state, delay))
+        tally += torch.bincount(answer.status.cpu(), minlength=len(Status))
+        iterations += int(answer.iterations.sum())
+
+    def in_order(name: str, dtype: torch.dtype = torch.float64) -> NDArray[Any]:
+        # (length, streams, ...) -> pieces one after the other, the last one's overhang cut off
+        x = torch.stack(kept.pop(name)).transpose(0, 1).to(dtype).cpu().numpy()
+        return x.reshape(streams * length, *x.shape[2:])[:n_bins]
+
+    covariance = in_order("z_cov")
+    return Causal(
+        window=in_order("window"),
+        latent_std=np.sqrt(np.diagonal(covariance, axis1=1, axis2=2)),
+        covariance=covariance,
+        rates=in_order("rates"),
+        kinematics=in_order("kinematics"),
+        kinematics_std=in_order("kinematics_std"),
+        inputs=moved_back(in_order("inputs"), delay),
+        bits=in_order("bits"),
+        spikes=in_order("spikes"),
+        statuses={s.name.lower(): int(c) for s, c in zip(Status, tally, strict=True) if c},
+        iterations=iterations / (streams * length),
+        recalled=in_order("recalled", torch.float32) if "recalled" in kept else None,
+        masked=np.stack(masked) if watch else None,
+    )
+
+
+def _watched(
+    units: UnitWatch,
+    counts: NDArray[np.uint16],
+    observed: NDArray[np.bool_],
+    again: bool | np.bool_,
+    rates: torch.Tensor,
+) -> UnitWatch:
+    """After a stream's bin. One that begins anew was not predicted: nothing to compare it with."""
+    if again:
+        units = replace(units, predicted=np.full_like(units.predicted, np.nan))
+    came = observed.any()
+    newest = rates[0].double().cpu().numpy()
+    return units.after(counts.astype(np.float64) if came else None, observed, newest)

@@ -1,0 +1,52 @@
+"""Streams that begin anew where the recording does, and what they say of their inputs."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.state import HorizonState
+
+INPUT_DELAY = 5
+"""Bins after which an input is reported."""
+
+
+def reaching(segments: list[tuple[int, int]], bins: tuple[int, int]) -> list[tuple[int, int]]:
+    """Segments that reach into the bins [start, stop), each from its own start, cut at stop."""
+    start, stop = bins
+    return [(a, min(b, stop)) for a, b in segments if b > start and a < stop]
+
+
+def delayed_inputs(state: HorizonState, delay: int) -> torch.Tensor:
+    """(S, m), the input of ``delay`` bins before each stream's newest; NaN in a younger stream."""
+    slot = state.age - 1 - delay
+    row = torch.arange(len(slot), device=slot.device)
+    picked = state.u[row, slot.clamp(min=0)]
+    return torch.where((slot >= 0).unsqueeze(1), picked, torch.full_like(picked, torch.nan))
+
+
+def moved_back(inputs: NDArray[np.float64], delay: int) -> NDArray[np.float64]:
+    """Delayed inputs (T, m) at the bins they are of; the last ``delay`` bins are NaN."""
+    made = np.full_like(inputs, np.nan)
+    if delay < len(inputs):
+        made[: len(inputs) - delay] = inputs[delay:]
+    return made
+
+
+def restarted(
+    estimator: MovingHorizon, state: HorizonState, rows: NDArray[np.bool_]
+) -> HorizonState:
+    """The state with the streams ``rows`` (S,) as they are before their first bin."""
+    if not rows.any():
+        return state
+    fresh, picked = estimator.init(len(rows)), torch.as_tensor(rows)
+    made: dict[str, torch.Tensor] = {}
+    for f in fields(HorizonState):
+        old, new = getattr(state, f.name), getattr(fresh, f.name)
+        chosen = picked.to(old.device).view(-1, *[1] * (old.ndim - 1))
+        made[f.name] = torch.where(chosen, new, old)
+    return HorizonState(**made)
