@@ -10,6 +10,7 @@ from benchmarks.rivals import cpp, jax_side
 from benchmarks.rows import Row, absent, quantiles, row, timed
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.lqr import LQRProblem, solve_lqr
+from ilqr_vae.machine import cores
 
 SIZES = [(20, 5, 50), (32, 8, 64), (64, 16, 64)]
 BATCHES = [1, 64]
@@ -80,7 +81,7 @@ def _compile() -> None:
 def run(quick: bool) -> list[Row]:
     """Rows for every size, batch, implementation and dtype."""
     torch.set_num_threads(1)
-    threads.use(threads.cores())
+    threads.use(cores())
     rows: list[Row] = []
     seconds = 0.3 if quick else 3.0
     jax_side.beside(_compile, 40.0 if quick else 600.0)

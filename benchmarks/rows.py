@@ -92,7 +92,7 @@ def machine() -> Row:
     """Hardware, commit and versions."""
     import torch
 
-    from ilqr_vae.kernels.cpu import threads
+    from ilqr_vae.machine import cores
 
     commit = _first(["git", "rev-parse", "--short", "HEAD"])
     changed = _first(["git", "status", "--porcelain"]) not in ("", "none")
@@ -100,7 +100,7 @@ def machine() -> Row:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "processor": _processor(),
-        "cores": threads.cores(),
+        "cores": cores(),
         "gpu": gpu,
         "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],

@@ -16,6 +16,7 @@ from benchmarks.rows import Row, quantiles, row
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import step as steps
 from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.machine import cores
 from ilqr_vae.streaming.horizon import MovingHorizon
 
 BASE = {"n": 20, "m": 5, "units": 196, "H": 20, "streams": 1, "iterations": 2}
@@ -136,7 +137,7 @@ def run(quick: bool) -> list[Row]:
     for change in QUICK if quick else GRID:
         size = BASE | change
         est = estimator_of(size["n"], size["m"], size["units"], size["H"], size["iterations"])
-        threads.use(1 if size["streams"] == 1 else threads.cores())
+        threads.use(1 if size["streams"] == 1 else cores())
         found = quantiles(measure(est, size["streams"], seconds))
         common = size | {"dtype": "float64", "device": "cpu", "threads": threads.count()}
         ours = row("stream", "ilqr-vae", **common) | found

@@ -15,6 +15,7 @@ from ilqr_training.fit.loop import Report, train_steps
 from ilqr_vae.inference import ilqr
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.machine import cores
 from ilqr_vae.model.dynamics import MGU2
 
 UNITS = 143
@@ -70,7 +71,7 @@ def run(quick: bool) -> list[Row]:
     jax_side.beside(lambda: _warm(loop), 40.0 if quick else 600.0)
     rows: list[Row] = []
     ours: tuple[list[float], list[Report]] | None = None
-    policies = [threads.cores()] if quick else [1, threads.cores()]
+    policies = [cores()] if quick else [1, cores()]
     budget = 8.0 if quick else 60.0
     for count in policies:
         threads.use(count)
@@ -101,7 +102,7 @@ def _mean(reports: list[Report]) -> float:
 
 def _solves(loop: LoopConfig, seconds: float) -> list[Row]:
     """One step's solves alone, from zero, ours and diffilqrax's."""
-    threads.use(threads.cores())
+    threads.use(cores())
     built, _ = training_run(UNITS, loop)
     model, batches = built.model, built.crops
     index = batches.draw(loop.batch)

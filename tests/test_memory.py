@@ -92,7 +92,6 @@ def test_what_does_not_fit_is_said_before_it_starts() -> None:
     assert "4.0 GiB are free" in str(fits)
     tight = replace(fits, step=8 * GIB)
     assert "it may not fit; smaller training.batch" in str(tight)
-    assert "free" not in str(replace(fits, available=None))
 
 
 @pytest.mark.parametrize(
@@ -102,8 +101,6 @@ def test_what_does_not_fit_is_said_before_it_starts() -> None:
 def test_what_can_never_fit_is_refused_by_name(part: str, name: str, value: int) -> None:
     data, settings = prepared(400, 5), config()
     refuse_hopeless(settings, data)
-    if estimate(settings, data).available is None:
-        pytest.skip("this system does not say how much memory is free")
     changed = msgspec.structs.replace(getattr(settings, part), **{name: value})
     with pytest.raises(ConfigError, match=rf"{part}\.{name}: expected what fits .*, got {value}, "):
         refuse_hopeless(msgspec.structs.replace(settings, **{part: changed}), data)

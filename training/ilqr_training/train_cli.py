@@ -27,6 +27,7 @@ from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.machine import cores
 from ilqr_vae.report import Table
 from ilqr_vae.scoring.score import OURS, WIENER
 
@@ -293,4 +294,4 @@ def use_threads(count: int | None) -> None:
     each other by an order of magnitude on a busy machine.
     """
     torch.set_num_threads(1)
-    threads.use(count or threads.cores())
+    threads.use(count or cores())

@@ -17,6 +17,7 @@ from ilqr_service.solving.engine import Engine, WarmUp
 from ilqr_service.solving.run import PackedRun
 from ilqr_service.work import NO_SOLVE, Answer, Work
 from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.machine import cores
 
 CATCH_UP = 4
 BACKLOG = 2
@@ -123,7 +124,7 @@ class Fleet:
 
     def warm_up(self) -> list[WarmUp]:
         """Warm every engine, in the thread that will solve. Raises ServiceError: a solve failed."""
-        threads.use(self.first.threads or threads.cores())
+        threads.use(self.first.threads or cores())
         return [engine.warm_up() for engine in self.engines.values()]
 
     def forget(self, run: int) -> None:

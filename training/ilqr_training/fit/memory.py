@@ -1,8 +1,7 @@
-"""How much memory a training run will need, said before it starts."""
+"""How much memory a training run will need, checked before it starts."""
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from ilqr_training.fit.crops import Prepared
 from ilqr_training.fit.validate import LOST_BINS
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.kernels.backend import device_of
+from ilqr_vae.machine import available_memory
 
 GIB = 2**30
 HOPELESS = 4
@@ -37,14 +37,14 @@ class Estimate:
         step: one gradient step.
         validation: latents, rates and covariances of the training and validation part, and the
             design the readout is fitted on.
-        available: what the machine has left, or None where it does not say.
+        available: what this process can still allocate, see ``machine.available_memory``.
     """
 
     now: int
     data: int
     step: int
     validation: int
-    available: int | None
+    available: int
 
     @property
     def peak(self) -> int:
@@ -58,15 +58,14 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.available is None or self.more <= self.available
+        return self.more <= self.available
 
     def __str__(self) -> str:
-        left = "" if self.available is None else f"; {self.available / GIB:.1f} GiB are free"
         text = (
             f"memory: about {self.peak / GIB:.1f} GiB at most "
             f"({(self.now + _LIBRARIES) / GIB:.1f} program and recording, "
             f"{self.data / GIB:.2f} training data, {self.step / GIB:.2f} a step, "
-            f"{self.validation / GIB:.2f} a validation){left}"
+            f"{self.validation / GIB:.2f} a validation); {self.available / GIB:.1f} GiB are free"
         )
         if self.fits:
             return text
@@ -100,7 +99,7 @@ def estimate(config: TrainConfig, data: Prepared) -> Estimate:
         data=word * train * (N + D + n + m + 2),
         step=step,
         validation=int(_COPIES * kept) + fit + streams,
-        available=available(),
+        available=available_memory(),
     )
 
 
@@ -112,7 +111,7 @@ def refuse_hopeless(config: TrainConfig, data: Prepared) -> None:
         ConfigError: naming the setting without which the least would be needed.
     """
     made = _on_host(config, data)
-    if made.available is None or made.more <= HOPELESS * made.available:
+    if made.more <= HOPELESS * made.available:
         return
     least: dict[str, int] = {}
     for field in ("model.latents", "model.inputs", "training.batch", "training.chunk"):
@@ -138,16 +137,3 @@ def resident() -> int:
     """Largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def available() -> int | None:
-    """Bytes free for a new process to take, as Linux says; None elsewhere."""
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        pages = getattr(os, "sysconf_names", {})
-        if "SC_AVPHYS_PAGES" not in pages:
-            return None
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

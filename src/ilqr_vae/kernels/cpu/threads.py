@@ -62,11 +62,6 @@ def count() -> int:
     return torch.get_num_threads() if _pool.count is None else _pool.count
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def scratch(dtype: DTypeLike, size: int) -> NDArray[Any]:
     """This thread's buffer of at least ``size`` numbers, aligned; its contents have no meaning.
 

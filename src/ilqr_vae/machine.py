@@ -1,0 +1,84 @@
+"""What this process may use of the machine: memory and cores, within its container's limits."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_ROOT = Path("/")
+
+
+def available_memory(root: Path = _ROOT) -> int:
+    """Bytes this process can still allocate.
+
+    The smallest of what the machine has available and of what is left below the limit of each
+    enclosing control group (version 1 or 2). Page cache counts as available: it is reclaimed first.
+
+    Args:
+        root: the folder that holds ``proc`` and ``sys``.
+    """
+    left = [psutil.virtual_memory().available]
+    for group in _control_groups("memory", root):
+        for limit, usage, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            if (bound := _number(group / limit)) is not None:
+                used = _number(group / usage) or 0
+                left.append(bound - used + _field(group / "memory.stat", cache))
+    return max(0, min(left))
+
+
+def cores(root: Path = _ROOT) -> int:
+    """Cores this process may use: its affinity, and the processor quota of its control groups."""
+    affine = hasattr(os, "sched_getaffinity")
+    least = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    for group in _control_groups("cpu", root):
+        quota, _, period = _text(group / "cpu.max").partition(" ")
+        if not period:
+            quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+        if quota.isdecimal() and period.isdecimal() and int(period):  # "max" and -1: no limit
+            least = min(least, math.ceil(int(quota) / int(period)))
+    return max(1, least)
+
+
+def _control_groups(controller: str, root: Path) -> Iterator[Path]:
+    """Folders of the groups that hold this process, each with its parents.
+
+    Inside a container the path that the kernel states may not exist; its parents up to the mount
+    point do.
+    """
+    mounted = root / "sys" / "fs" / "cgroup"
+    for line in _text(root / "proc" / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2, alone or beside version 1
+            tops = [mounted, mounted / "unified"]
+        elif controller in controllers.split(","):
+            tops = [mounted / controllers, mounted / controller]
+        else:
+            continue
+        for top in dict.fromkeys(tops):
+            own = top / path.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(top))
+
+
+def _text(path: Path) -> str:
+    """What a file holds; nothing where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text.isdecimal() else None
+
+
+def _field(path: Path, name: str) -> int:
+    fields = dict(line.split() for line in _text(path).splitlines())
+    return int(fields.get(name, 0))
