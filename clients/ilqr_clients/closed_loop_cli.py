@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from ilqr_clients.closed_loop import (
     LoopLog,
@@ -32,6 +32,7 @@ from ilqr_vae.report import distribution
 from ilqr_vae.report.data import plain
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES, CentreOut
 from ilqr_vae.simulated.subject import Subject
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -97,7 +98,7 @@ def closed_loop(
     """
     pace = parse_speed(speed)
     check_writable(json_file, "--json")
-    console = Console(stderr=True)
+    screen = console(stderr=True)
     drawn = time.monotonic()
     try:
         with ServiceClient(to, timeout=timeout) as service:
@@ -113,18 +114,22 @@ def closed_loop(
                     bin_width=model.bin_width,
                     deadline=deadline,
                 ) as opened,
-                Live(console=console, auto_refresh=False, transient=True) as live,
+                Live(console=screen, auto_refresh=False, transient=True) as live,
             ):
 
                 def watch(log: LoopLog, task: CentreOut) -> None:
                     nonlocal drawn
-                    if not console.is_terminal or time.monotonic() - drawn < 0.5:
+                    if not screen.is_terminal or time.monotonic() - drawn < 0.5:
                         return
                     drawn = time.monotonic()
                     hits = sum(t.success for t in task.trials)
+                    so_far = f"reaches {len(task.trials)} of {trials}, {hits} successful   "
                     live.update(
-                        f"reaches {len(task.trials)} of {trials}, {hits} successful   "
-                        f"bins {log.bins}   {status_text(log.statuses)}   held {log.held}",
+                        Text.assemble(
+                            f"{so_far}bins {log.bins}   ",
+                            status_text(log.statuses),
+                            f"   held {log.held}",
+                        ),
                         refresh=True,
                     )
 
@@ -141,7 +146,7 @@ def closed_loop(
                 )
                 clock = ClockTrack(before, service.clock())
     except KeyboardInterrupt:
-        console.print("interrupted: nothing written")
+        screen.print("interrupted: nothing written")
         raise typer.Exit(130) from None
     width = model.bin_width
     chance = without_decoder(log.velocities, CentreOut(seed), trials=trials, width=width, seed=seed)
@@ -171,16 +176,16 @@ def closed_loop(
     }
     if json_file is not None:
         write_whole(json_file, json.dumps(plain(result), indent=2) + "\n")
-    out = Console(soft_wrap=True, stderr=json_file == STDOUT)
-    out.print(f"[bold]Closed loop[/], {len(reaching.trials)} reaches, {log.bins} bins")
+    out = console(soft_wrap=True, stderr=json_file == STDOUT)
+    out.print(f"Closed loop, {len(reaching.trials)} reaches, {log.bins} bins", style="bold")
     for name, each in (("decoder", reaching), ("chance", chance), ("own hand", hand)):
-        out.print(summary_line(name, each), highlight=False)
+        out.print(summary_line(name, each))
     bits = log.stream.bits_per_spike(rows)
     total = latency["total"]
     out.print(
-        f"  {status_text(log.statuses)}   held {log.held}   bits per spike {number(bits)}   "
+        Text("  ") + status_text(log.statuses),
+        f"  held {log.held}   bits per spike {number(bits)}   "
         f"total ms p50 {number(total['p50'], 2)}  p99 {number(total['p99'], 2)}",
-        highlight=False,
     )
     if np.isfinite(bits) and bits < 0:
         out.print("  the model explains these spikes worse than their mean: another subject?")

@@ -8,6 +8,7 @@ import typer
 
 from ilqr_clients.sdk import ServiceClient
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 PATIENCE_S = 3.0
@@ -50,6 +51,7 @@ def models(
                 infos = service.roll_back(slot)
             case _:
                 infos = service.models()
+    screen = console(soft_wrap=True)
     for info in infos:
         score = f"  {info.bits_per_spike:.4f} bits/spike over {info.bins} bins" if info.bins else ""
-        typer.echo(f"{info.slot:<12} {info.role:<8} {info.model}{score}")
+        screen.print(f"{info.slot:<12} {info.role:<8} {info.model}{score}")

@@ -18,6 +18,7 @@ from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, ClockTrack
 from ilqr_vae.report.data import plain
+from ilqr_vae.terminal import visible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,10 +184,11 @@ def _ways(answer: Answer, clock: ClockOffset) -> str:
 
 def view(snapshot: Snapshot) -> RenderableType:
     """A snapshot for the terminal."""
-    state = "[green]ready[/]" if snapshot.ready else "[yellow]not ready[/]"
-    head = Text.from_markup(
-        f"[bold]{snapshot.endpoint}[/]  {state}  model {snapshot.model}  on {snapshot.device}  "
-        f"clocks: {ClockTrack(snapshot.clock, snapshot.clock)}"
+    head = Text.assemble(
+        (visible(snapshot.endpoint), "bold"),
+        ("  ready", "green") if snapshot.ready else ("  not ready", "yellow"),
+        visible(f"  model {snapshot.model}  on {snapshot.device}  "),
+        f"clocks: {ClockTrack(snapshot.clock, snapshot.clock)}",
     )
     if not snapshot.sessions:
         return Group(head, Text("no open sessions", style="dim"))
@@ -215,7 +217,8 @@ def view(snapshot: Snapshot) -> RenderableType:
         )
         if answer is not None:
             ways = _ways(answer, snapshot.clock)
-            more.append(Text(f"{info.session}: newest answer {ways}", style="dim"))
+            more.append(Text(visible(f"{info.session}: newest answer {ways}"), style="dim"))
         if info.flagged:
-            more.append(Text(f"{info.session}: masked {', '.join(info.flagged)}", style="yellow"))
+            masked = f"{info.session}: masked {', '.join(info.flagged)}"
+            more.append(Text(visible(masked), style="yellow"))
     return Group(head, table, *more)

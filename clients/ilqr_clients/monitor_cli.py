@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
 from ilqr_clients.monitor import Monitor, view
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.files import check_writable, write_whole
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -36,7 +36,7 @@ def monitor(
     Ends with Ctrl-C (exit code 0), or with 3 and a message when the service goes away.
     """
     check_writable(json_file, "--json")
-    console = Console()
+    screen = console()
     seen = False
     try:
         with Monitor(to, timeout=timeout) as watching:
@@ -48,9 +48,9 @@ def monitor(
                 if json_file is not None:
                     write_whole(json_file, json.dumps(shown.to_json(), indent=2) + "\n")
                 else:
-                    console.print(view(shown), highlight=False)
+                    screen.print(view(shown))
                 return
-            with Live(view(shown), console=console, auto_refresh=False) as live:
+            with Live(view(shown), console=screen, auto_refresh=False) as live:
                 while True:
                     watching.listen(every)
                     live.update(view(watching.snapshot()), refresh=True)

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ilqr_clients.journal import verify_journal
 from ilqr_clients.replay_report import Ending, Run, arrays_of, report_of
@@ -25,6 +25,7 @@ from ilqr_vae.files import STDOUT
 from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, ReportData, distribution
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -83,8 +84,8 @@ def spec_from(config: Path | None, model: Model) -> RecordingSpec:
         ) from error
 
 
-def _summary(console: Console, data: ReportData) -> None:
-    console.print(f"[bold]{escape(data.title)}[/], {len(data.counts)} bins", highlight=False)
+def _summary(screen: Console, data: ReportData) -> None:
+    screen.print(f"{data.title}, {len(data.counts)} bins", style="bold")
     if data.scores is not None:
         for name, values in data.scores.methods.items():
             each = "  ".join(
@@ -94,25 +95,22 @@ def _summary(console: Console, data: ReportData) -> None:
             )
             covers = values.get("coverage_90")
             tail = "" if covers is None else f"   90 % interval covers {100 * covers:.1f} %"
-            console.print(
-                f"  {name:<14} R2 {number(values['r2'])}  ({each}){tail}", highlight=False
-            )
-    console.print(f"  bits per spike {number(data.bits_per_spike)}", highlight=False)
+            screen.print(f"  {name:<14} R2 {number(values['r2'])}  ({each}){tail}")
+    screen.print(f"  bits per spike {number(data.bits_per_spike)}")
     for stage, values in data.latency_ms.items():
         d = distribution(values)
         if d["n"]:
             bound = data.latency_uncertainty_ms.get(stage, 0.0)
-            console.print(
+            screen.print(
                 f"  {stage:<8} ms  p50 {d['p50']:.2f}  p99 {d['p99']:.2f}  "
                 f"p99.9 {d['p99.9']:.2f}  max {d['max']:.2f}  (n {d['n']})"
-                + (f"  ± {bound:.3f}" if bound else ""),
-                highlight=False,
+                + (f"  ± {bound:.3f}" if bound else "")
             )
     if data.clock:
-        console.print(f"  clocks: {data.clock}", highlight=False, markup=False)
-    console.print(f"  {status_text(data.statuses)}", highlight=False)
+        screen.print(f"  clocks: {data.clock}")
+    screen.print(Text("  ") + status_text(data.statuses))
     for note in data.notes:
-        console.print(f"  {note}", highlight=False, markup=False)
+        screen.print(f"  {note}")
 
 
 def _ending(service: ServiceClient, session: Session) -> Ending:
@@ -203,7 +201,7 @@ def replay(
     chosen = parse_span(span)
     outputs = Outputs(json_file=json_file, html_file=html_file, arrays_file=arrays_file)
     outputs.check()
-    console = Console(stderr=True)
+    screen = console(stderr=True)
     try:
         with ServiceClient(to, timeout=timeout) as service:
             described = service.describe()
@@ -224,13 +222,13 @@ def replay(
                 command=shlex.join(["ilqr-vae", "replay", *sys.argv[2:]]),
             )
             live = LiveReplay(
-                console,
+                screen,
                 total=stop - first,
                 warm_up=start - first,
                 truth=None if read.kinematics is None else read.kinematics[first:stop],
                 scored=read.scored[first:stop],
                 names=model.kinematic_names,
-                enabled=console.is_terminal,
+                enabled=screen.is_terminal,
             )
             with (
                 service.open(
@@ -254,8 +252,8 @@ def replay(
                 )
                 ending = _ending(service, opened)
     except KeyboardInterrupt:
-        console.print("interrupted: nothing written")
+        screen.print("interrupted: nothing written")
         raise typer.Exit(130) from None
     data = report_of(run, log, ending)
     outputs.write(data, arrays_of(run, log))
-    _summary(Console(soft_wrap=True, stderr=json_file == STDOUT), data)
+    _summary(console(soft_wrap=True, stderr=json_file == STDOUT), data)

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from ilqr_clients.closing import Closing
 from ilqr_clients.stream import StreamLog
 from ilqr_vae.scoring.metrics import r2_per_axis
+from ilqr_vae.terminal import visible
 
 STYLES = {
     "ok": "green",
@@ -25,10 +27,14 @@ STYLES = {
 }
 
 
-def status_text(statuses: dict[str, int]) -> str:
+def status_text(statuses: dict[str, int]) -> Text:
     """Coloured ``ok 120  missing 4``; ``-`` where there are none."""
-    parts = [f"[{STYLES.get(k, 'white')}]{k}[/] {v}" for k, v in statuses.items() if v]
-    return "  ".join(parts) or "-"
+    parts = [
+        Text.assemble((visible(k), STYLES.get(k, "white")), f" {v}")
+        for k, v in statuses.items()
+        if v
+    ]
+    return Text("  ").join(parts) if parts else Text("-")
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -10,6 +10,7 @@ import typer
 from ilqr_service.journal.export import choose, runs_of, write
 from ilqr_vae.files import check_writable
 from ilqr_vae.recordings.nwb.write import SubjectInfo
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -48,4 +49,5 @@ def export(
         institution=institution,
         force=force,
     )
-    typer.echo(f"{out}: {len(chosen.results)} bins of session {chosen.began.request.session}")
+    session = chosen.began.request.session
+    console(soft_wrap=True).print(f"{out}: {len(chosen.results)} bins of session {session}")

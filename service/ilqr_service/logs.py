@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from ilqr_vae.terminal import visible
+
 LOGGER = logging.getLogger("ilqr_service")
 
 
@@ -39,7 +41,7 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         data: dict[str, Any] = getattr(record, "data", None) or {}
         text = super().format(record)
-        pairs = " ".join(f"{key}={value}" for key, value in data.items())
+        pairs = " ".join(visible(f"{key}={value}") for key, value in data.items())
         first, newline, rest = text.partition("\n")
         return (f"{first}  {pairs}" if pairs else first) + newline + rest
 

@@ -13,6 +13,7 @@ import typer
 from ilqr_service.journal.verify import Verdict, verify
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT, check_writable, write_whole
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,7 +47,7 @@ def command(
     if json_file is not None:
         write_whole(json_file, text + "\n")
     if json_file != STDOUT:
-        typer.echo(summary(verdict))
+        console(soft_wrap=True).print(summary(verdict))
     if not verdict.within(tolerance):
         raise typer.Exit(1)
 

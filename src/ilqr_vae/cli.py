@@ -13,6 +13,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points, version
 
 from ilqr_vae.errors import IlqrVaeError
+from ilqr_vae.terminal import any_encoding, visible
 
 GROUP = "ilqr_vae.verbs"
 
@@ -47,6 +48,7 @@ def _help(verbs: dict[str, EntryPoint]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (see the module's docstring)."""
+    any_encoding()
     args = list(sys.argv[1:] if argv is None else argv)
     verbs = {entry.name: entry for entry in entry_points(group=GROUP)}
     if not args or args[0] in {"-h", "--help", "help"}:
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         app(args=rest, prog_name=f"ilqr-vae {verb}")
     except IlqrVaeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

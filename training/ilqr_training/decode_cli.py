@@ -10,11 +10,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from ilqr_training.config import TrainConfig, load_config
 from ilqr_training.evaluation.comparison import Plan, compare
-from ilqr_training.evaluation.report import WIDTH, shown
 from ilqr_training.evaluation.stress import StressPlan
 from ilqr_training.evaluation.tables import rows_of, stress_rows, tables
 from ilqr_training.fit.train import Watcher
@@ -23,6 +21,8 @@ from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.recordings import load_recording
 from ilqr_vae.report.data import plain
+from ilqr_vae.report.table import WIDTH, shown
+from ilqr_vae.terminal import console, progress
 
 EXAMPLE = (
     "Example: ilqr-vae experiment decode configs/stevenson.toml --recording StevensonV2.mat "
@@ -35,7 +35,7 @@ class _Watch:
 
     def __init__(self, console: Console, config: TrainConfig) -> None:
         self.console, self.config = console, config
-        self.bar = Progress(console=console, transient=True)
+        self.bar = progress(console)
         self.task = self.bar.add_task("", total=1)
 
     @contextmanager
@@ -50,7 +50,7 @@ class _Watch:
         self.bar.update(self.task, description=what, completed=done, total=of)
 
     def piece(self, name: str, again: bool) -> None:
-        self.console.print(f"{name}{': there already' if again else ''}", highlight=False)
+        self.console.print(f"{name}{': there already' if again else ''}")
 
 
 def decode(
@@ -104,7 +104,7 @@ def decode(
     check_folder(out, "--out")
     settings = overridden(load_config(config), steps=steps)
     use_threads(threads)
-    watch = _Watch(Console(stderr=True), settings)
+    watch = _Watch(console(stderr=True), settings)
     read = load_recording(recording, settings.data)
     with watch.bar:
         result = compare(settings, read, out, plan, watch)
@@ -114,7 +114,7 @@ def decode(
     if json_file is not None:
         write_whole(json_file, content)
     if json_file != STDOUT:
-        console = Console(soft_wrap=True)
+        screen = console(soft_wrap=True)
         for made in tables(result):
-            console.print(f"{made.title}. {made.text}", highlight=False, markup=False)
-            Console(width=max(console.width, WIDTH + 10 * seeds)).print(shown(made))
+            screen.print(f"{made.title}. {made.text}")
+            console(width=max(screen.width, WIDTH + 10 * seeds)).print(shown(made))

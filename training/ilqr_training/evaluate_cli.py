@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 
 from ilqr_training.evaluation.baselines import GRU, KALMAN, Rival, fit_rivals
 from ilqr_training.evaluation.cosmoothing import CoSmoothing, cosmooth, held_out_units
@@ -26,6 +24,7 @@ from ilqr_vae.recordings import Recording, load_matching
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, Table
 from ilqr_vae.scoring.score import WIENER, Scores, score_decodes
+from ilqr_vae.terminal import console, progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -51,7 +50,7 @@ def _run(
 ) -> Causal:
     """The exact stream, with a progress bar: warm-up, then every bin of the span."""
     first = warmup_start(start)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress(console(stderr=True)) as bar:
         task = bar.add_task("streaming offline", total=stop - first)
         return causal_pass(
             artifact.estimator(),
@@ -91,7 +90,7 @@ def _decodes(artifact: Artifact, recording: Recording) -> bool:
 
 def _fitted(artifact: Artifact, recording: Recording, gru: bool) -> dict[str, Rival]:
     names = (WIENER, KALMAN, GRU) if gru else (WIENER, KALMAN)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress(console(stderr=True)) as bar:
         task = bar.add_task("fitting rivals")
         return fit_rivals(
             recording,
@@ -123,7 +122,7 @@ def _stressed(
     plan: StressPlan,
     clean: NDArray[np.float64] | None,
 ) -> Stress:
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress(console(stderr=True)) as bar:
         task = bar.add_task("stress")
         return under_stress(
             artifact.estimator(),
@@ -143,7 +142,7 @@ def _cosmoothed(
     held_out: NDArray[np.bool_],
     said: str,
 ) -> CoSmoothing:
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress(console(stderr=True)) as bar:
         task = bar.add_task("co-smoothing")
         return cosmooth(
             artifact,

@@ -13,7 +13,7 @@ import msgspec
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from typer.core import TyperGroup
 
 from ilqr_training.decode_cli import EXAMPLE as DECODE_EXAMPLE
@@ -23,6 +23,7 @@ from ilqr_training.experiments.driver import Outcome
 from ilqr_training.train_cli import use_threads
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import check_writable, write_whole
+from ilqr_vae.terminal import console, progress
 
 
 class _Named(TyperGroup):
@@ -46,14 +47,7 @@ class _Terminal:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
+        self.bar = progress(console, transient=False, note=True)
         self.task: TaskID | None = None
 
     def begin(self, what: str, total: int) -> None:
@@ -64,7 +58,7 @@ class _Terminal:
             self.bar.update(self.task, completed=done, note=note)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text)
 
 
 def settings_of(name: str, config: Path | None) -> msgspec.Struct:
@@ -105,8 +99,7 @@ def run_paper(
     settings = settings_of(name, config)
     check_writable(json_file, "--json")
     use_threads(threads)
-    console = Console(stderr=True)
-    terminal = _Terminal(console)
+    terminal = _Terminal(console(stderr=True))
     with terminal.bar:
         outcome = find(name).run(settings, seed, terminal)
     figures = {
@@ -125,10 +118,10 @@ def run_paper(
         if str(json_file) != "-":
             _picture(outcome, json_file.with_suffix(".png"))
     if str(json_file) != "-":
-        out = Console(soft_wrap=True)
+        out = console(soft_wrap=True)
         for key, value in outcome.figures.items():
             shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-            out.print(f"  {key:<24} {shown}", highlight=False, markup=False)
+            out.print(f"  {key:<24} {shown}")
 
 
 def _register(name: str) -> None:

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ilqr_vae.artifact import Manifest, read_manifest
 from ilqr_vae.files import STDOUT, check_writable, write_whole
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -55,6 +55,4 @@ def inspect(
     manifest = read_manifest(model)
     if json_file is not None:
         write_whole(json_file, msgspec.json.format(msgspec.json.encode(manifest)).decode() + "\n")
-    Console(soft_wrap=True, stderr=json_file == STDOUT).print(
-        _table(manifest), highlight=False, markup=False
-    )
+    console(soft_wrap=True, stderr=json_file == STDOUT).print(_table(manifest))

@@ -9,14 +9,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.recordings import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
 from ilqr_vae.recordings.checks import missing_extra
 from ilqr_vae.simulated.subject import RESOLUTION, TICK, Session, simulate_session
+from ilqr_vae.terminal import console, progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -46,30 +45,23 @@ def simulate(
     check_writable(json_file, "--json")
     if find_spec("pynwb") is None:
         raise missing_extra("--out", "pynwb", "nwb")
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
-        task = progress.add_task("reaching", total=1.0)
+    screen = console(stderr=True)
+    with progress(screen, transient=False) as bar:
+        task = bar.add_task("reaching", total=100.0)
         session = simulate_session(
             seed,
             minutes=minutes,
             units=units,
-            progress=lambda done: progress.update(task, completed=done),
+            progress=lambda done: bar.update(task, completed=100.0 * done),
         )
-        progress.update(task, description="writing")
+        bar.update(task, description="writing")
         write_session(out, session, force=force)
     summary = summarise(out, session)
     if json_file is not None:
         write_whole(json_file, json.dumps(summary, indent=2) + "\n")
-    console.print(
+    screen.print(
         f"{out}: {summary['minutes']:g} minutes, {summary['units']} units at "
-        f"{summary['rate_hz_median']:.1f} Hz (median), {summary['trials']} reaches",
-        highlight=False,
+        f"{summary['rate_hz_median']:.1f} Hz (median), {summary['trials']} reaches"
     )
 
 

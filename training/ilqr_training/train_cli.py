@@ -10,11 +10,10 @@ import msgspec
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 
 from ilqr_training.config import TrainConfig, check, load_config, with_fraction
 from ilqr_training.evaluation.baselines import GRU, KALMAN, fit_rivals
-from ilqr_training.evaluation.report import WIDTH, shown
 from ilqr_training.fit.crops import Prepared
 from ilqr_training.fit.curves import log_folder
 from ilqr_training.fit.joint import session_path, train_sessions
@@ -29,7 +28,9 @@ from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.machine import cores
 from ilqr_vae.report import Table
+from ilqr_vae.report.table import WIDTH, shown
 from ilqr_vae.scoring.score import OURS, WIENER
+from ilqr_vae.terminal import console, progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -41,15 +42,7 @@ class Terminal:
 
     def __init__(self, console: Console, config: TrainConfig) -> None:
         self.console, self.config, self.steps = console, config, config.training.steps
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            transient=True,
-        )
+        self.bar = progress(console, note=True)
         self.task: TaskID = self.bar.add_task("training", total=self.steps, note="")
         self.side: TaskID | None = None
         self.began: tuple[float, int] | None = None
@@ -63,12 +56,10 @@ class Terminal:
         what = ", ".join(r.kinematic_names) or "none"
         self.console.print(
             f"{r.name}: {len(r)} bins of {r.bin_width * 1e3:g} ms, {r.n_units} units, kinematics: "
-            f"{what}; train {a}:{b}, validation {c}:{d}, test {e}:{f}",
-            highlight=False,
-            markup=False,
+            f"{what}; train {a}:{b}, validation {c}:{d}, test {e}:{f}"
         )
         for text in (*r.notes, str(estimate(self.config, data))):
-            self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+            self.console.print(f"  {text}", soft_wrap=True)
 
     def stepped(self, report: Report) -> None:
         self._end_side()
@@ -95,7 +86,6 @@ class Terminal:
         self.console.print(
             f"step {step}: {decode}{scores['bits_per_spike']:.4f} bits per spike on the "
             f"validation part{mark}{self._left(step)}",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -194,8 +184,8 @@ def train_command(
     events = log_dir or log_folder(out)
     check_folder(events, "--log-dir")
     use_threads(threads)
-    console = Console(stderr=True)
-    terminal = Terminal(console, settings)
+    screen = console(stderr=True)
+    terminal = Terminal(screen, settings)
     began = time.monotonic()
     try:
         with terminal.bar:
@@ -203,12 +193,12 @@ def train_command(
     except KeyboardInterrupt:
         kept = checkpoint_path(out)
         hint = f"; continue with --resume ({kept.name})" if kept.exists() else ""
-        console.print(f"interrupted{hint}", highlight=False)
+        screen.print(f"interrupted{hint}")
         raise typer.Exit(130) from None
     seconds = time.monotonic() - began
     beside = {}
     if terminal.data is not None and len(recording) == 1 and baselines:
-        beside = _beside(terminal.data, settings, gru, console)
+        beside = _beside(terminal.data, settings, gru, screen)
     scores = {k: round(v, 4) for k, v in done.manifest.measured.items()}
     if json_file is not None:
         content = {
@@ -223,31 +213,26 @@ def train_command(
         }
         write_whole(json_file, msgspec.json.format(msgspec.json.encode(content)).decode() + "\n")
     on_stderr = json_file == STDOUT
-    said = Console(soft_wrap=True, stderr=on_stderr)
+    said = console(soft_wrap=True, stderr=on_stderr)
     said.print(
         f"wrote {out} (model {done.manifest.model_id}) after {done.steps} steps, best at "
-        f"{done.best_step}, {seconds:.0f} s; causal validation scores: {scores}",
-        highlight=False,
+        f"{done.best_step}, {seconds:.0f} s; causal validation scores: {scores}"
     )
     if beside:
-        Console(width=WIDTH, stderr=on_stderr).print(
-            shown(_table(done.manifest.scores["r2"], beside))
-        )
+        table = shown(_table(done.manifest.scores["r2"], beside))
+        console(width=WIDTH, stderr=on_stderr).print(table)
     for name, manifest in own.items():
         own_scores = {k: round(v, 4) for k, v in manifest.measured.items()}
-        said.print(
-            f"wrote {session_path(out, name)} (model {manifest.model_id}): {own_scores}",
-            highlight=False,
-        )
+        said.print(f"wrote {session_path(out, name)} (model {manifest.model_id}): {own_scores}")
 
 
-def _beside(data: Prepared, settings: TrainConfig, gru: bool, console: Console) -> dict[str, float]:
+def _beside(data: Prepared, settings: TrainConfig, gru: bool, screen: Console) -> dict[str, float]:
     """What baselines score on the validation part, mean R2 by name."""
     if data.recording.kinematics is None:
         return {}
     names = (WIENER, KALMAN, GRU) if gru else (WIENER, KALMAN)
     try:
-        with Progress(console=console, transient=True) as bar:
+        with progress(screen) as bar:
             task = bar.add_task("baselines")
             fitted = fit_rivals(
                 data.recording,
@@ -259,7 +244,7 @@ def _beside(data: Prepared, settings: TrainConfig, gru: bool, console: Console) 
                 ),
             )
     except ShapeError as error:  # the model is written: what stands beside it must not undo that
-        console.print(f"no baselines: {error}", highlight=False, markup=False)
+        screen.print(f"no baselines: {error}")
         return {}
     return {name: rival.validation_r2 for name, rival in fitted.items()}
 

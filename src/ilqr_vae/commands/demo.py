@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ilqr_vae.commands.children import Interrupted, interruptible, run, serve_arguments, serving
@@ -20,6 +19,7 @@ from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.files import check_folder
 from ilqr_vae.recordings.checks import missing_extra
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -56,12 +56,9 @@ class Chain:
 
     def say(self, what: str, words: list[str]) -> None:
         """Announce a step."""
-        self.console.print(
-            f"\n[bold cyan]{next(self._number)}  {what}[/]\n"
-            f"[dim]$ ilqr-vae {escape(shlex.join(words))}[/]",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.console.print()
+        self.console.print(f"{next(self._number)}  {what}", style="bold cyan")
+        self.console.print(f"$ ilqr-vae {shlex.join(words)}", style="dim", soft_wrap=True)
 
     def step(self, what: str, *arguments: str | Path) -> None:
         """Announce a verb and run it to its end. Raises StepError."""
@@ -100,7 +97,6 @@ class Chain:
             self.console.print(
                 f"ready on {ready.ingest}: model {ready.model}, device {ready.device}, process "
                 f"{ready.pid}",
-                highlight=False,
                 soft_wrap=True,
             )
             pace = "as fast as it answers" if speed == "max" else f"at {speed} x real time"
@@ -115,18 +111,20 @@ class Chain:
                     *("closed-loop", "--to", ready.ingest, "--trials", str(reaches)),
                     *("--units", str(units), "--speed", "max", "--json", self.loop),
                 )
-        self.console.print("\nservice stopped", highlight=False)
+        self.console.print()
+        self.console.print("service stopped")
 
     def conclude(self) -> None:
         """The results once more, and where they are."""
         report = json.loads(self.report.read_text())
         loop = json.loads(self.loop.read_text()) if self.loop.exists() else None
-        self.console.print(f"\n[bold]{escape(report['title'])}, held-out part[/]", highlight=False)
-        self.console.print(summary(report, loop), highlight=False)
+        self.console.print()
+        self.console.print(f"{report['title']}, held-out part", style="bold")
+        self.console.print(summary(report, loop))
         self.console.print()
         for path in (self.page, self.report, self.loop, self.model, self.log):
             if path.exists():
-                self.console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+                self.console.print(f"  {path}", soft_wrap=True)
 
 
 def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
@@ -225,8 +223,8 @@ def demo(
     Exit codes: 0 done; that of the step that failed; 128 + the signal's number when interrupted.
     """
     _check(config, recording, out, speed)
-    console = Console()
-    chain = Chain(console, out, recording)
+    screen = console()
+    chain = Chain(screen, out, recording)
     try:
         with interruptible():
             chain.check(config, steps)
@@ -236,7 +234,8 @@ def demo(
             chain.train(config, steps)
             chain.serve_and_stream(speed, units, 0 if recording is not None else reaches)
     except Interrupted as stopped:
-        console.show_cursor()
-        console.print(f"\ninterrupted ({stopped}): everything it started has been stopped")
+        screen.show_cursor()
+        screen.print()
+        screen.print(f"interrupted ({stopped}): everything it started has been stopped")
         raise typer.Exit(128 + stopped.number) from None
     chain.conclude()

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.table import Table as Shown
+
+WIDTH = 110
+"""Of tables where the output is no terminal, or a narrow one; in characters."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -27,3 +32,13 @@ class Table:
 def once(words: list[str]) -> list[str]:
     """Words that are the same as those above them left out."""
     return ["" if i and words[i - 1] == word else word for i, word in enumerate(words)]
+
+
+def shown(table: Table) -> Shown:
+    """A table as the terminal draws it."""
+    made = Shown(box=None, pad_edge=True)
+    for i, column in enumerate(table.columns):
+        made.add_column(column, justify="left" if i < table.words else "right")
+    for row in table.rows:
+        made.add_row(*row)
+    return made

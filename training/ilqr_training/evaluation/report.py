@@ -12,24 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as Shown
 
 from ilqr_training.readout.causal import Causal
 from ilqr_vae.artifact import Artifact
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import Span, warmup_start
 from ilqr_vae.report import ReportData, Table
+from ilqr_vae.report.table import WIDTH, shown
 from ilqr_vae.scoring.score import OURS, WIENER, Scores
+from ilqr_vae.terminal import console
 
 FITTED_HERE = (
     "Training and validation part are what every decoder here was fitted on in the end: scores on "
     "them flatter all. 'experiment decode' rehearses on the validation part without that."
 )
-WIDTH = 110
-"""Of tables where the output is no terminal, or a narrow one."""
-
 Curves = dict[str, tuple[tuple[int, float], ...]]
 
 
@@ -141,35 +137,23 @@ class Evaluated:
 
 def say(report: ReportData) -> None:
     """Print the scores and the tables."""
-    console = Console(soft_wrap=True)
-    console.print(f"[bold]{report.title}[/], {len(report.counts)} bins", highlight=False)
+    screen = console(soft_wrap=True)
+    screen.print(f"{report.title}, {len(report.counts)} bins", style="bold")
     if report.scores is not None:
         for name, values in report.scores.methods.items():
             line = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
             found = report.scores.intervals.get(name, {}).get("r2")
             if found is not None:
                 line += f"  r2 95 % interval {found[0]:.4f} to {found[1]:.4f}"
-            console.print(f"  {name:<14} {line}", highlight=False, markup=False)
+            screen.print(f"  {name:<14} {line}")
         by = report.scores.by_speed
         if by is not None:
             quarters = ", ".join(f"{100 * c:.1f}" for c in by.coverage)
-            console.print(
-                f"  90 % interval covers {quarters} % by quarter of speed", highlight=False
-            )
-    console.print(f"  bits per spike {report.bits_per_spike:.4f}", highlight=False)
+            screen.print(f"  90 % interval covers {quarters} % by quarter of speed")
+    screen.print(f"  bits per spike {report.bits_per_spike:.4f}")
     for note in report.notes:
-        console.print(f"  {note}", highlight=False, markup=False)
+        screen.print(f"  {note}")
     for table in report.tables:
-        console.print(f"[bold]{escape(table.title)}[/]", highlight=False)
-        console.print(f"  {table.text}", highlight=False, markup=False)
-        Console(width=max(console.width, WIDTH)).print(shown(table))
-
-
-def shown(table: Table) -> Shown:
-    """A table as the terminal draws it."""
-    made = Shown(box=None, pad_edge=True)
-    for i, column in enumerate(table.columns):
-        made.add_column(escape(column), justify="left" if i < table.words else "right")
-    for row in table.rows:
-        made.add_row(*(escape(cell) for cell in row))
-    return made
+        screen.print(table.title, style="bold")
+        screen.print(f"  {table.text}")
+        console(width=max(screen.width, WIDTH)).print(shown(table))

@@ -1,0 +1,62 @@
+"""What the verbs print: text as it is, whatever the names in it.
+
+Names of units, channels, sessions and files come from recordings. Rich would take ``[cm/s]`` for
+markup and ``:x:`` for a picture, and a terminal would act on control characters. Every console of
+the project is made here, where none of that happens; styles are given beside the text.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+def visible(text: str) -> str:
+    """The text with everything that does not print as an escape: a newline as ``\\n``."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class _Plain(Console):
+    """Takes no string for markup, and prints each on its own line."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+def console(*, stderr: bool = False, width: int | None = None, soft_wrap: bool = False) -> Console:
+    """A console that prints strings as they are.
+
+    Args:
+        width: in characters; None is the terminal's.
+        soft_wrap: leave long lines to the terminal, so that what is copied has no breaks.
+    """
+    return _Plain(
+        stderr=stderr, width=width, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False
+    )
+
+
+def progress(shown: Console, *, transient: bool = True, note: bool = False) -> Progress:
+    """A progress bar: what is done, how much of it, the time left, and a field ``note``."""
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+    ]
+    if note:
+        columns.append(TextColumn("{task.fields[note]}", markup=False))
+    return Progress(*columns, console=shown, transient=transient)
+
+
+def any_encoding() -> None:
+    """Have standard output and error take any text: what they cannot encode becomes an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
