@@ -201,7 +201,7 @@ def test_other_wrong_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=r"units.spike_times: .*ecephys/counts.*got none"):
         load_recording(path)
     path = save(tmp_path / "b.nwb", with_units(file(), names=["a", "b", "a"]))
-    with pytest.raises(RecordingError, match="units: expected unique unit names, got 'a' more"):
+    with pytest.raises(RecordingError, match="units: expected unique names, got 'a' more"):
         load_recording(path)
     lost = file()
     lost.add_unit(spike_times=[0.1, np.nan])

@@ -61,8 +61,8 @@ def test_sessions_that_differ_are_told() -> None:
         RecordingError, match=r"recording.bin_width: .*a's, 0.05 s.*got 0.02 s in b"
     ):
         join({"a": one, "b": replace(one, bin_width=0.02)}, SplitSpec())
-    with pytest.raises(RecordingError, match=r"recording.kinematics: .*got .*cm/s.* in b"):
-        join({"a": one, "b": replace(one, kinematic_units=("cm/s", "cm/s"))}, SplitSpec())
+    with pytest.raises(RecordingError, match=r"recording.kinematics: .*got vx, y in b"):
+        join({"a": one, "b": replace(one, kinematic_names=("vx", "y"))}, SplitSpec())
     with pytest.raises(RecordingError, match="two or more sessions, got 1"):
         join({"a": one}, SplitSpec())
 

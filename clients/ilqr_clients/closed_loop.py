@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ilqr_clients.sdk import Session, refusal
 from ilqr_clients.stream import StreamLog
 from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.recordings.physical_units import conversion
 from ilqr_vae.simulated.centre_out import CentreOut, TrialRecord
 from ilqr_vae.simulated.subject import TICK, Hand, Subject
 
@@ -105,6 +106,11 @@ def unit_columns(model_units: tuple[str, ...], units: int) -> NDArray[np.int64]:
     return np.array([index[name] for name in model_units], dtype=np.int64)
 
 
+def metres_per_second(units: tuple[str, ...]) -> list[float | None]:
+    """What the first two channels are multiplied by to be in m/s; None for no velocity."""
+    return [conversion(unit, "m/s") for unit in units[:2]]
+
+
 @dataclass(slots=True)
 class LoopLog:
     """Counts, in bins, and what was decoded.
@@ -112,7 +118,7 @@ class LoopLog:
     Attributes:
         stream: the answers, and their times.
         held: bins whose answer was not there by the deadline: an older velocity moved the cursor.
-        velocities: (bins, 2) that moved the cursor.
+        velocities: (bins, 2), m/s, that moved the cursor.
     """
 
     stream: StreamLog
@@ -140,7 +146,7 @@ def run_loop(
     """Reach ``trials`` times, or for as long as ``MAX_TRIAL_S`` a trial allows.
 
     Args:
-        session: open; its first two kinematic channels are velocities in m/s.
+        session: open; its first two kinematic channels are velocities (``metres_per_second``).
         subject, task: fresh.
         columns: the subject's units in the order of the session's.
         deadline: seconds from a bin's send until its answer must be there.
@@ -156,6 +162,7 @@ def run_loop(
     opened = session.opened
     log = LoopLog(StreamLog(limit, opened.latents, len(opened.kinematic_names)))
     stream, trace = log.stream, Trace(width)
+    scale = np.array(metres_per_second(opened.kinematic_units), dtype=np.float64)
     cursor, velocity = np.zeros(2), np.zeros(2)
     stream.started_ns = time.monotonic_ns()
     heard_ns, newest = stream.started_ns, -1
@@ -179,7 +186,7 @@ def run_loop(
             newest, heard_ns = newest + 1, now
             decoded = stream.kinematics[newest, :2]
             if np.isfinite(decoded).all():
-                velocity = decoded.copy()
+                velocity = decoded * scale
         if newest < index:
             log.held += 1
             if now - heard_ns > patience * 1e9:

@@ -16,6 +16,7 @@ from rich.text import Text
 from ilqr_clients.closed_loop import (
     LoopLog,
     Reaching,
+    metres_per_second,
     own_hand,
     run_loop,
     unit_columns,
@@ -40,11 +41,11 @@ EXAMPLE = "Example: ilqr-vae closed-loop --to tcp://127.0.0.1:5555 --trials 24 -
 
 
 def check_velocity(model: Model) -> None:
-    """Raises ConfigError where the model does not decode a planar velocity in m/s."""
-    if len(model.kinematic_units) < 2 or set(model.kinematic_units[:2]) != {"m/s"}:
+    """Raises ConfigError where the model's first two channels are no velocities."""
+    if len(model.kinematic_units) < 2 or None in metres_per_second(model.kinematic_units):
         raise ConfigError(
             "model.kinematic_units",
-            expected="a model whose first two channels are velocities in m/s",
+            expected="a model whose first two channels are velocities, in m/s or a unit like it",
             got=", ".join(model.kinematic_units) or "no kinematics",
         )
 

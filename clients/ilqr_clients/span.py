@@ -47,6 +47,7 @@ def read_for(model: Model, path: Path, spec: RecordingSpec) -> Recording:
         bin_width=model.bin_width,
         unit_names=model.unit_names,
         kinematic_names=model.kinematic_names,
+        kinematic_units=model.kinematic_units,
     )
 
 

@@ -42,6 +42,7 @@ def read_for(artifact: Artifact, path: Path) -> Recording:
         bin_width=manifest.bin_width,
         unit_names=manifest.unit_names,
         kinematic_names=manifest.kinematic_names,
+        kinematic_units=manifest.kinematic_units,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.spec import Hdf5Spec, MatSpec, NwbSpec
 
 MAX_COUNT = int(np.iinfo(np.uint16).max)
 MAX_GAP_SECONDS = 1.0
@@ -74,8 +75,34 @@ def unique_names(names: tuple[str, ...], field: str) -> tuple[str, ...]:
     """The names. Raises RecordingError where one comes twice."""
     if len(set(names)) != len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise RecordingError(field, expected="unique unit names", got=f"{twice!r} more than once")
+        raise RecordingError(field, expected="unique names", got=f"{twice!r} more than once")
     return names
+
+
+def channels_of(
+    given: MatSpec | NwbSpec | Hdf5Spec,
+    names: tuple[str, ...],
+    units: tuple[str, ...],
+    field: str,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names and units of the kinematic channels: those a person gave, else the file's.
+
+    Args:
+        names, units: the file's, one a channel.
+        field: of ``given`` in the configuration, e.g. ``data.mat``.
+
+    Raises:
+        RecordingError: their number is not that of the channels, or a name comes twice.
+    """
+    chosen = given.kinematic_names or names, given.kinematic_units or units
+    for what, each in zip(("names", "units"), chosen, strict=True):
+        if len(each) != len(names):
+            raise RecordingError(
+                f"{field}.kinematic_{what}",
+                expected=f"{len(names)}, one a channel ({', '.join(names)})",
+                got=f"{len(each)}",
+            )
+    return unique_names(chosen[0], f"{field}.kinematic_names"), chosen[1]
 
 
 def fill_gaps(

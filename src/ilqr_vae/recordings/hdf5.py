@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.checks import existing_file, missing_extra, sha256_of, whole_counts
+from ilqr_vae.recordings.checks import (
+    channels_of,
+    existing_file,
+    missing_extra,
+    sha256_of,
+    whole_counts,
+)
 from ilqr_vae.recordings.recording import Recording, Trials
 from ilqr_vae.recordings.spec import Hdf5Spec, RecordingSpec
 from ilqr_vae.recordings.unbinned import differentiated
@@ -160,6 +166,13 @@ def _joined(
     counts = whole_counts(np.where(seen, flat, 0.0), spec.hdf5.spikes)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     kinematics, scored = _filled(parts, keep, len(counts))
+    channels = 0 if kinematics is None else kinematics.shape[1]
+    own = tuple(f"{spec.hdf5.kinematics}{i}" for i in range(channels))
+    names, units = (
+        ((), ())
+        if kinematics is None
+        else channels_of(spec.hdf5, own, ("",) * channels, "data.hdf5")
+    )
     told = [p.condition[k] for p, k in zip(parts, keep, strict=True) if p.condition is not None]
     condition = tuple(f"{v:g}" for v in np.concatenate(told)) if len(told) == len(parts) else ()
     first = int(keep[0].sum())
@@ -175,8 +188,8 @@ def _joined(
             f"heldin{i}" if i < n_held_in else f"heldout{i - n_held_in}" for i in range(n_units)
         ),
         kinematics=kinematics,
-        kinematic_names=_names(spec.hdf5, kinematics),
-        kinematic_units=_units(spec.hdf5, kinematics),
+        kinematic_names=names,
+        kinematic_units=units,
         trials=Trials(starts[:-1], starts[1:], condition),
         valid=np.asarray(seen.any(axis=1), dtype=bool),
         scored=scored,
@@ -208,26 +221,3 @@ def _filled(
             trials.append(values)
             known.append(finite.all(axis=1))
     return np.concatenate(trials), np.concatenate(known)
-
-
-def _names(names: Hdf5Spec, kinematics: Array | None) -> tuple[str, ...]:
-    return _each(names.kinematic_names, "names", kinematics, lambda i: f"{names.kinematics}{i}")
-
-
-def _units(names: Hdf5Spec, kinematics: Array | None) -> tuple[str, ...]:
-    return _each(names.kinematic_units, "units", kinematics, lambda _: "")
-
-
-def _each(
-    given: tuple[str, ...], what: str, kinematics: Array | None, usual: Any
-) -> tuple[str, ...]:
-    if kinematics is None:
-        return ()
-    made = given or tuple(usual(i) for i in range(kinematics.shape[1]))
-    if len(made) != kinematics.shape[1]:
-        raise RecordingError(
-            f"data.hdf5.kinematic_{what}",
-            expected=f"{kinematics.shape[1]}, one a channel",
-            got=str(len(made)),
-        )
-    return made

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.physical_units import in_units
 from ilqr_vae.recordings.recording import Recording, Trials
 from ilqr_vae.recordings.split import SplitSpec
 
@@ -26,17 +27,22 @@ def join(sessions: Mapping[str, Recording], split: SplitSpec) -> Recording:
     ``session/unit``; the others' units are not ``observed`` in a session's bins.
 
     Args:
-        sessions: two or more by name, with the same bin width and the same kinematic channels.
+        sessions: two or more by name, with the same bin width and the same kinematic channels;
+            their units become the first's.
         split: of each session that has no bounds of its own.
 
     Raises:
-        RecordingError: fewer than two sessions, or they differ in bin width or in kinematics.
+        RecordingError: fewer than two sessions, or they differ in bin width or in kinematics, or
+            their units do not convert.
     """
     if len(sessions) < 2:
         raise RecordingError("recording", expected="two or more sessions", got=str(len(sessions)))
     first_name, first = next(iter(sessions.items()))
     for name, other in sessions.items():
         _alike(first_name, first, name, other)
+    sessions = {
+        name: in_units(other, first.kinematic_units, first_name) for name, other in sessions.items()
+    }
     spans = ("train", "validation", "test")
     parts = [
         (name, recording.slice(*split.span(span, recording)))
@@ -98,8 +104,8 @@ def _alike(first_name: str, first: Recording, name: str, other: Recording) -> No
         ("bin_width", f"{first.bin_width:.10g} s", f"{other.bin_width:.10g} s"),
         (
             "kinematics",
-            f"{first.kinematic_names} in {first.kinematic_units}",
-            f"{other.kinematic_names} in {other.kinematic_units}",
+            ", ".join(first.kinematic_names) or "none",
+            ", ".join(other.kinematic_names) or "none",
         ),
     ):
         if mine != theirs:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import existing_file
 from ilqr_vae.recordings.mat import read_mat
+from ilqr_vae.recordings.physical_units import in_units
 from ilqr_vae.recordings.recording import Recording
 from ilqr_vae.recordings.spec import RecordingSpec
 
@@ -45,16 +46,18 @@ def load_matching(
     bin_width: float,
     unit_names: tuple[str, ...],
     kinematic_names: tuple[str, ...],
+    kinematic_units: tuple[str, ...] = (),
 ) -> Recording:
-    """Read a recording for a trained model: its units alone, in its order.
+    """Read a recording for a trained model: its units alone, in its order, movement in its units.
 
     Args:
         spec: how to read it.
-        bin_width, unit_names, kinematic_names: the model's; no names: it decodes nothing.
+        bin_width, unit_names, kinematic_names, kinematic_units: the model's; no names: it decodes
+            nothing.
 
     Raises:
         RecordingError: it cannot be read, has another bin width, lacks a unit, or its kinematics
-            are not those the model decodes.
+            are not those the model decodes or have units that do not convert into the model's.
     """
     recording = load_recording(path, spec)
     if abs(recording.bin_width - bin_width) > 1e-9:
@@ -70,4 +73,6 @@ def load_matching(
             expected=f"the channels the model decodes, {', '.join(kinematic_names)}",
             got=", ".join(recording.kinematic_names),
         )
+    if decoded and kinematic_units:
+        recording = in_units(recording, kinematic_units, "the model")
     return recording.select_units(unit_names)

@@ -14,6 +14,7 @@ from scipy import io, sparse
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.binning import left_edges
 from ilqr_vae.recordings.checks import (
+    channels_of,
     existing_file,
     missing_extra,
     same_bin_width,
@@ -235,14 +236,8 @@ def _kinematics(
             expected=f"rows 0 to {array.shape[1] - 1} of {mat.kinematics}",
             got=str(bad[0]),
         )
-    names = mat.kinematic_names or tuple(f"{mat.kinematics}{row}" for row in rows)
-    units = mat.kinematic_units or ("",) * len(rows)
-    for field, given in (("kinematic_names", names), ("kinematic_units", units)):
-        if len(given) != len(rows):
-            raise RecordingError(
-                f"data.mat.{field}", expected=f"{len(rows)}, one a channel", got=str(len(given))
-            )
-    return array[:, list(rows)], names, units
+    own = tuple(f"{mat.kinematics}{row}" for row in rows)
+    return array[:, list(rows)], *channels_of(mat, own, ("",) * len(rows), "data.mat")
 
 
 def whole_lag(spec: RecordingSpec) -> None:

@@ -112,12 +112,17 @@ class Recording:
             raise RecordingError(
                 "recording.bin_width", expected="seconds above zero", got=str(self.bin_width)
             )
-        if len(self.unit_names) != counts.shape[1] or len(set(self.unit_names)) != counts.shape[1]:
-            raise RecordingError(
-                "recording.unit_names",
-                expected=f"{counts.shape[1]} unique names",
-                got=f"{len(self.unit_names)} names, {len(set(self.unit_names))} unique",
-            )
+        channels = len(self.kinematic_names)
+        for what, names, n in (
+            ("unit_names", self.unit_names, counts.shape[1]),
+            ("kinematic_names", self.kinematic_names, channels),
+        ):
+            if len(names) != n or len(set(names)) != n:
+                raise RecordingError(
+                    f"recording.{what}",
+                    expected=f"{n} unique names",
+                    got=f"{len(names)} names, {len(set(names))} unique",
+                )
         if self.valid.size == 0:
             object.__setattr__(self, "valid", np.ones(counts.shape[0], dtype=bool))
         object.__setattr__(
@@ -138,7 +143,15 @@ class Recording:
                 got=str(self.breaks[:5]),
             )
         if self.kinematics is not None:
-            expected = (counts.shape[0], len(self.kinematic_names))
+            units = self.kinematic_units or ("",) * channels
+            object.__setattr__(self, "kinematic_units", units)
+            if len(units) != channels:
+                raise RecordingError(
+                    "recording.kinematic_units",
+                    expected=f"{channels}, one a channel",
+                    got=str(len(units)),
+                )
+            expected = (counts.shape[0], channels)
             if self.kinematics.shape != expected:
                 raise RecordingError(
                     "recording.kinematics", expected=str(expected), got=str(self.kinematics.shape)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.checks import channels_of
 from ilqr_vae.recordings.spec import NwbSpec
 from ilqr_vae.recordings.unbinned import Moving
 
@@ -99,17 +100,13 @@ def kinematics_of(series: dict[str, Any], nwb: NwbSpec, binned: Any) -> Moving |
                 place, expected=f"the clock of {next(iter(chosen))}", got="another one"
             )
     values = np.concatenate(list(parts.values()), axis=1)
-    channels = values.shape[1]
     each = [_channels(item, parts[place].shape[1]) for place, item in chosen.items()]
-    names = nwb.kinematic_names or tuple(name for own, _ in each for name in own)
-    units = nwb.kinematic_units or tuple(unit for _, own in each for unit in own)
-    for field, given in (("kinematic_names", names), ("kinematic_units", units)):
-        if len(given) != channels:
-            raise RecordingError(
-                f"data.nwb.{field}",
-                expected=f"{channels}, one a channel of {path}",
-                got=str(len(given)),
-            )
+    names, units = channels_of(
+        nwb,
+        tuple(name for own, _ in each for name in own),
+        tuple(unit for _, own in each for unit in own),
+        "data.nwb",
+    )
     if len(times) > 1 and not (np.diff(times) > 0).all():
         raise RecordingError(
             f"{path}.timestamps", expected="increasing seconds", got="some that do not"
