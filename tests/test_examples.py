@@ -1,0 +1,48 @@
+"""The examples in ``clients/examples`` run as a user would run them, against the real service."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ilqr_clients.sdk import ServiceClient, model_of
+from rig import make_model, serving
+
+EXAMPLES = Path(__file__).parents[1] / "clients" / "examples"
+UNITS = 5
+
+
+def run(example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / example), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_plain_client_prints_what_the_sdk_receives(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).poisson(1.0, (20, UNITS))
+    np.save(tmp_path / "counts.npy", counts)
+    with serving(make_model(tmp_path / "m.safetensors", n_units=UNITS)) as service:
+        done = run("plain_client.py", service.ingest, str(tmp_path / "counts.npy"))
+        with ServiceClient(service.ingest) as client:
+            model = model_of(client.describe())
+            answers = []
+            with client.open("sdk", units=model.unit_names, bin_width=model.bin_width) as session:
+                for index, row in enumerate(counts):
+                    session.send(index, row)
+                    while len(answers) <= index:
+                        answers += session.receive(5.0)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [str(i) for i in range(len(counts))]
+    assert [line.partition("[")[2] for line in lines] == [
+        str(answer.kinematics).removeprefix("[") for answer in answers
+    ]
+
+
+def test_the_plain_client_says_that_nothing_answers(tmp_path: Path) -> None:
+    np.save(tmp_path / "counts.npy", np.zeros((1, UNITS)))
+    done = run("plain_client.py", "tcp://127.0.0.1:9", str(tmp_path / "counts.npy"))
+    assert done.returncode == 1
+    assert "no description within 5000 ms" in done.stderr
