@@ -83,6 +83,7 @@ def observations(
         DynamicsOptions(),
         DynamicsOptions(normalise_input=True, forget_bias=-1.0, activation="silu"),
         DynamicsOptions(learn_forget_bias=False, activation="relu", expansion=2, step=0.5),
+        DynamicsOptions(activation="soft-relu", input="outside", normalise_input=True),
     ],
 )
 def test_jacobians_equal_autodiff(family: str, options: DynamicsOptions) -> None:
@@ -95,6 +96,11 @@ def test_jacobians_equal_autodiff(family: str, options: DynamicsOptions) -> None
     auto = torch.func.vmap(torch.func.jacrev(lambda z, u: d.step(w, z, u), (0, 1)))(z, u)
     torch.testing.assert_close(A, auto[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(B, auto[1], rtol=0, atol=1e-12)
+    dz, du = normal(5, 4, seed=2), normal(5, 3, seed=3)
+    along = (A @ dz.unsqueeze(-1) + B @ du.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(
+        d.tangent(w, z, u, dz, du), (d.step(w, z, u), along), rtol=0, atol=1e-12
+    )
 
 
 def test_options_do_what_they_say() -> None:

@@ -9,6 +9,7 @@ is refused. Written atomically.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ilqr_vae.errors import ArtifactError, ConfigError
 from ilqr_vae.model.dynamics import FAMILIES, DynamicsOptions
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import LIKELIHOODS, Likelihood, Poisson
+from ilqr_vae.model.likelihoods import LIKELIHOODS, Counts, Likelihood, Poisson
 from ilqr_vae.model.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
@@ -36,11 +37,20 @@ MANIFEST_SHA256 = "ilqr_vae.sha256"
 
 
 class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One observation group: its family, how many channels, where an exp link goes linear."""
+    """One observation group.
+
+    Attributes:
+        family: name of the likelihood.
+        channels: how many.
+        log_rate_max: poisson: where the exp link goes linear.
+        gain, floor: of the Poisson families, see ``likelihoods.Counts``.
+    """
 
     family: str
     channels: int
     log_rate_max: float = 6.0
+    gain: bool = False
+    floor: float = 0.0
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -127,10 +137,14 @@ def build(spec: ModelSpec) -> Model:
             raise ArtifactError(field, expected=f"one of {', '.join(known)}", got=repr(name))
     groups: dict[str, Likelihood] = {}
     for name, g in spec.groups.items():
-        if g.family == Poisson.family:
-            groups[name] = Poisson(spec.latents, g.channels, log_rate_max=g.log_rate_max)
-        else:
-            groups[name] = LIKELIHOODS[g.family](spec.latents, g.channels)
+        kind = LIKELIHOODS[g.family]
+        given: dict[str, Any] = {"log_rate_max": g.log_rate_max} if kind is Poisson else {}
+        if issubclass(kind, Counts):
+            if not 0 <= g.floor < math.inf:
+                field = f"model.groups.{name}.floor"
+                raise ArtifactError(field, expected="zero or more", got=f"{g.floor:g}")
+            given |= {"gain": g.gain, "floor": g.floor}
+        groups[name] = kind(spec.latents, g.channels, **given)
     prior: InputPrior
     if spec.prior == StudentPrior.family:
         if not spec.nu > 2:
@@ -203,12 +217,17 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _identity(manifest: Manifest) -> str:
-    """The model id: of the tensors' hash and of what decides which answers they give."""
-    same = msgspec.structs.replace(
-        manifest, model_id="", scores={}, provenance={}, config={}, history=()
-    )
-    return hashlib.sha256(msgspec.json.encode(same, order="deterministic")).hexdigest()[:12]
+def _identity(written: Mapping[str, Any]) -> str:
+    """The model id: of the tensors' hash and of what decides which answers they give.
+
+    Args:
+        written: the manifest as the file has it, so that files from before a field was added keep
+            their ids.
+    """
+    model = written["model"]
+    blank = {"model_id": "", "scores": {}, "provenance": {}, "config": {}, "history": []}
+    same = {**written, **blank, "model": {**model, "groups": dict(sorted(model["groups"].items()))}}
+    return hashlib.sha256(msgspec.json.encode(same)).hexdigest()[:12]
 
 
 def save_artifact(
@@ -222,7 +241,8 @@ def save_artifact(
     path = Path(path)
     tensors = _tensors(model, readout, mean_rate)
     manifest = msgspec.structs.replace(manifest, sha256=_digest(tensors))
-    manifest = msgspec.structs.replace(manifest, model_id=_identity(manifest))
+    written = msgspec.json.decode(msgspec.json.encode(manifest))
+    manifest = msgspec.structs.replace(manifest, model_id=_identity(written))
     text = msgspec.json.encode(manifest)
     hashed = {KEY: text.decode(), MANIFEST_SHA256: hashlib.sha256(text).hexdigest()}
     blob = save(tensors, metadata=hashed)
@@ -260,9 +280,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
             raise _refuse(path, expected, str(schema))
         if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(MANIFEST_SHA256):
             raise _refuse(path, "the manifest that was written", "one that differs from its hash")
-        return tensors, msgspec.convert(raw, Manifest)
+        manifest = msgspec.convert(raw, Manifest)
     except msgspec.MsgspecError as error:
         raise _refuse(path, "a valid manifest", str(error)) from error
+    if manifest.model_id != (identity := _identity(raw)):
+        raise _refuse(path, f"model id {identity}", manifest.model_id)
+    return tensors, manifest
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -298,8 +321,6 @@ def load_artifact(
     digest = _digest(tensors)
     if digest != manifest.sha256:
         raise _refuse(path, f"tensors with hash {manifest.sha256[:12]}", digest[:12])
-    if manifest.model_id != _identity(manifest):
-        raise _refuse(path, f"model id {_identity(manifest)}", manifest.model_id)
     for name, t in tensors.items():
         if not bool(t.isfinite().all()):
             raise _refuse(path, "finite tensors", f"{name} with values that are not")

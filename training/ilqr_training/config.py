@@ -10,24 +10,45 @@ from typing import Literal
 import msgspec
 
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.model.dynamics import DynamicsOptions
+from ilqr_vae.model.dynamics.base import ACTIVATIONS
 from ilqr_vae.model.readout import ReadoutShape
 from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.streaming.horizon import HorizonConfig
 
 
-class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The ``[model]`` part.
+class ModelConfig(DynamicsOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ``[model]`` part; beside these keys, those of ``DynamicsOptions``.
 
     Attributes:
         latents, inputs: n and m.
-        dynamics: family name (``ilqr_vae.model.dynamics.FAMILIES``).
-        forget_bias: of the MGU2's gate at the start of training.
+        dynamics: family (``ilqr_vae.model.dynamics``).
+        prior: of the inputs; nu: degrees of freedom at which the Student prior starts.
+        initial_mean: learn the mean of z_0; else it is zero, as in the paper.
+        likelihood: of the counts. With "gaussian" and linear dynamics the estimator is the Kalman
+            filter.
+        link: of Poisson counts.
+        gain, floor: of Poisson counts: rate = gain (link(C z + b) + floor), with a learned gain for
+            each unit if true; the floor is in counts per bin at a gain of one.
+        kinematics: let the kinematics shape the latents, as a second group of observations; else
+            they are only read out.
     """
 
     latents: int = 20
     inputs: int = 8
-    dynamics: Literal["mgu2", "linear"] = "mgu2"
-    forget_bias: float = 0.0
+    dynamics: Literal["mgu2", "mgu", "rnn", "mlp", "linear"] = "mgu2"
+    prior: Literal["gaussian", "student"] = "gaussian"
+    nu: float = 5.0
+    initial_mean: bool = True
+    likelihood: Literal["poisson", "gaussian"] = "poisson"
+    link: Literal["exp", "softplus"] = "exp"
+    gain: bool = False
+    floor: float = 0.0
+    kinematics: bool = True
+
+    @property
+    def options(self) -> DynamicsOptions:
+        return DynamicsOptions(**{k: getattr(self, k) for k in DynamicsOptions.__struct_fields__})
 
 
 class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -148,8 +169,19 @@ def check(config: TrainConfig) -> TrainConfig:
         value = getattr(loop, name)
         _require(f"training.{name}", value, "zero or more", 0 <= value < math.inf)
     _require("training.seed", loop.seed, "below 2^63", loop.seed < 2**63)
-    bias, tolerance = config.model.forget_bias, config.estimator.tolerance
-    _require("model.forget_bias", bias, "a finite number", math.isfinite(bias))
+    model, tolerance = config.model, config.estimator.tolerance
+    _require(
+        "model.forget_bias", model.forget_bias, "a finite number", math.isfinite(model.forget_bias)
+    )
+    known = f"one of {', '.join(ACTIVATIONS)}"
+    _require("model.activation", repr(model.activation), known, model.activation in ACTIVATIONS)
+    _require("model.expansion", model.expansion, "at least 1", model.expansion >= 1)
+    _require("model.step", model.step, "above 0, at most 1", 0 < model.step <= 1)
+    _require("model.nu", model.nu, "above 2", 2 < model.nu < math.inf)
+    _require("model.floor", model.floor, "zero or more", 0 <= model.floor < math.inf)
+    plain = not (model.gain or model.floor) and model.link == "exp"
+    poisson = plain or model.likelihood == "poisson"
+    _require("model.likelihood", "gaussian", "poisson, with a gain, a floor or a link", poisson)
     _require("estimator.tolerance", tolerance, "zero or more", 0 <= tolerance < math.inf)
     for name in ("horizon", "iterations"):
         value = getattr(config.estimator, name)

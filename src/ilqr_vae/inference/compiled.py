@@ -7,7 +7,7 @@ solve cannot stand in for a model's families, the log says so once and torch sol
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -21,9 +21,9 @@ from torch import Tensor
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.lqr import LQRProblem, LQRSolution
-from ilqr_vae.model.dynamics import MGU2, Linear, Weights
+from ilqr_vae.model.dynamics import Weights
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import Gaussian, Likelihood, Observations, Poisson
+from ilqr_vae.model.likelihoods import Counts, Gaussian, Likelihood, Observations, Poisson
 from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost
 
 _log = logging.getLogger(__name__)
@@ -47,14 +47,21 @@ def _say(reason: str) -> None:
     _log.warning("no compiled iLQR for %s: it runs in torch", reason)
 
 
-def _unsupported(model: Model, names: Iterable[str]) -> str | None:
-    if type(model.dynamics) not in (Linear, MGU2):
-        return f"the dynamics {model.dynamics.family!r}"
+def unsupported(model: Model, names: Iterable[str], families: Container[str]) -> str | None:
+    """What of a model has no compiled code: dynamics not of these ``families`` (kernels' names),
+    a prior or a likelihood; None where everything has."""
+    dynamics = model.dynamics
+    if dynamics.kernel not in families:
+        variant = f"{dynamics.activation}, input {'outside' if dynamics.outside else 'inside'}"
+        return f"the dynamics {dynamics.family!r} ({variant})"
     if type(model.prior) is not GaussianPrior:
         return f"the prior {model.prior.family!r}"
     for name in names:
-        if type(model.group(name)) not in (Poisson, Gaussian):
-            return f"the likelihood {model.group(name).family!r}"
+        group = model.group(name)
+        if type(group) not in (Poisson, Gaussian):
+            return f"the likelihood {group.family!r}"
+        if isinstance(group, Counts) and not group.plain:
+            return f"the likelihood {group.family!r} with a gain or a floor"
     return None
 
 
@@ -65,7 +72,9 @@ def usable(model: Model, names: Iterable[str], like: Tensor) -> bool:
         return False
     if like.dtype not in (torch.float32, torch.float64) or kernels() is None:
         return False
-    reason = _unsupported(model, names)
+    from ilqr_vae.kernels.cpu.dynamics import FAMILIES
+
+    reason = unsupported(model, names, FAMILIES)
     if reason is not None:
         _say(reason)
     return reason is None
@@ -108,7 +117,7 @@ def plan(model: Model, w: Weights, names: Iterable[str]) -> Plan:
     """Pack a model that is ``usable``."""
     from ilqr_vae.kernels.cpu.dynamics import FAMILIES, pack_weights
 
-    family = model.dynamics.family
+    family = model.dynamics.kernel
     # Poisson channels come first
     order = tuple(sorted(names, key=lambda name: not isinstance(model.group(name), Poisson)))
     dtype = w[0].dtype

@@ -14,13 +14,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ilqr_vae.inference.compiled import unsupported
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.gpu import launch
 from ilqr_vae.lqr import LQRProblem, LQRSolution
-from ilqr_vae.model.dynamics import MGU2, Linear, Weights
+from ilqr_vae.model.dynamics import MGU2, Weights
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observations, Observed, Poisson
-from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost
+from ilqr_vae.model.priors import LOG_2PI, InitialCost
 
 _log = logging.getLogger(__name__)
 
@@ -35,13 +36,9 @@ def _say(reason: str) -> None:
 
 
 def _unsupported(model: Model, names: tuple[str, ...]) -> str | None:
-    if type(model.dynamics) not in (Linear, MGU2):
-        return f"the dynamics {model.dynamics.family!r}"
-    if type(model.prior) is not GaussianPrior:
-        return f"the prior {model.prior.family!r}"
     if len(names) != 1 or type(model.group(names[0])) is not Poisson:
         return "other than one group of Poisson counts"
-    return None
+    return unsupported(model, names, launch.FAMILIES)
 
 
 def iteration(model: Model, w: Weights, names: tuple[str, ...], like: Tensor) -> Iteration | None:

@@ -106,6 +106,15 @@ class Likelihood(nn.Module, ABC):
     ) -> Float[Tensor, "*batch N"]:
         """Draw observations given z."""
 
+    @abstractmethod
+    def evidence(
+        self,
+        mean: Float[Tensor, "*batch N"],
+        baseline: Float[Tensor, " N"],
+        values: Float[Tensor, "*batch N"],
+    ) -> Float[Tensor, "*batch N"]:
+        """log p of values under an expected value less that under a baseline, nats per channel."""
+
     def start_at(self, mean: Float[Tensor, " N"]) -> None:
         """Set b so that E[o | z = 0] is ``mean``, expected counts per bin for spikes."""
         with torch.no_grad():
@@ -151,8 +160,81 @@ class Likelihood(nn.Module, ABC):
         return (d * o.mask) @ self.C, Q
 
 
-class _Counts(Likelihood):
-    """What Poisson families share: integers, drawn at a rate."""
+class Counts(Likelihood):
+    """Base of the Poisson families: rate = gain (link(a) + floor), in expected counts per bin.
+
+    Args:
+        gain: learn a gain for each unit, exp(``log_gain``); else it is one.
+        floor: of the link, zero or more; keeps log p finite where link(a) vanishes.
+    """
+
+    def __init__(self, n: int, channels: int, *, gain: bool = False, floor: float = 0.0) -> None:
+        super().__init__(n, channels)
+        self.floor = floor
+        self.log_gain: nn.Parameter | None = nn.Parameter(torch.zeros(channels)) if gain else None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rate is link(a) itself."""
+        return self.log_gain is None and self.floor == 0
+
+    @abstractmethod
+    def _link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """link(a) and its first two derivatives."""
+
+    @abstractmethod
+    def _log_link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log link(a) and its first two derivatives, exact where link(a) underflows."""
+
+    @abstractmethod
+    def _inverse(self, link: Tensor) -> Tensor:
+        """a of link(a)."""
+
+    def _gained(self, *x: Tensor) -> tuple[Tensor, ...]:
+        return x if self.log_gain is None else tuple(self.log_gain.exp() * y for y in x)
+
+    def _rate(self, a: Tensor) -> tuple[Tensor, ...]:
+        """The rate and its first two derivatives in a."""
+        link, slope, bend = self._link(a)
+        return self._gained(link if self.floor == 0 else link + self.floor, slope, bend)
+
+    def _log_rate(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The log rate and its first two derivatives in a."""
+        if self.floor == 0:
+            value, ratio, bend = self._log_link(a)
+        else:
+            link, slope, second = self._link(a)
+            above = link + self.floor
+            ratio = slope / above
+            value, bend = above.log(), second / above - ratio * ratio
+        return (value if self.log_gain is None else value + self.log_gain), ratio, bend
+
+    def expected(self, a: Tensor) -> Tensor:
+        return self._rate(a)[0]
+
+    def evidence(self, mean: Tensor, baseline: Tensor, values: Tensor) -> Tensor:
+        rate, other = mean.clamp(min=1e-9), baseline.clamp(min=1e-9)
+        return values * (rate.log() - other.log()) - (rate - other)
+
+    def log_prob(self, z: Tensor, o: Observed) -> Tensor:
+        return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
+
+    def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
+        """log p without the constant log y!, which no optimum depends on."""
+        a = self.affine(z)
+        return ((o.values * self._log_rate(a)[0] - self._rate(a)[0]) * o.mask).sum(-1)
+
+    def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = self._log_rate(a)[1]
+        return self._rate(a)[1] - values * ratio, self.curvature(a, values).clamp(min=0)
+
+    def curvature(self, a: Tensor, values: Tensor) -> Tensor:
+        return self._rate(a)[2] - values * self._log_rate(a)[2]
+
+    def start_at(self, mean: Tensor) -> None:
+        with torch.no_grad():
+            (gain,) = self._gained(torch.ones_like(self.b))
+            self.b.copy_(self._inverse((mean / gain - self.floor).clamp(min=1e-3)))
 
     def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.poisson(self.mean(z), generator=generator)
@@ -211,8 +293,8 @@ class _PoissonScore(torch.autograd.Function):
         return gz, e.mT @ z.flatten(0, -2), e.sum(0), None, None
 
 
-class Poisson(_Counts):
-    """Counts per bin, Poisson with rate exp(a), continued linearly above ``log_rate_max``.
+class Poisson(Counts):
+    """Counts per bin, Poisson; the link is exp(a), continued linearly above ``log_rate_max``.
 
     The continuation is once differentiable and keeps the cost convex and bounded below: clamping
     the rate alone would leave -y a unbounded. It starts where no real rate lies.
@@ -220,37 +302,42 @@ class Poisson(_Counts):
 
     family = "poisson"
 
-    def __init__(self, n: int, channels: int, *, log_rate_max: float = 6.0) -> None:
-        super().__init__(n, channels)
+    def __init__(
+        self,
+        n: int,
+        channels: int,
+        *,
+        log_rate_max: float = 6.0,
+        gain: bool = False,
+        floor: float = 0.0,
+    ) -> None:
+        super().__init__(n, channels, gain=gain, floor=floor)
         self.log_rate_max = log_rate_max
 
-    def _rate(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Rate and its slope in a."""
-        slope = torch.exp(a.clamp(max=self.log_rate_max))
-        return slope * (1 + (a - self.log_rate_max).clamp(min=0)), slope
+    def _over(self, a: Tensor) -> Tensor:
+        return (a - self.log_rate_max).clamp(min=0)
 
-    def expected(self, a: Tensor) -> Tensor:
-        return self._rate(a)[0]
+    def _link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slope, over = torch.exp(a.clamp(max=self.log_rate_max)), self._over(a)
+        return slope * (1 + over), slope, torch.where(over > 0, 0.0, slope)
 
-    def _log_rate(self, a: Tensor) -> Tensor:
-        over = (a - self.log_rate_max).clamp(min=0)
-        return a - over + torch.log1p(over)
+    def _log_link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        over = self._over(a)
+        ratio = 1 / (1 + over)
+        return a - over + torch.log1p(over), ratio, torch.where(over > 0, -ratio * ratio, 0.0)
 
-    def log_prob(self, z: Tensor, o: Observed) -> Tensor:
-        return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
-
-    def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
-        """log p without the constant log y!, which no optimum depends on."""
-        a = self.affine(z)
-        return ((o.values * self._log_rate(a) - self._rate(a)[0]) * o.mask).sum(-1)
+    def _inverse(self, link: Tensor) -> Tensor:
+        return link.log()
 
     def score(self, z: Tensor, o: Observed) -> Tensor:
-        if z.device.type != "cpu" or backend.current() == "reference":
+        if not self.plain or z.device.type != "cpu" or backend.current() == "reference":
             return self.log_prob(z, o)
         found: Any = _PoissonScore.apply(z, self.C, self.b, o, self.log_rate_max)
         return found
 
     def slope_along(self, z: Tensor, o: Observed, dz: Tensor) -> Tensor:
+        if not self.plain:
+            return super().slope_along(z, o, dz)
         # linear in the parameters, the gradient worked out: autograd would keep what is as large as
         # the observations, and go through it a second time
         with torch.no_grad():
@@ -267,59 +354,34 @@ class Poisson(_Counts):
         return (gC * self.C).sum() + gb @ self.b
 
     def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        rate, slope = self._rate(a)
-        # exact below log_rate_max (where slope = rate); Fisher information above
-        return slope - values * (slope / rate), slope * (slope / rate)
-
-    def curvature(self, a: Tensor, values: Tensor) -> Tensor:
-        over = (a - self.log_rate_max).clamp(min=0)
-        return torch.where(over > 0, values / (1 + over) ** 2, self._rate(a)[1])
-
-    def start_at(self, mean: Tensor) -> None:
-        with torch.no_grad():
-            self.b.copy_(mean.clamp(min=1e-3).log())
+        slope, ratio = self._rate(a)[1], self._log_rate(a)[1]
+        # Fisher information; without a floor it is exact below log_rate_max, where ratio = 1
+        return slope - values * ratio, slope * ratio
 
 
-class SoftplusPoisson(_Counts):
-    """Counts per bin, Poisson with rate log(1 + exp(a)): linear in a where the rate is high.
+class SoftplusPoisson(Counts):
+    """Counts per bin, Poisson; the link is log(1 + exp(a)): linear in a where the rate is high.
 
-    -log p is convex in a, so its exact second derivative serves as the curvature.
+    Without a floor -log p is convex in a, so its exact second derivative serves as the curvature.
     """
 
     family = "poisson-softplus"
 
-    def _terms(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rate, its slope, and d log rate / d a (which tends to one as the rate to zero)."""
-        rate, slope = _softplus(a), torch.sigmoid(a)
-        ratio = torch.where(a > -15, slope / rate.clamp(min=1e-30), 1 - 0.5 * torch.exp(a))
-        return rate, slope, ratio
+    def _link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slope = torch.sigmoid(a)
+        return _softplus(a), slope, slope * torch.exp(logsigmoid(-a))  # slope (1 - slope)
 
-    def expected(self, a: Tensor) -> Tensor:
-        return _softplus(a)
-
-    def _log_rate(self, a: Tensor) -> Tensor:
+    def _log_link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # log softplus(a) -> a as a -> -inf, where softplus itself would lose its digits
         low = a < -15
-        safe = torch.where(low, torch.zeros_like(a), a)
-        return torch.where(low, a - 0.5 * torch.exp(a), _softplus(safe).log())
+        link = _softplus(torch.where(low, torch.zeros_like(a), a))
+        tail = torch.exp(torch.where(low, a, 0.0))
+        value = torch.where(low, a - 0.5 * tail, link.log())
+        ratio = torch.where(low, 1 - 0.5 * tail, torch.sigmoid(a) / link)
+        return value, ratio, -ratio * (ratio - torch.sigmoid(-a)).clamp(min=0)
 
-    def log_prob(self, z: Tensor, o: Observed) -> Tensor:
-        return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
-
-    def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
-        a = self.affine(z)
-        return ((o.values * self._log_rate(a) - _softplus(a)) * o.mask).sum(-1)
-
-    def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        _, slope, ratio = self._terms(a)
-        bend = slope * torch.exp(logsigmoid(-a))  # slope (1 - slope)
-        # d2/da2 of -y log rate: y ratio (ratio - (1 - slope)), never negative
-        fall = values * ratio * (ratio - torch.sigmoid(-a)).clamp(min=0)
-        return slope - values * ratio, bend + fall
-
-    def start_at(self, mean: Tensor) -> None:
-        with torch.no_grad():
-            self.b.copy_(torch.log(torch.expm1(mean.clamp(min=1e-3))))
+    def _inverse(self, link: Tensor) -> Tensor:
+        return torch.log(torch.expm1(link))
 
 
 class Gaussian(Likelihood):
@@ -333,6 +395,10 @@ class Gaussian(Likelihood):
 
     def expected(self, a: Tensor) -> Tensor:
         return a
+
+    def evidence(self, mean: Tensor, baseline: Tensor, values: Tensor) -> Tensor:
+        precision = torch.exp(-2 * self.log_scale)
+        return 0.5 * precision * ((values - baseline) ** 2 - (values - mean) ** 2)
 
     def log_prob(self, z: Tensor, o: Observed) -> Tensor:
         e = (o.values - self.affine(z)) * torch.exp(-self.log_scale)

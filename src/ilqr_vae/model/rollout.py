@@ -23,7 +23,7 @@ from torch import Tensor
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.kernels.gpu import launch
-from ilqr_vae.model.dynamics import MGU2, Dynamics, Linear, Weights
+from ilqr_vae.model.dynamics import Dynamics, Linear, Weights
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ def _kernels_for(dynamics: Dynamics, like: Tensor) -> Any:
     if like.dtype not in (torch.float32, torch.float64):
         return None
     compiled = _compiled()
-    return compiled if compiled is not None and dynamics.family in compiled.FAMILIES else None
+    return compiled if compiled is not None and dynamics.kernel in compiled.FAMILIES else None
 
 
 def _gpu_kernels_for(dynamics: Dynamics, m: int, like: Tensor) -> Any:
-    if type(dynamics) not in (Linear, MGU2):
+    if dynamics.kernel not in launch.FAMILIES:
         return None
     return _gpu_kernels(like.shape[-1], m, like)
 
@@ -122,13 +122,13 @@ def _run(
     B, T, m = u_ref.shape
     n = z0.shape[1]
     z, u = z0.new_empty(B, T + 1, n), z0.new_empty(B, T, m)
-    weights = kernels.pack_weights(dynamics.family, _arrays(*w))
+    weights = kernels.pack_weights(dynamics.kernel, _arrays(*w))
     threads.share_out(
         kernels.closed_loop,
         B,
         3 * T * n * (n + m),
         (
-            kernels.FAMILIES[dynamics.family],
+            kernels.FAMILIES[dynamics.kernel],
             weights,
             closed,
             *_arrays(z0, z_ref, u_ref, K, k, alpha),
@@ -166,12 +166,12 @@ def jacobians(
     B, T, m = u.shape
     n = z.shape[2]
     found = z.new_empty(B, T, n, n), z.new_empty(B, T, n, m)
-    weights = kernels.pack_weights(dynamics.family, _arrays(*w))
+    weights = kernels.pack_weights(dynamics.kernel, _arrays(*w))
     threads.share_out(
         kernels.jacobians,
         B,
         2 * T * n * n * n,
-        (kernels.FAMILIES[dynamics.family], weights, *_arrays(z, u), *(x.numpy() for x in found)),
+        (kernels.FAMILIES[dynamics.kernel], weights, *_arrays(z, u), *(x.numpy() for x in found)),
         dtype=weights[0].dtype,
         scratch_size=kernels.closed_loop_scratch(T, n, m),
     )

@@ -179,9 +179,8 @@ class MovingHorizon:
         return HorizonState(*(ilqr.where(full, new, old) for new, old in pairs))
 
     def _bits(self, predicted: Tensor, counts: Tensor, mask: Tensor) -> Tensor:
-        """Poisson log-likelihood ratio of predicted to mean rates, in bits."""
-        rate, null = predicted.clamp(min=1e-9), self.mean_rate.clamp(min=1e-9)
-        gain = counts * (rate.log() - null.log()) - (rate - null)
+        """Log-likelihood ratio of predicted to mean rates, in bits."""
+        gain = self.spikes.evidence(predicted, self.mean_rate, counts)
         return (gain * mask).sum(-1) / LOG_2
 
     @torch.no_grad()

@@ -10,27 +10,39 @@ import torch
 from ilqr_training.config import ModelConfig
 from ilqr_training.fit.crops import Prepared
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
-from ilqr_vae.model.dynamics import MGU2
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import Gaussian, Poisson
+from ilqr_vae.model.likelihoods import Gaussian, Poisson, SoftplusPoisson
 
 
 def model_spec(config: ModelConfig, data: Prepared) -> ModelSpec:
     """Families and sizes for a recording."""
     a, b = data.train
     counts = data.recording.counts[a:b]
+    poisson = SoftplusPoisson if config.link == "softplus" else Poisson
+    family = Gaussian if config.likelihood == "gaussian" else poisson
     # the exponential link goes linear beyond any rate the data could ask for
     log_rate_max = math.log(10.0 * (1.0 + float(counts.max())))
     groups = {
         "spikes": GroupSpec(
-            family=Poisson.family, channels=counts.shape[1], log_rate_max=log_rate_max
+            family=family.family,
+            channels=counts.shape[1],
+            log_rate_max=log_rate_max,
+            gain=config.gain,
+            floor=config.floor,
         )
     }
-    if data.recording.kinematics is not None:
+    if data.recording.kinematics is not None and config.kinematics:
         channels = data.recording.kinematics.shape[1]
         groups["kinematics"] = GroupSpec(family=Gaussian.family, channels=channels)
     return ModelSpec(
-        dynamics=config.dynamics, latents=config.latents, inputs=config.inputs, groups=groups
+        dynamics=config.dynamics,
+        prior=config.prior,
+        latents=config.latents,
+        inputs=config.inputs,
+        groups=groups,
+        options=config.options,
+        nu=config.nu,
+        initial_mean=config.initial_mean,
     )
 
 
@@ -39,11 +51,14 @@ def build_model(config: ModelConfig, data: Prepared) -> Model:
     model = build(model_spec(config, data))
     a, b = data.train
     seen = data.recording.mask()[a:b]
-    mean = np.where(seen, data.recording.counts[a:b], 0).sum(0) / np.maximum(seen.sum(0), 1)
+    counts = np.where(seen, data.recording.counts[a:b], 0).astype(np.float64)
+    bins = np.maximum(seen.sum(0), 1)
+    mean = counts.sum(0) / bins
     spikes = model.group("spikes")
+    spikes.start_at(torch.as_tensor(mean))
     with torch.no_grad():
-        spikes.b.copy_(torch.as_tensor(np.log(np.maximum(mean, 1e-3))))
         spikes.C.mul_(0.5)
-        if isinstance(model.dynamics, MGU2):
-            model.dynamics.gate_bias.fill_(config.forget_bias)
+        if isinstance(spikes, Gaussian):
+            variance = np.maximum((counts**2).sum(0) / bins - mean**2, 1e-6)
+            spikes.log_scale.copy_(torch.as_tensor(0.5 * np.log(variance)))
     return model

@@ -109,7 +109,7 @@ class Crops:
         self.starts, stops = _starts(data.recording.segments(a, b), a, chunk)
         self.stop_of = torch.as_tensor(stops, device=like.device)
         self.whole = all(stop - start >= chunk for start, stop in data.recording.segments(a, b))
-        k = data.standardised()
+        k = data.standardised() if "kinematics" in model.groups else None
         self.kinematics = None if k is None else torch.as_tensor(k[a:b]).to(like)
         self.z = torch.zeros(self.n_bins + 1, model.n).to(like)
         self.u = torch.zeros(self.n_bins, model.m).to(like)

@@ -210,6 +210,7 @@ def _take_in(b, model, null, before, after, arriving, predicted, estimate, scrat
     for i in range(n):
         at[0, i] = z[b, newest + 1, i]
     observations.expected(bank, at, expected)
+    poisson, _, _, _, precision, _, _ = bank
     gain, seen = 0.0, 0.0
     ended[b] = RUNNING
     for i in range(N):
@@ -223,7 +224,11 @@ def _take_in(b, model, null, before, after, arriving, predicted, estimate, scrat
         mask[b, newest, i] = here
         floor, base = 1e-9, max(null[i], 1e-9)
         rate = max(expected[0, i], floor) if expected[0, i] == expected[0, i] else expected[0, i]
-        gain += (count * (math.log(rate) - math.log(base)) - (rate - base)) * here
+        if i < poisson:
+            gain += (count * (math.log(rate) - math.log(base)) - (rate - base)) * here
+        else:
+            error, other = count - expected[0, i], count - null[i]
+            gain += 0.5 * precision[i] * (other * other - error * error) * here
         seen += count * here
     bits[b] = gain / math.log(2.0)
     spikes[b] = seen

@@ -14,6 +14,8 @@ import torch
 
 _log = logging.getLogger(__name__)
 
+#: Dynamics with kernels, by ``Dynamics.kernel``.
+FAMILIES = ("linear", "mgu2")
 #: The largest problem whose blocks a program can hold: n by dtype, and m.
 LARGEST_N = {torch.float32: 128, torch.float64: 64}
 LARGEST_M = 32

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ilqr_vae.errors import ConfigError
 
 Weights = tuple[Tensor, ...]
 
@@ -21,8 +24,9 @@ class DynamicsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         learn_forget_bias: mgu, mgu2: else the bias stays there (zero and fixed: no bias at all).
         normalise_input: mgu, mgu2: columns of the input weights have unit length, so that the
             prior's scale alone says how strong an input is.
-        activation: rnn, mlp: "tanh", "relu" or "silu" (relu has no second derivative: the exact
-            gradient then holds wherever no unit sits on its kink).
+        activation: mgu, mgu2, rnn, mlp: one of ``ACTIVATIONS`` (relu has no second derivative: the
+            exact gradient then holds wherever no unit sits on its kink).
+        input: mgu, mgu2: whether W u enters inside the activation or is added outside it.
         expansion: mlp: width of its hidden layer, in latents.
         step: mlp: share of the way to where its network points that one step covers.
     """
@@ -31,18 +35,81 @@ class DynamicsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     learn_forget_bias: bool = True
     normalise_input: bool = False
     activation: str = "tanh"
+    input: Literal["inside", "outside"] = "inside"
     expansion: int = 4
     step: float = 0.1
 
 
+class Activation(NamedTuple):
+    """An elementwise function.
+
+    Attributes:
+        value: x -> phi(x).
+        slope: (x, phi(x)) -> phi'(x).
+    """
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
+
+    def slope_at(self, x: Tensor) -> Tensor:
+        """phi'(x)."""
+        return self.slope(x, self.value(x))
+
+
+def _silu_slope(x: Tensor, _: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _root(x: Tensor) -> Tensor:
+    return torch.sqrt(x * x + 4)
+
+
+ACTIVATIONS = {
+    "tanh": Activation(torch.tanh, lambda x, y: 1 - y * y),
+    "relu": Activation(torch.relu, lambda x, y: (x > 0).to(x.dtype)),
+    "silu": Activation(lambda x: x * torch.sigmoid(x), _silu_slope),
+    # (x + sqrt(x^2 + 4)) / 2 - 1: smooth, zero at zero, above -1 (Schimel et al. 2022, appendix C)
+    "soft-relu": Activation(
+        lambda x: 0.5 * (x + _root(x)) - 1, lambda x, y: 0.5 * (1 + x / _root(x))
+    ),
+}
+"""The activations by the name configs and model files use."""
+
+
 class Dynamics(nn.Module, ABC):
-    """Base of the families; ``family`` names one in configs and model files."""
+    """Base of the families; ``family`` names one in configs and model files.
+
+    Attributes:
+        activation: see ``ACTIVATIONS``.
+        outside: whether W u is added outside the activation.
+
+    Raises:
+        ConfigError: an unknown activation.
+    """
 
     family: str
+    outside: bool = False
 
-    def __init__(self, n: int, m: int) -> None:
+    def __init__(self, n: int, m: int, *, activation: str = "tanh") -> None:
         super().__init__()
         self.n, self.m = n, m
+        if activation not in ACTIVATIONS:
+            raise ConfigError(
+                "dynamics.activation",
+                expected=f"one of {', '.join(ACTIVATIONS)}",
+                got=repr(activation),
+            )
+        self.activation = activation
+
+    @property
+    def _phi(self) -> Activation:
+        return ACTIVATIONS[self.activation]
+
+    @property
+    def kernel(self) -> str:
+        """The name by which compiled code knows this family and variant; "" where it has none."""
+        return ""
 
     @classmethod
     @abstractmethod

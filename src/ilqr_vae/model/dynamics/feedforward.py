@@ -11,40 +11,7 @@ from ilqr_vae.errors import ConfigError
 from ilqr_vae.model.dynamics.base import Dynamics, DynamicsOptions, Weights
 
 
-def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = torch.tanh(x)
-    return y, 1 - y * y
-
-
-def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.relu(x), (x > 0).to(x.dtype)
-
-
-def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
-    s = torch.sigmoid(x)
-    return x * s, s * (1 + x * (1 - s))
-
-
-_ACTIVATIONS = {"tanh": _tanh, "relu": _relu, "silu": _silu}
-"""Name -> function that answers value and slope."""
-
-
-class _Activated(Dynamics):
-    """A family with a choice of activation."""
-
-    def __init__(self, n: int, m: int, activation: str) -> None:
-        super().__init__(n, m)
-        if activation not in _ACTIVATIONS:
-            raise ConfigError(
-                "dynamics.activation",
-                expected=f"one of {', '.join(_ACTIVATIONS)}",
-                got=repr(activation),
-            )
-        self.activation = activation
-        self._phi = _ACTIVATIONS[activation]
-
-
-class RNN(_Activated):
+class RNN(Dynamics):
     """Vanilla RNN: z' = phi(U z + W u + b).
 
     Raises:
@@ -54,7 +21,7 @@ class RNN(_Activated):
     family = "rnn"
 
     def __init__(self, n: int, m: int, *, activation: str = "tanh") -> None:
-        super().__init__(n, m, activation)
+        super().__init__(n, m, activation=activation)
         self.recurrent = nn.Parameter(torch.randn(n, n) / math.sqrt(n))
         self.bias = nn.Parameter(torch.zeros(n))
         self.input = nn.Parameter(torch.randn(n, m) / math.sqrt(m))
@@ -68,15 +35,15 @@ class RNN(_Activated):
 
     def step(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
         U, b, W = w
-        return self._phi(z @ U.mT + u @ W.mT + b)[0]
+        return self._phi.value(z @ U.mT + u @ W.mT + b)
 
     def jacobians(self, w: Weights, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         U, b, W = w
-        slope = self._phi(z @ U.mT + u @ W.mT + b)[1].unsqueeze(-1)
+        slope = self._phi.slope_at(z @ U.mT + u @ W.mT + b).unsqueeze(-1)
         return slope * U, slope * W
 
 
-class ResidualMLP(_Activated):
+class ResidualMLP(Dynamics):
     """Inverted-bottleneck step: a hidden layer wider than z says where z should go.
 
     z' = z + step (h - z) + step B u,   h = V phi(U z + W u + b) + c
@@ -98,7 +65,7 @@ class ResidualMLP(_Activated):
     def __init__(
         self, n: int, m: int, *, activation: str = "tanh", expansion: int = 4, step: float = 0.1
     ) -> None:
-        super().__init__(n, m, activation)
+        super().__init__(n, m, activation=activation)
         if expansion < 1:
             raise ConfigError("dynamics.expansion", expected="at least 1", got=str(expansion))
         if not 0 < step <= 1:
@@ -134,12 +101,12 @@ class ResidualMLP(_Activated):
 
     def step(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
         U, W, b, V, c, B = w
-        h = self._phi(z @ U.mT + u @ W.mT + b)[0] @ V.mT + c
+        h = self._phi.value(z @ U.mT + u @ W.mT + b) @ V.mT + c
         return (1 - self.share) * z + h + u @ B.mT
 
     def jacobians(self, w: Weights, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         U, W, b, V, _c, B = w
-        slope = self._phi(z @ U.mT + u @ W.mT + b)[1].unsqueeze(-2)
+        slope = self._phi.slope_at(z @ U.mT + u @ W.mT + b).unsqueeze(-2)
         # V diag(slope) [U W] for all times as one matrix product
         wide = (V * slope) @ torch.cat([U, W], 1)
         n = z.shape[-1]

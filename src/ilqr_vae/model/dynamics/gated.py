@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -18,28 +20,29 @@ def unit_columns(W: Tensor) -> Tensor:
 class MGU2(Dynamics):
     """Minimal gated unit, variant 2 (Heck & Salem 2017; Schimel et al. 2022, appendix C).
 
-    f = sigmoid(U_f z + b_f);  h = tanh(U_h (f . z) + W u + b_h);  z' = (1 - f) . z + f . h
+    f = sigmoid(U_f z + b_f);  h = phi(U_h (f . z) + W u + b_h);  z' = (1 - f) . z + f . h
 
-    ``b_f`` starts at ``forget_bias`` and is learned unless told not to; negative makes slow units
-    (small f) at the start. With ``normalise_input`` the columns of W have unit length.
+    With ``input="outside"``, h = phi(U_h (f . z) + b_h) + W u. The published models have that and
+    phi = "soft-relu". ``b_f`` starts at ``forget_bias`` and is learned unless told not to; negative
+    makes slow units (small f) at the start. With ``normalise_input`` the columns of W have unit
+    length.
+
+    Args:
+        options: fields of ``DynamicsOptions``.
+
+    Raises:
+        ConfigError: an unknown activation.
     """
 
     family = "mgu2"
 
-    def __init__(
-        self,
-        n: int,
-        m: int,
-        *,
-        forget_bias: float = 0.0,
-        learn_forget_bias: bool = True,
-        normalise_input: bool = False,
-    ) -> None:
-        super().__init__(n, m)
-        self.normalise_input = normalise_input
+    def __init__(self, n: int, m: int, **options: Any) -> None:
+        chosen = DynamicsOptions(**options)
+        super().__init__(n, m, activation=chosen.activation)
+        self.outside, self.normalise_input = chosen.input == "outside", chosen.normalise_input
         self.gate = nn.Parameter(torch.randn(n, n) / math.sqrt(n))
         self.gate_bias = nn.Parameter(
-            torch.full((n,), float(forget_bias)), requires_grad=learn_forget_bias
+            torch.full((n,), float(chosen.forget_bias)), requires_grad=chosen.learn_forget_bias
         )
         self.hidden = nn.Parameter(torch.randn(n, n) / math.sqrt(n))
         self.hidden_bias = nn.Parameter(torch.zeros(n))
@@ -47,48 +50,59 @@ class MGU2(Dynamics):
 
     @classmethod
     def from_options(cls, n: int, m: int, options: DynamicsOptions) -> MGU2:
-        return cls(
-            n,
-            m,
-            forget_bias=options.forget_bias,
-            learn_forget_bias=options.learn_forget_bias,
-            normalise_input=options.normalise_input,
-        )
+        return cls(n, m, **msgspec.structs.asdict(options))
 
-    def _input(self) -> Tensor:
-        return unit_columns(self.input) if self.normalise_input else self.input
+    @property
+    def kernel(self) -> str:
+        plain = type(self) is MGU2 and self.activation == "tanh" and not self.outside
+        return self.family if plain else ""
+
+    def _columns(self, W: Tensor) -> Tensor:
+        return unit_columns(W) if self.normalise_input else W
 
     def weights(self) -> Weights:
-        return self.gate, self.gate_bias, self.hidden, self.hidden_bias, self._input()
+        return self.gate, self.gate_bias, self.hidden, self.hidden_bias, self._columns(self.input)
+
+    def _gate(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
+        return torch.sigmoid(z @ w[0].mT + w[1])
+
+    def _candidate(self, w: Weights, f: Tensor, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """h, and the slope of phi."""
+        _, _, Uh, bh, W, *_ = w
+        recurrent, drive = (f * z) @ Uh.mT, u @ W.mT
+        x = recurrent + bh if self.outside else recurrent + drive + bh
+        h = self._phi.value(x)
+        return (h + drive if self.outside else h), self._phi.slope(x, h)
 
     def step(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
-        Uf, bf, Uh, bh, W = w
-        f = torch.sigmoid(z @ Uf.mT + bf)
-        h = torch.tanh((f * z) @ Uh.mT + u @ W.mT + bh)
-        return z + f * (h - z)
+        f = self._gate(w, z, u)
+        return z + f * (self._candidate(w, f, z, u)[0] - z)
 
     def jacobians(self, w: Weights, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        Uf, bf, Uh, bh, W = w
-        f = torch.sigmoid(z @ Uf.mT + bf)
-        h = torch.tanh((f * z) @ Uh.mT + u @ W.mT + bh)
-        fh = f * (1 - h * h)  # d z' / d (argument of tanh)
-        s = f * (1 - f)  # slope of the gate
+        Uf, _, Uh, _, W, *Wf = w
+        f = self._gate(w, z, u)
+        h, slope = self._candidate(w, f, z, u)
+        fh = (f * slope).unsqueeze(-1)  # d z' / d (argument of phi)
+        s = (f * (1 - f)).unsqueeze(-1)  # slope of the gate
         # A = diag(1 - f) + diag(h - z) F + diag(fh) U_h (diag(f) + diag(z) F),  F = diag(s) U_f
-        F = s.unsqueeze(-1) * Uf
-        A = (h - z).unsqueeze(-1) * F + fh.unsqueeze(-1) * (
-            Uh * f.unsqueeze(-2) + (Uh * z.unsqueeze(-2)) @ F
-        )
-        A = A + torch.diag_embed(1 - f)
-        return A, fh.unsqueeze(-1) * W
+        gap, Uz = (h - z).unsqueeze(-1), Uh * z.unsqueeze(-2)
+        F = s * Uf
+        A = gap * F + fh * (Uh * f.unsqueeze(-2) + Uz @ F) + torch.diag_embed(1 - f)
+        B = (f.unsqueeze(-1) if self.outside else fh) * W
+        for V in Wf:  # the input's way through the gate
+            G = s * V
+            B = B + gap * G + fh * (Uz @ G)
+        return A, B
 
     def tangent(
         self, w: Weights, z: Tensor, u: Tensor, dz: Tensor, du: Tensor
     ) -> tuple[Tensor, Tensor]:
-        Uf, bf, Uh, bh, W = w
-        f = torch.sigmoid(z @ Uf.mT + bf)
-        h = torch.tanh((f * z) @ Uh.mT + u @ W.mT + bh)
-        df = f * (1 - f) * (dz @ Uf.mT)
-        dh = (1 - h * h) * ((df * z + f * dz) @ Uh.mT + du @ W.mT)
+        Uf, _, Uh, _, W, *Wf = w
+        f = self._gate(w, z, u)
+        h, slope = self._candidate(w, f, z, u)
+        df = f * (1 - f) * (dz @ Uf.mT + sum(du @ V.mT for V in Wf))
+        recurrent, drive = (df * z + f * dz) @ Uh.mT, du @ W.mT
+        dh = slope * recurrent + drive if self.outside else slope * (recurrent + drive)
         gap = h - z
         return z + f * gap, dz + df * gap + f * (dh - dz)
 
@@ -101,44 +115,12 @@ class MGU(MGU2):
 
     family = "mgu"
 
-    def __init__(
-        self,
-        n: int,
-        m: int,
-        *,
-        forget_bias: float = 0.0,
-        learn_forget_bias: bool = True,
-        normalise_input: bool = False,
-    ) -> None:
-        super().__init__(
-            n,
-            m,
-            forget_bias=forget_bias,
-            learn_forget_bias=learn_forget_bias,
-            normalise_input=normalise_input,
-        )
+    def __init__(self, n: int, m: int, **options: Any) -> None:
+        super().__init__(n, m, **options)
         self.gate_input = nn.Parameter(torch.randn(n, m) / math.sqrt(m))
 
     def weights(self) -> Weights:
-        Wf = unit_columns(self.gate_input) if self.normalise_input else self.gate_input
-        return self.gate, self.gate_bias, self.hidden, self.hidden_bias, self._input(), Wf
+        return *super().weights(), self._columns(self.gate_input)
 
-    def step(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
-        Uf, bf, Uh, bh, W, Wf = w
-        f = torch.sigmoid(z @ Uf.mT + u @ Wf.mT + bf)
-        h = torch.tanh((f * z) @ Uh.mT + u @ W.mT + bh)
-        return z + f * (h - z)
-
-    # its step is another than MGU2's, so is its change
-    tangent = Dynamics.tangent
-
-    def jacobians(self, w: Weights, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        Uf, bf, Uh, bh, W, Wf = w
-        f = torch.sigmoid(z @ Uf.mT + u @ Wf.mT + bf)
-        h = torch.tanh((f * z) @ Uh.mT + u @ W.mT + bh)
-        fh = (f * (1 - h * h)).unsqueeze(-1)
-        s = (f * (1 - f)).unsqueeze(-1)
-        gap, Uz = (h - z).unsqueeze(-1), Uh * z.unsqueeze(-2)
-        F, G = s * Uf, s * Wf  # df/dz, df/du
-        A = gap * F + fh * (Uh * f.unsqueeze(-2) + Uz @ F) + torch.diag_embed(1 - f)
-        return A, gap * G + fh * (Uz @ G + W)
+    def _gate(self, w: Weights, z: Tensor, u: Tensor) -> Tensor:
+        return torch.sigmoid(z @ w[0].mT + u @ w[5].mT + w[1])

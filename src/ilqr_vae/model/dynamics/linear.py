@@ -29,6 +29,10 @@ class Linear(Dynamics):
     def from_options(cls, n: int, m: int, options: DynamicsOptions) -> Linear:
         return cls(n, m)
 
+    @property
+    def kernel(self) -> str:
+        return self.family if type(self) is Linear else ""
+
     def weights(self) -> Weights:
         left = torch.linalg.matrix_exp(self.skew_left - self.skew_left.mT)
         right = torch.linalg.matrix_exp(self.skew_right - self.skew_right.mT)
