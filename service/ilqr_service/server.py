@@ -92,7 +92,7 @@ class Service:
             idle_ns=round(settings.idle_s * 1e9),
             backlog=max(2 * settings.credits, settings.gap_limit + settings.credits),
         )
-        self._table = SessionTable(engine.facts, limits)
+        self._table = SessionTable(engine.facts, limits, reaches=self._reply)
         engines = {"main": engine} | (more or {})
         fleet = Fleet(engine)
         for name, other in engines.items():
@@ -294,8 +294,6 @@ class Service:
 
     def _answers(self) -> None:
         answers = self._solver.finished()
-        if not answers:
-            return
         step: list[Effects] = []
         while answers:
             answer = answers.popleft()
@@ -390,11 +388,13 @@ class Service:
             for owner, reply in effects.replies:
                 self._reply(owner, reply)
 
-    def _reply(self, owner: bytes, message: messages.Message) -> None:
+    def _reply(self, owner: bytes, message: messages.Message) -> bool:
+        """Send to a feeder; false if its connection is gone, or it has none yet."""
         if not owner:
-            return  # a session that outlived its service, and has no feeder yet
+            return False
         try:
             self._router.send_multipart([owner, messages.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            # EHOSTUNREACH: gone. EAGAIN: it does not read. Either way it is the feeder's loss.
+        except zmq.ZMQError as error:
             self.telemetry.count(Counter({"unreachable": 1}))
+            return error.errno == zmq.EAGAIN  # it does not read
+        return True

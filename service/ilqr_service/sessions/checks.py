@@ -1,4 +1,4 @@
-"""Is a message what this model can take? Pure functions; a ProtocolError says what is wrong."""
+"""Checks of messages against the model that is to serve them. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ilqr_vae.protocol import messages
 
 SESSION_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_INDEX = 2**53
-MAX_COUNT = 2**31 - 1
 MAX_DEADLINE_NS = 3_600_000_000_000
 
 
@@ -23,7 +22,7 @@ def _short(text: str) -> str:
 
 
 def check_open(message: messages.Open, facts: ModelFacts) -> None:
-    """Raises ProtocolError naming the field where the model cannot serve such a session."""
+    """Raises ProtocolError naming the field if the model cannot serve such a session."""
     if message.protocol != messages.PROTOCOL:
         raise ProtocolError("protocol", expected=str(messages.PROTOCOL), got=str(message.protocol))
     if not SESSION_NAME.fullmatch(message.session):
@@ -64,7 +63,7 @@ def check_bin(message: messages.Bin, facts: ModelFacts) -> tuple[Vector, NDArray
     """Counts and mask of a bin, each (N,).
 
     Raises:
-        ProtocolError: not one count per unit; a count that is not a whole number in [0, 2^31);
+        ProtocolError: not one count per unit; a count that is not a whole number in [0, 65535];
             a mask that is not u1 of zeros and ones; an index out of range.
     """
     if not 0 <= message.index <= MAX_INDEX:
@@ -76,12 +75,12 @@ def check_bin(message: messages.Bin, facts: ModelFacts) -> tuple[Vector, NDArray
         bad = counts[~np.isfinite(counts)][0]
         raise ProtocolError("counts", expected="finite numbers", got=str(bad))
     if raw.dtype.kind != "u" or raw.dtype.itemsize > 2:
-        wrong = (counts < 0) | (counts > MAX_COUNT) | (counts != np.floor(counts))
+        wrong = (counts < 0) | (counts > messages.MAX_COUNT) | (counts != np.floor(counts))
         if wrong.any():
             unit = int(np.flatnonzero(wrong)[0])
             raise ProtocolError(
                 "counts",
-                expected=f"whole numbers from 0 to {MAX_COUNT}",
+                expected=f"whole numbers from 0 to {messages.MAX_COUNT}",
                 got=f"{counts[unit]:g} for unit {facts.unit_names[unit]!r}",
             )
     if message.mask is None:

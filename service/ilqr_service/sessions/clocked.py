@@ -1,74 +1,110 @@
-"""What the table of sessions has to do next, without looking through all sessions: credits to tell
-and clocked bins to answer."""
+"""Clocked sessions: when a feeder's next bin is due, and which session's is due next."""
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from ilqr_service.sessions.session import Limits, Session
-from ilqr_vae.protocol import messages
+if TYPE_CHECKING:
+    from ilqr_service.sessions.session import Limits, Session
+
+_ARRIVALS = 64
+_FEWEST = 8
+_MAX_DRIFT = 0.1
+_LATE_IN_A_ROW = 3
 
 
-class Credits:
-    """Credits that came free and were not told yet.
+class FeederClock:
+    """When a feeder's bins are expected to arrive: phase and rate, followed from arrivals.
+
+    A bin that is delayed on its way arrives later than expected, and none arrives earlier. The
+    expected times are therefore a line under the newest arrivals that were in time: its slope joins
+    the earliest of their two halves (at most 10 % from the bin width), and it touches the earliest.
+
+    A feeder that pauses, or is slower than that, falls behind the line. If three bins in a row
+    arrive after they were due, and not in a burst, the line slips: it begins again at the last.
 
     Args:
-        limits: how many a feeder has.
+        width_ns: the bin width.
+        grace_ns: how long after its expected time a bin is due.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        # where so many are owed their feeder may soon be short of them
-        self._many = max(1, limits.credits // 8)
-        self._owing: dict[int, Session] = {}
-        self._owing_many: dict[int, Session] = {}
+    def __init__(self, width_ns: int, grace_ns: int) -> None:
+        self._width, self._grace = width_ns, grace_ns
+        self.restart()
 
-    def owe(self, session: Session) -> None:
-        """One more."""
-        session.owed += 1
-        self._owing[session.run] = session
-        if session.owed >= self._many:
-            self._owing_many[session.run] = session
+    def restart(self) -> None:
+        """Forget the arrivals so far."""
+        self._arrivals: deque[tuple[int, int]] = deque(maxlen=_ARRIVALS)
+        self._behind: list[int] = []
+        self._slope = 0.0
+        self._origin = self._offset = 0
 
-    def forget(self, run: int) -> None:
-        """A run has ended."""
-        self._owing.pop(run, None)
-        self._owing_many.pop(run, None)
+    def due_ns(self, index: int) -> int | None:
+        """When a bin is to be answered without it; None before the first arrival."""
+        if not self._arrivals:
+            return None
+        drift = round(self._slope * (index - self._origin))
+        return self._offset + drift + index * self._width + self._grace
 
-    def told(self, *, all_owed: bool) -> list[tuple[bytes, messages.Credit]]:
-        """One message for each session that is owed many, or any."""
-        due = self._owing if all_owed else self._owing_many
-        if not due:
-            return []
-        sessions = list(due.values())
-        for session in sessions:
-            self.forget(session.run)
-        return [(s.owner, s.credit()) for s in sessions if s.owed]
+    def arrived(self, index: int, now_ns: int) -> int:
+        """Follow an arrival. Returns by how many nanoseconds the line slipped, 0 if it did not."""
+        due, offset = self.due_ns(index), now_ns - index * self._width
+        slipped = 0
+        if due is not None and now_ns > due:
+            self._behind.append(offset)
+            first, last = self._behind[-_LATE_IN_A_ROW:][0], offset
+            if len(self._behind) < _LATE_IN_A_ROW or 2 * (first - last) >= self._width:
+                return 0
+            slipped = now_ns - (due - self._grace)
+            self._arrivals.clear()
+        self._behind.clear()
+        self._arrivals.append((index, offset))
+        self._fit()
+        return slipped
+
+    def _fit(self) -> None:
+        arrivals = list(self._arrivals)
+        if len(arrivals) >= _FEWEST:
+            half = len(arrivals) // 2
+            first, last = (min(part, key=_offset) for part in (arrivals[:half], arrivals[half:]))
+            if last[0] > first[0]:
+                limit = _MAX_DRIFT * self._width
+                slope = (last[1] - first[1]) / (last[0] - first[0])
+                self._slope = min(limit, max(-limit, slope))
+        self._origin = arrivals[-1][0]
+        self._offset = min(o - round(self._slope * (i - self._origin)) for i, o in arrivals)
+
+
+def _offset(arrival: tuple[int, int]) -> int:
+    return arrival[1]
 
 
 class TimeTable:
     """When the next bins of clocked sessions are to be answered without them.
 
     Args:
-        runs: the sessions by run, kept up by the table.
-        limits: see ``Session.overdue_ns``.
+        runs: the sessions by run, kept up by the session table.
+        limits: see ``Session.due_ns``.
     """
 
     def __init__(self, runs: Mapping[int, Session], limits: Limits) -> None:
         self._runs, self._limits = runs, limits
-        self._noted: list[tuple[int, int]] = []  # a heap of (time, run), most of them long past
+        self._due: list[tuple[int, int]] = []  # a heap of (time, run), most of them out of date
 
     def note(self, session: Session) -> None:
-        """Something about a session's next bin may have changed."""
-        if session.request.clocked and (due := session.overdue_ns(self._limits)) is not None:
-            heapq.heappush(self._noted, (due, session.run))
+        """Look at a session whose next bin may be due at another time than before."""
+        if (due := session.due_ns(self._limits)) is not None:
+            heapq.heappush(self._due, (due, session.run))
 
     def next(self) -> int | None:
-        """The earliest, in nanoseconds; None where there is none."""
-        while self._noted:
-            due, run = self._noted[0]
+        """The earliest due time in nanoseconds, None if no bin is due."""
+        while self._due:
+            due, run = self._due[0]
             session = self._runs.get(run)
-            if session is not None and session.overdue_ns(self._limits) == due:
+            if session is not None and session.due_ns(self._limits) == due:
                 return due
-            heapq.heappop(self._noted)  # its bin has come since, or it has ended
+            heapq.heappop(self._due)  # its bin has come since, or the session has ended
         return None

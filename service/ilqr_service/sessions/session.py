@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ilqr_service.sessions.arrivals import Arrivals
+from ilqr_service.sessions.clocked import FeederClock
 from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Vector, Work, status_of
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
@@ -82,8 +84,9 @@ class Effects(msgspec.Struct):
             self._frames = [messages.encode(message) for message in self.published]
         return self._frames
 
-    @staticmethod
-    def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
+    def refuse(
+        self, owner: bytes, error: ProtocolError, session: str = "", index: int = -1
+    ) -> Effects:
         """Say what was wrong with one message, and count it by the field that was wrong."""
         reason = error.field.split(".")[0].split("[")[0]
         refused = messages.Refused(
@@ -91,8 +94,16 @@ class Effects(msgspec.Struct):
             expected=error.expected,
             got=error.got[:200],
             session=session[:64],
+            index=index,
         )
-        return Effects(replies=[(owner, refused)], events={f"refused:{reason}": 1})
+        self.replies.append((owner, refused))
+        self.events[f"refused:{reason}"] += 1
+        return self
+
+    @staticmethod
+    def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
+        """Effects that only refuse a message."""
+        return Effects().refuse(owner, error, session)
 
 
 def counted(steps: list[Effects]) -> tuple[dict[str, int], float, int]:
@@ -134,11 +145,8 @@ def _packed(values: Vector) -> messages.Array:
     return messages.Array("<f8", values.shape, values.astype(_F8, copy=False).tobytes())
 
 
-ARRIVALS = 256
-"""Newest arrivals that a clocked session's time table follows."""
-
 RECENT = 64
-"""Newest results that are kept to be published again to whoever resumes."""
+"""Newest results that are kept, to be published again if the feeder asks."""
 
 _REMEMBERED = 4096
 
@@ -154,7 +162,9 @@ class Session:
         owner: its feeder; empty while none has taken up a session that outlived its service.
         user: who the feeder is, where the service can tell.
         next_index: the first bin that has not come.
-        source: index and source time of the newest bin of this feeder.
+        token: proves that a message is from the session's feeder; empty if it stated none.
+        denied: connections that were refused this session, which never follow its feeder's.
+        arrivals, clock: what later bins of the feeder are compared with.
         base: where the estimate began.
         serial: works queued so far.
         missing: indices answered without a bin.
@@ -197,39 +207,32 @@ class Session:
     recent: deque[messages.Result] = field(
         default_factory=lambda: deque[messages.Result](maxlen=RECENT)
     )
-    arrivals: deque[int] = field(default_factory=lambda: deque[int](maxlen=ARRIVALS))
-    anchor_ns: int = 0
-    source: tuple[int, int] = (-1, -(2**62))
+    denied: set[bytes] = field(default_factory=set[bytes])
+    token: str = field(init=False)
+    arrivals: Arrivals = field(init=False)
+    clock: FeederClock = field(init=False)
 
-    def check_source(self, index: int, source_ns: int) -> None:
-        """Source times never fall from one index to a higher one. Raises ProtocolError."""
-        newest, at_ns = self.source
-        rising = source_ns >= at_ns if index > newest else source_ns <= at_ns
-        if not rising:
-            raise ProtocolError(
-                "source_ns",
-                expected=f"{'at least' if index > newest else 'at most'} bin {newest}'s {at_ns}",
-                got=f"{source_ns} of bin {index}",
-            )
-        if index > newest:
-            self.source = (index, source_ns)
+    def __post_init__(self) -> None:
+        width = self.facts.bin_width_ns
+        self.token = self.request.token
+        self.arrivals = Arrivals(width)
+        self.clock = FeederClock(width, self.request.grace_ns or width // 2)
 
-    def arrived(self, index: int, now_ns: int) -> None:
-        """Follow when bins come: bin k is expected at ``anchor_ns`` + k bin widths, the earliest
-        that the newest arrivals bear out."""
-        self.silent = 0
-        if self.request.clocked:
-            self.arrivals.append(now_ns - index * self.facts.bin_width_ns)
-            self.anchor_ns = min(self.arrivals)
+    def arrived(self, index: int, now_ns: int, effects: Effects) -> None:
+        """Let the timetable of a clocked session follow a bin."""
+        slipped_ns = self.clock.arrived(index, now_ns) if self.request.clocked else 0
+        if slipped_ns:
+            self.silent = 0
+            effects.events["slipped"] += 1
+            what = f"slipped: bin {index} came {slipped_ns / 1e6:.0f} ms late, as those before it"
+            effects.published.append(self.notice(what))
 
-    def overdue_ns(self, limits: Limits) -> int | None:
+    def due_ns(self, limits: Limits) -> int | None:
         """When the next bin is to be answered without it; None for a session that waits."""
-        if not (self.request.clocked and self.arrivals) or self.closing:
+        waits = not self.request.clocked or self.closing
+        if waits or self.silent >= limits.gap_limit or self.waiting >= limits.backlog:
             return None
-        if self.silent >= limits.gap_limit or self.waiting >= limits.backlog:
-            return None
-        grace = self.request.grace_ns or self.facts.bin_width_ns // 2
-        return self.anchor_ns + self.next_index * self.facts.bin_width_ns + grace
+        return self.clock.due_ns(self.next_index)
 
     def in_window(self, index: int) -> bool:
         """Whether a bin answered as missing can still be put in its place."""
@@ -262,7 +265,9 @@ class Session:
             flagged=self.flagged,
         )
 
-    def opened(self, credits: int, *, resumed: bool = False) -> messages.Opened:
+    def opened(
+        self, credits: int, *, next_index: int = 0, resumed: bool = False
+    ) -> messages.Opened:
         facts = self.facts
         return messages.Opened(
             session=self.name,
@@ -274,7 +279,7 @@ class Session:
             horizon=facts.horizon,
             iterations=facts.iterations,
             credits=credits,
-            next_index=self.next_index,
+            next_index=next_index,
             resumed=resumed,
         )
 
@@ -298,8 +303,8 @@ class Session:
             model=before,
         )
 
-    def closed(self) -> messages.Closed:
-        return messages.Closed(session=self.name, epoch=self.epoch, bins=self.bins)
+    def closed(self, reason: str) -> messages.Closed:
+        return messages.Closed(session=self.name, epoch=self.epoch, bins=self.bins, reason=reason)
 
     def notice(self, what: str) -> messages.Notice:
         return messages.Notice(session=self.name, epoch=self.epoch, what=what)

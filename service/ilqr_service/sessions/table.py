@@ -1,31 +1,33 @@
-"""The table of sessions: who may feed what, in which order, and what is said back.
+"""The table of sessions: which bins are accepted, in which order, and what is answered.
 
 Pure: no sockets, no threads, no clock; every method takes the time as an integer of nanoseconds and
 returns ``Effects`` for its caller to carry out.
 
 Rules:
 
-- A session belongs to the feeder that opened it. Opening it again while it is open needs a higher
-  epoch (from any feeder); the older run ends there, with a notice, and what was queued of it is
-  dropped and counted. An ended session's name and epoch are free again.
-- Opening with ``resume`` and the epoch of an open session takes it over where it stands, from a
-  feeder that is gone or after a restart of the service.
-- Indices rise from 0, but may come out of order. Gap rule: when bin k+g arrives after bin k, the
-  bins between are answered first, as ``missing``: predictions from an all-masked bin. A gap of more
-  than ``gap_limit`` bins is not answered bin by bin: the estimate starts again at the bin that
-  came, a notice names the range that has no answers, and a reset is counted. So one message never
-  causes more than ``gap_limit`` + 1 new bins.
-- Overload: an ``anytime`` session sheds, and so does any other that went beyond its credits, until
-  it was in time for H bins in a row: see ``Scheduler.shed``. What a gap adds to more than
-  ``backlog`` queued works is not solved either. Every index has its answer.
+- A session belongs to the user and the feeder that opened it (``feeders``). Opening it again while
+  it is open needs a higher epoch; the older run ends there, with a notice, and what was queued of
+  it is dropped and counted. An ended session's name and epoch are free again.
+- Opening with ``resume`` and the epoch of an open session continues it where it stands, from a
+  feeder that is gone or after a restart of the service. Its feeder may ask so for the answers that
+  it has not received.
+- Indices rise from 0, but may come out of order. When bin k+g arrives after bin k, the bins between
+  are answered first, as ``missing``: predictions from an all-masked bin. A gap of more than
+  ``gap_limit`` bins is not answered: the estimate starts again at the bin that came, a notice names
+  the range that has no answers, and a reset is counted.
+- A bin whose index or source time jumps is held back until another one bears it out, else it is
+  refused (``arrivals``). So one message never causes more than 2 (``gap_limit`` + 1) new bins.
 - A ``clocked`` session does not wait for a later bin: a bin is answered as missing once its time
-  and the grace have passed, for up to ``gap_limit`` bins in a row.
+  and the grace have passed, for up to ``gap_limit`` bins in a row. The times follow the feeder's
+  (``clocked``).
 - A bin that comes after it was answered as missing is put in its place while it is in the window
   of the newest H bins; it and all bins after it are answered again with a higher revision. Further
   back it is refused (``late``). An index that had its bin is refused (``index``).
-- Credits: a feeder may have ``credits`` bins unanswered. Each bin returns its credit when it is
-  answered or refused, told at the latest with the next tick; a bin beyond them is refused (its
-  index is then a gap).
+- A feeder may have ``credits`` bins unanswered. Each bin returns its credit when it is answered or
+  refused, at the latest with the next tick; a bin beyond them is refused, and its index is a gap.
+- An ``anytime`` session sheds, and so does any other that went beyond its credits, until it was in
+  time for H bins in a row: see ``Scheduler.shed``. What a gap adds to more than ``backlog`` queued
+  works is not solved either. Every index has its answer.
 - A session idle for ``idle_ns`` with nothing queued ends, with a notice.
 """
 
@@ -33,15 +35,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ilqr_service.sessions.arrivals import Arrival, Decision
 from ilqr_service.sessions.checks import check_bin, check_open
-from ilqr_service.sessions.clocked import Credits, TimeTable
+from ilqr_service.sessions.clocked import TimeTable
+from ilqr_service.sessions.credits import Credits
+from ilqr_service.sessions.feeders import Feeders, Reaches, Sender
 from ilqr_service.sessions.session import Effects, Limits, Session
-from ilqr_service.work import NO_SOLVE, Answer, ModelFacts, Vector, Work
+from ilqr_service.work import NO_SOLVE, Answer, ModelFacts, Work
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
+
+Feed = messages.Open | messages.Bin | messages.Close
 
 
 class SessionTable:
@@ -51,6 +55,7 @@ class SessionTable:
         facts: of the first slot's model.
         limits: what is granted.
         slot: the first slot's name.
+        reaches: sends a message to a feeder's connection; false if the connection is gone.
 
     Attributes:
         accepting: False refuses whatever would bring new work, with ``why_not``.
@@ -58,7 +63,13 @@ class SessionTable:
         next_run: the next run's number.
     """
 
-    def __init__(self, facts: ModelFacts, limits: Limits, slot: str = "main") -> None:
+    def __init__(
+        self,
+        facts: ModelFacts,
+        limits: Limits,
+        slot: str = "main",
+        reaches: Reaches = lambda *_: True,
+    ) -> None:
         self.limits = limits
         self.accepting = True
         self.why_not = "the service is not taking sessions"
@@ -68,6 +79,7 @@ class SessionTable:
         self._runs: dict[int, Session] = {}
         self._credits = Credits(limits)
         self._times = TimeTable(self._runs, limits)
+        self._feeders = Feeders(limits, reaches)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -92,44 +104,50 @@ class SessionTable:
 
     # ---- messages ------------------------------------------------------------------------------
 
-    def receive(
-        self,
-        owner: bytes,
-        message: messages.Open | messages.Bin | messages.Close,
-        now_ns: int,
-        user: str = "",
-    ) -> Effects:
+    def receive(self, owner: bytes, message: Feed, now_ns: int, user: str = "") -> Effects:
         """Take a feeder's message that arrived at ``now_ns``. Never raises for what it holds."""
+        sender = Sender(owner, user, now_ns, Effects())
+        session = self._sessions.get(message.session)
         try:
             if not self.accepting and not isinstance(message, messages.Close):
                 raise ProtocolError("service", expected="ready", got=self.why_not)
             match message:
                 case messages.Open():
-                    return self._open(owner, message, now_ns, user)
+                    self._open(session, sender, message)
                 case messages.Bin():
-                    return self._bin(owner, message, now_ns)
+                    self._bin(self._feeders.check(session, sender, message), sender, message)
                 case messages.Close():
-                    return self._close(owner, message, now_ns)
+                    self._close(self._feeders.check(session, sender, message), sender)
         except ProtocolError as error:
-            effects = Effects.refusal(owner, error, message.session)
-            session = self._sessions.get(message.session)
-            if session is None or not isinstance(message, messages.Bin):
-                return effects
-            if (session.owner, session.epoch) == (owner, message.epoch):
-                self._credits.owe(session)
-                if error.field == "credits":
-                    session.overran()
-                    effects.overran.append(session.run)
-            return effects
+            self._refuse(session, sender, message, error)
+        return sender.effects
 
-    def _open(self, owner: bytes, message: messages.Open, now_ns: int, user: str) -> Effects:
-        before = self._sessions.get(message.session)
+    def _refuse(
+        self, session: Session | None, sender: Sender, message: Feed, error: ProtocolError
+    ) -> None:
+        """Refuse a message; a bin's credit goes back to its feeder."""
+        index = message.index if isinstance(message, messages.Bin) else -1
+        sender.effects.refuse(sender.owner, error, message.session, index)
+        if session is None or isinstance(message, messages.Close):
+            return
+        if isinstance(message, messages.Open):
+            self._feeders.deny(session, sender)
+        elif (session.owner, session.epoch) == (sender.owner, message.epoch):
+            self._credits.owe(session)
+            if error.field == "credits":
+                session.overran()
+                sender.effects.overran.append(session.run)
+
+    def _open(self, before: Session | None, sender: Sender, message: messages.Open) -> None:
         if message.resume and before is not None and message.epoch == before.epoch:
-            return self._resume(before, owner, message, now_ns, user)
-        slot = self.slot_of(message.model)
+            self._feeders.resume(before, sender, message)
+            return
+        if message.resume and not message.begin:
+            got = "none" if before is None else f"epoch {before.epoch}"
+            raise ProtocolError("session", expected=f"epoch {message.epoch} to be open", got=got)
+        slot, effects = self.slot_of(message.model), sender.effects
         facts = self.slots[slot]
         check_open(message, facts)
-        effects = Effects()
         if before is not None:
             if message.epoch <= before.epoch:
                 raise ProtocolError(
@@ -145,70 +163,44 @@ class SessionTable:
                 expected=f"at most {self.limits.max_sessions} open sessions",
                 got="one more",
             )
-        deadline = message.deadline_ns or self.limits.deadline_ns or facts.bin_width_ns
         session = Session(
             run=self.next_run,
             name=message.session,
             epoch=message.epoch,
-            owner=owner,
-            deadline_ns=deadline,
+            owner=sender.owner,
+            deadline_ns=message.deadline_ns or self.limits.deadline_ns or facts.bin_width_ns,
             anytime=message.anytime,
-            seen_ns=now_ns,
+            seen_ns=sender.at_ns,
             slot=slot,
             facts=facts,
             request=message,
-            user=user,
+            user=sender.user,
         )
         self.add(session)
         effects.opened.append(session)
-        effects.replies.append((owner, session.opened(self.limits.credits)))
+        effects.replies.append((sender.owner, session.opened(self.limits.credits)))
         effects.published.append(session.notice("opened"))
         effects.events["opened"] += 1
-        return effects
 
     def add(self, session: Session) -> None:
         """Put in a session, new or resumed from a journal."""
+        session.arrivals.reach = self.limits.gap_limit
         self.next_run = max(self.next_run, session.run + 1)
         self._sessions[session.name] = session
         self._runs[session.run] = session
 
-    def _resume(
-        self, session: Session, owner: bytes, message: messages.Open, now_ns: int, user: str
-    ) -> Effects:
-        check_open(message, session.facts)
-        if session.closing:
-            raise ProtocolError("session", expected="open", got="closing")
-        if session.user != user:
-            raise ProtocolError("session", expected="one of this user", got=message.session)
-        session.owner, session.seen_ns, session.owed, session.silent = owner, now_ns, 0, 0
-        session.arrivals.clear()
-        session.source = (-1, -(2**62))  # another feeder's clock may be another
-        effects = Effects(again=[r for r in session.recent if r.index > message.answered])
-        credits = max(0, self.limits.credits - session.unanswered)
-        effects.replies.append((owner, session.opened(credits, resumed=True)))
-        effects.published.append(session.notice(f"resumed: next bin {session.next_index}"))
-        effects.events["resumed"] += 1
-        return effects
-
-    def _own(self, owner: bytes, name: str, epoch: int) -> Session:
-        session = self._sessions.get(name)
-        if session is None or session.owner != owner:
-            raise ProtocolError("session", expected="one that this feeder opened", got=name[:64])
-        if session.epoch != epoch:
-            raise ProtocolError("epoch", expected=str(session.epoch), got=str(epoch))
-        return session
-
-    def _bin(self, owner: bytes, message: messages.Bin, now_ns: int) -> Effects:
-        session = self._own(owner, message.session, message.epoch)
+    def _bin(self, session: Session, sender: Sender, message: messages.Bin) -> None:
+        now_ns, effects = sender.at_ns, sender.effects
         session.seen_ns = now_ns
         if session.closing:
             raise ProtocolError("session", expected="open", got="closing")
         counts, mask = check_bin(message, session.facts)
-        index = message.index
-        late = index < session.next_index
-        if late and index not in session.missing:
+        index, held, late = message.index, session.arrivals.held, message.index < session.next_index
+        if (late and index not in session.missing) or (held and held.index == index):
             raise ProtocolError("index", expected=f"{session.next_index} or above", got=str(index))
         if late and not session.in_window(index):
+            session.arrived(index, now_ns, effects)
+            self._times.note(session)
             raise ProtocolError(
                 "late",
                 expected=f"a bin of the newest {session.facts.horizon}",
@@ -220,19 +212,35 @@ class SessionTable:
                 expected=f"at most {self.limits.credits} bins unanswered",
                 got=f"bin {index} beyond them",
             )
-        session.check_source(index, message.source_ns)
-        effects = Effects()
-        session.arrived(index, now_ns)
-        if late:
-            session.missing.discard(index)
-            effects.events["late_in"] += 1
-        else:
-            self._bridge(session, index, now_ns, effects)
-        self._queue(session, index, now_ns, effects, message, counts, mask, late)
         session.unanswered += 1
+        arrivals, arrival = session.arrivals, Arrival(message, now_ns, counts, mask)
+        self._decide(session, arrivals.sort(arrival, session.next_index), effects)
+
+    def _decide(self, session: Session, decision: Decision, effects: Effects) -> None:
+        """Queue the bins that are accepted, and refuse one."""
+        if decision.refused is not None:
+            arrival, error = decision.refused
+            session.unanswered -= 1
+            effects.refuse(session.owner, error, session.name, arrival.index)
+            self._credits.owe(session)
+        if decision.step_ns:
+            first, step_s = decision.accepted[0].index, decision.step_ns / 1e9
+            what = f"clock: source times step by {step_s:+.3f} s at bin {first}"
+            effects.published.append(session.notice(what))
+            effects.events["clock_steps"] += 1
+        for arrival in decision.accepted:
+            index, at_ns = arrival.index, arrival.received_ns
+            late = index < session.next_index
+            session.arrived(index, at_ns, effects)
+            session.silent = 0
+            if late:
+                session.missing.discard(index)
+                effects.events["late_in"] += 1
+            else:
+                self._bridge(session, index, at_ns, effects)
+            self._queue(session, index, at_ns, effects, arrival, late=late)
         session.prune()
         self._times.note(session)
-        return effects
 
     def _bridge(self, session: Session, index: int, now_ns: int, effects: Effects) -> None:
         """Answer the bins that did not come before ``index``, or start again there."""
@@ -260,20 +268,20 @@ class SessionTable:
         index: int,
         now_ns: int,
         effects: Effects,
-        message: messages.Bin | None = None,
-        counts: Vector | None = None,
-        mask: NDArray[np.bool_] | None = None,
+        arrival: Arrival | None = None,
+        *,
         late: bool = False,
         budget: int = 0,
     ) -> None:
+        """Queue a bin to be solved; without an arrival it is missing."""
         work = Work(
             run=session.run,
             index=index,
-            counts=counts,
-            mask=mask,
+            counts=None if arrival is None else arrival.counts,
+            mask=None if arrival is None else arrival.mask,
             fresh=not session.started,
-            source_ns=0 if message is None else message.source_ns,
-            clock=None if message is None else message.clock,
+            source_ns=0 if arrival is None else arrival.message.source_ns,
+            clock=None if arrival is None else arrival.message.clock,
             received_ns=now_ns,
             due_ns=now_ns + session.deadline_ns,
             anytime=session.anytime,
@@ -287,18 +295,16 @@ class SessionTable:
         session.serial += 1
         session.started = True
         session.waiting += 1
-        if counts is None:
+        if arrival is None:
             session.missing.add(index)
         session.next_index = max(session.next_index, index + 1)
         effects.work.append(work)
 
-    def _close(self, owner: bytes, message: messages.Close, now_ns: int) -> Effects:
-        session = self._own(owner, message.session, message.epoch)
-        session.seen_ns = now_ns
+    def _close(self, session: Session, sender: Sender) -> None:
+        session.seen_ns = sender.at_ns
+        self._decide(session, session.arrivals.settle(session.next_index), sender.effects)
         session.closing = True
-        effects = Effects()
-        self._end_if_answered(session, effects)
-        return effects
+        self._end_if_answered(session, sender.effects)
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -325,9 +331,9 @@ class SessionTable:
         return effects
 
     def credits(self, *, all_owed: bool = True) -> list[tuple[bytes, messages.Credit]]:
-        """The credits that came free since they were last told, one message per session; of
+        """The credits that came free since the last call, one message per session; with
         ``all_owed`` also the few that a feeder cannot be short of yet."""
-        return self._credits.told(all_owed=all_owed)
+        return self._credits.take(all_owed=all_owed)
 
     # ---- time and ends -------------------------------------------------------------------------
 
@@ -336,10 +342,13 @@ class SessionTable:
         return self._times.next()
 
     def tick(self, now_ns: int) -> Effects:
-        """Answer bins whose time has passed; end the sessions that have been silent too long."""
+        """Answer bins whose time has passed, decide about bins that were held back, and end the
+        sessions that have been silent too long."""
         effects = Effects()
         for session in list(self._sessions.values()):
-            while (due := session.overdue_ns(self.limits)) is not None and due <= now_ns:
+            if session.arrivals.expired(now_ns):
+                self._decide(session, session.arrivals.settle(session.next_index), effects)
+            while (due := session.due_ns(self.limits)) is not None and due <= now_ns:
                 session.silent += 1
                 effects.events["overdue"] += 1
                 self._queue(session, session.next_index, now_ns, effects)
@@ -353,9 +362,7 @@ class SessionTable:
         """Serve a slot by another model, each of its sessions from its next bin on."""
         self.slots[slot] = facts
         effects = Effects()
-        for session in self._sessions.values():
-            if session.slot != slot:
-                continue
+        for session in (s for s in self if s.slot == slot):
             effects.work.append(session.swap(facts))
             what = f"model: {facts.model} from bin {session.next_index}"
             effects.published.append(session.notice(what))
@@ -389,4 +396,4 @@ class SessionTable:
         effects.forget.append(session.run)
         effects.ended.append((session.run, what))
         effects.published.append(session.notice(what))
-        effects.replies.append((session.owner, session.closed()))
+        effects.replies.append((session.owner, session.closed(what)))

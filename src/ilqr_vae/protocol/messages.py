@@ -32,6 +32,11 @@ from ilqr_vae.errors import ProtocolError
 
 PROTOCOL = 2
 
+MAX_COUNT = 65_535
+"""Largest count of one unit in one bin, here and in recordings."""
+
+Token = Annotated[str, msgspec.Meta(max_length=64)]
+
 DType = Literal["u1", "<u2", "<u4", "<i8", "<f4", "<f8"]
 DTYPES: tuple[str, ...] = ("u1", "<u2", "<u4", "<i8", "<f4", "<f8")
 _NUMPY = {name: np.dtype(name) for name in DTYPES}
@@ -83,14 +88,18 @@ class Open(Message, frozen=True, kw_only=True):
         anytime: let the deadline cut a solve short (``degraded``); default is a fixed number of
             iterations, so that answers do not depend on the clock.
         clocked: a bin that has not come ``grace_ns`` after its time is answered as ``missing``
-            without waiting for the next one; it is corrected where it still comes within the
-            window. Off, only a later bin shows that one is missing.
+            without waiting for the next one; it is corrected if it still comes within the window.
+            If false, a missing bin is noticed only when a later one arrives. The times follow the
+            feeder's own: its rate (up to 10 % off the bin width), and its pauses.
         grace_ns: for ``clocked``; 0 is half a bin width.
-        watch_units: mask units that are dead, saturated or drifting, and say so by notices.
-        resume: go on with this session and epoch where it stands (another feeder of it is gone, or
-            the service was restarted); where it is not known it begins.
-        answered: with ``resume``, the newest index whose answer is held; later ones that the
-            service still has are published again as they were.
+        watch_units: mask units that are dead, saturated or drifting, and report them by notices.
+        resume: continue this session and epoch where it stands (another feeder of it is gone, or
+            the service was restarted).
+        begin: with ``resume``, begin the session if it is not open; if false, refuse.
+        answered: with ``resume``, the newest index whose answer the feeder has; later ones that
+            the service still has are published again as they were.
+        token: a secret of the feeder's choice. A message that states it is from the session's
+            feeder, whatever connection it comes by; see ``Bin``.
         model: a slot's name or a model's id; "" is the service's first.
     """
 
@@ -107,10 +116,17 @@ class Open(Message, frozen=True, kw_only=True):
     resume: bool = False
     answered: int = -1
     model: str = ""
+    token: Token = ""
+    begin: bool = True
 
 
 class Bin(Message, frozen=True, kw_only=True):
     """Counts of one bin.
+
+    It is from the session's feeder if it comes by the connection that opened the session or states
+    the session's token. If the session has no token, a bin of the same user, session and epoch is
+    also accepted by a new connection once the old one is gone. The session then follows the new
+    connection, and the reply is an ``Opened`` with ``resumed``.
 
     Attributes:
         source_ns: when it was complete, by the feeder's monotonic clock: of two bins the one with
@@ -126,11 +142,15 @@ class Bin(Message, frozen=True, kw_only=True):
     counts: Array
     mask: Array | None = None
     clock: Offset | None = None
+    token: Token = ""
 
 
 class Close(Message, frozen=True, kw_only=True):
+    """Answer what is queued, then end the session."""
+
     session: str
     epoch: int = 0
+    token: Token = ""
 
 
 # ---- service -> feeder -------------------------------------------------------------------------
@@ -167,19 +187,27 @@ class Credit(Message, frozen=True, kw_only=True):
     credits: int
 
 
-class Closed(Message, frozen=True, kw_only=True):
+class Closed(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """The session has ended after ``bins`` answers; ``reason`` is that of its last notice."""
+
     session: str
     epoch: int
     bins: int
+    reason: str = ""
 
 
-class Refused(Message, frozen=True, kw_only=True):
-    """Something was wrong with one message; nothing else is disturbed."""
+class Refused(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Something was wrong with one message; nothing else is disturbed.
+
+    Attributes:
+        index: of the bin that was refused; -1 if the message was no bin.
+    """
 
     field: str
     expected: str
     got: str
     session: str = ""
+    index: int = -1
 
 
 # ---- control -----------------------------------------------------------------------------------
@@ -328,7 +356,7 @@ class Result(Message, frozen=True, kw_only=True):
 
 
 class Notice(Message, frozen=True, kw_only=True):
-    """Something about a session that subscribers should know: opened, closed, idle, restarted."""
+    """Something about a session that subscribers should know; docs/operations.md lists them."""
 
     session: str
     epoch: int

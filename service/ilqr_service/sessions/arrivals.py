@@ -1,0 +1,161 @@
+"""Whether a bin's index and source time can be believed.
+
+A glitch of a feeder's counter or clock must cost one bin, and a real jump must cost none. A bin
+that jumps is therefore held back. The next bin decides: if it continues from the held bin, both are
+accepted; if it continues from the bins before, the held bin is refused. If no other bin comes, the
+held bin is refused after ``patience_ns``, unless there was too little before to contradict it.
+
+An index jumps if it skips more than ``reach`` bins in less than half the time that these bins last.
+A source time jumps if it falls while the index rises, or gains more than a second and twice what
+the arrival times or the indices gain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_service.work import Vector
+from ilqr_vae.errors import ProtocolError
+from ilqr_vae.protocol import messages
+
+_SLACK_NS = 1_000_000_000
+_SHORTEST_PATIENCE_NS = 250_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A bin that has arrived and passed the checks of its contents.
+
+    Attributes:
+        message: as it came.
+        received_ns: when, by the service's clock.
+        counts, mask: (N,); mask is None if every unit was observed.
+    """
+
+    message: messages.Bin
+    received_ns: int
+    counts: Vector
+    mask: NDArray[np.bool_] | None
+
+    @property
+    def index(self) -> int:
+        return self.message.index
+
+
+class Decision(NamedTuple):
+    """Bins to accept now, in order of their indices, and a bin to refuse and why.
+
+    ``step_ns``: the feeder's clock was set forward by so much before these bins, or back.
+    """
+
+    accepted: list[Arrival]
+    refused: tuple[Arrival, ProtocolError] | None = None
+    step_ns: int = 0
+
+
+class Arrivals:
+    """The bins that one feeder's bins are compared with.
+
+    Args:
+        width_ns: the bin width.
+
+    Attributes:
+        reach: how many bins an index may skip.
+        held: the bin that is held back, if any.
+    """
+
+    def __init__(self, width_ns: int) -> None:
+        self.reach = 0
+        self.held: Arrival | None = None
+        self._width = width_ns
+        self._patience = max(4 * width_ns, _SHORTEST_PATIENCE_NS)
+        self._newest: Arrival | None = None
+        self._sure = False
+
+    def restart(self) -> None:
+        """Forget the bins so far: another feeder's clock may be another."""
+        self._newest, self._sure = None, False
+
+    def sort(self, arrival: Arrival, next_index: int) -> Decision:
+        """Take a bin, and decide about it and the one that is held back."""
+        held, self.held = self.held, None
+        if self._jump(arrival, next_index) is not None:
+            if held is not None and self._follows(held, arrival):
+                accepted = sorted((held, arrival), key=lambda a: a.index)
+                step_ns = self._step_ns(accepted[0])
+                self._newest, self._sure = accepted[-1], True
+                return Decision(accepted, step_ns=step_ns)
+            self.held = arrival
+            return Decision([], self._refused(held, next_index))
+        self._sure = self._newest is not None
+        if self._newest is None or arrival.index > self._newest.index:
+            self._newest = arrival
+        return Decision([arrival], self._refused(held, next_index))
+
+    def expired(self, now_ns: int) -> bool:
+        """Whether a bin was held back for long enough."""
+        return self.held is not None and now_ns - self.held.received_ns >= self._patience
+
+    def settle(self, next_index: int) -> Decision:
+        """Decide about the bin that is held back, without another one."""
+        held, self.held = self.held, None
+        if held is None or self._sure:
+            return Decision([], self._refused(held, next_index))
+        self._newest = held
+        return Decision([held])
+
+    def _refused(
+        self, held: Arrival | None, next_index: int
+    ) -> tuple[Arrival, ProtocolError] | None:
+        if held is None:
+            return None
+        alone = ProtocolError("index", expected="a bin that others follow", got=str(held.index))
+        return held, self._jump(held, next_index) or alone
+
+    def _jump(self, arrival: Arrival, next_index: int) -> ProtocolError | None:
+        """What about a bin is not to be believed yet."""
+        newest, index = self._newest, arrival.index
+        passed = 0 if newest is None else arrival.received_ns - newest.received_ns
+        skipped = index - next_index
+        if skipped > self.reach and 2 * passed < skipped * self._width:
+            return ProtocolError(
+                "index",
+                expected=f"at most {next_index + self.reach}, or a later bin that follows it",
+                got=str(index),
+            )
+        if newest is None or self._in_time(newest, arrival):
+            return None
+        at_ns, source_ns = newest.message.source_ns, arrival.message.source_ns
+        if index > newest.index:
+            order = "at least" if source_ns < at_ns else "soon after"
+        else:
+            order = "at most" if source_ns > at_ns else "soon before"
+        return ProtocolError(
+            "source_ns",
+            expected=f"{order} bin {newest.index}'s {at_ns}",
+            got=f"{source_ns} of bin {index}",
+        )
+
+    def _step_ns(self, arrival: Arrival) -> int:
+        newest = self._newest
+        if newest is None or self._in_time(newest, arrival):
+            return 0
+        gained = arrival.message.source_ns - newest.message.source_ns
+        return gained - (arrival.received_ns - newest.received_ns)
+
+    def _follows(self, held: Arrival, arrival: Arrival) -> bool:
+        near = 0 < abs(arrival.index - held.index) <= self.reach + 1
+        return near and self._in_time(held, arrival)
+
+    def _in_time(self, one: Arrival, other: Arrival) -> bool:
+        """Whether two bins' source times are in the order of, and as far apart as, the bins."""
+        gained = other.message.source_ns - one.message.source_ns
+        apart = abs(other.index - one.index)
+        passed = max(abs(other.received_ns - one.received_ns), apart * self._width)
+        if other.index < one.index:
+            gained = -gained
+        return 0 <= gained <= _SLACK_NS + 2 * passed

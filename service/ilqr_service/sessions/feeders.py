@@ -1,0 +1,129 @@
+"""Whose a session is: which messages are from its feeder, and how it follows its feeder.
+
+ZeroMQ connects again by itself after a connection has broken, and the service then sees another
+connection. A message is from the session's feeder if it comes from the session's user and
+
+- states the session's token, by whatever connection; or
+- the session has no token, and it comes by the feeder's connection, or by another one after the
+  feeder's is gone. A connection that was refused this session does not count: it belongs to
+  somebody else who wanted the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ilqr_service.sessions.checks import check_open
+from ilqr_service.sessions.session import Effects, Limits, Session
+from ilqr_vae.errors import ProtocolError
+from ilqr_vae.protocol import messages
+
+_MAX_DENIED = 64
+
+Reaches = Callable[[bytes, messages.Message], bool]
+
+
+class Sender(NamedTuple):
+    """Who sent a message, and what comes of it.
+
+    Attributes:
+        owner: its connection.
+        user: as the keys tell; "" without keys.
+        at_ns: when it arrived.
+        effects: filled while the message is handled.
+    """
+
+    owner: bytes
+    user: str
+    at_ns: int
+    effects: Effects
+
+
+class Feeders:
+    """Decides whose a message is.
+
+    Args:
+        limits: what is granted.
+        reaches: sends a message to a connection; false if the connection is gone.
+    """
+
+    def __init__(self, limits: Limits, reaches: Reaches) -> None:
+        self._limits, self._reaches = limits, reaches
+
+    def check(
+        self, session: Session | None, sender: Sender, message: messages.Bin | messages.Close
+    ) -> Session:
+        """Return the session if the message is from its feeder, and follow the feeder.
+
+        Raises:
+            ProtocolError: it is not, or it is of another epoch.
+        """
+        if session is None or not self._is_feeder(session, sender, message):
+            raise ProtocolError(
+                "session", expected="one that this feeder opened", got=message.session[:64]
+            )
+        if session.epoch != message.epoch:
+            raise ProtocolError("epoch", expected=str(session.epoch), got=str(message.epoch))
+        if session.owner != sender.owner:
+            self._follow(session, sender, "reconnected")
+            if isinstance(message, messages.Bin) and message.index >= session.next_index:
+                # the credits that remain after this bin; those in between are lost
+                self._grant(session, sender, next_index=message.index + 1, taken=1)
+        return session
+
+    def _is_feeder(
+        self, session: Session, sender: Sender, message: messages.Bin | messages.Close
+    ) -> bool:
+        if session.user != sender.user:
+            return False
+        if session.token:
+            return message.token == session.token
+        if session.owner == sender.owner:
+            return True
+        if session.epoch != message.epoch or sender.owner in session.denied:
+            return False
+        return not self._reaches(session.owner, session.credit())
+
+    def deny(self, session: Session, sender: Sender) -> None:
+        """Remember a connection that was refused this session."""
+        if session.owner != sender.owner and len(session.denied) < _MAX_DENIED:
+            session.denied.add(sender.owner)
+
+    def resume(self, session: Session, sender: Sender, message: messages.Open) -> None:
+        """Continue a session where it stands. Raises ProtocolError."""
+        check_open(message, session.facts)
+        if session.closing:
+            raise ProtocolError("session", expected="open", got="closing")
+        if session.user != sender.user:
+            raise ProtocolError("session", expected="one of this user", got=message.session)
+        same = message.token == session.token
+        if session.token and not same and self._reaches(session.owner, session.credit()):
+            raise ProtocolError(
+                "session", expected="its token: its feeder is connected", got=message.session
+            )
+        sender.effects.again += [r for r in session.recent if r.index > message.answered]
+        session.seen_ns = sender.at_ns
+        if session.owner != sender.owner:
+            self._follow(session, sender, "resumed")
+        else:
+            sender.effects.events["asked_again"] += 1
+        if not (same and session.token):  # perhaps another feeder, with another clock
+            session.token = message.token
+            session.silent = 0
+            session.arrivals.restart()
+            session.clock.restart()
+        self._grant(session, sender, next_index=session.next_index)
+
+    def _grant(self, session: Session, sender: Sender, *, next_index: int, taken: int = 0) -> None:
+        """Tell the feeder what it may send."""
+        session.owed = 0
+        credits = max(0, self._limits.credits - session.unanswered - taken)
+        opened = session.opened(credits, next_index=next_index, resumed=True)
+        sender.effects.replies.append((sender.owner, opened))
+
+    def _follow(self, session: Session, sender: Sender, how: str) -> None:
+        session.owner = sender.owner
+        notice = session.notice(f"{how}: next bin {session.next_index}")
+        sender.effects.published.append(notice)
+        sender.effects.events[how] += 1
