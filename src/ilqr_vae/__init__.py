@@ -1,0 +1,43 @@
+"""iLQR-VAE: latent states, inputs and movement from spike counts, offline and as they stream in.
+
+``load``, ``train`` and ``load_recording`` begin; everything takes and returns numpy arrays. Names
+are imported when they are first asked for, so that clients need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ilqr_vae.api import Stream, TrainedModel, load, train
+    from ilqr_vae.arrays import Inference, Samples, StreamAnswer
+    from ilqr_vae.errors import IlqrVaeError
+    from ilqr_vae.recordings import Recording, load_recording
+
+__all__ = [
+    "IlqrVaeError",
+    "Inference",
+    "Recording",
+    "Samples",
+    "Stream",
+    "StreamAnswer",
+    "TrainedModel",
+    "load",
+    "load_recording",
+    "train",
+]
+
+_ROOMS = {"IlqrVaeError": "errors", "Recording": "recordings", "load_recording": "recordings"}
+_ROOMS |= dict.fromkeys(("Inference", "Samples", "StreamAnswer"), "arrays")
+_ROOMS |= dict.fromkeys(("Stream", "TrainedModel", "load", "train"), "api")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.files import with_settings
 from ilqr_vae.recordings.checks import existing_file
 from ilqr_vae.recordings.mat import read_mat
 from ilqr_vae.recordings.physical_units import in_units
@@ -12,19 +14,37 @@ from ilqr_vae.recordings.recording import Recording
 from ilqr_vae.recordings.spec import RecordingSpec
 
 
-def load_recording(path: str | Path, spec: RecordingSpec | None = None) -> Recording:
+def kinematics_key(path: str | Path) -> str:
+    """The key of ``RecordingSpec`` that names the kinematics of a file of this suffix."""
+    suffix = Path(path).suffix.lower()
+    return f"{'hdf5' if suffix in ('.h5', '.hdf5') else suffix[1:]}.kinematics"
+
+
+def load_recording(
+    path: str | Path,
+    spec: RecordingSpec | None = None,
+    *,
+    kinematics: str | None = None,
+    **settings: Any,
+) -> Recording:
     """Read a recording by its suffix: ``.nwb``, ``.mat``, or ``.h5`` and ``.hdf5``.
 
     Args:
         path: the file.
         spec: how to read it (bin width, fields); None means the defaults.
+        kinematics: name of what to decode; None keeps the spec's.
+        settings: keys of ``RecordingSpec`` instead of the spec's: ``bin_width=0.02``,
+            ``nwb={"rate": 50.0}``; see ``files.with_settings``.
 
     Raises:
+        ConfigError: an unknown key, a wrong type.
         RecordingError: no such file, another suffix, a file that is not what its suffix says, a
             field that is absent, or contents that are no recording (``read_nwb``, ``read_mat``,
             ``read_hdf5``).
     """
-    path, spec = existing_file(path), spec or RecordingSpec()
+    if kinematics is not None:
+        settings[kinematics_key(path)] = kinematics
+    path, spec = existing_file(path), with_settings(spec or RecordingSpec(), settings)
     suffix = path.suffix.lower()
     if suffix == ".mat":
         return read_mat(path, spec)

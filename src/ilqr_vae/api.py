@@ -1,0 +1,382 @@
+"""The library for notebooks: a trained model that takes numpy arrays and returns numpy arrays.
+
+    >>> model = ilqr_vae.load("model.safetensors")
+    >>> result = model.infer(counts)
+    >>> result.latents.shape, result.rates.shape
+    ((60, 4), (60, 7))
+
+Notation: T bins, N units, n latents, m inputs, D kinematic channels, B trials. Results are float64.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ilqr_vae.arrays import Array, Inference, Samples, StreamAnswer, checked
+from ilqr_vae.artifact import Artifact, load_artifact
+from ilqr_vae.errors import ConfigError, RecordingError, ShapeError
+from ilqr_vae.inference import prediction
+from ilqr_vae.inference.problem import SolverConfig, Status
+from ilqr_vae.model.likelihoods import Counts, Observed
+from ilqr_vae.model.readout import read_window
+from ilqr_vae.recordings import Recording
+from ilqr_vae.streaming.state import Estimate, HorizonState
+
+Trials = TypeVar("Trials", bound="Inference | Sequence[Inference]")
+
+_SOLVER = SolverConfig(iterations=200, tolerance=1e-12)
+_BINS_AT_ONCE = 1024  # whose windows are laid out for the readout
+
+
+class Stream:
+    """One causal stream of bins through the service's own estimator; see ``TrainedModel.stream``.
+
+    Attributes:
+        index: of the next bin.
+    """
+
+    def __init__(self, model: TrainedModel, artifact: Artifact, **settings: Any) -> None:
+        self._model, self._estimator = model, artifact.estimator(**settings)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every bin."""
+        self._state: HorizonState = self._estimator.init(1)
+        self.index = 0
+
+    def step(self, counts: ArrayLike | None, mask: ArrayLike | None = None) -> StreamAnswer:
+        """Take one bin.
+
+        Args:
+            counts: (N,) spikes of each unit, any numeric dtype; None for a bin that is missing.
+            mask: (N,), nonzero where a unit was observed; all units unless given.
+
+        Raises:
+            ShapeError: counts or a mask that are not the model's.
+        """
+        units = len(self._model.unit_names)
+        if counts is None:
+            counts, mask = np.zeros(units), np.zeros(units)
+        y, seen = self._model.checked(counts, mask, ndim=1)
+        like = self._estimator.mean_rate
+        y, seen = (torch.as_tensor(x[None]).to(like) for x in (y, seen))
+        self._state, e = self._estimator.step(self._state, y, seen)
+        self.index += 1
+        return self._answer(e)
+
+    def _answer(self, e: Estimate) -> StreamAnswer:
+        names = ("rates", "kinematics", "kinematics_std")
+        return StreamAnswer(
+            index=self.index - 1,
+            latents=_numpy(e.z[0]),
+            covariance=_numpy(e.z_cov[0]),
+            **{name: _numpy(getattr(e, name)[0]) for name in names},
+            bits=float(e.bits[0]),
+            iterations=int(e.iterations[0]),
+            status=Status(int(e.status[0])).name.lower(),
+        )
+
+
+class TrainedModel:
+    """A trained model; ``load`` and ``train`` return one.
+
+    Attributes:
+        artifact: the model file's contents as the rest of the library takes them.
+    """
+
+    def __init__(self, artifact: Artifact, name: str = "") -> None:
+        self.artifact, self._name = artifact, name
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """N names, in the order of the counts."""
+        return self.artifact.manifest.unit_names
+
+    @property
+    def kinematic_names(self) -> tuple[str, ...]:
+        """D names; none where the model decodes nothing."""
+        return self.artifact.manifest.kinematic_names
+
+    @property
+    def kinematic_units(self) -> tuple[str, ...]:
+        """D units of measure."""
+        return self.artifact.manifest.kinematic_units
+
+    @property
+    def bin_width(self) -> float:
+        """Seconds."""
+        return self.artifact.manifest.bin_width
+
+    @property
+    def latents(self) -> int:
+        """n."""
+        return self.artifact.manifest.latents
+
+    @property
+    def inputs(self) -> int:
+        """m."""
+        return self.artifact.manifest.inputs
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Causal scores on the validation part of the training recording, by name."""
+        return dict(self.artifact.manifest.measured)
+
+    def __repr__(self) -> str:
+        m, spec = self.artifact.manifest, self.artifact.manifest.model
+        decodes = ", ".join(
+            f"{name} [{unit}]"
+            for name, unit in zip(m.kinematic_names, m.kinematic_units, strict=True)
+        )
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in m.measured.items())
+        return (
+            f"<TrainedModel {self._name or m.model_id}: {len(m.unit_names)} units, "
+            f"{m.bin_width * 1e3:g} ms bins, {spec.dynamics} with {m.latents} latents and "
+            f"{m.inputs} inputs; decodes {decodes or 'nothing'}; {scores or 'no scores'}>"
+        )
+
+    def checked(
+        self, counts: ArrayLike, mask: ArrayLike | None, *, ndim: int = 0, field: str = "counts"
+    ) -> tuple[Array, Array]:
+        """Counts of this model's units and their mask as float64; see ``arrays.checked``."""
+        whole = isinstance(self.artifact.model.group("spikes"), Counts)
+        return checked(counts, mask, self.unit_names, whole=whole, ndim=ndim, field=field)
+
+    def _given(self, recording: Recording) -> tuple[Array, Array]:
+        if abs(recording.bin_width - self.bin_width) > 1e-9:
+            raise RecordingError(
+                "recording.bin_width",
+                expected=f"the model's {self.bin_width:g} s",
+                got=f"{recording.bin_width:g} s",
+            )
+        ours = recording.select_units(self.unit_names)
+        return ours.counts.astype(np.float64), ours.mask().astype(np.float64)
+
+    @overload
+    def infer(
+        self, counts: Recording | NDArray[Any], mask: ArrayLike | None = None
+    ) -> Inference: ...
+    @overload
+    def infer(
+        self, counts: Sequence[ArrayLike], mask: Sequence[ArrayLike] | None = None
+    ) -> list[Inference]: ...
+    def infer(self, counts: Any, mask: Any = None) -> Inference | list[Inference]:
+        """The posterior of the latents and inputs given whole trials (smoothed, not causal).
+
+        Args:
+            counts: spikes, any numeric dtype: (T, N); (B, T, N); a list of (T_b, N), trials of any
+                lengths, solved together; or a recording, of which the model's units are taken.
+            mask: zero where nothing was observed: of the counts' shape, or without the units' axis.
+
+        Returns:
+            an ``Inference``; a list of them for a list.
+
+        Raises:
+            ShapeError: counts or a mask that are not the model's.
+        """
+        if isinstance(counts, Recording):
+            y, seen = self._given(counts)
+            return self._infer(y[None], seen[None]).trial(0)
+        if isinstance(counts, list | tuple):
+            masks = [None] * len(counts) if mask is None else list(mask)
+            if not counts or len(masks) != len(counts):
+                got = f"{len(counts)} trials, {len(masks)} masks"
+                raise ShapeError("counts", expected="at least one trial, a mask each", got=got)
+            return self._ragged(
+                [
+                    self.checked(y, m, ndim=2, field=f"counts[{i}]")
+                    for i, (y, m) in enumerate(zip(counts, masks, strict=True))
+                ]
+            )
+        y, seen = self.checked(counts, mask)
+        if y.ndim == 3:
+            return self._infer(y, seen)
+        return self._infer(y[None], seen[None]).trial(0)
+
+    def _ragged(self, trials: list[tuple[Array, Array]]) -> list[Inference]:
+        """Trials of different lengths as one batch: masked after their ends, which are cut off."""
+        lengths = [len(y) for y, _ in trials]
+        shape = (len(trials), max(lengths), len(self.unit_names))
+        counts, mask = np.zeros(shape), np.zeros(shape)
+        for i, (y, seen) in enumerate(trials):
+            counts[i, : len(y)], mask[i, : len(y)] = y, seen
+        whole = self._infer(counts, mask)
+        return [whole.trial(i).bins(slice(T)) for i, T in enumerate(lengths)]
+
+    def _solve(
+        self, counts: Array, mask: Array, start: tuple[Array, Array] | None, seed: int = 0
+    ) -> prediction.Inferred:
+        like = self.artifact.mean_rate
+        y, seen = (torch.as_tensor(x).to(like) for x in (counts, mask))
+        observed = {"spikes": Observed(y, seen)}
+        model = self.artifact.model
+        generator = torch.Generator(like.device).manual_seed(seed)
+        if start is not None:
+            z0, u = (torch.as_tensor(x).to(like) for x in start)
+            return prediction.infer(
+                model, observed, solver=_SOLVER, start=(z0, u), generator=generator, check=False
+            )
+        training = self.artifact.manifest.config.get("training", {})
+        chunk = training.get("chunk", 40)
+        return prediction.infer_long(
+            model, observed, chunk=chunk, solver=_SOLVER, generator=generator, check=False
+        )
+
+    @torch.no_grad()
+    def _infer(
+        self, counts: Array, mask: Array, start: tuple[Array, Array] | None = None
+    ) -> Inference:
+        """Of a batch (B, T, N)."""
+        found = self._solve(counts, mask, start)
+        assert found.laplace is not None
+        z, covariance = found.z[:, 1:], found.laplace.z_cov[:, 1:]
+        spikes = self.artifact.model.group("spikes")
+        a = spikes.affine(z)
+        spread = torch.einsum("ki,btij,kj->btk", spikes.C, covariance, spikes.C).clamp(min=0).sqrt()
+        slope = torch.func.jvp(spikes.expected, (a,), (torch.ones_like(a),))[1]
+        kinematics, kinematics_std = self._decode(found, covariance, counts, mask)
+        return Inference(
+            latents=_numpy(z),
+            covariance=_numpy(covariance),
+            inputs=_numpy(found.u),
+            inputs_std=_numpy(found.laplace.u_cov.diagonal(dim1=-2, dim2=-1).sqrt()),
+            rates=_numpy(spikes.expected(a)),
+            rates_std=_numpy(slope.abs() * spread),
+            kinematics=kinematics,
+            kinematics_std=kinematics_std,
+            initial=_numpy(found.z[:, 0]),
+            status=np.array([Status(int(s)).name.lower() for s in found.state.status]),
+            counts=counts,
+            mask=mask,
+        )
+
+    def _decode(
+        self, found: prediction.Inferred, covariance: Tensor, counts: Array, mask: Array
+    ) -> tuple[Array, Array]:
+        """The readout along smoothed latents, each bin reading the window that ends with it."""
+        B, T, _ = counts.shape
+        readout = self.artifact.readout
+        if readout is None:
+            return np.zeros((B, T, 0)), np.zeros((B, T, 0))
+        like, H = self.artifact.mean_rate, self.artifact.manifest.horizon.horizon
+        y, seen = (torch.as_tensor(x).to(like) for x in (counts, mask))
+        parts: list[tuple[Tensor, Tensor]] = []
+        for a in range(0, T, _BINS_AT_ONCE):
+            bins = torch.arange(a, min(T, a + _BINS_AT_ONCE), device=like.device)
+            first = (bins + 1 - H).clamp(min=0)
+            slots = first.unsqueeze(1) + torch.arange(H + 1, device=like.device)
+            z, held = found.z[:, slots.clamp(max=T)], slots[:, :H].clamp(max=T - 1)
+            x = read_window(
+                readout.shape,
+                (bins + 1 - first).repeat(B),
+                z.flatten(0, 1),
+                y[:, held].flatten(0, 1),
+                seen[:, held].flatten(0, 1),
+                self.artifact.model.group("spikes").mean,
+            )
+            parts.append(readout(x.unflatten(0, (B, len(bins))), covariance[:, bins]))
+        mean, std = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return _numpy(mean), _numpy(std)
+
+    def forecast(self, inferred: Trials, bins: int) -> Trials:
+        """The posterior of the bins that follow a trial, none of which was observed.
+
+        Inputs are at the prior's mean; the covariance grows by what the prior allows them.
+
+        Args:
+            inferred: from ``infer``.
+            bins: how many.
+
+        Returns:
+            as ``infer``, of ``bins`` bins.
+
+        Raises:
+            ShapeError: fewer than one bin.
+        """
+        if bins < 1:
+            raise ShapeError("bins", expected="at least 1", got=str(bins))
+        if not isinstance(inferred, Inference):
+            return [self.forecast(r, bins) for r in inferred]  # pyright: ignore[reportReturnType]
+        r = inferred.batch()
+        counts, mask, u = (
+            np.concatenate([x, np.zeros((len(x), bins, x.shape[-1]))], 1)
+            for x in (r.counts, r.mask, r.inputs)
+        )
+        after = self._infer(counts, mask, (r.initial, u)).bins(slice(-bins, None))
+        return after if inferred.batched else after.trial(0)  # pyright: ignore[reportReturnType]
+
+    @overload
+    def sample(self, inferred: Inference, samples: int, seed: int = 0) -> Samples: ...
+    @overload
+    def sample(
+        self, inferred: Sequence[Inference], samples: int, seed: int = 0
+    ) -> list[Samples]: ...
+    def sample(self, inferred: Any, samples: int, seed: int = 0) -> Samples | list[Samples]:
+        """Draws from the posterior.
+
+        Args:
+            inferred: from ``infer``.
+            samples: K, for each trial.
+            seed: the same seed draws the same.
+
+        Raises:
+            ShapeError: fewer than one sample.
+        """
+        if samples < 1:
+            raise ShapeError("samples", expected="at least 1", got=str(samples))
+        if not isinstance(inferred, Inference):
+            return [self.sample(r, samples, seed + i) for i, r in enumerate(inferred)]
+        r = inferred.batch()
+        found = self._solve(r.counts, r.mask, (r.initial, r.inputs), seed)
+        generator = torch.Generator(found.z.device).manual_seed(seed + 1)
+        drawn = found.sample(samples, generator)
+        parts = (drawn.states[:, :, 1:], drawn.inputs, drawn.rates["spikes"])
+        arrays = [_numpy(x) for x in (*parts, drawn.observations["spikes"])]
+        return Samples(*(x if inferred.batched else x[:, 0] for x in arrays))
+
+    def stream(self, *, iterations: int | None = None, horizon: int | None = None) -> Stream:
+        """A causal stream: bins in one by one, the answers that the service would give.
+
+        Args:
+            iterations, horizon: instead of the model file's.
+
+        Raises:
+            ConfigError: see ``Artifact.estimator``.
+        """
+        return Stream(self, self.artifact, iterations=iterations, horizon=horizon)
+
+
+def load(path: str | Path, *, device: str = "cpu") -> TrainedModel:
+    """Load a model file. Raises ArtifactError: see ``load_artifact``."""
+    return TrainedModel(load_artifact(path, device=device), Path(path).name)
+
+
+def train(recording: str | Path | Recording, *, out: str | Path, **settings: Any) -> TrainedModel:
+    """Train a model on a recording and write it to ``out``; see ``ilqr_training.api.train``.
+
+    Raises:
+        ConfigError: the trainer is not installed, or a setting is wrong.
+    """
+    try:
+        # the trainer rests on the library, so that it is looked up by name, as the verbs are
+        trainer = importlib.import_module("ilqr_training.api")
+    except ModuleNotFoundError as missing:
+        raise ConfigError(
+            "train",
+            expected="the trainer, pip install 'ilqr-vae[engine]'",
+            got=f"no module {missing.name!r}",
+        ) from missing
+    trainer.train(recording, out=out, **settings)
+    return load(out)
+
+
+def _numpy(x: Tensor) -> Array:
+    return x.detach().cpu().double().numpy().copy()

@@ -1,0 +1,65 @@
+"""Training from a notebook; ``ilqr_vae.train`` is this, and loads what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ilqr_training.config import TrainConfig, check, load_config
+from ilqr_training.fit.train import Silent, Trained, Watcher, train_on
+from ilqr_training.train_cli import Terminal, use_threads
+from ilqr_vae.files import check_writable, with_settings
+from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.recordings.load import kinematics_key
+from ilqr_vae.terminal import console
+
+
+def train(
+    recording: str | Path | Recording,
+    *,
+    out: str | Path,
+    config: str | Path | TrainConfig | None = None,
+    kinematics: str | None = None,
+    progress: bool = True,
+    watcher: Watcher | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Trained:
+    """Fit a model to a recording and write it.
+
+    Args:
+        recording: a .nwb, .mat or .h5 file, or a recording that is read already.
+        out: the model file.
+        config: a TOML file or a configuration to begin from; else the defaults.
+        kinematics: name of what to decode; None keeps the configuration's.
+        progress: show a bar on standard error.
+        watcher: told how training goes, instead of the bar.
+        resume: continue from the checkpoint beside ``out`` if there is one.
+        settings: keys of ``TrainConfig`` instead of the configuration's: ``bin_width=0.02``,
+            ``latents=10``, ``training={"steps": 500}``; see ``files.with_settings``.
+
+    Raises:
+        ConfigError: an unknown or ambiguous key, or a value that cannot be; a path that cannot be
+            written.
+        RecordingError, TrainingError: see ``fit.train``.
+    """
+    out = Path(out)
+    check_writable(out, "out")
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    if kinematics is not None and not isinstance(recording, Recording):
+        settings[f"data.{kinematics_key(recording)}"] = kinematics
+    chosen = check(with_settings(config or TrainConfig(), settings))
+    data = recording if isinstance(recording, Recording) else load_recording(recording, chosen.data)
+    threads = torch.get_num_threads()
+    use_threads(None)
+    try:
+        if watcher is not None or not progress:
+            return train_on(chosen, data, out, watcher or Silent(), resume=resume)
+        shown = Terminal(console(stderr=True), chosen)
+        with shown.bar:
+            return train_on(chosen, data, out, shown, resume=resume)
+    finally:
+        torch.set_num_threads(threads)
