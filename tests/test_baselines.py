@@ -146,8 +146,6 @@ def test_what_does_not_fit_is_named() -> None:
         KalmanFilter.fit(counts, x, train=(0, 900))
     with pytest.raises(ShapeError, match="validation: expected a span"):
         WienerFilter.fit(counts, x, train=(0, 200))
-    with pytest.raises(ShapeError, match="kinematics: expected channels that vary"):
-        KalmanFilter.fit(counts, np.zeros_like(x), train=(0, 200))
     wiener = WienerFilter.fit(counts, x, train=(0, 200), alphas=(1.0,))
     with pytest.raises(ShapeError, match=r"counts: expected \(6,\), got \(5,\)"):
         wiener.step(wiener.init(), counts[0, :5])
@@ -173,3 +171,12 @@ def test_the_real_recordings_wiener_figure() -> None:
     scores = r2_per_axis(recording.kinematics[slice(*test)], decoded)
     assert scores.mean() == pytest.approx(0.789, abs=0.003)
     assert scores == pytest.approx([0.835, 0.744], abs=0.01)
+
+
+def test_a_channel_that_never_moves_stays_where_it_is() -> None:
+    counts, x = made_up(7)
+    still = np.concatenate([x, np.full((len(x), 1), 0.1)], axis=1)
+    one = KalmanFilter.fit(counts, x, train=(0, 200)).predict(counts)
+    two = KalmanFilter.fit(counts, still, train=(0, 200)).predict(counts)
+    np.testing.assert_allclose(two[:, :-1], one, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(two[:, -1], 0.1, rtol=1e-9)

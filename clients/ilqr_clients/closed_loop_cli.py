@@ -23,7 +23,7 @@ from ilqr_clients.closed_loop import (
     without_decoder,
 )
 from ilqr_clients.replay_cli import parse_deadline, parse_speed
-from ilqr_clients.replay_view import number, status_text
+from ilqr_clients.replay_view import status_text
 from ilqr_clients.sdk import Model, ServiceClient, model_of
 from ilqr_clients.stream import CROSSING
 from ilqr_vae.errors import ConfigError
@@ -31,6 +31,7 @@ from ilqr_vae.files import STDOUT, check_writable, write_whole
 from ilqr_vae.protocol.clock import ClockTrack
 from ilqr_vae.report import distribution
 from ilqr_vae.report.data import plain
+from ilqr_vae.report.table import number
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES, CentreOut
 from ilqr_vae.simulated.subject import Subject
 from ilqr_vae.terminal import console

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.closing import Closing
-from ilqr_clients.replay_view import number, status_text
+from ilqr_clients.replay_view import status_text
 from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, ClockTrack
 from ilqr_vae.report.data import plain
+from ilqr_vae.report.table import number
 from ilqr_vae.terminal import visible
 
 

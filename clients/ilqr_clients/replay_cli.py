@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ilqr_clients.journal import verify_journal
 from ilqr_clients.replay_report import Ending, Run, arrays_of, report_of
-from ilqr_clients.replay_view import LiveReplay, number, status_text
+from ilqr_clients.replay_view import LiveReplay, status_text
 from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
 from ilqr_clients.span import part_of
 from ilqr_clients.stream import stream
@@ -25,6 +25,7 @@ from ilqr_vae.files import STDOUT
 from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, ReportData, distribution
+from ilqr_vae.report.table import number
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)

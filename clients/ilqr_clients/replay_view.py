@@ -15,7 +15,8 @@ from rich.text import Text
 
 from ilqr_clients.closing import Closing
 from ilqr_clients.stream import StreamLog
-from ilqr_vae.scoring.metrics import r2_per_axis
+from ilqr_vae.report.table import number
+from ilqr_vae.scoring.metrics import r2, r2_per_axis
 from ilqr_vae.terminal import visible
 
 STYLES = {
@@ -35,10 +36,6 @@ def status_text(statuses: dict[str, int]) -> Text:
         if v
     ]
     return Text("  ").join(parts) if parts else Text("-")
-
-
-def number(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" if np.isfinite(value) else "-"
 
 
 class LiveReplay(Closing):
@@ -108,11 +105,12 @@ class LiveReplay(Closing):
         if self._truth is not None and self._names:
             known = np.isfinite(log.kinematics[rows]).all(axis=1) & self._scored[rows]
             if known.sum() > 1:
-                each = r2_per_axis(self._truth[rows][known], log.kinematics[rows][known])
+                pair = self._truth[rows][known], log.kinematics[rows][known]
+                each = r2_per_axis(*pair)
                 text = "  ".join(
                     f"{n} {number(float(v))}" for n, v in zip(self._names, each, strict=True)
                 )
-                table.add_row("R2 so far", f"{text}  mean {number(float(np.mean(each)))}")
+                table.add_row("R2 so far", f"{text}  mean {number(r2(*pair))}")
         latency = log.latency_ms(rows)
         for stage in ("solve", "total"):
             values = latency[stage][np.isfinite(latency[stage])]

@@ -253,7 +253,7 @@ def evaluate(
         scores,
         drops,
         seconds,
-        learning_curves(model, artifact.manifest),
+        *learning_curves(model, artifact.manifest),
         tuple(tables),
         more,
     )

@@ -14,7 +14,7 @@ from rich.progress import TaskID
 
 from ilqr_training.config import TrainConfig, check, load_config, with_fraction
 from ilqr_training.evaluation.baselines import GRU, KALMAN, fit_rivals
-from ilqr_training.fit.crops import Prepared
+from ilqr_training.fit.crops import Prepared, prepare
 from ilqr_training.fit.curves import log_folder
 from ilqr_training.fit.joint import session_path, train_sessions
 from ilqr_training.fit.loop import Report
@@ -27,6 +27,7 @@ from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.machine import cores
+from ilqr_vae.recordings import load_recording
 from ilqr_vae.report import Table
 from ilqr_vae.report.table import WIDTH, shown
 from ilqr_vae.scoring.score import OURS, WIENER
@@ -159,7 +160,8 @@ def train_command(
         bool, typer.Option("--gru", help="A GRU among those baselines; takes minutes.")
     ] = False,
     check_only: Annotated[
-        bool, typer.Option("--check", help="Check the configuration and end; nothing is read.")
+        bool,
+        typer.Option("--check", help="Check the configuration and the recordings, and end."),
     ] = False,
     json_file: Annotated[
         Path | None,
@@ -178,6 +180,9 @@ def train_command(
     )
     device_of(settings.training.device)
     if check_only:
+        for path in recording:
+            if path.exists():  # one that is still to be made cannot be looked at
+                _look(path, settings, alone=len(recording) == 1)
         return
     check_writable(out, "--out")
     check_writable(json_file, "--json")
@@ -224,6 +229,13 @@ def train_command(
     for name, manifest in own.items():
         own_scores = {k: round(v, 4) for k, v in manifest.measured.items()}
         said.print(f"wrote {session_path(out, name)} (model {manifest.model_id}): {own_scores}")
+
+
+def _look(path: Path, settings: TrainConfig, *, alone: bool) -> None:
+    """Read a recording and say what it holds, as training would. Raises RecordingError."""
+    chunk = settings.training.chunk if alone else 1
+    data = prepare(load_recording(path, settings.data), settings.data, chunk=chunk)
+    Terminal(console(stderr=True), settings).prepared(data)
 
 
 def _beside(data: Prepared, settings: TrainConfig, gru: bool, screen: Console) -> dict[str, float]:

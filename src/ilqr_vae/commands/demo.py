@@ -18,6 +18,7 @@ from ilqr_vae.commands.children import Interrupted, interruptible, run, serve_ar
 from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.files import check_folder
 from ilqr_vae.recordings.checks import missing_extra
+from ilqr_vae.report.table import number
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES
 from ilqr_vae.terminal import console
 
@@ -147,10 +148,6 @@ def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
     check_folder(out, "--out")
 
 
-def _number(value: Any, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
     """What came of it, from ``replay``'s JSON and, where there is one, ``closed-loop``'s."""
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2))
@@ -158,11 +155,11 @@ def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
     table.add_column()
     for name, values in report["scores"].items():
         each = "  ".join(
-            f"{k.removeprefix('r2.')} {_number(v, 3)}"
+            f"{k.removeprefix('r2.')} {number(v, 3)}"
             for k, v in values.items()
             if k.startswith("r2.")
         )
-        table.add_row(f"causal R², {name}", f"{_number(values['r2'], 3)}   ({each})")
+        table.add_row(f"causal R², {name}", f"{number(values['r2'], 3)}   ({each})")
     for name, values in report["scores"].items():
         if values.get("coverage_90") is not None:
             table.add_row(
@@ -170,12 +167,12 @@ def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
             )
     if not report["scores"]:
         table.add_row("decodes", "none scored: latents and rates only")
-    table.add_row("bits per spike", _number(report["bits_per_spike"], 3))
+    table.add_row("bits per spike", number(report["bits_per_spike"], 3))
     for stage in ("solve", "total"):
         values = report["latency_ms"].get(stage, {"n": 0})
         if values["n"]:
             numbers = "  ".join(
-                f"{q} {_number(values[q], 2)}" for q in ("p50", "p99", "p99.9", "max")
+                f"{q} {number(values[q], 2)}" for q in ("p50", "p99", "p99.9", "max")
             )
             table.add_row(f"{stage}, ms", numbers)
     pace = (
@@ -185,7 +182,7 @@ def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
     table.add_row("statuses", "  ".join(f"{k} {v}" for k, v in report["statuses"].items()))
     if loop is not None:
         ours, chance = loop["decoder"], loop["chance"]
-        time_taken = f"{_number(ours['time_to_target_s'], 2)} s"
+        time_taken = f"{number(ours['time_to_target_s'], 2)} s"
         if ours["successes"] < FEWEST_SUCCESSES:
             time_taken = "-"
         table.add_row(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from markupsafe import Markup
 from ilqr_vae.report import figures
 from ilqr_vae.report.data import ReportData, distribution
 from ilqr_vae.report.svg import STATUS_COLOURS, style
-from ilqr_vae.report.table import Table
+from ilqr_vae.report.table import Table, number
 from ilqr_vae.scoring.score import OURS
 
 _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
@@ -63,14 +62,8 @@ _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
 )
 
 
-def _number(value: Any, digits: int = 3) -> str:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return "–"
-    return f"{value:.{digits}f}"
-
-
 def _range(found: tuple[float, float] | None) -> str:
-    return "–" if found is None else f"{_number(found[0])} to {_number(found[1])}"
+    return "–" if found is None else f"{number(found[0])} to {number(found[1])}"
 
 
 def _latency_rows(data: ReportData) -> list[dict[str, Any]]:
@@ -78,9 +71,9 @@ def _latency_rows(data: ReportData) -> list[dict[str, Any]]:
     for stage, values in data.latency_ms.items():
         summary = distribution(values)
         if summary["n"]:
-            cells = [_number(summary[k], 2) for k in ("p50", "p99", "p99.9", "max")]
+            cells = [number(summary[k], 2) for k in ("p50", "p99", "p99.9", "max")]
             bound = data.latency_uncertainty_ms.get(stage, 0.0)
-            name = f"{stage} (± {_number(bound, 3)})" if bound else stage
+            name = f"{stage} (± {number(bound, 3)})" if bound else stage
             rows.append({"stage": name, "n": summary["n"], "cells": cells})
     return rows
 
@@ -94,7 +87,7 @@ def _score_table(data: ReportData) -> dict[str, Any] | None:
     rows = [
         {
             "name": name,
-            "cells": [_number(values.get(c)) for c in columns],
+            "cells": [number(values.get(c)) for c in columns],
             "interval": _range(data.scores.intervals.get(name, {}).get("r2")),
             "ahead": _range(data.scores.intervals.get(name, {}).get("ahead")),
             "coverage": f"{100 * values['coverage_90']:.1f} %" if "coverage_90" in values else "–",

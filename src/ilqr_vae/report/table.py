@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table as Shown
 
 WIDTH = 110
 """Of tables where the output is no terminal, or a narrow one; in characters."""
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with so many decimals; a dash for none, NaN or infinity."""
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return f"{value:.{digits}f}" if known else "–"
 
 
 @dataclass(frozen=True, slots=True)

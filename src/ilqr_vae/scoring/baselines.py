@@ -231,7 +231,8 @@ class KalmanFilter:
     """Kalman filter whose state is the kinematics (Wu et al. 2006, Neural Computation 18:80).
 
     x_t = A x_{t-1} + w, w ~ N(0, W); counts_t - mean = C x_t + q, q ~ N(0, Q), with x the
-    kinematics less their training mean. A, W, C, Q are least-squares estimates. Wu et al. advise
+    kinematics less their training mean. A, W, C, Q are least-squares estimates; a channel that
+    never varies stays at its mean. Wu et al. advise
     to decode position, velocity and acceleration together; the state is whatever is given.
 
     Attributes:
@@ -265,7 +266,7 @@ class KalmanFilter:
         ``valid``: bool (T,), bins to fit on; None means all.
 
         Raises:
-            ShapeError: shapes or spans do not fit, or a kinematic channel never varies.
+            ShapeError: shapes or spans do not fit.
         """
         z, x = _checked(counts, kinematics)
         rows = _rows(train, len(z), valid, "train")
@@ -273,11 +274,6 @@ class KalmanFilter:
         z, x = z - mean_counts, x - mean
         here = x[rows]
         covariance = here.T @ here / len(rows)
-        if (np.diag(covariance) <= 0).any():
-            channel = int(np.argmin(np.diag(covariance)))
-            raise ShapeError(
-                "kinematics", expected="channels that vary", got=f"channel {channel} constant"
-            )
         pairs = rows[1:][np.diff(rows) == 1]
         if not len(pairs):
             raise ShapeError("train", expected="at least two consecutive bins", got=str(train))

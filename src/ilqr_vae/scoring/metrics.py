@@ -118,21 +118,22 @@ def r2_per_axis(truth: NDArray[Any], prediction: NDArray[Any]) -> Array:
     y, p = _pair(truth, prediction, ("truth", "prediction"), ndim=2)
     error = np.sum((y - p) ** 2, axis=0)
     total = np.sum((y - y.mean(axis=0)) ** 2, axis=0)
-    return 1.0 - np.divide(error, total, out=np.full(len(total), np.nan), where=_varies(y))
+    return 1.0 - np.divide(error, total, out=np.full(len(total), np.nan), where=varies(y))
 
 
-def _varies(y: Array) -> NDArray[np.bool_]:
-    """Which columns vary by more than rounding."""
+def varies(y: Array) -> NDArray[np.bool_]:
+    """(D,), which columns of (T, D) vary by more than rounding; T is at least 1."""
     dust = 16 * np.finfo(np.float64).eps * np.abs(y).max(axis=0)
-    return y.std(axis=0) > dust
+    return np.ptp(y, axis=0) > dust  # exact, where a mean would be rounded
 
 
 def r2(truth: NDArray[Any], prediction: NDArray[Any]) -> float:
     """``r2_per_axis`` averaged over the channels that vary; NaN where none does. Raises
     ShapeError."""
     y, p = _pair(truth, prediction, ("truth", "prediction"), ndim=2)
-    varies = _varies(y)
-    return float(r2_per_axis(y, p)[varies].mean()) if varies.any() else float("nan")
+    each = r2_per_axis(y, p)
+    known = np.isfinite(each)
+    return float(each[known].mean()) if known.any() else float("nan")
 
 
 velocity_r2 = r2

@@ -15,7 +15,7 @@ from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.recordings.split import segment_start
 from ilqr_vae.scoring.baselines import WienerFilter
 from ilqr_vae.scoring.bootstrap import FEWEST, interval, pieces, r2_draws
-from ilqr_vae.scoring.metrics import r2_per_axis
+from ilqr_vae.scoring.metrics import r2, r2_per_axis, varies
 from ilqr_vae.scoring.spacing import spaced_out
 
 Array = NDArray[np.float64]
@@ -48,8 +48,9 @@ class Scores:
     """Scores on n bins, those that are valid and were answered.
 
     Attributes:
-        methods: by decoder, by metric: ``r2`` (mean over channels), ``r2.<channel>``, and
-            ``coverage_90`` where the decoder states a standard deviation.
+        methods: by decoder, by metric: ``r2`` (mean over the channels that move), ``r2.<channel>``
+            (NaN for one that does not, which ``notes`` says), and ``coverage_90`` where the decoder
+            states a standard deviation.
         n: bins scored.
         nominal, actual: calibration: share of true values inside the central interval of each
             nominal level; empty without a standard deviation.
@@ -111,10 +112,8 @@ def coverage_by_speed(
 
 
 def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, float]:
-    each = r2_per_axis(truth, decoded)
-    known = each[np.isfinite(each)]
-    scores = {"r2": float(known.mean()) if known.size else float("nan")}
-    return scores | {f"r2.{name}": float(v) for name, v in zip(names, each, strict=True)}
+    each = zip(names, r2_per_axis(truth, decoded), strict=True)
+    return {"r2": r2(truth, decoded)} | {f"r2.{name}": float(v) for name, v in each}
 
 
 def histories(bin_width: float, n_units: int) -> tuple[int, ...]:
@@ -222,21 +221,24 @@ def score_decodes(
         raise ShapeError("decoded", expected="at least one valid, answered bin", got="none")
     names = recording.kinematic_names
     methods = {OURS: _methods(truth[rows], decoded[rows], names)}
+    still = [name for name, m in zip(names, varies(truth[rows]), strict=True) if not m]
+    notes = (f"No movement in these bins, so no R2: {', '.join(still)}.",) if still else ()
+    # what never moves in the whole recording is always covered, and says nothing
+    live = varies(truth_all) if varies(truth_all).any() else np.ones(len(names), dtype=bool)
     actual: tuple[float, ...] = ()
     by_speed: BySpeed | None = None
     if std is not None:
-        actual = calibration(truth[rows], decoded[rows], std[rows])
+        seen_here = truth[rows][:, live], decoded[rows][:, live], std[rows][:, live]
+        actual = calibration(*seen_here)
         methods[OURS]["coverage_90"] = actual[LEVELS.index(0.9)]
-        by_speed = coverage_by_speed(
-            truth[rows], decoded[rows], std[rows], recording.kinematic_units
-        )
+        units = tuple(np.array(recording.kinematic_units)[live].tolist())
+        by_speed = coverage_by_speed(*seen_here, units)
     wiener: Array | None = None
-    notes: tuple[str, ...] = ()
     if baseline:
         try:
             fitted = fit_wiener(recording if fit_on is None else fit_on, split)
         except ShapeError as error:
-            notes = (f"No Wiener filter beside it: {error}.",)
+            notes += (f"No Wiener filter beside it: {error}.",)
         else:
             counts = recording.counts.astype(np.float64)
             unseen = ~recording.mask()
@@ -256,8 +258,8 @@ def score_decodes(
         decodes[name] = values
         methods[name] = _methods(truth[rows], values[rows], names)
         if others_std is not None and name in others_std:
-            covered = calibration(truth[rows], values[rows], others_std[name][rows], (0.9,))
-            methods[name]["coverage_90"] = covered[0]
+            theirs = truth[rows][:, live], values[rows][:, live], others_std[name][rows][:, live]
+            methods[name]["coverage_90"] = calibration(*theirs, (0.9,))[0]
     intervals, resampled = _intervals(recording.slice(start, stop), truth, decodes, rows)
     return Scores(
         methods=methods,
@@ -276,10 +278,12 @@ def _intervals(
     part: Recording, truth: Array, decodes: Mapping[str, NDArray[Any]], rows: NDArray[np.bool_]
 ) -> tuple[dict[str, dict[str, tuple[float, float]]], str]:
     made = pieces(rows, part.bin_width, part.trials)
-    if made.number < FEWEST:
+    moves = varies(truth[rows])
+    if made.number < FEWEST or not moves.any():
         return {}, ""
     draws = {
-        name: r2_draws(truth[rows], d[rows], made.of, made.number) for name, d in decodes.items()
+        name: r2_draws(truth[rows][:, moves], d[rows][:, moves], made.of, made.number)
+        for name, d in decodes.items()
     }
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for name, values in draws.items():

@@ -30,6 +30,7 @@ from ilqr_training.config import TrainConfig, with_fraction
 from ilqr_training.evaluation.baselines import GRU, KALMAN, Rival, fit_rivals
 from ilqr_training.evaluation.cosmoothing import cosmooth, held_out_units
 from ilqr_training.evaluation.stress import StressPlan, under_stress
+from ilqr_training.fit.crops import prepare
 from ilqr_training.fit.train import Watcher, train_on
 from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.artifact import Artifact, load_artifact
@@ -229,12 +230,14 @@ def compare(
     """
     if recording.kinematics is None:
         raise ConfigError("--recording", expected="one with kinematics to decode", got="none")
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = identity_of(config, recording, plan)
     seen, fraction = recording, plan.fraction
     if plan.span == "validation":
         seen = rehearsal(recording, config.data.split)
         fraction = min(1.0, fraction * len(recording) / len(seen))  # as many bins
+    for share in {1.0, fraction or 1.0}:  # before hours are spent on the first of them
+        prepare(seen, with_fraction(config, share).data, chunk=config.training.chunk)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = identity_of(config, recording, plan)
     seeds: list[Piece] = []
     for i in range(plan.seeds):
         loop = msgspec.structs.replace(config.training, seed=config.training.seed + i)

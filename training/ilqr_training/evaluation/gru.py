@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ilqr_training.readout.restarts import reaching
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec
-from ilqr_vae.scoring.metrics import r2
+from ilqr_vae.scoring.metrics import r2, varies
 
 Array = NDArray[np.float64]
 
@@ -160,7 +160,8 @@ class _Table:
         counts = recording.counts * recording.mask().astype(np.float64)
         truth = np.nan_to_num(recording.kinematics)
         mean, std = counts[rows].mean(0), np.sqrt(counts[rows].var(0) + 1e-2)
-        centre, spread = truth[rows].mean(0), truth[rows].std(0) + 1e-12
+        part = truth[rows]
+        centre, spread = part.mean(0), np.where(varies(part), part.std(0) + 1e-12, 1.0)
         return _Table(
             torch.as_tensor((counts - mean) / std, dtype=torch.float32),
             torch.as_tensor((truth - centre) / spread, dtype=torch.float32),

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ilqr_training.fit.curves import Curves
 from ilqr_training.readout.causal import Causal
 from ilqr_vae.artifact import Artifact
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import Span, warmup_start
 from ilqr_vae.report import ReportData, Table
-from ilqr_vae.report.table import WIDTH, shown
+from ilqr_vae.report.table import WIDTH, number, shown
 from ilqr_vae.scoring.score import OURS, WIENER, Scores
 from ilqr_vae.terminal import console
 
@@ -26,7 +27,6 @@ FITTED_HERE = (
     "Training and validation part are what every decoder here was fitted on in the end: scores on "
     "them flatter all. 'experiment decode' rehearses on the validation part without that."
 )
-Curves = dict[str, tuple[tuple[int, float], ...]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Evaluated:
         scores: of its decodes, or None where there is nothing to score on.
         drops: (T,) bins of the recording left out.
         seconds: the stream took.
-        learning: curves of the model's training.
+        learning: curves of the model's training; notes: sentences on them.
         tables, more: what else was asked for, for people and for the JSON form.
     """
 
@@ -52,6 +52,7 @@ class Evaluated:
     drops: NDArray[np.bool_]
     seconds: float
     learning: Curves
+    notes: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     more: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -63,16 +64,16 @@ class Evaluated:
         part = recording.slice(start, stop)
         names = manifest.kinematic_names
         missing = drops[start:stop] | ~recording.valid[start:stop]
-        facts = {"bits per spike, one step ahead": f"{result.bits_per_spike:.3f}"}
+        facts = {"bits per spike, one step ahead": number(result.bits_per_spike)}
         if scores is not None:
-            facts["causal R2, mean"] = f"{scores.methods[OURS]['r2']:.3f}"
+            facts["causal R2, mean"] = number(scores.methods[OURS]["r2"])
             if WIENER in scores.methods:
-                facts["Wiener filter, same bins"] = f"{scores.methods[WIENER]['r2']:.3f}"
+                facts["Wiener filter, same bins"] = number(scores.methods[WIENER]["r2"])
             facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
         notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
         if scores is not None and span != "test":
             notes += (FITTED_HERE,)
-        notes += recording.notes
+        notes += recording.notes + self.notes
         if len(recording.breaks):
             notes += ("Trials are laid end to end: times leave out what lay between them.",)
         sha = recording.sha256
@@ -141,7 +142,7 @@ def say(report: ReportData) -> None:
     screen.print(f"{report.title}, {len(report.counts)} bins", style="bold")
     if report.scores is not None:
         for name, values in report.scores.methods.items():
-            line = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+            line = "  ".join(f"{k} {number(v, 4)}" for k, v in values.items())
             found = report.scores.intervals.get(name, {}).get("r2")
             if found is not None:
                 line += f"  r2 95 % interval {found[0]:.4f} to {found[1]:.4f}"
@@ -150,7 +151,7 @@ def say(report: ReportData) -> None:
         if by is not None:
             quarters = ", ".join(f"{100 * c:.1f}" for c in by.coverage)
             screen.print(f"  90 % interval covers {quarters} % by quarter of speed")
-    screen.print(f"  bits per spike {report.bits_per_spike:.4f}")
+    screen.print(f"  bits per spike {number(report.bits_per_spike, 4)}")
     for note in report.notes:
         screen.print(f"  {note}")
     for table in report.tables:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,11 @@ from torch import Tensor
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
-from ilqr_vae.recordings import Recording, RecordingSpec
+from ilqr_vae.recordings import Recording, RecordingSpec, SplitSpec
+from ilqr_vae.scoring.metrics import varies
+
+HARDLY = 0.02
+"""Share of the training part's standard deviation below which a part hardly moves."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Prepared:
         recording: units selected on the training part.
         train, validation, test: half-open bin ranges.
         kinematic_mean, kinematic_scale: of the training part; the joint model sees standardised
-            kinematics.
+            kinematics. The scale of a channel that never varies is zero: it is not modelled.
     """
 
     recording: Recording
@@ -36,14 +40,16 @@ class Prepared:
     def standardised(self) -> NDArray[np.float64] | None:
         """Kinematics (T, D) in training standard deviations, or None."""
         k = self.recording.kinematics
-        return None if k is None else (k - self.kinematic_mean) / self.kinematic_scale
+        scale = np.where(self.kinematic_scale > 0, self.kinematic_scale, 1.0)
+        return None if k is None else (k - self.kinematic_mean) / scale
 
 
 def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepared:
     """Select units by rate on the training part and cut the spans.
 
     Raises:
-        RecordingError: no unit is fast enough, or a span is too short for one crop.
+        RecordingError: no unit is fast enough, a span is too short for one crop, or nothing moves
+            in the training or the validation part.
     """
     T = len(recording)
     train = spec.split.span("train", recording)
@@ -78,15 +84,47 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
                 expected="two or more bins of the training part to learn from",
                 got=str(len(part)),
             )
-        mean, scale = part.mean(0), part.std(0)
-        flat = [n for n, s in zip(recording.kinematic_names, scale, strict=True) if not s > 0]
-        if flat:
+        mean, scale = part.mean(0), np.where(varies(part), part.std(0), 0.0)
+        recording = replace(recording, notes=recording.notes + at_rest(recording, spec.split))
+    return Prepared(recording, train, validation, spec.split.span("test", recording), mean, scale)
+
+
+def at_rest(recording: Recording, split: SplitSpec) -> tuple[str, ...]:
+    """Sentences on channels that do not move in some part, where they have no R2 then.
+
+    Raises:
+        RecordingError: nothing moves in the training part, where there is nothing to learn then, or
+            in the validation part, where there is nothing to choose by.
+    """
+    k = recording.kinematics
+    if k is None:
+        return ()
+    usual = np.zeros(k.shape[1])
+    where: dict[tuple[str, str], list[str]] = {}
+    for span in ("train", "validation", "test"):
+        start, stop = split.span(span, recording)
+        part = k[start:stop][recording.scored[start:stop]]
+        if not len(part):
+            continue
+        moves, spread = varies(part), part.std(0)
+        usual = spread if span == "train" else usual
+        if not moves.any() and span != "test":
             raise RecordingError(
                 "recording.kinematics",
-                expected="channels that vary over the training part",
-                got=f"{flat[0]} constant",
+                expected=f"movement in the {span} part, bins {start}:{stop} (see data.split)",
+                got=f"none: {', '.join(recording.kinematic_names)} do not vary there",
             )
-    return Prepared(recording, train, validation, spec.split.span("test", recording), mean, scale)
+        for name, moving, few in zip(
+            recording.kinematic_names, moves, spread < HARDLY * usual, strict=True
+        ):
+            if few or not moving:
+                what = "hardly any movement" if moving else "no movement"
+                where.setdefault((name, what), []).append(span)
+    return tuple(
+        f"{name}: {what} in the {' and '.join(spans)} part; R2 there says "
+        + ("little." if what.startswith("hardly") else "nothing.")
+        for (name, what), spans in where.items()
+    )
 
 
 class Crops:
@@ -105,7 +143,8 @@ class Crops:
         seen = data.recording.valid[a:b, None] if whole else data.recording.mask()[a:b]
         self.mask = torch.as_tensor(seen.astype(np.float64)).to(like)
         scored = torch.as_tensor(data.recording.scored[a:b].astype(np.float64)).to(like)
-        self.scored = scored.unsqueeze(1)
+        moves = torch.as_tensor(data.kinematic_scale > 0).to(like)
+        self.scored = scored.unsqueeze(1) * (moves if len(moves) else 1.0)
         self.starts, stops = _starts(data.recording.segments(a, b), a, chunk)
         self.stop_of = torch.as_tensor(stops, device=like.device)
         self.whole = all(stop - start >= chunk for start, stop in data.recording.segments(a, b))
@@ -133,7 +172,7 @@ class Crops:
         groups = {"spikes": Observed(counts * mask, mask.expand_as(counts))}
         if self.kinematics is not None:
             k = self.kinematics[index]
-            groups["kinematics"] = Observed(k, (self.scored[index] * live).expand_as(k))
+            groups["kinematics"] = Observed(k, self.scored[index] * live)
         return groups
 
     def live(self, index: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,41 @@ from ilqr_vae.artifact import Manifest
 CURVES = {"train/bound": "bound (nats per bin)", "validation/r2": "causal R2, validation"}
 _MOST_POINTS = 300
 
+Curves = dict[str, tuple[tuple[int, float], ...]]
+
 
 def log_folder(model: Path) -> Path:
     """Where training a model leaves its TensorBoard events unless told otherwise."""
     return model.with_name(model.stem + "-log")
 
 
-def learning_curves(model: Path, manifest: Manifest) -> dict[str, tuple[tuple[int, float], ...]]:
-    """(step, value) by name; at most ``_MOST_POINTS`` of each.
+def learning_curves(model: Path, manifest: Manifest) -> tuple[Curves, tuple[str, ...]]:
+    """(step, value) by name, at most ``_MOST_POINTS`` of each; and sentences on what is missing.
 
     The validations are in the model file. The bound is in the log, where that is still beside the
-    model; a log that cannot be read is no error, since nothing depends on it.
+    model; a log that cannot be read is said and is no error, since nothing depends on it.
     """
-    curves: dict[str, tuple[tuple[int, float], ...]] = {}
+    curves: Curves = {}
+    notes: tuple[str, ...] = ()
     folder = log_folder(model)
     if folder.is_dir():
-        curves = _logged(folder)
+        try:
+            curves = _logged(folder)
+        except Exception as error:  # whatever its parsers raise on a damaged file
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            notes = (f"No learning curve of the bound: {folder.name} cannot be read ({why}).",)
     if manifest.history:
         decoded = "r2" in manifest.scores
         name = CURVES["validation/r2"] if decoded else "bits per spike, validation"
         curves[name] = manifest.history
-    return curves
+    return curves, notes
 
 
-def _logged(folder: Path) -> dict[str, tuple[tuple[int, float], ...]]:
+def _logged(folder: Path) -> Curves:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # what it says of a resumed run's log is no concern of a reader of the report
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(folder), size_guidance={"scalars": _MOST_POINTS})
     events.Reload()
     tags: dict[str, Any] = events.Tags()

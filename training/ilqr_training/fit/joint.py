@@ -55,6 +55,8 @@ def train_sessions(
     if len(set(names)) < len(names):
         raise RecordingError("--recording", expected="files of different names", got=str(names))
     sessions = {p.stem: load_recording(p, config.data) for p in recordings}
+    for recording in sessions.values():  # each has a readout of its own: looked at before training
+        prepare(recording, config.data, chunk=1)
     joined = join(sessions, config.data.split)
     # what is left out of each session is left out already
     done = train_on(

@@ -18,7 +18,7 @@ from ilqr_training.readout.fit import Bins, fit_readout
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.recordings.split import warmup_start
-from ilqr_vae.scoring.metrics import interval_coverage, r2
+from ilqr_vae.scoring.metrics import interval_coverage, r2_per_axis
 from ilqr_vae.streaming.horizon import MovingHorizon
 
 LOST_BINS = 10_000
@@ -31,7 +31,7 @@ class Validation:
 
     Attributes:
         score: what training maximises: mean velocity R2, or bits per spike without kinematics.
-        scores: by name.
+        scores: by name; none of a channel that does not move in the validation part.
         readout: None without kinematics.
         mean_rate: (N,) of the training part.
     """
@@ -165,10 +165,11 @@ def _decode(
         seed=seed,
         quick=quick,
     )
-    names = data.recording.kinematic_names
-    scores = {"r2": fit.score} | {
-        f"r2.{name}": float(r2(fit.truth[:, [i]], fit.decoded[:, [i]]))
-        for i, name in enumerate(names)
-    }
-    scores["coverage_90"] = float(np.mean(interval_coverage(fit.truth, fit.decoded, fit.std, 0.9)))
+    each = zip(data.recording.kinematic_names, r2_per_axis(fit.truth, fit.decoded), strict=True)
+    # a channel at rest has no R2, and one that never moves is always covered
+    scores = {"r2": fit.score} | {f"r2.{n}": float(v) for n, v in each if np.isfinite(v)}
+    some = data.kinematic_scale > 0
+    scores["coverage_90"] = interval_coverage(
+        fit.truth[:, some], fit.decoded[:, some], fit.std[:, some], 0.9
+    )
     return fit.readout, scores

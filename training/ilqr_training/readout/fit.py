@@ -22,7 +22,7 @@ from ilqr_training.readout.causal import Causal
 from ilqr_training.readout.hidden import Maps, fit_hidden
 from ilqr_training.readout.recurrent import Recurrent, Windows, fit_recurrent
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
-from ilqr_vae.scoring.metrics import r2
+from ilqr_vae.scoring.metrics import r2, varies
 
 Array = NDArray[np.float64]
 
@@ -75,7 +75,7 @@ class _Table:
         rest = variance[latents:]
         rest += 0.1 * rest.mean() if len(rest) else 0.0
         scale = np.sqrt(variance) + 1e-9
-        y_mean, y_scale = y.mean(0), y.std(0) + 1e-12
+        y_mean, y_scale = y.mean(0), np.where(varies(y), y.std(0) + 1e-12, 1.0)
         return _Table(
             (x - x.mean(0)) / scale, (y - y_mean) / y_scale, x.mean(0), scale, y_mean, y_scale
         )
