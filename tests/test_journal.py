@@ -15,18 +15,18 @@ from ilqr_clients.sdk import ServiceClient
 from ilqr_service.journal.records import (
     MAGIC,
     Answered,
-    Began,
-    Ended,
+    Closed,
     Header,
-    Kept,
+    Opened,
+    Queued,
     Record,
-    Worked,
+    Snapshot,
     records,
     segments,
 )
 from ilqr_service.journal.resume import open_runs, take_up
 from ilqr_service.journal.verify import Verdict, verify
-from ilqr_service.journal.writer import Journal
+from ilqr_service.journal.writer import Writer
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
@@ -58,11 +58,11 @@ def standing(folder: Path) -> tuple[object, ...]:
     """What a journal says is open."""
     next_run, runs = open_runs(folder)
     live = runs[0]
-    return next_run, set(runs), live.began, live.kept, dict(live.works), dict(live.answers)
+    return next_run, set(runs), live.opened, live.snapshot, dict(live.works), dict(live.answers)
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("kind", [Worked, Answered, Kept])
+@pytest.mark.parametrize("kind", [Queued, Answered, Snapshot])
 def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone(
     left_open: tuple[Path, list[messages.Result]], model_file: Path, kind: type[Record]
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone
         assert standing(folder) == without
         session, resumed = take_up(open_runs(folder)[1][0], facts, 0, 0)
         kept = {r.index for r in whole[:last] if isinstance(r, Answered)}
-        assert session.next_index == sum(isinstance(r, Worked) for r in whole[:last])
+        assert session.next_index == sum(isinstance(r, Queued) for r in whole[:last])
         assert resumed.answered == max(kept, default=-1)
     path.write_bytes(data[:end])
     assert standing(folder) != without
@@ -143,8 +143,8 @@ def header(lost: int) -> Header:
     )
 
 
-def worked(serial: int) -> Worked:
-    return Worked(
+def worked(serial: int) -> Queued:
+    return Queued(
         work=pack_work(Work(0, serial, np.ones(7), None, serial == 0, 0, 0, 0, False, serial))
     )
 
@@ -152,9 +152,9 @@ def worked(serial: int) -> Worked:
 @pytest.mark.chaos
 def test_a_disk_that_is_full_loses_records_not_the_run(tmp_path: Path) -> None:
     now = 0.0
-    keeper = Journal(tmp_path, header, clock=lambda: now)
+    keeper = Writer(tmp_path, header, clock=lambda: now)
     keeper.start({})
-    keeper.write(Began(run=0, slot="main", model="m", user="", request=open_("s")))
+    keeper.write(Opened(run=0, slot="main", model="m", user="", request=open_("s")))
     keeper.write(worked(0))
     keeper.flush()
     (path,) = segments(tmp_path)
@@ -210,7 +210,7 @@ def test_two_services_do_not_share_a_journal(model_file: Path, tmp_path: Path) -
         child = os.fork()  # a lock is a process's own
         if child == 0:
             try:
-                Journal(tmp_path, header)
+                Writer(tmp_path, header)
             except ServiceError:
                 os._exit(7)
             os._exit(0)
@@ -254,18 +254,31 @@ def test_a_restarted_service_goes_on_where_the_other_stood(
     verdict = verify(tmp_path / "b", [model_file])
     assert verdict == Verdict(1, 60, 60)
     kinds = {type(r) for p in segments(tmp_path / "b") for r in records(p)}
-    assert {Kept, Ended} <= kinds
+    assert {Snapshot, Closed} <= kinds
 
 
-def test_without_its_model_a_session_ends_and_the_service_runs(
+def test_a_session_whose_model_is_not_served_waits_until_it_is_or_its_name_is_used(
     model_file: Path, left_open: tuple[Path, list[messages.Result]], tmp_path: Path
 ) -> None:
     folder, _ = left_open
+    shutil.copytree(folder, tmp_path / "other")
     other = make_model(tmp_path / "other.safetensors", n_units=7, names=UNITS, kinematics=False)
-    with serving(other, journal=str(folder)) as service:
+    with serving(other, journal=str(folder)) as service:  # by mistake
         assert isinstance(service, Service)
         assert service.ready
-    assert open_runs(folder)[1] == {}
+    with (
+        serving(model_file, journal=str(folder)) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        opened = feeder.ask(open_("s", resume=True), messages.Opened)
+        assert (opened.resumed, opened.next_index) == (True, 30)
+    copy = tmp_path / "other"
+    with (
+        serving(other, journal=str(copy)) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        assert not feeder.ask(open_("s", resume=True), messages.Opened).resumed
+    assert open_runs(copy)[1] == {}
 
 
 @pytest.mark.parametrize("served", ["old and new", "new"])

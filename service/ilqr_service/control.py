@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ilqr_service.journal.journal import Ledger
+from ilqr_service.journal.journal import Journal
 from ilqr_service.sessions.session import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.solving.slots import Slots
@@ -25,7 +25,7 @@ class Control:
 
     Args:
         table, slots: what they are about.
-        ledger: where a request that changes something is recorded.
+        journal: where a request that changes something is recorded.
         rate: requests a second of one sender.
         described: what the service says of itself.
     """
@@ -34,11 +34,11 @@ class Control:
         self,
         table: SessionTable,
         slots: Slots,
-        ledger: Ledger,
+        journal: Journal,
         rate: float,
         described: Callable[[], messages.Described],
     ) -> None:
-        self._table, self._slots, self._ledger = table, slots, ledger
+        self._table, self._slots, self._journal = table, slots, journal
         self._limit = RateLimit(rate)
         self._described = described
 
@@ -60,12 +60,11 @@ class Control:
             case messages.Describe():
                 return Effects(replies=[(owner, self._described())])
             case messages.Load():
-                self._ledger.control(user, frame)
                 self._slots.load(owner, message)
-                return Effects()
+                effects = Effects()
             case messages.Swap():
-                self._ledger.control(user, frame)
-                return self._slots.swap(owner, message)
+                effects = self._slots.swap(owner, message)
             case messages.Rollback():
-                self._ledger.control(user, frame)
-                return self._slots.rollback(owner, message)
+                effects = self._slots.rollback(owner, message)
+        self._journal.control(user, frame)  # only what was accepted
+        return effects

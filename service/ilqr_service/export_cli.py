@@ -35,7 +35,10 @@ def export(
     Example: ilqr-vae export journal/ --session rat-7 --out rat-7.nwb
     """
     check_writable(out, "--out")
-    runs, manifests = runs_of(journal)
+    damage: list[str] = []
+    runs, manifests = runs_of(journal, damage)
+    for line in damage:
+        console(stderr=True, soft_wrap=True).print(f"warning: {line}")
     chosen = choose(runs, session, epoch, run)
     who = None
     if subject:
@@ -49,5 +52,5 @@ def export(
         institution=institution,
         force=force,
     )
-    session = chosen.began.request.session
+    session = chosen.opened.request.session
     console(soft_wrap=True).print(f"{out}: {len(chosen.results)} bins of session {session}")

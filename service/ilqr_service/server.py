@@ -19,7 +19,7 @@ import zmq
 from ilqr_service import logs
 from ilqr_service.control import Control
 from ilqr_service.hygiene import Hygiene
-from ilqr_service.journal.journal import Ledger
+from ilqr_service.journal.journal import Journal
 from ilqr_service.metrics.telemetry import Telemetry
 from ilqr_service.sessions.session import Effects, Limits, counted
 from ilqr_service.sessions.table import SessionTable
@@ -108,18 +108,18 @@ class Service:
         self._connections = Connections(self._context)
         try:
             self._gate = Gate(self._context, Path(settings.keys)) if settings.keys else None
-            self._ledger = Ledger(settings, engines, fleet, self._table)
+            self._journal = Journal(settings, engines, fleet, self._table)
         except IlqrVaeError:
             self._context.destroy(linger=0)
             raise
         self._control = Control(
-            self._table, self._slots, self._ledger, settings.control_rate, self._described
+            self._table, self._slots, self._journal, settings.control_rate, self._described
         )
         self._solver = SolverThread(
             fleet,
             self._context,
             _WAKE,
-            resume=self._ledger.resumed,
+            resume=self._journal.resumed,
             snapshot_every=settings.snapshot_every if settings.journal else 0,
             keep_warm_s=settings.keep_warm_ms / 1e3,
             prepare=self._hygiene.thread,
@@ -138,7 +138,7 @@ class Service:
             ServiceError: an address is wrong, in use, or beyond loopback. Nothing is left bound.
         """
         try:
-            self._ledger.start()
+            self._journal.start()
             self._router = self._bind_router()
             self._publisher = Publisher(
                 self._context,
@@ -146,7 +146,7 @@ class Service:
                 topics=2 * self._settings.max_sessions,
             )
             self.results = self._bind("results", self._publisher.socket, self._settings.results)
-            for result in self._ledger.last:
+            for result in self._journal.last:
                 self._publisher.remember(result.session, messages.encode(result))
             self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
             self._wake.bind(_WAKE)
@@ -159,7 +159,7 @@ class Service:
                 )
                 self.http = self._web.address
         except ServiceError:
-            self._ledger.close()
+            self._journal.close()
             self._context.destroy(linger=0)
             raise
         self._solver.start()
@@ -222,7 +222,7 @@ class Service:
             logs.exception("the I/O thread ended")
         finally:
             self._solver.stop()
-            self._ledger.close()
+            self._journal.close()
             self._context.destroy(linger=_LINGER_MS)
             self.failure = self.failure or self._solver.failure
             self.ended.set()
@@ -281,9 +281,9 @@ class Service:
         waiting = self._table.waiting
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
-        self.telemetry.journal(self._ledger.ok, self._ledger.lost, self._ledger.written)
+        self.telemetry.journal(self._journal.ok, self._journal.lost, self._journal.written)
         self.telemetry.count(self._connections.events() + self._publisher.strange())
-        self._ledger.flush()
+        self._journal.flush()
         self.telemetry.settle()
         if self._gate is not None:
             self._gate.refresh()
@@ -298,10 +298,10 @@ class Service:
         while answers:
             answer = answers.popleft()
             if isinstance(answer, PackedRun):
-                self._ledger.keep(answer)
+                self._journal.keep(answer)
                 continue
             effects = self._table.answered(answer, time.monotonic_ns())
-            self._ledger.note(effects, answer)
+            self._journal.note(effects, answer)
             step.append(effects)
             if len(step) == _TOGETHER:
                 self._carry_out(step)
@@ -316,7 +316,7 @@ class Service:
             step: list[Effects] = []
             for message in came[first : first + _TOGETHER]:
                 step.append(self._handled(*message))
-                self._ledger.note(step[-1], None)
+                self._journal.note(step[-1], None)
             self._carry_out(step)
 
     def _handled(self, owner: bytes, user: str, frames: list[bytes], at_ns: int) -> Effects:
@@ -355,14 +355,14 @@ class Service:
 
     def _noted(self, effects: Effects) -> None:
         """Carry out what no message and no answer brought."""
-        self._ledger.note(effects, None)
+        self._journal.note(effects, None)
         self._carry_out([effects])
 
     def _carry_out(self, steps: list[Effects]) -> None:
         """Do what the table asks, in its order; written to the journal before it counts."""
         if not steps:
             return
-        self._ledger.flush()
+        self._journal.flush()
         works: list[Work] = []
         for effects in steps:
             for run in effects.forget:

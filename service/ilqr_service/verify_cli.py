@@ -53,15 +53,17 @@ def command(
 
 
 def summary(verdict: Verdict) -> str:
-    """One line for people."""
-    said = (
+    """One line that says what was found."""
+    text = (
         f"{verdict.answers} answers of {verdict.runs} runs: {verdict.identical} identical to the "
         f"last bit"
     )
     if verdict.skipped:
-        said += f", {verdict.skipped} not comparable (their state was not written)"
+        text += f", {verdict.skipped} skipped (their state is not in the journal)"
     if verdict.first:
-        said += f"; first difference at {verdict.first}, largest {verdict.largest:.3g}"
+        text += f"; first difference at {verdict.first}, largest {verdict.largest:.3g}"
     if verdict.changed:
-        said += f"; {verdict.changed} solves ended otherwise"
-    return said
+        text += f"; {verdict.changed} solves ended otherwise"
+    if verdict.damaged:
+        text += "; the journal is damaged: " + ", ".join(verdict.damaged)
+    return text

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ilqr_service.journal.records import Answered, Began, Header, Served, Worked
+from ilqr_service.journal.records import Answered, Deployed, Header, Opened, Queued
 from ilqr_service.journal.verify import stream
 from ilqr_service.solving.run import unpack_work
 from ilqr_service.work import Work
@@ -23,30 +23,31 @@ SERIES = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
 
 
 @dataclass(slots=True)
-class Kept:
-    """A run as the journal tells it; the newest revision of each answer."""
+class Recorded:
+    """A run of a journal, with the newest revision of each answer."""
 
-    began: Began
+    opened: Opened
     header: Header
     works: dict[int, Work]
     results: dict[int, messages.Result]
 
 
-def runs_of(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
-    """All runs, oldest first, and the manifests by model id. Raises JournalError."""
-    runs: dict[int, Kept] = {}
+def runs_of(folder: Path, damage: list[str] | None = None) -> tuple[list[Recorded], dict[str, Any]]:
+    """All runs, oldest first, and the manifests by model id; ``damage`` is given a line for
+    everything in the journal that is odd. Raises JournalError."""
+    runs: dict[int, Recorded] = {}
     manifests: dict[str, Any] = {}
     header: Header | None = None
-    for record in stream(folder):
+    for record in stream(folder, damage):
         match record:
             case Header():
                 header = record
                 manifests |= record.manifests
-            case Served():
+            case Deployed():
                 manifests[record.model] = record.manifest
-            case Began() if header is not None:
-                runs.setdefault(record.run, Kept(record, header, {}, {}))
-            case Worked():
+            case Opened() if header is not None:
+                runs.setdefault(record.run, Recorded(record, header, {}, {}))
+            case Queued():
                 run, work = runs.get(record.work.run), record.work
                 if run is not None and not work.swap and work.counts is not None:
                     run.works[work.index] = unpack_work(work)
@@ -62,19 +63,21 @@ def runs_of(folder: Path) -> tuple[list[Kept], dict[str, Any]]:
     return list(runs.values()), manifests
 
 
-def choose(runs: list[Kept], session: str | None, epoch: int | None, run: int | None) -> Kept:
+def choose(
+    runs: list[Recorded], session: str | None, epoch: int | None, run: int | None
+) -> Recorded:
     """The only run with answers that fits. Raises RecordingError: none or several."""
     answered = [r for r in runs if r.results]
     fitting = [
         r
         for r in answered
-        if (session is None or r.began.request.session == session)
-        and (epoch is None or r.began.request.epoch == epoch)
-        and (run is None or r.began.run == run)
+        if (session is None or r.opened.request.session == session)
+        and (epoch is None or r.opened.request.epoch == epoch)
+        and (run is None or r.opened.run == run)
     ]
     if len(fitting) != 1:
         known = "; ".join(
-            f"{r.began.request.session}, epoch {r.began.request.epoch}, run {r.began.run} "
+            f"{r.opened.request.session}, epoch {r.opened.request.epoch}, run {r.opened.run} "
             f"({len(r.results)} bins from {_started(r):%Y-%m-%d %H:%M:%S} UTC)"
             for r in answered
         )
@@ -86,7 +89,7 @@ def choose(runs: list[Kept], session: str | None, epoch: int | None, run: int | 
     return fitting[0]
 
 
-def _started(run: Kept) -> datetime:
+def _started(run: Recorded) -> datetime:
     first, header = run.results[min(run.results)], run.header
     started_ns = header.at_ns + (first.received_ns - header.clock_ns)
     return datetime.fromtimestamp(started_ns / 1e9, UTC)
@@ -94,7 +97,7 @@ def _started(run: Kept) -> datetime:
 
 def write(
     path: Path,
-    run: Kept,
+    run: Recorded,
     manifests: dict[str, Any],
     *,
     subject: SubjectInfo | None = None,
@@ -125,17 +128,17 @@ def write(
 
 def _build(
     pynwb: Any,
-    run: Kept,
+    run: Recorded,
     manifests: dict[str, Any],
     subject: SubjectInfo | None,
     experimenter: str,
     institution: str,
 ) -> Any:
-    request, header = run.began.request, run.header
+    request, header = run.opened.request, run.header
     first = run.results[min(run.results)]
     nwb: Any = pynwb.NWBFile(
         session_description=f"session {request.session}, epoch {request.epoch}, decoded live",
-        identifier=f"{header.boot}-{run.began.run}",
+        identifier=f"{header.boot}-{run.opened.run}",
         session_start_time=_started(run),
         session_id=f"{request.session}-{request.epoch}",
         keywords=["iLQR-VAE", "decoding"],
@@ -159,14 +162,14 @@ def _build(
         if work.counts is not None and index in row:
             counts[row[index]] = work.counts
             observed[row[index]] = 1 if work.mask is None else work.mask
-    facts = manifests.get(first.model, {})
+    info = manifests.get(first.model, {})
     names = {
         "latent": [f"z{k}" for k in range(first.latent.shape[0])],
         "rates": list(request.units),
-        "kinematics": list(facts.get("kinematic_names", ())),
+        "kinematics": list(info.get("kinematic_names", ())),
     }
     units = {"latent": "n.a.", "rates": "count"}
-    kinematic_units = set(facts.get("kinematic_units", ()))
+    kinematic_units = set(info.get("kinematic_units", ()))
     units["kinematics"] = kinematic_units.pop() if len(kinematic_units) == 1 else "n.a."
 
     def add(module: Any, name: str, data: Any, unit: str, what: str, columns: list[str]) -> None:

@@ -1,12 +1,13 @@
-"""The service's side of the journal: what of a step of the table is written, and what a service
-that died left open. Where no journal is kept every method does nothing."""
+"""The service's side of the journal: what of a step of the session table is written, and which
+sessions a service that died left open. Where no journal is kept every method does nothing."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -14,16 +15,16 @@ import msgspec
 from ilqr_service import logs
 from ilqr_service.journal.records import (
     Answered,
-    Began,
+    Closed,
     Controlled,
-    Ended,
+    Deployed,
     Header,
-    Kept,
-    Served,
-    Worked,
+    Opened,
+    Queued,
+    Snapshot,
 )
 from ilqr_service.journal.resume import model_of, models_of, open_runs, take_up
-from ilqr_service.journal.writer import Journal, Live
+from ilqr_service.journal.writer import Live, Writer
 from ilqr_service.sessions.session import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
@@ -31,19 +32,24 @@ from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.engines import Fleet
 from ilqr_service.solving.run import PackedRun, Resumed, pack_work
 from ilqr_service.work import Answer
+from ilqr_vae.errors import IlqrVaeError
 from ilqr_vae.protocol import messages
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    packages = ("ilqr-vae", "torch", "numba", "numpy")
-    return {name: version(name) for name in packages} | {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
+    """Versions of what computes, as they were when first asked: the packages may be replaced while
+    the service runs."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("ilqr-vae", "torch", "numba", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
-class Ledger:
+class Journal:
     """Keeps the journal. Used by the I/O thread alone.
 
     Args:
@@ -58,6 +64,7 @@ class Ledger:
 
     Raises:
         JournalError: a journal that cannot be read.
+        ServiceError: the folder cannot be written, or another service uses it.
     """
 
     def __init__(
@@ -69,42 +76,56 @@ class Ledger:
     ) -> None:
         self.resumed: list[Resumed] = []
         self.last: list[messages.Result] = []
-        self._journal: Journal | None = None
+        self._writer: Writer | None = None
         self._live: dict[int, Live] = {}
-        self._gone: list[int] = []
+        self._dormant: dict[str, int] = {}
         if not settings.journal:
             return
         self._manifests = {e.facts.model: e.manifest for e in engines.values()}
         self._table = table
         self._settings = settings
         self._boot = os.urandom(8).hex()
-        folder = Path(settings.journal)
-        table.next_run, self._live = open_runs(folder)
-        for run, live in list(self._live.items()):
-            missing = models_of(live) - set(fleet.engines)
-            if missing:
-                logs.warning(
-                    "a session cannot go on: its model is not served",
-                    session=live.began.request.session,
-                    model=min(missing),
-                )
-                self._gone.append(run)
-                continue
-            facts = fleet.engine(model_of(live)).facts
-            now = time.monotonic_ns()
-            session, resumed = take_up(live, facts, round(settings.deadline_ms * 1e6), now)
-            table.add(session)
-            self.resumed.append(resumed)
-            if session.recent:
-                self.last.append(session.recent[-1])
-            logs.info("resumed", session=session.name, epoch=session.epoch, bin=session.next_index)
-        self._journal = Journal(
-            folder,
+        versions()
+        # Locked before it is read: another service may still be ending the sessions in it.
+        self._writer = Writer(
+            Path(settings.journal),
             self._header,
             sync=settings.journal_sync,
             segment_bytes=round(settings.journal_segment_mb * 1e6),
             keep=settings.journal_keep,
         )
+        try:
+            self._resume(Path(settings.journal), fleet)
+        except IlqrVaeError:
+            self._writer.close()
+            raise
+
+    def _resume(self, folder: Path, fleet: Fleet) -> None:
+        """Take up what is open. A session whose model is not served stays open in the journal,
+        until it is served again or its name is used anew."""
+        odd: list[str] = []
+        self._table.next_run, self._live = open_runs(folder, odd)
+        for line in odd:
+            logs.warning("the journal is not as it was written", what=line)
+        deadline_ns = round(self._settings.deadline_ms * 1e6)
+        for run, live in self._live.items():
+            missing = models_of(live) - set(fleet.engines)
+            name = live.opened.request.session
+            if missing:
+                logs.warning(
+                    "a session cannot go on: its model is not served",
+                    session=name,
+                    model=min(missing),
+                )
+                self._dormant[name] = run
+                continue
+            facts = fleet.engine(model_of(live)).facts
+            session, resumed = take_up(live, facts, deadline_ns, time.monotonic_ns())
+            self._table.add(session)
+            self.resumed.append(resumed)
+            if session.recent:
+                self.last.append(session.recent[-1])
+            logs.info("resumed", session=session.name, epoch=session.epoch, bin=session.next_index)
 
     def _header(self, lost: int) -> Header:
         return Header(
@@ -120,37 +141,32 @@ class Ledger:
 
     @property
     def ok(self) -> bool:
-        return self._journal is None or not self._journal.failed
+        return self._writer is None or self._writer.ok
 
     @property
     def lost(self) -> int:
-        return 0 if self._journal is None else self._journal.lost
+        return 0 if self._writer is None else self._writer.lost
 
     @property
     def written(self) -> int:
-        return 0 if self._journal is None else self._journal.written
+        return 0 if self._writer is None else self._writer.written
 
     def start(self) -> None:
         """Begin to write. Raises ServiceError: it cannot be written."""
-        if self._journal is not None:
-            self._journal.start(self._live)
-            for run in self._gone:
-                self._journal.write(Ended(run=run, what="its model is not served"))
-            self._journal.flush()
+        if self._writer is not None:
+            self._writer.start(self._live)
 
     def note(self, effects: Effects, answer: Answer | None) -> None:
         """Add what a step of the table brought; it is written by the next ``flush``."""
-        journal = self._journal
-        if journal is None:
+        writer = self._writer
+        if writer is None:
             return
         for slot, model, manifest in effects.served:
             self._manifests = self._manifests | {model: manifest}
-            journal.write(Served(slot=slot, model=model, manifest=manifest))
-        ended = dict(effects.ended)
-        opened = {s.run for s in effects.opened}
+            writer.write(Deployed(slot=slot, model=model, manifest=manifest))
         for message, frame in zip(effects.published, effects.frames, strict=True):
             if isinstance(message, messages.Result) and answer is not None:
-                journal.write(
+                writer.write(
                     Answered(
                         run=answer.work.run,
                         serial=answer.serial,
@@ -160,12 +176,15 @@ class Ledger:
                         frame=frame,
                     )
                 )
-        for run, what in ended.items():
+        opened = {s.run for s in effects.opened}
+        for run, what in effects.ended:
             if run not in opened:
-                journal.write(Ended(run=run, what=what))
+                writer.write(Closed(run=run, what=what))
         for session in effects.opened:
-            journal.write(
-                Began(
+            if (dormant := self._dormant.pop(session.name, None)) is not None:
+                writer.write(Closed(run=dormant, what="its model is not served"))
+            writer.write(
+                Opened(
                     run=session.run,
                     slot=session.slot,
                     model=session.facts.model,
@@ -174,22 +193,22 @@ class Ledger:
                 )
             )
         for work in effects.work:
-            journal.write(Worked(work=pack_work(work)))
+            writer.write(Queued(work=pack_work(work)))
 
     def keep(self, packed: PackedRun) -> None:
         """Write a snapshot."""
-        if self._journal is not None:
-            self._journal.write(Kept(packed=packed))
+        if self._writer is not None:
+            self._writer.write(Snapshot(packed=packed))
 
     def control(self, user: str, frame: bytes) -> None:
         """Write a control message."""
-        if self._journal is not None:
-            self._journal.write(Controlled(at_ns=time.monotonic_ns(), user=user, frame=frame))
+        if self._writer is not None:
+            self._writer.write(Controlled(at_ns=time.monotonic_ns(), user=user, frame=frame))
 
     def flush(self) -> None:
-        if self._journal is not None:
-            self._journal.flush()
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,12 +1,15 @@
 """What the journal holds: typed records, each framed by its length and a checksum.
 
-A segment is a file: ``MAGIC``, then frames of a little-endian uint32 length, the uint32 CRC-32 of
-what follows, and a MessagePack record. A frame that is cut short or does not match its checksum
-ends the segment: what lies before it is good.
+A segment is a file ``00000001.journal``: ``MAGIC``, then frames of a little-endian uint32 length,
+the uint32 CRC-32 of what follows, and a MessagePack record. A frame that was cut short ends the
+segment. A frame that does not match its checksum is skipped where a good one follows it.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,15 +26,15 @@ MAGIC = b"ilqr-journal-1\n\n"
 SUFFIX = ".journal"
 MAX_RECORD = 1 << 28
 _HEAD = struct.Struct("<II")
+_NAME = re.compile(r"\d{1,18}\.journal")
 
 
-class Record(
-    msgspec.Struct, frozen=True, kw_only=True, tag=str.lower, tag_field="type", array_like=True
-):
-    """Base: a tagged record."""
+class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", array_like=True):
+    """Base: a tagged record. The tags are those of the first version, so that its files stay
+    readable."""
 
 
-class Header(Record, frozen=True, kw_only=True):
+class Header(Record, frozen=True, kw_only=True, tag="header"):
     """Begins every segment.
 
     Attributes:
@@ -42,6 +45,7 @@ class Header(Record, frozen=True, kw_only=True):
         versions: of what computes.
         settings: of the service.
         manifests: of the models, by id.
+        segment: the segment's number; 0 where it is not stated.
     """
 
     boot: str
@@ -52,16 +56,16 @@ class Header(Record, frozen=True, kw_only=True):
     versions: dict[str, str]
     settings: dict[str, Any]
     manifests: dict[str, Any]
+    segment: int = 0
 
 
-class Began(Record, frozen=True, kw_only=True):
-    """A run began, or (``again``) was alive when the segment began.
+class Opened(Record, frozen=True, kw_only=True, tag="began"):
+    """A run began, or (``again``) was open when the segment began.
 
     Attributes:
         request: what it was opened with.
-        bins: answered so far, where ``again``.
-        next_index, base, serial, missing, revisions: where it stands, where ``again``, before the
-            works that follow.
+        next_index, base, serial, missing: where it stands, where ``again``, before the works that
+            follow.
     """
 
     run: int
@@ -76,13 +80,13 @@ class Began(Record, frozen=True, kw_only=True):
     missing: tuple[int, ...] = ()
 
 
-class Worked(Record, frozen=True, kw_only=True):
+class Queued(Record, frozen=True, kw_only=True, tag="worked"):
     """A bin was accepted, found missing, or a model is to be swapped, in this order."""
 
     work: PackedWork
 
 
-class Answered(Record, frozen=True, kw_only=True):
+class Answered(Record, frozen=True, kw_only=True, tag="answered"):
     """``frame`` (a ``messages.Result``) answers for the work ``serial``; ``settles`` its last."""
 
     run: int
@@ -93,18 +97,20 @@ class Answered(Record, frozen=True, kw_only=True):
     frame: bytes
 
 
-class Kept(Record, frozen=True, kw_only=True):
-    """A snapshot of a run."""
+class Snapshot(Record, frozen=True, kw_only=True, tag="kept"):
+    """The state of a run."""
 
     packed: PackedRun
 
 
-class Ended(Record, frozen=True, kw_only=True):
+class Closed(Record, frozen=True, kw_only=True, tag="ended"):
+    """A run ended, and why."""
+
     run: int
     what: str
 
 
-class Controlled(Record, frozen=True, kw_only=True):
+class Controlled(Record, frozen=True, kw_only=True, tag="controlled"):
     """A control message was accepted."""
 
     at_ns: int
@@ -112,7 +118,7 @@ class Controlled(Record, frozen=True, kw_only=True):
     frame: bytes
 
 
-class Served(Record, frozen=True, kw_only=True):
+class Deployed(Record, frozen=True, kw_only=True, tag="served"):
     """A model is served from here on."""
 
     slot: str
@@ -120,16 +126,23 @@ class Served(Record, frozen=True, kw_only=True):
     manifest: dict[str, Any]
 
 
-class Checkpoint(Record, frozen=True, kw_only=True):
+class Checkpoint(Record, frozen=True, kw_only=True, tag="checkpoint"):
     """What is needed to go on from this segment alone lies before this record."""
 
     runs: int
 
 
-AnyRecord = Header | Began | Worked | Answered | Kept | Ended | Controlled | Served | Checkpoint
+AnyRecord = (
+    Header | Opened | Queued | Answered | Snapshot | Closed | Controlled | Deployed | Checkpoint
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyRecord)
+# how a record begins: an array, then its tag
+_RECORD = re.compile(
+    rb"[\x90-\x9f](\xa6(header|worked|served)|\xa5(began|ended)|\xa8answered|\xa4kept"
+    rb"|\xaacontrolled|\xaacheckpoint)"
+)
 
 
 def frame(record: Record) -> bytes:
@@ -138,8 +151,21 @@ def frame(record: Record) -> bytes:
     return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def records(path: Path) -> Iterator[AnyRecord]:
+def _frame_at(data: bytes, at: int) -> bytes | None:
+    """The payload of the frame at ``at``; None where it is cut short or its checksum is wrong."""
+    if at + _HEAD.size > len(data):
+        return None
+    length, check = _HEAD.unpack_from(data, at)
+    payload = data[at + _HEAD.size : at + _HEAD.size + length]
+    good = length <= MAX_RECORD and len(payload) == length and zlib.crc32(payload) == check
+    return payload if good else None
+
+
+def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
     """The good records of a segment, in order.
+
+    Args:
+        damage: is given a line for each stretch that cannot be read and has good records after it.
 
     Raises:
         JournalError: the file cannot be read, or is no segment of this version.
@@ -153,30 +179,94 @@ def records(path: Path) -> Iterator[AnyRecord]:
             return  # torn while it was being made
         raise JournalError("journal", expected="a journal of this version", got=path.name)
     at = len(MAGIC)
-    while at + _HEAD.size <= len(data):
-        length, check = _HEAD.unpack_from(data, at)
-        end = at + _HEAD.size + length
-        if length > MAX_RECORD or end > len(data):
-            return
-        payload = data[at + _HEAD.size : end]
-        if zlib.crc32(payload) != check:
-            return
+    while at < len(data):
+        payload = _frame_at(data, at)
+        if payload is None:
+            starts = (match.start() - _HEAD.size for match in _RECORD.finditer(data, at + 1))
+            good = next((k for k in starts if k > at and _frame_at(data, k) is not None), None)
+            if good is None:
+                return  # its end was cut short
+            if damage is not None:
+                damage.append(f"{path.name}: bytes {at} to {good} are damaged")
+            at = good
+            continue
         try:
             yield _decoder.decode(payload)
         except msgspec.MsgspecError as error:
             raise JournalError(
                 f"journal {path.name}", expected="records of this version", got=str(error)
             ) from error
-        at = end
+        at += _HEAD.size + len(payload)
+
+
+def number(path: Path) -> int:
+    """A segment's number, by its name."""
+    return int(path.name.removesuffix(SUFFIX))
+
+
+def survey(folder: Path) -> tuple[list[Path], list[str]]:
+    """A journal's segments, oldest first, and a line for everything that is odd about its files.
+
+    Segments are ordered by the number that their header states. A file that is no segment is not
+    used: another name, a folder, a link, one that cannot be read, a copy of another segment.
+
+    Raises:
+        JournalError: no such folder, or one that cannot be read.
+    """
+    try:
+        names = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+    except (OSError, ValueError) as error:
+        raise JournalError("journal", expected="a folder", got=str(folder)) from error
+    found: dict[int, Path] = {}
+    odd: list[str] = []
+    taken: set[int] = set()
+    for path in sorted(names, key=lambda path: (len(path.name), path.name)):
+        if not _NAME.fullmatch(path.name):
+            odd.append(f"{path.name} is not used: its name is not NUMBER{SUFFIX}")
+            continue
+        taken.add(number(path))
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):
+                odd.append(f"{path.name} is not used: it is no regular file")
+                continue
+            stated = _stated(path)
+        except OSError as error:
+            odd.append(f"{path.name} is not used: {error.strerror}")
+            continue
+        if stated in found and stated != number(path):
+            odd.append(f"{path.name} is not used: it is a copy of {found[stated].name}")
+            continue
+        if stated in found:  # the copy came first
+            odd.append(f"{found[stated].name} is not used: it is a copy of {path.name}")
+        elif stated != number(path):
+            odd.append(f"{path.name} is segment {stated} by its header")
+        found[stated] = path
+    order = sorted(found)
+    for before, after in itertools.pairwise(order):
+        lacking = [k for k in range(before + 1, min(after, before + 100)) if k not in taken]
+        if lacking:
+            odd.append(f"segments {lacking[0]} to {after - 1} are not there")
+    empty = [found[k].name for k in order[:-1] if found[k].stat().st_size <= len(MAGIC)]
+    odd += [f"{name} is empty" for name in empty]
+    return [found[k] for k in order], odd
+
+
+def _stated(path: Path) -> int:
+    """A segment's number by its header, else by its name. Raises OSError."""
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC) + _HEAD.size)
+        if len(start) == len(MAGIC) + _HEAD.size and start.startswith(MAGIC):
+            length, _ = _HEAD.unpack_from(start, len(MAGIC))
+            payload = _frame_at(start[len(MAGIC) :] + file.read(min(length, 1 << 24)), 0)
+            try:
+                record = None if payload is None else _decoder.decode(payload)
+            except msgspec.MsgspecError:
+                record = None
+            if isinstance(record, Header) and record.segment:
+                return record.segment
+    return number(path)
 
 
 def segments(folder: Path) -> list[Path]:
     """A journal's segments, oldest first. Raises JournalError: no such folder."""
-    if not folder.is_dir():
-        raise JournalError("journal", expected="a folder", got=str(folder))
-    return sorted(folder.glob(f"*{SUFFIX}"))
-
-
-def number(path: Path) -> int:
-    """A segment's number."""
-    return int(path.name.removesuffix(SUFFIX))
+    return survey(folder)[0]

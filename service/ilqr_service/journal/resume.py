@@ -9,62 +9,55 @@ from msgspec.structs import replace
 
 from ilqr_service.journal.records import (
     Answered,
-    Began,
     Checkpoint,
-    Ended,
     Header,
-    Kept,
-    Worked,
+    Opened,
+    Snapshot,
     frame,
     records,
-    segments,
+    survey,
 )
-from ilqr_service.journal.writer import Live, advance
+from ilqr_service.journal.writer import Live, advance, follow
 from ilqr_service.sessions.session import Session
 from ilqr_service.solving.run import Resumed, unpack_work
 from ilqr_service.work import ModelFacts, Work, budget_of
 from ilqr_vae.protocol import messages
 
 _HEAD = 8
-_kept = msgspec.msgpack.Decoder(Kept)
+_snapshot = msgspec.msgpack.Decoder(Snapshot)
 _answered = msgspec.msgpack.Decoder(Answered)
 
 
-def open_runs(folder: Path) -> tuple[int, dict[int, Live]]:
+def open_runs(folder: Path, odd: list[str] | None = None) -> tuple[int, dict[int, Live]]:
     """The next free run number, and the runs that had not ended.
 
     What a torn end of the last segment held is not there; a segment whose beginning was cut short
     counts for nothing, the one before it holds the same.
 
+    Args:
+        odd: is given a line for everything that is not as it was written.
+
     Raises:
         JournalError: a segment cannot be read or is of another version.
     """
+    odd = [] if odd is None else odd
+    paths, words = survey(folder) if folder.is_dir() else ([], [])
+    odd += words
     next_run = 0
     live: dict[int, Live] = {}
     staged: dict[int, Live] = {}
     whole = False
-    for path in _from_last_whole(segments(folder)) if folder.is_dir() else []:
-        for record in records(path):
-            into = live if whole else staged
-            match record:
-                case Header():
-                    next_run = max(next_run, record.next_run)
-                    staged, whole = {}, False
-                case Checkpoint():
-                    live, whole = staged, True
-                case Began():
+    for path in _from_last_whole(paths):
+        for record in records(path, odd):
+            if isinstance(record, Header):
+                next_run = max(next_run, record.next_run)
+                staged, whole = {}, False
+            elif isinstance(record, Checkpoint):
+                live, whole = staged, True
+            else:
+                if isinstance(record, Opened):
                     next_run = max(next_run, record.run + 1)
-                    into[record.run] = Live(record)
-                case Ended():
-                    into.pop(record.run, None)
-                case Worked() if record.work.run in into:
-                    into[record.work.run].note(record, frame(record))
-                case Answered() if record.run in into:
-                    into[record.run].note(record, frame(record))
-                case Kept() if record.packed.run in into:
-                    into[record.packed.run].note(record, frame(record))
-                case _:
-                    pass
+                follow(live if whole else staged, record, frame(record))
     return next_run, live
 
 
@@ -88,9 +81,9 @@ def results_of(live: Live) -> list[tuple[Answered, messages.Result]]:
 
 def models_of(live: Live) -> set[str]:
     """Ids of the models it takes to go on with a run."""
-    needed = {live.began.model}
-    if live.kept:
-        needed.add(_kept.decode(live.kept[_HEAD:]).packed.model)
+    needed = {live.opened.model}
+    if live.snapshot:
+        needed.add(_snapshot.decode(live.snapshot[_HEAD:]).packed.model)
     for _, record in live.works.values():
         needed |= {record.work.model, record.work.swap} - {""}
     return needed
@@ -98,7 +91,7 @@ def models_of(live: Live) -> set[str]:
 
 def model_of(live: Live) -> str:
     """Id of the model that a run goes on with."""
-    return advance(live.began, [record for _, record in live.works.values()]).model
+    return advance(live.opened, [record for _, record in live.works.values()]).model
 
 
 def take_up(
@@ -112,9 +105,9 @@ def take_up(
         now_ns: from when it counts as silent.
     """
     works = [record for _, record in live.works.values()]
-    at = advance(live.began, works)
+    at = advance(live.opened, works)
     results = results_of(live)
-    packed = _kept.decode(live.kept[_HEAD:]).packed if live.kept else None
+    packed = _snapshot.decode(live.snapshot[_HEAD:]).packed if live.snapshot else None
     answered = max((a.serial for a, _ in results if a.settles), default=-1)
     if packed is not None:
         answered = max(answered, packed.serial)

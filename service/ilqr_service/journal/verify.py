@@ -19,13 +19,14 @@ from msgspec.structs import replace
 from ilqr_service.journal.records import (
     Answered,
     AnyRecord,
-    Began,
     Checkpoint,
     Header,
-    Kept,
-    Worked,
+    Opened,
+    Queued,
+    Snapshot,
     records,
     segments,
+    survey,
 )
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
@@ -49,6 +50,7 @@ class Verdict:
             none now and was one then, or the other way round.
         changed: answers whose solve ended otherwise (``solver``).
         first: where the first difference is.
+        damaged: a line for everything in the journal that is not as it was written.
     """
 
     runs: int = 0
@@ -58,6 +60,7 @@ class Verdict:
     largest: float = 0.0
     changed: int = 0
     first: str = ""
+    damaged: list[str] = field(default_factory=list[str])
 
     def within(self, tolerance: float) -> bool:
         """No number differs by more, and every solve ended as it had; 0 is bit for bit."""
@@ -70,17 +73,22 @@ class Verdict:
 class _Run:
     """A run under way: all of it up to the work ``done`` is computed, where it is ``sound``."""
 
-    began: Began
+    opened: Opened
     done: int = -1
     sound: bool = True
     works: dict[int, Work] = field(default_factory=dict[int, Work])
     frames: list[Answered] = field(default_factory=list[Answered])
 
 
-def stream(folder: Path) -> Iterator[AnyRecord]:
-    """All good records, oldest first. Raises JournalError."""
-    for path in segments(folder):
-        yield from records(path)
+def stream(folder: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
+    """All good records, oldest first; ``damage`` is given a line for everything that is odd.
+
+    Raises JournalError."""
+    paths, odd = survey(folder)
+    if damage is not None:
+        damage += odd
+    for path in paths:
+        yield from records(path, damage)
 
 
 def models_named(folder: Path) -> set[str]:
@@ -88,11 +96,11 @@ def models_named(folder: Path) -> set[str]:
     named: set[str] = set()
     for record in stream(folder):
         match record:
-            case Began():
+            case Opened():
                 named.add(record.model)
-            case Kept():
+            case Snapshot():
                 named.add(record.packed.model)
-            case Worked():
+            case Queued():
                 named |= {record.work.model, record.work.swap}
             case _:
                 pass
@@ -168,14 +176,14 @@ class Verifier:
         match record:
             case Checkpoint():
                 self._anew.clear()
-            case Began():
+            case Opened():
                 self._begin(record)
-            case Worked():
+            case Queued():
                 work = unpack_work(record.work)
                 run = self._runs.get(work.run)
                 if run is not None and work.serial > run.done:
                     run.works.setdefault(work.serial, work)
-            case Kept():
+            case Snapshot():
                 self._snapshot(self._fleet, record)
             case Answered():
                 run = self._runs.get(record.run)
@@ -199,7 +207,7 @@ class Verifier:
             self._anew |= self._runs.keys()
         self._fleet = fleet
 
-    def _begin(self, record: Began) -> None:
+    def _begin(self, record: Opened) -> None:
         known = record.run in self._runs
         if known and record.run not in self._anew:
             return
@@ -209,7 +217,7 @@ class Verifier:
         if record.again:
             self._anew.add(record.run)
 
-    def _snapshot(self, fleet: Fleet, record: Kept) -> None:
+    def _snapshot(self, fleet: Fleet, record: Snapshot) -> None:
         run = self._runs.get(record.packed.run)
         serial = record.packed.serial
         if run is None:
@@ -241,7 +249,7 @@ class Verifier:
             work = replace(work, anytime=False, budget=budget)
             answers = fleet.solve([work])
         run.done = serial
-        if run.began.run in self._anew:
+        if run.opened.run in self._anew:
             return
         if run.sound:
             # where a late bin's answers were cut short by a crash, the last ones are told again
@@ -261,7 +269,7 @@ class Verifier:
             verdict.changed += changed
             verdict.largest = max(verdict.largest, difference(got, want))
             if not verdict.first:
-                name = run.began.request.session
+                name = run.opened.request.session
                 verdict.first = f"session {name} epoch {result.epoch} bin {result.index}"
 
 
@@ -284,6 +292,6 @@ def verify(folder: Path, models: list[Path]) -> Verdict:
             "model", expected=f"files of {', '.join(sorted(needed))} too", got="not given"
         )
     verifier = Verifier(models)
-    for record in stream(folder):
+    for record in stream(folder, verifier.verdict.damaged):
         verifier.follow(record)
     return verifier.verdict

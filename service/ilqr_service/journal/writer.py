@@ -1,23 +1,29 @@
-"""The journal: everything accepted and everything answered, append-only, on disk before it counts.
+"""Writes the journal: append-only, and a record is with the operating system before it counts.
 
 The I/O thread writes. A bin is written before it is solved, an answer before it is published; what
 was written survives the death of the process, and, after an fsync, that of the machine (policy:
-``always`` before anything goes on, ``interval`` once a second from a thread of its own, ``never``).
+``always`` before anything goes on, ``interval`` once a second, ``never``). Whatever may take long
+(fsync, close, removing old segments) is done by a thread of the writer's own.
 
 Every segment begins with what is needed to go on from it alone: each open run, its newest snapshot,
 the works since and their answers. A new segment is begun at every start, when one is full, and
 after a fault: nothing is ever appended to a file that may be torn.
 
-A disk that is full, or any other fault of writing, stops no answer: records are dropped and
-counted, the alarm is raised (``failed``), and once a second a new segment is tried.
+A fault stops no answer: a full disk, a folder that is gone, a segment that somebody else removed or
+cut short. Records that cannot be written are dropped and counted, the alarm is raised (``ok``), and
+once a second a new segment is tried. A folder that is gone is not made again: it may have been the
+mount point of another disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,21 +35,24 @@ from ilqr_service.journal.records import (
     MAGIC,
     SUFFIX,
     Answered,
-    Began,
     Checkpoint,
-    Ended,
+    Closed,
     Header,
-    Kept,
+    Opened,
+    Queued,
     Record,
-    Worked,
+    Snapshot,
     frame,
     number,
-    segments,
+    survey,
 )
-from ilqr_vae.errors import ServiceError
+from ilqr_vae.errors import JournalError, ServiceError
 
 _RETRY_S = 1.0
 _SYNC_S = 1.0
+_INSPECT_S = 0.1
+_ALARM_S = 3.0
+"""The alarm lasts at least so long, so that a fault that is over at once is seen."""
 TAIL = 128
 """Newest answers of a run that a checkpoint repeats."""
 
@@ -53,36 +62,60 @@ class Live:
     """An open run as the journal knows it.
 
     Attributes:
-        began: what it began with, brought up to the newest snapshot.
-        kept: the newest snapshot, framed.
+        opened: what it began with, brought up to the newest snapshot.
+        snapshot: the newest one, framed.
         works: framed works since, by serial, with their index and whether a bin came.
         answers: the newest answer of each of the newest bins, framed, by index.
     """
 
-    began: Began
-    kept: bytes = b""
-    works: dict[int, tuple[bytes, Worked]] = field(default_factory=dict[int, tuple[bytes, Worked]])
+    opened: Opened
+    snapshot: bytes = b""
+    works: dict[int, tuple[bytes, Queued]] = field(default_factory=dict[int, tuple[bytes, Queued]])
     answers: dict[int, bytes] = field(default_factory=dict[int, bytes])
 
     def note(self, record: Record, framed: bytes) -> None:
         """Follow one record of this run."""
-        if isinstance(record, Worked):
+        if isinstance(record, Queued):
             self.works[record.work.serial] = (framed, record)
         elif isinstance(record, Answered):
             self.answers.pop(record.index, None)  # so that the newest are last
             self.answers[record.index] = framed
             if len(self.answers) > TAIL:
                 del self.answers[min(self.answers)]
-        elif isinstance(record, Kept):
-            self.kept = framed
+        elif isinstance(record, Snapshot):
+            self.snapshot = framed
             done = [s for s in self.works if s <= record.packed.serial]
-            self.began = advance(self.began, [self.works.pop(s)[1] for s in done])
+            self.opened = advance(self.opened, [self.works.pop(s)[1] for s in done])
 
 
-def advance(began: Began, works: list[Worked]) -> Began:
+def run_of(record: Record) -> int | None:
+    """The run that a record is of; None where it is of none."""
+    match record:
+        case Opened() | Answered() | Closed():
+            return record.run
+        case Queued():
+            return record.work.run
+        case Snapshot():
+            return record.packed.run
+        case _:
+            return None
+
+
+def follow(runs: dict[int, Live], record: Record, framed: bytes) -> None:
+    """Bring the open runs up to date with one more record."""
+    run = run_of(record)
+    if isinstance(record, Opened):
+        runs[record.run] = Live(record)
+    elif isinstance(record, Closed):
+        runs.pop(record.run, None)
+    elif run is not None and run in runs:
+        runs[run].note(record, framed)
+
+
+def advance(opened: Opened, works: list[Queued]) -> Opened:
     """Where a run stands after these works, in order."""
-    next_index, base, serial = began.next_index, began.base, began.serial
-    missing = set(began.missing)
+    next_index, base, serial = opened.next_index, opened.base, opened.serial
+    missing = set(opened.missing)
     for record in works:
         work = record.work
         serial = work.serial + 1
@@ -96,9 +129,9 @@ def advance(began: Began, works: list[Worked]) -> Began:
         else:
             missing.discard(work.index)
     kept = tuple(sorted(i for i in missing if i >= next_index - 1024))
-    model = next((w.work.swap for w in reversed(works) if w.work.swap), began.model)
+    model = next((w.work.swap for w in reversed(works) if w.work.swap), opened.model)
     return msgspec.structs.replace(
-        began,
+        opened,
         again=True,
         model=model,
         next_index=next_index,
@@ -108,12 +141,12 @@ def advance(began: Began, works: list[Worked]) -> Began:
     )
 
 
-class Journal:
-    """Writes a journal into a folder. One thread uses it.
+class Writer:
+    """Writes a journal into a folder, which it locks. One thread uses it.
 
     Args:
         folder: made where it is not there.
-        header: makes a segment's header; asked for the number of lost records.
+        header: makes a segment's header; called with the number of lost records.
         sync: ``always``, ``interval`` or ``never``.
         segment_bytes: what is written to a segment, beyond what it repeats, until the next.
         keep: segments kept; 0 is all.
@@ -143,29 +176,38 @@ class Journal:
         self.written = 0
         self._folder, self._header, self._sync = folder, header, sync
         self._segment_bytes, self._keep, self._clock = segment_bytes, keep, clock
-        self._live: dict[int, Live] = {}
+        self._runs: dict[int, Live] = {}
         self._pending: list[bytes] = []
-        self._fd = -1
-        self._size = self._repeated = 0
-        self._retry = 0.0
-        self._dirty = threading.Event()
-        self._closing = threading.Event()
-        self._lock = threading.Lock()
+        self._fd = self._folder_fd = self._lock_fd = -1
+        self._path = folder
+        self._number = self._size = self._repeated = self._records = 0
+        self._retry = self._inspected = 0.0
+        self._alarm = float("-inf")
+        # For the writer's own thread, which alone fsyncs and closes segments.
+        self._retired: deque[int] = deque()
+        self._dirty = self._begun = False
+        self._sync_error: OSError | None = None
+        self._work, self._closing = threading.Event(), threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._guard = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            os.lockf(self._guard, os.F_TLOCK, 0)
-        except OSError as error:
+            self._claim()
+        except (OSError, ValueError) as error:
             raise ServiceError(
                 "journal",
                 expected="a folder that can be written and that no other service uses",
-                got=f"{folder} ({error.strerror})",
+                got=f"{folder} ({getattr(error, 'strerror', None) or error})",
             ) from error
-        self._thread = threading.Thread(target=self._syncing, name="journal", daemon=True)
+        self._thread = threading.Thread(target=self._tidying, name="journal", daemon=True)
 
-    def start(self, live: dict[int, Live]) -> None:
+    @property
+    def ok(self) -> bool:
+        """Whether records are written, and were for some seconds."""
+        return not self.failed and self._clock() >= self._alarm
+
+    def start(self, runs: dict[int, Live]) -> None:
         """Begin a segment, with runs that go on. Raises ServiceError: it cannot be written."""
-        self._live = dict(live)
+        self._runs = dict(runs)
+        self._number = max((number(path) for path in survey(self._folder)[0]), default=0)
         self._begin()
         if self.failed:
             raise ServiceError(
@@ -177,52 +219,95 @@ class Journal:
         """Add a record; it is on disk after the next ``flush``."""
         framed = frame(record)
         self._pending.append(framed)
-        match record:
-            case Began():
-                self._live[record.run] = Live(record)
-            case Ended():
-                self._live.pop(record.run, None)
-            case Worked():
-                self._note(record.work.run, record, framed)
-            case Answered():
-                self._note(record.run, record, framed)
-            case Kept():
-                self._note(record.packed.run, record, framed)
-            case _:
-                pass
-
-    def _note(self, run: int, record: Record, framed: bytes) -> None:
-        live = self._live.get(run)
-        if live is not None:
-            live.note(record, framed)
+        follow(self._runs, record, framed)
 
     def flush(self) -> None:
         """Write what was added. Never raises: what cannot be written is counted as lost."""
+        now = self._clock()
+        if self._fd >= 0 and now >= self._inspected + _INSPECT_S:
+            self._inspected = now
+            self._inspect()
         if self.failed:
             self.lost += len(self._pending)
             self._pending.clear()
-            if self._clock() >= self._retry:
+            if now >= self._retry:
                 self._begin()
             return
         if not self._pending:
             return
-        lost, data = len(self._pending), b"".join(self._pending)
+        added, data = len(self._pending), b"".join(self._pending)
         self._pending.clear()
         if not self._append(data):
-            self.lost += lost
+            self.lost += added
             return
+        self._records += added
         if self._size - self._repeated > self._segment_bytes:
             self._begin()
 
     def close(self) -> None:
-        """Write and sync what is left."""
+        """Write and sync what is left; free the folder."""
         self.flush()
         self._closing.set()
-        self._dirty.set()
+        self._work.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._release()
-        os.close(self._guard)
+        self._retire()
+        self._tidy()
+        for fd in (self._lock_fd, self._folder_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._folder_fd = -1
+
+    # ---- the folder ----------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Lock the folder that is at the path now. Raises OSError: there is none, or it is in use.
+
+        The folder itself is locked beside its file ``lock``, which somebody may remove; where a
+        file system cannot lock folders, the file alone is.
+        """
+        if self._folder_fd >= 0 and _same(self._folder, self._folder_fd):
+            return
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = -1
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+            lock = os.open("lock", os.O_RDWR | os.O_CREAT, 0o600, dir_fd=folder)
+            os.lockf(lock, os.F_TLOCK, 0)
+        except OSError:
+            os.close(folder)
+            if lock >= 0:
+                os.close(lock)
+            raise
+        for fd in (self._lock_fd, self._folder_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._folder_fd, self._lock_fd = folder, lock
+
+    def _inspect(self) -> None:
+        """Notice a segment that somebody else removed, moved or cut short, and a failed fsync."""
+        error, self._sync_error = self._sync_error, None
+        try:
+            mine = os.fstat(self._fd)
+            if error is not None:
+                self._fail(str(error))
+            elif mine.st_nlink == 0 or mine.st_size < self._size:
+                self.lost += self._records
+                self._fail(f"{self._path.name} was removed or cut short")
+                if os.pread(self._fd, len(MAGIC), 0) != MAGIC:
+                    os.ftruncate(self._fd, 0)  # it begins in the middle of a record
+            elif not _same(self._path, self._fd):
+                self._fail(f"{self._path} is no longer the file that is written")
+            else:
+                return
+        except OSError as fault:
+            self._fail(str(fault))
+        self._retire()
+        self._retry = self._clock()
 
     # ---- segments ------------------------------------------------------------------------------
 
@@ -237,66 +322,112 @@ class Journal:
             if self._sync == "always":
                 os.fdatasync(self._fd)
         except OSError as error:
-            self._fail(error, good)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, good)
+            self._fail(str(error))
+            self._retire()
             return False
         self.written += len(data)
-        self._dirty.set()
+        self._dirty = True
         return True
 
-    def _fail(self, error: OSError, good: int) -> None:
+    def _fail(self, why: str) -> None:
+        now = self._clock()
         if not self.failed:
-            logs.warning("the journal cannot be written", error=str(error))
+            logs.warning("the journal cannot be written", error=why)
+            self._alarm = now + _ALARM_S
         self.failed = True
-        self._retry = self._clock() + _RETRY_S
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, good)
-        self._release()
+        self._retry = now + _RETRY_S
 
-    def _release(self) -> None:
-        with self._lock:
-            if self._fd >= 0:
-                if self._sync != "never":
-                    with contextlib.suppress(OSError):
-                        os.fsync(self._fd)
-                os.close(self._fd)
+    def _retire(self) -> None:
+        """Leave the open segment to the writer's thread."""
+        if self._fd >= 0:
+            self._retired.append(self._fd)
             self._fd = -1
+            self._work.set()
 
     def _begin(self) -> None:
         """A new segment with everything needed to go on from it."""
-        self._release()
-        was_failed, self.failed = self.failed, False
-        before = segments(self._folder)
-        path = self._folder / f"{(number(before[-1]) if before else 0) + 1:08d}{SUFFIX}"
+        self._retire()
+        was_failed = self.failed
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            self._claim()
+            self._create()
         except OSError as error:
-            self._fail(error, 0)
+            self._fail(str(error))
             return
-        self._size = 0
-        parts = [MAGIC, frame(self._header(self.lost))]
-        for live in self._live.values():
-            parts.append(frame(advance(live.began, [])))
-            parts += [live.kept] if live.kept else []
+        self._size = self._records = 0
+        header = msgspec.structs.replace(self._header(self.lost), segment=self._number)
+        parts = [MAGIC, frame(header)]
+        for live in self._runs.values():
+            parts.append(frame(advance(live.opened, [])))
+            parts += [live.snapshot] if live.snapshot else []
             parts += [framed for framed, _ in live.works.values()]
             parts += live.answers.values()
-        parts.append(frame(Checkpoint(runs=len(self._live))))
+        parts.append(frame(Checkpoint(runs=len(self._runs))))
         if not self._append(b"".join(parts)):
             with contextlib.suppress(OSError):
-                path.unlink()
+                self._path.unlink()
             return
+        self.failed = False
         self._repeated = self._size
+        self._begun = True
         if was_failed:
             logs.info("the journal can be written again", lost=self.lost)
-        if self._keep:
-            for old in segments(self._folder)[: -self._keep]:
-                with contextlib.suppress(OSError):
-                    old.unlink()
 
-    def _syncing(self) -> None:
-        while not self._closing.wait(_SYNC_S):
-            self._dirty.wait()
-            self._dirty.clear()
-            with self._lock:
-                if self._sync == "interval" and self._fd >= 0:
-                    with contextlib.suppress(OSError):
-                        os.fsync(self._fd)
+    def _create(self) -> None:
+        """Open a file of the next free number. Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        while True:
+            self._path = self._folder / f"{self._number + 1:08d}{SUFFIX}"
+            try:
+                self._fd = os.open(self._path, flags, 0o600)
+            except FileExistsError:
+                self._number += 1
+                continue
+            self._number += 1
+            return
+
+    # ---- the writer's own thread ---------------------------------------------------------------
+
+    def _tidying(self) -> None:
+        while not self._closing.is_set():
+            self._work.wait(_SYNC_S)
+            self._work.clear()
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Sync the segment and the folder, close what was retired, remove what is not kept."""
+        begun = False
+        try:
+            if self._dirty:
+                self._dirty = False  # before: what is written meanwhile is synced next time
+                if self._sync == "interval" and (fd := self._fd) >= 0:
+                    os.fsync(fd)
+            while self._retired:
+                fd = self._retired.popleft()
+                try:
+                    if self._sync != "never":
+                        os.fsync(fd)
+                finally:
+                    os.close(fd)
+            if self._begun:
+                self._begun, begun = False, True
+                if self._sync != "never" and self._folder_fd >= 0:
+                    os.fsync(self._folder_fd)
+        except OSError as error:
+            self._sync_error = error
+            return
+        if begun and self._keep:
+            with contextlib.suppress(OSError, JournalError):
+                for old in survey(self._folder)[0][: -self._keep]:
+                    if number(old) < self._number:  # a copy under a number of its own stays
+                        old.unlink()
+
+
+def _same(path: Path, fd: int) -> bool:
+    """Whether the file at ``path`` is the open one."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except OSError:
+        return False
