@@ -330,3 +330,37 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path) ->
     assert path.read_bytes() == before
     write(path)  # over the old one
     assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        *(({"horizon": {"horizon": h}}, "horizon.horizon") for h in (0, -5, 10**6, 2**62)),
+        *(({"horizon": {"iterations": k}}, "horizon.iterations") for k in (0, 10**6, 2**62)),
+        ({"horizon": {"tolerance": -1.0}}, "horizon.tolerance"),
+        *(({"bin_width": w}, "bin_width") for w in (0.0, -0.02, 1e300)),
+        *(({"model": {"latents": n}}, "model.latents") for n in (0, -1, 2**40)),
+        ({"model": {"inputs": 2**40}}, "model.inputs"),
+        ({"readout": {"lags": 2**40}}, "readout.lags"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], field: str
+) -> None:
+    """With its hash, as if a program had written it."""
+    path = tmp_path / "m.safetensors"
+    raw = msgspec.to_builtins(write(path)["manifest"])
+    for name, value in changes.items():
+        raw[name] = raw[name] | value if isinstance(value, dict) else value
+    text = msgspec.json.encode(raw).decode()
+    rewrite(path, text, hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(ArtifactError, match=rf"a valid manifest.*\$\.{field}"):
+        load_artifact(path)
+
+
+def test_a_manifest_of_brackets_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write(path)
+    rewrite(path, "[" * 200_000, "")
+    with pytest.raises(ArtifactError, match="a valid manifest"):
+        load_artifact(path)

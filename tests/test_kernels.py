@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,8 @@ from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.inference import compiled, ilqr, line_search
 from ilqr_vae.kernels import backend
-from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.kernels.cpu import algebra, step, threads
+from ilqr_vae.kernels.cpu.algebra import cache_folder
 from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.rollout import adjoint, closed_loop, jacobians, rollout
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
@@ -246,3 +250,45 @@ def test_scratch_is_the_threads_own_and_grows_once(dtype: type[np.floating]) -> 
     assert threads.scratch(dtype, 50) is first
     assert threads.scratch(dtype, first.size + 1) is not first
     assert threads.scratch(dtype, 10).ctypes.data % 64 == 0
+
+
+def test_machine_code_is_kept_in_a_folder_named_by_the_kernels_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources, stated = tmp_path / "sources", tmp_path / "stated"
+    sources.mkdir()
+    (sources / "a.py").write_text("one")
+    first = cache_folder(sources)
+    assert first is not None
+    assert first.parent == sources / "__pycache__"
+    (sources / "b.py").write_text("another file")
+    assert cache_folder(sources) != first
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(stated))
+    named = cache_folder(sources)
+    assert named is not None
+    assert named.parent == stated
+    assert not caplog.records
+    # nothing can be written, as on a read-only file system
+    stated.rename(tmp_path / "elsewhere")
+    stated.write_text("")
+    (sources / "__pycache__").rename(tmp_path / "old")
+    (sources / "__pycache__").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(stated))
+    assert cache_folder(sources) is None
+    (record,) = caplog.records
+    assert "NUMBA_CACHE_DIR" in record.getMessage()
+
+
+def test_a_folder_without_room_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(algebra.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    assert cache_folder(tmp_path) is None
+    assert len(caplog.records) == 1
+
+
+def test_other_code_s_kernels_are_kept_where_they_were() -> None:
+    assert algebra._folder is not None
+    assert str(algebra._folder) not in str(numba.config.CACHE_DIR)
+    assert algebra._folder.name.startswith("kernels-")
+    assert str(algebra._folder) in step.step.stats.cache_path

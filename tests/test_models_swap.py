@@ -17,11 +17,12 @@ from ilqr_service.journal.verify import verify
 from ilqr_service.sessions.session import Effects, Limits
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
+from ilqr_service.solving import engine as engine_module
 from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.engines import Fleet
 from ilqr_service.solving.slots import Slots
 from ilqr_vae.cli import main
-from ilqr_vae.errors import JournalError, ServiceError
+from ilqr_vae.errors import JournalError, ProtocolError, ServiceError
 from ilqr_vae.protocol import messages
 from ilqr_vae.streaming.unit_watch import UnitWatch
 from process import Served, metrics, offline, served
@@ -207,6 +208,44 @@ def test_a_model_that_came_to_be_served_while_it_was_loading_is_refused(models: 
     assert slot.serving is serving_b is fleet.engines[serving_b.facts.model]
     assert slot.shadow is None
     assert not fleet.shadows
+
+
+def test_a_load_that_does_not_end_frees_its_slot(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, now, go_on = ServiceSettings(device="cpu"), 0.0, threading.Event()
+    first = Engine.load(models / "a.safetensors", options)
+    table = SessionTable(first.facts, Limits(deadline_ns=1))
+    slots = Slots({"main": first}, Fleet(first), table, options, models, clock=lambda: now)
+    monkeypatch.setattr(Engine, "warm_up", lambda _: go_on.wait(60))
+    for _ in range(2):
+        slots.load(b"me", messages.Load(path="b.safetensors"))
+        assert not slots.loaded().replies
+        now += 1000.0
+        ((_, reply),) = slots.loaded().replies
+        assert isinstance(reply, messages.Refused)
+        assert "loads in" in reply.expected
+    with pytest.raises(ProtocolError, match="at most 2 loads at once"):  # both threads go on
+        slots.load(b"me", messages.Load(path="b.safetensors"))
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "load":
+            thread.join(60)
+    assert not slots.loaded().replies  # what came too late is not used
+    assert slots.slots["main"].serving is first
+    slots.load(b"me", messages.Load(path="b.safetensors"))
+
+
+def test_a_model_too_slow_or_too_large_to_serve_is_refused_by_name(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.load(models / "a.safetensors", ServiceSettings(device="cpu", horizon=300))
+    monkeypatch.setattr(engine_module, "_WARM_S", 0.0)
+    with pytest.raises(ServiceError, match="model: expected a window of 300 bins that fills"):
+        engine.warm_up()
+    monkeypatch.setattr(engine_module, "available_memory", lambda: 1 << 20)
+    with pytest.raises(ServiceError, match="model: expected one whose run takes at most 0 MB"):
+        Engine.load(models / "a.safetensors", ServiceSettings(device="cpu", horizon=300))
 
 
 # ---- units -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -256,16 +257,40 @@ def test_a_session_of_gaps_and_shed_bins_and_one_of_several_of_its_name_are_clea
 
 def test_hygiene_is_optional_and_reported() -> None:
     assert parse_cpus("0,2-4") == {0, 2, 3, 4}
+    for wrong in ("0-99999999", "1-", "-1", "3-2", "a-b"):
+        with pytest.raises(ValueError, match=r"cores|int"):
+            parse_cpus(wrong)
     plain = Hygiene(ServiceSettings(gc="auto", malloc="auto"))
     plain.process()
     plain.thread()
-    plain.collect()
+    plain.collect(idle=True)
     assert plain.report == {}
     impossible = Hygiene(ServiceSettings(gc="auto", cpus="100000"))
     impossible.thread()
     ((what, came),) = impossible.report.items()
     assert what.startswith("cpus")
     assert came.startswith("off: ")
+
+
+def test_garbage_is_collected_under_steady_load_and_all_of_it_at_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, generations = 0.0, list[int]()
+    monkeypatch.setattr(gc, "collect", generations.append)
+    hygiene = Hygiene(ServiceSettings(gc="idle"), clock=lambda: now)
+
+    def run(seconds: int, *, idle: bool) -> list[int]:
+        nonlocal now
+        generations.clear()
+        for _ in range(seconds):
+            now += 1.0
+            hygiene.collect(idle=idle)
+        return generations
+
+    assert len(run(61, idle=True)) == 12
+    assert set(generations) == {1, 2}
+    assert len(run(181, idle=False)) == 3
+    assert 2 in run(12 * 60 + 1, idle=False)
 
 
 def test_a_load_is_open_loop_and_drawn_from_its_seed() -> None:

@@ -123,6 +123,35 @@ def test_settings_file_is_checked_and_overridden(tmp_path: Path) -> None:
         load_settings(tmp_path / "absent.toml", {})
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            f"{name} = {value}"
+            for name in ("idle_s", "drain_s")
+            for value in ("nan", "inf", "1e300")
+        ),
+        *(f"keep_warm_ms = {value}" for value in ("nan", "inf", "1e15")),
+        *(f"control_rate = {value}" for value in ("nan", "inf", "1e-300")),
+        *(f"journal_segment_mb = {value}" for value in ("nan", "inf", "1e-300")),
+        *("deadline_ms = nan", "results_queue = 3000000000", "max_sessions = 1000000000"),
+        *("max_message_bytes = 9223372036854775807", "threads = 1000000", "journal_keep = -1"),
+        *("iterations = 100000", "horizon = 1000000"),
+        *('journal = "a\\u0000b"', 'keys = "a\\u0000b"', 'models = "a\\u0000b"'),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "service.toml"
+    path.write_text(text + "\n")
+    with pytest.raises(ConfigError, match=text.split(" ")[0]):
+        load_settings(path, {})
+
+
+def test_a_path_that_is_not_utf8_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="journal: expected text in UTF-8"):
+        load_settings(None, {"journal": "\udcff-j"})
+
+
 def test_only_loopback_is_bound() -> None:
     assert loopback_endpoint("ingest", "tcp://127.0.0.1:0") == "tcp://127.0.0.1:*"
     assert loopback_endpoint("ingest", "tcp://localhost:5555") == "tcp://127.0.0.1:5555"

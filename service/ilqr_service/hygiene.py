@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import Metric
@@ -22,12 +23,21 @@ _KEPT_BYTES = 64 << 20
 _LARGEST_KEPT_BYTES = 32 << 20  # more is not accepted
 
 
+_MOST_CPUS = 1 << 16
+_COLLECT_S, _OVERDUE_S = 5.0, 60.0
+_FULL_EVERY = 12
+"""One collection in so many looks at all that was made since the start."""
+
+
 def parse_cpus(text: str) -> set[int]:
-    """``0,2-3`` as {0, 2, 3}. Raises ValueError."""
+    """``0,2-3`` as {0, 2, 3}. Raises ValueError: not that, or a number that no core can have."""
     cpus: set[int] = set()
     for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cpus |= set(range(int(first), int(last or first) + 1))
+        first, dash, last = part.partition("-")
+        low, high = int(first), int(last) if dash else int(first)
+        if not 0 <= low <= high < _MOST_CPUS:
+            raise ValueError(f"expected cores such as 0,2-3, got {part!r}")
+        cpus |= set(range(low, high + 1))
     return cpus
 
 
@@ -49,14 +59,21 @@ class _Metrics(Collector):
 class Hygiene:
     """Applies what the settings ask for and remembers what came of it.
 
+    Args:
+        settings: see ``ServiceSettings``.
+        clock: seconds, monotonic.
+
     Attributes:
         report: by what was asked: ``on``, or why not.
         metrics: the same for /metrics: 1 or 0.
     """
 
-    def __init__(self, settings: ServiceSettings) -> None:
+    def __init__(
+        self, settings: ServiceSettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._settings = settings
         self.report: dict[str, str] = {}
+        self._clock, self._collected, self._collections = clock, clock(), 0
         self.metrics = _Metrics(self.report)
 
     def process(self) -> None:
@@ -78,10 +95,19 @@ class Hygiene:
         if settings.realtime:
             self._try(f"realtime {name}", lambda: _realtime(settings.realtime))
 
-    def collect(self) -> None:
-        """The garbage collection that was put off, while nothing is queued."""
-        if self._settings.gc == "idle":
-            gc.collect(1)
+    def collect(self, *, idle: bool) -> None:
+        """Collect garbage where it is time: every few seconds while the service is idle, every
+        minute whether it is or not. To be called often.
+
+        Objects that live long are looked at every dozen times. Those of the start are not: they
+        were frozen.
+        """
+        waited = self._clock() - self._collected
+        if self._settings.gc != "idle" or waited < (_COLLECT_S if idle else _OVERDUE_S):
+            return
+        self._collections += 1
+        gc.collect(1 if self._collections % _FULL_EVERY else 2)
+        self._collected = self._clock()
 
     def _try(self, what: str, do: Callable[[], None]) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ from ilqr_service.hygiene import Hygiene
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings, load_settings
 from ilqr_service.solving.engine import Engine
-from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.errors import ConfigError, IlqrVaeError, ServiceError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,6 +29,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # default 5 ms.
 _SWITCH_INTERVAL_S = 2e-4
 _WARM_UP_S = 600.0
+_DESCRIPTORS = 64
+"""File descriptors that a service takes with a few clients."""
 
 
 def _announce(target: str, line: bytes) -> None:
@@ -121,6 +124,7 @@ def serve(
         "lock_memory": lock_memory,
     }
     settings = load_settings(config, overrides)
+    _raise_descriptors()
     logs.configure(settings.log)
     hygiene = Hygiene(settings)
     hygiene.process()
@@ -160,10 +164,24 @@ def serve(
         finally:
             service.stop()
             logs.info("stopped", **service.telemetry.summary())
+    if isinstance(service.failure, IlqrVaeError):
+        raise service.failure
     if service.failure is not None:
         raise ServiceError(
             "service", expected="to run until stopped", got=f"{service.failure!r}"
         ) from service.failure
+
+
+def _raise_descriptors() -> None:
+    """Take as many file descriptors as the system allows: each client needs two.
+
+    Raises ServiceError: too few to serve anybody."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < _DESCRIPTORS:
+        raise ServiceError(
+            "file descriptors", expected=f"at least {_DESCRIPTORS} (ulimit -n)", got=str(most)
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextlib.contextmanager

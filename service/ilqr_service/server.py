@@ -44,7 +44,6 @@ _TOGETHER = 16  # messages or answers that are journalled, and told to the solve
 _WAKE = "inproc://wake"
 _LINGER_MS = 500
 _STALL_S = 5.0
-_COLLECT_S = 5.0
 _FEED = (messages.Bin, messages.Open, messages.Close)
 
 
@@ -125,7 +124,7 @@ class Service:
             prepare=self._hygiene.thread,
         )
         self._stop, self._accepting = threading.Event(), threading.Event()
-        self._seen = self._collected = time.monotonic()
+        self._seen = time.monotonic()
         self._web: Web | None = None
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
 
@@ -288,9 +287,7 @@ class Service:
         if self._gate is not None:
             self._gate.refresh()
             self.telemetry.count(self._gate.strange())
-        if waiting == 0 and self._seen - self._collected > _COLLECT_S:
-            self._collected = self._seen
-            self._hygiene.collect()
+        self._hygiene.collect(idle=waiting == 0)
 
     def _answers(self) -> None:
         answers = self._solver.finished()

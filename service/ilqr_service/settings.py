@@ -11,7 +11,7 @@ import msgspec
 
 from ilqr_vae.errors import ConfigError, ServiceError
 
-Positive = Annotated[int, msgspec.Meta(gt=0)]
+_DAY_S = 86_400.0
 
 
 class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,34 +51,35 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         lock_memory: keep all memory out of swap.
         malloc: ``keep`` has the C library keep up to 64 MB of freed memory for what comes next,
             where it can; ``auto`` leaves it alone.
-        gc: ``idle`` collects garbage only while nothing is queued; ``auto`` is Python's own way.
+        gc: ``idle`` collects garbage while nothing is queued, at the latest each minute; ``auto``
+            is Python's own way.
     """
 
     ingest: str = "tcp://127.0.0.1:5555"
     results: str = "tcp://127.0.0.1:5556"
     http: str = "127.0.0.1:9464"
     device: str = "auto"
-    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
-    iterations: Annotated[int, msgspec.Meta(ge=0)] = 0
-    horizon: Annotated[int, msgspec.Meta(ge=0)] = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    iterations: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    horizon: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=3_600_000)] = 0.0
     credits: Annotated[int, msgspec.Meta(gt=0, le=100_000)] = 64
     gap_limit: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 100
-    max_sessions: Positive = 256
-    idle_s: Annotated[float, msgspec.Meta(gt=0)] = 600.0
-    drain_s: Annotated[float, msgspec.Meta(ge=0)] = 5.0
-    max_message_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 1 << 20
-    results_queue: Positive = 10_000
+    max_sessions: Annotated[int, msgspec.Meta(gt=0, le=100_000)] = 256
+    idle_s: Annotated[float, msgspec.Meta(gt=0, le=365 * _DAY_S)] = 600.0
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=_DAY_S)] = 5.0
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1 << 30)] = 1 << 20
+    results_queue: Annotated[int, msgspec.Meta(gt=0, le=10_000_000)] = 10_000
     log: Literal["plain", "json"] = "plain"
     journal: str = ""
     journal_sync: Literal["always", "interval", "never"] = "interval"
-    journal_segment_mb: Annotated[float, msgspec.Meta(gt=0)] = 256.0
-    journal_keep: Annotated[int, msgspec.Meta(ge=0)] = 0
+    journal_segment_mb: Annotated[float, msgspec.Meta(ge=0.001, le=1e6)] = 256.0
+    journal_keep: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     snapshot_every: Annotated[int, msgspec.Meta(gt=0, le=64)] = 50
     keys: str = ""
-    control_rate: Annotated[float, msgspec.Meta(gt=0)] = 1000.0
+    control_rate: Annotated[float, msgspec.Meta(ge=0.001, le=1e9)] = 1000.0
     models: str = ""
-    keep_warm_ms: Annotated[float, msgspec.Meta(ge=0)] = 200.0
+    keep_warm_ms: Annotated[float, msgspec.Meta(ge=0, le=_DAY_S * 1e3)] = 200.0
     cpus: str = ""
     realtime: Annotated[int, msgspec.Meta(ge=0, le=99)] = 0
     lock_memory: bool = False
@@ -110,6 +111,9 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettin
             got=repr(unknown[0]),
         )
     values |= {key: value for key, value in overrides.items() if value is not None}
+    for key, value in values.items():
+        if isinstance(value, str) and ("\0" in value or not _encodable(value)):
+            raise ConfigError(key, expected="text in UTF-8, without NUL", got=ascii(value))
     try:
         return msgspec.convert(values, ServiceSettings)
     except msgspec.ValidationError as error:
@@ -119,6 +123,14 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettin
         raise ConfigError(
             field or "settings", expected=expected, got=got or repr(values.get(field))
         ) from error
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
+        return False
+    return True
 
 
 _ENDPOINT = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+|\*):(\d{1,5}|\*)")

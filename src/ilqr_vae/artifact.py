@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -47,8 +47,8 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """
 
     family: str
-    channels: int
-    log_rate_max: float = 6.0
+    channels: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    log_rate_max: Annotated[float, msgspec.Meta(ge=-100, le=100)] = 6.0
     gain: bool = False
     floor: float = 0.0
 
@@ -67,8 +67,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     dynamics: str
     prior: str = "gaussian"
-    latents: int
-    inputs: int
+    latents: Annotated[int, msgspec.Meta(ge=1, le=2048)]
+    inputs: Annotated[int, msgspec.Meta(ge=1, le=2048)]
     groups: dict[str, GroupSpec]
     options: DynamicsOptions = DynamicsOptions()
     nu: float = 5.0
@@ -98,7 +98,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     schema: int = SCHEMA
     model_id: str = ""
     sha256: str = ""
-    bin_width: float
+    bin_width: Annotated[float, msgspec.Meta(ge=1e-6, le=3600)]
     unit_names: tuple[str, ...]
     kinematic_names: tuple[str, ...] = ()
     kinematic_units: tuple[str, ...] = ()
@@ -281,7 +281,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
         if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(MANIFEST_SHA256):
             raise _refuse(path, "the manifest that was written", "one that differs from its hash")
         manifest = msgspec.convert(raw, Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise _refuse(path, "a valid manifest", str(error)) from error
     if manifest.model_id != (identity := _identity(raw)):
         raise _refuse(path, f"model id {identity}", manifest.model_id)

@@ -242,6 +242,7 @@ class Writer:
             return
         self._records += added
         if self._size - self._repeated > self._segment_bytes:
+            self._inspect()  # for the last time: it is not looked at again
             self._begin()
 
     def close(self) -> None:

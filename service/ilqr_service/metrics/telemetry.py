@@ -181,8 +181,9 @@ class Telemetry:
                     self._refused.labels(label).inc(n)
                 else:
                     self._events[kind].inc(n)
-            iterations, self._counted = self._done - self._counted, self._done
-            self._iterations.inc(iterations)
+            done = self._done  # read once: the I/O thread adds to it meanwhile
+            self._iterations.inc(done - self._counted)
+            self._counted = done
             bits, spikes = self._recent
         if spikes:
             self._bits.set(bits / spikes)

@@ -25,12 +25,18 @@ from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, ModelFact
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.kernels.backend import device_of
+from ilqr_vae.machine import available_memory
+from ilqr_vae.streaming.horizon import MovingHorizon
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
 _NOBODY = -1
 _ROUND = 16
 _MAX_ROUNDS = 24
 _STEADY = 1.25
+_WARM_S = 20.0
+"""The longest that the steps of a warm-up may take, without the first, which compiles."""
+_RUN_SHARE = 0.25
+"""Of the memory that is available, what one run may take."""
 
 SHARE = 8
 """A step takes no more bins than are solved in a bin width divided by this: so long may a bin that
@@ -45,6 +51,18 @@ class WarmUp:
     seconds: float
     first_ms: float
     steady_ms: float
+
+
+def _check_memory(estimator: MovingHorizon, horizon: int) -> None:
+    """Raises ServiceError where one run would take too much memory."""
+    state = sum(t.nbytes for t in estimator.init(batch=1).tensors())
+    needed, most = (horizon + 2) * state, int(_RUN_SHARE * available_memory())
+    if needed > most:
+        raise ServiceError(
+            "model",
+            expected=f"one whose run takes at most {most >> 20} MB",
+            got=f"{needed >> 20} MB for a window of {horizon} bins",
+        )
 
 
 class Engine:
@@ -89,6 +107,7 @@ class Engine:
         self.cost = Cost()
         self.threads, self._most = settings.threads, settings.max_sessions
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
+        _check_memory(estimator, horizon)
         self._stepper = Stepper(estimator, self.facts, self._most, clock=clock)
         self._clock = clock
         self._runs: dict[int, Run] = {}
@@ -199,7 +218,7 @@ class Engine:
         (or a bound is met). To be called in the thread that will solve.
 
         Raises:
-            ServiceError: a solve failed.
+            ServiceError: a solve failed, or a window takes too long to fill.
         """
         torch.set_num_threads(1)  # the kernels have the cores; torch would only be in their way
         rng = np.random.default_rng(0)
@@ -233,8 +252,17 @@ class Engine:
                 spent.append(answer.solve_end_ns - answer.solve_start_ns)
                 first_ns = first_ns or spent[0]
                 steps += 1
+                if self._clock() - began - first_ns > _WARM_S * 1e9:
+                    break
+            if steps <= self.facts.horizon:
+                raise ServiceError(
+                    "model",
+                    expected=f"a window of {self.facts.horizon} bins that fills in {_WARM_S:g} s",
+                    got=f"{steps} bins",
+                )
             typical = int(np.median(spent))
-            if round_ >= 2 and typical <= _STEADY * best_ns:
+            late = self._clock() - began - first_ns > _WARM_S * 1e9
+            if late or (round_ >= 2 and typical <= _STEADY * best_ns):
                 break
             best_ns = min(best_ns or typical, typical)
         self.cost = Cost(0.0, float(max(typical, 1)))

@@ -8,7 +8,8 @@ read, or a model for other units, changes nothing.
 from __future__ import annotations
 
 import threading
-from collections import deque
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from ilqr_vae.errors import IlqrVaeError, ProtocolError
 from ilqr_vae.protocol import messages
 
 _ENGINES = 8
+_LOAD_S = 300.0
+"""The longest that a load may take: another family's kernels may have to be compiled."""
+_LONGEST_PATH = 1024
+_LOADERS = 2
+"""Threads that load, those among them that were given up and cannot be ended."""
 
 
 @dataclass(slots=True)
@@ -32,15 +38,19 @@ class Slot:
     serving: Engine
     shadow: Engine | None = None
     before: Engine | None = None
-    loading: str = ""
+    loading: Loading | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
+@dataclass(eq=False, slots=True)
+class Loading:
+    """A model that is being loaded, until ``engine`` or ``error`` is there."""
+
     owner: bytes
     message: messages.Load
-    engine: Engine | None
-    error: IlqrVaeError | None
+    path: Path
+    until: float
+    engine: Engine | None = None
+    error: IlqrVaeError | None = None
 
 
 def _other(engine: Engine, facts: ModelFacts) -> None:
@@ -78,7 +88,7 @@ class Slots:
         fleet, table: to keep in step.
         settings: of every engine.
         folder: what ``Load`` may read from.
-        wake: called from the loading thread when it is done.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -88,11 +98,13 @@ class Slots:
         table: SessionTable,
         settings: ServiceSettings,
         folder: Path,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = {name: Slot(engine) for name, engine in engines.items()}
         self._fleet, self._table = fleet, table
         self._settings, self._folder = settings, folder.resolve()
-        self._done: deque[_Loaded] = deque()
+        self._clock = clock
+        self._loaders: set[threading.Thread] = set()
 
     def _slot(self, name: str) -> tuple[str, Slot]:
         name = name or next(iter(self.slots))
@@ -123,51 +135,63 @@ class Slots:
             if slot.before is not None:
                 infos.append(info(slot.before.facts.model, "before", Score()))
             if slot.loading:
-                infos.append(info(slot.loading, "loading", Score()))
+                infos.append(info(slot.loading.path.name, "loading", Score()))
         return messages.ModelList(models=tuple(infos))
 
     def load(self, owner: bytes, message: messages.Load) -> None:
         """Begin to load. Raises ProtocolError: no such slot or file, or one is being loaded."""
         _, slot = self._slot(message.slot)
         if slot.loading:
-            raise ProtocolError("slot", expected="one that loads nothing now", got=slot.loading)
-        path = self._folder / message.path
+            got = slot.loading.path.name
+            raise ProtocolError("slot", expected="one that loads nothing now", got=got)
+        self._loaders = {thread for thread in self._loaders if thread.is_alive()}
+        if len(self._loaders) >= _LOADERS:
+            raise ProtocolError("slot", expected=f"at most {_LOADERS} loads at once", got="more")
         try:
-            path = path.resolve()
-            found = path.is_relative_to(self._folder) and path.is_file()
+            short = len(message.path) <= _LONGEST_PATH
+            path = (self._folder / message.path).resolve() if short else None
+            found = path if path and path.is_relative_to(self._folder) and path.is_file() else None
         except (OSError, ValueError):  # a name that no file can have
-            found = False
-        if not found:
+            found = None
+        if found is None:
             got = message.path[:64]
             raise ProtocolError("path", expected="a file in the model folder", got=got)
-        slot.loading = path.name
+        slot.loading = Loading(owner, message, found, self._clock() + _LOAD_S)
         thread = threading.Thread(
-            target=self._load, args=(owner, message, path), name="load", daemon=True
+            target=self._load, args=(slot.loading, slot.serving.facts), name="load", daemon=True
         )
+        self._loaders.add(thread)
         thread.start()
 
-    def _load(self, owner: bytes, message: messages.Load, path: Path) -> None:
-        engine, failure = None, None
+    def _load(self, loading: Loading, facts: ModelFacts) -> None:
+        """In a thread of its own."""
         try:
-            engine = Engine.load(path, self._settings)
-            _fits(engine, self._slot(message.slot)[1].serving.facts)
+            engine = Engine.load(loading.path, self._settings)
+            _fits(engine, facts)
             engine.warm_up()
+            loading.engine = engine
         except IlqrVaeError as error:
-            failure = error
+            loading.error = error
         except Exception as error:
-            logs.exception("a model could not be loaded", path=str(path))
-            failure = ProtocolError("model", expected="one that loads", got=repr(error)[:160])
-        self._done.append(_Loaded(owner, message, engine, failure))
+            logs.exception("a model could not be loaded", path=str(loading.path))
+            got = repr(error)[:160]
+            loading.error = ProtocolError("model", expected="one that loads", got=got)
 
     def loaded(self) -> Effects:
-        """What follows from loads that are done; to be called often."""
+        """What follows from loads that are done or take too long; to be called often."""
         effects = Effects()
-        while self._done:
-            done = self._done.popleft()
-            name, slot = self._slot(done.message.slot)
-            slot.loading = ""
+        for name, slot in self.slots.items():
+            done = slot.loading
+            if done is None:
+                continue
             engine, error = done.engine, done.error
-            if engine is not None and error is None:
+            if engine is None and error is None:
+                if self._clock() < done.until:
+                    continue
+                # its thread cannot be ended; what it brings is not used
+                error = ProtocolError("model", expected=f"one that loads in {_LOAD_S:g} s", got="")
+            slot.loading = None
+            if engine is not None:
                 # meanwhile it may have come to be served here, or be in use in another slot
                 engine = self._fleet.engines.get(engine.facts.model, engine)
                 try:

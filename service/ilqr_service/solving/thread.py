@@ -23,6 +23,7 @@ from ilqr_service.solving.engines import Fleet, Quota
 from ilqr_service.solving.run import PackedRun, Resumed
 from ilqr_service.solving.scheduler import Scheduler
 from ilqr_service.work import Answer, Work
+from ilqr_vae.errors import IlqrVaeError
 
 _SHED_AT_ONCE = 128
 """Bins that go without a solve between two solves."""
@@ -160,7 +161,8 @@ class SolverThread:
                     self._fleet.keep_warm()
         except BaseException as error:
             self.failure = error
-            logs.exception("the solver thread ended")
+            if not isinstance(error, IlqrVaeError):  # else the caller has one line for it
+                logs.exception("the solver thread ended")
             self._tell(wake)
         finally:
             wake.close()

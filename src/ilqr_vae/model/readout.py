@@ -31,7 +31,7 @@ state and runs over those it holds. (Cho et al. 2014, with the reset gate as in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import torch
@@ -90,10 +90,10 @@ class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         recurrent: units of the layer that runs over the last L bins; zero for none.
     """
 
-    lags: int = 0
-    residuals: int = 0
-    hidden: int = 0
-    recurrent: int = 0
+    lags: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    residuals: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    hidden: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    recurrent: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
 
     def direct(self, n: int, units: int) -> int:
         """Length of x, F."""

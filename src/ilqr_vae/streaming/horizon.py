@@ -24,8 +24,10 @@ Pure: ``step(state, bin) -> (state, estimate)``; S streams, one never changing a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -59,9 +61,9 @@ class HorizonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         tolerance: relative expected decrease under which iterating is pointless.
     """
 
-    horizon: int = 10
-    iterations: int = 2
-    tolerance: float = 1e-10
+    horizon: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
+    iterations: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 2
+    tolerance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-10
 
 
 def _spd_inverse(M: Tensor) -> Tensor:
@@ -255,9 +257,10 @@ class MovingHorizon:
 
     def graphs(self, record: Record = record_cuda) -> Graphs:
         """The step without waiting, to be recorded for each batch size that comes."""
+        estimator = weakref.proxy(self)  # it holds the graphs: no cycle, both are freed at once
 
         def step(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            after, answer = self.step_reference(
+            after, answer = estimator.step_reference(
                 HorizonState(*given[:-2]), given[-2], given[-1], waitless=True
             )
             return (*after.tensors(), *(getattr(answer, f.name) for f in fields(Estimate)))

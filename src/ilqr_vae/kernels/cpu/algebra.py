@@ -14,13 +14,16 @@ Only numba code lives here: it must not be wrapped by a type-checking import hoo
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 
 from ilqr_vae.kernels.cpu.tiles import (
@@ -34,13 +37,43 @@ from ilqr_vae.kernels.cpu.tiles import (
     wide,
 )
 
+_log = logging.getLogger(__name__)
+_ROOM = 64 << 20
 
-@cache
-def _sources() -> str:
-    """A digest of all files that kernels are in."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
+def cache_folder(sources: Path) -> Path | None:
+    """Where machine code is kept: a folder named by a digest of all files that kernels are in.
+
+    numba itself compares the file of an entry point alone. The folder lies in NUMBA_CACHE_DIR,
+    beside the sources, or in the user's cache: the first of them that can be written and has room.
+
+    Returns:
+        The folder, which exists; None, with a warning, where there is none.
+    """
+    files = sorted(sources.glob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    stated: str = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]  # of NUMBA_*
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    tried = [*filter(None, [stated]), str(sources / "__pycache__"), f"{own}/ilqr-vae"]
+    for name in tried:
+        folder = Path(name) / f"kernels-{digest[:16]}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            if shutil.disk_usage(folder).free >= _ROOM:
+                return folder
+        except OSError:
+            continue
+    _log.warning(
+        "kernels are compiled anew by each process: none of %s can be written and has %d MB free "
+        "(NUMBA_CACHE_DIR names a folder to keep them in)",
+        ", ".join(tried),
+        _ROOM >> 20,
+    )
+    return None
+
+
+_folder = cache_folder(Path(__file__).parent)
 
 # Without numba's reference counts: kernels that make no arrays can do without, and each costs an
 # atomic operation wherever an array is named. Then only a ``part`` can return a view.
@@ -48,13 +81,14 @@ _common: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """How entry points are compiled: what Python calls. Kept on disk, for as long as no file that
-    kernels are in changes: numba itself looks at the file of the entry point alone."""
-    made = njit(cache=True, no_cfunc_wrapper=True, **_common)(function)
-    kept = getattr(getattr(made, "_cache", None), "_cache_file", None)
-    if hasattr(kept, "_source_stamp"):
-        kept._source_stamp = (kept._source_stamp, _sources())  # pyright: ignore
-    return made
+    """How entry points are compiled: what Python calls. Kept on disk where that can be."""
+    before: str = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        # numba looks at it when a function is decorated; other code's kernels have their own place
+        config.CACHE_DIR = str(_folder or "")  # pyright: ignore[reportAttributeAccessIssue]
+        return njit(cache=_folder is not None, no_cfunc_wrapper=True, **_common)(function)
+    finally:
+        config.CACHE_DIR = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
 #: How everything they call is compiled: without a wrapper of its own, which for functions of many
