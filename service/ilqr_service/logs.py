@@ -63,6 +63,10 @@ def warning(message: str, **data: Any) -> None:
     LOGGER.warning(message, extra={"data": data})
 
 
+def error(message: str, **data: Any) -> None:
+    LOGGER.error(message, extra={"data": data})
+
+
 def exception(message: str, **data: Any) -> None:
     """With the traceback of the exception being handled."""
     LOGGER.exception(message, extra={"data": data})

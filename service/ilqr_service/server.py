@@ -1,9 +1,8 @@
 """The service: the only sockets, and the thread that owns them.
 
-The I/O thread binds ROUTER (feeders and requests) and XPUB (results), stamps every message as it
-takes it off the socket, and keeps the session table. The solver thread runs the engine. They meet
-in a queue each way; an inproc PAIR wakes the I/O thread. Nothing in a message, and nothing that a
-solve raises, ends either of them.
+The I/O thread binds the ingest and results addresses, stamps every message as it takes it off the
+socket, and keeps the session table. The solver thread runs the engine. They meet in a queue each
+way. Nothing in a message, and nothing that a solve raises, ends either of them.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
-
-import zmq
 
 from ilqr_service import logs
 from ilqr_service.control import Control
@@ -29,20 +25,20 @@ from ilqr_service.solving.engines import Fleet
 from ilqr_service.solving.run import PackedRun
 from ilqr_service.solving.slots import Slots
 from ilqr_service.solving.thread import SolverThread
-from ilqr_service.transport.connections import Connections
+from ilqr_service.transport.connections import Connections, Received
 from ilqr_service.transport.http import Web
 from ilqr_service.transport.results import Publisher
 from ilqr_service.transport.security import Gate
-from ilqr_service.transport.sockets import bind, empty, patience_ms, received
+from ilqr_service.transport.zmtp import Incoming
 from ilqr_service.work import Work
-from ilqr_vae.errors import IlqrVaeError, ProtocolError, ServiceError
+from ilqr_vae.errors import ProtocolError, ServiceError
 from ilqr_vae.protocol import messages
 
-_POLL_MS = 100
-_BURST = 256
+_POLL_S = 0.1
 _TOGETHER = 16  # messages or answers that are journalled, and told to the solver, at once
-_WAKE = "inproc://wake"
-_LINGER_MS = 500
+_LINGER_S = 0.5
+_REPLIES_BYTES = 1 << 20  # that may wait for one that does not read them
+_REPLIES = 10_000
 _STALL_S = 5.0
 _FEED = (messages.Bin, messages.Open, messages.Close)
 
@@ -103,21 +99,18 @@ class Service:
         )
         self._hygiene = hygiene or Hygiene(settings)
         self.telemetry.registry.register(self._hygiene.metrics)
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._connections = Connections(self._context)
-        try:
-            self._gate = Gate(self._context, Path(settings.keys)) if settings.keys else None
-            self._journal = Journal(settings, engines, fleet, self._table)
-        except IlqrVaeError:
-            self._context.destroy(linger=0)
-            raise
+        self._gate = Gate(Path(settings.keys)) if settings.keys else None
+        self._journal = Journal(settings, engines, fleet, self._table)
+        self._connections = Connections(self._gate)
+        self._publisher = Publisher(
+            self._connections, queue=settings.results_queue, topics=2 * settings.max_sessions
+        )
         self._control = Control(
             self._table, self._slots, self._journal, settings.control_rate, self._described
         )
         self._solver = SolverThread(
             fleet,
-            self._context,
-            _WAKE,
+            self._connections.wake,
             resume=self._journal.resumed,
             snapshot_every=settings.snapshot_every if settings.journal else 0,
             keep_warm_s=settings.keep_warm_ms / 1e3,
@@ -138,17 +131,11 @@ class Service:
         """
         try:
             self._journal.start()
-            self._router = self._bind_router()
-            self._publisher = Publisher(
-                self._context,
-                queue=self._settings.results_queue,
-                topics=2 * self._settings.max_sessions,
-            )
-            self.results = self._bind("results", self._publisher.socket, self._settings.results)
+            self.ingest = self._listen_for_feeders()
+            results = self._address("results", self._settings.results)
+            self.results = self._publisher.listen(results).address
             for result in self._journal.last:
                 self._publisher.remember(result.session, messages.encode(result))
-            self._wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
-            self._wake.bind(_WAKE)
             if self._settings.http:
                 self._web = Web(
                     self._settings.http,
@@ -159,7 +146,7 @@ class Service:
                 self.http = self._web.address
         except ServiceError:
             self._journal.close()
-            self._context.destroy(linger=0)
+            self._connections.close()
             raise
         self._solver.start()
         self._thread.start()
@@ -195,22 +182,20 @@ class Service:
 
     # ---- the I/O thread ------------------------------------------------------------------------
 
-    def _bind_router(self) -> zmq.Socket[bytes]:
-        router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        # Up to this, one too large is refused and counted; beyond, libzmq cuts its sender off.
-        router.maxmsgsize = 4 * self._settings.max_message_bytes
-        router.rcvhwm = router.sndhwm = 10_000
-        # Say so when a reply's feeder is gone, rather than dropping the reply silently.
-        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.ingest = self._bind("ingest", router, self._settings.ingest)
-        return router
+    def _address(self, field: str, endpoint: str) -> str:
+        return loopback_endpoint(field, endpoint, secured=self._gate is not None)
 
-    def _bind(self, field: str, socket: zmq.Socket[bytes], endpoint: str) -> str:
-        address = loopback_endpoint(field, endpoint, secured=self._gate is not None)
-        if self._gate is not None:
-            self._gate.guard(socket, field)
-        self._connections.watch(socket)
-        return bind(field, socket, address)
+    def _listen_for_feeders(self) -> str:
+        door = self._connections.listen(
+            "ingest",
+            self._address("ingest", self._settings.ingest),
+            b"ROUTER",
+            frozenset((b"DEALER", b"REQ", b"ROUTER")),
+            message_bytes=self._settings.max_message_bytes,
+            backlog_bytes=_REPLIES_BYTES,
+            backlog=_REPLIES,
+        )
+        return door.address
 
     def _run(self) -> None:
         try:
@@ -222,39 +207,27 @@ class Service:
         finally:
             self._solver.stop()
             self._journal.close()
-            self._context.destroy(linger=_LINGER_MS)
+            self._connections.close(_LINGER_S)
             self.failure = self.failure or self._solver.failure
             self.ended.set()
 
     def _serve(self) -> None:
-        poller = zmq.Poller()
-        for socket in (self._wake, self._router, self._publisher.socket):
-            poller.register(socket, zmq.POLLIN)
-        if self._gate is not None:
-            poller.register(self._gate.socket, zmq.POLLIN)
         drained_by: int | None = None
         ticked = 0
         due: int | None = None
         while self._solver.failure is None:
-            events = dict(poller.poll(patience_ms(due, _POLL_MS)))
+            came = self._connections.poll(_patience_s(due))
             now = time.monotonic_ns()
             self._seen = now / 1e9
-            if self._wake in events:
-                empty(self._wake)
-            if self._gate is not None and self._gate.socket in events:
-                self._gate.answer()
             self._answers()
-            if self._publisher.socket in events:
-                self._publisher.welcome()
-            if self._router in events:
-                self._messages()
+            self._messages(came)
             if not self._table.accepting and self._solver.ready.is_set() and drained_by is None:
                 self._table.accepting = True
                 self._accepting.set()
                 self.telemetry.ready(True)
             due = self._table.next_due()
             self._credits(all_owed=False)
-            if now - ticked > _POLL_MS * 1_000_000 or (due is not None and due <= now):
+            if now - ticked > _POLL_S * 1e9 or (due is not None and due <= now):
                 ticked = now
                 self._noted(self._table.tick(now))
                 self._noted(self._slots.loaded())
@@ -281,12 +254,12 @@ class Service:
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
         self.telemetry.journal(self._journal.ok, self._journal.lost, self._journal.written)
+        self._connections.tidy()
         self.telemetry.count(self._connections.events() + self._publisher.strange())
         self._journal.flush()
         self.telemetry.settle()
-        if self._gate is not None:
-            self._gate.refresh()
-            self.telemetry.count(self._gate.strange())
+        if self._gate is not None and self._gate.refresh():
+            self._connections.expel("results")
         self._hygiene.collect(idle=waiting == 0)
 
     def _answers(self) -> None:
@@ -305,20 +278,20 @@ class Service:
                 step = []
         self._carry_out(step)
 
-    def _messages(self) -> None:
-        """Take what has come, each stamped as it is taken, then handle it; answers go first."""
-        came = received(self._router, _BURST, users=self._gate is not None)
+    def _messages(self, came: list[Received]) -> None:
+        """Handle what has come; answers go first."""
         for first in range(0, len(came), _TOGETHER):
             self._answers()
             step: list[Effects] = []
-            for message in came[first : first + _TOGETHER]:
-                step.append(self._handled(*message))
+            for received in came[first : first + _TOGETHER]:
+                step.append(self._handled(received))
                 self._journal.note(step[-1], None)
             self._carry_out(step)
 
-    def _handled(self, owner: bytes, user: str, frames: list[bytes], at_ns: int) -> Effects:
+    def _handled(self, received: Received) -> Effects:
+        owner = received.owner
         try:
-            return self._message(owner, user, frames, at_ns)
+            return self._message(*received)
         except ProtocolError as error:
             return Effects.refusal(owner, error)
         except Exception:
@@ -326,18 +299,20 @@ class Service:
             error = ProtocolError("internal", expected="a message that can be handled", got="")
             return Effects.refusal(owner, error)
 
-    def _message(self, owner: bytes, user: str, frames: list[bytes], at_ns: int) -> Effects:
-        if len(frames) != 1:
-            raise ProtocolError("frames", expected="1 frame", got=f"{len(frames)} frames")
+    def _message(self, owner: bytes, incoming: Incoming, at_ns: int) -> Effects:
+        if incoming.parts != 1:
+            raise ProtocolError("frames", expected="1 frame", got=f"{incoming.parts} frames")
         limit = self._settings.max_message_bytes
-        if len(frames[0]) > limit:
-            raise ProtocolError("size", expected=f"{limit} bytes", got=f"{len(frames[0])}")
-        message = messages.decode_upstream(frames[0])
+        if incoming.size > limit:
+            raise ProtocolError("size", expected=f"{limit} bytes", got=f"{incoming.size}")
+        message = messages.decode_upstream(incoming.body)
+        user = ""
         if self._gate is not None:
+            user = self._connections.user(owner)
             self._gate.check(user, message)
         if isinstance(message, _FEED):
             return self._table.receive(owner, message, at_ns, user)
-        return self._control.answer(owner, user, message, frames[0], at_ns)
+        return self._control.answer(owner, user, message, incoming.body, at_ns)
 
     def _described(self) -> messages.Described:
         engine = next(iter(self._slots.slots.values())).serving
@@ -389,9 +364,14 @@ class Service:
         """Send to a feeder; false if its connection is gone, or it has none yet."""
         if not owner:
             return False
-        try:
-            self._router.send_multipart([owner, messages.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            self.telemetry.count(Counter({"unreachable": 1}))
-            return error.errno == zmq.EAGAIN  # it does not read
-        return True
+        if self._connections.reply(owner, messages.encode(message)):
+            return True
+        self.telemetry.count(Counter({"unreachable": 1}))
+        return self._connections.connected(owner)  # it does not read
+
+
+def _patience_s(due_ns: int | None) -> float:
+    """How long to wait for a message where something is due then."""
+    if due_ns is None:
+        return _POLL_S
+    return min(_POLL_S, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))

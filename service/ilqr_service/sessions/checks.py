@@ -29,8 +29,6 @@ def check_open(message: messages.Open, facts: ModelFacts) -> None:
         raise ProtocolError(
             "session", expected="1-64 of [A-Za-z0-9._-]", got=_short(repr(message.session))
         )
-    if not 0 <= message.epoch <= MAX_INDEX:
-        raise ProtocolError("epoch", expected=f"0 to {MAX_INDEX}", got=str(message.epoch))
     if message.bin_width_ns != facts.bin_width_ns:
         raise ProtocolError(
             "bin_width_ns", expected=str(facts.bin_width_ns), got=str(message.bin_width_ns)

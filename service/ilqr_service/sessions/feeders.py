@@ -21,6 +21,11 @@ from ilqr_vae.protocol import messages
 
 _MAX_DENIED = 64
 
+FIRST_EPOCHS = 2**52
+EPOCH_STEP = 2**32
+"""A first epoch is at most ``FIRST_EPOCHS``, and a restart's at most ``EPOCH_STEP`` above it, so that
+there is always a higher one."""
+
 Reaches = Callable[[bytes, messages.Message], bool]
 
 
@@ -89,6 +94,20 @@ class Feeders:
         """Remember a connection that was refused this session."""
         if session.owner != sender.owner and len(session.denied) < _MAX_DENIED:
             session.denied.add(sender.owner)
+
+    def begin(self, before: Session | None, sender: Sender, message: messages.Open) -> None:
+        """Raises ProtocolError if a session of that name is another user's, or the epoch is out of
+        range."""
+        lowest, highest, why = 0, FIRST_EPOCHS, ""
+        if before is not None:
+            if before.user != sender.user:
+                raise ProtocolError("session", expected="one of this user", got=message.session)
+            lowest, highest = before.epoch + 1, before.epoch + EPOCH_STEP
+            why = ": the session is open"
+        if not lowest <= message.epoch <= highest:
+            raise ProtocolError(
+                "epoch", expected=f"{lowest} to {highest}{why}", got=str(message.epoch)
+            )
 
     def resume(self, session: Session, sender: Sender, message: messages.Open) -> None:
         """Continue a session where it stands. Raises ProtocolError."""

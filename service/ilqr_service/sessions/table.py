@@ -148,13 +148,8 @@ class SessionTable:
         slot, effects = self.slot_of(message.model), sender.effects
         facts = self.slots[slot]
         check_open(message, facts)
+        self._feeders.begin(before, sender, message)
         if before is not None:
-            if message.epoch <= before.epoch:
-                raise ProtocolError(
-                    "epoch",
-                    expected=f"above {before.epoch}: the session is open",
-                    got=str(message.epoch),
-                )
             self._end(before, f"restarted: epoch {message.epoch}", effects)
             effects.events["restarted"] += 1
         elif len(self._sessions) >= self.limits.max_sessions:

@@ -2,21 +2,17 @@
 
 Bins of different runs that wait are solved together, as many as fit (``Quota``); where only one
 waits it is solved alone. The I/O thread calls ``submit``, ``forget`` and ``finished``; answers wait
-in a deque and a byte on an inproc PAIR socket wakes the I/O thread. Between a bin's arrival and its
+in a deque, and the I/O thread is woken. Between a bin's arrival and its
 solve there is one lock held for microseconds, and the choice of the next bins is made when the
 engine is free for them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
-
-import zmq
 
 from ilqr_service import logs
 from ilqr_service.solving.engines import Fleet, Quota
@@ -34,8 +30,7 @@ class SolverThread:
 
     Args:
         fleet: its engines are used by this thread alone once started.
-        context: for the wake-up socket.
-        wake: inproc address that the I/O thread has bound.
+        wake: wakes the I/O thread.
         resume: runs to take up before the first bin.
         snapshot_every: works of a run from one snapshot to the next; 0 is none.
         keep_warm_s: seconds without a bin after which a step is made that nobody sees; 0 is never.
@@ -49,8 +44,7 @@ class SolverThread:
     def __init__(
         self,
         fleet: Fleet,
-        context: zmq.Context[Any],
-        wake: str,
+        wake: Callable[[], None],
         *,
         resume: list[Resumed] | None = None,
         snapshot_every: int = 0,
@@ -60,7 +54,6 @@ class SolverThread:
         self.ready = threading.Event()
         self.failure: BaseException | None = None
         self._fleet = fleet
-        self._context = context
         self._wake = wake
         self._resume = resume or []
         self._snapshot_every = snapshot_every
@@ -128,9 +121,6 @@ class SolverThread:
             return forgotten, rounds
 
     def _run(self) -> None:
-        wake: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
-        wake.linger = 0
-        wake.connect(self._wake)
         try:
             if self._prepare is not None:
                 self._prepare()
@@ -145,7 +135,7 @@ class SolverThread:
             for resumed in self._resume:
                 self._take_up(resumed)
             self.ready.set()
-            self._tell(wake)
+            self._tell()
             while (task := self._next()) is not None:
                 forgotten, rounds = task
                 for run in forgotten:
@@ -154,7 +144,7 @@ class SolverThread:
                 for works in rounds:
                     for part in self._fleet.parts(works):
                         self._answers.extend(self._fleet.solve(part))
-                        self._tell(wake)
+                        self._tell()
                     self._fleet.between()
                     self._snapshots(works)
                 if not (forgotten or rounds):
@@ -163,9 +153,7 @@ class SolverThread:
             self.failure = error
             if not isinstance(error, IlqrVaeError):  # else the caller has one line for it
                 logs.exception("the solver thread ended")
-            self._tell(wake)
-        finally:
-            wake.close()
+            self._tell()
 
     def _take_up(self, resumed: Resumed) -> None:
         """Solve again what a snapshot does not hold; answer what was not answered."""
@@ -188,9 +176,8 @@ class SolverThread:
                 if packed is not None:
                     self._answers.append(packed)
 
-    def _tell(self, wake: zmq.Socket[bytes]) -> None:
+    def _tell(self) -> None:
         # Told already, the I/O thread has yet to look.
         if not self._told:
             self._told = True
-            with contextlib.suppress(zmq.Again):  # a full pipe holds wake-ups enough
-                wake.send(b"", zmq.NOBLOCK)
+            self._wake()

@@ -1,53 +1,482 @@
-"""What libzmq does with connections by itself, counted."""
+"""TCP connections of feeders, clients and subscribers: accepted, read, written, limited.
+
+One thread owns everything here but ``wake``. No peer can hold more than its limits: connections,
+bytes that wait to be read by it or from it, frames and handshakes in one turn of the loop.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+import contextlib
+import resource
+import selectors
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import zmq
-from zmq.utils.monitor import parse_monitor_message
+from ilqr_service.transport.security import Gate
+from ilqr_service.transport.zmtp import Incoming, Peer, Violation
+from ilqr_vae.errors import ServiceError
 
-_COUNTED = {
-    int(zmq.EVENT_DISCONNECTED): "disconnected",
-    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "refused:handshake",
-    # whoever expects another handshake may hang up before it is told of its mistake
-    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "refused:handshake",
-}
+_READ_BYTES = 1 << 16
+_TURN_MESSAGES = 256
+_TURN_FRAMES = 64  # of one connection
+_TURN_ACCEPTED = 16
+_TURN_HANDSHAKES = 4  # each may cost a tenth of a millisecond of cryptography
+_HANDSHAKE_S = 10.0
+_PING_S, _SILENT_S = 2.0, 12.0
+_HELD_BYTES = 256 << 20
+_DESCRIPTORS = 4096
+_WRITES = 64
+
+
+class Received(NamedTuple):
+    """A message of a feeder or client: the connection it came by, and when it was taken off."""
+
+    owner: bytes
+    message: Incoming
+    at_ns: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Door:
+    """A bound address.
+
+    Attributes:
+        name: the setting that gives the address.
+        listening: the socket.
+        kind, accepts: ZeroMQ socket types, the service's and its peers'.
+        message_bytes: a larger message is refused.
+        backlog_bytes, backlog: what may wait for a peer that does not read, in bytes and messages.
+        message: what to do with a message; without it ``Connections.poll`` returns it.
+        gone: what to do when a connection has ended.
+        address: as it is bound.
+        connections: how many are open.
+        open: whether it is listening.
+    """
+
+    name: str
+    listening: socket.socket
+    kind: bytes
+    accepts: frozenset[bytes]
+    message_bytes: int
+    backlog_bytes: int
+    backlog: int
+    message: Callable[[Connection, Incoming], None] | None
+    gone: Callable[[Connection], None] | None
+    address: str
+    connections: int = 0
+    open: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One peer.
+
+    Attributes:
+        id: never used again by another; the owner of what it opens.
+        heard, pinged: seconds by the monotonic clock.
+        waiting: what it has not been sent yet; the first ``written`` bytes are gone already.
+    """
+
+    id: bytes
+    door: Door
+    socket: socket.socket
+    peer: Peer
+    opened: float
+    heard: float
+    pinged: float
+    waiting: deque[bytes] = field(default_factory=lambda: deque[bytes]())
+    waiting_bytes: int = 0
+    written: int = 0
+    blocked: bool = False
+
+    @property
+    def key(self) -> bytes:
+        """The peer's public key; empty without keys."""
+        return self.peer.curve.client if self.peer.curve is not None else b""
+
+    @property
+    def full(self) -> bool:
+        """Nothing more may wait for it."""
+        return (
+            self.waiting_bytes >= self.door.backlog_bytes or len(self.waiting) >= self.door.backlog
+        )
 
 
 class Connections:
-    """What becomes of sockets' connections, as libzmq tells it: those that ended or were cut off
-    (for a message beyond its limit, say), and those that never spoke as they should (no key, the
-    wrong service's key, another protocol).
+    """All connections of a service.
 
     Args:
-        context: that of the sockets.
+        gate: who is let in; None lets in everyone.
     """
 
-    def __init__(self, context: zmq.Context[Any]) -> None:
-        self._context = context
-        self._watched: list[zmq.Socket[bytes]] = []
+    def __init__(self, gate: Gate | None) -> None:
+        self._gate = gate
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._waking = socket.socketpair()
+        for end in (self._woken, self._waking):
+            end.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._doors: list[Door] = []
+        self._open: dict[bytes, Connection] = {}
+        self._pending: dict[Connection, None] = {}  # holds what is not parsed yet, oldest first
+        self._dirty: dict[Connection, None] = {}
+        self._events: Counter[str] = Counter()
+        self._made = 0
+        self._tidied = time.monotonic()
+        self._most = _descriptors() // 4
 
-    def watch(self, socket: zmq.Socket[bytes]) -> None:
-        """Follow a socket that is not bound yet."""
-        address = f"inproc://connections-{len(self._watched)}"
-        socket.monitor(address, sum(_COUNTED))
-        events: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
-        events.rcvhwm = 0  # so that libzmq never waits for a reader
-        events.connect(address)
-        self._watched.append(events)
+    # ---- addresses -----------------------------------------------------------------------------
+
+    def listen(
+        self,
+        name: str,
+        endpoint: str,
+        kind: bytes,
+        accepts: frozenset[bytes],
+        *,
+        message_bytes: int,
+        backlog_bytes: int,
+        backlog: int,
+        message: Callable[[Connection, Incoming], None] | None = None,
+        gone: Callable[[Connection], None] | None = None,
+    ) -> Door:
+        """Bind ``tcp://HOST:PORT``, port ``*`` for a free one. Raises ServiceError."""
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        try:
+            listening = _bound(host, 0 if port == "*" else int(port))
+        except OSError as error:
+            raise ServiceError(
+                name, expected="an address that can be bound", got=f"{endpoint} ({error})"
+            ) from error
+        host, port = listening.getsockname()[:2]
+        door = Door(
+            name=name,
+            listening=listening,
+            kind=kind,
+            accepts=accepts,
+            message_bytes=message_bytes,
+            backlog_bytes=backlog_bytes,
+            backlog=backlog,
+            message=message,
+            gone=gone,
+            address=f"tcp://{f'[{host}]' if ':' in host else host}:{port}",
+        )
+        self._doors.append(door)
+        self._selector.register(listening, selectors.EVENT_READ, door)
+        return door
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Stop listening; write for so long what still waits; close everything."""
+        for door in self._doors:
+            self._shut(door)
+            door.listening.close()
+        end = time.monotonic() + linger_s
+        while any(c.waiting for c in self._open.values()) and time.monotonic() < end:
+            self.flush()
+            for key, mask in self._selector.select(0.01):
+                if isinstance(key.data, Connection) and mask & selectors.EVENT_WRITE:
+                    self._write(key.data)
+        for connection in list(self._open.values()):
+            connection.socket.close()
+        self._open.clear()
+        self._selector.close()
+        self._woken.close()
+        self._waking.close()
+
+    # ---- from any thread -----------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Have ``poll`` return."""
+        with contextlib.suppress(OSError):  # full: it will return anyway
+            self._waking.send(b"\x00")
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    def poll(self, timeout_s: float) -> list[Received]:
+        """Wait for something to happen, and do one turn's worth of it.
+
+        Returns:
+            Messages that came by doors that do not handle theirs.
+        """
+        self.flush()
+        for key, mask in self._selector.select(0.0 if self._pending else timeout_s):
+            if key.data is None:
+                with contextlib.suppress(OSError):
+                    while self._woken.recv(4096):
+                        pass
+            elif isinstance(key.data, Door):
+                self._accept(key.data)
+            else:
+                if mask & selectors.EVENT_WRITE:
+                    self._write(key.data)
+                if mask & selectors.EVENT_READ and key.data not in self._pending:
+                    self._read(key.data)
+        came: list[Received] = []
+        handshakes = taken = 0
+        for connection in list(self._pending):
+            if taken >= _TURN_MESSAGES:
+                break
+            if connection not in self._pending:
+                continue  # cut off meanwhile
+            if not connection.peer.ready:
+                handshakes += 1
+                if handshakes > _TURN_HANDSHAKES:
+                    continue
+            taken += self._parse(connection, came)
+        self.flush()
+        return came
+
+    def send(self, connection: Connection, body: bytes, topic: bytes | None = None) -> bool:
+        """Queue a message; False where the peer is gone, or too much waits for it already."""
+        if connection.id not in self._open or connection.full:
+            return False
+        self._put(connection, connection.peer.message(body, topic))
+        return True
+
+    def reply(self, owner: bytes, body: bytes) -> bool:
+        """``send`` to the connection of that id."""
+        connection = self._open.get(owner)
+        return connection is not None and self.send(connection, body)
+
+    def full(self, owner: bytes) -> bool:
+        """Whether a reply would be dropped."""
+        connection = self._open.get(owner)
+        return connection is None or connection.full
+
+    def connected(self, owner: bytes) -> bool:
+        """Whether the connection of that id is open."""
+        return owner in self._open
+
+    def user(self, owner: bytes) -> str:
+        """The name of the connection's user by the allow-list of now; "" where there is none."""
+        connection = self._open.get(owner)
+        if connection is None or self._gate is None:
+            return ""
+        return self._gate.user(connection.key)
+
+    def flush(self) -> None:
+        """Write what waits, as far as peers take it."""
+        while self._dirty:
+            connection, _ = self._dirty.popitem()
+            if not connection.blocked:
+                self._write(connection)
+
+    def tidy(self) -> None:
+        """Heartbeats, time limits, memory; to be called some ten times a second."""
+        now = time.monotonic()
+        stopped, self._tidied = now - self._tidied > 1.0, now
+        for connection in list(self._open.values()):
+            if stopped:
+                connection.heard = now  # this process did not listen
+            if not connection.peer.ready:
+                if now - connection.opened > _HANDSHAKE_S:
+                    self._drop(connection)
+            elif now - connection.heard > _SILENT_S:
+                self._drop(connection)
+            elif now - max(connection.heard, connection.pinged) > _PING_S:
+                connection.pinged = now
+                if not connection.full:
+                    self._put(connection, connection.peer.ping())
+        held = sum(map(_held, self._open.values()))
+        while held > _HELD_BYTES:
+            largest = max(self._open.values(), key=_held)
+            held -= _held(largest)
+            self._drop(largest)
+        for door in self._doors:
+            if not door.open:
+                self._selector.register(door.listening, selectors.EVENT_READ, door)
+                door.open = True
+
+    def expel(self, door: str) -> None:
+        """Cut off whoever is not let in at a door any more."""
+        for connection in list(self._open.values()):
+            here = connection.door.name == door and connection.peer.ready
+            if here and self._gate is not None and not self._gate.admits(connection.key, door):
+                self._drop(connection, "key")
 
     def events(self) -> Counter[str]:
-        """Since the last call; to be called often."""
-        counted: Counter[str] = Counter()
-        for events in self._watched:
-            while True:
-                try:
-                    frames = events.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                kind = _COUNTED.get(int(parse_monitor_message(frames)["event"]))
-                if kind is not None:
-                    counted[kind] += 1
-        return counted
+        """What became of connections since the last call."""
+        events, self._events = self._events, Counter()
+        return events
+
+    # ---- one connection ------------------------------------------------------------------------
+
+    def _accept(self, door: Door) -> None:
+        for _ in range(_TURN_ACCEPTED):
+            try:
+                accepted, _ = door.listening.accept()
+            except BlockingIOError:
+                return
+            except OSError:
+                # out of descriptors, for one: not to be tried again at once
+                self._shut(door)
+                return
+            if door.connections >= self._most:
+                here = (c for c in self._open.values() if c.door is door)
+                unready = next((c for c in here if not c.peer.ready), None)
+                self._events["refused:connections"] += 1
+                if unready is None:
+                    accepted.close()
+                    continue
+                self._drop(unready)
+            self._admit(door, accepted)
+
+    def _admit(self, door: Door, accepted: socket.socket) -> None:
+        accepted.setblocking(False)
+        with contextlib.suppress(OSError):
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        now = time.monotonic()
+        self._made += 1
+        curve = None if self._gate is None else self._gate.curve(door.name)
+        peer = Peer(door.kind, door.accepts, door.message_bytes, curve)
+        connection = Connection(self._made.to_bytes(8), door, accepted, peer, now, now, now)
+        self._open[connection.id] = connection
+        door.connections += 1
+        self._selector.register(accepted, selectors.EVENT_READ, connection)
+        self._outgoing(connection)
+
+    def _shut(self, door: Door) -> None:
+        if door.open:
+            self._selector.unregister(door.listening)
+            door.open = False
+
+    def _read(self, connection: Connection) -> None:
+        try:
+            data = connection.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(connection)
+            return
+        connection.heard = time.monotonic()
+        connection.peer.feed(data)
+        self._pending[connection] = None
+
+    def _parse(self, connection: Connection, came: list[Received]) -> int:
+        peer, door = connection.peer, connection.door
+        ready, violation = peer.ready, None
+        messages: list[Incoming] = []
+        try:
+            peer.parse(_TURN_FRAMES, messages)
+        except Violation as error:
+            violation = error
+        del self._pending[connection]
+        if peer.pending and violation is None:
+            self._pending[connection] = None  # behind the others
+        self._outgoing(connection)
+        if peer.ready and not ready and self._crowded(connection):
+            violation = Violation("connections")
+            messages.clear()
+        if door.message is None:
+            at_ns = time.monotonic_ns()
+            came.extend(Received(connection.id, message, at_ns) for message in messages)
+        else:
+            for message in messages:
+                door.message(connection, message)
+        if violation is not None:
+            self._put(connection, violation.farewell)
+            self._write(connection)
+            self._drop(connection, violation.reason)
+        return len(messages)
+
+    def _crowded(self, connection: Connection) -> bool:
+        """One user's connections would keep out the others'."""
+        if not connection.key:
+            return False
+        same = (c for c in self._open.values() if c.door is connection.door)
+        return sum(c.key == connection.key for c in same) > self._most // 4
+
+    def _outgoing(self, connection: Connection) -> None:
+        for data in connection.peer.outgoing:
+            if not connection.full:
+                self._put(connection, data)
+        connection.peer.outgoing.clear()
+
+    def _put(self, connection: Connection, data: bytes) -> None:
+        if data:
+            connection.waiting.append(data)
+            connection.waiting_bytes += len(data)
+            self._dirty[connection] = None
+
+    def _write(self, connection: Connection) -> None:
+        waiting = connection.waiting
+        try:
+            while waiting and connection.id in self._open:
+                parts = [memoryview(waiting[0])[connection.written :]]
+                parts += [waiting[i] for i in range(1, min(len(waiting), _WRITES))]
+                sent = connection.socket.sendmsg(parts)
+                connection.waiting_bytes -= sent
+                connection.written += sent
+                while waiting and connection.written >= len(waiting[0]):
+                    connection.written -= len(waiting.popleft())
+        except BlockingIOError:
+            self._block(connection, True)
+        except OSError:
+            self._drop(connection)
+        else:
+            self._block(connection, False)
+
+    def _block(self, connection: Connection, blocked: bool) -> None:
+        if blocked != connection.blocked and connection.id in self._open:
+            connection.blocked = blocked
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if blocked else 0)
+            self._selector.modify(connection.socket, events, connection)
+
+    def _drop(self, connection: Connection, reason: str = "") -> None:
+        if self._open.pop(connection.id, None) is None:
+            return
+        if not connection.peer.ready and not reason:
+            reason = "handshake"
+        connection.door.connections -= 1
+        self._events["disconnected"] += 1
+        if reason:
+            self._events[f"refused:{reason}"] += 1
+        self._pending.pop(connection, None)
+        self._dirty.pop(connection, None)
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+        if connection.door.gone is not None:
+            connection.door.gone(connection)
+
+
+def _held(connection: Connection) -> int:
+    return connection.waiting_bytes + connection.peer.held
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError."""
+    name = host.strip("[]")
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        None if name == "*" else name,
+        port,
+        socket.AF_INET if name == "*" else socket.AF_UNSPEC,
+        socket.SOCK_STREAM,
+        flags=socket.AI_PASSIVE,
+    )[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _descriptors() -> int:
+    """How many files this process may have open, raised where that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return _DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, _DESCRIPTORS)

@@ -1,55 +1,64 @@
-"""The results socket: XPUB, one topic a session, and something for every new subscriber.
+"""The results door: one topic a session, and something for every new subscriber.
 
-Each new subscription gets exactly one message at once, and it alone gets it: the topic's last
-message where there is one, else a ``Notice("subscribed")``. So a subscriber knows that it is
-subscribed before it lets anything happen that it must not miss.
-
-libzmq's XPUB_MANUAL does the addressing: what is (un)subscribed, and with XPUB_MANUAL_LAST_VALUE
-the next message, is for whoever sent the (un)subscription that was last taken off the socket. Where
-a subscriber has vanished by then, libzmq sends what was meant for it to everyone under that topic,
-who may so see the last message twice: by index and revision the same.
-
-A message that is no (un)subscription, which no SUB socket sends, makes libzmq (4.3.5) lose count:
-to the end of what has come it takes each (un)subscription for the next one's. Those subscribers are
-given every topic, of which their own sockets keep what they want, and their first message goes to
-all under its topic.
+Each new subscription is answered at once, to that subscriber alone: with the topic's last message
+where there is one, else with ``Notice("subscribed")``. A subscriber so knows that it is subscribed
+before it lets anything happen that it must not miss.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from typing import Any
 
-import zmq
-
+from ilqr_service.transport.connections import Connection, Connections, Door
+from ilqr_service.transport.zmtp import Incoming
 from ilqr_vae.protocol import messages
 
 _MAX_TOPIC = 1024
-_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_MAX_TOPICS = 4096  # of one subscriber
+_BACKLOG_BYTES = 64 << 20
 
 
 class Publisher:
-    """Publishes under session topics, from the thread that made it.
+    """Publishes under session topics to whoever subscribed.
 
     Args:
-        context: to make the socket in.
+        connections: whose thread calls everything here.
         queue: messages kept for a subscriber that does not read; then its newest are dropped.
         topics: how many topics' last messages are kept.
     """
 
-    def __init__(self, context: zmq.Context[Any], *, queue: int, topics: int) -> None:
-        self.socket: zmq.Socket[bytes] = context.socket(zmq.XPUB)
-        self.socket.sndhwm = queue
-        self.socket.maxmsgsize = _MAX_TOPIC
-        self.socket.setsockopt(zmq.XPUB_MANUAL, 1)
-        self._topics = topics
+    def __init__(self, connections: Connections, *, queue: int, topics: int) -> None:
+        self._connections = connections
+        self._queue, self._topics = queue, topics
         self._last: dict[bytes, bytes] = {}
+        self._subscribers: dict[bytes, dict[Connection, None]] = {}
+        self._lengths: Counter[int] = Counter()  # of the prefixes subscribed to
+        self._of: dict[Connection, set[bytes]] = {}
         self._strange = 0
+
+    def listen(self, endpoint: str) -> Door:
+        """Bind the results address. Raises ServiceError."""
+        return self._connections.listen(
+            "results",
+            endpoint,
+            b"XPUB",
+            frozenset((b"SUB", b"XSUB")),
+            message_bytes=_MAX_TOPIC + 1,
+            backlog_bytes=_BACKLOG_BYTES,
+            backlog=self._queue,
+            message=self._message,
+            gone=self._gone,
+        )
 
     def publish(self, session: str, frame: bytes) -> None:
         """Send a message to the session's subscribers; never waits."""
-        self._send(self.remember(session, frame), frame)
+        topic = self.remember(session, frame)
+        told: set[Connection] = set()
+        for length in self._lengths:
+            if length <= len(topic):
+                told.update(self._subscribers.get(topic[:length], ()))
+        for connection in told:
+            self._connections.send(connection, frame, topic)
 
     def remember(self, session: str, frame: bytes) -> bytes:
         """Keep as the last message of the session's topic, which it returns."""
@@ -60,29 +69,32 @@ class Publisher:
             del self._last[next(iter(self._last))]
         return topic
 
-    def welcome(self) -> None:
-        """Take all (un)subscriptions off the socket and answer each subscription."""
-        astray = False
-        owed: list[bytes] = []
-        while True:
-            try:
-                request = self.socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            kind, topic = request[:1], request[1:]
-            if kind not in (b"\x00", b"\x01"):
-                self._strange += 1
-                astray = True
-            if astray:
-                self.socket.setsockopt(zmq.SUBSCRIBE, b"")
-                owed += [topic] if kind == b"\x01" else []
-            elif kind == b"\x01":
-                self.socket.setsockopt(zmq.SUBSCRIBE, topic)
-                self._alone(topic)
-            else:
-                self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
-        for topic in owed:
-            self._send(topic, self._first(topic))
+    def strange(self) -> Counter[str]:
+        """Messages that were no (un)subscriptions, since the last call."""
+        strange, self._strange = self._strange, 0
+        return Counter({"refused:subscription": strange} if strange else {})
+
+    def _message(self, connection: Connection, message: Incoming) -> None:
+        """Take an (un)subscription: a command, or a message that begins with 1 or 0."""
+        topic, kind = message.body, message.command
+        if not kind and message.body[:1] in (b"\x00", b"\x01"):
+            kind, topic = ("SUBSCRIBE" if topic[0] else "CANCEL"), topic[1:]
+        mine = self._of.setdefault(connection, set())
+        if (
+            not kind
+            or len(topic) > _MAX_TOPIC
+            or (kind == "SUBSCRIBE" and len(mine) >= _MAX_TOPICS)
+        ):
+            self._strange += 1
+        elif kind == "CANCEL":
+            self._remove(connection, topic)
+        elif topic not in mine:
+            mine.add(topic)
+            there = self._subscribers.setdefault(topic, {})
+            if not there:
+                self._lengths[len(topic)] += 1
+            there[connection] = None
+            self._connections.send(connection, self._first(topic), topic)
 
     def _first(self, topic: bytes) -> bytes:
         """What a new subscriber of a topic is sent."""
@@ -91,19 +103,18 @@ class Publisher:
         name = topic.rstrip(b"\x00").decode("utf-8", "replace")
         return messages.encode(messages.Notice(session=name, epoch=0, what="subscribed"))
 
-    def _alone(self, topic: bytes) -> None:
-        """Send a topic's first message to the newest subscriber alone."""
-        self.socket.setsockopt(zmq.XPUB_MANUAL_LAST_VALUE, 1)
-        self._send(topic, self._first(topic))
-        self.socket.setsockopt(zmq.XPUB_MANUAL_LAST_VALUE, 0)
-        self.socket.setsockopt(zmq.XPUB_MANUAL, 1)
+    def _remove(self, connection: Connection, topic: bytes) -> None:
+        there = self._subscribers.get(topic, {})
+        if connection not in there:
+            return
+        del there[connection]
+        self._of[connection].discard(topic)
+        if not there:
+            del self._subscribers[topic]
+            self._lengths[len(topic)] -= 1
+            self._lengths += Counter()  # without those that are 0
 
-    def strange(self) -> Counter[str]:
-        """Messages that were no (un)subscriptions, since the last call."""
-        strange, self._strange = self._strange, 0
-        return Counter({"refused:subscription": strange} if strange else {})
-
-    def _send(self, topic: bytes, frame: bytes) -> None:
-        with contextlib.suppress(zmq.Again):
-            self.socket.send(topic, _MORE)
-            self.socket.send(frame, zmq.NOBLOCK)
+    def _gone(self, connection: Connection) -> None:
+        for topic in list(self._of.get(connection, ())):
+            self._remove(connection, topic)
+        self._of.pop(connection, None)

@@ -1,24 +1,17 @@
-"""Who may connect and do what: CURVE keys, a ZAP allow-list, roles, and a limit on control.
-
-libzmq asks, over an inproc socket, about every connection to a socket that has a key. Whoever is
-not on the list gets no connection and is counted. The user's name then comes with each message.
-"""
+"""Who may connect and do what: CURVE keys, an allow-list, roles, and a limit on control."""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import zmq
 from zmq.utils import z85
 
 from ilqr_service import logs
+from ilqr_service.transport.curve import Curve
 from ilqr_vae.errors import ConfigError, ProtocolError
 from ilqr_vae.protocol import messages
-from ilqr_vae.protocol.keys import AUTHORIZED, Role, read_authorized, read_server_key
+from ilqr_vae.protocol.keys import AUTHORIZED, Authorized, Role, read_authorized, read_server_key
 
-_ZAP = "inproc://zeromq.zap.01"
 _NEEDS: dict[type[messages.Message], Role] = {
     messages.Open: "feed",
     messages.Bin: "feed",
@@ -33,82 +26,73 @@ class Gate:
     """The allow-list at work. Used by the I/O thread alone.
 
     Args:
-        context: that of the sockets it guards.
         folder: of the keys; see ``ilqr_vae.protocol.keys``.
-
-    Attributes:
-        socket: to be polled; ``answer`` when it has something.
 
     Raises:
         ConfigError: no server key in ``folder``, or an allow-list that cannot be read.
     """
 
-    def __init__(self, context: zmq.Context[Any], folder: Path) -> None:
-        self._folder = folder
-        self._key = read_server_key(folder)
-        self._seen = 0.0
-        self._names: dict[bytes, str] = {}
-        self._roles: dict[str, tuple[Role, ...]] = {}
-        self._strangers = 0
-        self.refresh()
-        self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
-        self.socket.linger = 0
-        self.socket.bind(_ZAP)
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / AUTHORIZED
+        key = read_server_key(folder)
+        self._public, self._secret = (z85.decode(k.encode()) for k in (key.public, key.secret))
+        self._seen = self._read = self._signature()
+        self._take(read_authorized(folder))
 
-    def refresh(self) -> None:
-        """Read the list again where it has changed; one that cannot be read leaves the old."""
-        path = self._folder / AUTHORIZED
+    def refresh(self) -> bool:
+        """Read the list again where it has changed; True where another one holds from here on.
+
+        One that cannot be read leaves the old one, and is logged once. A file is not read before it
+        is the same at two calls in a row: an editor may be writing it.
+        """
+        before, self._seen = self._seen, self._signature()
+        if self._seen != before or self._seen == self._read:
+            return False
+        self._read = self._seen
         try:
-            changed = path.stat().st_mtime if path.exists() else 0.0
-            if changed == self._seen and self._roles:
-                return
-            clients = read_authorized(self._folder).client
-        except (OSError, ConfigError):
-            if not self._roles:
-                raise
-            logs.warning("the allow-list cannot be read; the old one stays")
-            return
-        self._seen = changed
-        self._names = {z85.decode(c.public.encode()): c.name for c in clients}
-        self._roles = {c.name: c.roles for c in clients}
+            if self._seen is None:
+                raise ConfigError("keys", expected=f"a readable {AUTHORIZED}", got="none")
+            self._take(read_authorized(self._path.parent))
+        except ConfigError as error:
+            logs.error("the allow-list cannot be read; the old one stays", error=str(error))
+            return False
+        return True
 
-    def guard(self, socket: zmq.Socket[bytes], domain: str) -> None:
-        """Let only those on the list connect; before the socket is bound."""
-        socket.curve_server = True
-        socket.curve_secretkey = self._key.secret.encode()
-        socket.curve_publickey = self._key.public.encode()
-        socket.zap_domain = domain.encode()
+    def curve(self, door: str) -> Curve:
+        """The handshake of a connection to a door."""
+        return Curve(self._public, self._secret, lambda key: self.admits(key, door))
 
-    def answer(self) -> None:
-        """Answer what libzmq asks."""
-        while True:
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            version, request, domain, _, _, mechanism, *credentials = frames
-            name = ""
-            if mechanism == b"CURVE" and credentials:
-                name = self._names.get(credentials[0], "")
-            ok = bool(name) and (domain != b"results" or "read" in self._roles[name])
-            if not ok:
-                self._strangers += 1
-            reply = [b"200", b"OK", name.encode()] if ok else [b"400", b"no", b""]
-            self.socket.send_multipart([version, request, *reply, b""])
+    def admits(self, key: bytes, door: str) -> bool:
+        """Whether a public key may connect there."""
+        name = self.user(key)
+        return bool(name) and (door != "results" or "read" in self._roles[name])
 
-    def strange(self) -> Counter[str]:
-        """Connections refused since the last call."""
-        strangers, self._strangers = self._strangers, 0
-        return Counter({"refused:key": strangers} if strangers else {})
+    def user(self, key: bytes) -> str:
+        """The name of the user with that public key; "" where there is none."""
+        return self._names.get(key, "")
 
     def check(self, user: str, message: messages.Message) -> None:
         """Raises ProtocolError where the user's roles do not cover the message."""
         needed = _NEEDS.get(type(message))
         roles = self._roles.get(user, ())
-        if needed is not None and needed not in roles:
+        if not roles or (needed is not None and needed not in roles):
             raise ProtocolError(
-                "role", expected=needed, got=f"{user or 'nobody'} ({', '.join(roles) or 'none'})"
+                "role",
+                expected=needed or "a user who is let in",
+                got=f"{user or 'nobody'} ({', '.join(roles) or 'none'})",
             )
+
+    def _take(self, authorized: Authorized) -> None:
+        self._names = {z85.decode(c.public.encode()): c.name for c in authorized.client}
+        self._roles = {c.name: c.roles for c in authorized.client}
+
+    def _signature(self) -> tuple[int, ...] | None:
+        """What differs where the file does; None where there is none."""
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_mode
 
 
 class RateLimit:

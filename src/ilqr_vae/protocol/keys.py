@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
 import zmq
+from zmq.utils import z85
 
 from ilqr_vae.errors import ConfigError
 
@@ -25,11 +27,27 @@ VARIABLE = "ILQR_VAE_KEY"
 T = TypeVar("T")
 
 
+def _check(field: str, key: str) -> None:
+    """Raises ValueError where ``key`` is not 32 bytes in Z85."""
+    try:
+        sound = len(z85.decode(key.encode("ascii"))) == 32
+    except (ValueError, KeyError, struct.error):
+        sound = False
+    if not sound:
+        raise ValueError(f"{field}: expected 40 characters of Z85, got {key[:60]!r}")
+
+
 class ServerKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A service's key pair, Z85."""
 
     public: str
     secret: str
+
+    def __post_init__(self) -> None:
+        _check("public", self.public)
+        _check("secret", self.secret)
+        if zmq.curve_public(self.secret.encode()).decode() != self.public:
+            raise ValueError("public: expected the public key of `secret`, got another")
 
 
 class ClientKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -39,6 +57,10 @@ class ClientKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     public: str
     secret: str
     server: str
+
+    def __post_init__(self) -> None:
+        for field in ("public", "secret", "server"):
+            _check(field, getattr(self, field))
 
     def apply(self, socket: zmq.Socket[bytes]) -> None:
         """Make a socket that is not connected yet speak with this key."""
@@ -54,11 +76,23 @@ class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     public: str
     roles: tuple[Role, ...]
 
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"name: expected 1-64 of [A-Za-z0-9._-], got {self.name[:80]!r}")
+        _check(f"public of {self.name}", self.public)
+
 
 class Authorized(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The allow-list."""
 
     client: tuple[Client, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("name", "public"):
+            values = [getattr(c, field) for c in self.client]
+            twice = next((v for v in values if values.count(v) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{field}: expected each once, got {twice!r} twice")
 
 
 def _read(path: Path, kind: type[T], what: str) -> T:
@@ -66,7 +100,7 @@ def _read(path: Path, kind: type[T], what: str) -> T:
         return msgspec.toml.decode(path.read_bytes(), type=kind)
     except OSError as error:
         raise ConfigError(what, expected="a readable file", got=str(error)) from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigError(f"{what} {path.name}", expected="a key file", got=str(error)) from error
 
 
