@@ -42,20 +42,27 @@ class Gate:
     def refresh(self) -> bool:
         """Read the list again where it has changed; True where another one holds from here on.
 
-        One that cannot be read leaves the old one, and is logged once. A file is not read before it
-        is the same at two calls in a row: an editor may be writing it.
+        One that cannot be read leaves the old one, and is logged once. Where it is empty or cannot
+        be read it may be in the middle of being written: it counts when it is the same at the next
+        call.
         """
         before, self._seen = self._seen, self._signature()
-        if self._seen != before or self._seen == self._read:
+        if self._seen == self._read:
             return False
-        self._read = self._seen
+        settled = self._seen == before
         try:
             if self._seen is None:
                 raise ConfigError("keys", expected=f"a readable {AUTHORIZED}", got="none")
-            self._take(read_authorized(self._path.parent))
+            authorized = read_authorized(self._path.parent)
         except ConfigError as error:
-            logs.error("the allow-list cannot be read; the old one stays", error=str(error))
+            if settled:
+                self._read = self._seen
+                logs.error("the allow-list cannot be read; the old one stays", error=str(error))
             return False
+        if not (settled or authorized.client):
+            return False
+        self._read = self._seen
+        self._take(authorized)
         return True
 
     def curve(self, door: str) -> Curve:
