@@ -23,7 +23,7 @@ _MAX_DENIED = 64
 
 FIRST_EPOCHS = 2**52
 EPOCH_STEP = 2**32
-"""A first epoch is at most ``FIRST_EPOCHS``, and a restart's at most ``EPOCH_STEP`` above it, so that
+"""A first epoch is at most ``FIRST_EPOCHS`` and a restart at most ``EPOCH_STEP`` above the open one:
 there is always a higher one."""
 
 Reaches = Callable[[bytes, messages.Message], bool]
