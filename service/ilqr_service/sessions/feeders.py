@@ -23,7 +23,7 @@ _MAX_DENIED = 64
 
 FIRST_EPOCHS = 2**52
 EPOCH_STEP = 2**32
-"""A first epoch is at most ``FIRST_EPOCHS`` and a restart at most ``EPOCH_STEP`` above the open one:
+"""A first epoch is at most ``FIRST_EPOCHS``, a restart at most ``EPOCH_STEP`` above the open one:
 there is always a higher one."""
 
 Reaches = Callable[[bytes, messages.Message], bool]
