@@ -19,12 +19,12 @@ from feeder import UNITS
 from ilqr_service.journal.verify import computed
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
-from ilqr_service.solving.engines import Fleet, Quota
+from ilqr_service.solving.engines import Engines
+from ilqr_service.solving.policy import Cost, Policy, Quota, steps
 from ilqr_service.solving.pool import Pool
 from ilqr_service.solving.run import unpack_work
-from ilqr_service.solving.scheduler import Scheduler
-from ilqr_service.solving.stepper import Cost
-from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, Work
+from ilqr_service.solving.warm_up import warm_up
+from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, Insert, Solve, Work
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.streaming.state import HorizonState
@@ -45,11 +45,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     threads.use(None)
 
 
-def work(run: int, index: int, kind: str, serial: int = 0) -> Work:
+def work(run: int, index: int, kind: str, serial: int = 0) -> Solve:
     """A bin of a run; what is in it follows from the three alone."""
     rng = np.random.default_rng([run, index])
     counts = rng.poisson(1.0, N).astype(np.float64)
-    one = Work(run, index, counts, None, index == 0, 0, 0, 2**62, False, serial=serial)
+    one = Solve(run=run, index=index, counts=counts, fresh=index == 0, due_ns=2**62, serial=serial)
     match kind:
         case "masked":
             return msgspec.structs.replace(one, mask=rng.random(N) < 0.5)
@@ -73,6 +73,18 @@ def work(run: int, index: int, kind: str, serial: int = 0) -> Work:
             return msgspec.structs.replace(one, counts=np.ones(N + 2))
         case _:
             return one
+
+
+def late(run: int, index: int, serial: int = 0) -> Insert:
+    """A bin that comes late."""
+    counts = work(run, index, "plain").counts
+    return Insert(run=run, index=index, counts=counts, due_ns=2**62, serial=serial)
+
+
+def solve(engine: Engine, works: list[Work]) -> list[Answer]:
+    """Works of different runs, split into steps; answers by run."""
+    answers = [a for step in steps(works, lambda _: engine.cost) for a in engine.solve(step)]
+    return sorted(answers, key=lambda a: a.work.run)
 
 
 def held(answer: Answer) -> tuple[bytes, str, int, bool, tuple[str, ...]]:
@@ -118,18 +130,18 @@ def test_a_batch_of_any_composition_is_each_alone(
             if kind == "late" and lost[run]:
                 place = max(lost[run])
                 lost[run].discard(place)
-                late = msgspec.structs.replace(work(run, place, "plain", serial), late=True)
-                works.append(msgspec.structs.replace(late, fresh=False))
+                works.append(late(run, place, serial))
                 continue
-            works.append(work(run, index[run], kind, serial))
-            if works[-1].counts is None:
+            one = work(run, index[run], kind, serial)
+            works.append(one)
+            if one.counts is None:
                 lost[run].add(index[run])
             index[run] += 1
-        together = engine.solve(works)
+        together = solve(engine, works)
         # their twins, runs of other numbers, one by one
         alone = [
             answer
-            for one in sorted(works, key=lambda w: (w.late, w.budget == NO_SOLVE))
+            for one in sorted(works, key=lambda w: w.run)
             for answer in engine.solve([msgspec.structs.replace(one, run=one.run + RUNS)])
         ]
         assert [held(a) for a in together] == [held(a) for a in alone]
@@ -167,11 +179,11 @@ def test_the_reference_path_takes_one_run_at_a_time(engine: Engine, tmp_path: Pa
     path = make_model(tmp_path / "m.safetensors", n_units=N, names=UNITS, horizon=H)
     with backend.using("reference"):
         plain = Engine.load(path, ServiceSettings(device="cpu"))
-        together = plain.solve([work(run, 0, "plain") for run in range(3)])
+        together = solve(plain, [work(run, 0, "plain") for run in range(3)])
         alone = [plain.solve([work(run + 10, 0, "plain")])[0] for run in range(3)]
-    assert plain.batch == 1
+    assert plain.cost.batch == 1
     assert all(a.solver == b.solver for a, b in zip(together, alone, strict=True))
-    assert engine.batch >= 1
+    assert engine.cost.batch >= 1
 
 
 def test_a_solve_cut_short_in_company_says_so_for_itself_alone(engine: Engine) -> None:
@@ -213,7 +225,7 @@ def test_rows_are_free_when_nothing_refers_to_them(engine: Engine) -> None:
         runs = range(300 + 10 * round_, 310 + 10 * round_)
         for index in range(3 * H):
             engine.solve([work(run, index, "plain") for run in runs])
-        engine.solve([msgspec.structs.replace(work(run, 0, "late"), late=True) for run in runs])
+        solve(engine, [late(run, 0) for run in runs])
         assert len(pool) == 1 + len(runs) * (H + 1)  # the window's states and the newest
         for run in runs:
             engine.forget(run)
@@ -228,7 +240,7 @@ def test_batches_of_all_sizes_and_kinds_compile_nothing_once_warm(model_file: Pa
 
     entries: tuple[Any, ...] = (steps.step, steps.pass_by, iteration.solve)
     engine = Engine.load(model_file, ServiceSettings(device="cpu", max_sessions=40))
-    engine.warm_up()
+    warm_up(engine)
     engine.solve([work(run, 0, "plain") for run in range(40)])
     compiled = [len(entry.nopython_signatures) for entry in entries]
     pool = engine._stepper.pool  # pyright: ignore[reportPrivateUsage]
@@ -240,7 +252,7 @@ def test_batches_of_all_sizes_and_kinds_compile_nothing_once_warm(model_file: Pa
         runs = rng.permutation(40)[: rng.integers(1, 41)].tolist()
         for run in runs:
             bins[run] += 1
-        answers = engine.solve([work(run, bins[run], str(rng.choice(kinds))) for run in runs])
+        answers = solve(engine, [work(run, bins[run], str(rng.choice(kinds))) for run in runs])
         assert len(answers) == len(runs)
         assert FAILED not in {answer.solver for answer in answers}
     assert [len(entry.nopython_signatures) for entry in entries] == compiled
@@ -262,47 +274,52 @@ def test_a_pool_grows_and_keeps_what_it_holds(engine: Engine) -> None:
     assert pool.get(rows[:1]).z[0, 0, 0] == 100.0
 
 
-def test_a_step_takes_what_fits_before_the_first_is_due(engine: Engine) -> None:
-    fleet = Fleet(engine)
-    engine.cost = Cost(100_000.0, 100_000.0)  # 0.1 ms, and 0.1 ms a bin
+def cost_of(start: float, each: float) -> Cost:
+    return Cost(50_000_000, H, 256, start, each)
 
-    def taken(due_ns: int, late: bool = False, waited: int = 0) -> int:
-        quota = Quota(fleet, 1_000_000_000)
-        one = msgspec.structs.replace(work(0, 1, "plain"), due_ns=due_ns, late=late)
-        one = msgspec.structs.replace(one, received_ns=1_000_000_000 - waited)
-        return next(k for k in range(1000) if not quota(one))
+
+def test_a_step_takes_what_fits_before_the_first_is_due(engine: Engine) -> None:
+    engines = Engines(engine)
+    engine.cost = cost_of(100_000.0, 100_000.0)  # 0.1 ms, and 0.1 ms a bin
+
+    def taken(due_ns: int, comes_late: bool = False, waited: int = 0) -> int:
+        quota = Quota(engines.cost, 1_000_000_000)
+        bin_: Work = late(0, 1) if comes_late else work(0, 1, "plain")
+        one = msgspec.structs.replace(bin_, due_ns=due_ns, received_ns=1_000_000_000 - waited)
+        return next(k for k in range(1000) if not quota.fits(one))
 
     assert taken(2**62) == 61  # 6.25 ms, an eighth of the bin
     assert taken(1_002_000_000) == 9  # half of 2 ms
     assert taken(1_002_000_000, waited=12_000_000) == 9
     assert taken(1_002_000_000, waited=13_000_000) == 61  # a backlog: not in ever shorter steps
     assert taken(999_000_000) == 249  # overdue: more at once take less time each
-    assert taken(2**62, late=True) == 6  # each a window of bins alone
-    assert engine.batch == 61
+    assert taken(2**62, comes_late=True) == 6  # each a window of bins alone
+    assert engine.cost.batch == 61
 
 
 def test_after_a_stall_the_streams_are_in_time_again(engine: Engine) -> None:
     """64 streams of 50 ms bins, which one by one would take longer than they come, in a time of
-    its own: the scheduler and the quota as they are, steps that take exactly what they cost."""
+    its own: the policy as it is, steps that take exactly what they cost."""
     streams, width, stall_at, stall = 64, 50_000_000, 1_000_000_000, 150_000_000
-    fleet, scheduler = Fleet(engine), Scheduler(width)
-    engine.cost = Cost(900_000.0, 400_000.0)
+    engines = Engines(engine)
+    policy = Policy(engines.cost)
+    engine.cost = cost_of(900_000.0, 400_000.0)
     phases = np.random.default_rng(0).integers(0, width, streams).tolist()
     coming = sorted(
         (phase + i * width, run, i) for run, phase in enumerate(phases) for i in range(80)
     )
     late: list[int] = []
     now, next_ = 0, 0
-    while next_ < len(coming) or len(scheduler):
+    while next_ < len(coming) or len(policy):
         while next_ < len(coming) and coming[next_][0] <= now:
             at, run, index = coming[next_]
             one = work(run, index, "plain")
-            scheduler.push(msgspec.structs.replace(one, received_ns=at, due_ns=at + width))
+            policy.push(msgspec.structs.replace(one, received_ns=at, due_ns=at + width))
             next_ += 1
-        if not len(scheduler):
+        if not len(policy):
             now = coming[next_][0]
             continue
-        step = scheduler.take(fleet.batch, Quota(fleet, now))
+        step = policy.take(engines.batch, now)
         stalled = now < stall_at
         now += round(engine.cost.ns(len(step)))
         if stalled and now >= stall_at:
@@ -313,13 +330,14 @@ def test_after_a_stall_the_streams_are_in_time_again(engine: Engine) -> None:
 
 
 def test_what_a_step_costs_is_followed() -> None:
-    cost = Cost.measured(one=1e6, many=5e6, bins=9)
+    cost = cost_of(0.0, 1.0)
+    cost.measured(one=1e6, many=5e6, bins=9)
     assert (cost.ns(0), cost.ns(1), cost.ns(9)) == (0.0, 1e6, 5e6)
     for _ in range(200):
         cost.learn(3, 4e6)
     assert cost.ns(3) == pytest.approx(4e6, rel=0.01)
-    lone = Cost.measured(one=1e6, many=1e6, bins=1)
-    assert lone.ns(2) == 2e6
+    cost.measured(one=1e6, many=1e6, bins=1)
+    assert cost.ns(2) == 2e6
 
 
 def test_a_snapshot_goes_on_as_it_was_solved_though_its_time_is_over(engine: Engine) -> None:
@@ -348,6 +366,7 @@ def test_a_snapshot_made_with_another_horizon_gives_its_bins(
     longer.restore(packed)
     bins = [unpack_work(one) for one in packed.works]
     for k, one in enumerate(bins):
+        assert isinstance(one, Solve)
         longer.solve([msgspec.structs.replace(one, run=221, fresh=k == 0)])
     (answer,) = longer.solve([work(220, H + 4, "plain")])
     (expected,) = longer.solve([msgspec.structs.replace(work(220, H + 4, "plain"), run=221)])

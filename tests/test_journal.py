@@ -31,7 +31,7 @@ from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.run import pack_work
-from ilqr_service.work import Work
+from ilqr_service.work import Solve
 from ilqr_vae.errors import JournalError, ServiceError
 from ilqr_vae.protocol import messages
 from rig import make_model, serving
@@ -144,9 +144,7 @@ def header(lost: int) -> Header:
 
 
 def worked(serial: int) -> Queued:
-    return Queued(
-        work=pack_work(Work(0, serial, np.ones(7), None, serial == 0, 0, 0, 0, False, serial))
-    )
+    return Queued(work=pack_work(Solve(run=0, index=serial, counts=np.ones(7), serial=serial)))
 
 
 @pytest.mark.chaos

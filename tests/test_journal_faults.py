@@ -27,7 +27,7 @@ from ilqr_service.journal.resume import open_runs
 from ilqr_service.journal.verify import verify
 from ilqr_service.journal.writer import Writer
 from ilqr_service.solving.run import pack_work
-from ilqr_service.work import Work
+from ilqr_service.work import Solve
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.protocol import messages
@@ -41,9 +41,7 @@ def header(lost: int) -> Header:
 
 
 def queued(serial: int) -> Queued:
-    return Queued(
-        work=pack_work(Work(0, serial, np.ones(7), None, serial == 0, 0, 0, 0, False, serial))
-    )
+    return Queued(work=pack_work(Solve(run=0, index=serial, counts=np.ones(7), serial=serial)))
 
 
 class Kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
+from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.journal.verify import verify
 from ilqr_service.sessions.session import Effects, Limits
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving import engine as engine_module
+from ilqr_service.solving import slots as slots_module
+from ilqr_service.solving import warm_up as warm_up_module
 from ilqr_service.solving.engine import Engine
-from ilqr_service.solving.engines import Fleet
+from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.slots import Slots
 from ilqr_vae.cli import main
 from ilqr_vae.errors import JournalError, ProtocolError, ServiceError
@@ -186,8 +189,8 @@ def test_loading_a_model_that_another_slot_serves_takes_nothing_from_its_session
 def test_a_model_that_came_to_be_served_while_it_was_loading_is_refused(models: Path) -> None:
     options = ServiceSettings(device="cpu")
     first = Engine.load(models / "a.safetensors", options)
-    fleet, table = Fleet(first), SessionTable(first.facts, Limits(deadline_ns=1))
-    slots = Slots({"main": first}, fleet, table, options, models)
+    engines, table = Engines(first), SessionTable(first.facts, Limits(deadline_ns=1))
+    slots = Slots({"main": first}, engines, table, options, models)
 
     def done() -> Effects:
         for thread in threading.enumerate():
@@ -205,9 +208,9 @@ def test_a_model_that_came_to_be_served_while_it_was_loading_is_refused(models: 
     assert isinstance(reply, messages.Refused)
     assert reply.field == "model"
     slot = slots.slots["main"]
-    assert slot.serving is serving_b is fleet.engines[serving_b.facts.model]
+    assert slot.serving is serving_b is engines.engines[serving_b.facts.model]
     assert slot.shadow is None
-    assert not fleet.shadows
+    assert not engines.shadows
 
 
 def test_a_load_that_does_not_end_frees_its_slot(
@@ -216,8 +219,8 @@ def test_a_load_that_does_not_end_frees_its_slot(
     options, now, go_on = ServiceSettings(device="cpu"), 0.0, threading.Event()
     first = Engine.load(models / "a.safetensors", options)
     table = SessionTable(first.facts, Limits(deadline_ns=1))
-    slots = Slots({"main": first}, Fleet(first), table, options, models, clock=lambda: now)
-    monkeypatch.setattr(Engine, "warm_up", lambda _: go_on.wait(60))
+    slots = Slots({"main": first}, Engines(first), table, options, models, clock=lambda: now)
+    monkeypatch.setattr(slots_module, "warm_up", lambda _: go_on.wait(60))
     for _ in range(2):
         slots.load(b"me", messages.Load(path="b.safetensors"))
         assert not slots.loaded().replies
@@ -240,12 +243,39 @@ def test_a_model_too_slow_or_too_large_to_serve_is_refused_by_name(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine.load(models / "a.safetensors", ServiceSettings(device="cpu", horizon=300))
-    monkeypatch.setattr(engine_module, "_WARM_S", 0.0)
+    monkeypatch.setattr(warm_up_module, "_LONGEST_S", 0.0)
     with pytest.raises(ServiceError, match="model: expected a window of 300 bins that fills"):
-        engine.warm_up()
+        warm_up_module.warm_up(engine)
     monkeypatch.setattr(engine_module, "available_memory", lambda: 1 << 20)
     with pytest.raises(ServiceError, match="model: expected one whose run takes at most 0 MB"):
         Engine.load(models / "a.safetensors", ServiceSettings(device="cpu", horizon=300))
+
+
+def test_slots_that_serve_one_model_have_a_shadow_and_a_score_each(models: Path) -> None:
+    rows = spikes(12)
+    extra = {"other": models / "a.safetensors"}
+    with (
+        serving(models / "a.safetensors", extra=extra) as running,
+        Feeder(running.ingest, running.results) as feeder,
+        ServiceClient(running.ingest, timeout=60.0) as control,
+    ):
+        for name in ("main", "other"):
+            feeder.subscribe(name)
+            feeder.ask(open_(name, model=name), messages.Opened)
+        control.load("b.safetensors", slot="main", shadow=True)
+        for name in ("other", "main"):
+            feeder.send(*(bin_(name, i, row) for i, row in enumerate(rows)))
+            feeder.results(12)
+
+        def scores() -> dict[tuple[str, str], int]:
+            models = feeder.ask(messages.Models(), messages.ModelList).models
+            return {(m.slot, m.role): m.bins for m in models}
+
+        end = time.monotonic() + WAIT_S
+        while scores()["main", "shadow"] < 12 and time.monotonic() < end:
+            pass
+        expected = {("main", "serving"): 12, ("main", "shadow"): 12, ("other", "serving"): 0}
+        assert scores() == expected
 
 
 # ---- units -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Four times too much load, in a time of its own: the table and the scheduler as they are, a solver
+"""Four times too much load, in a time of its own: the table and the policy as they are, a solver
 that takes exactly so long. What a real process makes of it is in ``test_chaos_load.py``."""
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from ilqr_service.solving.scheduler import Scheduler
-from ilqr_service.work import NO_SOLVE, SHED, Work
+from ilqr_service.solving.policy import Cost, Policy
+from ilqr_service.work import NO_SOLVE, SHED, Insert, Solve, Work
 from ilqr_vae.protocol import messages
 from test_sessions import FACTS, MS, answer, bin_, open_, table
 
@@ -28,7 +28,7 @@ class Overload:
 
     def __init__(self, *, anytime: bool) -> None:
         self.table = table(credits=16, gap_limit=20, backlog=36)
-        self.scheduler = Scheduler(FACTS.bin_width_ns)
+        self.policy = Policy(lambda _: Cost(FACTS.bin_width_ns, FACTS.horizon, 1, 0.0, SOLVE))
         self.answers: dict[tuple[str, int], tuple[str, str, int]] = {}
         self.refused = Counter[str]()
         self.longest = 0
@@ -39,7 +39,7 @@ class Overload:
     def run(self, plan: list[tuple[int, str, int]]) -> None:
         """Arrivals (ns, session, index) in order of time, and then what is queued."""
         for at, session, index in plan:
-            while self.now < at and len(self.scheduler):
+            while self.now < at and len(self.policy):
                 self._solve()
             self.now = max(self.now, at)
             # the service stamps what it takes off its socket: nothing waits there unseen
@@ -49,22 +49,23 @@ class Overload:
                 self.refused[message.field] += 1
             assert not effects.published  # no reset: every index gets its answer
             for work in effects.work:
-                self.scheduler.push(work)
+                self.policy.push(work)
             for run in effects.overran:
-                self.scheduler.overran(run)
-            self.longest = max(self.longest, len(self.scheduler))
-        while len(self.scheduler):
+                self.policy.overran(run)
+            self.longest = max(self.longest, len(self.policy))
+        while len(self.policy):
             self._solve()
 
     def _solve(self) -> None:
-        rounds = self.scheduler.shed(lambda _: self.now + SOLVE, 128)
-        for works in (*rounds, self.scheduler.take(1)):
+        rounds = self.policy.shed(self.now, 128)
+        for works in (*rounds, self.policy.take(1)):
             for work in works:
-                self.now += PASS_BY if work.budget == NO_SOLVE else SOLVE
-                self._answer(work)
+                shed = isinstance(work, Solve) and work.budget == NO_SOLVE
+                self.now += PASS_BY if shed else SOLVE
+                self._answer(work, SHED if shed else "converged")
 
-    def _answer(self, work: Work) -> None:
-        solver = SHED if work.budget == NO_SOLVE else "converged"
+    def _answer(self, work: Work, solver: str) -> None:
+        assert isinstance(work, Solve | Insert)
         for message in self.table.answered(answer(work, solver=solver), self.now).published:
             assert isinstance(message, messages.Result)
             key = (message.session, message.index)

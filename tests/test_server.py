@@ -16,7 +16,7 @@ from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
-from ilqr_service.work import FAILED, Work
+from ilqr_service.work import FAILED, Solve
 from ilqr_vae.artifact import (
     load_artifact,
 )
@@ -137,15 +137,15 @@ def test_anytime_stops_at_the_deadline_and_says_so(feeder: Feeder) -> None:
 def test_a_solve_that_raises_is_answered_and_the_run_goes_on(model_file: Path) -> None:
     engine = Engine.load(model_file, ServiceSettings(device="cpu"))
 
-    def work(index: int, counts: NDArray[np.float64]) -> Work:
-        return Work(5, index, counts, None, index == 0, 0, 0, 2**62, False)
+    def work(index: int, counts: NDArray[np.float64]) -> Solve:
+        return Solve(run=5, index=index, counts=counts, fresh=index == 0, due_ns=2**62)
 
     first, broken, after = (engine.solve([work(i, np.ones(n))])[0] for i, n in enumerate((7, 9, 7)))
     assert broken.solver == FAILED
     assert broken.spikes == 0
     for a in (first, broken, after):
         assert np.isfinite(a.latent).all()
-    (lost,) = engine.solve([Work(6, 0, np.ones(9), None, True, 0, 0, 2**62, False)])
+    (lost,) = engine.solve([Solve(run=6, index=0, counts=np.ones(9), fresh=True, due_ns=2**62)])
     assert lost.solver == FAILED
     assert len(engine) == 2
     engine.forget(5)

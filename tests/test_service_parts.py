@@ -1,4 +1,4 @@
-"""The service's pure parts: scheduler, settings, addresses, histogram edges, quantiles."""
+"""The service's pure parts: policy, settings, addresses, histogram edges, quantiles."""
 
 from __future__ import annotations
 
@@ -18,15 +18,30 @@ from ilqr_service.settings import (
     load_settings,
     loopback_endpoint,
 )
-from ilqr_service.solving.scheduler import Scheduler
-from ilqr_service.work import NO_SOLVE, Work
+from ilqr_service.solving.policy import Cost, Policy, steps
+from ilqr_service.work import NO_SOLVE, Insert, Solve, Swap, Work
 from ilqr_vae.errors import ConfigError, ServiceError
 
 MS = 1_000_000
 
 
-def work(run: int, index: int, due: int) -> Work:
-    return Work(run, index, np.zeros(3), None, False, 0, due - 50 * MS, due, False)
+def cost(_: str) -> Cost:
+    return Cost(50 * MS, horizon=5, most=64, start=0.0, each=0.0)
+
+
+def work(run: int, index: int, due: int, sheds: bool = False) -> Solve:
+    return Solve(
+        run=run,
+        index=index,
+        counts=np.zeros(3),
+        received_ns=due - 50 * MS,
+        due_ns=due,
+        sheds=sheds,
+    )
+
+
+def late(run: int, index: int, due: int) -> Insert:
+    return Insert(run=run, index=index, counts=np.zeros(3), due_ns=due)
 
 
 @settings(max_examples=100, deadline=None)
@@ -38,10 +53,10 @@ def work(run: int, index: int, due: int) -> Work:
     batch=st.integers(1, 4),
     gone=st.integers(0, 3),
 )
-def test_scheduler_keeps_order_within_a_run_and_loses_nothing(
+def test_policy_keeps_order_within_a_run_and_loses_nothing(
     pushes: list[tuple[int, int, int, bool]], batch: int, gone: int
 ) -> None:
-    scheduler = Scheduler(50 * MS)
+    policy = Policy(cost)
     expected: dict[int, list[int]] = {}
     taken: dict[int, list[int]] = {}
 
@@ -51,55 +66,70 @@ def test_scheduler_keeps_order_within_a_run_and_loses_nothing(
             taken.setdefault(w.run, []).append(w.index)
 
     for i, (run, due, now, takes) in enumerate(pushes):
-        scheduler.push(replace(work(run, i, due * MS), sheds=run > 0, late=due == 7))
+        policy.push(late(run, i, 7) if due == 7 else work(run, i, due * MS, sheds=run > 0))
         expected.setdefault(run, []).append(i)
         if takes:
-            for works in scheduler.shed(lambda _, at=now: at * MS, 5):
+            for works in policy.shed(now * MS, 5):
                 took(works)
             if now % 2:
-                took(scheduler.take(batch))
+                took(policy.take(batch))
     held = len(expected.get(gone, [])) - len(taken.get(gone, []))
-    assert scheduler.forget(gone) == held
+    assert policy.forget(gone) == held
     expected[gone] = taken.setdefault(gone, [])
-    while len(scheduler):
-        works = scheduler.take(batch)
+    while len(policy):
+        works = policy.take(batch)
         assert 0 < len(works) <= batch
         took(works)
     assert {run: w for run, w in taken.items() if w} == {r: w for r, w in expected.items() if w}
-    assert scheduler.take(batch) == []
+    assert policy.take(batch) == []
 
 
 def test_a_backlog_gives_way_to_a_stream_in_real_time() -> None:
-    scheduler = Scheduler(50 * MS)
+    policy = Policy(cost)
     for i in range(64):  # a replay at full speed
-        scheduler.push(work(0, i, 100 * MS))
-    assert [w.run for w in scheduler.take(1)] == [0]
-    scheduler.push(work(1, 0, 101 * MS))  # one bin of a live stream, due a little later
-    assert [w.run for w in scheduler.take(1)] == [1]
+        policy.push(work(0, i, 100 * MS))
+    assert [w.run for w in policy.take(1)] == [0]
+    policy.push(work(1, 0, 101 * MS))  # one bin of a live stream, due a little later
+    assert [w.run for w in policy.take(1)] == [1]
 
 
 def test_what_would_be_late_gives_way_to_the_newest_of_its_run() -> None:
-    scheduler = Scheduler(50 * MS)
+    policy = Policy(cost)
     for i in range(4):
-        scheduler.push(replace(work(0, i, (100 + i) * MS), sheds=True))
-        scheduler.push(work(1, i, (100 + i) * MS))  # does not shed
-        scheduler.push(replace(work(2, i, (200 + i) * MS), sheds=True))  # can be in time
-        scheduler.push(replace(work(3, i, (100 + i) * MS), sheds=True, late=i == 2))
-    assert scheduler.shed(lambda _: 99 * MS, 99) == []
-    rounds = scheduler.shed(lambda _: 100 * MS, 99)
+        policy.push(work(0, i, (100 + i) * MS, sheds=True))
+        policy.push(work(1, i, (100 + i) * MS))  # does not shed
+        policy.push(work(2, i, (200 + i) * MS, sheds=True))  # can be in time
+        policy.push(work(3, i, (100 + i) * MS, sheds=True) if i != 2 else late(3, i, 102 * MS))
+    assert policy.shed(99 * MS, 99) == []
+    rounds = policy.shed(100 * MS, 99)
     assert [[(w.run, w.index) for w in works] for works in rounds] == [
         [(0, 0), (3, 0)],
         [(0, 1), (3, 1)],
         [(0, 2)],
     ]
-    assert {w.budget for works in rounds for w in works} == {NO_SOLVE}
+    assert {w.budget for works in rounds for w in works if isinstance(w, Solve)} == {NO_SOLVE}
     # in the order of what is due, as if what was shed had never been
-    assert [(w.run, w.index) for w in scheduler.take(4)] == [(1, 0), (0, 3), (2, 0), (3, 2)]
-    scheduler.overran(1)
-    (rounds,) = zip(*scheduler.shed(lambda _: 101 * MS, 99), strict=True)
+    assert [(w.run, w.index) for w in policy.take(4)] == [(1, 0), (0, 3), (2, 0), (3, 2)]
+    policy.overran(1)
+    (rounds,) = zip(*policy.shed(101 * MS, 99), strict=True)
     assert [(w.run, w.index) for w in rounds] == [(1, 1), (1, 2)]
-    assert len(scheduler) == 5
-    scheduler.overran(7)  # one that is not queued
+    assert len(policy) == 5
+    policy.overran(7)  # one that is not queued
+
+
+def test_a_batch_is_split_into_steps_of_one_model_and_one_kind() -> None:
+    def costs(model: str) -> Cost:
+        return Cost(50 * MS, horizon=5, most={"alone": 1, "few": 2}.get(model, 64))
+
+    solved = [replace(work(run, 0, 0), model=model) for run, model in enumerate("abab")]
+    shed = replace(work(9, 0, 0), model="a", budget=NO_SOLVE)
+    few = [replace(work(run, 0, 0), model="few") for run in range(20, 23)]
+    alone = [replace(work(run, 0, 0), model="alone") for run in range(30, 32)]
+    one, swap = late(40, 0, 0), Swap(run=41, index=0, model="a", to="b")
+    a, b = solved[::2], solved[1::2]
+    assert steps([swap, *solved, one, *alone, shed, *few], costs) == [
+        a, b, [shed], few[:2], few[2:], [swap], [one], alone[:1], alone[1:]
+    ]  # fmt: skip
 
 
 def test_settings_file_is_checked_and_overridden(tmp_path: Path) -> None:

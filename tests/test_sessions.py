@@ -13,8 +13,17 @@ from msgspec.structs import replace
 
 from ilqr_service.sessions.session import Effects, Limits
 from ilqr_service.sessions.table import SessionTable
-from ilqr_service.solving.scheduler import Scheduler
-from ilqr_service.work import FAILED, STOPPED, Answer, ModelFacts, Work, status_of
+from ilqr_service.solving.policy import Cost, Policy
+from ilqr_service.work import (
+    FAILED,
+    STOPPED,
+    Answer,
+    Insert,
+    ModelFacts,
+    Solve,
+    Work,
+    status_of,
+)
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -282,7 +291,7 @@ def test_status_is_a_function_of_the_answer_and_the_clock(
         "due_ns": 100,
         "anytime": False,
     }
-    assert status_of(answer(Work(**(fields | changes)), solver), published) == status
+    assert status_of(answer(Solve(**(fields | changes)), solver), published) == status
 
 
 # ---- ends --------------------------------------------------------------------------------------
@@ -335,7 +344,7 @@ def test_any_stream_is_answered_once_under_a_revision_and_credits_balance(data: 
     limit, grant = 4, 3
     t = table(gap_limit=limit, credits=grant)
     t.receive(b"f", open_(), 0)
-    scheduler, now, sent, returned = Scheduler(50 * MS), 0, 0, 0
+    policy, now, sent, returned = Policy(lambda _: Cost(50 * MS, 5, 1)), 0, 0, 0
     answered: list[tuple[int, int]] = []
     accepted: list[int] = []
     resets: list[tuple[int, int]] = []
@@ -344,8 +353,8 @@ def test_any_stream_is_answered_once_under_a_revision_and_credits_balance(data: 
     def finish(limit_: int) -> None:
         nonlocal returned
         for _ in range(limit_):
-            for work in scheduler.take(1):
-                one = replace(answer(work), revised=work.late)
+            for work in policy.take(1):
+                one = replace(answer(work), revised=isinstance(work, Insert))
                 for message in t.answered(one, now).published:
                     assert isinstance(message, messages.Result)
                     answered.append((message.index, message.revision))
@@ -363,7 +372,7 @@ def test_any_stream_is_answered_once_under_a_revision_and_credits_balance(data: 
                 resets.append((newest + 1, work.index))
             newest = max(newest, work.index)
         for work in effects.work:
-            scheduler.push(work)
+            policy.push(work)
 
     for index in data.draw(st.lists(st.integers(0, 24), max_size=40)):
         now += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import structs
 
-from ilqr_service.work import NO_SOLVE, SHED
+from ilqr_service.work import NO_SOLVE, SHED, Insert, Swap
 from ilqr_vae.protocol import messages
 from test_sessions import FACTS, MS, answer, bin_, open_, refused, started, table
 
@@ -20,7 +20,7 @@ def test_a_late_bin_is_put_in_its_place_within_the_window_only() -> None:
         t.answered(answer(work), 1)
     assert refused(t.receive(b"f", bin_(1), 2)).field == "late"  # the window is of 5 bins: 2 to 6
     (late,) = t.receive(b"f", bin_(4), 2).work
-    assert (late.index, late.late, late.serial) == (4, True, 7)
+    assert (late.index, type(late), late.serial) == (4, Insert, 7)
     assert refused(t.receive(b"f", bin_(4), 3)).field == "index"  # now a duplicate
     assert t.waiting == 1
     published: list[Any] = []
@@ -49,7 +49,7 @@ def test_a_clocked_session_answers_what_does_not_come_in_time() -> None:
     assert (work.index, work.missing) == (1, True)
     assert t.next_due() == 210 * MS
     (late,) = t.receive(b"f", bin_(1), 170 * MS).work  # corrected, and the time table holds
-    assert (late.index, late.late) == (1, True)
+    assert (late.index, type(late)) == (1, Insert)
     assert t.next_due() == 210 * MS
     assert [w.index for w in t.tick(10_000 * MS).work] == [2, 3, 4]
     assert t.next_due() is None  # silent for too long: it waits
@@ -117,7 +117,7 @@ def test_slots_serve_sessions_by_name_or_model_and_swap_at_a_bin() -> None:
     t.receive(b"f", open_("c"), 0)
     t.receive(b"f", bin_(0, session="a"), 0)
     swapped = t.swap("fine", replace(t.slots["fine"], model="newer")).work
-    assert [(w.swap, w.model, w.serial) for w in swapped] == [
+    assert [(w.to, w.model, w.serial) for w in swapped if isinstance(w, Swap)] == [
         ("newer", "other", 1),
         ("newer", "other", 0),
     ]

@@ -103,7 +103,7 @@ def serve(
     From a script, with free ports: ilqr-vae serve model.safetensors --ingest 'tcp://127.0.0.1:*'
     --results 'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json
 
-    Told to stop, it answers what is queued, tells feeders and subscribers, logs the exact latency
+    On SIGINT or SIGTERM it answers what is queued, tells feeders and subscribers, logs latency
     quantiles and exits with 0; while it warms up, it exits at once. Exit codes: 2 wrong model,
     setting or usage; 3 an address cannot be used, or the service broke.
     """

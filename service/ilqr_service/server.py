@@ -21,7 +21,7 @@ from ilqr_service.sessions.session import Effects, Limits, counted
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.solving.engine import Engine
-from ilqr_service.solving.engines import Fleet
+from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.run import PackedRun
 from ilqr_service.solving.slots import Slots
 from ilqr_service.solving.thread import SolverThread
@@ -88,19 +88,19 @@ class Service:
             backlog=max(2 * settings.credits, settings.gap_limit + settings.credits),
         )
         self._table = SessionTable(engine.facts, limits, reaches=self._reply)
-        engines = {"main": engine} | (more or {})
-        fleet = Fleet(engine)
-        for name, other in engines.items():
-            fleet.engines[other.facts.model] = other
+        slots = {"main": engine} | (more or {})
+        engines = Engines(engine)
+        for name, other in slots.items():
+            engines.engines[other.facts.model] = other
             self._table.slots[name] = other.facts
         self._table.drain("still warming up")
         self._slots = Slots(
-            engines, fleet, self._table, settings, Path(settings.models or folder or ".")
+            slots, engines, self._table, settings, Path(settings.models or folder or ".")
         )
         self._hygiene = hygiene or Hygiene(settings)
         self.telemetry.registry.register(self._hygiene.metrics)
         self._gate = Gate(Path(settings.keys)) if settings.keys else None
-        self._journal = Journal(settings, engines, fleet, self._table)
+        self._journal = Journal(settings, slots, engines, self._table)
         self._connections = Connections(self._gate)
         self._publisher = Publisher(
             self._connections, queue=settings.results_queue, topics=2 * settings.max_sessions
@@ -109,7 +109,7 @@ class Service:
             self._table, self._slots, self._journal, settings.control_rate, self._described
         )
         self._solver = SolverThread(
-            fleet,
+            engines,
             self._connections.wake,
             resume=self._journal.resumed,
             snapshot_every=settings.snapshot_every if settings.journal else 0,

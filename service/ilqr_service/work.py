@@ -1,4 +1,4 @@
-"""What travels between the sessions and the engine: one bin to solve, and its answer.
+"""What travels between the sessions and the engine: what to do for a run, and a bin's answer.
 
 Plain data: numpy arrays and integers, no sockets, no torch. Times are nanoseconds of the service's
 monotonic clock. N units, n latents, D kinematic channels. Structs, because one of each is made for
@@ -64,47 +64,44 @@ class ModelFacts:
     iterations: int
 
 
-class Work(msgspec.Struct, frozen=True, gc=False):
-    """One bin of one run of a session, to be solved.
+class _Queued(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Something to do for a run of a session, in the run's order.
 
     Attributes:
         run: serial number of the run; two runs never share one, whatever they are called.
         index: the bin's index.
-        counts: (N,) spikes, or None where no bin came.
-        mask: bool (N,), True where observed; None means all.
-        fresh: start from the model's initial condition instead of the previous bin.
-        source_ns: the feeder's time stamp; 0 where no bin came.
+        serial: the work's place in its run, from 0.
         received_ns: arrival of the bin, or of the bin that showed this one to be missing.
         due_ns: when the answer is due.
-        anytime: the solver stops at ``due_ns`` with what it has.
-        sheds: while it is the newest of its run, older ones may go without a solve.
-        serial: the work's place in its run, from 0.
-        late: put the bin into the window, where it is held as missing, and solve again from there.
-        budget: stop the solve after so many iterations (how a replay repeats a solve that the
-            clock had cut short); 0 is none, ``NO_SOLVE`` not at all.
-        swap: no bin; go on with the model of this id, its window refilled from the bins held.
+        model: id of the model that the run is on; "" is the only one.
+        slot: that the session is of.
         watch: mask units that misbehave.
-        model: id of the model to solve with; "" is the only one.
-        clock: of the feeder, where it states one.
     """
 
     run: int
     index: int
-    counts: Vector | None
-    mask: NDArray[np.bool_] | None
-    fresh: bool
-    source_ns: int
-    received_ns: int
-    due_ns: int
-    anytime: bool
     serial: int = 0
-    late: bool = False
-    budget: int = 0
-    swap: str = ""
-    watch: bool = False
+    received_ns: int = 0
+    due_ns: int = 0
     model: str = ""
+    slot: str = ""
+    watch: bool = False
+
+
+class _Bin(_Queued, frozen=True, kw_only=True, gc=False):
+    """A bin.
+
+    Attributes:
+        counts: (N,) spikes, or None where no bin came.
+        mask: bool (N,), True where observed; None means all.
+        source_ns: the feeder's time stamp; 0 where no bin came.
+        clock: of the feeder, where it states one.
+    """
+
+    counts: Vector | None
+    mask: NDArray[np.bool_] | None = None
+    source_ns: int = 0
     clock: Offset | None = None
-    sheds: bool = False
 
     @property
     def missing(self) -> bool:
@@ -117,15 +114,46 @@ class Work(msgspec.Struct, frozen=True, gc=False):
         return self.counts is None or (self.mask is not None and not self.mask.any())
 
 
-class Answer(msgspec.Struct, frozen=True, gc=False):
-    """The engine's answer to one ``Work``.
+class Solve(_Bin, frozen=True, kw_only=True, gc=False):
+    """The next bin of a run, to be solved.
 
     Attributes:
-        work: what was asked.
+        fresh: start from the model's initial condition instead of the previous bin.
+        anytime: the solver stops at ``due_ns`` with what it has.
+        budget: stop the solve after so many iterations (how a replay repeats a solve that the
+            clock had cut short); 0 is none, ``NO_SOLVE`` not at all.
+        sheds: while it is the newest of its run, older ones may go without a solve.
+    """
+
+    fresh: bool = False
+    anytime: bool = False
+    budget: int = 0
+    sheds: bool = False
+
+
+class Insert(_Bin, frozen=True, kw_only=True, gc=False):
+    """A late bin: put it into the window, where it is held as missing, and solve again from
+    there."""
+
+
+class Swap(_Queued, frozen=True, kw_only=True, gc=False):
+    """Go on with the model ``to``, its window refilled from the bins of the run."""
+
+    to: str
+
+
+Work = Solve | Insert | Swap
+
+
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """The engine's answer for one bin.
+
+    Attributes:
+        work: the bin.
         latent, latent_std: (n,).
         rates: (N,), expected counts per bin.
         kinematics, kinematics_std: (D,).
-        bits, spikes: see ``wire.Result``.
+        bits, spikes: see ``messages.Result``.
         iterations: iLQR iterations done.
         solver: the solver's status in lower case, or ``FAILED``.
         solve_start_ns, solve_end_ns: stage times.
@@ -139,7 +167,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
         flagged: ``NAME:reason`` of all masked units, None where they are not watched.
     """
 
-    work: Work
+    work: Solve | Insert
     latent: Vector
     latent_std: Vector
     rates: Vector
@@ -177,6 +205,6 @@ def status_of(answer: Answer, published_ns: int) -> Status:
     return "degraded" if answer.solver == STOPPED else "ok"
 
 
-def budget_of(result: Result) -> int:
+def budget_of(result: Result | Answer) -> int:
     """The ``budget`` that solves a bin again as the clock had it solved for this answer."""
     return {STOPPED: result.iterations, SHED: NO_SOLVE}.get(result.solver, 0)

@@ -13,7 +13,7 @@ import numpy as np
 from ilqr_service.journal.records import Answered, Deployed, Header, Opened, Queued
 from ilqr_service.journal.verify import stream
 from ilqr_service.solving.run import unpack_work
-from ilqr_service.work import Work
+from ilqr_service.work import Swap, Work
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.protocol import messages
 from ilqr_vae.recordings.nwb.write import SubjectInfo, write_whole_nwb
@@ -28,7 +28,7 @@ class Recorded:
 
     opened: Opened
     header: Header
-    works: dict[int, Work]
+    bins: dict[int, Work]
     results: dict[int, messages.Result]
 
 
@@ -49,8 +49,8 @@ def runs_of(folder: Path, damage: list[str] | None = None) -> tuple[list[Recorde
                 runs.setdefault(record.run, Recorded(record, header, {}, {}))
             case Queued():
                 run, work = runs.get(record.work.run), record.work
-                if run is not None and not work.swap and work.counts is not None:
-                    run.works[work.index] = unpack_work(work)
+                if run is not None and work.counts is not None:
+                    run.bins[work.index] = unpack_work(work)
             case Answered():
                 run = runs.get(record.run)
                 result = messages.decode_published(record.frame)
@@ -158,8 +158,8 @@ def _build(
         clock = {"timestamps": (indices - indices[0]) * width}
     counts = np.full((n_bins, len(request.units)), np.nan)
     observed = np.zeros((n_bins, len(request.units)), dtype=np.uint8)
-    for index, work in run.works.items():
-        if work.counts is not None and index in row:
+    for index, work in run.bins.items():
+        if not isinstance(work, Swap) and work.counts is not None and index in row:
             counts[row[index]] = work.counts
             observed[row[index]] = 1 if work.mask is None else work.mask
     info = manifests.get(first.model, {})

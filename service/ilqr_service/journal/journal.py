@@ -29,7 +29,7 @@ from ilqr_service.sessions.session import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
-from ilqr_service.solving.engines import Fleet
+from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.run import PackedRun, Resumed, pack_work
 from ilqr_service.work import Answer
 from ilqr_vae.errors import IlqrVaeError
@@ -54,8 +54,8 @@ class Journal:
 
     Args:
         settings: where and how.
-        engines: by slot.
-        fleet: to see which models are there.
+        slots: the engine of each.
+        engines: to see which models are there.
         table: takes up the sessions that were open.
 
     Attributes:
@@ -70,8 +70,8 @@ class Journal:
     def __init__(
         self,
         settings: ServiceSettings,
-        engines: dict[str, Engine],
-        fleet: Fleet,
+        slots: dict[str, Engine],
+        engines: Engines,
         table: SessionTable,
     ) -> None:
         self.resumed: list[Resumed] = []
@@ -81,7 +81,7 @@ class Journal:
         self._dormant: dict[str, int] = {}
         if not settings.journal:
             return
-        self._manifests = {e.facts.model: e.manifest for e in engines.values()}
+        self._manifests = {e.facts.model: e.manifest for e in slots.values()}
         self._table = table
         self._settings = settings
         self._boot = os.urandom(8).hex()
@@ -95,12 +95,12 @@ class Journal:
             keep=settings.journal_keep,
         )
         try:
-            self._resume(Path(settings.journal), fleet)
+            self._resume(Path(settings.journal), engines)
         except IlqrVaeError:
             self._writer.close()
             raise
 
-    def _resume(self, folder: Path, fleet: Fleet) -> None:
+    def _resume(self, folder: Path, engines: Engines) -> None:
         """Take up what is open. A session whose model is not served stays open in the journal,
         until it is served again or its name is used anew."""
         odd: list[str] = []
@@ -109,7 +109,7 @@ class Journal:
             logs.warning("the journal is not as it was written", what=line)
         deadline_ns = round(self._settings.deadline_ms * 1e6)
         for run, live in self._live.items():
-            missing = models_of(live) - set(fleet.engines)
+            missing = models_of(live) - set(engines.engines)
             name = live.opened.request.session
             if missing:
                 logs.warning(
@@ -119,7 +119,7 @@ class Journal:
                 )
                 self._dormant[name] = run
                 continue
-            facts = fleet.engine(model_of(live)).facts
+            facts = engines.engine(model_of(live)).facts
             session, resumed = take_up(live, facts, deadline_ns, time.monotonic_ns())
             self._table.add(session)
             self.resumed.append(resumed)

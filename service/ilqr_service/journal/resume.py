@@ -20,7 +20,7 @@ from ilqr_service.journal.records import (
 from ilqr_service.journal.writer import Live, advance, follow
 from ilqr_service.sessions.session import Session
 from ilqr_service.solving.run import Resumed, unpack_work
-from ilqr_service.work import ModelFacts, Work, budget_of
+from ilqr_service.work import ModelFacts, Solve, Swap, Work, budget_of
 from ilqr_vae.protocol import messages
 
 _HEAD = 8
@@ -139,14 +139,15 @@ def take_up(
     cut = {a.serial: budget_of(r) for a, r in results if not r.revision}
     to_do: list[Work] = []
     for record in works:
-        work = unpack_work(record.work)
+        work = unpack_work(record.work, at.slot)
         if work.serial <= answered:  # as it was solved, whatever the clock says now
-            work = replace(work, anytime=False, budget=cut.get(work.serial, 0))
+            if isinstance(work, Solve):
+                work = replace(work, anytime=False, budget=cut.get(work.serial, 0))
         elif work.received_ns > now_ns:  # by the clock of a boot before this one
             work = replace(work, received_ns=now_ns, due_ns=now_ns)
         to_do.append(work)
     for work in to_do:
-        if work.serial > answered and not work.swap:
+        if work.serial > answered and not isinstance(work, Swap):
             session.waiting += 1
             session.unanswered += not work.missing
     return session, Resumed(packed, to_do, answered)

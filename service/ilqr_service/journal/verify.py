@@ -30,9 +30,9 @@ from ilqr_service.journal.records import (
 )
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
-from ilqr_service.solving.engines import Fleet
+from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.run import unpack_work
-from ilqr_service.work import Answer, Work, budget_of
+from ilqr_service.work import Answer, Solve, Work, budget_of
 from ilqr_vae.artifact import read_manifest
 from ilqr_vae.errors import JournalError
 from ilqr_vae.protocol import messages
@@ -154,8 +154,8 @@ class Verifier:
     def __init__(self, models: list[Path]) -> None:
         self.verdict = Verdict()
         self._models = models
-        self._fleets: dict[ServiceSettings, Fleet] = {}
-        self._fleet: Fleet | None = None
+        self._served: dict[ServiceSettings, Engines] = {}
+        self._engines: Engines | None = None
         self._runs: dict[int, _Run] = {}
         # Runs whose state comes from what a segment begins with, not from before it: they were
         # solved with other settings then. The answers repeated there are not to be had again.
@@ -171,7 +171,7 @@ class Verifier:
         if isinstance(record, Header):
             self._serve(settings_of(record))
             return
-        if self._fleet is None:
+        if self._engines is None:
             raise JournalError("journal", expected="a header first", got=type(record).__name__)
         match record:
             case Checkpoint():
@@ -184,28 +184,28 @@ class Verifier:
                 if run is not None and work.serial > run.done:
                     run.works.setdefault(work.serial, work)
             case Snapshot():
-                self._snapshot(self._fleet, record)
+                self._snapshot(self._engines, record)
             case Answered():
                 run = self._runs.get(record.run)
                 if run is not None and record.serial > run.done:
                     run.frames.append(record)
                     if record.settles:
-                        self._settle(self._fleet, run, record.serial)
+                        self._settle(self._engines, run, record.serial)
             case _:
                 pass
 
     def _serve(self, settings: ServiceSettings) -> None:
-        fleet = self._fleets.get(settings)
-        if fleet is None:
-            engines = [Engine.load(path, settings) for path in self._models]
-            fleet = Fleet(engines[0])
-            fleet.engines |= {engine.facts.model: engine for engine in engines}
-            self._fleets[settings] = fleet
-        if self._fleet is not None and self._fleet is not fleet:
+        engines = self._served.get(settings)
+        if engines is None:
+            loaded = [Engine.load(path, settings) for path in self._models]
+            engines = Engines(loaded[0])
+            engines.engines |= {engine.facts.model: engine for engine in loaded}
+            self._served[settings] = engines
+        if self._engines is not None and self._engines is not engines:
             for run in self._runs:
-                self._fleet.forget(run)
+                self._engines.forget(run)
             self._anew |= self._runs.keys()
-        self._fleet = fleet
+        self._engines = engines
 
     def _begin(self, record: Opened) -> None:
         known = record.run in self._runs
@@ -217,20 +217,20 @@ class Verifier:
         if record.again:
             self._anew.add(record.run)
 
-    def _snapshot(self, fleet: Fleet, record: Snapshot) -> None:
+    def _snapshot(self, engines: Engines, record: Snapshot) -> None:
         run = self._runs.get(record.packed.run)
         serial = record.packed.serial
         if run is None:
             return
         if run.sound and all(s in run.works for s in range(run.done + 1, serial + 1)):
             return  # all of it is, or will be, computed anyway
-        fleet.forget(record.packed.run)
-        fleet.restore(record.packed)
+        engines.forget(record.packed.run)
+        engines.restore(record.packed)
         run.done, run.sound = serial, True
         run.works = {s: w for s, w in run.works.items() if s > serial}
         run.frames.clear()
 
-    def _settle(self, fleet: Fleet, run: _Run, serial: int) -> None:
+    def _settle(self, engines: Engines, run: _Run, serial: int) -> None:
         frames = [f for f in run.frames if f.serial == serial]
         run.frames.clear()
         expected: list[messages.Result] = []
@@ -246,8 +246,9 @@ class Verifier:
                 continue
             # as the clock had it then
             budget = budget_of(expected[0]) if s == serial and expected else 0
-            work = replace(work, anytime=False, budget=budget)
-            answers = fleet.solve([work])
+            if isinstance(work, Solve):
+                work = replace(work, anytime=False, budget=budget)
+            answers = engines.solve([work])
         run.done = serial
         if run.opened.run in self._anew:
             return

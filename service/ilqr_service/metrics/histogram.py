@@ -1,28 +1,22 @@
-"""Times of one stage of a bin: a Prometheus histogram and exact tails, at the cost of an append.
+"""Times of one stage of a bin as a Prometheus histogram, at the cost of an append.
 
-What comes is put aside and counted in bulk, when somebody asks or once a second. For the exact
-tails a time is kept to microseconds, above two milliseconds to a part in a thousand; how many
-numbers that are is bounded.
+What comes is put aside and counted in bulk, when somebody asks or once a second.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping
 
 import numpy as np
-from hdrh.histogram import HdrHistogram
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-_BITS = 11
-_LONGEST_NS = 60_000_000_000
-
 
 class Stage(Collector):
-    """Durations in nanoseconds, up to a minute each.
+    """Durations in nanoseconds.
 
     Args:
         name: of the metric.
@@ -33,8 +27,7 @@ class Stage(Collector):
     def __init__(self, name: str, text: str, edges: tuple[float, ...]) -> None:
         self._name, self._text, self._edges = name, text, edges
         self._counts = np.zeros(len(edges) + 1, dtype=np.int64)
-        self._sum = 0.0
-        self._exact: Counter[int] = Counter()
+        self._sum = self._longest = 0.0
         self._aside: deque[int] = deque()
         self._lock = threading.Lock()
         self.add = self._aside.append
@@ -48,13 +41,11 @@ class Stage(Collector):
                 aside.append(self._aside.popleft())
             if not aside:
                 return
-            ns = np.array(aside, dtype=np.int64)
-            at = np.searchsorted(self._edges, ns / 1e9, side="left")
+            seconds = np.array(aside, dtype=np.int64) / 1e9
+            at = np.searchsorted(self._edges, seconds, side="left")
             self._counts += np.bincount(at, minlength=self._counts.size)
-            self._sum += float(ns.sum()) / 1e9
-            us = np.maximum(ns // 1000, 1)
-            shift = np.maximum(np.frexp(us.astype(np.float64))[1] - _BITS, 0)
-            self._exact.update(((us >> shift) << shift).tolist())
+            self._sum += float(seconds.sum())
+            self._longest = max(self._longest, float(seconds.max()))
 
     def describe(self) -> Iterable[Metric]:
         """The metric without numbers."""
@@ -69,11 +60,18 @@ class Stage(Collector):
         buckets = list(zip(names, counts, strict=True))
         return [HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=total)]
 
-    def exact(self) -> HdrHistogram:
-        """All of them, in nanoseconds, to three digits."""
+    def summary(self, quantiles: Mapping[str, float]) -> dict[str, float]:
+        """How many there were, the longest in milliseconds, and an upper bound of each quantile:
+        the edge of the bucket that it is in. Empty where there were none."""
         self.settle()
-        histogram = HdrHistogram(1_000, _LONGEST_NS, 3)
         with self._lock:
-            for us, times in self._exact.items():
-                histogram.record_value(us * 1000, times)
-        return histogram
+            below, longest = np.cumsum(self._counts), self._longest
+        n = int(below[-1])
+        if not n:
+            return {}
+        edges = [*self._edges, longest]
+        found: dict[str, float] = {"n": n}
+        for name, q in quantiles.items():
+            edge = edges[int(np.searchsorted(below, q * n))]
+            found[name] = round(min(edge, longest) * 1e3, 4)
+        return found | {"max": round(longest * 1e3, 4)}

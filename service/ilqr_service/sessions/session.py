@@ -12,7 +12,7 @@ import numpy as np
 
 from ilqr_service.sessions.arrivals import Arrivals
 from ilqr_service.sessions.clocked import FeederClock
-from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Vector, Work, status_of
+from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Swap, Vector, Work, status_of
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -283,25 +283,23 @@ class Session:
             resumed=resumed,
         )
 
-    def swap(self, facts: ModelFacts) -> Work:
+    def swap(self, facts: ModelFacts) -> Swap:
         """Go on with another model from the next bin on; the work that does it."""
-        before, self.facts = self.facts.model, facts
+        place = self.next_work(self.next_index)
+        self.facts = facts
+        return Swap(**place, to=facts.model)
+
+    def next_work(self, index: int) -> dict[str, Any]:
+        """Whose the next work is and what is its place in the run, which this call takes."""
         self.serial += 1
-        return Work(
-            run=self.run,
-            index=self.next_index,
-            counts=None,
-            mask=None,
-            fresh=False,
-            source_ns=0,
-            received_ns=0,
-            due_ns=0,
-            anytime=False,
-            serial=self.serial - 1,
-            swap=facts.model,
-            watch=self.request.watch_units,
-            model=before,
-        )
+        return {
+            "run": self.run,
+            "index": index,
+            "serial": self.serial - 1,
+            "model": self.facts.model,
+            "slot": self.slot,
+            "watch": self.request.watch_units,
+        }
 
     def closed(self, reason: str) -> messages.Closed:
         return messages.Closed(session=self.name, epoch=self.epoch, bins=self.bins, reason=reason)
@@ -361,7 +359,7 @@ class Session:
             self.solves.add(answer.solve_end_ns - answer.solve_start_ns)
             self._calm(answer, published_ns)
             effects.events[f"status:{status}"] += 1
-        if math.isfinite(answer.bits) and (work.late or not answer.revised):
+        if math.isfinite(answer.bits) and (work.serial == answer.serial or not answer.revised):
             self.bits += answer.bits
             self.spikes += answer.spikes
             effects.spikes += answer.spikes

@@ -41,7 +41,7 @@ from ilqr_service.sessions.clocked import TimeTable
 from ilqr_service.sessions.credits import Credits
 from ilqr_service.sessions.feeders import Feeders, Reaches, Sender
 from ilqr_service.sessions.session import Effects, Limits, Session
-from ilqr_service.work import NO_SOLVE, Answer, ModelFacts, Work
+from ilqr_service.work import NO_SOLVE, Answer, Insert, ModelFacts, Solve, Work
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -269,25 +269,24 @@ class SessionTable:
         budget: int = 0,
     ) -> None:
         """Queue a bin to be solved; without an arrival it is missing."""
-        work = Work(
-            run=session.run,
-            index=index,
-            counts=None if arrival is None else arrival.counts,
-            mask=None if arrival is None else arrival.mask,
-            fresh=not session.started,
-            source_ns=0 if arrival is None else arrival.message.source_ns,
-            clock=None if arrival is None else arrival.message.clock,
-            received_ns=now_ns,
-            due_ns=now_ns + session.deadline_ns,
-            anytime=session.anytime,
-            serial=session.serial,
-            late=late,
-            budget=budget,
-            sheds=session.anytime or session.overrun,
-            watch=session.request.watch_units,
-            model=session.facts.model,
-        )
-        session.serial += 1
+        due_ns = now_ns + session.deadline_ns
+        fields = session.next_work(index)
+        fields |= {"received_ns": now_ns, "due_ns": due_ns}
+        fields["counts"] = None
+        if arrival is not None:
+            fields |= {"counts": arrival.counts, "mask": arrival.mask}
+            fields |= {"source_ns": arrival.message.source_ns, "clock": arrival.message.clock}
+        work: Work
+        if late:
+            work = Insert(**fields)
+        else:
+            work = Solve(
+                **fields,
+                fresh=not session.started,
+                anytime=session.anytime,
+                budget=budget,
+                sheds=session.anytime or session.overrun,
+            )
         session.started = True
         session.waiting += 1
         if arrival is None:

@@ -1,27 +1,36 @@
 """The engine: a model file, its moving-horizon estimator, and the estimator's state of every run.
 
-One thread uses it. ``solve`` takes a list of bins, each of another run, and returns their answers;
-``batch`` says how many it can use at once. A bin that comes late is put into the window and every
-bin from it on is answered again.
+One thread uses it. ``solve`` takes a step of the policy, bins of different runs, and returns their
+answers. A bin that comes late is put into the window and every bin from it on is answered again.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 from msgspec.structs import replace
 
 from ilqr_service import logs
 from ilqr_service.settings import ServiceSettings
+from ilqr_service.solving.policy import Cost
 from ilqr_service.solving.run import Entry, PackedRun, Run, pack_run, unpack_state, unpack_work
-from ilqr_service.solving.stepper import Clock, Cost, Stepped, Stepper
-from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, ModelFacts, Work
+from ilqr_service.solving.stepper import Clock, Stepped, Stepper
+from ilqr_service.work import (
+    FAILED,
+    NO_SOLVE,
+    STOPPED,
+    Answer,
+    Insert,
+    ModelFacts,
+    Solve,
+    Work,
+    budget_of,
+)
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.kernels.backend import device_of
@@ -29,28 +38,10 @@ from ilqr_vae.machine import available_memory
 from ilqr_vae.streaming.horizon import MovingHorizon
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
-_NOBODY = -1
-_ROUND = 16
-_MAX_ROUNDS = 24
-_STEADY = 1.25
-_WARM_S = 20.0
-"""The longest that the steps of a warm-up may take, without the first, which compiles."""
+NOBODY = -1
+"""Runs up to this number are no session's: they warm the engine up."""
 _RUN_SHARE = 0.25
 """Of the memory that is available, what one run may take."""
-
-SHARE = 8
-"""A step takes no more bins than are solved in a bin width divided by this: so long may a bin that
-has just come wait for others."""
-
-
-@dataclass(frozen=True, slots=True)
-class WarmUp:
-    """What warming up took. Times in milliseconds."""
-
-    steps: int
-    seconds: float
-    first_ms: float
-    steady_ms: float
 
 
 def _check_memory(estimator: MovingHorizon, horizon: int) -> None:
@@ -79,6 +70,7 @@ class Engine:
         device: where it computes.
         cost: of a step.
         threads: to share a step among, as set; 0 is all cores.
+        clock: nanoseconds; monotonic.
     """
 
     def __init__(
@@ -104,12 +96,12 @@ class Engine:
         )
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
         self.device = device_of(settings.device)
-        self.cost = Cost()
-        self.threads, self._most = settings.threads, settings.max_sessions
+        self.threads, self.clock = settings.threads, clock
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
         _check_memory(estimator, horizon)
-        self._stepper = Stepper(estimator, self.facts, self._most, clock=clock)
-        self._clock = clock
+        self._stepper = Stepper(estimator, self.facts, settings.max_sessions, clock=clock)
+        most = settings.max_sessions if self._stepper.batches else 1
+        self.cost = Cost(self.facts.bin_width_ns, horizon, most)
         self._runs: dict[int, Run] = {}
 
     @classmethod
@@ -120,26 +112,13 @@ class Engine:
 
     def __len__(self) -> int:
         """Runs whose state is held."""
-        return len(self._runs) - (_NOBODY in self._runs)
-
-    @property
-    def slice_ns(self) -> float:
-        """The longest that one step should take."""
-        return self.facts.bin_width_ns / SHARE
-
-    @property
-    def batch(self) -> int:
-        """How many runs are solved in that time; 1 where each is solved alone."""
-        if not self._stepper.batches:
-            return 1
-        room = (self.slice_ns - self.cost.ns(1)) / (self.cost.ns(2) - self.cost.ns(1))
-        return max(1, min(self._most, 1 + int(room)))
+        return sum(run > NOBODY for run in self._runs)
 
     def forget(self, run: int) -> None:
         """Drop a run's state."""
         self._runs.pop(run, None)
 
-    def window(self, run: int) -> list[Work]:
+    def window(self, run: int) -> list[Solve]:
         """The bins held of a run, oldest first."""
         held = self._runs.get(run)
         return [] if held is None else [e.work for e in held.entries]
@@ -157,7 +136,7 @@ class Engine:
         )
 
     def adopt(
-        self, run: int, works: list[Work], serial: int = -1, watch: UnitWatch | None = None
+        self, run: int, works: list[Solve], serial: int = -1, watch: UnitWatch | None = None
     ) -> None:
         """Begin a run from the bins that another model held of it, and from what was known of its
         units before them."""
@@ -168,23 +147,17 @@ class Engine:
             watch = UnitWatch.fresh(len(self.facts.unit_names))
         self._begin(run, works, watch, serial)
 
-    def _begin(self, run: int, works: list[Work], watch: UnitWatch | None, serial: int) -> None:
+    def _begin(self, run: int, works: list[Solve], watch: UnitWatch | None, serial: int) -> None:
         """Solve bins anew, whatever the clock said then, from the state that every run begins
         with; ``serial`` of the newest work in them."""
         self._runs[run] = Run(self.facts.horizon, self._stepper.fresh, watch)
         model = self.facts.model
         for work in works:
-            again = replace(work, fresh=False, late=False, anytime=False, budget=0, model=model)
-            self._solve([again])
+            again = replace(work, fresh=False, anytime=False, budget=0, model=model)
+            self.solve([again])
         held = self._runs.get(run)
         if held is not None:  # a solve that fails may lose it
             held.serial = serial
-
-    def keep_warm(self) -> None:
-        """A step that nobody sees, on the run that ``warm_up`` uses."""
-        n_units = len(self.facts.unit_names)
-        fresh = _NOBODY not in self._runs
-        self._solve([Work(_NOBODY, 0, np.ones(n_units), None, fresh, 0, 0, 2**62, False)])
 
     def pack(self, run: int) -> PackedRun | None:
         """A run as a snapshot keeps it; None where nothing is held."""
@@ -199,127 +172,45 @@ class Engine:
             logs.warning(
                 "a snapshot with another horizon: its bins are solved anew", run=packed.run
             )
-            works = [unpack_work(one) for one in packed.works]
+            works = [one for one in map(unpack_work, packed.works) if isinstance(one, Solve)]
             self._begin(packed.run, works, watch, packed.serial)
             return
         (row,) = self._stepper.pool.put(state)
         held = Run(self.facts.horizon, row, watch)
         self._runs[packed.run] = held
-        for one in packed.works:
-            # as it was solved then, whatever the clock says now
-            self.solve([replace(unpack_work(one), fresh=False, late=False, anytime=False)])
+        for one in map(unpack_work, packed.works):
+            if isinstance(one, Solve):  # as it was solved then, whatever the clock says now
+                self.solve([replace(one, fresh=False, anytime=False)])
         held.serial = packed.serial
 
-    def warm_up(self) -> WarmUp:
-        """Compile and touch everything: a growing window, a moving one, and bins of all
-        kinds.
+    def solve(self, step: Sequence[Work]) -> list[Answer]:
+        """Answer a step of the policy (see ``policy.steps``): bins of different runs, all of them
+        with a solve or all without, or one late bin.
 
-        Real steps on made-up counts, in rounds, until the typical step is no longer getting faster
-        (or a bound is met). To be called in the thread that will solve.
-
-        Raises:
-            ServiceError: a solve failed, or a window takes too long to fill.
+        Never raises for what a bin or a state holds: a bin whose solve fails is answered with the
+        prediction of the run so far (solver ``FAILED``).
         """
-        torch.set_num_threads(1)  # the kernels have the cores; torch would only be in their way
-        rng = np.random.default_rng(0)
-        n_units = len(self.facts.unit_names)
-        began = self._clock()
-        run, steps, first_ns, best_ns, typical = _NOBODY, 0, 0, 0, 0
-        rates = np.ones(n_units)
-        for round_ in range(_MAX_ROUNDS):
-            spent: list[int] = []
-            for k in range(max(_ROUND, self.facts.horizon + 4)):
-                mask = None if k % 8 else rng.random(n_units) < 0.8
-                work = Work(
-                    run=run,
-                    index=steps,
-                    counts=None if k % 8 == 4 else rng.poisson(rates).astype(np.float64),
-                    mask=mask,
-                    # every other round grows a window afresh
-                    fresh=k == 0 and round_ % 2 == 0,
-                    source_ns=0,
-                    received_ns=0,
-                    due_ns=2**62,
-                    anytime=k % 8 == 6,
-                    budget=NO_SOLVE if k % 8 == 2 else 0,
-                )
-                (answer,) = self.solve([work])
-                if answer.solver == FAILED:
-                    raise ServiceError(
-                        "model", expected="one whose solves succeed", got="a failed solve (see log)"
-                    )
-                rates = np.nan_to_num(answer.rates, nan=1.0).clip(0.0, 10.0)
-                spent.append(answer.solve_end_ns - answer.solve_start_ns)
-                first_ns = first_ns or spent[0]
-                steps += 1
-                if self._clock() - began - first_ns > _WARM_S * 1e9:
-                    break
-            if steps <= self.facts.horizon:
-                raise ServiceError(
-                    "model",
-                    expected=f"a window of {self.facts.horizon} bins that fills in {_WARM_S:g} s",
-                    got=f"{steps} bins",
-                )
-            typical = int(np.median(spent))
-            late = self._clock() - began - first_ns > _WARM_S * 1e9
-            if late or (round_ >= 2 and typical <= _STEADY * best_ns):
-                break
-            best_ns = min(best_ns or typical, typical)
-        self.cost = Cost(0.0, float(max(typical, 1)))
-        bins, many = self._fill()
-        self.cost = Cost.measured(float(typical), many, bins)
-        seconds = (self._clock() - began) / 1e9
-        return WarmUp(steps, seconds, first_ns / 1e6, typical / 1e6)
-
-    def _fill(self) -> tuple[int, float]:
-        """Steps of more and more runs, up to what fits; the last number and what it takes."""
-        size, took = 1, self.cost.ns(1)
-        counts = np.ones(len(self.facts.unit_names))
-        while self._stepper.batches and size < self._most and took < self.slice_ns:
-            size = min(2 * size, self._most)
-            spent: list[int] = []
-            for k in range(5):
-                works = [
-                    Work(_NOBODY - r, k, counts, None, k == 0, 0, 0, 2**62, False)
-                    for r in range(size)
-                ]
-                started = self._clock()
-                self._solve(works)
-                spent.append(self._clock() - started)
-            took = float(np.median(spent))
-        for r in range(size):
-            self.forget(_NOBODY - r)
-        return size, took
-
-    def solve(self, works: list[Work]) -> list[Answer]:
-        """Answer bins of different runs, the late ones last; the others in one step where that
-        changes no bit. Never raises for what a bin or a state holds: a bin whose solve fails is
-        answered with the prediction of the run so far (solver ``FAILED``)."""
         answers: list[Answer] = []
-        size = self._most if self._stepper.batches else 1
-        for shed in (False, True):
-            bins = [w for w in works if not w.late and (w.budget == NO_SOLVE) == shed]
-            for first in range(0, len(bins), size):
-                answers += self._solve(bins[first : first + size], shed)
-        for work in works:
-            if work.late:
+        for work in step:
+            if isinstance(work, Insert):
                 answers += self._insert(work)
-        return answers
+        bins = [work for work in step if isinstance(work, Solve)]
+        return answers + (self._solve(bins, bins[0].budget == NO_SOLVE) if bins else [])
 
-    def _solve(self, works: list[Work], shed: bool = False) -> list[Answer]:
-        started = self._clock()
+    def _solve(self, works: list[Solve], shed: bool) -> list[Answer]:
+        started = self.clock()
         # Where a state was lost to a failure, the run starts again.
         runs = [self._run_of(work) for work in works]
         step = self._stepper.pass_by if shed else self._stepper.step
         try:
             stepped = step([run.state for run in runs], works, [run.watch for run in runs])
         except Exception:
-            if len(works) > 1:  # whichever it was, the others are not to know
+            if len(works) > 1:  # retry one by one, so that one bad run does not fail the step
                 return [answer for work in works for answer in self._solve([work], shed)]
             logs.exception("a solve failed", run=works[0].run, index=works[0].index)
             return [self._predict(works[0], runs[0], FAILED, started)]
-        if works[0].run > _NOBODY and not shed:
-            self.cost.learn(len(works), self._clock() - started)
+        if works[0].run > NOBODY and not shed:
+            self.cost.learn(len(works), self.clock() - started)
         return [
             self._keep(run, work, one)
             if one.sound
@@ -327,7 +218,7 @@ class Engine:
             for run, work, one in zip(runs, works, stepped, strict=True)
         ]
 
-    def _run_of(self, work: Work) -> Run:
+    def _run_of(self, work: Solve) -> Run:
         held = None if work.fresh else self._runs.get(work.run)
         if held is not None:
             return held
@@ -335,7 +226,7 @@ class Engine:
         watch = UnitWatch.fresh(len(self.facts.unit_names)) if work.watch else None
         return Run(self.facts.horizon, self._stepper.fresh, watch)
 
-    def _keep(self, held: Run, work: Work, stepped: Stepped) -> Answer:
+    def _keep(self, held: Run, work: Solve, stepped: Stepped) -> Answer:
         """Put a solved bin into its run and answer it."""
         answer = stepped.answer
         before, watch = held.watch, held.watch
@@ -346,15 +237,14 @@ class Engine:
                 answer, flags=watch.changes(before, names), flagged=watch.flagged(names)
             )
         kept = work
-        if work.late or work.budget or answer.solver == STOPPED:
-            budget = {STOPPED: answer.iterations, SHED: NO_SOLVE}.get(answer.solver, 0)
-            kept = replace(work, budget=budget, late=False)
+        if work.budget or answer.solver == STOPPED:
+            kept = replace(work, budget=budget_of(answer))
         held.add(Entry(kept, held.state, before), stepped.after, watch)
         held.serial = max(held.serial, work.serial)
         self._runs[work.run] = held
         return answer
 
-    def _insert(self, work: Work) -> list[Answer]:
+    def _insert(self, work: Insert) -> list[Answer]:
         """Put a late bin in its place; all answers from there on, or one that is void."""
         held = self._runs.get(work.run)
         place = None if held is None else held.place(work.index)
@@ -362,7 +252,8 @@ class Engine:
             entries = list(held.entries)
             again = Run(held.size, entries[place].before, entries[place].watch, held.serial)
             again.entries.extend(entries[:place])
-            works = [replace(work, fresh=entries[place].work.fresh, anytime=False)]
+            fields = {name: getattr(work, name) for name in Insert.__struct_fields__}
+            works = [Solve(**fields, fresh=entries[place].work.fresh)]
             works += [replace(e.work, budget=0, anytime=False) for e in entries[place + 1 :]]
             answers: list[Answer] = []
             try:
@@ -392,10 +283,10 @@ class Engine:
                 return answers
             self._runs[work.run] = held
             held.serial = work.serial
-        now = self._clock()
+        now = self.clock()
         return [replace(self._nothing(work, FAILED, now), void=True, revised=True)]
 
-    def _predict(self, work: Work, held: Run, solver: str, started: int) -> Answer:
+    def _predict(self, work: Solve, held: Run, solver: str, started: int) -> Answer:
         """The bin as if it had not come; all NaN, and the run starts again, where not even that
         can be had."""
         blind = replace(work, counts=None, mask=None, anytime=False, budget=0)
@@ -409,7 +300,7 @@ class Engine:
         self.forget(work.run)
         return self._nothing(work, solver, started)
 
-    def _nothing(self, work: Work, solver: str, started: int) -> Answer:
+    def _nothing(self, work: Solve | Insert, solver: str, started: int) -> Answer:
         n, d = self.facts.latents, len(self.facts.kinematic_names)
         return Answer(
             work=work,
@@ -423,7 +314,7 @@ class Engine:
             iterations=0,
             solver=solver,
             solve_start_ns=started,
-            solve_end_ns=self._clock(),
+            solve_end_ns=self.clock(),
             model=self.facts.model,
             serial=work.serial,
         )

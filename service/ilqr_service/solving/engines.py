@@ -7,21 +7,18 @@ a shadow may run, which solves the same bins after their answers are out; both s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from ilqr_service import logs
-from ilqr_service.solving.engine import Engine, WarmUp
+from ilqr_service.solving.engine import Engine
+from ilqr_service.solving.policy import CATCH_UP, Cost, steps
 from ilqr_service.solving.run import PackedRun
-from ilqr_service.work import NO_SOLVE, Answer, Work
+from ilqr_service.solving.warm_up import WarmUp, keep_warm, warm_up
+from ilqr_service.work import Answer, Solve, Swap, Work
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.machine import cores
-
-CATCH_UP = 4
-BACKLOG = 2
-"""Where the most urgent bin has waited for so many of the longest steps, others are behind it."""
 
 
 @dataclass(slots=True)
@@ -53,54 +50,22 @@ class Shadow:
     runs: set[int] = field(default_factory=set[int])
 
 
-class Quota:
-    """Says which bins still fit into the next solve: a step's longest time, and half of what is
-    left until the first of them is due. Where the most urgent is overdue, a step may take
-    ``CATCH_UP`` times as long: many at once are solved in less time each. For the same reason a bin
-    that has waited long (``BACKLOG``) does not shorten the step: in steps that get shorter the
-    nearer bins are to their due times, a backlog once there would never be worked off.
-
-    Args:
-        fleet: whose bins.
-        now_ns: the time.
-    """
-
-    def __init__(self, fleet: Fleet, now_ns: int) -> None:
-        self._fleet, self._now = fleet, now_ns
-        self._longest = 0.0
-        self._left = float("inf")
-        self._spent = 0.0
-        self._bins: dict[str, int] = {}
-
-    def __call__(self, work: Work) -> bool:
-        engine = self._fleet.engine(work.model)
-        overdue = work.due_ns <= self._now and not work.swap
-        if not self._longest:
-            self._longest = engine.slice_ns * (CATCH_UP if overdue else 1)
-        waited = self._now - work.received_ns
-        if not overdue and work.due_ns and waited < BACKLOG * engine.slice_ns:
-            self._left = min(self._left, work.due_ns - self._now)
-        if work.late or work.swap:
-            self._spent += engine.facts.horizon * engine.cost.ns(1)
-        else:
-            bins = self._bins.get(work.model, 0)
-            self._bins[work.model] = bins + 1
-            self._spent += engine.cost.ns(bins + 1) - engine.cost.ns(bins)
-        return self._spent <= min(self._longest, self._left / 2)
-
-
-class Fleet:
+class Engines:
     """Engines by model id.
 
     Args:
         engine: the first one, also for works that name none.
+
+    Attributes:
+        engines: by model id.
+        shadows: by slot.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.first = engine
         self.engines: dict[str, Engine] = {engine.facts.model: engine}
         self.shadows: dict[str, Shadow] = {}
-        self._pending: list[tuple[Work, Answer]] = []
+        self._pending: list[tuple[Solve, Answer]] = []
 
     def __len__(self) -> int:
         """Runs whose state is held."""
@@ -109,23 +74,19 @@ class Fleet:
     @property
     def batch(self) -> int:
         """The most bins to solve at once."""
-        return CATCH_UP * max(engine.batch for engine in list(self.engines.values()))
+        return CATCH_UP * max(engine.cost.batch for engine in list(self.engines.values()))
+
+    def cost(self, model: str) -> Cost:
+        """What steps of a model take."""
+        return self.engine(model).cost
 
     def engine(self, model: str) -> Engine:
         return self.engines[model] if model else self.first
 
-    def spacing_ns(self, work: Work) -> int:
-        """The bin width of the model a work is for."""
-        return self.engine(work.model).facts.bin_width_ns
-
-    def ready(self, now_ns: int) -> Callable[[Work], float]:
-        """When a bin would be solved if it were next."""
-        return lambda work: now_ns + self.engine(work.model).cost.ns(1)
-
     def warm_up(self) -> list[WarmUp]:
         """Warm every engine, in the thread that will solve. Raises ServiceError: a solve failed."""
         threads.use(self.first.threads or cores())
-        return [engine.warm_up() for engine in self.engines.values()]
+        return [warm_up(engine) for engine in self.engines.values()]
 
     def forget(self, run: int) -> None:
         for engine in list(self.engines.values()):
@@ -134,70 +95,56 @@ class Fleet:
             shadow.engine.forget(run)
             shadow.runs.discard(run)
 
-    def parts(self, works: list[Work]) -> list[list[Work]]:
-        """Bins of different runs as the calls of ``solve`` that answer soonest: the bins of each
-        model together, then one by one what takes a window, or cannot be solved together."""
-        together: dict[tuple[str, bool], list[Work]] = {}
-        alone: list[list[Work]] = []
-        single = {m: self.engine(m).batch == 1 for m in {work.model for work in works}}
-        for work in works:
-            if work.late or work.swap or single[work.model]:
-                alone.append([work])
-            else:
-                shed = work.budget == NO_SOLVE
-                together.setdefault((work.model, shed), []).append(work)
-        return [*together.values(), *alone]
-
-    def solve(self, works: list[Work]) -> list[Answer]:
-        """Answers to bins of different runs; a swap has none. See ``Engine.solve``."""
-        answers: list[Answer] = []
-        for part in self.parts(works):
-            first = part[0]
-            engine = self.engine(first.model)
-            if first.swap:
-                self._swap(engine, first)
-                continue
-            got = engine.solve(part)
-            answers += got
-            if first.model in self.shadows and not first.late:
-                self._pending += zip(part, got, strict=True)
+    def solve(self, step: list[Work]) -> list[Answer]:
+        """Answers to a step of the policy; a swap has none. See ``Engine.solve``."""
+        first = step[0]
+        engine = self.engine(first.model)
+        if isinstance(first, Swap):
+            other = self.engines[first.to]
+            window, watch = engine.window(first.run), engine.watched(first.run)
+            other.adopt(first.run, window, first.serial, watch)
+            if other is not engine:
+                engine.forget(first.run)
+            return []
+        answers = engine.solve(step)
+        for work, answer in zip(step, answers, strict=False):
+            if isinstance(work, Solve) and work.slot in self.shadows:
+                self._pending.append((work, answer))
         return answers
-
-    def _swap(self, engine: Engine, work: Work) -> None:
-        other = self.engines[work.swap]
-        other.adopt(work.run, engine.window(work.run), work.serial, engine.watched(work.run))
-        if other is not engine:
-            engine.forget(work.run)
 
     def between(self) -> None:
         """What may wait until answers are out: the shadows."""
         pending, self._pending = self._pending, []
-        by_model: dict[str, list[tuple[Work, Answer]]] = {}
+        by_slot: dict[str, dict[int, tuple[Solve, Answer]]] = {}
         for work, answer in pending:
-            by_model.setdefault(work.model, []).append((work, answer))
-        for model, answered in by_model.items():
-            shadow = self.shadows.get(model)
+            by_slot.setdefault(work.slot, {})[work.run] = (work, answer)
+        for slot, answered in by_slot.items():
+            shadow = self.shadows.get(slot)
             if shadow is None:
                 continue
             engine = shadow.engine
+            works: list[Work] = [replace(work, anytime=False) for work, _ in answered.values()]
             try:
-                for work, _ in answered:
+                for work, _ in answered.values():
                     if not work.fresh and work.run not in shadow.runs:
-                        engine.adopt(work.run, self.engine(model).window(work.run)[:-1])
+                        engine.adopt(work.run, self.engine(work.model).window(work.run)[:-1])
                     shadow.runs.add(work.run)
-                own = engine.solve([replace(work, anytime=False) for work, _ in answered])
+                own: list[Answer] = []
+                for step in steps(works, lambda _, cost=engine.cost: cost):
+                    own += engine.solve(step)
             except Exception:
                 logs.exception("the shadow broke and is dropped", model=engine.facts.model)
-                self.shadows.pop(model, None)
+                self.shadows.pop(slot, None)
                 continue
-            for mine, (work, answer) in zip(own, answered, strict=True):
+            for mine in own:
+                work, answer = answered[mine.work.run]
                 if not work.missing:
                     shadow.own.add(mine)
                     shadow.other.add(answer)
 
     def pack(self, work: Work) -> PackedRun | None:
         """A snapshot of the run that ``work`` is of."""
-        return self.engine(work.swap or work.model).pack(work.run)
+        return self.engine(work.to if isinstance(work, Swap) else work.model).pack(work.run)
 
     def restore(self, packed: PackedRun) -> None:
         """Take up a run from a snapshot. Raises ProtocolError: bytes that do not fit."""
@@ -206,4 +153,4 @@ class Fleet:
     def keep_warm(self) -> None:
         """One step that nobody sees, so that caches and clocks are not cold for the next bin."""
         for engine in list(self.engines.values()):
-            engine.keep_warm()
+            keep_warm(engine)

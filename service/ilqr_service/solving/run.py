@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
 from ilqr_service.solving.pool import Pool, Row
-from ilqr_service.work import Work
+from ilqr_service.work import Insert, Solve, Swap, Work
 from ilqr_vae.protocol import messages
 from ilqr_vae.streaming.state import HorizonState
 from ilqr_vae.streaming.unit_watch import UnitWatch
@@ -33,7 +34,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         watch: the units' state before it, None where they are not watched.
     """
 
-    work: Work
+    work: Solve
     before: Row
     watch: UnitWatch | None
 
@@ -85,47 +86,49 @@ class PackedWork(msgspec.Struct, frozen=True, array_like=True):
 
 
 def pack_work(work: Work) -> PackedWork:
+    bin_ = work if isinstance(work, Solve | Insert) else None
+    solve = work if isinstance(work, Solve) else None
+    counts, mask = (bin_.counts, bin_.mask) if bin_ else (None, None)
     return PackedWork(
         run=work.run,
         serial=work.serial,
         index=work.index,
-        counts=None if work.counts is None else messages.pack(work.counts, "<u4"),
-        mask=None if work.mask is None else messages.pack(work.mask, "u1"),
-        fresh=work.fresh,
-        late=work.late,
-        anytime=work.anytime,
+        counts=None if counts is None else messages.pack(counts, "<u4"),
+        mask=None if mask is None else messages.pack(mask, "u1"),
+        fresh=solve is not None and solve.fresh,
+        late=isinstance(work, Insert),
+        anytime=solve is not None and solve.anytime,
         watch=work.watch,
-        source_ns=work.source_ns,
+        source_ns=bin_.source_ns if bin_ else 0,
         received_ns=work.received_ns,
         due_ns=work.due_ns,
-        budget=work.budget,
-        swap=work.swap,
+        budget=solve.budget if solve else 0,
+        swap=work.to if isinstance(work, Swap) else "",
         model=work.model,
-        clock=work.clock,
+        clock=bin_.clock if bin_ else None,
     )
 
 
-def unpack_work(packed: PackedWork) -> Work:
+def unpack_work(packed: PackedWork, slot: str = "") -> Work:
     """Raises ProtocolError where an array's bytes do not fit its shape."""
+    queued: dict[str, Any] = {
+        name: getattr(packed, name)
+        for name in ("run", "index", "serial", "received_ns", "due_ns", "model", "watch")
+    }
+    queued["slot"] = slot
+    if packed.swap:
+        return Swap(**queued, to=packed.swap)
     counts, mask = packed.counts, packed.mask
-    return Work(
-        run=packed.run,
-        index=packed.index,
-        counts=None if counts is None else messages.unpack(counts, "counts").astype(np.float64),
-        mask=None if mask is None else messages.unpack(mask, "mask").astype(bool),
-        fresh=packed.fresh,
-        source_ns=packed.source_ns,
-        received_ns=packed.received_ns,
-        due_ns=packed.due_ns,
-        anytime=packed.anytime,
-        serial=packed.serial,
-        late=packed.late,
-        budget=packed.budget,
-        swap=packed.swap,
-        watch=packed.watch,
-        model=packed.model,
-        clock=packed.clock,
-    )
+    arrived: dict[str, Any] = {
+        "counts": None if counts is None else messages.unpack(counts, "counts").astype(np.float64),
+        "mask": None if mask is None else messages.unpack(mask, "mask").astype(bool),
+        "source_ns": packed.source_ns,
+        "clock": packed.clock,
+    }
+    if packed.late:
+        return Insert(**queued, **arrived)
+    how = {name: getattr(packed, name) for name in ("fresh", "anytime", "budget")}
+    return Solve(**queued, **arrived, **how)
 
 
 class PackedRun(msgspec.Struct, frozen=True, array_like=True):

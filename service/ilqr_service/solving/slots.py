@@ -18,7 +18,8 @@ from ilqr_service.sessions.session import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
-from ilqr_service.solving.engines import Fleet, Score, Shadow
+from ilqr_service.solving.engines import Engines, Score, Shadow
+from ilqr_service.solving.warm_up import warm_up
 from ilqr_service.work import ModelFacts
 from ilqr_vae.errors import IlqrVaeError, ProtocolError
 from ilqr_vae.protocol import messages
@@ -84,8 +85,8 @@ class Slots:
     """The slots of a service. Used by the I/O thread alone.
 
     Args:
-        engines: by slot; the first is for sessions that name none.
-        fleet, table: to keep in step.
+        slots: the first engine of each; the first slot is for sessions that name none.
+        engines, table: to keep in step.
         settings: of every engine.
         folder: what ``Load`` may read from.
         clock: seconds, monotonic.
@@ -93,15 +94,15 @@ class Slots:
 
     def __init__(
         self,
-        engines: dict[str, Engine],
-        fleet: Fleet,
+        slots: dict[str, Engine],
+        engines: Engines,
         table: SessionTable,
         settings: ServiceSettings,
         folder: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.slots = {name: Slot(engine) for name, engine in engines.items()}
-        self._fleet, self._table = fleet, table
+        self.slots = {name: Slot(engine) for name, engine in slots.items()}
+        self._engines, self._table = engines, table
         self._settings, self._folder = settings, folder.resolve()
         self._clock = clock
         self._loaders: set[threading.Thread] = set()
@@ -117,7 +118,7 @@ class Slots:
         """Every model of every slot."""
         infos: list[messages.ModelInfo] = []
         for name, slot in self.slots.items():
-            shadow = self._fleet.shadows.get(slot.serving.facts.model)
+            shadow = self._engines.shadows.get(name)
             own, other = (shadow.own, shadow.other) if shadow else (Score(), Score())
 
             def info(model: str, role: str, score: Score, name: str = name) -> messages.ModelInfo:
@@ -168,7 +169,7 @@ class Slots:
         try:
             engine = Engine.load(loading.path, self._settings)
             _fits(engine, facts)
-            engine.warm_up()
+            warm_up(engine)
             loading.engine = engine
         except IlqrVaeError as error:
             loading.error = error
@@ -193,7 +194,7 @@ class Slots:
             slot.loading = None
             if engine is not None:
                 # meanwhile it may have come to be served here, or be in use in another slot
-                engine = self._fleet.engines.get(engine.facts.model, engine)
+                engine = self._engines.engines.get(engine.facts.model, engine)
                 try:
                     _other(engine, slot.serving.facts)
                 except ProtocolError as same:
@@ -209,9 +210,9 @@ class Slots:
                 continue
             self._add(engine)
             if done.message.shadow:
-                self._stop_shadow(slot)
+                self._stop_shadow(name, slot)
                 slot.shadow = engine
-                self._fleet.shadows[slot.serving.facts.model] = Shadow(engine)
+                self._engines.shadows[name] = Shadow(engine)
             else:
                 self._serve(name, slot, engine, effects)
             effects.replies.append((done.owner, self.list()))
@@ -232,7 +233,7 @@ class Slots:
         name, slot = self._slot(message.slot)
         effects = Effects()
         if slot.shadow is not None:
-            self._stop_shadow(slot)
+            self._stop_shadow(name, slot)
         elif slot.before is not None:
             self._serve(name, slot, slot.before, effects)
         else:
@@ -241,7 +242,7 @@ class Slots:
         return effects
 
     def _add(self, engine: Engine) -> None:
-        engines = self._fleet.engines
+        engines = self._engines.engines
         engines[engine.facts.model] = engine
         used = {
             e.facts.model for s in self.slots.values() for e in (s.serving, s.shadow, s.before) if e
@@ -251,12 +252,12 @@ class Slots:
             if len(engines[model]) == 0:
                 del engines[model]
 
-    def _stop_shadow(self, slot: Slot) -> None:
-        self._fleet.shadows.pop(slot.serving.facts.model, None)
+    def _stop_shadow(self, name: str, slot: Slot) -> None:
+        self._engines.shadows.pop(name, None)
         slot.shadow = None
 
     def _serve(self, name: str, slot: Slot, engine: Engine, effects: Effects) -> None:
-        self._stop_shadow(slot)
+        self._stop_shadow(name, slot)
         slot.before, slot.serving = slot.serving, engine
         swapped = self._table.swap(name, engine.facts)
         effects.work += swapped.work

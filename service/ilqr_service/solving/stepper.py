@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_service.solving.pool import Pool, Row
-from ilqr_service.work import SHED, Answer, ModelFacts, Work
+from ilqr_service.work import SHED, Answer, ModelFacts, Solve
 from ilqr_vae.inference import ilqr
 from ilqr_vae.inference.compiled import Array
 from ilqr_vae.inference.problem import Status
@@ -43,35 +43,6 @@ class Stepped(Struct, frozen=True, gc=False):
     after: Row
     answer: Answer
     sound: bool
-
-
-class Cost:
-    """What a step of so many bins takes: a start, and so much a bin.
-
-    What was measured once while warming up is scaled by what steps take since.
-
-    Attributes:
-        start, each: nanoseconds.
-    """
-
-    def __init__(self, start: float = 0.0, each: float = 1e6) -> None:
-        self.start, self.each = start, each
-        self._scale = 1.0
-
-    def ns(self, bins: int) -> float:
-        """Of a step of ``bins``; 0 for none."""
-        return self._scale * (self.start + self.each * bins) if bins else 0.0
-
-    def learn(self, bins: int, ns: float) -> None:
-        """Follow what a step took."""
-        ratio = ns / (self.start + self.each * bins)
-        self._scale += (min(max(ratio, 0.25), 4.0) - self._scale) / 16
-
-    @staticmethod
-    def measured(one: float, many: float, bins: int) -> Cost:
-        """From what a step of one bin and a step of ``bins`` take."""
-        each = max((many - one) / (bins - 1), many / bins / 16, 1.0) if bins > 1 else max(one, 1.0)
-        return Cost(max(one - each, 0.0), each)
 
 
 # what the answers are made of, in the order of the compiled step
@@ -126,13 +97,13 @@ class Stepper:
         return self.separate or self._device.type == "cuda"
 
     def step(
-        self, states: Sequence[Row], works: Sequence[Work], watches: Sequence[UnitWatch | None]
+        self, states: Sequence[Row], works: Sequence[Solve], watches: Sequence[UnitWatch | None]
     ) -> list[Stepped]:
         """One bin of each run.
 
         Args:
             states: before the bins.
-            works: the bins, each of another run; none is late or a swap.
+            works: the bins, each of another run.
             watches: the units' states; what they mask is not used.
 
         Raises:
@@ -167,7 +138,7 @@ class Stepper:
         return given[0].to(self._device), given[1].to(self._device)
 
     def pass_by(
-        self, states: Sequence[Row], works: Sequence[Work], watches: Sequence[UnitWatch | None]
+        self, states: Sequence[Row], works: Sequence[Solve], watches: Sequence[UnitWatch | None]
     ) -> list[Stepped]:
         """One bin of each run without a solve: the answers are predictions, their uncertainty not
         known, their bits not counted. As ``step`` otherwise."""
@@ -186,7 +157,7 @@ class Stepper:
         ]
 
     def _given(
-        self, works: Sequence[Work], watches: Sequence[UnitWatch | None]
+        self, works: Sequence[Solve], watches: Sequence[UnitWatch | None]
     ) -> tuple[Array, Array]:
         """Counts and mask (S, N) of bins."""
         shape = (len(works), len(self._facts.unit_names))
@@ -202,7 +173,7 @@ class Stepper:
                 mask[i, watch.masked] = 0
         return counts, mask
 
-    def _stop(self, works: Sequence[Work], started: int) -> Callable[[], NDArray[np.bool_]] | None:
+    def _stop(self, works: Sequence[Solve], started: int) -> Callable[[], NDArray[np.bool_]] | None:
         """Which solves to end early, asked before every iteration after the first."""
         timed_too = self._device.type != "cuda"  # there one launch is all iterations
         for work in works:
@@ -225,7 +196,7 @@ class Stepper:
         return stop
 
     def _answers(
-        self, works: Sequence[Work], estimate: tuple[Array, ...], started: int
+        self, works: Sequence[Solve], estimate: tuple[Array, ...], started: int
     ) -> tuple[list[Answer], list[bool]]:
         """The answers, and which are sound; ``estimate`` in the order of ``_ESTIMATE``."""
         window, z_cov, *rest = estimate

@@ -1,10 +1,9 @@
 """The solver thread: takes the most urgent bins, solves them, hands the answers back.
 
-Bins of different runs that wait are solved together, as many as fit (``Quota``); where only one
-waits it is solved alone. The I/O thread calls ``submit``, ``forget`` and ``finished``; answers wait
-in a deque, and the I/O thread is woken. Between a bin's arrival and its
-solve there is one lock held for microseconds, and the choice of the next bins is made when the
-engine is free for them.
+The policy says which those are and which are solved together. The I/O thread calls ``submit``,
+``forget`` and ``finished``; answers wait in a deque, and the I/O thread is woken. Between a bin's
+arrival and its solve there is one lock held for microseconds, and the choice of the next bins is
+made when the engine is free for them.
 """
 
 from __future__ import annotations
@@ -15,21 +14,18 @@ from collections import deque
 from collections.abc import Callable
 
 from ilqr_service import logs
-from ilqr_service.solving.engines import Fleet, Quota
+from ilqr_service.solving.engines import Engines
+from ilqr_service.solving.policy import Policy
 from ilqr_service.solving.run import PackedRun, Resumed
-from ilqr_service.solving.scheduler import Scheduler
-from ilqr_service.work import Answer, Work
+from ilqr_service.work import Answer, Swap, Work
 from ilqr_vae.errors import IlqrVaeError
-
-_SHED_AT_ONCE = 128
-"""Bins that go without a solve between two solves."""
 
 
 class SolverThread:
     """Runs an engine in a thread of its own.
 
     Args:
-        fleet: its engines are used by this thread alone once started.
+        engines: used by this thread alone once started.
         wake: wakes the I/O thread.
         resume: runs to take up before the first bin.
         snapshot_every: works of a run from one snapshot to the next; 0 is none.
@@ -43,7 +39,7 @@ class SolverThread:
 
     def __init__(
         self,
-        fleet: Fleet,
+        engines: Engines,
         wake: Callable[[], None],
         *,
         resume: list[Resumed] | None = None,
@@ -53,16 +49,16 @@ class SolverThread:
     ) -> None:
         self.ready = threading.Event()
         self.failure: BaseException | None = None
-        self._fleet = fleet
+        self._engines = engines
         self._wake = wake
         self._resume = resume or []
         self._snapshot_every = snapshot_every
         self._keep_warm_s = keep_warm_s
         self._prepare = prepare
         self._since: dict[int, int] = {}
-        self._scheduler = Scheduler(fleet.first.facts.bin_width_ns)
+        self._policy = Policy(engines.cost)
         self._forgotten: list[int] = []
-        self._stopping = self._told = False
+        self._stopping = self._woken = False
         self._changed = threading.Condition()
         self._answers: deque[Answer | PackedRun] = deque()
         self._thread = threading.Thread(target=self._run, name="solver", daemon=True)
@@ -74,19 +70,19 @@ class SolverThread:
         """Queue bins."""
         with self._changed:
             for work in works:
-                self._scheduler.push(work, self._fleet.spacing_ns(work))
+                self._policy.push(work)
             self._changed.notify()
 
     def overran(self, run: int) -> None:
         """What is queued of a run may be shed."""
         with self._changed:
-            self._scheduler.overran(run)
+            self._policy.overran(run)
 
     def forget(self, run: int) -> int:
         """Drop a run's queue and state; returns how many queued bins were dropped. A bin of it that
         is being solved is still answered."""
         with self._changed:
-            dropped = self._scheduler.forget(run)
+            dropped = self._policy.forget(run)
             self._forgotten.append(run)
             self._changed.notify()
         return dropped
@@ -94,7 +90,7 @@ class SolverThread:
     def finished(self) -> deque[Answer | PackedRun]:
         """The answers and snapshots not yet taken; the caller pops them from the left. What comes
         from here on wakes the I/O thread again."""
-        self._told = False
+        self._woken = False
         return self._answers
 
     def stop(self) -> None:
@@ -105,26 +101,22 @@ class SolverThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _next(self) -> tuple[list[int], list[list[Work]]] | None:
-        """Runs to forget, and rounds of bins of different runs; None is the end."""
+    def _next(self) -> tuple[list[int], list[list[list[Work]]]] | None:
+        """Runs to forget, and rounds of steps (see ``Policy.next``); None is the end."""
         with self._changed:
-            while not (self._stopping or self._forgotten or len(self._scheduler)):
+            while not (self._stopping or self._forgotten or len(self._policy)):
                 if not self._changed.wait(self._keep_warm_s or None):
                     return [], []
             if self._stopping:
                 return None
             forgotten, self._forgotten = self._forgotten, []
-            now = time.monotonic_ns()
-            ready = self._fleet.ready(now)
-            rounds = self._scheduler.shed(ready, _SHED_AT_ONCE)
-            rounds.append(self._scheduler.take(self._fleet.batch, Quota(self._fleet, now)))
-            return forgotten, rounds
+            return forgotten, self._policy.next(time.monotonic_ns(), self._engines.batch)
 
     def _run(self) -> None:
         try:
             if self._prepare is not None:
                 self._prepare()
-            for warm in self._fleet.warm_up():
+            for warm in self._engines.warm_up():
                 logs.info(
                     "warm",
                     steps=warm.steps,
@@ -135,32 +127,33 @@ class SolverThread:
             for resumed in self._resume:
                 self._take_up(resumed)
             self.ready.set()
-            self._tell()
+            self._wake_io()
             while (task := self._next()) is not None:
                 forgotten, rounds = task
                 for run in forgotten:
-                    self._fleet.forget(run)
+                    self._engines.forget(run)
                     self._since.pop(run, None)
-                for works in rounds:
-                    for part in self._fleet.parts(works):
-                        self._answers.extend(self._fleet.solve(part))
-                        self._tell()
-                    self._fleet.between()
-                    self._snapshots(works)
+                for steps in rounds:
+                    for step in steps:
+                        self._answers.extend(self._engines.solve(step))
+                        self._wake_io()
+                    self._engines.between()
+                    for step in steps:
+                        self._snapshots(step)
                 if not (forgotten or rounds):
-                    self._fleet.keep_warm()
+                    self._engines.keep_warm()
         except BaseException as error:
             self.failure = error
             if not isinstance(error, IlqrVaeError):  # else the caller has one line for it
                 logs.exception("the solver thread ended")
-            self._tell()
+            self._wake_io()
 
     def _take_up(self, resumed: Resumed) -> None:
         """Solve again what a snapshot does not hold; answer what was not answered."""
         if resumed.packed is not None:
-            self._fleet.restore(resumed.packed)
+            self._engines.restore(resumed.packed)
         for work in resumed.works:
-            answers = self._fleet.solve([work])
+            answers = self._engines.solve([work])
             if work.serial > resumed.answered:
                 self._answers.extend(answers)
 
@@ -170,14 +163,14 @@ class SolverThread:
         for work in works:
             since = self._since[work.run] = self._since.get(work.run, 0) + 1
             # from a swap on the run needs the new model alone
-            if work.swap or since >= self._snapshot_every:
+            if isinstance(work, Swap) or since >= self._snapshot_every:
                 self._since[work.run] = 0
-                packed = self._fleet.pack(work)
+                packed = self._engines.pack(work)
                 if packed is not None:
                     self._answers.append(packed)
 
-    def _tell(self) -> None:
-        # Told already, the I/O thread has yet to look.
-        if not self._told:
-            self._told = True
+    def _wake_io(self) -> None:
+        # Woken already, the I/O thread has yet to look.
+        if not self._woken:
+            self._woken = True
             self._wake()

@@ -1,0 +1,254 @@
+"""Which bins are solved next, together with which, and which are not solved at all.
+
+Earliest due first, one reserved bin width apart within a session. A session pays for its speed
+itself. Its queued bins rank as if each were due at least one bin width after the one before (a
+constant-bandwidth server), so a stream fed in real time ranks by its plain due times, and a replay
+at full speed, or the catching up after a gap, takes only what the streams in real time leave over.
+When nothing of a session is queued its rank starts again from its due time. Within a session bins
+keep their order.
+
+Bins of different sessions that wait are solved together, as many as fit into a step: an eighth of
+the bin width, and half of what is left until the first of them is due. Where the most urgent is
+overdue a step may take ``CATCH_UP`` times as long: many at once are solved in less time each. For
+the same reason a bin that has waited long (``BACKLOG``) does not shorten the step: in steps that
+get shorter the nearer bins are to their due times, a backlog would never be worked off.
+
+What cannot be kept up with is shed: where the next bin of a session that sheds would be late while
+newer ones wait, all but the newest go without a solve. So its solves go to bins that can still be
+in time, and it is with its newest bin again at once.
+
+Pure: no clock, no threads, no sockets.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from ilqr_service.work import NO_SOLVE, Solve, Swap, Work
+
+SHARE = 8
+"""A step takes no more bins than are solved in a bin width divided by this: so long may a bin that
+has just come wait for others."""
+CATCH_UP = 4
+BACKLOG = 2
+"""Steps of the longest kind that a bin has waited for when it is part of a backlog."""
+SHED_AT_ONCE = 128
+"""Bins that go without a solve between two solves."""
+
+
+class Cost:
+    """What the policy knows of a model: what steps of it take.
+
+    A step takes a start, and so much a bin. What was measured once while warming up is scaled by
+    what steps take since.
+
+    Args:
+        bin_ns: bin width.
+        horizon: bins in a window, all of which a late bin may have solved again.
+        most: bins in one step at most; 1 where each is solved alone.
+        start, each: nanoseconds.
+    """
+
+    def __init__(
+        self, bin_ns: int, horizon: int, most: int, start: float = 0.0, each: float = 1e6
+    ) -> None:
+        self.bin_ns, self.horizon, self.most = bin_ns, horizon, most
+        self.start, self.each = start, each
+        self._scale = 1.0
+
+    def ns(self, bins: int) -> float:
+        """Of a step of ``bins``; 0 for none."""
+        return self._scale * (self.start + self.each * bins) if bins else 0.0
+
+    @property
+    def slice_ns(self) -> float:
+        """The longest that one step should take."""
+        return self.bin_ns / SHARE
+
+    @property
+    def batch(self) -> int:
+        """How many bins are solved in that time."""
+        if self.most == 1:
+            return 1
+        more = (self.slice_ns - self.ns(1)) / (self.ns(2) - self.ns(1))
+        return max(1, min(self.most, 1 + int(more)))
+
+    def learn(self, bins: int, ns: float) -> None:
+        """Follow what a step took."""
+        ratio = ns / (self.start + self.each * bins)
+        self._scale += (min(max(ratio, 0.25), 4.0) - self._scale) / 16
+
+    def measured(self, one: float, many: float, bins: int) -> None:
+        """Begin anew from what a step of one bin and a step of ``bins`` take."""
+        each = max((many - one) / (bins - 1), many / bins / 16, 1.0) if bins > 1 else max(one, 1.0)
+        self.start, self.each, self._scale = max(one - each, 0.0), each, 1.0
+
+
+Costs = Callable[[str], Cost]
+"""By a model's id; "" is the first model."""
+
+
+def steps(works: list[Work], costs: Costs) -> list[list[Work]]:
+    """Works of different runs as the steps that answer soonest: the bins of each model together,
+    those without a solve apart, then one by one what takes a window or cannot share a step."""
+    together: dict[tuple[str, bool], list[list[Work]]] = {}
+    alone: list[list[Work]] = []
+    for work in works:
+        cost = costs(work.model)
+        if not isinstance(work, Solve) or cost.batch == 1:
+            alone.append([work])
+            continue
+        filled = together.setdefault((work.model, work.budget == NO_SOLVE), [[]])
+        if len(filled[-1]) == cost.most:
+            filled.append([])
+        filled[-1].append(work)
+    return [step for filled in together.values() for step in filled] + alone
+
+
+@dataclass(slots=True)
+class _Queue:
+    works: deque[tuple[int, Work]] = field(default_factory=deque[tuple[int, Work]])
+    rank: int = 0
+    sheds: bool = False
+
+
+class Policy:
+    """Works waiting to be solved.
+
+    Args:
+        costs: of the models.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._queues: dict[int, _Queue] = {}
+        self._heads: list[tuple[int, int, int]] = []  # (rank, run, index)
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    def push(self, work: Work) -> None:
+        """Queue a work behind those of its run."""
+        queue = self._queues.setdefault(work.run, _Queue())
+        rank = work.due_ns
+        if queue.works:
+            rank = max(rank, queue.rank + self._costs(work.model).bin_ns)
+        queue.rank = rank
+        queue.sheds = isinstance(work, Solve) and work.sheds
+        queue.works.append((rank, work))
+        self._waiting += 1
+        if len(queue.works) == 1:
+            heapq.heappush(self._heads, (rank, work.run, work.index))
+
+    def next(self, now_ns: int, limit: int) -> list[list[list[Work]]]:
+        """What to do now: rounds of steps, each round of works of different runs. First what is
+        shed, then at most ``limit`` of the most urgent."""
+        rounds = [*self.shed(now_ns, SHED_AT_ONCE), self.take(limit, now_ns)]
+        return [steps(works, self._costs) for works in rounds]
+
+    def take(self, limit: int, now_ns: int | None = None) -> list[Work]:
+        """Up to ``limit`` works of as many different runs, most urgent first.
+
+        Args:
+            now_ns: for no more than fit into one step; the very first is taken in any case.
+        """
+        quota = None if now_ns is None else Quota(self._costs, now_ns)
+        taken: list[Work] = []
+        while self._heads and len(taken) < limit:
+            rank, run, index = self._heads[0]
+            queue = self._queues.get(run)
+            # A head of a run that was forgotten, shed or taken meanwhile is stale.
+            first = queue.works[0] if queue and queue.works else None
+            if queue is None or first is None or (first[0], first[1].index) != (rank, index):
+                heapq.heappop(self._heads)
+                continue
+            if quota is not None and not quota.fits(first[1]) and taken:
+                break
+            heapq.heappop(self._heads)
+            taken.append(queue.works.popleft()[1])
+        self._waiting -= len(taken)
+        for work in taken:
+            queue = self._queues[work.run]
+            if queue.works:
+                rank, following = queue.works[0]
+                heapq.heappush(self._heads, (rank, work.run, following.index))
+            else:
+                del self._queues[work.run]
+        return taken
+
+    def overran(self, run: int) -> None:
+        """What is queued of a run may be shed too."""
+        if run in self._queues:
+            self._queues[run].sheds = True
+
+    def shed(self, now_ns: int, limit: int) -> list[list[Work]]:
+        """Bins that go without a solve, at most ``limit``: rounds of bins of different runs, each
+        run's in their order. The newest bin of a run is never among them."""
+        rounds: list[list[Work]] = []
+        for run, queue in self._queues.items():
+            works, place = queue.works, 0
+            if len(works) == 1:
+                continue
+            first = works[0][1]
+            behind = queue.sheds and first.due_ns <= now_ns + self._costs(first.model).ns(1)
+            while len(works) > 1 and limit > 0:
+                work = works[0][1]
+                if not isinstance(work, Solve) or not (behind or work.budget == NO_SOLVE):
+                    break
+                works.popleft()
+                rounds += [[]] if place == len(rounds) else []
+                rounds[place].append(replace(work, budget=NO_SOLVE))
+                place, limit = place + 1, limit - 1
+            if place:
+                self._waiting -= place
+                if len(works) == 1:  # what was not solved has cost nothing
+                    queue.rank = works[0][1].due_ns
+                    works[0] = (queue.rank, works[0][1])
+                heapq.heappush(self._heads, (works[0][0], run, works[0][1].index))
+        return rounds
+
+    def forget(self, run: int) -> int:
+        """Drop what is queued of a run; returns how many works that was."""
+        queue = self._queues.pop(run, None)
+        dropped = len(queue.works) if queue is not None else 0
+        self._waiting -= dropped
+        return dropped
+
+
+class Quota:
+    """Says which works still fit into the next step.
+
+    Args:
+        costs: of the models.
+        now_ns: the time.
+    """
+
+    def __init__(self, costs: Costs, now_ns: int) -> None:
+        self._costs, self._now = costs, now_ns
+        self._longest = 0.0
+        self._left = float("inf")
+        self._spent = 0.0
+        self._bins: dict[str, int] = {}
+
+    def fits(self, work: Work) -> bool:
+        """Whether the step may take this one too; it is counted as taken."""
+        cost = self._costs(work.model)
+        overdue = work.due_ns <= self._now and not isinstance(work, Swap)
+        if not self._longest:
+            self._longest = cost.slice_ns * (CATCH_UP if overdue else 1)
+        waited = self._now - work.received_ns
+        if not overdue and work.due_ns and waited < BACKLOG * cost.slice_ns:
+            self._left = min(self._left, work.due_ns - self._now)
+        if isinstance(work, Solve):
+            bins = self._bins.get(work.model, 0)
+            self._bins[work.model] = bins + 1
+            self._spent += cost.ns(bins + 1) - cost.ns(bins)
+        else:
+            self._spent += cost.horizon * cost.ns(1)
+        return self._spent <= min(self._longest, self._left / 2)
