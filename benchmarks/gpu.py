@@ -14,6 +14,7 @@ from benchmarks.rows import Row, absent, quantiles, row, timed
 from ilqr_training.experiments.maze import MazeConfig, maze_size
 from ilqr_vae.kernels import backend
 from ilqr_vae.lqr import LQRProblem, solve_lqr
+from ilqr_vae.progress import SILENT
 
 STREAMS: list[Row] = [
     {"n": 32, "m": 8, "units": 192, "H": 64, "streams": 1},
@@ -88,21 +89,13 @@ def run(quick: bool) -> list[Row]:
     return [*rows, *_train(4 if quick else 12)]
 
 
-class _Silent:
-    """Nobody to be told how an experiment goes."""
-
-    def begin(self, what: str, total: int) -> None: ...
-    def advance(self, done: int, note: str = "") -> None: ...
-    def say(self, text: str) -> None: ...
-
-
 def _train(steps: int) -> list[Row]:
     """Gradient steps of the maze-size model, solves to convergence or 25 iterations."""
     config = MazeConfig(device="cuda")
     config = msgspec.structs.replace(
         config, fit=msgspec.structs.replace(config.fit, steps=steps, iterations=25)
     )
-    spent = maze_size(config, 0, _Silent()).figures
+    spent = maze_size(config, 0, SILENT).figures
     common = {"n": 60, "m": 15, "units": 182, "T": 140, "batch": 168, "device": "cuda"}
     per_step = round(spent["seconds_per_step"] * 1e6)
     return [

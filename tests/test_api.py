@@ -318,8 +318,8 @@ def test_settings_go_by_path_by_name_or_by_section() -> None:
         ({"steps": 3}, r"steps: expected one of training.steps, readout.steps, got steps = 3"),
         ({"training": {"stepz": 3}}, "stepz: expected a known key, did you mean steps"),
         ({"latents": {"n": 3}}, "model.latents: expected a value, not a section"),
-        ({"latents": "many"}, "right types"),
-        ({"training": 3}, "right types"),
+        ({"latents": "many"}, r"model\.latents: expected int, got str"),
+        ({"training": 3}, "training: expected object, got int"),
     ):
         with pytest.raises(ConfigError, match=said):
             with_settings(TrainConfig(), given)
@@ -346,9 +346,9 @@ def test_training_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     again = ilqr_vae.train(recording, out=tmp_path / "n.safetensors", progress=False, **more)
     assert again.scores == model.scores
     assert capsys.readouterr().err == ""
-    watcher = Recorder()
-    ilqr_vae.train(path, out=out, watcher=watcher, **more)
-    assert len(watcher.reports) == 3
+    recorder = Recorder()
+    ilqr_vae.train(path, out=out, progress=recorder, **more)
+    assert recorder.done["training"] == 3
     with pytest.raises(ConfigError, match="did you mean latents"):
         ilqr_vae.train(path, out=out, latent=3)
     with pytest.raises(ConfigError, match="out: expected a file in a folder"):

@@ -43,11 +43,11 @@ def test_the_training_configurations_shipped_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("latents = 3", "unknown field `latents`"),
-        ("[model]\nlatentz = 3", r"unknown field `latentz` - at `\$.model`"),
-        ("[data.mat]\nspike = 's'", r"unknown field `spike` - at `\$.data.mat`"),
-        ("[trainnig]\nsteps = 3", "unknown field `trainnig`"),
-        ("[estimator]\nH = 3", r"unknown field `H` - at `\$.estimator`"),
+        ("latents = 3", r"config c\.toml: latents: expected one of the keys data, model, "),
+        ("[model]\nlatentz = 3", r"model\.latentz: expected one of the keys .*latents, inputs, "),
+        ("[data.mat]\nspike = 's'", r"data\.mat\.spike: expected one of the keys spikes, "),
+        ("[trainnig]\nsteps = 3", r"config c\.toml: trainnig: expected one of the keys data, "),
+        ("[estimator]\nH = 3", r"estimator\.H: expected one of the keys horizon, "),
     ],
 )
 def test_unknown_keys_are_named(tmp_path: Path, text: str, said: str) -> None:
@@ -60,22 +60,24 @@ def test_unknown_keys_are_named(tmp_path: Path, text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[model]\nlatents = 3.5", r"\$.model.latents"),
-        ("[model]\nlatents = '3'", r"Expected `int`, got `str` - at `\$.model.latents`"),
-        ("[model]\ndynamics = 'lstm'", r"'lstm' - at `\$.model.dynamics`"),
-        ("[training]\nexact_gradient = 1", r"\$.training.exact_gradient"),
-        ("[training]\ndtype = 'float16'", r"\$.training.dtype"),
-        ("[readout]\nalphas = [1.0, 'x']", r"\$.readout.alphas"),
-        ("data = 3", r"\$.data"),
-        ("[data.mat]\nspikes_axes = 'bins'", r"\$.data.mat.spikes_axes"),
+        ("[model]\nlatents = 3.5", r"model\.latents: expected int, got float"),
+        ("[model]\nlatents = '3'", r"model\.latents: expected int, got str"),
+        ("[model]\ndynamics = 'lstm'", r"model\.dynamics: expected one of .*mgu2.*, got 'lstm'"),
+        ("[training]\nexact_gradient = 1", r"training\.exact_gradient: expected bool, got int"),
+        (
+            "[training]\ndtype = 'float16'",
+            r"training\.dtype: expected one of float32, float64, got 'float16'",
+        ),
+        ("[readout]\nalphas = [1.0, 'x']", r"readout\.alphas: expected float, got str"),
+        ("data = 3", r"data: expected object, got int"),
+        ("[data.mat]\nspikes_axes = 'bins'", r"data\.mat\.spikes_axes: expected one of "),
     ],
 )
 def test_wrong_types_are_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "c.toml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=said):
         load_config(path)
-    assert caught.value.field == "config c.toml"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_an_impossible_split_is_named(tmp_path: Path, split: str) -> None:
     path.write_text(f"[data.split]\n{split}\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert caught.value.field == "data.split"
+    assert caught.value.field.startswith("data.split.")
 
 
 @pytest.mark.parametrize("content", [b"[model", b"\xff\xfe", b"a = 1\na = 2"])

@@ -31,6 +31,8 @@ from ilqr_training.experiments.oscillators import ahead_r2
 from ilqr_vae.artifact import GroupSpec
 from ilqr_vae.cli import SUMMARIES, main
 from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.progress import SILENT
+from tiny import Recorder
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "experiments"
 
@@ -112,21 +114,6 @@ KEYS = {
 }
 
 
-class Silent:
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-
-    def begin(self, what: str, total: int) -> None:
-        assert total > 0
-        self.parts.append(what)
-
-    def advance(self, done: int, note: str = "") -> None:
-        assert done > 0
-
-    def say(self, text: str) -> None:
-        assert text
-
-
 def small(name: str) -> msgspec.Struct:
     """The experiment's own defaults, with sizes overridden at any depth."""
 
@@ -141,9 +128,9 @@ def small(name: str) -> msgspec.Struct:
 def test_every_experiment_in_small(name: str, tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    watch = Silent()
-    outcome = find(name).run(small(name), 0, watch)
-    assert watch.parts
+    progress = Recorder()
+    outcome = find(name).run(small(name), 0, progress)
+    assert progress.done
     for key in KEYS[name]:
         assert key in outcome.figures
         value = outcome.figures[key]
@@ -156,7 +143,7 @@ def test_every_experiment_in_small(name: str, tmp_path: Path) -> None:
 
 
 def test_same_seed_same_figures() -> None:
-    runs = [find("sparse-inputs").run(small("sparse-inputs"), 3, Silent()) for _ in range(2)]
+    runs = [find("sparse-inputs").run(small("sparse-inputs"), 3, SILENT) for _ in range(2)]
     assert runs[0].figures["input_r2_per_seed"] == runs[1].figures["input_r2_per_seed"]
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from ilqr_vae import terminal
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
+from ilqr_vae.progress import Bar
 from rig import write_recording
 from tiny import config, write_config
 
@@ -51,9 +52,8 @@ def test_what_does_not_print_is_shown_as_an_escape(
 
 
 def test_a_bar_takes_no_name_for_markup() -> None:
-    with terminal.progress(terminal.console(stderr=True), note=True) as bar:
-        task = bar.add_task("vx [/s]", total=2, note="[/]")
-        bar.update(task, completed=1)
+    with Bar(terminal.console(stderr=True)) as bar:
+        bar("vx [/s]", 1, 2, "[/]")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ilqr_training.evaluation.baselines import KALMAN, Filling, filled, fit_rivals
+from ilqr_training.evaluation.baselines import KALMAN, Filling, filled, fit_baselines
 from ilqr_training.evaluation.gru import GRUConfig, GRUDecoder
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec
@@ -44,7 +44,7 @@ def made(seed: int = 0, breaks: tuple[int, ...] = ()) -> Recording:
 
 def fits(recording: Recording) -> dict[str, Decode]:
     """Each decoder, as what decodes given counts."""
-    rivals = fit_rivals(recording, SPLIT, (WIENER, KALMAN))
+    rivals = fit_baselines(recording, SPLIT, (WIENER, KALMAN))
     gru = GRUDecoder.fit(recording, SPLIT, grid=QUICK)
 
     def of(name: str) -> Decode:
@@ -125,7 +125,7 @@ def test_a_kalman_filter_predicts_a_bin_that_is_lost() -> None:
     missing[520] = True
     counts = recording.counts.copy()
     counts[520] = 99  # whatever is there is not looked at
-    kalman = fit_rivals(recording, SPLIT, (KALMAN,))[KALMAN]
+    kalman = fit_baselines(recording, SPLIT, (KALMAN,))[KALMAN]
     whole, lost = kalman.decode(bins), kalman.decode(bins, counts=counts, missing=missing)
     np.testing.assert_array_equal(whole[:40], lost[:40])
     assert not np.allclose(whole[40:44], lost[40:44])
@@ -148,8 +148,8 @@ def test_no_behaviour_is_named() -> None:
     recording = replace(made(), kinematics=None, kinematic_names=(), kinematic_units=())
     for fit in (
         lambda: GRUDecoder.fit(recording, SPLIT, grid=QUICK),
-        lambda: fit_rivals(recording, SPLIT, (KALMAN,)),
-        lambda: fit_rivals(recording, SPLIT, (WIENER,)),
+        lambda: fit_baselines(recording, SPLIT, (KALMAN,)),
+        lambda: fit_baselines(recording, SPLIT, (WIENER,)),
     ):
         with pytest.raises(ShapeError, match=r"recording\.kinematics"):
             fit()

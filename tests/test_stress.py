@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ilqr_training.evaluation.baselines import KALMAN, fit_rivals
+from ilqr_training.evaluation.baselines import KALMAN, fit_baselines
 from ilqr_training.evaluation.stress import (
     CLEAN,
     Row,
@@ -70,7 +70,7 @@ def test_losses_and_shares_of_them() -> None:
 
 def test_everyone_under_stress(model: Path, recording: Path) -> None:
     artifact, read = opened(model, recording)
-    rivals = tuple(fit_rivals(read, SPLIT, (WIENER, KALMAN)).values())
+    rivals = tuple(fit_baselines(read, SPLIT, (WIENER, KALMAN)).values())
     plan = StressPlan(silent=0.25, lost=(0.2,), draws=2, seed=1)
     found = under_stress(artifact.estimator(), read, BINS, rivals, plan)
     assert read.kinematics is not None

@@ -8,9 +8,6 @@ from typing import Any
 import msgspec
 
 from ilqr_training.config import LoopConfig, ModelConfig, ReadoutConfig, TrainConfig
-from ilqr_training.fit.crops import Prepared
-from ilqr_training.fit.loop import Report
-from ilqr_training.fit.validate import Validation
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.streaming.horizon import HorizonConfig
 from rig import spec
@@ -54,24 +51,18 @@ def write_config(path: Path, settings: TrainConfig, **sections: dict[str, Any]) 
 
 
 class Recorder:
-    """A watcher that remembers, and interrupts after a step where it is told to."""
+    """Progress that remembers its lines, and interrupts training after a step if so asked."""
 
     def __init__(self, interrupt_after: int | None = None) -> None:
-        self.reports: list[Report] = []
-        self.validations: list[tuple[int, Validation, bool]] = []
-        self.data: Prepared | None = None
+        self.lines: list[str] = []
+        self.done: dict[str, int] = {}
         self.interrupt_after = interrupt_after
 
-    def prepared(self, data: Prepared) -> None:
-        self.data = data
-
-    def stepped(self, report: Report) -> None:
-        self.reports.append(report)
-        if report.step == self.interrupt_after:
+    def __call__(self, what: str, done: int, of: int, note: str = "") -> None:
+        assert 0 <= done <= of, what
+        self.done[what] = done
+        if what == "training" and done == self.interrupt_after:
             raise KeyboardInterrupt
 
-    def validating(self, what: str, done: int, of: int) -> None:
-        assert 0 < done <= of, what
-
-    def validated(self, step: int, validation: Validation, best: bool) -> None:
-        self.validations.append((step, validation, best))
+    def log(self, line: str) -> None:
+        self.lines.append(line)

@@ -21,7 +21,7 @@ from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
 from ilqr_clients.span import part_of
 from ilqr_clients.stream import stream
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.files import STDOUT
+from ilqr_vae.files import STDOUT, read_toml
 from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, ReportData, distribution
@@ -66,23 +66,19 @@ def parse_deadline(milliseconds: float | None, bin_width: float) -> float:
     return milliseconds / 1e3
 
 
+class _Config(msgspec.Struct):
+    """The part of a training configuration that says how to read a recording."""
+
+    data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
+
+
 def spec_from(config: Path | None, model: Model) -> RecordingSpec:
     """How to read the recording: the config's ``[data]``, else as the model was trained.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or ``[data]`` has an unknown key.
     """
-    if config is None:
-        return model.data
-    try:
-        table = msgspec.toml.decode(config.read_bytes())
-        return msgspec.convert(table.get("data", {}), RecordingSpec)
-    except OSError as error:
-        raise ConfigError("--config", expected="a file that can be read", got=str(error)) from error
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{config} [data]", expected="recording settings", got=str(error)
-        ) from error
+    return model.data if config is None else read_toml(config, _Config).data
 
 
 def _summary(screen: Console, data: ReportData) -> None:

@@ -22,6 +22,7 @@ from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings, load_settings
 from ilqr_service.solving.engine import Engine
 from ilqr_vae.errors import ConfigError, IlqrVaeError, ServiceError
+from ilqr_vae.files import write_whole
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,23 +32,6 @@ _SWITCH_INTERVAL_S = 2e-4
 _WARM_UP_S = 600.0
 _DESCRIPTORS = 64
 """File descriptors that a service takes with a few clients."""
-
-
-def _announce(target: str, line: bytes) -> None:
-    """One JSON line to stdout ("-") or, whole or not at all, to a file. Raises ConfigError."""
-    if target == "-":
-        sys.stdout.write(line.decode() + "\n")
-        sys.stdout.flush()
-        return
-    path = Path(target)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(line + b"\n")
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            "ready-file", expected="a file that can be written", got=target
-        ) from error
 
 
 @app.command()
@@ -153,7 +137,9 @@ def serve(
                 }
                 logs.info("ready", **ready)
                 if ready_file is not None:
-                    _announce(ready_file, msgspec.json.encode(ready))
+                    write_whole(
+                        Path(ready_file), msgspec.json.encode(ready) + b"\n", "--ready-file"
+                    )
             elif stop.is_set() and service.warming:
                 # The kernels may compile for minutes, in a thread that nobody can interrupt.
                 # Nothing was accepted, and what the journal says is open may stay so.

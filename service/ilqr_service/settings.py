@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.files import read_toml, to_struct
 
 _DAY_S = 86_400.0
 
@@ -93,36 +94,12 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettin
     Raises:
         ConfigError: no such file, not TOML, an unknown key, a value of the wrong type or range.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = msgspec.toml.decode(path.read_bytes())
-        except OSError as error:
-            raise ConfigError(
-                "config", expected="a readable file", got=f"{path} ({error.strerror})"
-            ) from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ConfigError("config", expected="TOML", got=f"{path}: {error}") from error
-    unknown = sorted(set(values) - set(ServiceSettings.__struct_fields__))
-    if unknown:
-        raise ConfigError(
-            f"config {path}",
-            expected=f"keys among {', '.join(ServiceSettings.__struct_fields__)}",
-            got=repr(unknown[0]),
-        )
+    values: dict[str, Any] = {} if path is None else read_toml(path, dict[str, Any])
     values |= {key: value for key, value in overrides.items() if value is not None}
     for key, value in values.items():
         if isinstance(value, str) and ("\0" in value or not _encodable(value)):
             raise ConfigError(key, expected="text in UTF-8, without NUL", got=ascii(value))
-    try:
-        return msgspec.convert(values, ServiceSettings)
-    except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$.")
-        expected, _, got = what.removeprefix("Expected ").partition(", got ")
-        field = where.rstrip("`")
-        raise ConfigError(
-            field or "settings", expected=expected, got=got or repr(values.get(field))
-        ) from error
+    return to_struct(values, ServiceSettings, "config")
 
 
 def _encodable(text: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ilqr_vae.errors import ArtifactError, ConfigError
+from ilqr_vae.files import write_whole
 from ilqr_vae.model.dynamics import FAMILIES, DynamicsOptions
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import LIKELIHOODS, Counts, Likelihood, Poisson
@@ -237,7 +237,11 @@ def save_artifact(
     readout: KinematicReadout | None,
     mean_rate: Tensor,
 ) -> Manifest:
-    """Write a model file (temporary file, then rename); returns the manifest with its hash."""
+    """Write a model file; returns the manifest with its hash.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     path = Path(path)
     tensors = _tensors(model, readout, mean_rate)
     manifest = msgspec.structs.replace(manifest, sha256=_digest(tensors))
@@ -246,16 +250,7 @@ def save_artifact(
     text = msgspec.json.encode(manifest)
     hashed = {KEY: text.decode(), MANIFEST_SHA256: hashlib.sha256(text).hexdigest()}
     blob = save(tensors, metadata=hashed)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(blob)
-        os.replace(partial, path)
-    except OSError as error:
-        raise ArtifactError(
-            f"model file {path.name}", expected="a place that can be written", got=str(error)
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, blob, f"model file {path.name}")
     return manifest
 
 

@@ -1,23 +1,39 @@
-"""Files written whole or not at all; settings by their keys."""
+"""Files: outputs written whole or not at all, and TOML read into a struct."""
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import shutil
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
 from ilqr_vae.errors import ConfigError
 
 S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
+
+# Ranges of settings, checked by ``to_struct``. A bound of any kind refuses NaN.
+PositiveInt = Annotated[int, msgspec.Meta(ge=1, lt=2**62)]
+NonNegativeInt = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+FiniteFloat = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+OpenShare = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+ShareBelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+ShareAboveZero = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 STDOUT = Path("-")
 """As an output path: standard output."""
+
+MIB = 2**20
 
 
 def check_writable(path: Path | None, field: str) -> None:
@@ -36,49 +52,155 @@ def check_writable(path: Path | None, field: str) -> None:
 
 
 def check_folder(path: Path, field: str) -> None:
-    """Refuse an output folder, which may have to be made, before the work begins.
+    """Refuse an output folder, which may not exist yet, before the work begins.
 
     Raises:
         ConfigError: there is a file in its place or above it, or it cannot be written.
     """
     there = path.absolute()
-    while not os.path.exists(there):  # unlike Path.exists it is False where one may not look
+    while not os.path.exists(there):  # unlike Path.exists it is False where access is denied
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "cannot be written" if there.is_dir() else "is no folder"
         raise ConfigError(field, expected="a folder that can be written", got=f"{there} {why}")
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write beside ``path`` and rename: what is at ``path`` is the old file or the new one.
+def check_space(folder: Path, size: int, field: str) -> None:
+    """Refuse to begin work whose result will not fit on the disk.
 
-    ``-`` is standard output.
+    Args:
+        size: bytes that will be written in ``folder``.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: fewer are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ConfigError(
+            field,
+            expected=f"{size / MIB:.0f} MiB free on the disk of {folder}",
+            got=f"{free / MIB:.0f} MiB",
+        )
+
+
+@contextmanager
+def replacing(path: Path, field: str = "", *, mode: int = 0o666) -> Generator[Path]:
+    """A new path beside ``path``, to be written by the body of the ``with`` statement.
+
+    Renamed to ``path`` when the body succeeds, removed when it fails: what is at ``path`` is the
+    old file or the new one, whole, also after a power failure.
+
+    Args:
+        field: names the output in errors; the path by default.
+        mode: permissions of the new file, less the umask.
+
+    Raises:
+        ConfigError: the file cannot be written (no such folder, no permission, disk full).
+    """
+    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(
+            field or str(path), expected="a file that can be written", got=str(error)
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes, field: str = "", *, mode: int = 0o666) -> None:
+    """Write a file, see ``replacing``. ``-`` is standard output; devices and pipes are written to.
+
+    Raises:
+        ConfigError: the file cannot be written.
     """
     raw = content.encode() if isinstance(content, str) else content
     if path == STDOUT:
         sys.stdout.flush()
         sys.stdout.buffer.write(raw)
         sys.stdout.buffer.flush()
-        return
-    try:
-        handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    elif path.exists() and not path.is_file():
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
+            path.write_bytes(raw)
+        except OSError as error:
+            raise ConfigError(
+                field or str(path), expected="something that can be written to", got=str(error)
+            ) from error
+    else:
+        with replacing(path, field, mode=mode) as part:
+            part.write_bytes(raw)
+
+
+def read_toml(path: Path, kind: type[T], field: str = "config") -> T:
+    """A TOML file as a struct.
+
+    Args:
+        kind: what it holds, see ``to_struct``.
+        field: names the file in errors.
+
+    Raises:
+        ConfigError: no such file, not TOML, or what ``to_struct`` refuses.
+    """
+    try:
+        values = msgspec.toml.decode(path.read_bytes())
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            str(path), expected="a file that can be written", got=str(error)
+            f"{field} {path.name}", expected="a readable TOML file", got=str(got)
         ) from error
+    return to_struct(values, kind, f"{field} {path.name}")
+
+
+def to_struct(values: Any, kind: type[T], field: str, *, strict: bool = True) -> T:
+    """Plain values as a struct, its types and ranges checked.
+
+    Args:
+        values: dicts, lists, strings, numbers; or a struct to be checked again.
+        field: names the whole in errors.
+        strict: take no text for a number.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range; names the key.
+    """
+    plain = msgspec.to_builtins(values)
+    try:
+        return msgspec.convert(plain, kind, strict=strict)
+    except msgspec.ValidationError as error:
+        said, _, where = str(error).partition(" - at `$")
+        said, keys = said.replace("`", ""), re.findall(r"[^.\[\]`]+", where)
+        field = ".".join(key for key in keys if not key.isdecimal()) or field
+        if unknown := re.fullmatch("Object contains unknown field (.*)", said):
+            fields = getattr(_type_at(kind, keys), "__struct_fields__", ())
+            raise ConfigError(
+                f"{field}.{unknown[1]}" if keys else f"{field}: {unknown[1]}",
+                expected=f"one of the keys {', '.join(fields)}",
+                got="an unknown key",
+            ) from error
+        if own := re.fullmatch(r"(\w+): expected (.+), got (.+)", said):  # a struct's own check
+            field = ".".join([key for key in keys if not key.isdecimal()] + [own[1]])
+            raise ConfigError(field, expected=own[2], got=own[3]) from error
+        expected, _, got = said.removeprefix("Expected ").partition(", got ")
+        if said.startswith("Invalid enum value"):
+            expected = f"one of {', '.join(map(str, get_args(_type_at(kind, keys))))}"
+        raise ConfigError(field, expected=expected, got=got or repr(_at(plain, keys))) from error
+
+
+def _type_at(kind: Any, keys: list[str]) -> Any:
+    """The type of what lies at ``keys`` within the struct type ``kind``."""
+    for key in keys:
+        kind = get_args(kind)[0] if key.isdecimal() else get_type_hints(kind)[key]
+    return kind
+
+
+def _at(values: Any, keys: list[str]) -> Any:
+    for key in keys:
+        values = values[int(key) if key.isdecimal() else key]
+    return values
 
 
 def with_settings(base: S, given: Mapping[str, Any]) -> S:
@@ -96,10 +218,7 @@ def with_settings(base: S, given: Mapping[str, Any]) -> S:
         return base
     content = msgspec.to_builtins(base)
     _replace(content, type(base), given)
-    try:
-        return msgspec.convert(content, type(base), strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError("settings", expected="the right types", got=str(error)) from error
+    return to_struct(content, type(base), "settings", strict=False)
 
 
 def _replace(content: dict[str, Any], kind: type[msgspec.Struct], given: Mapping[str, Any]) -> None:

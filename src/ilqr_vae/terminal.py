@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 
@@ -40,19 +39,6 @@ def console(*, stderr: bool = False, width: int | None = None, soft_wrap: bool =
     return _Plain(
         stderr=stderr, width=width, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False
     )
-
-
-def progress(shown: Console, *, transient: bool = True, note: bool = False) -> Progress:
-    """A progress bar: what is done, how much of it, the time left, and a field ``note``."""
-    columns: list[ProgressColumn] = [
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(),
-    ]
-    if note:
-        columns.append(TextColumn("{task.fields[note]}", markup=False))
-    return Progress(*columns, console=shown, transient=transient)
 
 
 def any_encoding() -> None:

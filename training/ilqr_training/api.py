@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ilqr_training.config import TrainConfig, check, load_config
-from ilqr_training.fit.train import Silent, Trained, Watcher, train_on
-from ilqr_training.train_cli import Terminal, use_threads
+from ilqr_training.fit.train import Trained, train_on
+from ilqr_training.options import use_threads
 from ilqr_vae.files import check_writable, with_settings
+from ilqr_vae.progress import SILENT, Bar, Progress
 from ilqr_vae.recordings import Recording, load_recording
 from ilqr_vae.recordings.load import kinematics_key
-from ilqr_vae.terminal import console
 
 
 def train(
@@ -22,8 +22,7 @@ def train(
     out: str | Path,
     config: str | Path | TrainConfig | None = None,
     kinematics: str | None = None,
-    progress: bool = True,
-    watcher: Watcher | None = None,
+    progress: bool | Progress = True,
     resume: bool = False,
     **settings: Any,
 ) -> Trained:
@@ -34,8 +33,7 @@ def train(
         out: the model file.
         config: a TOML file or a configuration to begin from; else the defaults.
         kinematics: name of what to decode; None keeps the configuration's.
-        progress: show a bar on standard error.
-        watcher: told how training goes, instead of the bar.
+        progress: show a bar on standard error, or what receives progress instead.
         resume: continue from the checkpoint beside ``out`` if there is one.
         settings: keys of ``TrainConfig`` instead of the configuration's: ``bin_width=0.02``,
             ``latents=10``, ``training={"steps": 500}``; see ``files.with_settings``.
@@ -56,10 +54,9 @@ def train(
     threads = torch.get_num_threads()
     use_threads(None)
     try:
-        if watcher is not None or not progress:
-            return train_on(chosen, data, out, watcher or Silent(), resume=resume)
-        shown = Terminal(console(stderr=True), chosen)
-        with shown.bar:
-            return train_on(chosen, data, out, shown, resume=resume)
+        if progress is not True:
+            return train_on(chosen, data, out, progress or SILENT, resume=resume)
+        with Bar() as bar:
+            return train_on(chosen, data, out, bar, resume=resume)
     finally:
         torch.set_num_threads(threads)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenShare,
+    PositiveFloat,
+    PositiveInt,
+    ShareBelowOne,
+    read_toml,
+    to_struct,
+)
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.model.dynamics.base import ACTIVATIONS
 from ilqr_vae.model.readout import ReadoutShape
@@ -34,16 +42,16 @@ class ModelConfig(DynamicsOptions, frozen=True, forbid_unknown_fields=True, kw_o
             they are only read out.
     """
 
-    latents: int = 20
-    inputs: int = 8
+    latents: PositiveInt = 20
+    inputs: PositiveInt = 8
     dynamics: Literal["mgu2", "mgu", "rnn", "mlp", "linear"] = "mgu2"
     prior: Literal["gaussian", "student"] = "gaussian"
-    nu: float = 5.0
+    nu: Annotated[float, msgspec.Meta(gt=2, le=1e300)] = 5.0
     initial_mean: bool = True
     likelihood: Literal["poisson", "gaussian"] = "poisson"
     link: Literal["exp", "softplus"] = "exp"
     gain: bool = False
-    floor: float = 0.0
+    floor: NonNegativeFloat = 0.0
     kinematics: bool = True
 
     @property
@@ -71,21 +79,21 @@ class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         device: of the gradient steps: cpu, cuda, cuda:N or auto (cuda where torch sees one).
     """
 
-    steps: int = 1000
-    batch: int = 32
-    chunk: int = 40
-    learning_rate: float = 0.01
-    decay: float = 150.0
-    clip: float = 5.0
-    kl_warmup: int = 100
-    kinematic_weight: float = 1.0
+    steps: PositiveInt = 1000
+    batch: PositiveInt = 32
+    chunk: PositiveInt = 40
+    learning_rate: PositiveFloat = 0.01
+    decay: PositiveFloat = 150.0
+    clip: PositiveFloat = 5.0
+    kl_warmup: NonNegativeInt = 100
+    kinematic_weight: NonNegativeFloat = 1.0
     posterior: Literal["kronecker", "laplace"] = "kronecker"
     exact_gradient: bool = False
-    iterations: int = 8
-    tolerance: float = 1e-4
-    validate_every: int = 100
-    patience: int = 4
-    seed: int = 0
+    iterations: PositiveInt = 8
+    tolerance: PositiveFloat = 1e-4
+    validate_every: NonNegativeInt = 100
+    patience: NonNegativeInt = 4
+    seed: NonNegativeInt = 0
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
 
@@ -110,16 +118,24 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
     """
 
-    lags: int = 9
-    residuals: int = 4
-    hidden: int = 128
-    members: int = 4
-    steps: int = 2000
-    dropout: float = 0.4
-    recurrent: int = 128
-    recurrent_steps: int = 1500
-    lost: tuple[float, ...] = (0.2, 0.3)
-    alphas: tuple[float, ...] = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5)
+    lags: NonNegativeInt = 9
+    residuals: NonNegativeInt = 4
+    hidden: NonNegativeInt = 128
+    members: PositiveInt = 4
+    steps: PositiveInt = 2000
+    dropout: ShareBelowOne = 0.4
+    recurrent: NonNegativeInt = 128
+    recurrent_steps: PositiveInt = 1500
+    lost: tuple[OpenShare, ...] = (0.2, 0.3)
+    alphas: Annotated[tuple[PositiveFloat, ...], msgspec.Meta(min_length=1)] = (
+        1e-1,
+        1.0,
+        1e1,
+        1e2,
+        1e3,
+        1e4,
+        1e5,
+    )
 
     def within(self, horizon: int) -> ReadoutConfig:
         """With no more lags and residuals than the horizon holds."""
@@ -148,76 +164,24 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     readout: ReadoutConfig = msgspec.field(default_factory=ReadoutConfig)
 
 
-def _require(field: str, value: float | str, expected: str, ok: bool) -> None:
-    if not ok:
-        raise ConfigError(field, expected=expected, got=str(value))
-
-
 def check(config: TrainConfig) -> TrainConfig:
-    """Values a type cannot rule out. Raises ConfigError naming the field."""
-    for name in ("latents", "inputs"):
-        value = getattr(config.model, name)
-        _require(f"model.{name}", value, "at least 1", value >= 1)
-    loop = config.training
-    for name in ("steps", "batch", "chunk", "iterations"):
-        value = getattr(loop, name)
-        _require(f"training.{name}", value, "at least 1", value >= 1)
-    for name in ("learning_rate", "decay", "clip", "tolerance"):
-        value = getattr(loop, name)
-        _require(f"training.{name}", value, "above zero", 0 < value < math.inf)
-    for name in ("kinematic_weight", "kl_warmup", "validate_every", "patience", "seed"):
-        value = getattr(loop, name)
-        _require(f"training.{name}", value, "zero or more", 0 <= value < math.inf)
-    _require("training.seed", loop.seed, "below 2^63", loop.seed < 2**63)
-    model, tolerance = config.model, config.estimator.tolerance
-    _require(
-        "model.forget_bias", model.forget_bias, "a finite number", math.isfinite(model.forget_bias)
-    )
-    known = f"one of {', '.join(ACTIVATIONS)}"
-    _require("model.activation", repr(model.activation), known, model.activation in ACTIVATIONS)
-    _require("model.expansion", model.expansion, "at least 1", model.expansion >= 1)
-    _require("model.step", model.step, "above 0, at most 1", 0 < model.step <= 1)
-    _require("model.nu", model.nu, "above 2", 2 < model.nu < math.inf)
-    _require("model.floor", model.floor, "zero or more", 0 <= model.floor < math.inf)
-    plain = not (model.gain or model.floor) and model.link == "exp"
-    poisson = plain or model.likelihood == "poisson"
-    _require("model.likelihood", "gaussian", "poisson, with a gain, a floor or a link", poisson)
-    _require("estimator.tolerance", tolerance, "zero or more", 0 <= tolerance < math.inf)
-    for name in ("horizon", "iterations"):
-        value = getattr(config.estimator, name)
-        _require(f"estimator.{name}", value, "at least 1", value >= 1)
-    readout = config.readout
-    for name in ("lags", "residuals", "hidden", "recurrent"):
-        value = getattr(readout, name)
-        _require(f"readout.{name}", value, "zero or more", value >= 0)
-    for name in ("members", "steps", "recurrent_steps"):
-        value = getattr(readout, name)
-        _require(f"readout.{name}", value, "at least 1", value >= 1)
-    _require("readout.dropout", readout.dropout, "0 to below 1", 0 <= readout.dropout < 1)
-    shares = all(0 < share < 1 for share in readout.lost)
-    _require("readout.lost", str(readout.lost), "shares between 0 and 1", shares)
-    _require(
-        "readout.alphas",
-        str(config.readout.alphas),
-        "at least one, all above zero",
-        bool(config.readout.alphas) and all(0 < a < math.inf for a in config.readout.alphas),
-    )
-    width, rate = config.data.bin_width, config.data.min_rate
-    _require("data.bin_width", width, "above zero", 0 < width < math.inf)
-    _require("data.min_rate", rate, "zero or more", 0 <= rate < math.inf)
-    window = config.data.trials.window
-    _require("data.lag", config.data.lag, "finite seconds", math.isfinite(config.data.lag))
-    _require("data.trials.window", str(window), "finite", all(map(math.isfinite, window)))
-    rate = config.data.nwb.rate
-    _require("data.nwb.rate", rate, "zero or more", 0 <= rate < math.inf)
+    """The configuration, its ranges checked. Raises ConfigError naming the key."""
+    config = to_struct(config, TrainConfig, "config")
+    model = config.model
+    if model.activation not in ACTIVATIONS:
+        known = f"one of {', '.join(ACTIVATIONS)}"
+        raise ConfigError("model.activation", expected=known, got=repr(model.activation))
+    if model.likelihood != "poisson" and (model.gain or model.floor or model.link != "exp"):
+        raise ConfigError(
+            "model.likelihood", expected="poisson, with a gain, a floor or a link", got="gaussian"
+        )
     split = config.data.split
-    _require(
-        "data.split",
-        split.train,
-        f"0 < train < validation <= 1, with validation {split.validation}",
-        0 < split.train < split.validation <= 1,
-    )
-    _require("data.split.fraction", split.fraction, "above 0, at most 1", 0 < split.fraction <= 1)
+    if split.train >= split.validation:
+        raise ConfigError(
+            "data.split.train",
+            expected=f"less than data.split.validation, {split.validation:g}",
+            got=f"{split.train:g}",
+        )
     return config
 
 
@@ -228,18 +192,16 @@ def with_fraction(config: TrainConfig, fraction: float) -> TrainConfig:
     return msgspec.structs.replace(config, data=data)
 
 
+def overridden(
+    config: TrainConfig, *, fraction: float | None = None, **given: int | str | None
+) -> TrainConfig:
+    """A configuration with ``[training]`` keys replaced where one is given. Raises ConfigError."""
+    changes = {k: v for k, v in given.items() if v is not None}
+    loop = msgspec.structs.replace(config.training, **changes)
+    changed = msgspec.structs.replace(config, training=loop)
+    return check(changed if fraction is None else with_fraction(changed, fraction))
+
+
 def load_config(path: str | Path) -> TrainConfig:
     """Read a config. Raises ConfigError: no file, not TOML, unknown key, wrong type or value."""
-    path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(
-            f"config {path.name}", expected="a readable TOML file", got=str(error)
-        ) from error
-    try:
-        return check(msgspec.convert(raw, TrainConfig))
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"config {path.name}", expected="known keys of the right types", got=str(error)
-        ) from error
+    return check(read_toml(Path(path), TrainConfig))

@@ -10,21 +10,21 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from ilqr_training.evaluation.baselines import GRU, KALMAN, Rival, fit_rivals
-from ilqr_training.evaluation.cosmoothing import CoSmoothing, cosmooth, held_out_units
+from ilqr_training.evaluation.baselines import GRU, Baseline, fit_baselines, names_of
+from ilqr_training.evaluation.cosmoothing import cosmooth, held_out_units
 from ilqr_training.evaluation.report import Evaluated, say
-from ilqr_training.evaluation.stress import Stress, StressPlan, under_stress
+from ilqr_training.evaluation.stress import StressPlan, under_stress
 from ilqr_training.fit.curves import learning_curves
-from ilqr_training.readout.causal import Causal, causal_pass
-from ilqr_training.train_cli import use_threads
+from ilqr_training.options import Draws, JsonFile, Lost, RecordingFile, Silent, use_threads
+from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT
+from ilqr_vae.progress import Bar
 from ilqr_vae.recordings import Recording, load_matching
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, Table
-from ilqr_vae.scoring.score import WIENER, Scores, score_decodes
-from ilqr_vae.terminal import console, progress
+from ilqr_vae.scoring.score import WIENER, score_decodes
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -46,122 +46,24 @@ def read_for(artifact: Artifact, path: Path) -> Recording:
     )
 
 
-def _run(
-    artifact: Artifact, recording: Recording, start: int, stop: int, drops: NDArray[np.bool_]
-) -> Causal:
-    """The exact stream, with a progress bar: warm-up, then every bin of the span."""
-    first = warmup_start(start)
-    with progress(console(stderr=True)) as bar:
-        task = bar.add_task("streaming offline", total=stop - first)
-        return causal_pass(
-            artifact.estimator(),
-            recording,
-            start,
-            stop,
-            run_in=start - first,
-            dropped=drops,
-            progress=lambda done, _of: bar.update(task, completed=done),
-        )
-
-
-def _scores(
-    artifact: Artifact,
-    recording: Recording,
-    bins: tuple[int, int],
-    result: Causal,
-    drops: NDArray[np.bool_],
-    others: dict[str, NDArray[np.float64]],
-) -> Scores | None:
-    if not _decodes(artifact, recording):
-        return None
-    return score_decodes(
-        recording,
-        artifact.manifest.data.split,
-        bins=bins,
-        decoded=result.kinematics,
-        std=result.kinematics_std,
-        seen=~drops[bins[0] : bins[1]],
-        others=others,
-    )
-
-
-def _decodes(artifact: Artifact, recording: Recording) -> bool:
-    return recording.kinematics is not None and bool(artifact.manifest.kinematic_names)
-
-
-def _fitted(artifact: Artifact, recording: Recording, gru: bool) -> dict[str, Rival]:
-    names = (WIENER, KALMAN, GRU) if gru else (WIENER, KALMAN)
-    with progress(console(stderr=True)) as bar:
-        task = bar.add_task("fitting rivals")
-        return fit_rivals(
-            recording,
-            artifact.manifest.data.split,
-            names,
-            say=lambda what, done, of: bar.update(
-                task, description=f"fitting the {what}", completed=done, total=of
-            ),
-        )
-
-
 def decodes_of(
-    rivals: dict[str, Rival], bins: tuple[int, int], drops: NDArray[np.bool_]
+    baselines: dict[str, Baseline], bins: tuple[int, int], drops: NDArray[np.bool_]
 ) -> dict[str, NDArray[np.float64]]:
     """What ``score_decodes`` does not fit itself; ``drops`` (T,) are the bins left out."""
     missing = drops[:, None]
-    made = {name: r.decode(bins, missing=missing) for name, r in rivals.items() if name != WIENER}
-    if drops.any() and GRU in rivals:
-        held = rivals[GRU].decode(bins, missing=missing, filling="last value")
-        made[f"{GRU}, last value held"] = held
-    return made
-
-
-def _stressed(
-    artifact: Artifact,
-    recording: Recording,
-    bins: tuple[int, int],
-    rivals: dict[str, Rival],
-    plan: StressPlan,
-    clean: NDArray[np.float64] | None,
-) -> Stress:
-    with progress(console(stderr=True)) as bar:
-        task = bar.add_task("stress")
-        return under_stress(
-            artifact.estimator(),
-            recording,
-            bins,
-            tuple(rivals.values()),
-            plan,
-            clean=clean,
-            say=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
-        )
-
-
-def _cosmoothed(
-    artifact: Artifact,
-    recording: Recording,
-    bins: tuple[int, int],
-    held_out: NDArray[np.bool_],
-    said: str,
-) -> CoSmoothing:
-    with progress(console(stderr=True)) as bar:
-        task = bar.add_task("co-smoothing")
-        return cosmooth(
-            artifact,
-            recording,
-            artifact.manifest.data.split,
-            bins,
-            held_out,
-            said,
-            say=lambda what, done, of: bar.update(
-                task, description=f"co-smoothing: {what}", completed=done, total=of
-            ),
-        )
+    decodes = {
+        name: b.decode(bins, missing=missing) for name, b in baselines.items() if name != WIENER
+    }
+    if drops.any() and GRU in baselines:
+        held = baselines[GRU].decode(bins, missing=missing, filling="last value")
+        decodes[f"{GRU}, last value held"] = held
+    return decodes
 
 
 @app.command(epilog=EXAMPLE)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model file.")],
-    recording: Annotated[Path, typer.Option(help="A .nwb, .mat or .h5 recording.")],
+    recording: RecordingFile,
     span: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
     drop: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out.")
@@ -169,9 +71,7 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, help="Of what is drawn: bins left out, and draws of --stress.")
     ] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here; - for stdout.")
-    ] = None,
+    json_file: JsonFile = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write one self-contained page here.")
     ] = None,
@@ -190,13 +90,8 @@ def evaluate(
             "--stress", help="Score all of them with units silent and with bins lost too."
         ),
     ] = False,
-    silent: Annotated[
-        float, typer.Option(help="With --stress: share of units that fall silent.")
-    ] = StressPlan.silent,
-    lost: Annotated[
-        list[float] | None,
-        typer.Option(help="With --stress: share of bins lost; several times; default 0.1 and 0.3."),
-    ] = None,
+    silent: Silent = StressPlan.silent,
+    lost: Lost = None,
     held_out: Annotated[
         float | None,
         typer.Option(
@@ -204,9 +99,7 @@ def evaluate(
             "names some) and predict them offline from the others, beside two baselines."
         ),
     ] = None,
-    draws: Annotated[
-        int, typer.Option(help="With --stress: draws averaged, of --seed and those after it.")
-    ] = StressPlan.draws,
+    draws: Draws = StressPlan.draws,
 ) -> None:
     """Score causal decodes on a span, beside a Wiener filter's on the same bins.
 
@@ -220,30 +113,58 @@ def evaluate(
     use_threads(None)
     artifact = load_artifact(model)
     read = read_for(artifact, recording)
-    decodes = _decodes(artifact, read)
+    split = artifact.manifest.data.split
+    decodes = read.kinematics is not None and bool(artifact.manifest.kinematic_names)
     if stress and not decodes:
         raise ConfigError("--stress", expected="kinematics to decode", got="none")
     out = None if held_out is None else held_out_units(read, held_out, seed)
-    start, stop = artifact.manifest.data.split.occupied(chosen, read)
+    start, stop = bins = split.occupied(chosen, read)
     first = warmup_start(start)
     drops = np.zeros(len(read), dtype=bool)
     drops[first:stop] = plan_drops(stop - first, drop, seed)
-    began = time.monotonic()
-    result = _run(artifact, read, start, stop, drops)
-    seconds = time.monotonic() - began
-    bins = start, stop
-    fitted = _fitted(artifact, read, gru) if decodes and (rivals or stress) else {}
-    scores = _scores(artifact, read, bins, result, drops, decodes_of(fitted, bins, drops))
-    tables, more = list[Table](), dict[str, Any]()
-    if stress:
-        clean = None if drops.any() else result.kinematics
-        found = _stressed(artifact, read, bins, fitted, plan, clean)
-        tables.append(found.table())
-        more["stress"] = found.to_json()
-    if out is not None:
-        smoothed = _cosmoothed(artifact, read, bins, *out)
-        tables.append(smoothed.table())
-        more["cosmoothing"] = smoothed.to_json()
+    scores, tables, more = None, list[Table](), dict[str, Any]()
+    with Bar() as bar:
+        began = time.monotonic()
+        result = causal_pass(
+            artifact.estimator(),
+            read,
+            start,
+            stop,
+            run_in=start - first,
+            dropped=drops,
+            progress=bar,
+        )
+        seconds = time.monotonic() - began
+        fitted: dict[str, Baseline] = {}
+        if decodes and (rivals or stress):
+            fitted = fit_baselines(read, split, names_of(gru), progress=bar)
+        if decodes:
+            scores = score_decodes(
+                read,
+                split,
+                bins=bins,
+                decoded=result.kinematics,
+                std=result.kinematics_std,
+                seen=~drops[start:stop],
+                others=decodes_of(fitted, bins, drops),
+            )
+        if stress:
+            clean = None if drops.any() else result.kinematics
+            under = under_stress(
+                artifact.estimator(),
+                read,
+                bins,
+                tuple(fitted.values()),
+                plan,
+                clean=clean,
+                progress=bar,
+            )
+            tables.append(under.table())
+            more["stress"] = under.to_json()
+        if out is not None:
+            smoothed = cosmooth(artifact, read, split, bins, *out, progress=bar)
+            tables.append(smoothed.table())
+            more["cosmoothing"] = smoothed.to_json()
     done = Evaluated(
         artifact,
         read,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,18 +11,17 @@ from typing import Annotated, Any
 import msgspec
 import torch
 import typer
-from rich.console import Console
-from rich.progress import TaskID
 from typer.core import TyperGroup
 
 from ilqr_training.decode_cli import EXAMPLE as DECODE_EXAMPLE
 from ilqr_training.decode_cli import decode
 from ilqr_training.experiments import NAMES, find
 from ilqr_training.experiments.driver import Outcome
-from ilqr_training.train_cli import use_threads
+from ilqr_training.options import Threads, use_threads
 from ilqr_vae.errors import ConfigError
-from ilqr_vae.files import check_writable, write_whole
-from ilqr_vae.terminal import console, progress
+from ilqr_vae.files import STDOUT, check_writable, read_toml, replacing, write_whole
+from ilqr_vae.progress import Bar
+from ilqr_vae.terminal import console
 
 
 class _Named(TyperGroup):
@@ -42,25 +40,6 @@ app = typer.Typer(
 )
 
 
-class _Terminal:
-    """Shows each part of an experiment as a progress bar."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bar = progress(console, transient=False, note=True)
-        self.task: TaskID | None = None
-
-    def begin(self, what: str, total: int) -> None:
-        self.task = self.bar.add_task(what, total=total, note="")
-
-    def advance(self, done: int, note: str = "") -> None:
-        if self.task is not None:
-            self.bar.update(self.task, completed=done, note=note)
-
-    def say(self, text: str) -> None:
-        self.console.print(text)
-
-
 def settings_of(name: str, config: Path | None) -> msgspec.Struct:
     """An experiment's settings: its defaults, with what a TOML file overrides.
 
@@ -68,18 +47,7 @@ def settings_of(name: str, config: Path | None) -> msgspec.Struct:
         ConfigError: no such experiment, no such file, not TOML, an unknown key or a wrong type.
     """
     kind = find(name).settings
-    if config is None:
-        return kind()
-    try:
-        return msgspec.convert(tomllib.loads(config.read_text()), kind)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(
-            f"config {config.name}", expected="a readable TOML file", got=str(error)
-        ) from error
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"config {config.name}", expected="known keys of the right types", got=str(error)
-        ) from error
+    return kind() if config is None else read_toml(config, kind)
 
 
 def _picture(outcome: Outcome, path: Path) -> None:
@@ -89,19 +57,19 @@ def _picture(outcome: Outcome, path: Path) -> None:
         return
     figure = Figure(figsize=(11, 4), layout="constrained")
     outcome.draw(figure)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=130)
 
 
 def run_paper(
     name: str, seed: int, config: Path | None, json_file: Path | None, threads: int | None
 ) -> None:
-    """Run one of the paper's experiments and say what it came to. Raises ConfigError."""
+    """Run one of the paper's experiments and print its figures. Raises ConfigError."""
     settings = settings_of(name, config)
     check_writable(json_file, "--json")
     use_threads(threads)
-    terminal = _Terminal(console(stderr=True))
-    with terminal.bar:
-        outcome = find(name).run(settings, seed, terminal)
+    with Bar() as bar:
+        outcome = find(name).run(settings, seed, bar)
     figures = {
         **outcome.figures,
         "experiment": name,
@@ -115,9 +83,9 @@ def run_paper(
     }
     if json_file is not None:
         write_whole(json_file, json.dumps(figures, indent=2) + "\n")
-        if str(json_file) != "-":
+        if json_file != STDOUT:
             _picture(outcome, json_file.with_suffix(".png"))
-    if str(json_file) != "-":
+    if json_file != STDOUT:
         out = console(soft_wrap=True)
         for key, value in outcome.figures.items():
             shown = f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -134,9 +102,7 @@ def _register(name: str) -> None:
         json_file: Annotated[
             Path | None, typer.Option("--json", help="Write the figures here, a picture beside it.")
         ] = None,
-        threads: Annotated[
-            int | None, typer.Option(min=1, help="CPU threads; default one per core.")
-        ] = None,
+        threads: Threads = None,
     ) -> None:
         """On made-up data: see docs/experiments.md."""
         run_paper(name, seed, config, json_file, threads)

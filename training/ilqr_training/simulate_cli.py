@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from ilqr_training.options import JsonFile
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.files import check_writable, write_whole
+from ilqr_vae.progress import Bar
 from ilqr_vae.recordings import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
 from ilqr_vae.recordings.checks import missing_extra
 from ilqr_vae.simulated.subject import RESOLUTION, TICK, Session, simulate_session
-from ilqr_vae.terminal import console, progress
+from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -32,9 +34,7 @@ def simulate(
     minutes: Annotated[float, typer.Option(help="How long the session lasts.")] = 10.0,
     units: Annotated[int, typer.Option(min=1, help="How many neurons.")] = 120,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write a summary here; - for standard output.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Make up a reaching session (eight targets, Poisson units, hand kinematics) as NWB."""
     if out.suffix.lower() != ".nwb":
@@ -45,21 +45,14 @@ def simulate(
     check_writable(json_file, "--json")
     if find_spec("pynwb") is None:
         raise missing_extra("--out", "pynwb", "nwb")
-    screen = console(stderr=True)
-    with progress(screen, transient=False) as bar:
-        task = bar.add_task("reaching", total=100.0)
-        session = simulate_session(
-            seed,
-            minutes=minutes,
-            units=units,
-            progress=lambda done: bar.update(task, completed=100.0 * done),
-        )
-        bar.update(task, description="writing")
+    with Bar() as bar:
+        session = simulate_session(seed, minutes=minutes, units=units, progress=bar)
+        bar("writing", 0, 1)
         write_session(out, session, force=force)
     summary = summarise(out, session)
     if json_file is not None:
         write_whole(json_file, json.dumps(summary, indent=2) + "\n")
-    screen.print(
+    console(stderr=True).print(
         f"{out}: {summary['minutes']:g} minutes, {summary['units']} units at "
         f"{summary['rate_hz_median']:.1f} Hz (median), {summary['trials']} reaches"
     )

@@ -11,20 +11,20 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 import zmq
 from zmq.utils import z85
 
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import read_toml, write_whole
 
 Role = Literal["feed", "read", "control"]
 ROLES: tuple[Role, ...] = ("feed", "read", "control")
 SERVER, AUTHORIZED = "server.key", "authorized.toml"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 VARIABLE = "ILQR_VAE_KEY"
-T = TypeVar("T")
 
 
 def _check(field: str, key: str) -> None:
@@ -95,31 +95,6 @@ class Authorized(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 raise ValueError(f"{field}: expected each once, got {twice!r} twice")
 
 
-def _read(path: Path, kind: type[T], what: str) -> T:
-    try:
-        return msgspec.toml.decode(path.read_bytes(), type=kind)
-    except OSError as error:
-        raise ConfigError(what, expected="a readable file", got=str(error)) from error
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise ConfigError(f"{what} {path.name}", expected="a key file", got=str(error)) from error
-
-
-def _write(path: Path, values: object, *, private: bool) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        fd = os.open(part, flags, 0o600 if private else 0o644)
-        with os.fdopen(fd, "wb") as file:
-            file.write(_toml(values))
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            "keys", expected="a folder that can be written", got=str(error)
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _toml(values: object) -> bytes:
     """The two shapes written here, as TOML: strings hold Z85, names and roles, none with quotes
     or backslashes."""
@@ -136,7 +111,7 @@ def _toml(values: object) -> bytes:
 
 def read_client_key(path: Path) -> ClientKey:
     """Raises ConfigError."""
-    return _read(path, ClientKey, "key")
+    return read_toml(path, ClientKey, "key")
 
 
 def key_from_environment() -> ClientKey | None:
@@ -147,13 +122,13 @@ def key_from_environment() -> ClientKey | None:
 
 def read_server_key(folder: Path) -> ServerKey:
     """Raises ConfigError."""
-    return _read(folder / SERVER, ServerKey, "keys")
+    return read_toml(folder / SERVER, ServerKey, "keys")
 
 
 def read_authorized(folder: Path) -> Authorized:
     """The allow-list; empty where there is none yet. Raises ConfigError."""
     path = folder / AUTHORIZED
-    return _read(path, Authorized, "keys") if path.exists() else Authorized()
+    return read_toml(path, Authorized, "keys") if path.exists() else Authorized()
 
 
 def _pair() -> tuple[str, str]:
@@ -171,7 +146,7 @@ def make_server_key(folder: Path) -> ServerKey:
         return read_server_key(folder)
     public, secret = _pair()
     key = ServerKey(public=public, secret=secret)
-    _write(folder / SERVER, key, private=True)
+    write_whole(folder / SERVER, _toml(key), "keys", mode=0o600)
     return key
 
 
@@ -192,9 +167,9 @@ def add_client(folder: Path, name: str, roles: tuple[Role, ...]) -> Path:
         raise ConfigError("name", expected="one that is not taken", got=repr(name))
     public, secret = _pair()
     key = ClientKey(name=name, public=public, secret=secret, server=server.public)
-    _write(path, key, private=True)
+    write_whole(path, _toml(key), "keys", mode=0o600)
     client = Client(name=name, public=public, roles=roles)
-    _write(folder / AUTHORIZED, Authorized(client=(*known.client, client)), private=False)
+    write_whole(folder / AUTHORIZED, _toml(Authorized(client=(*known.client, client))), "keys")
     return path
 
 
@@ -204,4 +179,4 @@ def revoke_client(folder: Path, name: str) -> None:
     kept = tuple(c for c in known.client if c.name != name)
     if len(kept) == len(known.client):
         raise ConfigError("name", expected="a client that is let in", got=repr(name))
-    _write(folder / AUTHORIZED, Authorized(client=kept), private=False)
+    write_whole(folder / AUTHORIZED, _toml(Authorized(client=kept)), "keys")

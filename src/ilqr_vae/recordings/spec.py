@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from ilqr_vae.files import FiniteFloat, NonNegativeFloat, PositiveFloat
 from ilqr_vae.recordings.split import SplitSpec
 
 
@@ -65,7 +66,7 @@ class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     kinematics: str = ""
     kinematic_names: tuple[str, ...] = ()
     kinematic_units: tuple[str, ...] = ()
-    rate: float = 0.0
+    rate: NonNegativeFloat = 0.0
     stamps: Literal["start", "end"] = "start"
     scored: str = ""
     trials: bool = True
@@ -114,7 +115,7 @@ class TrialSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """
 
     event: str = ""
-    window: tuple[float, float] = (0.0, 0.0)
+    window: tuple[FiniteFloat, FiniteFloat] = (0.0, 0.0)
     condition: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
 
@@ -136,10 +137,10 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         split: by time, or by the file's labels.
     """
 
-    bin_width: float = 0.05
-    min_rate: float = 0.0
+    bin_width: PositiveFloat = 0.05
+    min_rate: NonNegativeFloat = 0.0
     mode: Literal["continuous", "trials"] = "continuous"
-    lag: float = 0.0
+    lag: FiniteFloat = 0.0
     differentiate: bool = False
     mat: MatSpec = msgspec.field(default_factory=MatSpec)
     nwb: NwbSpec = msgspec.field(default_factory=NwbSpec)

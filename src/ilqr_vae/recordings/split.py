@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.files import OpenShare, ShareAboveZero
 from ilqr_vae.recordings.recording import Recording
 
 Span = Literal["train", "validation", "test", "all"]
@@ -64,13 +65,13 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     within that share too, by every decoder alike. Trials stay whole.
     """
 
-    train: float = 0.60
-    validation: float = 0.75
+    train: OpenShare = 0.60
+    validation: ShareAboveZero = 0.75
     column: str = ""
     train_labels: tuple[str, ...] = ("train",)
     validation_labels: tuple[str, ...] = ()
     test_labels: tuple[str, ...] = ("val",)
-    fraction: float = 1.0
+    fraction: ShareAboveZero = 1.0
 
     def bins(self, span: Span, n_bins: int) -> tuple[int, int]:
         """The half-open range of bins of a span of a recording without bounds of its own."""

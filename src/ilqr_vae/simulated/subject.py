@@ -25,14 +25,13 @@ Units: metres, seconds, spikes per second. Only numpy is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings.binning import bin_spikes, bins_of, resample
 from ilqr_vae.recordings.recording import Recording, Trials
 from ilqr_vae.simulated.centre_out import REACH, CentreOut, TrialRecord
@@ -297,7 +296,7 @@ def simulate_session(
     *,
     minutes: float = 10.0,
     units: int = 120,
-    progress: Callable[[float], Any] | None = None,
+    progress: Progress = SILENT,
 ) -> Session:
     """Let a subject reach with its own hand.
 
@@ -305,7 +304,6 @@ def simulate_session(
         seed: of tuning, task and noise; the same seed gives the same session.
         minutes: how long, above zero.
         units: how many neurons.
-        progress: told the fraction done, about a hundred times.
 
     Raises:
         ShapeError: ``minutes`` or ``units`` make no session.
@@ -322,8 +320,8 @@ def simulate_session(
         subject.advance(hand.position, cue.target, go=cue.go)
         latents[k] = subject.latents
         hand.move(subject.intended)
-        if progress is not None and (k + 1) % max(ticks // 100, 1) == 0:
-            progress((k + 1) / ticks)
+        if (k + 1) % max(ticks // 100, 1) == 0:
+            progress("reaching", k + 1, ticks)
     rng = np.random.default_rng([seed, 4])
     counts = rng.poisson(subject.rates(latents) * TICK)
     spike_times: list[Array] = []

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ilqr_training.evaluation.gru import GRUDecoder
 from ilqr_training.readout.restarts import reaching
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.scoring.baselines import KalmanFilter
 from ilqr_vae.scoring.metrics import r2
@@ -24,7 +25,6 @@ from ilqr_vae.scoring.score import WIENER, fit_wiener, wiener_decodes
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-Say = Callable[[str, int, int], None]
 Filling = Literal["zeros", "last value", "mean", "no update"]
 Decode = Callable[[Array, tuple[int, int], Flags], Array]
 
@@ -32,8 +32,13 @@ KALMAN, GRU = "Kalman filter", "GRU"
 _LONGEST_LAG_S = 0.2
 
 
+def names_of(gru: bool) -> tuple[str, ...]:
+    """The baselines, with or without the GRU, which takes minutes to fit."""
+    return (WIENER, KALMAN, GRU) if gru else (WIENER, KALMAN)
+
+
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A fitted decoder.
 
     Attributes:
@@ -107,14 +112,14 @@ def _mean_counts(recording: Recording, split: SplitSpec) -> Array:
     return (recording.counts[part] * seen).sum(0) / np.maximum(seen.sum(0), 1)
 
 
-def _wiener(recording: Recording, split: SplitSpec) -> Rival:
+def _wiener(recording: Recording, split: SplitSpec) -> Baseline:
     fitted = fit_wiener(recording, split)
 
     def decode(counts: Array, bins: tuple[int, int], _: Flags) -> Array:
         return wiener_decodes(fitted, recording, counts, bins)
 
     fillings: tuple[Filling, ...] = ("zeros", "last value", "mean")
-    return Rival(WIENER, fitted.validation_r2, "mean", fillings, recording, fitted.mean, decode)
+    return Baseline(WIENER, fitted.validation_r2, "mean", fillings, recording, fitted.mean, decode)
 
 
 def _states(recording: Recording, kinematics: Array) -> Array:
@@ -133,7 +138,7 @@ def _delayed(recording: Recording, values: NDArray[Any], lag: int) -> NDArray[An
     return made
 
 
-def _kalman(recording: Recording, split: SplitSpec) -> Rival:
+def _kalman(recording: Recording, split: SplitSpec) -> Baseline:
     """Position and velocity as its state; its lag chosen."""
     if recording.kinematics is None:
         raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
@@ -169,46 +174,46 @@ def _kalman(recording: Recording, split: SplitSpec) -> Rival:
         x, came = (_delayed(recording, v, -minus) for v in (given, seen))
         return decoded(best, x, bins, came)
 
-    return Rival(KALMAN, score, "no update", ("no update", "mean"), recording, mean, decode)
+    return Baseline(KALMAN, score, "no update", ("no update", "mean"), recording, mean, decode)
 
 
-def _gru(recording: Recording, split: SplitSpec, seed: int, say: Say) -> Rival:
-    gru = GRUDecoder.fit(recording, split, seed=seed, progress=lambda i, n: say(GRU, i, n))
+def _gru(recording: Recording, split: SplitSpec, seed: int, progress: Progress) -> Baseline:
+    gru = GRUDecoder.fit(recording, split, seed=seed, progress=progress)
 
     def decode(counts: Array, bins: tuple[int, int], _: Flags) -> Array:
         return gru.decode(recording, counts, bins)
 
     fillings: tuple[Filling, ...] = ("zeros", "last value")
     mean = _mean_counts(recording, split)
-    return Rival(GRU, gru.validation_r2, "zeros", fillings, recording, mean, decode)
+    return Baseline(GRU, gru.validation_r2, "zeros", fillings, recording, mean, decode)
 
 
-def fit_rivals(
+def fit_baselines(
     recording: Recording,
     split: SplitSpec,
-    names: tuple[str, ...] = (WIENER, KALMAN, GRU),
+    names: tuple[str, ...],
     *,
     seed: int = 0,
-    say: Say = lambda what, done, of: None,
-) -> dict[str, Rival]:
-    """The rivals asked for, fitted; everything they may choose is chosen on the validation part.
+    progress: Progress = SILENT,
+) -> dict[str, Baseline]:
+    """The baselines asked for, fitted; everything they may choose is chosen on the validation part.
 
     Args:
         recording: all of it, with kinematics.
         names: which, in this order.
         seed: of the GRU.
-        say: called with (what, done, of).
 
     Raises:
         ShapeError: no kinematics, or a part without a bin to fit or choose on.
     """
-    fits: dict[str, Callable[[], Rival]] = {
+    fits: dict[str, Callable[[], Baseline]] = {
         WIENER: lambda: _wiener(recording, split),
         KALMAN: lambda: _kalman(recording, split),
-        GRU: lambda: _gru(recording, split, seed, say),
+        GRU: lambda: _gru(recording, split, seed, progress),
     }
-    made: dict[str, Rival] = {}
-    for name in names:
-        say(name, 0, 1)
-        made[name] = fits[name]()
-    return made
+    fitted: dict[str, Baseline] = {}
+    for i, name in enumerate(names):
+        progress("baselines", i, len(names), name)
+        fitted[name] = fits[name]()
+    progress("baselines", len(names), len(names))
+    return fitted

@@ -1,4 +1,4 @@
-"""The whole comparison on one recording: recipe and rivals, several seeds, all that goes wrong.
+"""The whole comparison on one recording: recipe and baselines, several seeds, all that goes wrong.
 
 For each seed the recipe is trained on the full training part and on a share of it, and is held
 against a Wiener filter, a Kalman filter and a GRU of that seed, on the same bins: R2, coverage of
@@ -17,49 +17,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import msgspec
 
 from ilqr_training.config import TrainConfig, with_fraction
-from ilqr_training.evaluation.baselines import GRU, KALMAN, Rival, fit_rivals
+from ilqr_training.evaluation.baselines import Baseline, fit_baselines, names_of
 from ilqr_training.evaluation.cosmoothing import cosmooth, held_out_units
 from ilqr_training.evaluation.stress import StressPlan, under_stress
 from ilqr_training.fit.crops import prepare
-from ilqr_training.fit.train import Watcher, train_on
+from ilqr_training.fit.train import train_on
 from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import write_whole
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import rehearsal, warmup_start
 from ilqr_vae.report.data import plain
-from ilqr_vae.scoring.score import WIENER, score_decodes
+from ilqr_vae.scoring.score import score_decodes
 
 Piece = dict[str, Any]
 Scored = Literal["validation", "test"]
 FULL, LESS = "full", "less"
-
-
-class Watch(Protocol):
-    """Who is told how it goes."""
-
-    def training(self, what: str) -> AbstractContextManager[Watcher]:
-        """Around the training of one model."""
-        ...
-
-    def say(self, what: str, done: int, of: int) -> None:
-        """Within a piece."""
-        ...
-
-    def piece(self, name: str, again: bool) -> None:
-        """A piece begins, or is there ``again``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +83,7 @@ class Pieces:
 
     folder: Path
     identity: str
-    watch: Watch
+    progress: Progress
 
     def get(self, name: str, make: Callable[[], Piece]) -> Piece:
         """The piece, made if it is not there or is of something else."""
@@ -107,27 +91,26 @@ class Pieces:
         if path.exists():
             held: Piece = json.loads(path.read_text())
             if held.get("identity") == self.identity:
-                self.watch.piece(name, True)
+                self.progress.log(f"{name}: there already")
                 return held
-        self.watch.piece(name, False)
+        self.progress.log(name)
         made = plain({"identity": self.identity} | make())
         write_whole(path, json.dumps(made, indent=1) + "\n")
         return made
 
 
 class _Run:
-    """One seed on one amount of data: its model and its rivals, fitted when they are asked for."""
+    """One seed on one amount of data: its model and its baselines, fitted when first needed."""
 
     def __init__(
-        self, config: TrainConfig, recording: Recording, plan: Plan, model: Path, watch: Watch
+        self, config: TrainConfig, recording: Recording, plan: Plan, model: Path, progress: Progress
     ) -> None:
         self.config, self.recording, self.plan = config, recording, plan
-        self.model, self.watch = model, watch
+        self.model, self.progress = model, progress
         self.seed = config.training.seed
 
     def train(self) -> Piece:
-        with self.watch.training(self.model.stem) as watcher:
-            done = train_on(self.config, self.recording, self.model, watcher, resume=True)
+        done = train_on(self.config, self.recording, self.model, self.progress, resume=True)
         return {
             "seconds": done.seconds,
             "steps": done.steps,
@@ -153,10 +136,9 @@ class _Run:
         return self.config.data.split.occupied("test", self.read)
 
     @cached_property
-    def rivals(self) -> dict[str, Rival]:
-        names = (WIENER, KALMAN, GRU) if self.plan.gru else (WIENER, KALMAN)
-        split = self.config.data.split
-        return fit_rivals(self.read, split, names, seed=self.seed, say=self.watch.say)
+    def baselines(self) -> dict[str, Baseline]:
+        names, split = names_of(self.plan.gru), self.config.data.split
+        return fit_baselines(self.read, split, names, seed=self.seed, progress=self.progress)
 
     def decode(self) -> Piece:
         start, stop = self.bins
@@ -166,7 +148,7 @@ class _Run:
             start,
             stop,
             run_in=start - warmup_start(start),
-            progress=lambda i, n: self.watch.say("streaming offline", i, n),
+            progress=self.progress,
         )
         scores = score_decodes(
             self.read,
@@ -175,23 +157,23 @@ class _Run:
             decoded=result.kinematics,
             std=result.kinematics_std,
             baseline=False,
-            others={name: rival.decode(self.bins) for name, rival in self.rivals.items()},
+            others={name: baseline.decode(self.bins) for name, baseline in self.baselines.items()},
         )
         return {
             "bins": list(self.bins),
             "scores": scores.methods,
             "intervals_95": scores.intervals,
             "resampled": scores.resampled,
-            "validation_r2": {name: r.validation_r2 for name, r in self.rivals.items()},
+            "validation_r2": {name: r.validation_r2 for name, r in self.baselines.items()},
             "coverage_by_speed": None if scores.by_speed is None else scores.by_speed.coverage,
             "bits_per_spike": result.bits_per_spike,
         }
 
     def stress(self) -> Piece:
         plan = replace(self.plan.stress, seed=self.seed * self.plan.stress.draws)
-        rivals = tuple(self.rivals.values())
+        baselines = tuple(self.baselines.values())
         found = under_stress(
-            self.artifact.estimator(), self.read, self.bins, rivals, plan, say=self.watch.say
+            self.artifact.estimator(), self.read, self.bins, baselines, plan, progress=self.progress
         )
         return found.to_json()
 
@@ -204,7 +186,7 @@ class _Run:
             self.bins,
             units,
             said,
-            say=self.watch.say,
+            progress=self.progress,
         )
         return found.to_json()
 
@@ -217,7 +199,7 @@ def identity_of(config: TrainConfig, recording: Recording, plan: Plan) -> str:
 
 
 def compare(
-    config: TrainConfig, recording: Recording, folder: Path, plan: Plan, watch: Watch
+    config: TrainConfig, recording: Recording, folder: Path, plan: Plan, progress: Progress = SILENT
 ) -> Piece:
     """Do, or find done, every piece; all of them, ready for ``json.dumps``.
 
@@ -242,7 +224,9 @@ def compare(
     for i in range(plan.seeds):
         loop = msgspec.structs.replace(config.training, seed=config.training.seed + i)
         each = msgspec.structs.replace(config, training=loop)
-        seeds.append(_of_seed(each, seen, folder, plan, fraction, Pieces(folder, identity, watch)))
+        seeds.append(
+            _of_seed(each, seen, folder, plan, fraction, Pieces(folder, identity, progress))
+        )
     return {
         "identity": identity,
         "recording": recording.name,
@@ -269,7 +253,7 @@ def _of_seed(
     for amount, settings in amounts.items():
         name = f"seed{seed}-{amount}"
         model = folder / f"{name}-{pieces.identity}.safetensors"
-        run = _Run(settings, recording, plan, model, pieces.watch)
+        run = _Run(settings, recording, plan, model, pieces.progress)
         found = {"train": pieces.get(f"{name}-train", run.train)}
         found["decode"] = pieces.get(f"{name}-decode", run.decode)
         if amount == FULL:

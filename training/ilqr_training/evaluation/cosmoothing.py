@@ -7,13 +7,13 @@ Ours, twice: the smoothing solve with the held-out units masked, and their rates
 posterior, by the rows of the likelihood that training, which had all units, fitted: nothing is
 fitted again.
 And a Poisson regression a unit on the latents of that solve, fitted and chosen exactly as the
-baselines' regressions are (``cosmooth_rivals``): on the training part, where latents are inferred
-without the held-out units too, chosen on the validation part, fitted again on both.
+baselines' regressions are (``cosmoothing_baselines``): on the training part, where latents are
+inferred without the held-out units too, chosen on the validation part, fitted again on both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from ilqr_vae.artifact import Artifact
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.inference.prediction import infer, infer_long
 from ilqr_vae.model.likelihoods import Observed, padded
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.report import Table
 from ilqr_vae.scoring.metrics import bits_per_spike
@@ -42,7 +43,6 @@ from ilqr_vae.scoring.score import OURS
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-Say = Callable[[str, int, int], None]
 
 OURS_REGRESSED = f"{OURS}, regression on latents"
 LONG = 400
@@ -169,21 +169,20 @@ def cosmooth(
     held_out: Flags,
     said: str = "",
     *,
-    say: Say = lambda what, done, of: None,
+    progress: Progress = SILENT,
 ) -> CoSmoothing:
     """Ours and the baselines on the bins [start, stop).
 
     Args:
         recording: all of it, the model's units alone.
         held_out: (N,), and ``said`` how they were chosen (``held_out_units``).
-        say: called with (what, done, of).
 
     Raises:
         ShapeError: a part of the split without a bin, or without a spike of the held-out units.
     """
     part, held_in = slice(*bins), ~held_out
     truth = np.where(recording.mask()[part], recording.counts[part], np.nan)[:, held_out]
-    say(OURS, 0, 4)
+    progress("co-smoothing", 0, 4, OURS)
     latents = np.zeros((len(recording), artifact.model.n))
     rates = np.empty(0)
     # the scored bins last: what is left of the latents there saw those bins alone
@@ -197,10 +196,11 @@ def cosmooth(
         FACTORS: factors(recording, held_in),
     }
     for i, (name, candidates) in enumerate(ways.items()):
-        say(name, i + 1, 4)
+        progress("co-smoothing", i + 1, 4, name)
         fitted = fit_offline(candidates, recording, split, held_out)
         bits[name] = bits_per_spike(fitted.rates(bins), truth)
         chosen[name] = fitted.chosen
+    progress("co-smoothing", 4, 4)
     return CoSmoothing(bits, chosen, tuple(np.array(recording.unit_names)[held_out].tolist()), said)
 
 

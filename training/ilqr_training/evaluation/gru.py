@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ilqr_training.readout.restarts import reaching
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.scoring.metrics import r2, varies
 
@@ -91,13 +92,12 @@ class GRUDecoder:
         *,
         seed: int = 0,
         grid: tuple[GRUConfig, ...] = GRID,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = SILENT,
     ) -> GRUDecoder:
         """Fit every candidate; keep the best on the validation part; fit it again on both.
 
         Args:
             recording: with kinematics.
-            progress: called with (gradient steps done, of).
 
         Raises:
             ShapeError: no kinematics, or a part without a bin to score.
@@ -107,7 +107,7 @@ class GRUDecoder:
         total, made = sum(c.steps for c in grid) + max(c.steps for c in grid), []
 
         def say(done: int) -> Callable[[int], None]:
-            return lambda step: None if progress is None else progress(done + step, total)
+            return lambda step: progress("GRU", done + step, total)
 
         for i, config in enumerate(grid):
             before = sum(c.steps for c in grid[:i])

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_training.evaluation.baselines import GRU, Filling, Rival
+from ilqr_training.evaluation.baselines import GRU, Baseline, Filling
 from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_vae.errors import ConfigError, ShapeError
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import plan_drops, warmup_start
 from ilqr_vae.report import Table
@@ -35,7 +36,6 @@ from ilqr_vae.streaming.horizon import MovingHorizon
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-Say = Callable[[str, int, int], None]
 
 CLEAN = "nothing wrong"
 
@@ -188,19 +188,19 @@ class Stress:
 
 
 class _Bench:
-    """Ours and the rivals on the bins [start, stop), scored alike."""
+    """Ours and the baselines on the bins [start, stop), scored alike."""
 
     def __init__(
         self,
         estimator: MovingHorizon,
         recording: Recording,
         bins: tuple[int, int],
-        rivals: tuple[Rival, ...],
+        baselines: tuple[Baseline, ...],
     ) -> None:
         if recording.kinematics is None:
             raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
         self.estimator, self.recording, self.bins = estimator, recording, bins
-        self.rivals, self.first = rivals, warmup_start(bins[0])
+        self.baselines, self.first = baselines, warmup_start(bins[0])
         part = slice(*bins)
         self.truth, self.scored = recording.kinematics[part], recording.scored[part]
         self.clean: dict[str, float] = {}
@@ -224,17 +224,17 @@ class _Bench:
     def others(
         self, condition: str, given: dict[Filling, str], made: list[tuple[NDArray[Any], Flags]]
     ) -> list[Row]:
-        """The rivals' rows: counts and what of them is missing, a pair a draw."""
+        """The baselines' rows: counts and what of them is missing, a pair a draw."""
         rows: list[Row] = []
-        for rival in self.rivals:
+        for baseline in self.baselines:
             for filling, words in given.items():
-                if filling not in (*rival.fillings, "mean"):
+                if filling not in (*baseline.fillings, "mean"):
                     continue
                 scores = [
-                    self.score(rival.decode(self.bins, counts=c, missing=m, filling=filling))
+                    self.score(baseline.decode(self.bins, counts=c, missing=m, filling=filling))
                     for c, m in made
                 ]
-                rows.append(self.row(condition, rival.name, words, scores))
+                rows.append(self.row(condition, baseline.name, words, scores))
         return rows
 
 
@@ -242,11 +242,11 @@ def under_stress(
     estimator: MovingHorizon,
     recording: Recording,
     bins: tuple[int, int],
-    rivals: tuple[Rival, ...],
+    baselines: tuple[Baseline, ...],
     plan: StressPlan,
     *,
     clean: Array | None = None,
-    say: Say = lambda what, done, of: None,
+    progress: Progress = SILENT,
 ) -> Stress:
     """Run it all.
 
@@ -255,30 +255,30 @@ def under_stress(
         recording: all of it, the model's units alone.
         bins: half-open range scored.
         clean: (T, D) our decodes of these bins where nothing is wrong, if they are known.
-        say: called with (what, done, of).
 
     Raises:
         ShapeError: no kinematics to score on.
     """
-    bench = _Bench(estimator, recording, bins, rivals)
+    bench = _Bench(estimator, recording, bins, baselines)
     passes = (0 if clean is not None else 1) + (1 + 2 * plan.draws if plan.silent else 0)
     passes, done = passes + len(plan.lost) * plan.draws, 0
 
     def ours(what: str, changed: Recording, **options: Any) -> Causal:
         nonlocal done
-        say(what, done, passes)
+        progress("stress", done, passes, what)
         done += 1
         return bench.ours(changed, **options)
 
     decoded = ours(CLEAN, recording).kinematics if clean is None else clean
     rows = [bench.row(CLEAN, OURS, "", [bench.score(decoded)])]
-    rows += [bench.row(CLEAN, r.name, "", [bench.score(r.decode(bins))]) for r in rivals]
+    rows += [bench.row(CLEAN, r.name, "", [bench.score(r.decode(bins))]) for r in baselines]
     watched: dict[str, float] = {}
     if round(plan.silent * recording.n_units):
         found, watched = _silent(bench, plan, ours)
         rows += found
     for share in plan.lost:
         rows += _lost(bench, plan, share, ours)
+    progress("stress", passes, passes)
     return Stress(plan, recording.n_units, tuple(rows), watched)
 
 

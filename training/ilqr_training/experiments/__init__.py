@@ -1,6 +1,6 @@
 """The paper's experiments on made-up data: one settings class and one ``run`` each.
 
-``run(settings, seed, watch) -> Outcome``. Names are those of ``ilqr-vae experiment NAME``; the
+``run(settings, seed, progress) -> Outcome``. Names are those of ``ilqr-vae experiment NAME``; the
 module behind a name is imported when it is asked for.
 """
 
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ilqr_training.experiments.driver import Outcome, Watch
+from ilqr_training.experiments.driver import Outcome
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.progress import Progress
 
-Run = Callable[[Any, int, Watch], Outcome]
+Run = Callable[[Any, int, Progress], Outcome]
 
 _WHERE = {
     "autonomous-linear": ("linear", "AutonomousConfig", "autonomous"),

@@ -1,4 +1,4 @@
-"""What the experiments share: whole trials as training batches, a fit, and who is told about it."""
+"""What the experiments share: whole trials as training batches, networks, and a fit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from ilqr_vae.errors import ShapeError
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Gaussian, Observed
+from ilqr_vae.progress import Progress
 
 Array = NDArray[np.float64]
 
@@ -67,22 +68,6 @@ class NetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     latents: int = 20
     inputs: int = 5
     options: DynamicsOptions = DynamicsOptions()
-
-
-class Watch(Protocol):
-    """Who is told how an experiment goes."""
-
-    def begin(self, what: str, total: int) -> None:
-        """A part of ``total`` units of work begins."""
-        ...
-
-    def advance(self, done: int, note: str = "") -> None:
-        """So much of it is done."""
-        ...
-
-    def say(self, text: str) -> None:
-        """A line worth keeping."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -192,7 +177,7 @@ def fit(
     trials: Trials,
     config: FitConfig,
     seed: int,
-    watch: Watch,
+    progress: Progress,
     *,
     what: str = "training",
     after: Callable[[Run, Report], None] | None = None,
@@ -224,14 +209,10 @@ def fit(
     run.condition = tuple(model.groups)
     run.rate = config.rate
     bounds: list[float] = []
-    watch.begin(what, config.steps)
     for report in train_steps(run, loop):
         bounds.append(report.bound)
-        watch.advance(
-            report.step,
-            f"bound {report.bound:.3f} nats/bin, KL {report.kl:.3f}, "
-            f"{report.iterations:.1f} iterations",
-        )
+        note = f"bound {report.bound:.3f} nats/bin, KL {report.kl:.3f}"
+        progress(what, report.step, config.steps, note)
         if after is not None:
             after(run, report)
     return Fit(run, bounds, time.monotonic() - began)

@@ -21,7 +21,6 @@ from ilqr_training.experiments.driver import (
     NetConfig,
     Outcome,
     Trials,
-    Watch,
     fit,
     network,
     observed_of,
@@ -30,11 +29,13 @@ from ilqr_training.experiments.generators import linear_trials, sparse_inputs, s
 from ilqr_training.experiments.initialise import start_linear
 from ilqr_training.fit.loop import Report, Run
 from ilqr_vae.artifact import GroupSpec
-from ilqr_vae.inference import elbo, ilqr, prediction
+from ilqr_vae.inference import elbo, prediction
 from ilqr_vae.inference.posterior import Draw
+from ilqr_vae.inference.problem import SolverConfig
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.priors import LOG_2PI
+from ilqr_vae.progress import Progress
 
 
 class GapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -120,7 +121,7 @@ def _of_ilqr(
     # start at zero may be held there
     warm = trials.warm(torch.arange(trials.count))
     generator = torch.Generator().manual_seed(step)
-    solver = ilqr.SolverConfig(iterations=40, tolerance=1e-6)
+    solver = SolverConfig(iterations=40, tolerance=1e-6)
     q = prediction.infer(model, observed, solver=solver, start=warm, generator=generator)
     bound = float(q.bound(observed, samples=50).mean()) / config.bins
     weighted = q.importance_weighted(observed, samples=config.samples, at_once=50)
@@ -147,7 +148,7 @@ def _of_encoder(
 
 
 def _train_encoder(
-    model: Model, values: Array, config: GapConfig, seed: int, watch: Watch
+    model: Model, values: Array, config: GapConfig, seed: int, progress: Progress
 ) -> list[Gap]:
     how = config.fit
     observed = observed_of(model, values)
@@ -158,7 +159,6 @@ def _train_encoder(
     generator = torch.Generator().manual_seed(seed)
     batch = min(how.batch, trials.count)
     gaps: list[Gap] = []
-    watch.begin("bidirectional encoder", how.steps)
     for step in range(how.steps):
         part = trials.observed(trials.draw(batch))
         z0, z0_log, u, u_log = encoder(part["observations"].values)
@@ -172,13 +172,18 @@ def _train_encoder(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, how.clip)
         optimiser.step()
-        watch.advance(step + 1, f"bound {-float(loss.detach()):.3f} nats/bin")
+        progress(
+            "bidirectional encoder",
+            step + 1,
+            how.steps,
+            f"bound {-float(loss.detach()):.3f} nats/bin",
+        )
         if (step + 1) % max(1, how.steps // config.checks) == 0:
             gaps.append(_of_encoder(model, encoder, observed, config, step + 1))
     return gaps
 
 
-def inference_gap(config: GapConfig, seed: int, watch: Watch) -> Outcome:
+def inference_gap(config: GapConfig, seed: int, progress: Progress) -> Outcome:
     """Train both ways from the same start; measure both gaps as training goes on."""
     began = time.monotonic()
     rng = np.random.default_rng(seed)
@@ -205,8 +210,8 @@ def inference_gap(config: GapConfig, seed: int, watch: Watch) -> Outcome:
             ours.append(_of_ilqr(run.model, observed, trials, config, report.step))
 
     trials = Trials(model, observed, seed)
-    fit(model, trials, config.fit, seed, watch, what="iLQR", after=check)
-    theirs = _train_encoder(fresh(), values, config, seed, watch)
+    fit(model, trials, config.fit, seed, progress, what="iLQR", after=check)
+    theirs = _train_encoder(fresh(), values, config, seed, progress)
     figures: dict[str, Any] = {
         "gap_ilqr": [g.gap for g in ours],
         "gap_encoder": [g.gap for g in theirs],

@@ -16,7 +16,6 @@ from ilqr_training.experiments.driver import (
     NetConfig,
     Outcome,
     Trials,
-    Watch,
     fit,
     network,
     observed_of,
@@ -30,12 +29,14 @@ from ilqr_training.experiments.generators import (
 )
 from ilqr_training.experiments.initialise import start_linear
 from ilqr_vae.artifact import GroupSpec
-from ilqr_vae.inference import ilqr, prediction
+from ilqr_vae.inference import prediction
+from ilqr_vae.inference.problem import SolverConfig, Status
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.model.likelihoods import Observed, padded
+from ilqr_vae.progress import Progress
 from ilqr_vae.scoring.metrics import poisson_nll
 
-_SOLVER = ilqr.SolverConfig(iterations=60, tolerance=1e-7)
+_SOLVER = SolverConfig(iterations=60, tolerance=1e-7)
 
 
 class LongConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -60,7 +61,7 @@ class LongConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     fit: FitConfig = FitConfig(steps=300, batch=20, learning_rate=0.03, iterations=4)
 
 
-def long_trial(config: LongConfig, seed: int, watch: Watch) -> Outcome:
+def long_trial(config: LongConfig, seed: int, progress: Progress) -> Outcome:
     """Train on chunks of different lengths; infer on one sequence ``times`` longer."""
     began = time.monotonic()
     rng = np.random.default_rng(seed)
@@ -86,7 +87,7 @@ def long_trial(config: LongConfig, seed: int, watch: Watch) -> Outcome:
         [torch.as_tensor(x[:k]).to(like) for x, k in zip(made, lengths, strict=True)]
     )
     trials = Trials(model, {"observations": values}, seed, live=live)
-    f = fit(model, trials, config.fit, seed, watch, what="chunks of mixed lengths")
+    f = fit(model, trials, config.fit, seed, progress, what="chunks of mixed lengths")
     model = model.double()
     generator = torch.Generator().manual_seed(seed)
     total = config.chunk * config.times
@@ -107,14 +108,13 @@ def long_trial(config: LongConfig, seed: int, watch: Watch) -> Outcome:
         return {
             "log_likelihood": float(fitted.sum()) / config.samples / total,
             "bound": float(posterior.bound(observed, samples=config.samples).sum()) / total,
-            "converged": float((posterior.state.status == ilqr.Status.CONVERGED).double().mean()),
+            "converged": float((posterior.state.status == Status.CONVERGED).double().mean()),
         }
 
-    watch.begin("inference, one long sequence and its chunks", 2)
     long = score(whole, joint=True)
-    watch.advance(1)
+    progress("inference", 1, 2)
     chunked = score(whole.reshape(config.times, config.chunk, -1), joint=False)
-    watch.advance(2)
+    progress("inference", 2, 2)
     figures: dict[str, Any] = {f"{k}_long": v for k, v in long.items()}
     figures |= {f"{k}_chunked": v for k, v in chunked.items()}
     figures["bound_gain"] = long["bound"] - chunked["bound"]
@@ -187,7 +187,7 @@ def bits_where(rates: Array, counts: Array, where: Array) -> float:
     return gain / max(1.0, float(counts[keep].sum())) / float(np.log(2))
 
 
-def missing_data(config: MissingConfig, seed: int, watch: Watch) -> Outcome:
+def missing_data(config: MissingConfig, seed: int, progress: Progress) -> Outcome:
     """Train and infer with entries masked; score what was imputed against a fit that saw all."""
     rng = np.random.default_rng(seed)
     bouts = lorenz_bouts(rng, config.trials, config.bins, dt=0.02)
@@ -215,7 +215,7 @@ def missing_data(config: MissingConfig, seed: int, watch: Watch) -> Outcome:
         with torch.no_grad():
             spikes.C.mul_(0.5)
         observed = observed_of(model, made.counts, mask)
-        f = fit(model, Trials(model, observed, seed), config.fit, seed, watch, what=name)
+        f = fit(model, Trials(model, observed, seed), config.fit, seed, progress, what=name)
         posterior = prediction.infer(model, observed, solver=_SOLVER)
         rates = posterior.rates()["observations"].detach().double().numpy()
         for part, where in parts.items():

@@ -17,7 +17,6 @@ from ilqr_training.experiments.driver import (
     NetConfig,
     Outcome,
     Trials,
-    Watch,
     fit,
     network,
     observed_of,
@@ -36,6 +35,7 @@ from ilqr_vae.artifact import GroupSpec
 from ilqr_vae.inference import prediction
 from ilqr_vae.model.dynamics import Linear
 from ilqr_vae.model.generative import Model
+from ilqr_vae.progress import Progress
 
 
 class AutonomousConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,7 +70,7 @@ def _fit_linear(
     net: NetConfig,
     how: FitConfig,
     seed: int,
-    watch: Watch,
+    progress: Progress,
     what: str,
     *,
     free: bool = True,
@@ -87,7 +87,7 @@ def _fit_linear(
             model.dynamics.input.zero_()
         model.dynamics.input.requires_grad_(False)
     trials = Trials(model, observed_of(model, values), seed)
-    return fit(model, trials, how, seed, watch, what=what), trials
+    return fit(model, trials, how, seed, progress, what=what), trials
 
 
 def initial_share(model: Model, z: torch.Tensor, u: torch.Tensor) -> float:
@@ -103,7 +103,7 @@ def initial_share(model: Model, z: torch.Tensor, u: torch.Tensor) -> float:
     return float((start / (start + energy[1:].sum())).detach())
 
 
-def autonomous(config: AutonomousConfig, seed: int, watch: Watch) -> Outcome:
+def autonomous(config: AutonomousConfig, seed: int, progress: Progress) -> Outcome:
     """Fit with inputs free and with inputs forced to zero; compare bounds, see where inputs are."""
     data = _autonomous_data(config, np.random.default_rng(seed))
     fits: dict[str, Fit] = {}
@@ -111,7 +111,13 @@ def autonomous(config: AutonomousConfig, seed: int, watch: Watch) -> Outcome:
     energy = np.zeros(config.bins)
     for name in ("free", "forced"):
         f, _ = _fit_linear(
-            data.values, config.net, config.fit, seed, watch, f"inputs {name}", free=name == "free"
+            data.values,
+            config.net,
+            config.fit,
+            seed,
+            progress,
+            f"inputs {name}",
+            free=name == "free",
         )
         fits[name] = f
         model = f.run.model
@@ -204,7 +210,7 @@ def eigenvalue_error(A: Array, found: Array) -> float:
 
 
 def _sparse_one(
-    config: SparseConfig, size: Variant, seed: int, watch: Watch, what: str
+    config: SparseConfig, size: Variant, seed: int, progress: Progress, what: str
 ) -> tuple[dict[str, float], LinearData, Array, Array]:
     rng = np.random.default_rng(seed)
     n, m = config.net.latents, config.net.inputs
@@ -218,7 +224,9 @@ def _sparse_one(
     start = _START * rng.normal(size=(size.trials, n))
     data = linear_trials(rng, A, B, C, u, start, noise=config.noise)
     regress = config.start == "regression"
-    f, trials = _fit_linear(data.values, config.net, config.fit, seed, watch, what, regress=regress)
+    f, trials = _fit_linear(
+        data.values, config.net, config.fit, seed, progress, what, regress=regress
+    )
     model = f.run.model
     # the Student's cost is not convex: a narrow one holds inputs that start at zero near zero, so
     # inference goes on from where training's own solves ended
@@ -237,13 +245,12 @@ def _sparse_one(
     return scores, data, found, A_found
 
 
-def sparse(config: SparseConfig, seed: int, watch: Watch) -> Outcome:
+def sparse(config: SparseConfig, seed: int, progress: Progress) -> Outcome:
     """Recover inputs and eigenvalues, over several seeds, and at other sizes if asked to."""
     began = time.monotonic()
     size = Variant(config.trials, config.bins)
-    runs = [
-        _sparse_one(config, size, seed + i, watch, f"seed {seed + i}") for i in range(config.seeds)
-    ]
+    seeds = range(seed, seed + config.seeds)
+    runs = [_sparse_one(config, size, s, progress, f"seed {s}") for s in seeds]
     figures: dict[str, Any] = {
         "input_r2": float(np.mean([r[0]["input_r2"] for r in runs])),
         "input_r2_per_seed": [r[0]["input_r2"] for r in runs],
@@ -252,11 +259,11 @@ def sparse(config: SparseConfig, seed: int, watch: Watch) -> Outcome:
         "oracle_r2_events": float(np.mean([r[0]["oracle_r2_events"] for r in runs])),
     }
     for variant in config.variants:
-        scores, *_ = _sparse_one(config, variant, seed, watch, variant.key)
+        scores, *_ = _sparse_one(config, variant, seed, progress, variant.key)
         figures[variant.key] = scores["input_r2"]
         oracle = {k: scores[f"oracle_r2_{k}"] for k in ("white", "events")}
         figures[variant.key.replace("input_r2", "oracle_r2")] = oracle
-        watch.say(f"{variant.key} {scores['input_r2']:.4f}")
+        progress.log(f"{variant.key} {scores['input_r2']:.4f}")
     figures["seconds"] = time.monotonic() - began
     _, data, found, A_found = runs[0]
 

@@ -23,7 +23,6 @@ from ilqr_training.experiments.driver import (
     NetConfig,
     Outcome,
     Trials,
-    Watch,
     fit,
     network,
     observed_of,
@@ -34,6 +33,7 @@ from ilqr_vae.artifact import GroupSpec
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.model.dynamics import DynamicsOptions
+from ilqr_vae.progress import Progress
 
 HELD_IN, HELD_OUT = "train_spikes_heldin", "train_spikes_heldout"
 
@@ -109,7 +109,7 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def maze_size(config: MazeConfig, seed: int, watch: Watch) -> Outcome:
+def maze_size(config: MazeConfig, seed: int, progress: Progress) -> Outcome:
     """A few gradient steps at the recording's size; seconds and memory of each."""
     if config.file:
         counts = read_layout(Path(config.file))
@@ -136,7 +136,7 @@ def maze_size(config: MazeConfig, seed: int, watch: Watch) -> Outcome:
         clock.append(time.monotonic())
 
     trials = Trials(model, observed_of(model, counts), seed)
-    f = fit(model, trials, config.fit, seed, watch, after=after)
+    f = fit(model, trials, config.fit, seed, progress, after=after)
     each = np.diff(clock)
     later = each[1:] if len(each) > 1 else each  # the first step compiles
     figures = {

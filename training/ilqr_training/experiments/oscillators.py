@@ -15,7 +15,6 @@ from ilqr_training.experiments.driver import (
     NetConfig,
     Outcome,
     Trials,
-    Watch,
     fit,
     network,
     observed_of,
@@ -28,9 +27,11 @@ from ilqr_training.experiments.generators import (
 )
 from ilqr_training.experiments.initialise import StartConfig, start_residual
 from ilqr_vae.artifact import GroupSpec
-from ilqr_vae.inference import ilqr, prediction
+from ilqr_vae.inference import prediction
+from ilqr_vae.inference.problem import SolverConfig, Status
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.model.generative import Model
+from ilqr_vae.progress import Progress
 from ilqr_vae.scoring.metrics import r2
 
 
@@ -117,7 +118,7 @@ def _free_run(
     return path, figures
 
 
-def lorenz(config: LorenzConfig, seed: int, watch: Watch) -> Outcome:
+def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> Outcome:
     """Fit; infer test bouts, forecast with inputs zeroed; then let the model run on its own."""
     rng = np.random.default_rng(seed)
     clean = lorenz_bouts(rng, config.bouts + config.test_bouts, config.bins, dt=config.dt)
@@ -133,10 +134,10 @@ def lorenz(config: LorenzConfig, seed: int, watch: Watch) -> Outcome:
     for bins, how in ((p.bins, p.fit) for p in config.pieces):
         windows = train[:, : config.bins // bins * bins].reshape(-1, bins, 3)
         trials = Trials(model, observed_of(model, windows), seed)
-        bounds += fit(model, trials, how, seed, watch, what=f"windows of {bins} bins").bounds
+        bounds += fit(model, trials, how, seed, progress, what=f"windows of {bins} bins").bounds
     trained = time.monotonic() - began[0]
     observed = observed_of(model, values)
-    solver = ilqr.SolverConfig(iterations=50, tolerance=1e-6)
+    solver = SolverConfig(iterations=50, tolerance=1e-6)
     # inputs have all but vanished by now, and a bout shot from the prior's mean without them is a
     # chaotic path to start from: chunks first
     posterior = prediction.infer_long(model, observed, chunk=config.chunk, solver=solver)
@@ -160,7 +161,7 @@ def lorenz(config: LorenzConfig, seed: int, watch: Watch) -> Outcome:
         "seconds_cpu": cpu,
         "bound": float(np.mean(bounds[-20:])) if bounds else None,
         "noise": [float(s) for s in noise * scale],
-        "converged": float((posterior.state.status == ilqr.Status.CONVERGED).double().mean()),
+        "converged": float((posterior.state.status == Status.CONVERGED).double().mean()),
     }
 
     def draw(figure: Any) -> None:
@@ -197,7 +198,7 @@ class DuffingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     fit: FitConfig = FitConfig(steps=300, batch=16, learning_rate=0.02, iterations=4)
 
 
-def duffing(config: DuffingConfig, seed: int, watch: Watch) -> Outcome:
+def duffing(config: DuffingConfig, seed: int, progress: Progress) -> Outcome:
     """Fit on training trials; rates and phase portrait of test trials."""
     rng = np.random.default_rng(seed)
     both = duffing_trials(rng, config.trials + config.test_trials, config.bins)
@@ -216,11 +217,11 @@ def duffing(config: DuffingConfig, seed: int, watch: Watch) -> Outcome:
     with torch.no_grad():
         spikes.C.mul_(0.5)
     train, test = made.counts[: config.trials], made.counts[config.trials :]
-    f = fit(model, Trials(model, observed_of(model, train), seed), config.fit, seed, watch)
+    f = fit(model, Trials(model, observed_of(model, train), seed), config.fit, seed, progress)
     posterior = prediction.infer(
         model,
         observed_of(model, test),
-        solver=ilqr.SolverConfig(iterations=30, tolerance=1e-5),
+        solver=SolverConfig(iterations=30, tolerance=1e-5),
     )
     rates = posterior.rates()["observations"].detach().double().numpy()
     truth = made.rates[config.trials :]

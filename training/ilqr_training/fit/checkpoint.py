@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 
 from ilqr_training.fit.loop import Run
 from ilqr_vae.errors import TrainingError
+from ilqr_vae.files import write_whole
 
 
 @dataclass
-class Progress:
-    """What early stopping has seen.
+class EarlyStopping:
+    """The best validation so far, and how long ago it was.
 
     Attributes:
         best_score, best_step: of the best causal validation so far.
@@ -30,6 +31,10 @@ class Progress:
     best_model: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     waited: int = 0
     history: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+
+    def over(self, patience: int) -> bool:
+        """Whether training has gone on long enough without a better score; never if zero."""
+        return bool(patience and self.waited >= patience)
 
     def offer(self, step: int, score: float, model: torch.nn.Module) -> bool:
         """Record a validation; True where it is the best so far.
@@ -50,8 +55,15 @@ class Progress:
         return False
 
 
-def save_checkpoint(path: Path, identity: str, run: Run, progress: Progress) -> None:
-    """Write atomically; ``identity`` names the configuration and the recording."""
+def save_checkpoint(path: Path, identity: str, run: Run, stopping: EarlyStopping) -> None:
+    """Write a checkpoint.
+
+    Args:
+        identity: names the configuration and the recording.
+
+    Raises:
+        ConfigError: it cannot be written; the last one stays.
+    """
     crops = run.crops
     content: dict[str, Any] = {
         "identity": identity,
@@ -61,15 +73,15 @@ def save_checkpoint(path: Path, identity: str, run: Run, progress: Progress) -> 
         "generator": run.generator.get_state(),
         "crops": {"z": crops.z, "u": crops.u, "rng": crops.rng.bit_generator.state},
         "step": run.step,
-        "progress": vars(progress),
+        "progress": vars(stopping),
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue(), "checkpoint")
 
 
-def load_checkpoint(path: Path, identity: str, run: Run, progress: Progress) -> None:
-    """Continue ``run`` and ``progress`` from a checkpoint, in place.
+def load_checkpoint(path: Path, identity: str, run: Run, stopping: EarlyStopping) -> None:
+    """Continue ``run`` and ``stopping`` from a checkpoint, in place.
 
     Raises:
         TrainingError: unreadable, no checkpoint of ours, or of another configuration or recording.
@@ -100,5 +112,5 @@ def load_checkpoint(path: Path, identity: str, run: Run, progress: Progress) -> 
     run.crops.rng.bit_generator.state = content["crops"]["rng"]
     run.step = content["step"]
     for name, value in content["progress"].items():
-        setattr(progress, name, value)
-    progress.history = [(int(s), float(v)) for s, v in progress.history]
+        setattr(stopping, name, value)
+    stopping.history = [(int(s), float(v)) for s, v in stopping.history]

@@ -14,11 +14,12 @@ import torch
 
 from ilqr_training.config import TrainConfig, with_fraction
 from ilqr_training.fit.crops import prepare
-from ilqr_training.fit.train import Trained, Watcher, manifest_of, train_on
+from ilqr_training.fit.train import Trained, manifest_of, save_model, train_on
 from ilqr_training.fit.validate import validate
-from ilqr_vae.artifact import Artifact, Manifest, ModelSpec, build, load_artifact, save_artifact
+from ilqr_vae.artifact import Artifact, Manifest, ModelSpec, build, load_artifact
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.model.generative import Model
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, load_recording
 from ilqr_vae.recordings.joined import SEPARATOR, join
 
@@ -32,7 +33,7 @@ def train_sessions(
     config: TrainConfig,
     recordings: list[Path],
     out: Path,
-    watcher: Watcher,
+    progress: Progress = SILENT,
     *,
     resume: bool = False,
     log_dir: Path | None = None,
@@ -42,7 +43,7 @@ def train_sessions(
     Args:
         recordings: two or more files; a session is called as its file without the suffix.
         out: the joint model of all units; ``session_path`` says where the sessions' own go.
-        resume, log_dir: as ``train``.
+        progress, resume, log_dir: as ``train``.
 
     Returns:
         The joint run, and each session's manifest by its name.
@@ -60,12 +61,12 @@ def train_sessions(
     joined = join(sessions, config.data.split)
     # what is left out of each session is left out already
     done = train_on(
-        with_fraction(config, 1.0), joined, out, watcher, resume=resume, log_dir=log_dir
+        with_fraction(config, 1.0), joined, out, progress, resume=resume, log_dir=log_dir
     )
     joint = load_artifact(out)
     made: dict[str, Manifest] = {}
     for name, recording in sessions.items():
-        made[name] = _own(config, name, recording, joint, session_path(out, name), done, watcher)
+        made[name] = _own(config, name, recording, joint, session_path(out, name), done, progress)
     return done, made
 
 
@@ -76,7 +77,7 @@ def _own(
     joint: Artifact,
     out: Path,
     done: Trained,
-    watcher: Watcher,
+    progress: Progress,
 ) -> Manifest:
     """The session's rows of the joint model, with a readout of its own fitted on its own parts."""
     prefix = name + SEPARATOR
@@ -92,17 +93,16 @@ def _own(
     data = prepare(chosen, msgspec.structs.replace(config.data, min_rate=0.0), chunk=1)
     spec = _fewer(joint.manifest.model, len(kept))
     model = restricted(joint.model, spec, kept)
-    final = validate(model, data, config, thorough=True, progress=watcher.validating)
+    final = validate(model, data, config, thorough=True, progress=progress)
     manifest = manifest_of(config, data, final, done.steps, done.best_step)
     others = {"trained_with": joint.manifest.model_id, "session": name}
-    return save_artifact(
+    return save_model(
         out,
         msgspec.structs.replace(
             manifest, model=spec, provenance=manifest.provenance | others, history=done.history
         ),
         model,
-        final.readout,
-        final.mean_rate,
+        final,
     )
 
 

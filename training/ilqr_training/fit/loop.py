@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ilqr_training.config import LoopConfig
-from ilqr_training.fit.not_finite import culprit
+from ilqr_training.fit.not_finite import find_not_finite
 from ilqr_vae.errors import TrainingError
 from ilqr_vae.inference import elbo, ilqr, implicit
 from ilqr_vae.inference.posterior import Draw, Kronecker, laplace_draw
+from ilqr_vae.inference.problem import Problem, SolverConfig, State, Status
 from ilqr_vae.lqr import solve_lqr
 from ilqr_vae.model.generative import Model, conditioned_on
 from ilqr_vae.model.likelihoods import Observed
@@ -126,7 +127,7 @@ def start(model: Model, crops: Batches, config: LoopConfig, *, scale_rate: float
     return Run(model, posterior, crops, optimiser, generator)
 
 
-def _draw(run: Run, problem: ilqr.Problem, state: ilqr.State) -> Draw:
+def _draw(run: Run, problem: Problem, state: State) -> Draw:
     if run.posterior is not None:
         return run.posterior.draw(state.z.shape[0], run.generator)
     with torch.no_grad():
@@ -145,10 +146,10 @@ def gradient_step(run: Run, config: LoopConfig) -> Report:
     index = crops.draw(config.batch)
     observed = crops.observed(index)
     w = model.dynamics.weights()
-    problem = ilqr.Problem(
+    problem = Problem(
         model, w, conditioned_on(observed, run.condition), model.initial.cost(config.batch)
     )
-    solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
+    solver = SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
     state, _ = ilqr.solve(problem, *crops.warm(index), solver)
     crops.remember(index, state.z, state.u)
 
@@ -176,7 +177,7 @@ def gradient_step(run: Run, config: LoopConfig) -> Report:
         raise TrainingError(
             f"training step {run.step + 1}",
             expected="a finite bound and gradient",
-            got=f"{culprit(model, run.posterior, index, observed, parts)} not finite",
+            got=f"{find_not_finite(model, run.posterior, index, observed, parts)} not finite",
         )
     run.optimiser.step()
     run.step += 1
@@ -190,7 +191,7 @@ def gradient_step(run: Run, config: LoopConfig) -> Report:
         kl=kl,
         gradient_norm=float(norm),
         iterations=float(state.iterations.double().mean()),
-        unsolved=float((state.status != ilqr.Status.CONVERGED).double().mean()),
+        unsolved=float((state.status != Status.CONVERGED).double().mean()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which parameter, group or bin made a training step not finite."""
+"""Find the parameter, group or bin that made a training step not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
 
 
-def culprit(
+def find_not_finite(
     model: Model,
     posterior: torch.nn.Module | None,
     index: Tensor,

@@ -5,51 +5,40 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import tempfile
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ilqr_training.config import TrainConfig
 from ilqr_training.fit.build import build_model, model_spec
-from ilqr_training.fit.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ilqr_training.fit.checkpoint import EarlyStopping, load_checkpoint, save_checkpoint
 from ilqr_training.fit.crops import Crops, Prepared, prepare
-from ilqr_training.fit.loop import Report, Run, start, train_steps
-from ilqr_training.fit.memory import refuse_hopeless
+from ilqr_training.fit.log import TrainingLog
+from ilqr_training.fit.loop import Report, Run, gradient_step, start
+from ilqr_training.fit.memory import estimate, refuse_hopeless
 from ilqr_training.fit.validate import Validation, validate
 from ilqr_vae.artifact import Manifest, save_artifact
+from ilqr_vae.errors import ConfigError, TrainingError
+from ilqr_vae.files import check_space
 from ilqr_vae.kernels.backend import device_of
+from ilqr_vae.model.generative import Model
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, load_recording
 
-
-class Watcher(Protocol):
-    """Who is told how training goes."""
-
-    def prepared(self, data: Prepared) -> None: ...
-    def stepped(self, report: Report) -> None: ...
-    def validating(self, what: str, done: int, of: int) -> None: ...
-    def validated(self, step: int, validation: Validation, best: bool) -> None: ...
-
-
-class Silent:
-    """A watcher that shows nothing."""
-
-    def prepared(self, data: Prepared) -> None: ...
-    def stepped(self, report: Report) -> None: ...
-    def validating(self, what: str, done: int, of: int) -> None: ...
-    def validated(self, step: int, validation: Validation, best: bool) -> None: ...
+_READOUT_BYTES = 2**24
+"""Of a model file beside the model's own parameters, at most."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it.
+    """A training run that has ended.
 
     Attributes:
         manifest: as written into the model file.
@@ -57,6 +46,8 @@ class Trained:
         steps: gradient steps done in all.
         best_step: the step whose parameters were kept.
         history: (step, validation score).
+        reports: every gradient step of this call.
+        data: what it was trained on.
     """
 
     manifest: Manifest
@@ -64,6 +55,8 @@ class Trained:
     steps: int
     best_step: int
     history: tuple[tuple[int, float], ...]
+    reports: tuple[Report, ...]
+    data: Prepared
 
 
 def checkpoint_path(out: Path) -> Path:
@@ -76,48 +69,36 @@ def _identity(config: TrainConfig, recording: Recording) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _log(writer: SummaryWriter | None, report: Report) -> None:
-    if writer is not None:
-        for name, value in vars(report).items():
-            if name != "step":
-                writer.add_scalar(f"train/{name}", value, report.step)
+class _Pace:
+    """Time until the last step at the pace so far, validations included.
 
+    Counted from the first step of this call, which compiles.
+    """
 
-def _steps_until_stop(
-    run: Run,
-    data: Prepared,
-    config: TrainConfig,
-    progress: Progress,
-    watcher: Watcher,
-    writer: SummaryWriter | None,
-    checkpoint: Path,
-    identity: str,
-) -> Iterator[Report]:
-    """Gradient steps, with a validation and a checkpoint every so often; ends on early stop."""
-    loop = config.training
-    for report in train_steps(run, loop):
-        _log(writer, report)
-        yield report
-        due = loop.validate_every and report.step % loop.validate_every == 0
-        if not due and report.step < loop.steps:
-            continue
-        scored = validate(run.model, data, config, thorough=False, progress=watcher.validating)
-        best = progress.offer(report.step, scored.score, run.model)
-        watcher.validated(report.step, scored, best)
-        if writer is not None:
-            for name, value in scored.scores.items():
-                if name != "coverage_90":  # no score here, see ``Manifest.measured``
-                    writer.add_scalar(f"validation/{name}", value, report.step)
-        save_checkpoint(checkpoint, identity, run, progress)
-        if loop.patience and progress.waited >= loop.patience:
-            return
+    def __init__(self, steps: int) -> None:
+        self._steps, self._first = steps, (0.0, 0)
+
+    def begin(self, step: int) -> None:
+        if not self._first[1]:
+            self._first = time.monotonic(), step
+
+    def left(self, step: int) -> str:
+        began, first = self._first
+        if step <= first or step >= self._steps:
+            return ""
+        seconds = (time.monotonic() - began) / (step - first) * (self._steps - step)
+        if seconds < 90:
+            return f"; {seconds:.0f} s left at most"
+        minutes = seconds / 60
+        left = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+        return f"; {left} left at most"
 
 
 def train(
     config: TrainConfig,
     recording_path: Path,
     out: Path,
-    watcher: Watcher,
+    progress: Progress = SILENT,
     *,
     resume: bool = False,
     log_dir: Path | None = None,
@@ -126,21 +107,25 @@ def train(
 
     Args:
         out: the model file; nothing is there until training has ended well.
+        progress: receives steps, validations and what is known of the recording.
         resume: continue from the checkpoint beside ``out`` if there is one.
         log_dir: TensorBoard events, or None.
 
     Raises:
-        RecordingError, ConfigError, TrainingError: see their places.
+        RecordingError: the recording cannot be read, or a part of it is too short.
+        ConfigError: a setting is wrong, or memory or disk are too small.
+        TrainingError: a value is not finite, the checkpoint is another run's, or the model file
+            could not be written (the message says where it was saved instead).
     """
     recording = load_recording(recording_path, config.data)
-    return train_on(config, recording, out, watcher, resume=resume, log_dir=log_dir)
+    return train_on(config, recording, out, progress, resume=resume, log_dir=log_dir)
 
 
 def train_on(
     config: TrainConfig,
     recording: Recording,
     out: Path,
-    watcher: Watcher,
+    progress: Progress = SILENT,
     *,
     resume: bool = False,
     log_dir: Path | None = None,
@@ -149,46 +134,136 @@ def train_on(
     began = time.monotonic()
     loop = config.training
     data = prepare(recording, config.data, chunk=loop.chunk)
-    watcher.prepared(data)
+    describe(config, data, progress)
     refuse_hopeless(config, data)
     torch.manual_seed(loop.seed)
     model = build_model(config.model, data).to(device_of(loop.device), getattr(torch, loop.dtype))
     run = start(model, Crops(data, model, loop.chunk, loop.seed), loop)
-    progress = Progress()
+    check_space(out.absolute().parent, _output_bytes(run), "--out")
+    stopping = EarlyStopping()
     checkpoint, identity = checkpoint_path(out), _identity(config, recording)
     if resume and checkpoint.exists():
-        load_checkpoint(checkpoint, identity, run, progress)
-    writer = None if log_dir is None else SummaryWriter(str(log_dir), purge_step=run.step + 1)
-    stopped = bool(loop.patience and progress.waited >= loop.patience)
+        load_checkpoint(checkpoint, identity, run, stopping)
+    log, pace, newest = TrainingLog(log_dir, run.step + 1, progress), _Pace(loop.steps), ""
+    reports: list[Report] = []
+    stopped = stopping.over(loop.patience)
     try:
-        if not stopped:
-            for report in _steps_until_stop(
-                run, data, config, progress, watcher, writer, checkpoint, identity
-            ):
-                watcher.stepped(report)
+        while not stopped and run.step < loop.steps:
+            report = gradient_step(run, loop)
+            reports.append(report)
+            pace.begin(report.step)
+            log.add("train", {k: v for k, v in vars(report).items() if k != "step"}, report.step)
+            note = f"bound {report.bound:.1f} nats/bin, KL {report.kl:.2f}{newest}"
+            progress("training", report.step, loop.steps, note)
+            due = loop.validate_every and report.step % loop.validate_every == 0
+            if not due and report.step < loop.steps:
+                continue
+            found = validate(model, data, config, thorough=False, progress=progress)
+            best = stopping.offer(report.step, found.score, model)
+            shown = {
+                k: v for k, v in found.scores.items() if k != "coverage_90"
+            }  # see ``measured``
+            log.add("validation", shown, report.step)
+            newest = f", R2 {shown['r2']:.3f}" if "r2" in shown else ""
+            progress.log(
+                f"step {report.step}: {_scores(shown)} on the validation part"
+                f"{'  (best so far)' if best else ''}{pace.left(report.step)}"
+            )
+            _save_checkpoint(checkpoint, identity, run, stopping, progress)
+            stopped = stopping.over(loop.patience)
     finally:
-        if writer is not None:
-            writer.close()
-    model.load_state_dict(progress.best_model)
-    final = validate(model, data, config, thorough=True, progress=watcher.validating)
-    manifest = save_artifact(
+        log.close()
+    progress("training", loop.steps, loop.steps)
+    model.load_state_dict(stopping.best_model)
+    final = validate(model, data, config, thorough=True, progress=progress)
+    manifest = save_model(
         out,
         msgspec.structs.replace(
-            manifest_of(config, data, final, run.step, progress.best_step),
-            history=tuple(progress.history),
+            manifest_of(config, data, final, run.step, stopping.best_step),
+            history=tuple(stopping.history),
         ),
         model,
-        final.readout,
-        final.mean_rate,
+        final,
     )
     checkpoint.unlink(missing_ok=True)
     return Trained(
         manifest,
         time.monotonic() - began,
         run.step,
-        progress.best_step,
-        tuple(progress.history),
+        stopping.best_step,
+        tuple(stopping.history),
+        tuple(reports),
+        data,
     )
+
+
+def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:
+    """Log what the recording holds, how it is split, and the memory training will take."""
+    r, spans = data.recording, (data.train, data.validation, data.test)
+    train, validation, test = (f"{a}:{b}" for a, b in spans)
+    progress.log(
+        f"{r.name}: {len(r)} bins of {r.bin_width * 1e3:g} ms, {r.n_units} units, kinematics: "
+        f"{', '.join(r.kinematic_names) or 'none'}; train {train}, validation {validation}, "
+        f"test {test}"
+    )
+    for line in (*r.notes, str(estimate(config, data))):
+        progress.log(f"  {line}")
+
+
+def _scores(scores: dict[str, float]) -> str:
+    decoded = f"causal R2 {scores['r2']:.4f}, " if "r2" in scores else ""
+    return f"{decoded}{scores['bits_per_spike']:.4f} bits per spike"
+
+
+def _output_bytes(run: Run) -> int:
+    """Of the model file and two checkpoints, the new one written beside the last."""
+    modules = [run.model] if run.posterior is None else [run.model, run.posterior]
+    tensors = [t for m in modules for t in m.state_dict().values()]
+    numbers = 4 * sum(t.numel() for t in tensors)  # parameters, the best ones, Adam's two moments
+    numbers += run.crops.z.numel() + run.crops.u.numel()
+    return 2 * numbers * run.crops.z.element_size() + _READOUT_BYTES
+
+
+def _save_checkpoint(
+    path: Path, identity: str, run: Run, stopping: EarlyStopping, progress: Progress
+) -> None:
+    """A checkpoint that cannot be written is a warning: training goes on."""
+    try:
+        save_checkpoint(path, identity, run, stopping)
+    except ConfigError as error:
+        kept = "the last one is kept" if path.exists() else "there is none yet"
+        progress.log(f"warning: step {run.step}: {error}; {kept}, training goes on")
+
+
+def save_model(out: Path, manifest: Manifest, model: Model, final: Validation) -> Manifest:
+    """Write the model file; returns the manifest with its hash.
+
+    Raises:
+        TrainingError: it cannot be written there. The model is then saved in a temporary folder or
+            the home folder if one of them can be written; the message says where.
+    """
+    try:
+        return save_artifact(out, manifest, model, final.readout, final.mean_rate)
+    except ConfigError as error:
+        rescued = "not saved elsewhere either"
+        for parent in (None, Path.home()):
+            with suppress(ConfigError, OSError):
+                folder = Path(tempfile.mkdtemp(prefix="ilqr-vae-", dir=parent))
+                try:
+                    save_artifact(
+                        folder / out.name, manifest, model, final.readout, final.mean_rate
+                    )
+                except ConfigError:
+                    folder.rmdir()
+                    raise
+                rescued = f"saved as {folder / out.name} instead"
+                break
+        resume = "" if "instead" in rescued else "; free some space and continue with --resume"
+        raise TrainingError(
+            "--out",
+            expected="a model file that can be written",
+            got=f"{error.got}: {rescued}{resume}",
+        ) from error
 
 
 def manifest_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_training.readout.fit import Bins, fit_readout
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.readout import KinematicReadout
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings.split import warmup_start
 from ilqr_vae.scoring.metrics import interval_coverage, r2_per_axis
 from ilqr_vae.streaming.horizon import MovingHorizon
@@ -81,24 +81,23 @@ def validate(
     config: TrainConfig,
     *,
     thorough: bool,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Validation:
     """Fit the readout on causal latents of the training part, score it on the validation part.
 
     Args:
         thorough: the validation part as the one exact stream, as the final scores are; else in
             parallel pieces, quick enough to do while training.
-        progress: called with (what, done, of).
     """
     estimator = estimator_of(model, data, config, thorough=thorough)
-    say = progress or (lambda what, done, of: None)
     train = causal_pass(
         estimator,
         data.recording,
         *data.train,
         streams=16 if thorough else 48,
         run_in=40,
-        progress=lambda i, n: say("latents of the training part", i, n),
+        progress=progress,
+        what="latents, training",
     )
     held = causal_pass(
         estimator,
@@ -106,7 +105,8 @@ def validate(
         *data.validation,
         streams=1 if thorough else 24,
         run_in=data.validation[0] - warmup_start(data.validation[0]) if thorough else 40,
-        progress=lambda i, n: say("latents of the validation part", i, n),
+        progress=progress,
+        what="latents, validation",
     )
     scores = {"bits_per_spike": held.bits_per_spike, "iterations": held.iterations}
     k = data.recording.kinematics
@@ -121,7 +121,7 @@ def validate(
             causals.append(
                 causal_pass(
                     estimator, data.recording, *span, streams=16, run_in=40, dropped=lost,
-                    progress=lambda i, n: say("latents with bins lost", i, n),
+                    progress=progress, what="latents, bins lost",
                 )
             )  # fmt: skip
     fitted = _decode(parts, k, data, model.n, reads, config.training.seed, quick=not thorough)

@@ -7,7 +7,6 @@ stream, bin by bin, as the service does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from ilqr_training.readout.restarts import INPUT_DELAY, delayed_inputs, moved_back, restarted
 from ilqr_vae.inference.problem import Status
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
 from ilqr_vae.streaming.horizon import MovingHorizon
 from ilqr_vae.streaming.unit_watch import UnitWatch
@@ -80,7 +80,8 @@ def causal_pass(
     run_in: int = 100,
     dropped: NDArray[np.bool_] | None = None,
     watch: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = SILENT,
+    what: str = "streaming offline",
 ) -> Causal:
     """Estimates for bins [start, stop).
 
@@ -91,7 +92,7 @@ def causal_pass(
         dropped: (T,) bins of the recording to treat as missing.
         watch: mask units that cannot be believed, as the service does where it is asked to
             (``units.UnitWatch``); one stream alone.
-        progress: called with (bins done, bins in all) per piece.
+        progress: receives the bins of each piece that are done, as ``what``.
 
     Raises:
         ValueError: units are to be watched in several streams.
@@ -131,8 +132,7 @@ def causal_pass(
         again = fresh[index] & inside
         state = restarted(estimator, state, again)
         state, answer = estimator.step(state, counts, mask)
-        if progress is not None:
-            progress(j + lead + 1, length + lead)
+        progress(what, j + lead + 1, length + lead)
         held = None if units is None else units.masked
         if units is not None:
             units = _watched(units, recording.counts[bins[0]], observed[0], again[0], answer.rates)

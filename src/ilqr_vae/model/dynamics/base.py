@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import FiniteFloat, PositiveInt, ShareAboveZero
 
 Weights = tuple[Tensor, ...]
 
@@ -31,13 +32,13 @@ class DynamicsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         step: mlp: share of the way to where its network points that one step covers.
     """
 
-    forget_bias: float = 0.0
+    forget_bias: FiniteFloat = 0.0
     learn_forget_bias: bool = True
     normalise_input: bool = False
     activation: str = "tanh"
     input: Literal["inside", "outside"] = "inside"
-    expansion: int = 4
-    step: float = 0.1
+    expansion: PositiveInt = 4
+    step: ShareAboveZero = 0.1
 
 
 class Activation(NamedTuple):

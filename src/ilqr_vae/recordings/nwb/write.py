@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.files import replacing
 from ilqr_vae.recordings.checks import missing_extra, unique_names
 from ilqr_vae.recordings.nwb.series import channel_comments
 from ilqr_vae.recordings.nwb.tables import NAME_COLUMNS
@@ -162,20 +161,10 @@ def write_whole_nwb(pynwb: Any, nwb: Any, path: Path) -> None:
     """Write an ``NWBFile`` beside ``path`` and rename: the whole file, or none.
 
     Raises:
-        RecordingError: it cannot be written there.
+        ConfigError: it cannot be written there.
     """
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part.nwb")
-    try:
-        with pynwb.NWBHDF5IO(str(part), mode="w") as file:
-            file.write(nwb)
-        os.replace(part, path)
-    except OSError as error:
-        raise RecordingError(
-            "out", expected="a file that can be written", got=str(error)
-        ) from error
-    finally:
-        with suppress(OSError):  # where it could not be made
-            part.unlink()
+    with replacing(path, "--out") as part, pynwb.NWBHDF5IO(str(part), mode="w") as file:
+        file.write(nwb)
 
 
 def _add_spikes(

@@ -1,0 +1,37 @@
+"""Options that several verbs share, and the threads they compute with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ilqr_vae.machine import cores
+
+RecordingFile = Annotated[Path, typer.Option(help="A .nwb, .mat or .h5 recording.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the numbers here; - is standard output.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default one per core.")]
+Steps = Annotated[int | None, typer.Option(help="Gradient steps, instead of the config's.")]
+Silent = Annotated[float, typer.Option(help="Under stress: share of units that fall silent.")]
+Lost = Annotated[
+    list[float] | None,
+    typer.Option(help="Under stress: share of bins lost; several times; default 0.1 and 0.3."),
+]
+Draws = Annotated[int, typer.Option(help="Under stress: draws averaged, of units and of bins.")]
+
+
+def use_threads(count: int | None) -> None:
+    """Give the compiled kernels the cores, and torch one thread.
+
+    The batched torch operations here are small, and two pools of threads on the same cores slow
+    each other by an order of magnitude on a busy machine.
+    """
+    import torch  # here: a verb that computes nothing with it starts without it
+
+    from ilqr_vae.kernels.cpu import threads
+
+    torch.set_num_threads(1)
+    threads.use(count or cores())
