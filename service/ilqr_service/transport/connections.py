@@ -380,7 +380,6 @@ class Connections:
             for message in messages:
                 door.message(connection, message)
         if violation is not None:
-            self._put(connection, violation.farewell)
             self._write(connection)
             self._drop(connection, violation.reason)
         return len(messages)
@@ -399,10 +398,9 @@ class Connections:
         connection.peer.outgoing.clear()
 
     def _put(self, connection: Connection, data: bytes) -> None:
-        if data:
-            connection.waiting.append(data)
-            connection.waiting_bytes += len(data)
-            self._dirty[connection] = None
+        connection.waiting.append(data)
+        connection.waiting_bytes += len(data)
+        self._dirty[connection] = None
 
     def _write(self, connection: Connection) -> None:
         waiting = connection.waiting

@@ -23,13 +23,12 @@ class Violation(Exception):
     """The peer has to be cut off.
 
     Attributes:
-        reason: what to count it under.
-        farewell: to be sent before.
+        reason: what to count it under; "" is nothing.
     """
 
-    def __init__(self, reason: str, farewell: bytes = b"") -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.reason, self.farewell = reason, farewell
+        self.reason = reason
 
 
 class Incoming(NamedTuple):
@@ -231,7 +230,8 @@ class Peer:
         except CurveError as error:
             raise Violation("handshake") from error
         except KeyRefused as error:
-            raise Violation("key", frame(b"\x05ERROR\x03400", _COMMAND)) from error
+            # no ERROR 400: libzmq's sockets then give up for good, and their sends wait for ever
+            raise Violation("key") from error
         self.outgoing.append(frame(self.curve.ready(self._metadata), _COMMAND))
 
     def _admit(self, metadata: bytes) -> None:
