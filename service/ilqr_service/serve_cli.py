@@ -80,14 +80,14 @@ def serve(
         bool | None, typer.Option("--lock-memory", help="keep all memory out of swap")
     ] = None,
 ) -> None:
-    """Load a model and answer spike bins over ZeroMQ until SIGINT or SIGTERM.
+    """Load a model and answer spike bins over ZeroMQ until SIGINT, SIGTERM or SIGHUP.
 
     Example: ilqr-vae serve model.safetensors --http 127.0.0.1:9464
 
     From a script, with free ports: ilqr-vae serve model.safetensors --ingest 'tcp://127.0.0.1:*'
     --results 'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json
 
-    On SIGINT or SIGTERM it answers what is queued, tells feeders and subscribers, logs latency
+    Told so, it answers what is queued, tells feeders and subscribers, logs latency
     quantiles and exits with 0; while it warms up, it exits at once. Exit codes: 2 wrong model,
     setting or usage; 3 an address cannot be used, or the service broke.
     """
@@ -172,11 +172,13 @@ def _raise_descriptors() -> None:
 
 @contextlib.contextmanager
 def _told_to_stop() -> Generator[threading.Event]:
-    """Set by SIGINT and SIGTERM, which do nothing else inside."""
+    """Set by SIGINT, SIGTERM and SIGHUP (the terminal is gone; not under nohup), which do nothing
+    else inside."""
     stop = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: stop.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP
     }
     try:
         yield stop

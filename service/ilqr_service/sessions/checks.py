@@ -18,7 +18,7 @@ MAX_DEADLINE_NS = 3_600_000_000_000
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def check_open(message: messages.Open, facts: ModelFacts) -> None:
@@ -27,7 +27,7 @@ def check_open(message: messages.Open, facts: ModelFacts) -> None:
         raise ProtocolError("protocol", expected=str(messages.PROTOCOL), got=str(message.protocol))
     if not SESSION_NAME.fullmatch(message.session):
         raise ProtocolError(
-            "session", expected="1-64 of [A-Za-z0-9._-]", got=_short(repr(message.session))
+            "session", expected="1-64 of [A-Za-z0-9._-]", got=_short(message.session)
         )
     if message.bin_width_ns != facts.bin_width_ns:
         raise ProtocolError(
@@ -46,14 +46,12 @@ def check_open(message: messages.Open, facts: ModelFacts) -> None:
         )
     for i, (expected, got) in enumerate(zip(names, message.units, strict=True)):
         if expected != got:
-            raise ProtocolError(f"units[{i}]", expected=repr(expected), got=_short(repr(got)))
+            raise ProtocolError(f"units[{i}]", expected=repr(expected), got=_short(got))
 
 
 def _vector(array: messages.Array, field: str, n_units: int) -> NDArray[Any]:
     if array.shape != (n_units,):
-        raise ProtocolError(
-            f"{field}.shape", expected=f"({n_units},)", got=_short(str(tuple(array.shape)))
-        )
+        raise ProtocolError(f"{field}.shape", expected=f"({n_units},)", got=str(array.shape))
     return messages.unpack(array, field)
 
 

@@ -1,11 +1,15 @@
-"""The HTTP side: /metrics, /healthz, /readyz. Read-only; one thread a request."""
+"""The HTTP side: /metrics, /healthz, /readyz. Read-only; one thread a request, within limits."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 
@@ -15,17 +19,65 @@ from ilqr_service import logs
 from ilqr_service.settings import http_address
 from ilqr_vae.errors import ServiceError
 
+_CONNECTIONS = 16
+_REQUEST_S = 5.0
+_SPACING_S, _BURST = 0.005, 50
+_METRICS_SHARE = 0.2
+
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """At most ``_CONNECTIONS`` at once, each for ``_REQUEST_S``; a new one ends the oldest.
+
+    Once ``_BURST`` have come at once, further ones are taken each ``_SPACING_S``.
+    """
+
     daemon_threads = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._began: dict[socket.socket, float] = {}
+        self._room = threading.Lock()
+        self._earliest = 0.0
+        super().__init__(*args, **options)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        now = time.monotonic()
+        self._earliest = max(self._earliest + _SPACING_S, now - _BURST * _SPACING_S)
+        time.sleep(max(0.0, self._earliest - now))
+        with self._room:
+            while len(self._began) >= _CONNECTIONS:
+                self._end(next(iter(self._began)))
+            self._began[request] = now
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._room:
+            self._began.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End what takes too long, whether or not a byte comes now and then."""
+        limit = time.monotonic() - _REQUEST_S
+        with self._room:
+            for request in [r for r, began in self._began.items() if began < limit]:
+                self._end(request)
+
+    def _end(self, request: socket.socket) -> None:
+        """Have the thread that serves it find its connection closed."""
+        del self._began[request]
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Whoever asked is gone, most likely: a line in the log, not a traceback beside it."""
         logs.info("a web request broke", peer=str(client_address), error=repr(sys.exception()))
 
 
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
 class _Handler(WSGIRequestHandler):
-    timeout = 5
+    timeout = _REQUEST_S
 
     def log_message(self, format: str, *args: object) -> None:
         """Scrapes are not news."""
@@ -35,7 +87,7 @@ class Web:
     """Serves the registry and two health checks until closed.
 
     Args:
-        address: HOST:PORT; port 0 takes a free one.
+        address: HOST:PORT, an IPv6 host in brackets; port 0 takes a free one.
         registry: what /metrics shows.
         healthy: whether the service's threads are alive (/healthz).
         ready: whether bins are answered (/readyz).
@@ -53,7 +105,7 @@ class Web:
         ready: Callable[[], bool],
     ) -> None:
         host, port = http_address(address)
-        metrics = make_wsgi_app(registry)
+        metrics = _Metrics(registry)
         checks = {"/healthz": healthy, "/readyz": ready}
 
         def app(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
@@ -71,13 +123,15 @@ class Web:
             return [body.encode()]
 
         try:
-            self._server = make_server(host, port, app, _Server, _Handler)
+            server = _Server6 if ":" in host else _Server
+            self._server = make_server(host, port, app, server, _Handler)
         except (OSError, OverflowError) as error:
             raise ServiceError(
                 "http", expected="an address that can be bound", got=f"{address} ({error})"
             ) from error
         bound_host, bound_port = self._server.server_address[:2]
-        self.address = f"{bound_host!s}:{bound_port}"
+        shown = f"[{bound_host!s}]" if ":" in host else str(bound_host)
+        self.address = f"{shown}:{bound_port}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="http"
         )
@@ -88,3 +142,22 @@ class Web:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+class _Metrics:
+    """What the registry holds now, made for one request at a time and in at most a share
+    ``_METRICS_SHARE`` of the time: bins go first."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._app = make_wsgi_app(registry, disable_compression=True)
+        self._turn = threading.Lock()
+        self._earliest = 0.0
+
+    def __call__(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        with self._turn:
+            time.sleep(max(0.0, self._earliest - time.monotonic()))
+            began = time.monotonic()
+            page = self._app(environ, start)
+            took = time.monotonic() - began
+            self._earliest = began + min(1.0, took / _METRICS_SHARE)
+        return page

@@ -60,7 +60,7 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """An array as dtype, shape and raw little-endian bytes in C order."""
 
     dtype: DType
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=3)]
     data: bytes
 
 
@@ -105,7 +105,7 @@ class Open(Message, frozen=True, kw_only=True):
 
     protocol: int
     session: str
-    units: tuple[str, ...]
+    units: Annotated[tuple[str, ...], msgspec.Meta(max_length=2**16)]
     bin_width_ns: int
     epoch: int = 0
     deadline_ns: int
@@ -415,8 +415,8 @@ def pack(values: NDArray[Any], dtype: DType) -> Array:
 def unpack(array: Array, field: str) -> NDArray[Any]:
     """The array back, read-only. Raises ProtocolError naming ``field`` where it doesn't fit."""
     dtype, shape = _NUMPY[array.dtype], array.shape
-    if len(shape) > 3 or (shape and min(shape) < 0):
-        raise ProtocolError(f"{field}.shape", expected="up to 3 sizes >= 0", got=str(shape))
+    if shape and min(shape) < 0:
+        raise ProtocolError(f"{field}.shape", expected="sizes >= 0", got=str(shape))
     size = math.prod(shape)
     if len(array.data) != size * dtype.itemsize:
         raise ProtocolError(
