@@ -286,11 +286,12 @@ def test_what_is_not_hdf5(tmp_path: Path) -> None:
 def test_self_paced_cells_become_units_and_positions_velocities(tmp_path: Path) -> None:
     read = load_recording(self_paced(tmp_path / "a.mat"), spec_of("self_paced"))
     made = reaches(50, 0.6, 0.1, gap=0.0)
-    assert read.n_units == N_UNITS - 1  # the cells that are empty are no units
+    assert read.n_units == 2 * N_UNITS  # a cell that is empty is a unit that never fires
+    assert (read.counts.sum(axis=0) > 0).sum() == N_UNITS - 1
     assert read.kinematic_names == ("dx/dt", "dy/dt")
     assert read.kinematic_units == ("mm/s", "mm/s")
     assert read.start_time == pytest.approx(4000.0)
-    assert direct(made.spikes[0], 0.0, 50, 0.064) == read.counts[:50, 0].tolist()
+    assert direct(made.spikes[0], 0.0, 50, 0.064) == read.counts[:50, N_UNITS].tolist()
     assert read.kinematics is not None
     true = 0.1 * made.velocity[: 64 * 400].reshape(400, 64, 2).mean(axis=1)
     assert np.corrcoef(read.kinematics[:400, 0], true[:, 0])[0, 1] > 0.95

@@ -106,7 +106,7 @@ def _summary(screen: Console, data: ReportData) -> None:
     if data.clock:
         screen.print(f"  clocks: {data.clock}")
     screen.print(Text("  ") + status_text(data.statuses))
-    for note in data.notes:
+    for note in (*data.warnings, *data.notes):
         screen.print(f"  {note}")
 
 

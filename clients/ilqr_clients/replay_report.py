@@ -86,7 +86,9 @@ def _scores(run: Run, log: StreamLog) -> Scores | None:
 
 
 def _notes(run: Run, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
-    notes = list(run.part.notes) + (list(scores.notes) if scores is not None else [])
+    notes = [*run.part.notes, *run.recording.notes] + (
+        list(scores.notes) if scores is not None else []
+    )
     dropped = int(run.dropped[run.rows].sum())
     if dropped:
         notes.append(
@@ -205,6 +207,7 @@ def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
             "command": run.command,
         },
         notes=_notes(run, log, scores) + _unit_notes(ending),
+        warnings=run.recording.warnings,
         extra=_extra(run, log, elapsed)
         | {
             "clock": clock.to_json(),

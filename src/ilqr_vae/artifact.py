@@ -28,7 +28,7 @@ from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import LIKELIHOODS, Counts, Likelihood, Poisson
 from ilqr_vae.model.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
-from ilqr_vae.recordings import RecordingSpec
+from ilqr_vae.recordings import RecordingSpec, RecordingWarning
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
 SCHEMA = 3
@@ -93,6 +93,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         provenance: recording name and hash, versions, seed, time.
         config: the whole training configuration.
         history: (step, score) of each validation while training.
+        warnings: what was odd about the recording trained on.
     """
 
     schema: int = SCHEMA
@@ -110,6 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     config: dict[str, Any] = msgspec.field(default_factory=dict)
     history: tuple[tuple[int, float], ...] = ()
+    warnings: tuple[RecordingWarning, ...] = ()
 
     @property
     def latents(self) -> int:
@@ -227,6 +229,7 @@ def _identity(written: Mapping[str, Any]) -> str:
     model = written["model"]
     blank = {"model_id": "", "scores": {}, "provenance": {}, "config": {}, "history": []}
     same = {**written, **blank, "model": {**model, "groups": dict(sorted(model["groups"].items()))}}
+    same.pop("warnings", None)
     return hashlib.sha256(msgspec.json.encode(same)).hexdigest()[:12]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -83,6 +84,7 @@ def decode(
     with Bar() as bar:
         result = compare(settings, read, out, plan, bar)
     result |= {"rows": rows_of(result), "stress": stress_rows(result)}
+    result["warnings"] = [asdict(warning) for warning in read.warnings]
     content = json.dumps(plain(result), indent=1) + "\n"
     write_whole(out / "decode.json", content)
     if json_file is not None:

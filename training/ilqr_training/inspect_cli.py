@@ -38,6 +38,7 @@ def _table(manifest: Manifest) -> Table:
     }
     rows |= {f"score {k}": f"{v:.4f}" for k, v in manifest.measured.items()}
     rows |= dict(manifest.provenance)
+    rows |= {f"warning {w.name}": w.text for w in manifest.warnings}
     for name, value in rows.items():
         table.add_row(name, value)
     return table

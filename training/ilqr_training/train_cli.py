@@ -120,6 +120,7 @@ def train_command(
             "scores": done.manifest.scores,
             "baselines": {name: {"r2": score} for name, score in beside.items()},
             "provenance": done.manifest.provenance,
+            "warnings": done.manifest.warnings,
             "steps": done.steps,
             "best_step": done.best_step,
             "history": done.history,

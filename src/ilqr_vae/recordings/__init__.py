@@ -5,17 +5,19 @@
 
 from ilqr_vae.recordings.load import load_matching, load_recording
 from ilqr_vae.recordings.nwb.write import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
-from ilqr_vae.recordings.recording import Recording, Trials
-from ilqr_vae.recordings.spec import Hdf5Spec, MatSpec, NwbSpec, RecordingSpec, TrialSpec
+from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
+from ilqr_vae.recordings.spec import ClockSpec, Hdf5Spec, MatSpec, NwbSpec, RecordingSpec, TrialSpec
 from ilqr_vae.recordings.split import SplitSpec
 
 __all__ = [
     "BehaviourSeries",
+    "ClockSpec",
     "Hdf5Spec",
     "MatSpec",
     "NwbSpec",
     "Recording",
     "RecordingSpec",
+    "RecordingWarning",
     "SplitSpec",
     "SubjectInfo",
     "TrialSpec",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import MAX_COUNT, MAX_GAP_SECONDS
+from ilqr_vae.recordings.physical_units import conversion
 
 # An edge this close to a spike or sample, in bins, is that spike's or sample's own: times such as
 # 0.15 and 3 * 0.05 differ by rounding.
@@ -89,6 +90,27 @@ def bins_of(seconds: NDArray[Any], start: float, bin_width: float) -> NDArray[np
     """The bin each time falls in, negative before ``start``."""
     position = (np.asarray(seconds, dtype=np.float64) - start) / bin_width
     return np.floor(position + EDGE).astype(np.int64)
+
+
+def full_turn(values: NDArray[Any], unit: str, *, circular: bool = False) -> tuple[float, float]:
+    """The period of a channel (K,) of angles that wraps, and where its range begins; else (0, 0).
+
+    It is one of angles by its ``unit``, or, where that is neither radians nor degrees, by
+    ``circular``, its range then saying which.
+    """
+    finite = values[np.isfinite(values)]
+    if len(finite) < 2:
+        return 0.0, 0.0
+    low, high = float(finite.min()), float(finite.max())
+    radian = conversion("rad", unit)
+    if radian is None and not circular:
+        return 0.0, 0.0
+    if radian is None:
+        radian = 1.0 if high - low < 1.001 * 2 * np.pi else 180.0 / np.pi
+    turn = 2 * np.pi * radian
+    if high - low > 1.001 * turn or not (np.abs(np.diff(finite)) > 0.75 * turn).any():
+        return 0.0, 0.0
+    return turn, 0.0 if low >= 0 else min(low, -turn / 2)
 
 
 def resample(

@@ -106,7 +106,10 @@ def channels_of(
 
 
 def fill_gaps(
-    values: NDArray[Any], seconds_per_row: float, field: str
+    values: NDArray[Any],
+    seconds_per_row: float,
+    field: str,
+    wanted: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Kinematics without NaN, and which rows are to be believed.
 
@@ -117,12 +120,14 @@ def fill_gaps(
         values: (T, D), NaN or infinite where missing.
         seconds_per_row: to tell short gaps from long ones.
         field: named in errors.
+        wanted: (T,), rows of which at most half may lie in long gaps; None for all.
 
     Returns:
         float64 (T, D), finite; and bool (T,), False inside gaps above ``MAX_GAP_SECONDS``.
 
     Raises:
-        RecordingError: a channel has no finite value, or more than half the rows lie in long gaps.
+        RecordingError: a channel has no finite value, or more than half the wanted rows lie in long
+            gaps.
     """
     array = np.array(values, dtype=np.float64)
     finite = np.isfinite(array)
@@ -142,13 +147,29 @@ def fill_gaps(
     for start, stop in edges.reshape(-1, 2):
         if (stop - start) * seconds_per_row > MAX_GAP_SECONDS * (1 + 1e-9):
             valid[start:stop] = False
-    if 2 * int(valid.sum()) < len(valid):
+    wanted = np.ones_like(valid) if wanted is None else wanted
+    lost, total = int((wanted & ~valid).sum()), int(wanted.sum())
+    if 2 * lost > total:
         raise RecordingError(
             field,
             expected=f"gaps above {MAX_GAP_SECONDS:g} s in at most half the bins",
-            got=f"them in {int((~valid).sum())} of {len(valid)} bins",
+            got=f"them in {lost} of {total} bins",
         )
     return array, valid
+
+
+def measured(values: NDArray[np.float64], bridged: int) -> NDArray[np.bool_]:
+    """(T,), True for rows (T, D) without NaN, and for up to ``bridged`` in a row between two such.
+
+    Samples as far apart as bins, with jitter, leave single bins empty: those are known from their
+    neighbours. Rows in longer gaps are filled, not measured.
+    """
+    finite = np.isfinite(values).all(axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], ~finite, [0])).astype(np.int8)))
+    known = np.array(finite, dtype=bool)
+    for start, stop in edges.reshape(-1, 2):
+        known[start:stop] = start > 0 and stop < len(known) and stop - start <= bridged
+    return known
 
 
 def inside_intervals(

@@ -18,7 +18,7 @@ from ilqr_vae.recordings.checks import (
     whole_counts,
 )
 from ilqr_vae.recordings.recording import Recording, Trials
-from ilqr_vae.recordings.spec import Hdf5Spec, RecordingSpec
+from ilqr_vae.recordings.spec import ClockSpec, Hdf5Spec, RecordingSpec
 from ilqr_vae.recordings.unbinned import differentiated
 
 Array = NDArray[np.float64]
@@ -54,6 +54,10 @@ def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
     if spec.lag:
         raise RecordingError(
             "data.lag", expected="0: the file's kinematics have theirs", got=f"{spec.lag:g} s"
+        )
+    if spec.clocks != ClockSpec():
+        raise RecordingError(
+            "data.clocks", expected="none for an HDF5 file of bins", got=str(spec.clocks)
         )
     try:
         import h5py

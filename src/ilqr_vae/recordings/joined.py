@@ -86,6 +86,11 @@ def join(sessions: Mapping[str, Recording], split: SplitSpec) -> Recording:
         ),
         bounds=(lengths[0], lengths[0] + lengths[1]),
         notes=tuple(f"{name}: {note}" for name, r in sessions.items() for note in r.notes),
+        warnings=tuple(
+            replace(warning, text=f"{name}: {warning.text}")
+            for name, r in sessions.items()
+            for warning in r.warnings
+        ),
         name=", ".join(recording.name or name for name, recording in sessions.items()),
         sha256=hashlib.sha256(
             "".join(recording.sha256 for recording in sessions.values()).encode()

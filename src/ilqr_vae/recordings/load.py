@@ -8,8 +8,8 @@ from typing import Any
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.files import with_settings
 from ilqr_vae.recordings.checks import existing_file
-from ilqr_vae.recordings.mat import read_mat
 from ilqr_vae.recordings.physical_units import in_units
+from ilqr_vae.recordings.plausible import silences
 from ilqr_vae.recordings.recording import Recording
 from ilqr_vae.recordings.spec import RecordingSpec
 
@@ -47,16 +47,14 @@ def load_recording(
     path, spec = existing_file(path), with_settings(spec or RecordingSpec(), settings)
     suffix = path.suffix.lower()
     if suffix == ".mat":
-        return read_mat(path, spec)
-    if suffix == ".nwb":
-        from ilqr_vae.recordings.nwb.read import read_nwb
-
-        return read_nwb(path, spec)
-    if suffix in (".h5", ".hdf5"):
-        from ilqr_vae.recordings.hdf5 import read_hdf5
-
-        return read_hdf5(path, spec)
-    raise RecordingError("recording", expected="a .nwb, .mat or .h5 file", got=path.name)
+        from ilqr_vae.recordings.mat import read_mat as read
+    elif suffix == ".nwb":
+        from ilqr_vae.recordings.nwb.read import read_nwb as read
+    elif suffix in (".h5", ".hdf5"):
+        from ilqr_vae.recordings.hdf5 import read_hdf5 as read
+    else:
+        raise RecordingError("recording", expected="a .nwb, .mat or .h5 file", got=path.name)
+    return silences(read(path, spec))
 
 
 def load_matching(

@@ -21,10 +21,12 @@ from ilqr_vae.recordings.checks import (
     sha256_of,
     whole_counts,
 )
-from ilqr_vae.recordings.recording import Recording
+from ilqr_vae.recordings.plausible import usable_stamps
+from ilqr_vae.recordings.recording import Recording, RecordingWarning
+from ilqr_vae.recordings.session import Moving, Session
 from ilqr_vae.recordings.spec import MatSpec, RecordingSpec
 from ilqr_vae.recordings.trials import Table
-from ilqr_vae.recordings.unbinned import Moving, Session, cut_on_grid, finish, recording_of
+from ilqr_vae.recordings.unbinned import recording_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
@@ -59,6 +61,12 @@ def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
             installed.
     """
     path, mat = existing_file(path), spec.mat
+    if spec.clocks.trials != (1.0, 0.0):
+        raise RecordingError(
+            "data.clocks.trials",
+            expected="(1, 0) for a MAT file, whose trials are bins",
+            got=str(spec.clocks.trials),
+        )
     timed = bool(mat.spike_times)
     wanted = {
         "data.mat.spike_times" if timed else "data.mat.spikes": mat.spike_times or mat.spikes,
@@ -90,9 +98,8 @@ def _binned(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
         raw, names, units = _kinematics(variables[mat.kinematics], mat, n_bins)
         moving = Moving(mat.kinematics, raw.astype(np.float64), begin, width, names, units)
     names = tuple(f"unit{i}" for i in range(counts.shape[1]))
-    table = _table(variables, mat, n_bins, width)
-    made = finish(counts, begin, Session([], names, moving=moving, table=table), spec)
-    return made if spec.mode == "continuous" else cut_on_grid(made, table, spec)
+    table = _table(variables, mat, begin, width)
+    return recording_of(Session(names, counts=counts, moving=moving, table=table), spec)
 
 
 def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
@@ -102,32 +109,46 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
         raise RecordingError(
             mat.spike_times, expected="a cell array of vectors of seconds", got="no cell array"
         )
-    units = [np.sort(np.ravel(_numbers(c, mat.spike_times)).astype(np.float64)) for c in cells]
-    units = [times for times in units if times.size]
+    units = [np.ravel(_numbers(c, mat.spike_times)).astype(np.float64) for c in cells]
     if not all(np.isfinite(times).all() for times in units):
         raise RecordingError(mat.spike_times, expected="finite seconds", got="some that are not")
-    if not units:
+    if not any(times.size for times in units):
         raise RecordingError(mat.spike_times, expected="cells with spike times", got="none")
     moving: Moving | None = None
+    table: Table | None = None
+    odd: tuple[RecordingWarning, ...] = ()
     if mat.kinematics:
         if not mat.time:
             raise RecordingError(
                 "data.mat.time", expected="the variable with the samples' times", got="none"
             )
-        times = np.ravel(_numbers(variables[mat.time], mat.time)).astype(np.float64)
-        if len(times) < 2 or not np.isfinite(times).all() or not (np.diff(times) > 0).all():
-            raise RecordingError(
-                mat.time, expected="two or more increasing seconds", got=f"{len(times)}"
-            )
-        raw, names, kinds = _kinematics(variables[mat.kinematics], mat, len(times))
+        stamps = _numbers(variables[mat.time], mat.time)
+        n, (scale, offset) = stamps.size, spec.clocks.kinematics
+        if n < 2:
+            raise RecordingError(mat.time, expected="two or more increasing seconds", got=f"{n}")
+        times, rows, odd = usable_stamps(stamps, n, mat.time)
+        times = times * scale + offset
+        raw, names, kinds = _kinematics(variables[mat.kinematics], mat, n)
         interval = float(np.median(np.diff(times)))
-        moving = Moving(mat.kinematics, raw.astype(np.float64), times, interval, names, kinds)
-    table = None
-    if moving is not None:
-        begin = float(moving.times[0])
-        table = _table(variables, mat, len(moving.times), moving.interval, begin)
-    names = tuple(f"unit{i}" for i in range(len(units)))
-    return recording_of(Session(units, names, moving=moving, table=table), spec)
+        moving = Moving(mat.kinematics, raw.astype(np.float64)[rows], times, interval, names, kinds)
+        # where each sample of the file begins, those left out too
+        at = np.interp(np.arange(n), rows, times)
+        table = _table(variables, mat, at, interval)
+    elif mat.trial_starts:
+        raise RecordingError(
+            "data.mat.trial_starts",
+            expected="kinematics beside them: with spike times, trials count their samples",
+            got="none",
+        )
+    session = Session(
+        tuple(f"unit{i}" for i in range(len(units))),
+        units,
+        spikes_field=mat.spike_times,
+        moving=moving,
+        table=table,
+        warnings=odd,
+    )
+    return recording_of(session, spec)
 
 
 def _variables(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
@@ -252,11 +273,17 @@ def whole_lag(spec: RecordingSpec) -> None:
 
 
 def _table(
-    variables: dict[str, Any], mat: MatSpec, n_bins: int, width: float, begin: float = 0.0
+    variables: dict[str, Any], mat: MatSpec, at: NDArray[np.float64], width: float
 ) -> Table | None:
-    """One-based bins as a trials table in seconds; the first bin is at ``begin``."""
+    """One-based bins as a trials table in seconds; bins begin at ``at``, each ``width`` long."""
     if not mat.trial_starts:
         return None
+    n_bins = len(at)
+
+    def seconds(index: NDArray[Any]) -> NDArray[np.float64]:
+        whole = np.nan_to_num(index).clip(0, n_bins - 1).astype(np.int64)
+        return at[whole] + width * (index - whole)
+
     start = _bin_numbers(_numbers(variables[mat.trial_starts], mat.trial_starts), mat.trial_starts)
     if start[0] < 1 or start[-1] > n_bins or (np.diff(start) <= 0).any():
         raise RecordingError(
@@ -282,11 +309,10 @@ def _table(
     for name in mat.trial_events:
         values = np.ravel(_numbers(variables[name], name)).astype(np.float64)
         _one_a_trial(values, len(start), name)
-        columns[name if name.endswith("_time") else f"{name}_time"] = begin + width * (values - 1)
+        columns[name if name.endswith("_time") else f"{name}_time"] = seconds(values - 1)
     # a column of the file's own name too, so that ``data.trials.event`` may say it as it is
     columns |= {name: columns[f"{name}_time"] for name in mat.trial_events if name not in columns}
-    seconds = begin + width * np.stack([start - 1, stop]).astype(np.float64)
-    return Table(seconds[0], seconds[1], columns)
+    return Table(seconds(start - 1), seconds(stop), columns)
 
 
 def _one_a_trial(values: NDArray[Any], trials: int, field: str) -> None:

@@ -17,6 +17,22 @@ from ilqr_vae.errors import RecordingError
 
 
 @dataclass(frozen=True, slots=True)
+class RecordingWarning:
+    """Something odd about a recording that was read all the same.
+
+    Attributes:
+        name: stable, for programs, e.g. ``spikes-outside``.
+        text: a sentence for people.
+    """
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"Warning [{self.name}]: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
 class Trials:
     """Trials as half-open bin ranges.
 
@@ -76,6 +92,7 @@ class Recording:
         bounds: first bins after the training and the validation part, where the file's own split
             (or the trials' boundaries) decide; None leaves it to ``SplitSpec``.
         notes: sentences a reader should know (what was left out, and why).
+        warnings: what is odd about the recording (``plausible``); shown wherever notes are.
         name: what to call it (the file's name, not its path).
         sha256: of the file it came from, "" when made in memory.
     """
@@ -95,6 +112,7 @@ class Recording:
     held_out: tuple[str, ...] = ()
     bounds: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[RecordingWarning, ...] = ()
     name: str = ""
     sha256: str = ""
 

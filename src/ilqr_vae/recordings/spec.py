@@ -17,7 +17,7 @@ class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         spikes: variable with the counts.
         spikes_axes: order of its two axes.
         spike_times: cell array of vectors of spike times in seconds, one cell a unit (of any
-            shape; empty cells are no units); given, it takes the place of ``spikes``.
+            shape; a unit whose cell is empty never fires); given, it takes the place of ``spikes``.
         time: with ``spike_times``: variable with the times of the kinematics' samples, seconds.
         bin_width: variable with the bin width in seconds, or "" to take ``data.bin_width``.
         kinematics: variable with the kinematics, or "" for none; channels x bins or transposed.
@@ -44,18 +44,36 @@ class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     trial_events: tuple[str, ...] = ()
 
 
+class ClockSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a file's times become seconds on one clock: scale x time + offset.
+
+    Attributes:
+        spikes: (scale, offset) of spike times: (0.001, 0.0) for milliseconds.
+        kinematics: of the kinematics' timestamps.
+        trials: of the trials' starts, stops and events (NWB).
+    """
+
+    spikes: tuple[float, float] = (1.0, 0.0)
+    kinematics: tuple[float, float] = (1.0, 0.0)
+    trials: tuple[float, float] = (1.0, 0.0)
+
+
 class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where to look in an NWB file.
 
     Attributes:
         counts: path of a TimeSeries of binned counts inside the file; "" means spike times from
             the units table.
+        unit_names: column of the units table that names the units, or "id"; "" means
+            ``unit_name`` or ``name`` where there is one, else the ids. Names that repeat get the
+            probe or electrode group before them, else the id after them.
         kinematics: name (or path) of the behaviour series to decode, or of a container whose
-            one-channel series are to be decoded together; "" means: the first whose name holds
-            "vel", else the first behaviour series, else none.
+            one-channel series are to be decoded together; "" means the most likely one
+            (``nwb.series.likeliest``): velocity before position, movement before eyes and reward.
         kinematic_names, kinematic_units: override what the file says; empty keeps it.
-        rate: samples per second of the kinematics, instead of the file's; 0 keeps it. (FALCON's H1
-            files state the interval where the rate belongs.)
+        rate: samples per second of the kinematics, instead of the file's; 0 keeps it. The first
+            sample, and the first after each pause in the timestamps, keep their times. (FALCON's
+            H1 files state the interval where the rate belongs.)
         stamps: whether a sample's time is the start or the end of what it covers.
         scored: name (or path) of a series that is nonzero where kinematics are to be learnt from
             and scored, e.g. ``eval_mask``; "" means everywhere.
@@ -63,6 +81,7 @@ class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """
 
     counts: str = ""
+    unit_names: str = ""
     kinematics: str = ""
     kinematic_names: tuple[str, ...] = ()
     kinematic_units: tuple[str, ...] = ()
@@ -108,16 +127,18 @@ class TrialSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Attributes:
         event: column of the trials table (or of ``data.mat.trial_events``) the window is laid
             around; "" takes each trial from its start to its stop.
-        window: seconds from the event, (from, to).
+        window: seconds from the event, (from, to); only with an event.
         condition: columns that make up a trial's condition; empty means the first there is of
             condition, target_index, target_id, target, trial_type.
         events: columns kept as events; empty means all that end in ``_time``.
+        relative: whether events are seconds from their trial's start, not the recording's.
     """
 
     event: str = ""
     window: tuple[FiniteFloat, FiniteFloat] = (0.0, 0.0)
     condition: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
+    relative: bool = False
 
 
 class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -132,6 +153,7 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             earlier). Movement follows motor cortex, so decoding is easier some 0.1 s ahead.
         differentiate: decode the rate of change of the kinematics (velocity from position), by
             central differences of the bins' means.
+        clocks: how the file's times become seconds.
         mat, nwb, hdf5: how to read each format.
         trials: which part of each trial.
         split: by time, or by the file's labels.
@@ -142,6 +164,7 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     mode: Literal["continuous", "trials"] = "continuous"
     lag: FiniteFloat = 0.0
     differentiate: bool = False
+    clocks: ClockSpec = msgspec.field(default_factory=ClockSpec)
     mat: MatSpec = msgspec.field(default_factory=MatSpec)
     nwb: NwbSpec = msgspec.field(default_factory=NwbSpec)
     hdf5: Hdf5Spec = msgspec.field(default_factory=Hdf5Spec)

@@ -53,6 +53,8 @@ def plan_drops(n_bins: int, share: float, seed: int) -> NDArray[np.bool_]:
 class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Split by time, as fractions of the bins: [0, train), [train, validation), [validation, 1).
 
+    Bins that hold no data, in gaps and pauses (``Recording.valid``), do not count.
+
     In ``mode = "trials"`` the fractions are of the trials. With ``column``, the file's own labels
     decide what is tested on: trials labelled ``test_labels`` are the test part, those labelled
     ``validation_labels`` the validation part, those labelled ``train_labels`` the training part;
@@ -81,7 +83,9 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def span(self, span: Span, recording: Recording) -> tuple[int, int]:
         """The half-open range of bins of a span: by the recording's own bounds if it has any."""
         if recording.bounds is None:
-            return self.bins(span, len(recording))
+            edges = np.append(np.flatnonzero(recording.valid), len(recording))
+            start, stop = self.bins(span, len(edges) - 1)
+            return int(edges[start]) if start else 0, int(edges[stop]) if stop else 0
         return self._ranges(*recording.bounds, len(recording), recording)[span]
 
     def occupied(self, span: Span, recording: Recording) -> tuple[int, int]:

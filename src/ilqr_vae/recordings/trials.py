@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.binning import EDGE, bins_of
-from ilqr_vae.recordings.recording import Recording, Trials
+from ilqr_vae.recordings.plausible import check_event, check_windows
+from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.split import SplitSpec
 
@@ -89,12 +90,48 @@ class Plan:
         )
 
 
-def plan(table: Table, spec: RecordingSpec) -> Plan:
-    """Choose windows and parts by ``spec.trials`` and ``spec.split``.
+def on_clock(table: Table, spec: RecordingSpec) -> tuple[Table, tuple[RecordingWarning, ...]]:
+    """The table on the recording's clock, its events on the session's, and what is odd about them.
+
+    Events that are not asked for and lie outside their trials are left out.
 
     Raises:
-        RecordingError: a column is absent or of the wrong kind, the window is empty, no trial
-            carries a known label, or no trial holds one bin.
+        RecordingError: the event that windows are laid around is told from its trial's start.
+    """
+    wanted, (scale, offset) = spec.trials, spec.clocks.trials
+    start, stop = table.start * scale + offset, table.stop * scale + offset
+    columns, found = dict(table.columns), list[RecordingWarning]()
+    asked = {*wanted.events, *([wanted.event] if wanted.event else [])}
+    for name in asked | {n for n in columns if is_event(table, n)}:
+        if name not in columns or columns[name].dtype.kind not in "iuf":
+            continue  # said where it is used
+        when = columns[name].astype(np.float64) * scale
+        columns[name] = when = when + (start if wanted.relative else offset)
+        odd = check_event(name, when, start, stop)
+        if odd is None:
+            continue
+        if name == wanted.event and odd.name == "event-relative" and spec.mode == "trials":
+            raise RecordingError(
+                "data.trials.event", expected="seconds on the recording's clock", got=odd.text
+            )
+        found.append(odd)
+        if name not in asked:
+            del columns[name]
+    return Table(start, stop, columns), tuple(found)
+
+
+def is_event(table: Table, name: str) -> bool:
+    """Whether a column of the table is taken for an event unasked."""
+    return name.endswith("_time") and table.columns[name].dtype.kind in "iuf"
+
+
+def plan(table: Table, spec: RecordingSpec) -> tuple[Plan, tuple[RecordingWarning, ...]]:
+    """Choose windows and parts by ``spec.trials`` and ``spec.split``; and what is odd about them.
+
+    Raises:
+        RecordingError: a column is absent or of the wrong kind, the window is empty or has no
+            event, no trial carries a known label, none holds one bin, the windows lie over one
+            another, or there are too few for the parts of the split.
     """
     wanted, width = spec.trials, spec.bin_width
     if wanted.event:
@@ -107,6 +144,10 @@ def plan(table: Table, spec: RecordingSpec) -> Plan:
                 got=f"({low:g}, {high:g})",
             )
         begin, end = at + low, at + high
+    elif wanted.window != (0.0, 0.0):
+        raise RecordingError(
+            "data.trials.event", expected="a column that the window is laid around", got="none"
+        )
     else:
         begin, end = table.start, table.stop
     known = np.isfinite(begin) & np.isfinite(end)
@@ -125,11 +166,20 @@ def plan(table: Table, spec: RecordingSpec) -> Plan:
         )
     # in the order they were recorded, whatever the table's
     rows = rows[np.argsort(begin[rows], kind="stable")]
-    chosen = _parts(part[rows], spec.split)
+    split = spec.split
+    parts = (split.train > 0) + (split.validation > split.train) + (split.validation < 1)
+    if not split.column and len(rows) < parts:
+        raise RecordingError(
+            "recording.trials",
+            expected=f"{parts} or more, one for each part of the split",
+            got=f"{len(rows)} that can be used, of {len(known)}",
+        )
+    chosen = _parts(part[rows], split)
     order = np.argsort(chosen, kind="stable")
     rows, chosen = rows[order], chosen[order]
     made = Plan(rows, begin[rows], bins[rows], chosen, _notes(known, bins, part, wanted.event))
-    return replace(made, notes=made.notes + _overlap(made, width))
+    odd = check_windows(made.begin, width * made.bins.astype(np.float64))
+    return replace(made, notes=made.notes + _overlap(made, width)), tuple(odd)
 
 
 def _labelled(table: Table, split: SplitSpec) -> NDArray[np.int64]:
@@ -196,7 +246,7 @@ def words(values: NDArray[Any]) -> NDArray[np.str_]:
         if isinstance(value, bytes):
             return value.decode(errors="replace")
         if isinstance(value, float | np.floating):
-            return f"{float(value):g}"
+            return str(int(value)) if float(value).is_integer() else f"{float(value):g}"
         return str(value)
 
     return np.array([word(value) for value in values], dtype=np.str_)
@@ -223,11 +273,7 @@ def events_of(table: Table, rows: NDArray[np.int64], spec: RecordingSpec) -> dic
     Raises:
         RecordingError: a column asked for is absent or holds no numbers.
     """
-    names = spec.trials.events or tuple(
-        name
-        for name, values in table.columns.items()
-        if name.endswith("_time") and values.dtype.kind in "iuf"
-    )
+    names = spec.trials.events or tuple(n for n in table.columns if is_event(table, n))
     return {name: table.seconds(name, "data.trials.events")[rows] for name in names}
 
 

@@ -6,97 +6,80 @@ trials mean the same whatever the file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.binning import EDGE, bin_spikes, bin_windows, bins_of, left_edges, resample
-from ilqr_vae.recordings.checks import fill_gaps, inside_intervals
-from ilqr_vae.recordings.recording import Recording, Trials
+from ilqr_vae.recordings.binning import (
+    EDGE,
+    bin_spikes,
+    bin_windows,
+    bins_of,
+    full_turn,
+    left_edges,
+    resample,
+)
+from ilqr_vae.recordings.checks import MAX_GAP_SECONDS, fill_gaps, inside_intervals, measured
+from ilqr_vae.recordings.plausible import SURELY
+from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
+from ilqr_vae.recordings.session import Moving, Session, plausible, span_of
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.trials import Table, condition_of, cut, events_of, plan, trials_of
+from ilqr_vae.recordings.trials import (
+    Table,
+    condition_of,
+    cut,
+    events_of,
+    on_clock,
+    plan,
+    trials_of,
+)
 
 _MOST_BINS, _MOST_COUNTS = 100_000_000, 1_000_000_000
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Moving:
-    """A behaviour series.
-
-    Attributes:
-        path: what to call it in errors.
-        values: (K, D), NaN where missing.
-        times: (K,), seconds, increasing: when what each sample covers begins.
-        interval: seconds between samples.
-        names, units: D each.
-    """
-
-    path: str
-    values: Array
-    times: Array
-    interval: float
-    names: tuple[str, ...]
-    units: tuple[str, ...]
-
-    @property
-    def end(self) -> float:
-        """Seconds, where the last sample ends."""
-        return float(self.times[-1]) + self.interval
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What a file holds, in seconds.
-
-    Attributes:
-        spike_times: increasing, one array a unit.
-        unit_names: one a unit.
-        held_out: names of units kept back for co-smoothing.
-        observed: (k, 2) intervals a unit in which it was recorded; None: all, always.
-        moving: the behaviour, or None.
-        scored: one channel at times of its own: nonzero where behaviour is to be scored; or None.
-        table: trials, or None.
-        invalid: (M, 2) intervals in which nothing is to be believed.
-        notes: as ``Recording.notes``.
-    """
-
-    spike_times: list[NDArray[Any]]
-    unit_names: tuple[str, ...]
-    held_out: tuple[str, ...] = ()
-    observed: list[Array] | None = None
-    moving: Moving | None = None
-    scored: Moving | None = None
-    table: Table | None = None
-    invalid: Array | None = None
-    notes: tuple[str, ...] = ()
-
-
 def recording_of(session: Session, spec: RecordingSpec) -> Recording:
-    """The session on bins, as ``spec.mode`` asks.
+    """The session on bins, as ``spec.mode`` asks, after ``plausible`` has looked at it.
 
     Raises:
         RecordingError: no spike falls inside the bins, there are more bins than any recording has,
-            kinematics are missing nearly everywhere, or trials are asked for that are not there.
+            kinematics are missing nearly everywhere, trials are asked for that are not there, or
+            times that cannot be (``plausible``).
     """
-    made = _trials(session, spec) if spec.mode == "trials" else _continuous(session, spec)
+    trials = spec.mode == "trials"
+    if session.table is not None:
+        table, odd = on_clock(session.table, spec)
+        session = replace(session, table=table, warnings=(*session.warnings, *odd))
+    elif trials:
+        raise RecordingError(
+            "data.mode", expected="a file with a trials table for 'trials'", got="no trials"
+        )
+    session = plausible(session, spec)
+    if session.moving is not None:
+        session = replace(session, moving=session.moving.unwrapped())
+    if session.counts is not None:
+        begin = left_edges(session.begin, spec.bin_width, len(session.counts))
+        made = _finish(session.counts, begin, session, spec)
+        return cut_on_grid(made, session.table, spec) if trials else made
+    made = _trials(session, spec) if trials else _continuous(session, spec)
     if not made.counts.any():
         times = session.spike_times
         raise RecordingError(
-            "units.spike_times",
+            session.spikes_field,
             expected=f"spikes in the bins, the first of which begins at {made.start_time:g} s",
             got="none at all" if not any(len(t) for t in times) else _elsewhere(times),
         )
     return made
 
 
-def _elsewhere(times: list[NDArray[Any]]) -> str:
-    first = min(float(t[0]) for t in times if len(t))
-    last = max(float(t[-1]) for t in times if len(t))
+def _elsewhere(times: Sequence[NDArray[Any]]) -> str:
+    first, last = span_of(times)
     return f"all of them elsewhere, from {first:g} to {last:g} s"
 
 
@@ -118,35 +101,70 @@ def _continuous(session: Session, spec: RecordingSpec) -> Recording:
     if moving is not None:
         start, end = float(moving.times[0]), moving.end
     else:
-        last = max((float(t[-1]) for t in session.spike_times if len(t)), default=0.0)
-        start, end = 0.0, last + width
+        start, end = _of_spikes(session, width)
     possible((end - start) / width + EDGE, len(session.spike_times), width)
     n_bins = int(bins_of(np.array([end]), start, width)[0])
     counts = bin_spikes(session.spike_times, start, width, n_bins)
     begin = left_edges(start, width, n_bins)
-    return finish(counts, begin, session, spec)
+    return _finish(counts, begin, session, spec)
 
 
-def finish(
+def _of_spikes(session: Session, width: float) -> tuple[float, float]:
+    """Where bins begin and end, seconds, with spikes alone.
+
+    They begin at 0 of the file's clock; where it is said when units were recorded, or the stretch
+    before the first spike is longer than ``plausible.SURELY`` spikes, at the multiple of the bin
+    width before that.
+    """
+    times = session.spike_times
+    if not any(len(t) for t in times):
+        return 0.0, width
+    first, last = span_of(times)
+    pairs = np.concatenate(session.observed) if session.observed else np.empty((0, 2))
+    stated = pairs[:, 0][np.isfinite(pairs[:, 0])]
+    if len(stated):
+        return width * np.floor(min(first, stated.min()) / width + EDGE), last + width
+    rate = sum(len(t) for t in times) / max(last - first, width)
+    if 0 <= first <= max(SURELY / rate, 1.0):
+        return 0.0, last + width
+    return width * np.floor(first / width + EDGE), last + width
+
+
+def _finish(
     counts: NDArray[np.uint16], begin: Array, session: Session, spec: RecordingSpec
 ) -> Recording:
-    """A continuous recording of counts (T, N) whose bins begin at ``begin`` (T,) seconds.
-
-    Raises:
-        RecordingError: as ``recording_of``.
-    """
+    """A continuous recording of counts (T, N) whose bins begin at ``begin`` (T,) seconds."""
     width, start, n_bins = spec.bin_width, float(begin[0]), len(begin)
     valid, observed = _observed(session, begin, width)
+    if session.invalid is not None:
+        valid = valid & ~_touched(session.invalid, start, width, n_bins)
     kinematics: Array | None = None
     scored = valid
     if session.moving is not None:
         moving = session.moving
-        raw = resample(moving.values, moving.times - spec.lag, start, width, n_bins)
-        kinematics, believed = fill_gaps(raw, width, moving.path)
+        times = moving.times - spec.lag
+        if times[-1] < start or times[0] > start + width * n_bins:
+            raise RecordingError(
+                f"{moving.path}.timestamps",
+                expected=f"times within the bins, {start:g} to {start + width * n_bins:g} s",
+                got=f"{times[0]:g} to {times[-1]:g} s",
+            )
+        raw = resample(moving.values, times, start, width, n_bins)
+        # a pause of both the units and the kinematics is not a gap in either
+        wanted = valid & (counts.any(axis=1) | np.isfinite(raw).all(axis=1))
+        filled, believed = fill_gaps(raw, width, moving.path, wanted)
+        kinematics = moving.wrapped(filled)
+        lost = int((valid & ~believed).sum())
+        if lost:
+            text = (
+                f"{lost * width:.4g} of {n_bins * width:.4g} s lie in gaps of {moving.path} above "
+            )
+            text += f"{MAX_GAP_SECONDS:g} s: these bins are masked."
+            missing = RecordingWarning("kinematics-missing", text)
+            session = replace(session, warnings=(*session.warnings, missing))
         valid = valid & believed
-        scored = valid & _scored(session, spec, start, n_bins)
-    if session.invalid is not None:
-        valid = valid & ~_touched(session.invalid, start, width, n_bins)
+        scored = valid & measured(raw, _bridged(moving, width))
+        scored = scored & _scored(session, spec, start, n_bins)
     names, units = _channels(session.moving)
     made = Recording(
         counts=counts,
@@ -162,6 +180,7 @@ def finish(
         observed=observed,
         held_out=session.held_out,
         notes=session.notes,
+        warnings=session.warnings,
     )
     return differentiated(made) if spec.differentiate else made
 
@@ -215,12 +234,9 @@ def _observed(
 
 
 def _trials(session: Session, spec: RecordingSpec) -> Recording:
-    if session.table is None:
-        raise RecordingError(
-            "data.mode", expected="a file with a trials table for 'trials'", got="no trials"
-        )
+    assert session.table is not None  # see recording_of
     width, moving = spec.bin_width, session.moving
-    planned = plan(session.table, spec)
+    planned, odd = plan(session.table, spec)
     possible(int(planned.bins.sum()), len(session.spike_times), width)
     pieces = [
         _piece(session, spec, b, int(n)) for b, n in zip(planned.begin, planned.bins, strict=True)
@@ -269,6 +285,7 @@ def _trials(session: Session, spec: RecordingSpec) -> Recording:
         held_out=session.held_out,
         bounds=planned.bounds,
         notes=session.notes + planned.notes,
+        warnings=session.warnings + odd,
     )
     return differentiated(made) if spec.differentiate else made
 
@@ -278,31 +295,33 @@ def _piece(
 ) -> tuple[Array, NDArray[np.bool_]] | None:
     """Kinematics of one trial's window and which bins had them; None where some channel has none.
 
-    Only samples inside the window (moved by the lag) and half an interval around are looked at.
+    Gaps are as long as they are in the recording as it ran: samples up to ``MAX_GAP_SECONDS``
+    beyond the window are looked at too.
     """
-    moving = session.moving
+    moving, width = session.moving, spec.bin_width
     if moving is None:
         return np.zeros((n_bins, 0)), np.ones(n_bins, dtype=bool)
     times = moving.times - spec.lag
+    reach = math.ceil(MAX_GAP_SECONDS / width)
+    before = min(reach, max(0, math.ceil((begin - times[0]) / width)))
+    after = min(reach, max(0, math.ceil((times[-1] - begin) / width) - n_bins))
+    low, n_wide = begin - before * width, before + n_bins + after
     edge = 0.5 * moving.interval
-    first = int(np.searchsorted(times, begin - edge))
-    last = int(np.searchsorted(times, begin + n_bins * spec.bin_width + edge))
-    raw = resample(
-        moving.values[first:last],
-        times[first:last],
-        begin,
-        spec.bin_width,
-        n_bins,
-        interval=moving.interval,
-    )
-    finite = np.isfinite(raw)
-    if not finite.any(axis=0).all():
+    rows = slice(*np.searchsorted(times, [low - edge, low + n_wide * width + edge]).tolist())
+    raw = resample(moving.values[rows], times[rows], low, width, n_wide, interval=moving.interval)
+    if not np.isfinite(raw).any(axis=0).all():
         return None
-    rows = np.arange(n_bins)
-    for channel in range(raw.shape[1]):
-        good = finite[:, channel]
-        raw[~good, channel] = np.interp(rows[~good], rows[good], raw[good, channel])
-    return raw, finite.all(axis=1) & _scored(session, spec, begin, n_bins)
+    filled, believed = fill_gaps(raw, width, moving.path, np.zeros(n_wide, dtype=bool))
+    known = (believed & measured(raw, _bridged(moving, width)))[before : before + n_bins]
+    if not known.any():
+        return None
+    values = moving.wrapped(filled[before : before + n_bins])
+    return values, known & _scored(session, spec, begin, n_bins)
+
+
+def _bridged(moving: Moving, width: float) -> int:
+    """Bins in a row that jitter alone leaves without a sample."""
+    return 1 if moving.interval > 0.5 * width else 0
 
 
 def cut_on_grid(recording: Recording, table: Table | None, spec: RecordingSpec) -> Recording:
@@ -311,11 +330,8 @@ def cut_on_grid(recording: Recording, table: Table | None, spec: RecordingSpec) 
     Raises:
         RecordingError: there are no trials, or none lies inside the recording.
     """
-    if table is None:
-        raise RecordingError(
-            "data.mode", expected="a file with a trials table for 'trials'", got="no trials"
-        )
-    planned = plan(table, spec)
+    assert table is not None  # see recording_of
+    planned, odd = plan(table, spec)
     first = np.rint((planned.begin - recording.start_time) / spec.bin_width).astype(np.int64)
     inside = (first >= 0) & (first + planned.bins <= len(recording))
     if not inside.any():
@@ -333,6 +349,7 @@ def cut_on_grid(recording: Recording, table: Table | None, spec: RecordingSpec) 
         made,
         bounds=planned.bounds,
         notes=recording.notes + planned.notes,
+        warnings=recording.warnings + odd,
         start_time=float(planned.begin[0]),
     )
 
@@ -342,9 +359,16 @@ def differentiated(recording: Recording) -> Recording:
     if recording.kinematics is None:
         return recording
     rate = np.zeros_like(recording.kinematics)
+    turns = [
+        full_turn(column, unit)[0]
+        for column, unit in zip(recording.kinematics.T, recording.kinematic_units, strict=True)
+    ]
     for a, b in recording.segments():
         if b - a > 1:
-            rate[a:b] = np.gradient(recording.kinematics[a:b], recording.bin_width, axis=0)
+            part = recording.kinematics[a:b].copy()
+            for d in np.flatnonzero(turns):
+                part[:, d] = np.unwrap(part[:, d], period=turns[d])
+            rate[a:b] = np.gradient(part, recording.bin_width, axis=0)
     return replace(
         recording,
         kinematics=rate,

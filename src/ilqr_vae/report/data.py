@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import ShapeError
-from ilqr_vae.recordings import Trials
+from ilqr_vae.recordings import RecordingWarning, Trials
 from ilqr_vae.report.table import Table
 from ilqr_vae.scoring.score import Scores
 
@@ -63,6 +63,7 @@ class ReportData:
         facts: short headline lines, label to value.
         provenance: label to value: model, recording hash, versions, command.
         notes: sentences a reader should know (what was dropped, what is missing).
+        warnings: what is odd about the recording.
         extra: more for the JSON form alone.
     """
 
@@ -96,6 +97,7 @@ class ReportData:
     facts: dict[str, str] = field(default_factory=dict[str, str])
     provenance: dict[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
+    warnings: tuple[RecordingWarning, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:

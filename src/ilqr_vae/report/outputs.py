@@ -110,6 +110,7 @@ def to_json(data: ReportData) -> dict[str, Any]:
             "inputs": [summary(found) for found in triggered_inputs(data)],
             "learning": {name: [list(point) for point in c] for name, c in data.learning.items()},
             "notes": data.notes,
+            "warnings": [asdict(warning) for warning in data.warnings],
             "provenance": data.provenance,
             **data.extra,
         }

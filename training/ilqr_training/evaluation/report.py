@@ -110,6 +110,7 @@ class Evaluated:
                 "command": shlex.join(["ilqr-vae", "evaluate", *sys.argv[2:]]),
             },
             notes=notes,
+            warnings=recording.warnings,
             extra={
                 "model": manifest.model_id,
                 "solver": result.statuses,
@@ -152,7 +153,7 @@ def say(report: ReportData) -> None:
             quarters = ", ".join(f"{100 * c:.1f}" for c in by.coverage)
             screen.print(f"  90 % interval covers {quarters} % by quarter of speed")
     screen.print(f"  bits per spike {number(report.bits_per_spike, 4)}")
-    for note in report.notes:
+    for note in (*report.warnings, *report.notes):
         screen.print(f"  {note}")
     for table in report.tables:
         screen.print(table.title, style="bold")

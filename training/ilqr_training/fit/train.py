@@ -206,7 +206,7 @@ def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:
         f"{', '.join(r.kinematic_names) or 'none'}; train {train}, validation {validation}, "
         f"test {test}"
     )
-    for line in (*r.notes, str(estimate(config, data))):
+    for line in (*r.warnings, *r.notes, str(estimate(config, data))):
         progress.log(f"  {line}")
 
 
@@ -298,4 +298,5 @@ def manifest_of(
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         },
         config=msgspec.to_builtins(config),
+        warnings=recording.warnings,
     )

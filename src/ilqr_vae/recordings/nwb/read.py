@@ -9,46 +9,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.binning import left_edges
-from ilqr_vae.recordings.checks import existing_file, missing_extra, sha256_of, unique_names
+from ilqr_vae.recordings.checks import existing_file, missing_extra, sha256_of
 from ilqr_vae.recordings.nwb.series import find, kinematics_of, mask_of
 from ilqr_vae.recordings.nwb.tables import (
     binned_counts,
-    intervals,
+    invalid_times,
     names_beside,
     spikes_of,
     trials_table,
 )
 from ilqr_vae.recordings.recording import Recording
+from ilqr_vae.recordings.session import Session
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.unbinned import Session, cut_on_grid, finish, recording_of
+from ilqr_vae.recordings.unbinned import recording_of
 
 
 def read_nwb(path: str | Path, spec: RecordingSpec) -> Recording:
     """An NWB file as a recording.
 
-    Bins begin where the kinematic series (or the series of binned counts) begins, and at 0 of the
-    file's clock where there is neither; only whole bins are kept. Counts come from the spike times
-    of the units table, or from a series already binned (``spec.nwb.counts``). Kinematics are the
-    mean of the samples inside each bin, or interpolated at bin centres where samples come slower
-    than bins. Missing samples are interpolated; bins inside a gap above one second, and those in
-    the file's ``invalid_times`` or outside every unit's ``obs_intervals``, are marked invalid. Unit
-    names are the units table's column ``unit_name`` or ``name``, else its ids; a column ``heldout``
-    says which are held out. With ``spec.mode = "trials"`` each trial's window has bins of its own,
-    laid from the event (``TrialSpec``).
+    Bins begin where the kinematic series (or the series of binned counts) begins; where there is
+    neither, at 0 of the file's clock, or where the units begin if that is far from 0. Only whole
+    bins are kept. Counts come from the spike times of the units table, or from a series already
+    binned (``spec.nwb.counts``). Kinematics are the mean of the samples inside each bin, or
+    interpolated at bin centres where samples come slower than bins. Missing samples are
+    interpolated; bins inside a gap above one second, and those in the file's ``invalid_times`` or
+    outside every unit's ``obs_intervals``, are marked invalid. Unit names are
+    ``NwbSpec.unit_names``; a column ``heldout`` says which are held out. With
+    ``spec.mode = "trials"`` each trial's window has bins of its own, laid from the event
+    (``TrialSpec``).
 
     Raises:
         RecordingError: no such file, no NWB file, a series is absent (those present are listed),
             no spikes, counts that are not whole numbers 0..65535, a bin width that is not the
-            spec's, unit names that repeat, timestamps that do not increase, trials asked for that
-            are not there, or pynwb is not installed.
+            spec's, times that cannot be (``plausible``), trials asked for that are not there, or
+            pynwb is not installed.
     """
     path = existing_file(path)
     with _open(path) as (nwb, series):
-        return replace(_read(nwb, series, spec), name=path.name, sha256=sha256_of(path))
+        session = _session(nwb, series, spec)
+    return replace(recording_of(session, spec), name=path.name, sha256=sha256_of(path))
 
 
 @contextmanager
@@ -105,33 +105,35 @@ def _all_series(nwb: Any, pynwb: Any) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _read(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Recording:
+def _session(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Session:
     binned = find(series, spec.nwb.counts, "data.nwb.counts") if spec.nwb.counts else None
-    moving = kinematics_of(series, spec.nwb, binned)
-    invalid = None
-    if nwb.invalid_times is not None:
-        invalid = np.stack(intervals(nwb.invalid_times), axis=1)
+    kinematics = kinematics_of(series, spec, binned)
+    moving, warnings = kinematics.moving, kinematics.warnings
     told = Session(
-        spike_times=[],
         unit_names=(),
         moving=moving,
         scored=mask_of(series, spec.nwb, moving),
         table=trials_table(nwb) if spec.nwb.trials or spec.mode == "trials" else None,
-        invalid=invalid,
+        invalid=None if nwb.invalid_times is None else invalid_times(nwb.invalid_times),
+        notes=kinematics.notes,
     )
     if binned is None:
-        units = spikes_of(nwb, series)
-        session = replace(
+        units = spikes_of(nwb, series, spec.nwb.unit_names)
+        return replace(
             told,
             spike_times=units.times,
-            unit_names=unique_names(units.names, "units"),
+            unit_names=units.names,
             held_out=units.held_out,
             observed=units.observed,
+            warnings=warnings + units.warnings,
         )
-        return recording_of(session, spec)
-    counts, start = binned_counts(binned, spec)
-    names, held_out = names_beside(nwb, binned, counts.shape[1])
-    begin = left_edges(start, spec.bin_width, len(counts))
-    session = replace(told, unit_names=unique_names(names, "units"), held_out=held_out)
-    made = finish(counts, begin, session, spec)
-    return made if spec.mode == "continuous" else cut_on_grid(made, session.table, spec)
+    counts, begin = binned_counts(binned, spec)
+    names, held_out, odd = names_beside(nwb, binned, counts.shape[1], spec.nwb.unit_names)
+    return replace(
+        told,
+        unit_names=names,
+        counts=counts,
+        begin=begin,
+        held_out=held_out,
+        warnings=warnings + odd,
+    )

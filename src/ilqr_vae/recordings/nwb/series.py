@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.checks import channels_of
-from ilqr_vae.recordings.spec import NwbSpec
-from ilqr_vae.recordings.unbinned import Moving
+from ilqr_vae.recordings.checks import MAX_GAP_SECONDS, channels_of
+from ilqr_vae.recordings.plausible import usable_stamps
+from ilqr_vae.recordings.recording import RecordingWarning
+from ilqr_vae.recordings.session import Moving
+from ilqr_vae.recordings.spec import NwbSpec, RecordingSpec
 
 
 def find(series: dict[str, Any], wanted: str, field: str) -> Any:
@@ -28,37 +31,143 @@ def find(series: dict[str, Any], wanted: str, field: str) -> Any:
     raise RecordingError(field, expected=f"{what}: {present}", got=repr(wanted))
 
 
-def clock(item: Any, n: int, rate: float = 0.0) -> tuple[NDArray[np.float64], float]:
+def contents(data: Any, field: str) -> NDArray[Any]:
+    """A dataset's values. Raises RecordingError where they cannot be read."""
+    try:
+        return np.asarray(data[:])
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise RecordingError(field, expected="data that can be read", got=str(error)) from error
+
+
+def clock(item: Any, n: int) -> tuple[NDArray[np.float64], float]:
     """Times of a series' samples in seconds, and the interval between them."""
-    if item.timestamps is not None and not rate:
-        times = np.asarray(item.timestamps[:], dtype=np.float64)
-        if len(times) != n or not np.isfinite(times).all():
+    if item.timestamps is not None:
+        times, rows, _ = usable_stamps(
+            contents(item.timestamps, f"{item.name}.timestamps"), n, f"{item.name}.timestamps"
+        )
+        if len(rows) < n:
             raise RecordingError(
-                f"{item.name}.timestamps", expected=f"{n} finite seconds", got=f"{len(times)}"
+                f"{item.name}.timestamps", expected=f"{n} increasing seconds", got=str(len(rows))
             )
         return times, float(np.median(np.diff(times))) if n > 1 else 0.0
-    rate = rate or float(item.rate or 0.0)
-    if not rate > 0:
-        raise RecordingError(f"{item.name}.rate", expected="samples per second", got=f"{item.rate}")
-    start = float(item.starting_time or 0.0)
+    rate, start = float(item.rate or 0.0), float(item.starting_time or 0.0)
+    if not (0 < rate < np.inf and np.isfinite(start)):
+        raise RecordingError(
+            f"{item.name}.rate",
+            expected="samples per second, from a finite time on",
+            got=f"{item.rate} from {item.starting_time}",
+        )
     return start + np.arange(n) / rate, 1.0 / rate
 
 
+def _kinematic_clock(
+    item: Any, n: int, spec: RecordingSpec
+) -> tuple[NDArray[np.float64], NDArray[np.int64], float, tuple[RecordingWarning, ...]]:
+    """Times of a series' samples, which samples have one, and the interval between them."""
+    field, rate, (scale, offset) = f"{item.name}.timestamps", spec.nwb.rate, spec.clocks.kinematics
+    if item.timestamps is None:
+        if rate:
+            start = float(item.starting_time or 0.0)
+            return start + np.arange(n) / rate + offset, np.arange(n), 1.0 / rate, ()
+        times, interval = clock(item, n)
+        return times * scale + offset, np.arange(n), interval * scale, ()
+    raw = contents(item.timestamps, field)
+    if rate and raw.size == n and raw.dtype.kind in "iuf":
+        return *_at_rate(raw.ravel() * scale + offset, rate, field), 1.0 / rate, ()
+    times, rows, odd = usable_stamps(raw, n, field)
+    times = times * scale + offset
+    return times, rows, float(np.median(np.diff(times))) if len(times) > 1 else 0.0, odd
+
+
+def _at_rate(
+    stamps: NDArray[np.float64], rate: float, field: str
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Times at a stated rate that keep the stamps of the first sample and after each pause."""
+    n = len(stamps)
+    rows, known = np.arange(n), np.isfinite(stamps)
+    if not known.any():
+        raise RecordingError(field, expected="finite seconds", got=f"none of {n}")
+    late = np.where(known, stamps - rows / rate, np.nan)
+    first = int(np.argmax(known))
+    times, begin = np.empty(n), 0
+    shift = float(late[first])
+    steps = np.flatnonzero(np.diff(stamps) > MAX_GAP_SECONDS + 1.0 / rate) + 1
+    agree = abs(float(np.nanmedian(np.diff(stamps))) * rate - 1.0) < 0.2 if n > 1 else True
+    for stop in [*(steps.tolist() if agree else []), n]:
+        times[begin:stop] = rows[begin:stop] / rate + shift
+        if stop < n:
+            begin, shift = stop, float(late[stop])
+    return times, rows
+
+
+_LAST = re.compile(
+    "eyes?|gaze|pupil|blink|saccade|fixation|feedback|rewards?|water|juice|lick(s|ing)?|valve|"
+    "solenoid|sync|ttl|trigger|photodiode|temperature|confidence|likelihood|error|levels?|"
+    "stimulus|targets?|cue|sound|tone|light|laser|battery|heart|respiration|whisk(er|ing)"
+)
+_FIRST = re.compile(
+    "hands?|cursor|finger(s|tip)?|wrist|elbow|shoulder|arms?|joystick|manipulandum|reach(ing)?|"
+    "limb|paws?|forelimb|pos|positions?|kinematics|running|wheel|tracking|location|mouse|head|body|"
+    "speed"
+)
+
+
+def name_words(name: str) -> list[str]:
+    """The words of a name in snake, kebab or camel case, in lower case."""
+    parted = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
+    return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", parted) if word]
+
+
+def likeliest(path: str, item: Any) -> tuple[int, ...]:
+    """How unlikely a series is to be what should be decoded: velocities come first, then positions
+    of limbs and cursors, then other series of several channels, then of one; eyes, reward, feedback
+    and stimuli come last."""
+    leaf, place = name_words(path.rpartition("/")[2]), name_words(path)
+    fast = any(w.startswith("vel") or re.search(r"(?<!le)vel$|velocity", w) for w in leaf)
+    data = getattr(item.data, "shape", ())
+    one = len(data) < 2 or data[1] == 1
+    if any(map(_LAST.fullmatch, place)):
+        rank = 4
+    elif fast:
+        rank = 0
+    else:
+        rank = (
+            1
+            if any(map(_FIRST.fullmatch, leaf)) or (any(map(_FIRST.fullmatch, place)) and not one)
+            else 2 + one
+        )
+    return rank, int(not _spatial(item)) if rank else 0
+
+
+def _core_types(item: Any) -> list[str]:
+    """Names of the NWB core's types that a series is of, its own or its nearest first."""
+    return [c.__name__ for c in type(item).__mro__ if getattr(c, "namespace", "") == "core"]
+
+
+def _spatial(item: Any) -> bool:
+    return "SpatialSeries" in _core_types(item)
+
+
 def _is_behaviour(path: str, item: Any) -> bool:
-    kind = type(item).__name__
-    if np.dtype(getattr(item.data, "dtype", object)).kind not in "iuf" or len(item.data) == 0:
+    """A SpatialSeries or one of its kind; or a plain TimeSeries, or an extension's, that lies with
+    behaviour or is called a velocity."""
+    shape = getattr(item.data, "shape", None)
+    if (
+        np.dtype(getattr(item.data, "dtype", object)).kind not in "biuf"
+        or not shape
+        or not shape[0]
+    ):
         return False
     inside = re.search(r"(^|/)[^/]*behav[^/]*/|BehavioralTimeSeries|Position/", path, re.IGNORECASE)
-    return kind == "SpatialSeries" or (
-        kind == "TimeSeries" and (inside is not None or "vel" in item.name.lower())
-    )
+    plain = _core_types(item)[:1] == ["TimeSeries"]
+    return _spatial(item) or (plain and (inside is not None or likeliest(path, item)[0] == 0))
 
 
 def _chosen(series: dict[str, Any], nwb: NwbSpec, binned: Any) -> dict[str, Any]:
     """The series to decode by path: one, or all of a container; empty where there is none."""
     if not nwb.kinematics:
         usual = [p for p, s in series.items() if s is not binned and _is_behaviour(p, s)]
-        usual.sort(key=lambda p: "vel" not in p.rpartition("/")[2].lower())
+        usual.sort(key=lambda p: likeliest(p, series[p]))
         return {path: series[path] for path in usual[:1]}
     wanted = nwb.kinematics.strip("/")
     folder = [path for path in series if f"/{wanted}/" in f"/{path.rpartition('/')[0]}/"]
@@ -69,37 +178,78 @@ def _chosen(series: dict[str, Any], nwb: NwbSpec, binned: Any) -> dict[str, Any]
     return {path: s for path, s in series.items() if s is item}
 
 
-def _values(path: str, item: Any) -> NDArray[np.float64]:
-    raw = np.asarray(item.data[:])
-    if raw.dtype.kind not in "iuf" or raw.ndim not in (1, 2) or len(raw) == 0:
+def _values(path: str, item: Any) -> tuple[NDArray[np.float64], tuple[RecordingWarning, ...]]:
+    """(K, D), in the series' unit."""
+    raw, odd = contents(item.data, path), ()
+    if raw.dtype.kind not in "biuf" or raw.ndim not in (1, 2) or 0 in raw.shape:
         raise RecordingError(
             path, expected="samples x channels of numbers", got=f"{raw.dtype} {raw.shape}"
         )
+    stamps = item.timestamps
+    if raw.ndim == 2 and raw.shape[0] != raw.shape[1]:
+        channels_first = stamps is not None and np.size(stamps) == raw.shape[1]
+        if channels_first:
+            text = f"{path} is {raw.shape[0]} x {raw.shape[1]} with a time for each column: "
+            odd = (RecordingWarning("kinematics-transposed", f"{text}read as transposed."),)
+            raw = raw.T
+        elif stamps is None and raw.shape[1] > max(100, 10 * raw.shape[0]):
+            raise RecordingError(
+                path,
+                expected="samples x channels",
+                got=f"{raw.shape[0]} x {raw.shape[1]}: are they transposed?",
+            )
     values = raw.astype(np.float64).reshape(len(raw), -1)
-    return values * float(item.conversion) + float(getattr(item, "offset", 0.0) or 0.0)
+    return values * float(item.conversion) + float(getattr(item, "offset", 0.0) or 0.0), odd
 
 
-def kinematics_of(series: dict[str, Any], nwb: NwbSpec, binned: Any) -> Moving | None:
-    """The behaviour to decode, by the rule ``NwbSpec.kinematics`` states; None where there is none.
+@dataclass(frozen=True, slots=True)
+class Kinematics:
+    """The behaviour that was chosen, or None, with what a reader should know of the choice."""
+
+    moving: Moving | None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[RecordingWarning, ...] = ()
+
+
+def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> Kinematics:
+    """The behaviour to decode, by the rule ``NwbSpec.kinematics`` states.
 
     Raises:
-        RecordingError: it is not there, is not numbers, its parts have different clocks, or names
-            or units given do not fit its channels.
+        RecordingError: it is not there, is not numbers, its parts have different clocks, its times
+            are not usable (``plausible.usable_stamps``), or names or units given do not fit its
+            channels.
     """
+    nwb, others = spec.nwb, {path: s for path, s in series.items() if s is not binned}
     chosen = _chosen(series, nwb, binned)
     if not chosen:
-        return None
+        if not others:
+            return Kinematics(None)
+        listed = "; ".join(f"{path} ({type(s).__name__})" for path, s in others.items())
+        text = f"No series is of behaviour; there are {listed}. data.nwb.kinematics names one."
+        return Kinematics(None, warnings=(RecordingWarning("kinematics-none", text),))
     path = next(iter(chosen)) if len(chosen) == 1 else nwb.kinematics.strip("/")
-    parts = {place: _values(place, item) for place, item in chosen.items()}
-    lengths = {place: len(values) for place, values in parts.items()}
-    clocks = [clock(item, lengths[place], nwb.rate) for place, item in chosen.items()]
-    times, interval = clocks[0]
-    for place, (other, _) in zip(chosen, clocks, strict=True):
-        if len(other) != len(times) or not np.allclose(other, times, rtol=0, atol=0.01 * interval):
+    notes: tuple[str, ...] = ()
+    left = [p for p in others if p not in chosen and _is_behaviour(p, others[p])]
+    if left and not nwb.kinematics:
+        notes = (
+            f"Kinematics are {path}; left are {', '.join(left)} (data.nwb.kinematics chooses).",
+        )
+    read = {place: _values(place, item) for place, item in chosen.items()}
+    parts = {place: values for place, (values, _) in read.items()}
+    warnings = [warning for _, odd in read.values() for warning in odd]
+    clocks = [_kinematic_clock(item, len(parts[place]), spec) for place, item in chosen.items()]
+    times, rows, interval, odd = clocks[0]
+    for place, (other, their_rows, _, _) in zip(chosen, clocks, strict=True):
+        same = len(parts[place]) == len(parts[next(iter(chosen))]) and len(other) == len(times)
+        if not (
+            same
+            and np.array_equal(rows, their_rows)
+            and np.allclose(other, times, rtol=0, atol=0.01 * interval)
+        ):
             raise RecordingError(
                 place, expected=f"the clock of {next(iter(chosen))}", got="another one"
             )
-    values = np.concatenate(list(parts.values()), axis=1)
+    values = np.concatenate(list(parts.values()), axis=1)[rows]
     each = [_channels(item, parts[place].shape[1]) for place, item in chosen.items()]
     names, units = channels_of(
         nwb,
@@ -107,13 +257,11 @@ def kinematics_of(series: dict[str, Any], nwb: NwbSpec, binned: Any) -> Moving |
         tuple(unit for _, own in each for unit in own),
         "data.nwb",
     )
-    if len(times) > 1 and not (np.diff(times) > 0).all():
-        raise RecordingError(
-            f"{path}.timestamps", expected="increasing seconds", got="some that do not"
-        )
     if nwb.stamps == "end":
         times = times - interval
-    return Moving(path, values, times, interval, names, units)
+    circular = any(type(item.parent).__name__ == "CompassDirection" for item in chosen.values())
+    moving = Moving(path, values, times, interval, names, units, circular)
+    return Kinematics(moving, notes, (*warnings, *odd))
 
 
 def mask_of(series: dict[str, Any], nwb: NwbSpec, moving: Moving | None) -> Moving | None:
@@ -125,8 +273,8 @@ def mask_of(series: dict[str, Any], nwb: NwbSpec, moving: Moving | None) -> Movi
     if not nwb.scored:
         return None
     item = find(series, nwb.scored, "data.nwb.scored")
-    raw = np.asarray(item.data[:])
-    if raw.size != len(raw) or raw.dtype.kind not in "biuf":
+    raw = contents(item.data, "data.nwb.scored")
+    if raw.ndim == 0 or raw.size != len(raw) or raw.dtype.kind not in "biuf":
         raise RecordingError(
             "data.nwb.scored", expected="one channel of numbers", got=f"{raw.dtype} {raw.shape}"
         )
@@ -135,6 +283,7 @@ def mask_of(series: dict[str, Any], nwb: NwbSpec, moving: Moving | None) -> Movi
         times, interval = moving.times, moving.interval
     else:
         times, interval = clock(item, len(values))
+        times = times - interval if nwb.stamps == "end" else times
     return Moving(str(item.name), values, times, interval, (str(item.name),), ("",))
 
 

@@ -9,27 +9,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.checks import same_bin_width, whole_counts
-from ilqr_vae.recordings.nwb.series import clock, told_channels
+from ilqr_vae.recordings.checks import same_bin_width, unique_names, whole_counts
+from ilqr_vae.recordings.nwb.series import clock, contents, told_channels
+from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.trials import Table
+from ilqr_vae.recordings.trials import Table, words
 
 NAME_COLUMNS = ("unit_name", "name")
+GROUP_COLUMNS = ("probe", "probe_name", "electrode_group", "group", "shank", "array", "tetrode")
 HELD_OUT = "heldout"
+FEW_LOST = 0.01
+"""Share of spike times that may be NaN and left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """The units table: N units, see ``session.Session``."""
+    """The units table: N units, see ``unbinned.Session``."""
 
     times: list[NDArray[Any]]
     names: tuple[str, ...]
     held_out: tuple[str, ...]
     observed: list[NDArray[np.float64]] | None
+    warnings: tuple[RecordingWarning, ...] = ()
 
 
 def binned_counts(item: Any, spec: RecordingSpec) -> tuple[NDArray[np.uint16], float]:
-    data = np.asarray(item.data[:])
+    data = contents(item.data, spec.nwb.counts)
     if data.ndim != 2:
         raise RecordingError(spec.nwb.counts, expected="bins x units", got=f"shape {data.shape}")
     counts = whole_counts(data, spec.nwb.counts)
@@ -46,11 +51,12 @@ def binned_counts(item: Any, spec: RecordingSpec) -> tuple[NDArray[np.uint16], f
     return counts, float(times[0])
 
 
-def spikes_of(nwb: Any, series: dict[str, Any]) -> Units:
-    """Spike times, sorted, with names, held-out flags and observation intervals.
+def spikes_of(nwb: Any, series: dict[str, Any], named_by: str) -> Units:
+    """Spike times as they stand in the file, with names, held-out flags and observation intervals.
 
     Raises:
-        RecordingError: there are none (the series there are listed), or a time is not finite.
+        RecordingError: there are none (the series there are listed), times are not finite, or the
+            index of the column does not fit it.
     """
     units = nwb.units
     if units is None or len(units) == 0 or "spike_times" not in units.colnames:
@@ -60,24 +66,66 @@ def spikes_of(nwb: Any, series: dict[str, Any]) -> Units:
             f"{', '.join(series) or 'the file has no series'})",
             got="none" if units is None else f"{len(units)} units with {', '.join(units.colnames)}",
         )
-    ends = np.asarray(units["spike_times"].data[:], dtype=np.int64)
-    flat = np.asarray(units["spike_times"].target.data[:], dtype=np.float64)
-    if not np.isfinite(flat).all():
+    pieces = _ragged(units, "spike_times", "units.spike_times")
+    known = [np.isfinite(t) for t in pieces]
+    lost, total = sum(int((~k).sum()) for k in known), sum(len(k) for k in known)
+    if lost > FEW_LOST * total or any(np.isinf(t).any() for t in pieces):
         raise RecordingError(
-            "units.spike_times", expected="finite seconds", got="some that are not"
+            "units.spike_times", expected="finite seconds", got=f"{lost} of {total} that are not"
         )
-    times: list[NDArray[Any]] = [np.sort(t) for t in np.split(flat, ends[:-1])]
-    names = _unit_names(units)
-    return Units(times, names, _held_out(units, names), _observed(units))
+    odd: tuple[RecordingWarning, ...] = ()
+    if lost:
+        text = f"{lost} of {total} spike times are NaN: left out."
+        odd = (RecordingWarning("spikes-missing", text),)
+    names, repeats = _unit_names(units, named_by)
+    times: list[NDArray[Any]] = [t[k] for t, k in zip(pieces, known, strict=True)]
+    return Units(times, names, _held_out(units, names), _observed(units), odd + repeats)
+
+
+def _ragged(table: Any, column: str, field: str) -> list[NDArray[np.float64]]:
+    """A ragged column of numbers, row by row. Raises RecordingError where its index is not one."""
+    n, node = len(table), table[column]
+    indexed = hasattr(node, "target")
+    flat = contents((node.target if indexed else node).data, field)
+    if flat.dtype.kind not in "iuf":
+        raise RecordingError(field, expected="numbers", got=f"dtype {flat.dtype}")
+    values = flat.astype(np.float64)
+    if not indexed:
+        if n != 1:
+            raise RecordingError(
+                f"{field}_index", expected=f"an index of {n} rows", got="a column without one"
+            )
+        return [values]
+    raw = contents(node.data, f"{field}_index")
+    if raw.ndim != 1 or raw.dtype.kind not in "iu" or len(raw) != n:
+        raise RecordingError(
+            f"{field}_index", expected=f"{n} row ends", got=f"{raw.dtype} {raw.shape}"
+        )
+    ends = raw.astype(np.int64)
+    wrong = ""
+    if (np.diff(ends) < 0).any() or ends[0] < 0:
+        at = int(np.argmax(np.diff(ends) < 0)) if len(ends) > 1 else 0
+        wrong = f"{ends[at]} and then {ends[min(at + 1, n - 1)]} ({raw.dtype}; has it overflowed?)"
+    elif ends[-1] > len(flat):
+        wrong = f"ends up to {ends[-1]}, beyond the data"
+    elif ends[-1] < len(flat):
+        wrong = f"a last end of {ends[-1]}" + (", as if it held starts" if ends[0] == 0 else "")
+    if wrong:
+        raise RecordingError(
+            f"{field}_index",
+            expected=f"row ends that do not decrease, the last of them {len(flat)}",
+            got=wrong,
+        )
+    return np.split(values, ends[:-1])
 
 
 def _held_out(units: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     if HELD_OUT not in units.colnames:
         return ()
-    flags = np.asarray(units[HELD_OUT].data[:])
-    if flags.dtype.kind not in "biuf":
+    flags = contents(units[HELD_OUT].data, f"units.{HELD_OUT}")
+    if flags.dtype.kind not in "biuf" or flags.shape != (len(names),):
         raise RecordingError(
-            f"units.{HELD_OUT}", expected="true or false a unit", got=str(flags.dtype)
+            f"units.{HELD_OUT}", expected="true or false a unit", got=f"{flags.dtype} {flags.shape}"
         )
     return tuple(name for name, flag in zip(names, flags, strict=True) if flag)
 
@@ -85,54 +133,112 @@ def _held_out(units: Any, names: tuple[str, ...]) -> tuple[str, ...]:
 def _observed(units: Any) -> list[NDArray[np.float64]] | None:
     if "obs_intervals" not in units.colnames:
         return None
-    ends = np.asarray(units["obs_intervals"].data[:], dtype=np.int64)
-    pairs = np.asarray(units["obs_intervals"].target.data[:], dtype=np.float64).reshape(-1, 2)
-    if not np.isfinite(pairs).all() or (pairs[:, 1] < pairs[:, 0]).any():
+    field = "units.obs_intervals"
+    pieces = _ragged(units, "obs_intervals", field)
+    if any(p.shape[1:] != (2,) or np.isnan(p).any() or (p[:, 1] < p[:, 0]).any() for p in pieces):
+        raise RecordingError(field, expected="(start, stop) pairs", got="some that are not")
+    return [np.ascontiguousarray(p) for p in pieces]
+
+
+def _unit_names(units: Any, named_by: str) -> tuple[tuple[str, ...], tuple[RecordingWarning, ...]]:
+    """One name a unit, unique, by the rule ``NwbSpec.unit_names`` states.
+
+    Raises:
+        RecordingError: the column is not there, or its names repeat, and so do the ids.
+    """
+    columns: dict[str, Any] = {name: units[name] for name in units.colnames} | {"id": units.id}
+    if named_by and named_by not in columns:
         raise RecordingError(
-            "units.obs_intervals", expected="finite (start, stop) pairs", got="some that are not"
+            "data.nwb.unit_names",
+            expected=f"a column of the units: {', '.join(columns)}",
+            got=repr(named_by),
         )
-    return [np.ascontiguousarray(p) for p in np.split(pairs, ends[:-1])]
+    column = named_by or next((name for name in NAME_COLUMNS if name in columns), "id")
+    names = _labels(columns[column], column)
+    if len(set(names)) == len(names):
+        return names, ()
+    for group in GROUP_COLUMNS:
+        if group in columns and not hasattr(columns[group], "target"):
+            both = tuple(
+                f"{g}/{n}" for g, n in zip(_labels(columns[group], group), names, strict=True)
+            )
+            if len(set(both)) == len(both):
+                return both, (_renamed(column, group, both),)
+    ids = unique_names(_labels(units.id, "id"), "units.id")
+    both = tuple(f"{n}#{i}" for n, i in zip(names, ids, strict=True))
+    return both, (_renamed(column, "id", both),)
 
 
-def _unit_names(units: Any) -> tuple[str, ...]:
-    for column in NAME_COLUMNS:
-        if column in units.colnames:
-            return tuple(str(name) for name in units[column].data[:])
-    return tuple(str(int(i)) for i in units.id[:])
+def _renamed(column: str, by: str, names: tuple[str, ...]) -> RecordingWarning:
+    return RecordingWarning(
+        "unit-names",
+        f"Names of the units' column {column} repeat: units are named by it and {by}, as in "
+        f"{names[0]} (data.nwb.unit_names chooses a column).",
+    )
 
 
-def names_beside(nwb: Any, binned: Any, n_units: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _labels(column: Any, field: str) -> tuple[str, ...]:
+    """A column as words; objects it refers to, such as electrode groups, by their names."""
+    raw = column.data[:]
+    named = [getattr(value, "name", value) for value in raw]
+    return tuple(words(np.array(named, dtype=object)).tolist())
+
+
+def names_beside(
+    nwb: Any, binned: Any, n_units: int, named_by: str
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[RecordingWarning, ...]]:
     """Names for binned counts, and which are held out: the series' own names, else the units
     table's of as many rows."""
     units = nwb.units
     beside = units is not None and len(units) == n_units
     told = told_channels(binned, n_units)
+    odd: tuple[RecordingWarning, ...] = ()
     if told is not None:
-        names = told[0]
+        names = unique_names(told[0], "units")
     elif beside:
-        names = _unit_names(units)
+        names, odd = _unit_names(units, named_by)
     else:
         names = tuple(f"unit{i}" for i in range(n_units))
-    return names, _held_out(units, names) if beside else ()
+    return names, _held_out(units, names) if beside else (), odd
 
 
-def intervals(table: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Starts and stops of a table of intervals, seconds."""
-    begin, end = table["start_time"].data[:], table["stop_time"].data[:]
-    return np.asarray(begin, dtype=np.float64), np.asarray(end, dtype=np.float64)
+def _column(table: Any, name: str, field: str) -> NDArray[np.float64]:
+    values = contents(table[name].data, f"{field}.{name}")
+    if values.dtype.kind not in "iuf" or values.shape != (len(table),):
+        raise RecordingError(
+            f"{field}.{name}",
+            expected=f"{len(table)} seconds",
+            got=f"{values.dtype} {values.shape}",
+        )
+    return values.astype(np.float64)
+
+
+def invalid_times(table: Any) -> NDArray[np.float64]:
+    """(M, 2) starts and stops, seconds; without end where they are not known."""
+    begin = _column(table, "start_time", "invalid_times")
+    end = _column(table, "stop_time", "invalid_times")
+    return np.stack([np.nan_to_num(begin, nan=-np.inf), np.nan_to_num(end, nan=np.inf)], axis=1)
 
 
 def trials_table(nwb: Any) -> Table | None:
-    """The trials with every column of one value a trial; None where there are none."""
+    """The trials with every column of one value a trial; None where there are none.
+
+    Raises:
+        RecordingError: a column has another number of rows than the table.
+    """
     table = nwb.trials
     if table is None or len(table) == 0:
         return None
-    start, stop = intervals(table)
+    start, stop = _column(table, "start_time", "trials"), _column(table, "stop_time", "trials")
     columns: dict[str, NDArray[Any]] = {}
     for name in table.colnames:
         if name in ("start_time", "stop_time") or hasattr(table[name], "target"):
             continue
-        values = np.asarray(table[name].data[:])
-        if values.shape == start.shape:
+        values = contents(table[name].data, f"trials.{name}")
+        if values.shape[:1] != start.shape:
+            raise RecordingError(
+                f"trials.{name}", expected=f"{len(start)}, one a trial", got=str(values.shape)
+            )
+        if values.ndim == 1:
             columns[name] = values
     return Table(start, stop, columns)

@@ -1,0 +1,372 @@
+"""Whether a file's contents agree with one another: order, spans, shares, rates.
+
+What cannot be is refused with a ``RecordingError``; what is odd is a ``RecordingWarning``. Every
+reader of times passes through here (``unbinned.recording_of``), and every recording through
+``silences``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.recording import Recording, RecordingWarning
+
+Array = NDArray[np.float64]
+
+FEWEST_SPIKES = 50
+"""Fewer spikes than this say nothing about the unit of their times."""
+SURELY = 20.0
+"""A stretch in which this many spikes are expected and none comes was not recorded (exp(-20))."""
+USUAL_RATES = (0.05, 500.0)
+"""Hz, mean of the units that fire: outside, the times are hardly seconds."""
+LOST_SAMPLES = 0.01
+"""Share of samples without a usable time that may be left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The span that spikes are compared with: of the kinematics, else of the trials.
+
+    Attributes:
+        name: for people.
+        begin, end: seconds.
+        refutes: whether spikes that cover little of it prove a wrong clock.
+    """
+
+    name: str
+    begin: float
+    end: float
+    refutes: bool
+
+
+def check_spikes(
+    times: Sequence[NDArray[Any]], field: str, against: Reference | None
+) -> list[RecordingWarning]:
+    """Look at N units' spike times in the file's order, finite.
+
+    Raises:
+        RecordingError: they are whole numbers, restart, lie elsewhere than ``against``, or cover
+            little of it.
+    """
+    total = sum(len(t) for t in times)
+    if not total:
+        return []
+    first = min(float(t.min()) for t in times if len(t))
+    last = max(float(t.max()) for t in times if len(t))
+    found = _order(times, field, first, last, against)
+    if total < FEWEST_SPIKES or last <= first:
+        return found
+    if all(bool((t == np.floor(t)).all()) for t in times):
+        raise RecordingError(
+            field,
+            expected="seconds (data.clocks.spikes converts other units)",
+            got=f"whole numbers from {first:g} to {last:g}, as samples or milliseconds are",
+        )
+    per_unit = total / (last - first) / sum(1 for t in times if len(t))
+    low, high = USUAL_RATES
+    if not low <= per_unit <= high:
+        found.append(
+            RecordingWarning(
+                "spike-rate",
+                f"The units fire {per_unit:.2g} times a second on average ({total} spikes from "
+                f"{first:g} to {last:g} s): are the spike times in seconds (data.clocks.spikes)?",
+            )
+        )
+    if against is None or against.end <= against.begin:
+        return found
+    return found + _spans(times, field, (first, last), against, slow=per_unit < 2 * low)
+
+
+def _order(
+    times: Sequence[NDArray[Any]], field: str, first: float, last: float, against: Reference | None
+) -> list[RecordingWarning]:
+    steps = [np.diff(t) for t in times if len(t) > 1]
+    back = [int((s < 0).sum()) for s in steps]
+    units = sum(1 for b in back if b)
+    if not units:
+        return []
+    largest = max(-float(s.min()) for s in steps)
+    said = f"of {units} of {len(steps)} units run backwards {sum(back)} times, "
+    said += f"by up to {largest:.4g} s"
+    # Few long runs are a clock that restarts; many short ones are times that were never sorted.
+    run = (sum(len(s) for s in steps) + len(steps)) / (sum(back) + len(steps))
+    share = 0.9 if run >= 8 else 0.5
+    whole = 0.0 if against is None else against.end - against.begin
+    if 2 * units >= len(steps) and largest > 0.5 * (last - first) and last - first < share * whole:
+        raise RecordingError(
+            field,
+            expected=f"times on one clock throughout {against.name if against else 'the file'}, "
+            f"{whole:g} s long",
+            got=f"times that restart: those {said}, and they span {last - first:g} s",
+        )
+    return [
+        RecordingWarning(
+            "spike-order",
+            f"Spike times {said}. They are sorted; if the clock restarts during the recording, "
+            "the counts are wrong.",
+        )
+    ]
+
+
+def _spans(
+    times: Sequence[NDArray[Any]],
+    field: str,
+    span: tuple[float, float],
+    against: Reference,
+    *,
+    slow: bool,
+) -> list[RecordingWarning]:
+    (first, last), begin, end = span, against.begin, against.end
+    total = sum(len(t) for t in times)
+    inside = sum(int(((t >= begin) & (t <= end)).sum()) for t in times)
+    where = f"{against.name}, {begin:g} to {end:g} s"
+    if inside == 0 or (inside < 0.05 * total and slow):
+        raise RecordingError(
+            field,
+            expected=f"most spikes within {where} (data.clocks.spikes converts other units)",
+            got=f"{inside} of {total}: all of them elsewhere, from {first:g} to {last:g} s"
+            if not inside
+            else f"{inside} of {total}; they span {first:g} to {last:g} s",
+        )
+    found: list[RecordingWarning] = []
+    if inside < 0.95 * total:
+        found.append(
+            RecordingWarning(
+                "spikes-outside",
+                f"{total - inside} of the {total} spikes lie outside {where}: they span {first:g} "
+                f"to {last:g} s.",
+            )
+        )
+    covered = max(min(last, end) - max(first, begin), 0.0)
+    if against.refutes and covered < 0.1 * (end - begin):
+        raise RecordingError(
+            field,
+            expected=f"spikes throughout {where}",
+            got=f"spikes from {first:g} to {last:g} s alone, {100 * covered / (end - begin):.2g} % "
+            "of it; is its rate samples per second, and its clock the spikes' (data.clocks)?",
+        )
+    return found
+
+
+def silences(recording: Recording) -> Recording:
+    """The recording with warnings about its counts, and without bins before and after all spikes.
+
+    A stretch at either end without a spike of any unit, in which ``SURELY`` were expected, is
+    marked invalid.
+    """
+    found = list(recording.warnings)
+    width, mask = recording.bin_width, recording.mask()
+    each = np.where(mask, recording.counts, 0).sum(axis=1, dtype=np.int64)
+    seen = np.flatnonzero(recording.valid)
+    spiking = np.flatnonzero(each)
+    if not len(spiking):
+        return recording
+    per_bin = float(each.sum()) / max(int(recording.valid[spiking[0] : spiking[-1] + 1].sum()), 1)
+    least = max(SURELY / per_bin, 1.0 / width)
+    position = np.flatnonzero(each[seen])  # among the valid bins
+    lead, tail = int(position[0]), len(seen) - 1 - int(position[-1])
+    valid = recording.valid.copy()
+    said: list[str] = []
+    if lead > least:
+        valid[seen[:lead]] = False
+        said.append(f"the first {lead * width:.4g} s")
+    if tail > least:
+        valid[seen[len(seen) - tail :]] = False
+        said.append(f"the last {tail * width:.4g} s")
+    if said:
+        where = " and ".join(said)
+        found.append(
+            RecordingWarning(
+                "spikes-cover",
+                f"No spikes in {where} of {len(seen) * width:.4g} s of recording: these bins are "
+                "masked, and neither learnt from nor scored.",
+            )
+        )
+    pause = int(np.diff(position).max(initial=1)) - 1
+    if pause > max(least, 5.0 / width):
+        found.append(
+            RecordingWarning(
+                "spikes-pause",
+                f"No unit fires for {pause * width:.4g} s in the middle of the recording "
+                f"({SURELY:g} spikes or more were expected).",
+            )
+        )
+    return replace(recording, valid=valid, scored=recording.scored & valid, warnings=tuple(found))
+
+
+def check_trials(
+    start: Array, stop: Array, begin: float, end: float, *, needed: bool
+) -> list[RecordingWarning]:
+    """Look at K trials, NaN where unknown, of a recording from ``begin`` to ``end`` seconds.
+
+    Args:
+        needed: whether the recording is cut at its trials.
+
+    Raises:
+        RecordingError: most trials stop before they start; or, where they are needed, all lie
+            outside the recording.
+    """
+    known = np.isfinite(start) & np.isfinite(stop)
+    start, stop = start[known], stop[known]
+    n = len(start)
+    if not n:
+        return []
+    found: list[RecordingWarning] = []
+
+    def odd(name: str, bad: NDArray[np.bool_], text: str) -> None:
+        if bad.any():
+            found.append(RecordingWarning(name, f"{int(bad.sum())} of {n} trials {text}."))
+
+    negative = stop < start
+    if 2 * int(negative.sum()) > n:
+        raise RecordingError(
+            "trials.stop_time",
+            expected="seconds after each trial's start_time",
+            got=f"{int(negative.sum())} of {n} that lie before it, e.g. {stop[negative][0]:g} for "
+            f"a start at {start[negative][0]:g} (a duration, or another clock?)",
+        )
+    odd("trials-negative", negative, "stop before they start: left out")
+    outside = (stop < begin) | (start > end)
+    if needed and outside.all():
+        raise RecordingError(
+            "trials.start_time",
+            expected=f"trials within the recording, {begin:g} to {end:g} s (data.clocks.trials "
+            "converts other units)",
+            got=f"{n} trials from {start.min():g} to {stop.max():g} s",
+        )
+    odd(
+        "trials-outside",
+        outside,
+        f"lie outside the recording, {begin:g} to {end:g} s; they span {start.min():g} to "
+        f"{stop.max():g} s",
+    )
+    odd("trials-order", np.diff(start) < 0, "start before the trial above them in the table")
+    _, which, counts = np.unique(start, return_inverse=True, return_counts=True)
+    odd("trials-coincide", counts[which] > 1, "start at the same time as another")
+    span = float(stop.max() - start.min())
+    if n >= 10 and not outside.any() and span < 0.05 * (end - begin):
+        found.append(
+            RecordingWarning(
+                "trials-cover",
+                f"All {n} trials lie within {span:.4g} s of {end - begin:.4g} s of recording: are "
+                "their times seconds (data.clocks.trials)?",
+            )
+        )
+    return found
+
+
+def check_event(name: str, when: Array, start: Array, stop: Array) -> RecordingWarning | None:
+    """What is odd about an event's times, one a trial, seconds: ``event-relative`` where they are
+    seconds from their trials' starts, ``event-outside`` where half lie outside their trials."""
+    known = np.isfinite(when) & np.isfinite(start) & np.isfinite(stop) & (stop > start)
+    when, start, stop = when[known], start[known], stop[known]
+    if not len(when):
+        return None
+    slack = np.maximum(stop - start, 1.0)
+    outside = (when < start - slack) | (when > stop + slack)
+    n = int(outside.sum())
+    if 2 * n < len(when):
+        return None
+    within = (when[outside] >= -1e-6) & (when[outside] <= (stop - start)[outside] + 1e-6)
+    said = f"{n} of {len(when)} times of {name} lie outside of their trials"
+    if within.mean() > 0.9:
+        return RecordingWarning(
+            "event-relative",
+            f"{said}: they look like seconds from each trial's start (data.trials.relative).",
+        )
+    return RecordingWarning(
+        "event-outside",
+        f"{said}, e.g. {when[outside][0]:g} s for one from "
+        f"{start[outside][0]:g} to {stop[outside][0]:g} s.",
+    )
+
+
+def check_windows(begin: Array, length: Array) -> list[RecordingWarning]:
+    """Look at K windows, seconds, that are to be cut out.
+
+    Raises:
+        RecordingError: they lie over one another, so that all parts of a split are the same bins.
+    """
+    order = np.argsort(begin, kind="stable")
+    low, high = begin[order], (begin + length)[order]
+    before = np.maximum.accumulate(np.concatenate([[-np.inf], high[:-1]]))
+    alone = float((high - np.maximum(low, before)).clip(0).sum())
+    total = float(length.sum())
+    if len(begin) > 1 and alone < 0.5 * total:
+        raise RecordingError(
+            "data.trials",
+            expected="windows of trials that lie apart",
+            got=f"{len(begin)} windows of {total:.4g} s in all that cover {alone:.4g} s: most lie "
+            "over one another",
+        )
+    if total - alone > 1e-3 * total:
+        return [
+            RecordingWarning(
+                "windows-overlap",
+                f"Windows of trials overlap by {total - alone:.4g} of {total:.4g} s: bins of one "
+                "are bins of another.",
+            )
+        ]
+    return []
+
+
+def usable_stamps(
+    times: NDArray[Any], n: int, field: str
+) -> tuple[Array, NDArray[np.int64], tuple[RecordingWarning, ...]]:
+    """Times of ``n`` samples that increase, and which samples have one.
+
+    Samples whose time is not finite, or not after the one before it, are left out where they are
+    few (``LOST_SAMPLES``, or two).
+
+    Raises:
+        RecordingError: another number or shape of times, or more that cannot be used.
+    """
+    raw = np.asarray(times)
+    shape = "x".join(map(str, raw.shape))
+    if raw.dtype.kind not in "iuf" or raw.size != n or max(raw.shape, default=0) != n:
+        what = f"{shape or 'one'} of {raw.dtype}"
+        raise RecordingError(field, expected=f"{n} times in seconds, one a sample", got=what)
+    flat = raw.ravel().astype(np.float64)
+    rows = np.flatnonzero(np.isfinite(flat))
+    lost, allowed = n - len(rows), max(LOST_SAMPLES * n, min(2, n - 2))
+    found: list[RecordingWarning] = []
+    if lost > allowed:
+        raise RecordingError(field, expected="finite seconds", got=f"{lost} of {n} that are not")
+    if lost:
+        text = f"{lost} of {n} samples of {field} have no finite time: left out."
+        found.append(RecordingWarning("stamps-missing", text))
+    back = np.flatnonzero(np.diff(flat[rows]) <= 0)
+    if len(back):
+        at = rows[back[0]], rows[back[0] + 1]
+        kept = rows[_increasing(flat[rows])]
+        text = (
+            f"{len(rows) - len(kept)} of {n} times of {field} do not increase, the first from "
+            f"{flat[at[0]]:.10g} to {flat[at[1]]:.10g} s at sample {at[1]}"
+        )
+        if len(rows) - len(kept) > allowed:
+            raise RecordingError(field, expected="increasing seconds", got=text)
+        found.append(RecordingWarning("stamps-order", f"{text}: these samples are left out."))
+        rows = kept
+    return flat[rows], rows, tuple(found)
+
+
+def _increasing(values: Array) -> NDArray[np.int64]:
+    """Indices of a longest strictly increasing subsequence."""
+    ends: list[float] = []
+    last: list[int] = []
+    previous = np.full(len(values), -1, dtype=np.int64)
+    for i, value in enumerate(values.tolist()):
+        k = bisect_left(ends, value)
+        previous[i] = last[k - 1] if k else -1
+        ends[k : k + 1], last[k : k + 1] = [value], [i]
+    chain = [last[-1]]
+    while previous[chain[-1]] >= 0:
+        chain.append(int(previous[chain[-1]]))
+    return np.array(chain[::-1], dtype=np.int64)

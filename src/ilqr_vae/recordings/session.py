@@ -1,0 +1,149 @@
+"""What a file holds, in seconds: what every reader of spike times or counts hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import RecordingError
+from ilqr_vae.recordings.binning import full_turn
+from ilqr_vae.recordings.plausible import Reference, check_spikes, check_trials
+from ilqr_vae.recordings.recording import RecordingWarning
+from ilqr_vae.recordings.spec import RecordingSpec
+from ilqr_vae.recordings.trials import Table
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """A behaviour series.
+
+    Attributes:
+        path: what to call it in errors.
+        values: (K, D), NaN where missing.
+        times: (K,), seconds, increasing: when what each sample covers begins.
+        interval: seconds between samples.
+        names, units: D each.
+        circular: whether the channels are angles whatever their units.
+        turns: (D,), period of channels that wrapped and are unwrapped in ``values``, else 0.
+        lows: (D,), where their range began.
+    """
+
+    path: str
+    values: Array
+    times: Array
+    interval: float
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    circular: bool = False
+    turns: Array = field(default_factory=lambda: np.zeros(0))
+    lows: Array = field(default_factory=lambda: np.zeros(0))
+
+    def unwrapped(self) -> Moving:
+        """Angles without jumps at the ends of their range, to be averaged and interpolated."""
+        values = self.values.copy()
+        turns, lows = np.zeros(values.shape[1]), np.zeros(values.shape[1])
+        for d, unit in enumerate(self.units):
+            turns[d], lows[d] = full_turn(values[:, d], unit, circular=self.circular)
+            if turns[d]:
+                known = np.isfinite(values[:, d])
+                values[known, d] = np.unwrap(values[known, d], period=turns[d])
+        return replace(self, values=values, turns=turns, lows=lows) if turns.any() else self
+
+    def wrapped(self, values: Array) -> Array:
+        """Values (T, D) of unwrapped channels in the range they had."""
+        for d in np.flatnonzero(self.turns):
+            values[:, d] = self.lows[d] + (values[:, d] - self.lows[d]) % self.turns[d]
+        return values
+
+    @property
+    def end(self) -> float:
+        """Seconds, where the last sample ends."""
+        return float(self.times[-1]) + self.interval
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a file holds, in seconds.
+
+    Attributes:
+        unit_names: one a unit.
+        spike_times: one array a unit, in the file's order; or
+        counts: uint16 (T, N) already binned, ``data.bin_width`` each, and
+        begin: seconds, where their first bin begins.
+        spikes_field: what to call the spikes in errors.
+        held_out: names of units kept back for co-smoothing.
+        observed: (k, 2) intervals a unit in which it was recorded; None: all, always.
+        moving: the behaviour, or None.
+        scored: one channel at times of its own: nonzero where behaviour is to be scored; or None.
+        table: trials, or None.
+        invalid: (M, 2) intervals in which nothing is to be believed.
+        notes, warnings: as ``Recording``'s.
+    """
+
+    unit_names: tuple[str, ...]
+    spike_times: Sequence[NDArray[Any]] = ()
+    counts: NDArray[np.uint16] | None = None
+    begin: float = 0.0
+    spikes_field: str = "units.spike_times"
+    held_out: tuple[str, ...] = ()
+    observed: list[Array] | None = None
+    moving: Moving | None = None
+    scored: Moving | None = None
+    table: Table | None = None
+    invalid: Array | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[RecordingWarning, ...] = ()
+
+
+def span_of(times: Sequence[NDArray[Any]]) -> tuple[float, float]:
+    """First and last of sorted spike times, some at least."""
+    return min(float(t[0]) for t in times if len(t)), max(float(t[-1]) for t in times if len(t))
+
+
+def plausible(session: Session, spec: RecordingSpec) -> Session:
+    """The session, its spike times in seconds and sorted, with warnings. Raises RecordingError."""
+    if session.counts is not None and spec.clocks.spikes != (1.0, 0.0):
+        raise RecordingError(
+            "data.clocks.spikes",
+            expected="(1, 0) for counts already binned",
+            got=str(spec.clocks.spikes),
+        )
+    scale, offset = spec.clocks.spikes
+    times = [np.asarray(t, dtype=np.float64) * scale + offset for t in session.spike_times]
+    found = list(session.warnings)
+    moving, table = session.moving, session.table
+    against = None
+    if moving is not None:
+        against = Reference(moving.path, *_recorded(session, float(moving.times[0]), moving.end))
+    elif table is not None and np.isfinite(table.stop).any():
+        start, stop = float(np.nanmin(table.start)), float(np.nanmax(table.stop))
+        against = Reference("the trials", start, stop, refutes=False)
+    if session.counts is None:
+        found += check_spikes(times, session.spikes_field, against)
+    times = [np.sort(t) for t in times]
+    if table is not None:
+        begin = end = session.begin
+        if session.counts is not None:
+            end += spec.bin_width * len(session.counts)
+        elif moving is not None:
+            begin, end = float(moving.times[0]), moving.end
+        elif any(len(t) for t in times):
+            begin, end = span_of(times)
+        needed = spec.mode == "trials"
+        found += check_trials(table.start, table.stop, begin, end, needed=needed)
+    return replace(session, spike_times=times, warnings=tuple(found))
+
+
+def _recorded(session: Session, begin: float, end: float) -> tuple[float, float, bool]:
+    """The part of [begin, end] in which units are said to have been recorded, and whether nothing
+    is said of that."""
+    if session.observed is None or not any(len(pairs) for pairs in session.observed):
+        return begin, end, session.invalid is None
+    pairs = np.concatenate(session.observed)
+    return max(begin, float(pairs[:, 0].min())), min(end, float(pairs[:, 1].max())), False
