@@ -82,6 +82,9 @@ def _open(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
                 yield nwb, _all_series(nwb, pynwb)
     except unreadable as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, ConstructError):  # its text holds the whole builder
+            builder, reason = error.args
+            reason = f"{builder.path.removeprefix('root/')}: {reason.rpartition('due to: ')[2]}"
         raise RecordingError(
             "recording", expected="an NWB file", got=f"{path.name}: {reason}"
         ) from error
