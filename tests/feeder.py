@@ -10,7 +10,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from ilqr_clients.closing import Closing
+from ilqr_clients.connection import Closing
 from ilqr_vae.protocol import messages as wire
 from ilqr_vae.protocol.keys import ClientKey
 

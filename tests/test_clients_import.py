@@ -50,6 +50,27 @@ def test_every_client_module_loads_without_the_engine() -> None:
     assert done.returncode == 0, done.stderr
 
 
+PUBLIC = """
+import sys
+import ilqr_clients
+assert "zmq" not in sys.modules
+assert ilqr_clients.__all__ == [
+    "Answer", "AnswerTimeoutError", "ClientKey", "Model", "ProtocolError", "RequestRefusedError",
+    "ServiceClient", "ServiceError", "ServiceUnreachableError", "Session", "SessionEndedError",
+    "ShapeError", "model_of", "read_client_key",
+]
+from ilqr_clients import *
+from ilqr_clients.sdk import Session as same
+assert Session is same and issubclass(SessionEndedError, ServiceError)
+assert not hasattr(ilqr_clients, "Sesion")
+"""
+
+
+def test_the_public_names_are_these_and_need_no_engine() -> None:
+    done = run(ENGINE, PUBLIC)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_verbs_load_with_the_base_install_alone() -> None:
     extras = ("matplotlib", "jinja2", "sklearn", "h5py", "pynwb")
     done = run((*ENGINE, *extras), VERBS)

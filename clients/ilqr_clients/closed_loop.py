@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ilqr_clients.sdk import Session, refusal
 from ilqr_clients.stream import StreamLog
-from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.errors import AnswerTimeoutError, ConfigError
 from ilqr_vae.recordings.physical_units import conversion
 from ilqr_vae.simulated.centre_out import CentreOut, TrialRecord
 from ilqr_vae.simulated.subject import TICK, Hand, Subject
@@ -154,8 +154,9 @@ def run_loop(
         patience: seconds without any answer, while some are due, after which to give up.
 
     Raises:
-        ServiceError: a bin was refused, the service ended the session, or nothing came for
-            ``patience`` seconds.
+        ServiceUnreachableError, AnswerTimeoutError: no answer for ``patience`` seconds.
+        SessionEndedError: the session is not open any more.
+        RequestRefusedError: a bin was refused.
     """
     width = subject.bin_width
     limit = int(trials * MAX_TRIAL_S / width)
@@ -228,16 +229,10 @@ def _take(session: Session, log: StreamLog, wait: float) -> None:
         log.take(answer)
     if session.refused:
         raise refusal(session.endpoint, session.refused[0])
-    if session.closed is not None:
-        raise ServiceError(
-            f"service at {session.endpoint}",
-            expected="the session to stay open",
-            got=f"closed ({', '.join(session.notices[-1:])})",
-        )
 
 
-def _silent(session: Session, patience: float) -> ServiceError:
-    return ServiceError(
+def _silent(session: Session, patience: float) -> AnswerTimeoutError:
+    return AnswerTimeoutError(
         f"service at {session.endpoint}", expected=f"an answer within {patience:g} s", got="none"
     )
 

@@ -115,6 +115,7 @@ def closed_loop(
                     units=model.unit_names,
                     bin_width=model.bin_width,
                     deadline=deadline,
+                    patience=timeout,
                 ) as opened,
                 Live(console=screen, auto_refresh=False, transient=True) as live,
             ):

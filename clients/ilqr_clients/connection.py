@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any, Self
 
 import msgspec
 import zmq
 
-from ilqr_vae.errors import ProtocolError, ServiceError
+from ilqr_vae.errors import ProtocolError, RequestRefusedError, ServiceError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.keys import ClientKey, key_from_environment
 from ilqr_vae.recordings import RecordingSpec
+
+
+class Closing(ABC):
+    """A context manager whose end is ``close``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release every resource."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +48,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def model_of(described: messages.Described) -> Model:
-    """The manifest, typed. Raises ProtocolError where the service describes no such model."""
+    """Return the manifest, typed. Raises ProtocolError if the service describes no such model."""
     try:
         return msgspec.convert(described.manifest, Model)
     except msgspec.ValidationError as error:
@@ -82,8 +103,8 @@ def reachable(results: str, endpoint: str) -> str:
     return f"tcp://{here}:{port}"
 
 
-def refusal(endpoint: str, refused: messages.Refused) -> ServiceError:
-    """A refusal as an error of this side."""
-    return ServiceError(
+def refusal(endpoint: str, refused: messages.Refused) -> RequestRefusedError:
+    """The exception for a refusal."""
+    return RequestRefusedError(
         f"{refused.field} (refused by {endpoint})", expected=refused.expected, got=refused.got
     )

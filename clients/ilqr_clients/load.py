@@ -20,7 +20,8 @@ import zmq
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.load_schedule import Faults, Load, counts_of, schedule, source_offset
 from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
-from ilqr_vae.errors import ServiceError
+from ilqr_clients.session import PATIENCE_S
+from ilqr_vae.errors import ServiceError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockTrack, MonotonicClock
 
@@ -161,6 +162,7 @@ class Generator:
         self._seen: set[str] = set()
         self._closed: set[str] = set()
         self._ended: set[str] = set()
+        self._silent_since: float | None = None
 
     def open(self) -> None:
         """Open all sessions and wait for that. Raises ServiceError."""
@@ -207,6 +209,9 @@ class Generator:
 
         Args:
             settle: then wait until all that was sent is answered, or so many seconds are over.
+
+        Raises:
+            ServiceUnreachableError: nothing comes back any more.
         """
         now_ns = self._timer.now_ns
         began = now_ns() + 50_000_000
@@ -227,6 +232,7 @@ class Generator:
             if (probe := self._clock.probe(sent)) is not None:
                 self._dealer.send(messages.encode(probe))
             self._dealer.send(messages.encode(message))
+            self._expect_answer()
             if (name, index) not in self._intended:
                 self.outcome.sent += 1
                 self._intended[name, index] = intended
@@ -236,6 +242,18 @@ class Generator:
         end = time.monotonic() + settle
         while settle and self._unanswered() and time.monotonic() < end:
             self._take(0.05)
+
+    def _expect_answer(self) -> None:
+        """Raises ServiceUnreachableError if nothing has come since bins were sent long ago."""
+        now = time.monotonic()
+        if self._silent_since is None:
+            self._silent_since = now
+        elif now - self._silent_since > max(PATIENCE_S, self.load.patience):
+            raise ServiceUnreachableError(
+                f"service at {self._endpoint}",
+                expected=f"an answer within {max(PATIENCE_S, self.load.patience):g} s",
+                got="none",
+            )
 
     def _unanswered(self) -> int:
         return sum(key not in self._newest for key in self._intended)
@@ -301,6 +319,8 @@ class Generator:
                     self._clock.take(probed)
                 case _:
                     pass
+        if came or replies:
+            self._silent_since = None
         return bool(came or replies)
 
     def _published(self, message: messages.Published, arrived: int) -> None:

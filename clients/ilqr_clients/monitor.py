@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.closing import Closing
+from ilqr_clients.connection import Closing
 from ilqr_clients.replay_view import status_text
 from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
 from ilqr_vae.protocol import messages
@@ -27,7 +27,9 @@ class Snapshot:
     """A service at one moment.
 
     Attributes:
-        newest: the newest answer of a session by name, where one was seen.
+        newest: the newest answer of each session that has one, by name.
+        live: names of the sessions whose newest answer was published while the monitor listened.
+            The others' was sent on subscription, so that its arrival says nothing of the way.
         names, units: of the kinematics.
         rates: bins answered per second since the snapshot before, by session.
         clock: the service's against this client's.
@@ -41,6 +43,7 @@ class Snapshot:
     units: tuple[str, ...]
     sessions: tuple[messages.SessionInfo, ...]
     newest: dict[str, Answer] = field(default_factory=dict[str, Answer])
+    live: frozenset[str] = frozenset()
     rates: dict[str, float] = field(default_factory=dict[str, float])
     clock: ClockOffset
 
@@ -59,12 +62,13 @@ class Snapshot:
     def _session(self, info: messages.SessionInfo) -> dict[str, Any]:
         answer = self.newest.get(info.session)
         newest = None
+        live = info.session in self.live
         if answer is not None:
             newest = {
                 "index": answer.index,
                 "status": answer.status,
                 "wire_in": _crossing(answer.wire_in_ns()),
-                "wire_out": _crossing(answer.wire_out_ns(self.clock)),
+                "wire_out": _crossing(answer.wire_out_ns(self.clock)) if live else None,
                 "kinematics": dict(zip(self.names, answer.kinematics.tolist(), strict=False)),
                 "kinematics_std": dict(
                     zip(self.names, answer.kinematics_std.tolist(), strict=False)
@@ -104,7 +108,8 @@ class Monitor(Closing):
     def __init__(self, endpoint: str, *, timeout: float = 3.0, timer: Clock | None = None) -> None:
         self._service = ServiceClient(endpoint, timeout=timeout, timer=timer)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._listened: set[str] = set()
+        self._listened: dict[str, int] = {}  # since when, by the service's clock
+        self._live: set[str] = set()
         self._newest: dict[str, Answer] = {}
         self._bins: dict[str, int] = {}
         self._asked = time.monotonic()
@@ -139,6 +144,8 @@ class Monitor(Closing):
             message = messages.decode_published(frame)
             if isinstance(message, messages.Result):
                 self._newest[message.session] = Answer.of(message, arrived)
+                if message.published_ns >= self._listened.get(message.session, 0):
+                    self._live.add(message.session)
 
     def snapshot(self) -> Snapshot:
         """Ask now. Raises ServiceError where the service has gone away."""
@@ -146,13 +153,16 @@ class Monitor(Closing):
         sessions = self._service.sessions()
         now = time.monotonic()
         passed, self._asked = max(1e-9, now - self._asked), now
+        clock = self._service.clock(probes=5)
         names = {info.session for info in sessions}
-        for name in names - self._listened:
+        for name in names - self._listened.keys():
+            self._listened[name] = self._service.timer.now_ns() + clock.offset_ns
             self._sub.setsockopt(zmq.SUBSCRIBE, messages.topic(name))
-        for name in self._listened - names:
+        for name in self._listened.keys() - names:
             self._sub.setsockopt(zmq.UNSUBSCRIBE, messages.topic(name))
+            del self._listened[name]
             self._newest.pop(name, None)
-        self._listened = names
+            self._live.discard(name)
         rates = {
             info.session: max(0, info.bins - self._bins[info.session]) / passed
             for info in sessions
@@ -168,19 +178,21 @@ class Monitor(Closing):
             units=self._model.kinematic_units,
             sessions=sessions,
             newest=dict(self._newest),
+            live=frozenset(self._live),
             rates=rates,
-            clock=self._service.clock(probes=5),
+            clock=clock,
         )
 
 
-def _ways(answer: Answer, clock: ClockOffset) -> str:
-    """The newest answer's ways to and from the service, each with how far off it may be."""
-    told: list[str] = []
-    for name, way in (("in", answer.wire_in_ns()), ("out", answer.wire_out_ns(clock))):
+def _ways(answer: Answer, clock: ClockOffset, *, live: bool) -> str:
+    """The newest answer's times to and from the service, each with its uncertainty."""
+    parts: list[str] = []
+    out = answer.wire_out_ns(clock) if live else None
+    for name, way in (("in", answer.wire_in_ns()), ("out", out)):
         if way is not None:
             bound = f" ± {way[1] / 1e6:.2f}" if way[1] else ""
-            told.append(f"{name} {way[0] / 1e6:.2f}{bound} ms")
-    return ", ".join(told)
+            parts.append(f"{name} {way[0] / 1e6:.2f}{bound} ms")
+    return ", ".join(parts)
 
 
 def view(snapshot: Snapshot) -> RenderableType:
@@ -217,7 +229,7 @@ def view(snapshot: Snapshot) -> RenderableType:
             decode,
         )
         if answer is not None:
-            ways = _ways(answer, snapshot.clock)
+            ways = _ways(answer, snapshot.clock, live=info.session in snapshot.live)
             more.append(Text(visible(f"{info.session}: newest answer {ways}"), style="dim"))
         if info.flagged:
             masked = f"{info.session}: masked {', '.join(info.flagged)}"

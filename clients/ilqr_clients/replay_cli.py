@@ -235,6 +235,7 @@ def replay(
                     deadline=run.deadline,
                     anytime=anytime,
                     watch_units=watch_units,
+                    patience=timeout,
                 ) as opened,
                 live,
             ):

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ilqr_clients.closing import Closing
+from ilqr_clients.connection import Closing
 from ilqr_clients.stream import StreamLog
 from ilqr_vae.report.table import number
 from ilqr_vae.scoring.metrics import r2, r2_per_axis

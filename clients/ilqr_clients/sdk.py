@@ -3,12 +3,11 @@
 >>> with ServiceClient("tcp://127.0.0.1:5555") as service:          # doctest: +SKIP
 ...     described = service.describe()
 ...     with service.open("rat-7", units=names, bin_width=0.05) as session:
-...         session.send(0, counts)
-...         for answer in session.receive(timeout=1.0): print(answer.kinematics)
+...         print(session.step(0, counts, timeout=1.0).kinematics)
 
-A ``ServiceClient`` asks about the service; a ``Session`` feeds bins and takes results. Neither is
-to be shared between threads (a ZeroMQ socket belongs to one thread); make one in each. Every wait
-ends: after ``timeout`` a ServiceError names the endpoint.
+A ``ServiceClient`` asks about the service; a ``Session`` feeds bins and takes results. A ZeroMQ
+socket belongs to one thread, so make one of each in every thread. Every wait ends: an exception
+names the endpoint and the reason.
 """
 
 from __future__ import annotations
@@ -18,14 +17,10 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import zmq
-from numpy.typing import ArrayLike
 
-from ilqr_clients.answer import Answer
-from ilqr_clients.bins import counts_of, mask_of
-from ilqr_clients.closing import Closing
-from ilqr_clients.connection import Model, connect, model_of, reachable, refusal
-from ilqr_clients.known_offset import KnownClock
-from ilqr_vae.errors import ServiceError
+from ilqr_clients.connection import Closing, Model, connect, model_of, reachable, refusal
+from ilqr_clients.session import PATIENCE_S, Session
+from ilqr_vae.errors import ServiceError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, MonotonicClock, offset_of
 from ilqr_vae.protocol.keys import ClientKey
@@ -90,7 +85,7 @@ class ServiceClient(Closing):
         # A reply that still comes must not answer the next question.
         self._socket.close()
         self._socket = connect(self._context, zmq.DEALER, self.endpoint, self.key)
-        raise ServiceError(
+        raise ServiceUnreachableError(
             f"service at {self.endpoint}",
             expected=f"an answer within {limit:g} s",
             got="none (is it running, and is this its address?)",
@@ -153,6 +148,7 @@ class ServiceClient(Closing):
         resume: bool = False,
         answered: int = -1,
         model: str = "",
+        patience: float = PATIENCE_S,
     ) -> Session:
         """Open a session and its results.
 
@@ -164,15 +160,18 @@ class ServiceClient(Closing):
             epoch: run number; default one more than the open session of that name, else 0.
             anytime: let the deadline cut a solve short.
             clocked: answer bins that do not come in time as missing, at once.
-            grace: seconds after its time that a bin is waited for; 0 is half a bin width.
+            grace: seconds to wait for a bin after its time; 0 is half a bin width.
             watch_units: mask units that are dead, saturated or drifting.
             resume: go on with the open session of that name where it stands
                 (``Session.opened.next_index``), else begin it.
-            answered: newest index whose answer is held; later ones still kept come again.
+            answered: newest index whose answer the caller has; later ones that the service still
+                has come again.
             model: a slot's name or model id; default the service's first.
+            patience: seconds that the session waits for an answer that is due; see ``Session``.
 
         Raises:
-            ServiceError: no answer, or refused (the field says which).
+            ServiceUnreachableError: no answer.
+            RequestRefusedError: refused; the field says why.
         """
         results = reachable(self.describe().results, self.endpoint)
         if epoch is None:
@@ -198,204 +197,8 @@ class ServiceClient(Closing):
             results,
             request,
             timeout=self.timeout,
+            patience=patience,
             key=self.key,
             timer=self.timer,
             clock=self.clock(),
         )
-
-
-class Session(Closing):
-    """One stream of bins and its results; made by ``ServiceClient.open``.
-
-    Attributes:
-        opened: what the service said: model, latents, kinematic names and units, horizon.
-        credits: bins the service would take now without falling behind.
-        clock: the service's against this client's.
-        notices: what the service published about the session, oldest first.
-        refused: refusals of single messages, oldest first.
-    """
-
-    def __init__(
-        self,
-        endpoint: str,
-        results: str,
-        request: messages.Open,
-        *,
-        timeout: float = 3.0,
-        key: ClientKey | None = None,
-        timer: Clock | None = None,
-        clock: ClockOffset | None = None,
-    ) -> None:
-        self.endpoint = endpoint
-        self.request = request
-        self.timer: Clock = timer or MonotonicClock()
-        self.clock = KnownClock(self.timer, clock)
-        self.timeout = timeout
-        self.credits = 0
-        self.notices: list[str] = []
-        self.refused: list[messages.Refused] = []
-        self.closed: messages.Closed | None = None
-        self._opened: messages.Opened | None = None
-        self._confirmed = False
-        self._early: list[Answer] = []
-        self._context: zmq.Context[Any] = zmq.Context()
-        try:
-            self._sub = connect(self._context, zmq.SUB, results, key)
-            self._sub.setsockopt(zmq.SUBSCRIBE, messages.topic(request.session))
-            self._dealer = connect(self._context, zmq.DEALER, endpoint, key)
-            self._poller = zmq.Poller()
-            self._poller.register(self._sub, zmq.POLLIN)
-            self._poller.register(self._dealer, zmq.POLLIN)
-            self._open()
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-
-    def _open(self) -> None:
-        """Wait until the service has seen the subscription (it answers each), then open, and wait
-        for its word on both ways: nothing it publishes from then on, or again, is missed."""
-        end = time.monotonic() + self.timeout
-        before = -1
-        while self._opened is None or not self._begun(before):
-            if self._confirmed and before < 0:
-                self._dealer.send(messages.encode(self.request))
-                before = len(self.notices)
-            left = end - time.monotonic()
-            if left <= 0:
-                what = "opened" if self._confirmed else "the session's results"
-                raise ServiceError(
-                    f"service at {self.endpoint}",
-                    expected=f"{what} within {self.timeout:g} s",
-                    got="none",
-                )
-            self._early = self.receive(left)  # with what was early already
-            if self.refused:
-                raise refusal(self.endpoint, self.refused[0])
-
-    def _begun(self, before: int) -> bool:
-        return any(what.startswith(("opened", "resumed")) for what in self.notices[before:])
-
-    @property
-    def opened(self) -> messages.Opened:
-        assert self._opened is not None
-        return self._opened
-
-    def send(
-        self,
-        index: int,
-        counts: ArrayLike,
-        *,
-        mask: ArrayLike | None = None,
-        source_ns: int | None = None,
-    ) -> int:
-        """Send one bin; never waits.
-
-        Args:
-            index: the bin's index, rising from 0; an index left out is a missing bin.
-            counts: (N,) spikes of each unit, whole numbers >= 0.
-            mask: bool (N,), True where the unit was observed; None means all.
-            source_ns: when the bin was complete, or was meant to be sent, by this client's clock;
-                default now. It must not fall from one index to a higher one.
-
-        Returns:
-            When it was handed to the socket, ns of this client's clock.
-
-        Raises:
-            ShapeError: not one count (or mask) per unit, counts that are not whole numbers in
-                [0, 65535], or a mask of others than True and False.
-        """
-        n_units = len(self.request.units)
-        packed = counts_of(counts, n_units)
-        observed = None if mask is None else mask_of(mask, n_units)
-        now = self.timer.now_ns()
-        message = messages.Bin(
-            session=self.request.session,
-            epoch=self.request.epoch,
-            index=index,
-            source_ns=now if source_ns is None else source_ns,
-            counts=packed,
-            mask=observed,
-            clock=self.clock.stated(now),
-        )
-        if (probe := self.clock.probe(now)) is not None:
-            self.send_raw(messages.encode(probe))
-        self.send_raw(messages.encode(message))
-        self.credits -= 1
-        return now
-
-    def send_raw(self, frame: bytes) -> None:
-        """Send one frame as it is (for tests of what a service does with nonsense)."""
-        self._dealer.send(frame)
-
-    def receive(self, timeout: float = 0.0) -> list[Answer]:
-        """Take everything that has come, waiting up to ``timeout`` seconds for the first.
-
-        Returns:
-            Results of this epoch in order of arrival; empty where none came. Credits, notices and
-            refusals are kept on the session.
-
-        Raises:
-            ProtocolError: a message that is not the protocol's.
-        """
-        answers, self._early = self._early, []
-        if answers and self._opened is not None and self._confirmed:
-            timeout = 0.0
-        if not self._poller.poll(max(0, int(timeout * 1e3))):
-            return answers
-        while True:
-            try:
-                frames = self._sub.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            arrived = self.timer.now_ns()
-            message = messages.decode_published(frames[-1])
-            self._confirmed = True  # whatever it is, the service has seen the subscription
-            if message.epoch != self.request.epoch:
-                continue
-            if isinstance(message, messages.Result):
-                answers.append(Answer.of(message, arrived))
-            else:
-                self.notices.append(message.what)
-        while True:
-            try:
-                frame = self._dealer.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._reply(messages.decode_downstream(frame))
-        return answers
-
-    def _reply(self, reply: messages.Downstream) -> None:
-        match reply:
-            case messages.Opened():
-                self._opened = reply
-                self.credits += reply.credits
-            case messages.Credit():
-                self.credits += reply.credits
-            case messages.Closed():
-                self.closed = reply
-            case messages.Refused():
-                self.refused.append(reply)
-            case messages.Probed():
-                self.clock.take(reply)
-            case _:
-                pass
-
-    def abandon(self) -> None:
-        """Close the sockets and leave the session open, as a feeder that dies does."""
-        self._context.destroy(linger=0)
-
-    def close(self) -> None:
-        """Tell the service, wait up to a second for its word, and close the sockets."""
-        if self._context.closed:
-            return
-        try:
-            self.send_raw(
-                messages.encode(
-                    messages.Close(session=self.request.session, epoch=self.request.epoch)
-                )
-            )
-            end = time.monotonic() + min(1.0, self.timeout)
-            while self.closed is None and (left := end - time.monotonic()) > 0:
-                self.receive(left)
-        finally:
-            self._context.destroy(linger=0)

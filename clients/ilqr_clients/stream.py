@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.sdk import Session, refusal
-from ilqr_vae.errors import ServiceError
+from ilqr_vae.errors import AnswerTimeoutError
 from ilqr_vae.protocol.clock import ClockTrack
 
 Array = NDArray[np.float64]
@@ -179,8 +179,9 @@ def stream(
         patience: seconds without any answer, while some are due, after which to give up.
 
     Raises:
-        ServiceError: nothing came for ``patience`` seconds, the service ended the session, or a bin
-            was refused for another reason than being beyond the credits.
+        ServiceUnreachableError, AnswerTimeoutError: no answer for ``patience`` seconds.
+        SessionEndedError: the session is not open any more.
+        RequestRefusedError: a bin was refused for another reason than being beyond the credits.
     """
     log = StreamLog(len(counts), session.opened.latents, len(session.opened.kinematic_names))
     to_send = np.arange(len(counts)) if dropped is None else np.flatnonzero(~dropped)
@@ -218,19 +219,13 @@ def stream(
                 log.unbridged += unbridged
                 due -= unbridged
         notices = len(session.notices)
-        if session.closed is not None:
-            raise ServiceError(
-                f"service at {session.endpoint}",
-                expected="the session to stay open",
-                got=f"closed ({', '.join(session.notices[-1:])}) at {log.answered} of {due} bins",
-            )
         now = session.timer.now_ns()
         if answers or (log.answered >= position and position < len(to_send)):
             news_ns = now
         elif now - news_ns > patience * 1e9:
             if log.refused and position == len(to_send):
                 break  # refused at the very end: no later bin shows the gap, so no answer is due
-            raise ServiceError(
+            raise AnswerTimeoutError(
                 f"service at {session.endpoint}",
                 expected=f"an answer within {patience:g} s",
                 got=f"none; {log.answered} of {due} bins are answered",

@@ -56,6 +56,31 @@ class ServiceError(IlqrVaeError):
     exit_code = 3
 
 
+class ServiceUnreachableError(ServiceError):
+    """Nothing was heard from the service for as long as the caller was ready to wait."""
+
+
+class RequestRefusedError(ServiceError):
+    """The service refused a request or a bin; ``field`` is what was wrong with it."""
+
+
+class AnswerTimeoutError(ServiceError):
+    """The service can be reached, but a bin was not answered in time."""
+
+
+class SessionEndedError(ServiceError):
+    """The session is not open any more.
+
+    Attributes:
+        reason: closed, idle, shutdown, "restarted: epoch N" (another client opened it again), or
+            unknown (the service was restarted, and had no journal).
+    """
+
+    def __init__(self, field: str, *, reason: str) -> None:
+        self.reason = reason
+        super().__init__(field, expected="the session to stay open", got=f"ended ({reason})")
+
+
 class TrainingError(IlqrVaeError):
     """Training cannot go on (a value that is not finite, a checkpoint of another run)."""
 

@@ -1,0 +1,118 @@
+"""Bins that were sent and not answered: when to ask the service about them, when to give up.
+
+Pure: no sockets, no clock; times are seconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ilqr_vae.protocol import messages
+
+REMEMBERED = 4096
+"""Most bins that are kept."""
+
+_ASK_S, _ASK_MOST_S, _LOST_S = 1.0, 8.0, 0.5
+_OPEN_LOOP = 12
+
+Verdict = Literal["wait", "ask", "unreachable", "unanswered"]
+
+
+class Outstanding:
+    """The bins of one session that have no answer.
+
+    Args:
+        patience: how long to wait without progress while no bin is sent; twelve times as long
+            while bins are sent.
+        newest: index of the newest bin that was answered.
+        now: when the wait begins.
+
+    Attributes:
+        heard: when the service last sent anything.
+    """
+
+    def __init__(self, patience: float, newest: int, now: float) -> None:
+        self.patience, self.heard = patience, now
+        self._bins: dict[int, tuple[bytes, float]] = {}
+        self._newest = newest
+        self._progress = self._answered = self._sent = now
+        self._asking = False
+        self._asked = self._looked = 0.0
+        self._asked_for = -1
+        self._ask_after = _ASK_S
+        self._resent: set[int] = set()
+
+    @property
+    def first(self) -> int:
+        """The lowest index that has no answer, else the one after the newest answered."""
+        return min(self._bins, default=self._newest + 1)
+
+    def sent(self, index: int, frame: bytes, now: float) -> None:
+        """A bin is sent."""
+        if not self._bins:
+            self._progress = now
+        self._bins[index] = (frame, now)
+        if len(self._bins) > REMEMBERED:
+            del self._bins[next(iter(self._bins))]
+        self._sent = now
+
+    def answered(self, index: int) -> None:
+        """An answer has come that is heard now."""
+        self._newest, self._answered = max(self._newest, index), self.heard
+        if self._bins.pop(index, None) is not None:
+            self._progress, self._ask_after = self.heard, _ASK_S
+
+    def granted(self, opened: messages.Opened) -> tuple[int, list[bytes]]:
+        """The service said what it has. Returns the credits left, and bins to send again: those
+        that it does not have, of the ones sent before it was asked."""
+        missing = [i for i in self._bins if i >= opened.next_index]
+        lost = [i for i in missing if self._asking and i <= self._asked_for]
+        self._asking = False
+        self._resent.update(lost)
+        return opened.credits - len(missing), [self._bins[i][0] for i in lost]
+
+    def refused(self, refused: messages.Refused) -> Literal["for good", "for now", "unknown"]:
+        """A message was refused: for good, for now, or because the session is not known."""
+        if refused.index in self._resent and refused.field == "index":
+            return "for now"  # it had come the first time
+        if refused.field in ("session", "service", "epoch"):
+            if refused.index >= 0:  # the service does not know its feeder, or is not ready
+                self._ask_after = self._ask_after if self._asking else 0.0
+                return "for now"
+            if self._asking:
+                self._asking = False
+                if refused.field != "service":
+                    return "unknown"
+                if self.heard - self._answered < _OPEN_LOOP * self.patience:
+                    self._progress = self.heard  # it warms up, or drains
+                return "for now"
+        self._bins.pop(refused.index, None)
+        return "for good"
+
+    def check(self, now: float) -> Verdict:
+        """What to do now."""
+        if not self._bins:
+            return "wait"
+        silent = now - self._progress
+        if min(silent, now - self._sent) > self.patience or silent > _OPEN_LOOP * self.patience:
+            self._progress = now  # a caller that goes on has as long again
+            return "unreachable" if now - self.heard > self.patience else "unanswered"
+        asked_long_ago = now - max(self._progress, self._asked) > self._ask_after
+        return "ask" if asked_long_ago or self._lost(now) else "wait"
+
+    def asked(self, now: float) -> int:
+        """The service is asked; returns the newest index of which all up to it are answered."""
+        first, self._looked = self.first, 0.0
+        for index in self._lost(now):  # asked for once: what does not come now is gone
+            del self._bins[index]
+        self._asking, self._asked = True, now
+        self._asked_for = max(self._bins, default=-1)
+        self._ask_after = min(_ASK_MOST_S, 2 * self._ask_after or _ASK_S)
+        return first - 1
+
+    def _lost(self, now: float) -> list[int]:
+        """Bins of which a later one was answered, so that their own answers must have been lost."""
+        if now - self._looked < _LOST_S:
+            return []
+        self._looked = now
+        return [i for i, (_, at) in self._bins.items() if i < self._newest and now - at > _LOST_S]
