@@ -49,7 +49,9 @@ def work(run: int, index: int, kind: str, serial: int = 0) -> Solve:
     """A bin of a run; what is in it follows from the three alone."""
     rng = np.random.default_rng([run, index])
     counts = rng.poisson(1.0, N).astype(np.float64)
-    one = Solve(run=run, index=index, counts=counts, fresh=index == 0, due_ns=2**62, serial=serial)
+    one = Solve(
+        run=run, index=index, counts=counts, restart=index == 0, due_ns=2**62, serial=serial
+    )
     match kind:
         case "masked":
             return msgspec.structs.replace(one, mask=rng.random(N) < 0.5)
@@ -62,7 +64,7 @@ def work(run: int, index: int, kind: str, serial: int = 0) -> Solve:
         case "shed":
             return msgspec.structs.replace(one, budget=NO_SOLVE)
         case "again":
-            return msgspec.structs.replace(one, fresh=True)
+            return msgspec.structs.replace(one, restart=True)
         case "watched":
             return msgspec.structs.replace(one, watch=True)
         case "not a number":
@@ -260,7 +262,7 @@ def test_batches_of_all_sizes_and_kinds_compile_nothing_once_warm(model_file: Pa
 
 
 def test_a_pool_grows_and_keeps_what_it_holds(engine: Engine) -> None:
-    like = engine._stepper.pool.get([engine._stepper.fresh])  # pyright: ignore[reportPrivateUsage]
+    like = engine._stepper.pool.get([engine._stepper.initial])  # pyright: ignore[reportPrivateUsage]
 
     def state(k: int) -> HorizonState:
         return dataclasses.replace(like, z=torch.full_like(like.z, k))
@@ -367,7 +369,7 @@ def test_a_snapshot_made_with_another_horizon_gives_its_bins(
     bins = [unpack_work(one) for one in packed.works]
     for k, one in enumerate(bins):
         assert isinstance(one, Solve)
-        longer.solve([msgspec.structs.replace(one, run=221, fresh=k == 0)])
+        longer.solve([msgspec.structs.replace(one, run=221, restart=k == 0)])
     (answer,) = longer.solve([work(220, H + 4, "plain")])
     (expected,) = longer.solve([msgspec.structs.replace(work(220, H + 4, "plain"), run=221)])
     assert held(answer) == held(expected)

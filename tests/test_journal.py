@@ -115,7 +115,9 @@ def test_a_service_takes_up_a_torn_journal_and_answers_again_what_was_torn(
     np.testing.assert_array_equal(numbers(again[29]), numbers(results[29]))
     assert again[29].revision == 0
     verdict = verify(folder, [model_file])
-    assert verdict == Verdict(1, 31, 31)
+    (torn,) = verdict.damaged
+    assert "are cut short and skipped" in torn
+    assert verdict == Verdict(1, 31, 31, damaged=[torn])
 
 
 def test_a_segment_torn_in_its_beginning_counts_for_nothing(

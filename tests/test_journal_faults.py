@@ -254,7 +254,7 @@ def test_segments_are_in_the_order_of_their_headers(tmp_path: Path) -> None:
     assert kept.works() == [0, 1, 2, 3]
     paths[2].unlink()
     odd = survey(tmp_path)[1]
-    assert any("are not there" in line for line in odd)
+    assert any("are missing" in line for line in odd)
     assert sum("by its header" in line for line in odd) == 2
 
 

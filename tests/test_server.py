@@ -138,14 +138,14 @@ def test_a_solve_that_raises_is_answered_and_the_run_goes_on(model_file: Path) -
     engine = Engine.load(model_file, ServiceSettings(device="cpu"))
 
     def work(index: int, counts: NDArray[np.float64]) -> Solve:
-        return Solve(run=5, index=index, counts=counts, fresh=index == 0, due_ns=2**62)
+        return Solve(run=5, index=index, counts=counts, restart=index == 0, due_ns=2**62)
 
     first, broken, after = (engine.solve([work(i, np.ones(n))])[0] for i, n in enumerate((7, 9, 7)))
     assert broken.solver == FAILED
     assert broken.spikes == 0
     for a in (first, broken, after):
         assert np.isfinite(a.latent).all()
-    (lost,) = engine.solve([Solve(run=6, index=0, counts=np.ones(9), fresh=True, due_ns=2**62)])
+    (lost,) = engine.solve([Solve(run=6, index=0, counts=np.ones(9), restart=True, due_ns=2**62)])
     assert lost.solver == FAILED
     assert len(engine) == 2
     engine.forget(5)

@@ -193,7 +193,7 @@ def test_a_wrong_bin_is_refused_and_disturbs_nothing(changes: dict[str, Any], fi
     t = started()
     assert refused(t.receive(b"f", bin_(0, **changes), 1)).field == field
     (work,) = t.receive(b"f", bin_(0), 2).work
-    assert (work.index, work.fresh) == (0, True)
+    assert (work.index, work.restart) == (0, True)
 
 
 def test_bin_of_another_feeder_is_refused() -> None:
@@ -217,7 +217,7 @@ def test_a_gap_is_answered_first_as_missing() -> None:
     effects = t.receive(b"f", bin_(3), 10)
     assert [w.index for w in effects.work] == [0, 1, 2, 3]
     assert [w.missing for w in effects.work] == [True, True, True, False]
-    assert [w.fresh for w in effects.work] == [True, False, False, False]
+    assert [w.restart for w in effects.work] == [True, False, False, False]
     assert effects.events == Counter({"gap": 1, "gap_bins": 3})
     published = [t.answered(answer(w), 20).published[0] for w in effects.work]
     assert [r.status for r in published if isinstance(r, messages.Result)] == ["missing"] * 3 + [
@@ -233,7 +233,7 @@ def test_a_gap_too_long_starts_the_estimate_again() -> None:
     assert len(t.receive(b"f", bin_(5), 1).work) == 5
     assert t.receive(b"f", bin_(11), 2).work == []  # until another bin bears it out
     effects = t.receive(b"f", bin_(12), 3)
-    assert [(w.index, w.fresh) for w in effects.work] == [(11, True), (12, False)]
+    assert [(w.index, w.restart) for w in effects.work] == [(11, True), (12, False)]
     assert effects.events["reset"] == 1
     (notice,) = effects.published
     assert isinstance(notice, messages.Notice)
@@ -285,7 +285,7 @@ def test_status_is_a_function_of_the_answer_and_the_clock(
         "index": 0,
         "counts": np.zeros(3),
         "mask": None,
-        "fresh": True,
+        "restart": True,
         "source_ns": 0,
         "received_ns": 0,
         "due_ns": 100,

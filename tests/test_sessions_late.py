@@ -82,7 +82,7 @@ def test_a_gap_before_a_crowded_session_is_answered_without_solves() -> None:
     t.receive(b"f", open_(), 0)
     assert [w.budget for w in t.receive(b"f", bin_(8), 0).work] == [0] * 9
     effects = t.receive(b"f", bin_(12), 1)
-    assert [(w.index, w.fresh, w.budget) for w in effects.work] == [
+    assert [(w.index, w.restart, w.budget) for w in effects.work] == [
         *((i, False, NO_SOLVE) for i in (9, 10, 11)),
         (12, False, 0),
     ]

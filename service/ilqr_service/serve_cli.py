@@ -1,4 +1,4 @@
-"""``ilqr-vae serve``: load a model and answer spike bins until told to stop."""
+"""``ilqr-vae serve``: load a model and answer spike bins until a signal stops it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def serve(
     logs.configure(settings.log)
     hygiene = Hygiene(settings)
     hygiene.process()
-    with _told_to_stop() as stop:
+    with _stop_on_signals() as stop:
         service = Service(
             Engine.load(model, settings),
             settings,
@@ -171,9 +171,9 @@ def _raise_descriptors() -> None:
 
 
 @contextlib.contextmanager
-def _told_to_stop() -> Generator[threading.Event]:
-    """Set by SIGINT, SIGTERM and SIGHUP (the terminal is gone; not under nohup), which do nothing
-    else inside."""
+def _stop_on_signals() -> Generator[threading.Event]:
+    """An event that SIGINT, SIGTERM and SIGHUP set; they do nothing else meanwhile. A SIGHUP that is
+    ignored, as under nohup, stays ignored."""
     stop = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: stop.set())
@@ -199,7 +199,7 @@ def _more(slots: list[str], settings: ServiceSettings) -> dict[str, Engine]:
 
 
 def await_ready(service: Service, stop: threading.Event) -> bool:
-    """Whether bins are answered now; not where it was told to stop, or ended before.
+    """Wait until bins are answered; False where it is stopped or ends before.
 
     Raises:
         ServiceError: it has been warming up for too long.

@@ -31,7 +31,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         gap_limit: longest gap answered bin by bin.
         max_sessions: open at once.
         idle_s: a session silent for longer ends.
-        drain_s: longest time to answer what is queued when told to stop.
+        drain_s: longest time to answer what is queued when it is stopped.
         max_message_bytes: a larger message is refused; one beyond four times that cuts its sender
             off.
         results_queue: results kept for a subscriber that does not read.
@@ -46,7 +46,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             loopback.
         control_rate: requests other than bins a second, of one sender.
         models: folder that models are loaded from; "" is that of the first.
-        keep_warm_ms: after so long without a bin a step is made that nobody sees; 0 is never.
+        keep_warm_ms: a step that nobody sees is made after so long without a bin; 0 is never.
         cpus: cores for the I/O and solver threads, e.g. ``2-3``; "" is any.
         realtime: SCHED_FIFO priority of those threads; 0 is none.
         lock_memory: keep all memory out of swap.

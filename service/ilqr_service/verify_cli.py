@@ -65,5 +65,5 @@ def summary(verdict: Verdict) -> str:
     if verdict.changed:
         text += f"; {verdict.changed} solves ended otherwise"
     if verdict.damaged:
-        text += "; the journal is damaged: " + ", ".join(verdict.damaged)
+        text += "; the journal is not whole: " + ", ".join(verdict.damaged)
     return text

@@ -118,14 +118,14 @@ class Solve(_Bin, frozen=True, kw_only=True, gc=False):
     """The next bin of a run, to be solved.
 
     Attributes:
-        fresh: start from the model's initial condition instead of the previous bin.
+        restart: start from the model's initial condition instead of the previous bin.
         anytime: the solver stops at ``due_ns`` with what it has.
         budget: stop the solve after so many iterations (how a replay repeats a solve that the
             clock had cut short); 0 is none, ``NO_SOLVE`` not at all.
         sheds: while it is the newest of its run, older ones may go without a solve.
     """
 
-    fresh: bool = False
+    restart: bool = False
     anytime: bool = False
     budget: int = 0
     sheds: bool = False

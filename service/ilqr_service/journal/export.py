@@ -19,7 +19,6 @@ from ilqr_vae.protocol import messages
 from ilqr_vae.recordings.nwb.write import SubjectInfo, write_whole_nwb
 
 STATUSES = ("none", "ok", "degraded", "late", "missing", "extrapolated")
-SERIES = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
 
 
 @dataclass(slots=True)
@@ -192,7 +191,7 @@ def _build(
     decoder = nwb.create_processing_module(
         "misc", "decoder's answers; of each bin the newest revision"
     )
-    for name in SERIES:
+    for name in messages.VECTORS:
         base = name.removesuffix("_std")
         data = np.full((n_bins, getattr(first, name).shape[0]), np.nan)
         for index, result in run.results.items():

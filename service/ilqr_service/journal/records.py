@@ -165,7 +165,7 @@ def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
     """The good records of a segment, in order.
 
     Args:
-        damage: is given a line for each stretch that cannot be read and has good records after it.
+        damage: is given a line for each stretch that cannot be read.
 
     Raises:
         JournalError: the file cannot be read, or is no segment of this version.
@@ -184,10 +184,12 @@ def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
         if payload is None:
             starts = (match.start() - _HEAD.size for match in _RECORD.finditer(data, at + 1))
             good = next((k for k in starts if k > at and _frame_at(data, k) is not None), None)
-            if good is None:
-                return  # its end was cut short
+            where = f"bytes {at} to {len(data) if good is None else good}"
             if damage is not None:
-                damage.append(f"{path.name}: bytes {at} to {good} are damaged")
+                what = "cut short" if good is None else "damaged"
+                damage.append(f"{path.name}: {where} are {what} and skipped")
+            if good is None:
+                return
             at = good
             continue
         try:
@@ -245,9 +247,9 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
     for before, after in itertools.pairwise(order):
         lacking = [k for k in range(before + 1, min(after, before + 100)) if k not in taken]
         if lacking:
-            odd.append(f"segments {lacking[0]} to {after - 1} are not there")
+            odd.append(f"segments {lacking[0]} to {after - 1} are missing and skipped")
     empty = [found[k].name for k in order[:-1] if found[k].stat().st_size <= len(MAGIC)]
-    odd += [f"{name} is empty" for name in empty]
+    odd += [f"{name} is empty and skipped" for name in empty]
     return [found[k] for k in order], odd
 
 

@@ -31,8 +31,8 @@ _answered = msgspec.msgpack.Decoder(Answered)
 def open_runs(folder: Path, odd: list[str] | None = None) -> tuple[int, dict[int, Live]]:
     """The next free run number, and the runs that had not ended.
 
-    What a torn end of the last segment held is not there; a segment whose beginning was cut short
-    counts for nothing, the one before it holds the same.
+    The torn end of the last segment is left out. A segment whose beginning was cut short is left
+    out as a whole; the one before it has the same.
 
     Args:
         odd: is given a line for everything that is not as it was written.

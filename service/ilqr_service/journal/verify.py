@@ -71,11 +71,11 @@ class Verdict:
 
 @dataclass(slots=True)
 class _Run:
-    """A run under way: all of it up to the work ``done`` is computed, where it is ``sound``."""
+    """A run under way: computed up to the work ``done``, where its state is ``known``."""
 
     opened: Opened
     done: int = -1
-    sound: bool = True
+    known: bool = True
     works: dict[int, Work] = field(default_factory=dict[int, Work])
     frames: list[Answered] = field(default_factory=list[Answered])
 
@@ -118,21 +118,14 @@ def settings_of(header: Header) -> ServiceSettings:
 
 def numbers(result: messages.Result) -> np.ndarray:
     """Everything computed in a result, one after another."""
-    arrays = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
-    values = [messages.unpack(getattr(result, name), name) for name in arrays]
+    values = [messages.unpack(getattr(result, name), name) for name in messages.VECTORS]
     return np.concatenate([*values, [result.bits, result.spikes, result.iterations]])
 
 
 def computed(answer: Answer) -> np.ndarray:
     """The same of an answer."""
-    arrays = (
-        answer.latent,
-        answer.latent_std,
-        answer.rates,
-        answer.kinematics,
-        answer.kinematics_std,
-    )
-    return np.concatenate([*arrays, [answer.bits, answer.spikes, answer.iterations]])
+    values = [getattr(answer, name) for name in messages.VECTORS]
+    return np.concatenate([*values, [answer.bits, answer.spikes, answer.iterations]])
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> float:
@@ -213,7 +206,7 @@ class Verifier:
             return
         self.verdict.runs += not known
         # without a snapshot all its works follow
-        self._runs[record.run] = _Run(record, record.serial - 1, sound=record.serial == 0)
+        self._runs[record.run] = _Run(record, record.serial - 1, known=record.serial == 0)
         if record.again:
             self._anew.add(record.run)
 
@@ -222,11 +215,11 @@ class Verifier:
         serial = record.packed.serial
         if run is None:
             return
-        if run.sound and all(s in run.works for s in range(run.done + 1, serial + 1)):
+        if run.known and all(s in run.works for s in range(run.done + 1, serial + 1)):
             return  # all of it is, or will be, computed anyway
         engines.forget(record.packed.run)
         engines.restore(record.packed)
-        run.done, run.sound = serial, True
+        run.done, run.known = serial, True
         run.works = {s: w for s, w in run.works.items() if s > serial}
         run.frames.clear()
 
@@ -241,8 +234,8 @@ class Verifier:
         answers: list[Answer] = []
         for s in range(run.done + 1, serial + 1):
             work = run.works.pop(s, None)
-            run.sound = run.sound and work is not None
-            if work is None or not run.sound:
+            run.known = run.known and work is not None
+            if work is None or not run.known:
                 continue
             # as the clock had it then
             budget = budget_of(expected[0]) if s == serial and expected else 0
@@ -252,8 +245,8 @@ class Verifier:
         run.done = serial
         if run.opened.run in self._anew:
             return
-        if run.sound:
-            # where a late bin's answers were cut short by a crash, the last ones are told again
+        if run.known:
+            # where a late bin's answers were cut short by a crash, the last ones are repeated
             self._compare(run, answers, expected[-len(answers) :] if answers else [])
         else:
             self.verdict.skipped += len(expected)
@@ -288,7 +281,7 @@ def verify(folder: Path, models: list[Path]) -> Verdict:
     if not segments(folder):
         raise JournalError("journal", expected="a folder with segments", got=str(folder))
     needed = models_named(folder) - {read_manifest(path).model_id for path in models}
-    if needed:  # said before hours of solving
+    if needed:  # before hours of solving
         raise JournalError(
             "model", expected=f"files of {', '.join(sorted(needed))} too", got="not given"
         )

@@ -121,7 +121,7 @@ def advance(opened: Opened, works: list[Queued]) -> Opened:
         serial = work.serial + 1
         if work.swap:
             continue
-        if work.fresh:
+        if work.restart:
             base = work.index
         next_index = max(next_index, work.index + 1)
         if work.counts is None:

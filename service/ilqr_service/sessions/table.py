@@ -282,7 +282,7 @@ class SessionTable:
         else:
             work = Solve(
                 **fields,
-                fresh=not session.started,
+                restart=not session.started,
                 anytime=session.anytime,
                 budget=budget,
                 sheds=session.anytime or session.overrun,

@@ -120,20 +120,20 @@ class Engine:
 
     def window(self, run: int) -> list[Solve]:
         """The bins held of a run, oldest first."""
-        held = self._runs.get(run)
-        return [] if held is None else [e.work for e in held.entries]
+        found = self._runs.get(run)
+        return [] if found is None else [e.work for e in found.entries]
 
     def watched(self, run: int) -> UnitWatch | None:
-        """What was known of a run's units before the bins held; None where they are not watched."""
-        held = self._runs.get(run)
-        return None if held is None or not held.entries else held.entries[0].watch
+        """What was known of a run's units before its window; None where they are not watched."""
+        found = self._runs.get(run)
+        return None if found is None or not found.entries else found.entries[0].watch
 
     def flagged(self, run: int) -> tuple[str, ...]:
         """``NAME:reason`` of a run's masked units."""
-        held = self._runs.get(run)
-        return (
-            () if held is None or held.watch is None else held.watch.flagged(self.facts.unit_names)
-        )
+        found = self._runs.get(run)
+        if found is None or found.watch is None:
+            return ()
+        return found.watch.flagged(self.facts.unit_names)
 
     def adopt(
         self, run: int, works: list[Solve], serial: int = -1, watch: UnitWatch | None = None
@@ -150,19 +150,19 @@ class Engine:
     def _begin(self, run: int, works: list[Solve], watch: UnitWatch | None, serial: int) -> None:
         """Solve bins anew, whatever the clock said then, from the state that every run begins
         with; ``serial`` of the newest work in them."""
-        self._runs[run] = Run(self.facts.horizon, self._stepper.fresh, watch)
+        self._runs[run] = Run(self.facts.horizon, self._stepper.initial, watch)
         model = self.facts.model
         for work in works:
-            again = replace(work, fresh=False, anytime=False, budget=0, model=model)
+            again = replace(work, restart=False, anytime=False, budget=0, model=model)
             self.solve([again])
-        held = self._runs.get(run)
-        if held is not None:  # a solve that fails may lose it
-            held.serial = serial
+        found = self._runs.get(run)
+        if found is not None:  # a solve that fails may lose it
+            found.serial = serial
 
     def pack(self, run: int) -> PackedRun | None:
-        """A run as a snapshot keeps it; None where nothing is held."""
-        held = self._runs.get(run)
-        return None if held is None else pack_run(run, self.facts.model, held, self._stepper.pool)
+        """A run as a snapshot keeps it; None where there is none."""
+        found = self._runs.get(run)
+        return found and pack_run(run, self.facts.model, found, self._stepper.pool)
 
     def restore(self, packed: PackedRun) -> None:
         """Take up a run from a snapshot. One that was made with another horizon gives the bins
@@ -176,12 +176,12 @@ class Engine:
             self._begin(packed.run, works, watch, packed.serial)
             return
         (row,) = self._stepper.pool.put(state)
-        held = Run(self.facts.horizon, row, watch)
-        self._runs[packed.run] = held
+        found = Run(self.facts.horizon, row, watch)
+        self._runs[packed.run] = found
         for one in map(unpack_work, packed.works):
             if isinstance(one, Solve):  # as it was solved then, whatever the clock says now
-                self.solve([replace(one, fresh=False, anytime=False)])
-        held.serial = packed.serial
+                self.solve([replace(one, restart=False, anytime=False)])
+        found.serial = packed.serial
 
     def solve(self, step: Sequence[Work]) -> list[Answer]:
         """Answer a step of the policy (see ``policy.steps``): bins of different runs, all of them
@@ -213,23 +213,23 @@ class Engine:
             self.cost.learn(len(works), self.clock() - started)
         return [
             self._keep(run, work, one)
-            if one.sound
+            if one.finite
             else self._predict(work, run, one.answer.solver, started)
             for run, work, one in zip(runs, works, stepped, strict=True)
         ]
 
     def _run_of(self, work: Solve) -> Run:
-        held = None if work.fresh else self._runs.get(work.run)
-        if held is not None:
-            return held
+        found = None if work.restart else self._runs.get(work.run)
+        if found is not None:
+            return found
         # It begins; or, where its state was lost to a failure, begins again.
         watch = UnitWatch.fresh(len(self.facts.unit_names)) if work.watch else None
-        return Run(self.facts.horizon, self._stepper.fresh, watch)
+        return Run(self.facts.horizon, self._stepper.initial, watch)
 
-    def _keep(self, held: Run, work: Solve, stepped: Stepped) -> Answer:
+    def _keep(self, found: Run, work: Solve, stepped: Stepped) -> Answer:
         """Put a solved bin into its run and answer it."""
         answer = stepped.answer
-        before, watch = held.watch, held.watch
+        before, watch = found.watch, found.watch
         if before is not None:
             watch = before.after(work.counts, work.mask, answer.rates)
             names = self.facts.unit_names
@@ -239,27 +239,27 @@ class Engine:
         kept = work
         if work.budget or answer.solver == STOPPED:
             kept = replace(work, budget=budget_of(answer))
-        held.add(Entry(kept, held.state, before), stepped.after, watch)
-        held.serial = max(held.serial, work.serial)
-        self._runs[work.run] = held
+        found.add(Entry(kept, found.state, before), stepped.after, watch)
+        found.serial = max(found.serial, work.serial)
+        self._runs[work.run] = found
         return answer
 
     def _insert(self, work: Insert) -> list[Answer]:
         """Put a late bin in its place; all answers from there on, or one that is void."""
-        held = self._runs.get(work.run)
-        place = None if held is None else held.place(work.index)
-        if held is not None and place is not None:
-            entries = list(held.entries)
-            again = Run(held.size, entries[place].before, entries[place].watch, held.serial)
+        found = self._runs.get(work.run)
+        place = None if found is None else found.place(work.index)
+        if found is not None and place is not None:
+            entries = list(found.entries)
+            again = Run(found.size, entries[place].before, entries[place].watch, found.serial)
             again.entries.extend(entries[:place])
             fields = {name: getattr(work, name) for name in Insert.__struct_fields__}
-            works = [Solve(**fields, fresh=entries[place].work.fresh)]
+            works = [Solve(**fields, restart=entries[place].work.restart)]
             works += [replace(e.work, budget=0, anytime=False) for e in entries[place + 1 :]]
             answers: list[Answer] = []
             try:
                 for one in works:
                     (stepped,) = self._stepper.step([again.state], [one], [again.watch])
-                    if not stepped.sound:
+                    if not stepped.finite:
                         break
                     answer = self._keep(again, one, stepped)
                     answers.append(
@@ -276,24 +276,24 @@ class Engine:
                 logs.exception("a late bin could not be solved", run=work.run, index=work.index)
             if len(answers) == len(works):
                 flags = ()
-                if again.watch is not None and held.watch is not None:
-                    flags = again.watch.changes(held.watch, self.facts.unit_names)
+                if again.watch is not None and found.watch is not None:
+                    flags = again.watch.changes(found.watch, self.facts.unit_names)
                 again.serial = work.serial
                 answers[-1] = replace(answers[-1], settles=True, flags=flags)
                 return answers
-            self._runs[work.run] = held
-            held.serial = work.serial
+            self._runs[work.run] = found
+            found.serial = work.serial
         now = self.clock()
         return [replace(self._nothing(work, FAILED, now), void=True, revised=True)]
 
-    def _predict(self, work: Solve, held: Run, solver: str, started: int) -> Answer:
+    def _predict(self, work: Solve, found: Run, solver: str, started: int) -> Answer:
         """The bin as if it had not come; all NaN, and the run starts again, where not even that
         can be had."""
         blind = replace(work, counts=None, mask=None, anytime=False, budget=0)
         try:
-            (stepped,) = self._stepper.step([held.state], [blind], [held.watch])
-            if stepped.sound:
-                answer = self._keep(held, blind, stepped)
+            (stepped,) = self._stepper.step([found.state], [blind], [found.watch])
+            if stepped.finite:
+                answer = self._keep(found, blind, stepped)
                 return replace(answer, work=work, solver=solver, solve_start_ns=started)
         except Exception:
             logs.exception("a prediction failed", run=work.run, index=work.index)

@@ -1,8 +1,8 @@
-"""All engines of a service behind one door: the solver thread's view of the models.
+"""All engines of a service, as the solver thread uses them.
 
 A work names its model; a run's state lies with the engine of the model it is on. A swap moves a run
-to another engine, whose window is filled again from the bins the first one held. Beside an engine
-a shadow may run, which solves the same bins after their answers are out; both scores are kept.
+to another engine, which fills its window again from the bins in that of the first. A slot may have
+a shadow, an engine that solves the same bins after their answers are out; both are scored.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Engines:
         self._pending: list[tuple[Solve, Answer]] = []
 
     def __len__(self) -> int:
-        """Runs whose state is held."""
+        """How many runs the engines have a state of."""
         return sum(len(e) for e in self.engines.values())
 
     @property
@@ -126,7 +126,7 @@ class Engines:
             works: list[Work] = [replace(work, anytime=False) for work, _ in answered.values()]
             try:
                 for work, _ in answered.values():
-                    if not work.fresh and work.run not in shadow.runs:
+                    if not work.restart and work.run not in shadow.runs:
                         engine.adopt(work.run, self.engine(work.model).window(work.run)[:-1])
                     shadow.runs.add(work.run)
                 own: list[Answer] = []

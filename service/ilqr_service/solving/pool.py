@@ -26,7 +26,7 @@ _RESERVE_BYTES = 1 << 30
 
 
 class Row:
-    """A place in a ``Pool``, held for as long as this object lives."""
+    """A row of a ``Pool``, taken for as long as this object lives."""
 
     __slots__ = ("_free", "at")
 
@@ -54,7 +54,7 @@ class Pool:
         self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
 
     def __len__(self) -> int:
-        """Rows held."""
+        """Rows taken."""
         return self.capacity - len(self._free)
 
     @property

@@ -72,7 +72,7 @@ class PackedWork(msgspec.Struct, frozen=True, array_like=True):
     index: int
     counts: messages.Array | None
     mask: messages.Array | None
-    fresh: bool
+    restart: bool
     late: bool
     anytime: bool
     watch: bool
@@ -95,7 +95,7 @@ def pack_work(work: Work) -> PackedWork:
         index=work.index,
         counts=None if counts is None else messages.pack(counts, "<u4"),
         mask=None if mask is None else messages.pack(mask, "u1"),
-        fresh=solve is not None and solve.fresh,
+        restart=solve is not None and solve.restart,
         late=isinstance(work, Insert),
         anytime=solve is not None and solve.anytime,
         watch=work.watch,
@@ -127,7 +127,7 @@ def unpack_work(packed: PackedWork, slot: str = "") -> Work:
     }
     if packed.late:
         return Insert(**queued, **arrived)
-    how = {name: getattr(packed, name) for name in ("fresh", "anytime", "budget")}
+    how = {name: getattr(packed, name) for name in ("restart", "anytime", "budget")}
     return Solve(**queued, **arrived, **how)
 
 

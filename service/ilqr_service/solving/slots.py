@@ -61,7 +61,7 @@ def _other(engine: Engine, facts: ModelFacts) -> None:
 
 
 def _fits(engine: Engine, facts: ModelFacts) -> None:
-    """Raises ProtocolError where sessions that ``facts`` were told could not go on with it."""
+    """Raises ProtocolError where sessions of the model of ``facts`` could not go on with it."""
     new = engine.facts
     _other(engine, facts)
     if new.bin_width_ns != facts.bin_width_ns:

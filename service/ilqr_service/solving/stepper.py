@@ -37,15 +37,15 @@ class Stepped(Struct, frozen=True, gc=False):
     Attributes:
         after: the run's state after it.
         answer: for the bin.
-        sound: the estimate is finite; where not, ``answer`` has no use but its ``solver``.
+        finite: whether the estimate is; where not, ``answer`` has no use but its ``solver``.
     """
 
     after: Row
     answer: Answer
-    sound: bool
+    finite: bool
 
 
-# what the answers are made of, in the order of the compiled step
+# the fields of an answer, in the order of the compiled step
 _ESTIMATE = (
     *("window", "z_cov", "rates", "kinematics", "kinematics_std"),
     *("bits", "spikes", "iterations", "status"),
@@ -67,7 +67,7 @@ class Stepper:
 
     Attributes:
         pool: the states of all runs.
-        fresh: the state that every run begins with.
+        initial: the state that every run begins with.
         separate: a run's bits are the same in a batch as alone.
     """
 
@@ -83,7 +83,7 @@ class Stepper:
         initial = estimator.init(batch=1)
         # a window of states for each run, and the batch that is being solved
         self.pool = Pool(initial, (facts.horizon + 2) * streams)
-        (self.fresh,) = self.pool.put(initial)
+        (self.initial,) = self.pool.put(initial)
         like = estimator.mean_rate
         self._device = like.device
         self._number = torch.empty(0, dtype=like.dtype).numpy().dtype
@@ -117,8 +117,8 @@ class Stepper:
         else:
             rows, to = self._rows(states)
             estimate = self._compiled.step(*to, *given, ilqr.stopping(stop))
-        answers, sound = self._answers(works, estimate, started)
-        return [Stepped(*one) for one in zip(rows, answers, sound, strict=True)]
+        answers, finite = self._answers(works, estimate, started)
+        return [Stepped(*one) for one in zip(rows, answers, finite, strict=True)]
 
     def _rows(self, states: Sequence[Row]) -> tuple[list[Row], tuple[States, Places]]:
         """Rows for the next states, and where the compiled step reads and writes."""
@@ -150,10 +150,10 @@ class Stepper:
         else:
             rows, to = self._rows(states)
             estimate = self._compiled.pass_by(*to, *given)
-        answers, sound = self._answers(works, estimate, started)
+        answers, finite = self._answers(works, estimate, started)
         return [
             Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good)
-            for row, answer, good in zip(rows, answers, sound, strict=True)
+            for row, answer, good in zip(rows, answers, finite, strict=True)
         ]
 
     def _given(
@@ -198,13 +198,13 @@ class Stepper:
     def _answers(
         self, works: Sequence[Solve], estimate: tuple[Array, ...], started: int
     ) -> tuple[list[Answer], list[bool]]:
-        """The answers, and which are sound; ``estimate`` in the order of ``_ESTIMATE``."""
+        """The answers, and which are finite; ``estimate`` in the order of ``_ESTIMATE``."""
         window, z_cov, *rest = estimate
         z = window[:, : self._facts.latents]
         z_std = np.sqrt(z_cov.diagonal(axis1=1, axis2=2))  # torch would let the interpreter go
         vectors = [_doubles(v) for v in (z, z_std, *rest[:3])]
         scalars = [v.tolist() for v in rest[3:]]
-        sound: list[bool] = np.isfinite(z).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
+        finite: list[bool] = np.isfinite(z).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
         ended, model = self._clock(), self._facts.model
         answers = [
             Answer(
@@ -228,4 +228,4 @@ class Stepper:
                 bits, spikes, iterations, status, start, end,
             ) in zip(works, *vectors, *scalars, repeat(started), repeat(ended), strict=False)
         ]  # fmt: skip
-        return answers, sound
+        return answers, finite

@@ -62,7 +62,7 @@ def warm_up(engine: Engine) -> WarmUp:
                 index=steps,
                 counts=None if k % 8 == 4 else rng.poisson(rates).astype(np.float64),
                 mask=None if k % 8 else rng.random(n_units) < 0.8,
-                fresh=k == 0 and round_ % 2 == 0,  # every other round grows a window afresh
+                restart=k == 0 and round_ % 2 == 0,  # every other round grows a window afresh
                 due_ns=_NEVER,
                 anytime=k % 8 == 6,
                 budget=NO_SOLVE if k % 8 == 2 else 0,
@@ -105,7 +105,7 @@ def _fill(engine: Engine) -> tuple[int, float]:
         spent: list[int] = []
         for k in range(5):
             step = [
-                Solve(run=NOBODY - r, index=k, counts=counts, fresh=k == 0, due_ns=_NEVER)
+                Solve(run=NOBODY - r, index=k, counts=counts, restart=k == 0, due_ns=_NEVER)
                 for r in range(size)
             ]
             started = engine.clock()

@@ -313,6 +313,10 @@ class ModelList(Message, frozen=True, kw_only=True):
 # ---- results -----------------------------------------------------------------------------------
 
 
+VECTORS = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
+"""The arrays of a result."""
+
+
 class Result(Message, frozen=True, kw_only=True):
     """The answer for one bin.
 
