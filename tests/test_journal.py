@@ -27,7 +27,6 @@ from ilqr_service.journal.records import (
 from ilqr_service.journal.resume import open_runs, take_up
 from ilqr_service.journal.verify import Verdict, verify
 from ilqr_service.journal.writer import Writer
-from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.run import pack_work
@@ -257,28 +256,31 @@ def test_a_restarted_service_goes_on_where_the_other_stood(
     assert {Snapshot, Closed} <= kinds
 
 
-def test_a_session_whose_model_is_not_served_waits_until_it_is_or_its_name_is_used(
+def test_a_session_whose_model_is_not_served_waits_until_it_is(
     model_file: Path, left_open: tuple[Path, list[messages.Result]], tmp_path: Path
 ) -> None:
     folder, _ = left_open
-    shutil.copytree(folder, tmp_path / "other")
     other = make_model(tmp_path / "other.safetensors", n_units=7, names=UNITS, kinematics=False)
-    with serving(other, journal=str(folder)) as service:  # by mistake
-        assert isinstance(service, Service)
-        assert service.ready
+    with (
+        serving(other, journal=str(folder)) as service,  # by mistake
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        assert not feeder.ask(open_("s", resume=True), messages.Opened).resumed
+        feeder.ask(messages.Describe(), messages.Described)
+        shutil.copytree(folder, tmp_path / "died")
     with (
         serving(model_file, journal=str(folder)) as service,
         Feeder(service.ingest, service.results) as feeder,
     ):
         opened = feeder.ask(open_("s", resume=True), messages.Opened)
         assert (opened.resumed, opened.next_index) == (True, 30)
-    copy = tmp_path / "other"
-    with (
-        serving(other, journal=str(copy)) as service,
+    with (  # both are there: the newer of two of one name goes on, and the older is closed
+        serving(model_file, extra={"other": other}, journal=str(tmp_path / "died")) as service,
         Feeder(service.ingest, service.results) as feeder,
     ):
-        assert not feeder.ask(open_("s", resume=True), messages.Opened).resumed
-    assert open_runs(copy)[1] == {}
+        opened = feeder.ask(open_("s", resume=True), messages.Opened)
+        assert (opened.resumed, opened.next_index) == (True, 0)
+    assert open_runs(tmp_path / "died")[1] == {}
 
 
 @pytest.mark.parametrize("served", ["old and new", "new"])

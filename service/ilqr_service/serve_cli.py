@@ -172,8 +172,8 @@ def _raise_descriptors() -> None:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Generator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set; they do nothing else meanwhile. A SIGHUP that is
-    ignored, as under nohup, stays ignored."""
+    """An event that SIGINT, SIGTERM and SIGHUP set; they do nothing else meanwhile. Under nohup
+    SIGHUP stays ignored."""
     stop = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: stop.set())

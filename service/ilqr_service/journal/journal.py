@@ -78,7 +78,7 @@ class Journal:
         self.last: list[messages.Result] = []
         self._writer: Writer | None = None
         self._live: dict[int, Live] = {}
-        self._dormant: dict[str, int] = {}
+        self._superseded: list[int] = []
         if not settings.journal:
             return
         self._manifests = {e.facts.model: e.manifest for e in slots.values()}
@@ -101,14 +101,14 @@ class Journal:
             raise
 
     def _resume(self, folder: Path, engines: Engines) -> None:
-        """Take up what is open. A session whose model is not served stays open in the journal,
-        until it is served again or its name is used anew."""
+        """Take up what is open. A session whose model is not served stays open in the journal until
+        it is served again; of two sessions of one name the newer goes on."""
         odd: list[str] = []
         self._table.next_run, self._live = open_runs(folder, odd)
         for line in odd:
             logs.warning("the journal is not as it was written", what=line)
         deadline_ns = round(self._settings.deadline_ms * 1e6)
-        for run, live in self._live.items():
+        for run, live in sorted(self._live.items(), reverse=True):
             missing = models_of(live) - set(engines.engines)
             name = live.opened.request.session
             if missing:
@@ -117,7 +117,9 @@ class Journal:
                     session=name,
                     model=min(missing),
                 )
-                self._dormant[name] = run
+                continue
+            if any(session.name == name for session in self._table):
+                self._superseded.append(run)
                 continue
             facts = engines.engine(model_of(live)).facts
             session, resumed = take_up(live, facts, deadline_ns, time.monotonic_ns())
@@ -155,6 +157,8 @@ class Journal:
         """Begin to write. Raises ServiceError: it cannot be written."""
         if self._writer is not None:
             self._writer.start(self._live)
+            for run in self._superseded:
+                self._writer.write(Closed(run=run, what="its name was used anew"))
 
     def note(self, effects: Effects, answer: Answer | None) -> None:
         """Add what a step of the table brought; it is written by the next ``flush``."""
@@ -181,8 +185,6 @@ class Journal:
             if run not in opened:
                 writer.write(Closed(run=run, what=what))
         for session in effects.opened:
-            if (dormant := self._dormant.pop(session.name, None)) is not None:
-                writer.write(Closed(run=dormant, what="its model is not served"))
             writer.write(
                 Opened(
                     run=session.run,
