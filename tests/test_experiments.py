@@ -18,8 +18,8 @@ from ilqr_training.experiment_cli import settings_of
 from ilqr_training.experiments import NAMES, find
 from ilqr_training.experiments.driver import FitConfig, NetConfig, Trials, network, observed_of
 from ilqr_training.experiments.generators import (
+    LinearSystem,
     duffing_trials,
-    linear_trials,
     lorenz_bouts,
     sparse_inputs,
     stable_matrix,
@@ -155,6 +155,37 @@ def test_configs_are_read(path: Path) -> None:
         assert settings == find(name).settings()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "field"),
+    [
+        ("sparse-inputs", "seeds = 0", "seeds"),
+        ("sparse-inputs", "probability = 1.5", "probability"),
+        ("sparse-inputs", "noise = -0.1", "noise"),
+        ("sparse-inputs", "memory = nan", "memory"),
+        ("sparse-inputs", "[[variants]]\ntrials = 0\nbins = 3", "variants.trials"),
+        ("inference-gap", "[fit]\nsteps = 0", "fit.steps"),
+        ("inference-gap", "[fit]\nlearning_rate = inf", "fit.learning_rate"),
+        ("inference-gap", "[net]\nlatents = 0", "net.latents"),
+        ("long-trial", "lengths = []", "lengths"),
+        ("long-trial", "lengths = [50, 0]", "lengths"),
+        ("lorenz", "pieces = []", "pieces"),
+        ("lorenz", "bins = 40", "pieces"),
+        ("lorenz", "horizons = [100]", "horizons"),
+        ("lorenz", "[start]\nwindow = 3", "start.degree"),
+        ("missing-data", "bins_missing = 1.0", "bins_missing"),
+        ("duffing", "units = 0", "units"),
+        ("maze-size", "trials = -1", "trials"),
+        ("autonomous-linear", "bound_samples = 0", "bound_samples"),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path: Path, name: str, text: str, field: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        settings_of(name, path)
+    assert caught.value.field == field
+
+
 def test_every_experiment_has_a_config() -> None:
     assert {p.stem for p in CONFIGS.glob("*.toml")} >= set(NAMES)
 
@@ -217,7 +248,7 @@ def test_linear_data_and_input_recovery_scores() -> None:
     u = sparse_inputs(rng, 4, 2000, 3, 0.03)
     active = (np.abs(u) > 0).all(-1)
     assert 0.02 < active.mean() < 0.04
-    data = linear_trials(rng, A, np.eye(3), np.eye(3), u, np.zeros((4, 3)), noise=0.0)
+    data = LinearSystem(A, np.eye(3), np.eye(3)).run(rng, u, noise=0.0, start=np.zeros((4, 3)))
     np.testing.assert_allclose(data.values, data.states[:, 1:])
     M = rng.normal(size=(3, 3))
     assert input_r2(u, u @ M) == pytest.approx(1.0)

@@ -10,7 +10,7 @@ from ilqr_training.config import LoopConfig
 from ilqr_training.experiments.driver import NetConfig, Trials, network, observed_of
 from ilqr_training.experiments.generators import (
     LinearData,
-    linear_trials,
+    LinearSystem,
     lorenz_bouts,
     sparse_inputs,
     stable_matrix,
@@ -40,7 +40,7 @@ def _linear(seed: int, noise: float, *, trials: int = 4, bins: int = 300) -> Lin
     B = np.linalg.qr(rng.normal(size=(3, 3)))[0]
     u = sparse_inputs(rng, trials, bins, 3, 0.05)
     C = rng.normal(size=(6, 3))
-    return linear_trials(rng, A, B, C, u, 0.5 * rng.normal(size=(trials, 3)), noise=noise)
+    return LinearSystem(A, B, C).run(rng, u, noise=noise)
 
 
 def test_difference_noise_sees_past_a_smooth_signal() -> None:

@@ -18,6 +18,7 @@ from ilqr_training.config import LoopConfig
 from ilqr_training.fit.loop import Report, Run, start, train_steps
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.files import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Gaussian, Observed
@@ -41,16 +42,16 @@ class FitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         dtype: to train in.
     """
 
-    steps: int = 500
-    batch: int = 32
-    learning_rate: float = 0.02
-    final_rate: float = 0.001
-    scale_rate: float = 1.0
-    clip: float = 5.0
-    kl_warmup: int = 50
+    steps: PositiveInt = 500
+    batch: PositiveInt = 32
+    learning_rate: PositiveFloat = 0.02
+    final_rate: NonNegativeFloat = 0.001
+    scale_rate: PositiveFloat = 1.0
+    clip: PositiveFloat = 5.0
+    kl_warmup: NonNegativeInt = 50
     posterior: Literal["laplace", "kronecker"] = "laplace"
-    iterations: int = 6
-    tolerance: float = 1e-4
+    iterations: PositiveInt = 6
+    tolerance: PositiveFloat = 1e-4
     exact_gradient: bool = False
     dtype: Literal["float32", "float64"] = "float32"
 
@@ -65,8 +66,8 @@ class NetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     dynamics: str = "mgu2"
     prior: str = "gaussian"
-    latents: int = 20
-    inputs: int = 5
+    latents: PositiveInt = 20
+    inputs: PositiveInt = 5
     options: DynamicsOptions = DynamicsOptions()
 
 
@@ -145,6 +146,18 @@ def network(net: NetConfig, group: GroupSpec, *, seed: int, dtype: str) -> Model
         options=net.options,
     )
     return build(spec).to(getattr(torch, dtype))
+
+
+def poisson_network(net: NetConfig, counts: Array, *, seed: int, dtype: str) -> Model:
+    """A fresh model of Poisson counts (K, T, N) whose rates start at the data's means."""
+    log_rate_max = float(np.log(10 * (1 + counts.max())))
+    group = GroupSpec(family="poisson", channels=counts.shape[-1], log_rate_max=log_rate_max)
+    model = network(net, group, seed=seed, dtype=dtype)
+    spikes = model.group("observations")
+    spikes.start_at(torch.as_tensor(counts.mean((0, 1))).to(spikes.b))
+    with torch.no_grad():
+        spikes.C.mul_(0.5)
+    return model
 
 
 def start_noise(model: Model, values: Array, share: float = 0.3) -> None:

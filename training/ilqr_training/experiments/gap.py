@@ -25,10 +25,11 @@ from ilqr_training.experiments.driver import (
     network,
     observed_of,
 )
-from ilqr_training.experiments.generators import linear_trials, sparse_inputs, stable_matrix
+from ilqr_training.experiments.generators import LinearSystem, sparse_inputs
 from ilqr_training.experiments.initialise import start_linear
 from ilqr_training.fit.loop import Report, Run
 from ilqr_vae.artifact import GroupSpec
+from ilqr_vae.files import OpenShare, PositiveFloat, PositiveInt
 from ilqr_vae.inference import elbo, prediction
 from ilqr_vae.inference.posterior import Draw
 from ilqr_vae.inference.problem import SolverConfig
@@ -47,14 +48,14 @@ class GapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         hidden: units of each direction of the encoder.
     """
 
-    trials: int = 76
-    bins: int = 100
-    outputs: int = 10
-    noise: float = 0.3
-    probability: float = 0.03
-    samples: int = 1000
-    checks: int = 4
-    hidden: int = 64
+    trials: PositiveInt = 76
+    bins: PositiveInt = 100
+    outputs: PositiveInt = 10
+    noise: PositiveFloat = 0.3
+    probability: OpenShare = 0.03
+    samples: PositiveInt = 1000
+    checks: PositiveInt = 4
+    hidden: PositiveInt = 64
     net: NetConfig = NetConfig(dynamics="linear", prior="student", latents=3, inputs=3)
     fit: FitConfig = FitConfig(steps=400, batch=19, learning_rate=0.02, iterations=4)
 
@@ -187,13 +188,9 @@ def inference_gap(config: GapConfig, seed: int, progress: Progress) -> Outcome:
     """Train both ways from the same start; measure both gaps as training goes on."""
     began = time.monotonic()
     rng = np.random.default_rng(seed)
-    n, m = config.net.latents, config.net.inputs
-    A = stable_matrix(n, rng, slowest=0.97, fastest=0.85)
-    B = np.linalg.qr(rng.normal(size=(n, m)))[0]
-    C = rng.normal(size=(config.outputs, n))
-    u = sparse_inputs(rng, config.trials, config.bins, m, config.probability)
-    start = 0.5 * rng.normal(size=(config.trials, n))
-    values = linear_trials(rng, A, B, C, u, start, noise=config.noise).values
+    system = LinearSystem.draw(rng, config.net.latents, config.net.inputs, config.outputs)
+    u = sparse_inputs(rng, config.trials, config.bins, config.net.inputs, config.probability)
+    values = system.run(rng, u, noise=config.noise).values
 
     def fresh() -> Model:
         group = GroupSpec(family="gaussian", channels=config.outputs)

@@ -14,6 +14,38 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
+START = 0.5
+"""Standard deviation of initial states, unless they are given."""
+
+
+class LinearSystem(NamedTuple):
+    """z' = A z + B u, seen through C."""
+
+    A: Array
+    B: Array
+    C: Array
+
+    @staticmethod
+    def draw(rng: np.random.Generator, n: int, m: int, outputs: int) -> LinearSystem:
+        """A stable A, orthonormal columns of B, a random C (outputs, n)."""
+        A = stable_matrix(n, rng, slowest=0.97, fastest=0.85)
+        B = np.linalg.qr(rng.normal(size=(n, m)))[0]
+        return LinearSystem(A, B, rng.normal(size=(outputs, n)))
+
+    def run(
+        self, rng: np.random.Generator, inputs: Array, *, noise: float, start: Array | None = None
+    ) -> LinearData:
+        """Trials under ``inputs`` (K, T, m), from ``start`` (K, n) or random initial states."""
+        K, T, _ = inputs.shape
+        n = len(self.A)
+        z = np.empty((K, T + 1, n))
+        z[:, 0] = START * rng.normal(size=(K, n)) if start is None else start
+        for k in range(T):
+            z[:, k + 1] = z[:, k] @ self.A.T + inputs[:, k] @ self.B.T
+        clean = z[:, 1:] @ self.C.T
+        return LinearData(clean + noise * rng.normal(size=clean.shape), inputs, z, *self)
+
+
 class LinearData(NamedTuple):
     """A linear system's trials.
 
@@ -47,25 +79,6 @@ def stable_matrix(n: int, rng: np.random.Generator, *, slowest: float, fastest: 
     rotation = np.linalg.qr(rng.normal(size=(n, n)))[0]
     basis = rotation @ np.diag(rng.uniform(0.7, 1.4, n))
     return basis @ block @ np.linalg.inv(basis)
-
-
-def linear_trials(
-    rng: np.random.Generator,
-    A: Array,
-    B: Array,
-    C: Array,
-    inputs: Array,
-    initial: Array,
-    *,
-    noise: float,
-) -> LinearData:
-    """Run z' = A z + B u from ``initial`` (K, n) under ``inputs`` (K, T, m); see through C."""
-    z = np.empty((inputs.shape[0], inputs.shape[1] + 1, A.shape[0]))
-    z[:, 0] = initial
-    for k in range(inputs.shape[1]):
-        z[:, k + 1] = z[:, k] @ A.T + inputs[:, k] @ B.T
-    clean = z[:, 1:] @ C.T
-    return LinearData(clean + noise * rng.normal(size=clean.shape), inputs, z, A, B, C)
 
 
 def sparse_inputs(

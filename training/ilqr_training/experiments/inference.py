@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -19,16 +19,17 @@ from ilqr_training.experiments.driver import (
     fit,
     network,
     observed_of,
+    poisson_network,
 )
 from ilqr_training.experiments.generators import (
-    linear_trials,
+    LinearSystem,
     lorenz_bouts,
     sparse_inputs,
     spiking,
-    stable_matrix,
 )
 from ilqr_training.experiments.initialise import start_linear
 from ilqr_vae.artifact import GroupSpec
+from ilqr_vae.files import NonNegativeFloat, OpenShare, PositiveFloat, PositiveInt, ShareBelowOne
 from ilqr_vae.inference import prediction
 from ilqr_vae.inference.problem import SolverConfig, Status
 from ilqr_vae.model.dynamics import DynamicsOptions
@@ -49,14 +50,14 @@ class LongConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         samples: of the importance-weighted bound.
     """
 
-    chunks: int = 40
-    lengths: tuple[int, ...] = (50, 75, 100)
-    chunk: int = 100
-    times: int = 20
-    outputs: int = 10
-    noise: float = 0.3
-    probability: float = 0.03
-    samples: int = 100
+    chunks: PositiveInt = 40
+    lengths: Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=1)] = (50, 75, 100)
+    chunk: PositiveInt = 100
+    times: PositiveInt = 20
+    outputs: PositiveInt = 10
+    noise: PositiveFloat = 0.3
+    probability: OpenShare = 0.03
+    samples: PositiveInt = 100
     net: NetConfig = NetConfig(dynamics="linear", prior="student", latents=3, inputs=3)
     fit: FitConfig = FitConfig(steps=300, batch=20, learning_rate=0.03, iterations=4)
 
@@ -65,15 +66,11 @@ def long_trial(config: LongConfig, seed: int, progress: Progress) -> Outcome:
     """Train on chunks of different lengths; infer on one sequence ``times`` longer."""
     began = time.monotonic()
     rng = np.random.default_rng(seed)
-    n, m = config.net.latents, config.net.inputs
-    A = stable_matrix(n, rng, slowest=0.97, fastest=0.85)
-    B = np.linalg.qr(rng.normal(size=(n, m)))[0]
-    C = rng.normal(size=(config.outputs, n))
+    system = LinearSystem.draw(rng, config.net.latents, config.net.inputs, config.outputs)
 
     def run(trials: int, bins: int) -> Array:
-        u = sparse_inputs(rng, trials, bins, m, config.probability)
-        start = 0.5 * rng.normal(size=(trials, n))
-        return linear_trials(rng, A, B, C, u, start, noise=config.noise).values
+        u = sparse_inputs(rng, trials, bins, config.net.inputs, config.probability)
+        return system.run(rng, u, noise=config.noise).values
 
     longest = max(config.lengths)
     made = run(config.chunks, longest)
@@ -145,13 +142,13 @@ class MissingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         bins_missing, units_missing: shares missing, drawn anew for each trial.
     """
 
-    trials: int = 80
-    bins: int = 100
-    units: int = 60
-    mean_rate: float = 0.3
-    gain: float = 0.8
-    bins_missing: float = 0.3
-    units_missing: float = 0.2
+    trials: PositiveInt = 80
+    bins: PositiveInt = 100
+    units: PositiveInt = 60
+    mean_rate: PositiveFloat = 0.3
+    gain: NonNegativeFloat = 0.8
+    bins_missing: ShareBelowOne = 0.3
+    units_missing: ShareBelowOne = 0.2
     net: NetConfig = NetConfig(
         dynamics="mgu2", latents=12, inputs=4, options=DynamicsOptions(forget_bias=-1.0)
     )
@@ -200,20 +197,11 @@ def missing_data(config: MissingConfig, seed: int, progress: Progress) -> Outcom
         "missing_units": bins * (1 - units),
         "missing": 1 - seen,
     }
-    group = GroupSpec(
-        family="poisson",
-        channels=config.units,
-        log_rate_max=float(np.log(10 * (1 + made.counts.max()))),
-    )
     figures: dict[str, Any] = {"share_missing": float(1 - seen.mean())}
     fits: dict[str, Fit] = {}
     shown: dict[str, Array] = {}
     for name, mask in (("masked", seen), ("unmasked", np.ones_like(seen))):
-        model = network(config.net, group, seed=seed, dtype=config.fit.dtype)
-        spikes = model.group("observations")
-        spikes.start_at(torch.as_tensor(made.counts.mean((0, 1))).to(spikes.b))
-        with torch.no_grad():
-            spikes.C.mul_(0.5)
+        model = poisson_network(config.net, made.counts, seed=seed, dtype=config.fit.dtype)
         observed = observed_of(model, made.counts, mask)
         f = fit(model, Trials(model, observed, seed), config.fit, seed, progress, what=name)
         posterior = prediction.infer(model, observed, solver=_SOLVER)

@@ -21,6 +21,7 @@ from scipy.signal import savgol_filter
 from torch import Tensor
 
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.files import NonNegativeInt, PositiveFloat, PositiveInt
 from ilqr_vae.model.dynamics import Linear, ResidualMLP
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Gaussian
@@ -39,11 +40,15 @@ class StartConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         hidden: standard deviation of z_0 in latents that nothing is seen of yet.
     """
 
-    window: int = 9
-    degree: int = 4
-    gain: float = 0.3
-    ridge: float = 1e-5
-    hidden: float = 0.1
+    window: PositiveInt = 9
+    degree: NonNegativeInt = 4
+    gain: PositiveFloat = 0.3
+    ridge: PositiveFloat = 1e-5
+    hidden: PositiveFloat = 0.1
+
+    def __post_init__(self) -> None:
+        if self.degree >= self.window:
+            raise ValueError(f"degree: expected below window, {self.window}, got {self.degree}")
 
 
 class Components(NamedTuple):

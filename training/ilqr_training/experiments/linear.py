@@ -23,15 +23,17 @@ from ilqr_training.experiments.driver import (
     start_noise,
 )
 from ilqr_training.experiments.generators import (
+    START,
     LinearData,
+    LinearSystem,
     autoregressive_inputs,
-    linear_trials,
     sparse_inputs,
     stable_matrix,
 )
 from ilqr_training.experiments.initialise import start_linear
 from ilqr_training.experiments.oracle import oracle_scores
 from ilqr_vae.artifact import GroupSpec
+from ilqr_vae.files import OpenShare, PositiveFloat, PositiveInt, ShareBelowOne
 from ilqr_vae.inference import prediction
 from ilqr_vae.model.dynamics import Linear
 from ilqr_vae.model.generative import Model
@@ -46,11 +48,11 @@ class AutonomousConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         bound_samples: posterior samples the final bounds are averaged over.
     """
 
-    trials: int = 56
-    bins: int = 100
-    outputs: int = 8
-    noise: float = 0.1
-    bound_samples: int = 20
+    trials: PositiveInt = 56
+    bins: PositiveInt = 100
+    outputs: PositiveInt = 8
+    noise: PositiveFloat = 0.1
+    bound_samples: PositiveInt = 20
     net: NetConfig = NetConfig(dynamics="linear", latents=8, inputs=3)
     fit: FitConfig = FitConfig(steps=1200, batch=56, learning_rate=0.03, iterations=2)
 
@@ -62,7 +64,7 @@ def _autonomous_data(config: AutonomousConfig, rng: np.random.Generator) -> Line
     start = rng.normal(size=(config.trials, n))
     none = np.zeros((config.trials, config.bins, config.net.inputs))
     B = np.zeros((n, config.net.inputs))
-    return linear_trials(rng, A, B, C, none, start, noise=config.noise)
+    return LinearSystem(A, B, C).run(rng, none, noise=config.noise, start=start)
 
 
 def _fit_linear(
@@ -147,8 +149,8 @@ def autonomous(config: AutonomousConfig, seed: int, progress: Progress) -> Outco
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Another size of the sparse-input data set."""
 
-    trials: int
-    bins: int
+    trials: PositiveInt
+    bins: PositiveInt
     kind: Literal["sparse", "autoregressive"] = "sparse"
 
     @property
@@ -157,31 +159,27 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"input_r2_{self.trials}x{self.bins}{kind}"
 
 
-_START = 0.5
-"""Standard deviation of initial states."""
-
-
 class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sparse inputs into a linear system, n = m = 3, 10 outputs, one trial of 1000 bins.
 
     Attributes:
         probability: of an event in a bin; an event hits all inputs, N(0, 1) each.
         noise: standard deviation of the observations.
-        start: from a regression of the observations on their past (``starts.start_linear``), or
+        start: from a regression of the observations on their past (``initialise.start_linear``), or
             from random parameters.
         memory: of autoregressive inputs, from one bin to the next.
         seeds: how many data sets, seeds upwards from the one given.
         variants: further sizes, one data set each.
     """
 
-    trials: int = 1
-    bins: int = 1000
-    outputs: int = 10
-    probability: float = 0.03
-    noise: float = 0.1
+    trials: PositiveInt = 1
+    bins: PositiveInt = 1000
+    outputs: PositiveInt = 10
+    probability: OpenShare = 0.03
+    noise: PositiveFloat = 0.1
     start: Literal["regression", "random"] = "regression"
-    memory: float = 0.5
-    seeds: int = 5
+    memory: ShareBelowOne = 0.5
+    seeds: PositiveInt = 5
     variants: tuple[Variant, ...] = ()
     net: NetConfig = NetConfig(dynamics="linear", prior="student", latents=3, inputs=3)
     fit: FitConfig = FitConfig(
@@ -213,16 +211,13 @@ def _sparse_one(
     config: SparseConfig, size: Variant, seed: int, progress: Progress, what: str
 ) -> tuple[dict[str, float], LinearData, Array, Array]:
     rng = np.random.default_rng(seed)
-    n, m = config.net.latents, config.net.inputs
-    A = stable_matrix(n, rng, slowest=0.97, fastest=0.85)
-    B = np.linalg.qr(rng.normal(size=(n, m)))[0]
-    C = rng.normal(size=(config.outputs, n))
+    m = config.net.inputs
+    system = LinearSystem.draw(rng, config.net.latents, m, config.outputs)
     if size.kind == "sparse":
         u = sparse_inputs(rng, size.trials, size.bins, m, config.probability)
     else:
         u = autoregressive_inputs(rng, size.trials, size.bins, m, memory=config.memory)
-    start = _START * rng.normal(size=(size.trials, n))
-    data = linear_trials(rng, A, B, C, u, start, noise=config.noise)
+    data = system.run(rng, u, noise=config.noise)
     regress = config.start == "regression"
     f, trials = _fit_linear(
         data.values, config.net, config.fit, seed, progress, what, regress=regress
@@ -234,12 +229,12 @@ def _sparse_one(
     posterior = prediction.infer(model, observed_of(model, data.values), start=warm)
     found = posterior.u.double().numpy()
     A_found = model.dynamics.weights()[0].detach().double().numpy()
-    oracle = oracle_scores(data, noise=config.noise, start=_START)
+    oracle = oracle_scores(data, noise=config.noise, start=START)
     scores = {
         "input_r2": input_r2(u, found),
         "oracle_r2_white": oracle["white"],
         "oracle_r2_events": oracle["events"],
-        "eigenvalue_error": eigenvalue_error(A, A_found),
+        "eigenvalue_error": eigenvalue_error(system.A, A_found),
         "seconds": f.seconds,
     }
     return scores, data, found, A_found
@@ -252,12 +247,10 @@ def sparse(config: SparseConfig, seed: int, progress: Progress) -> Outcome:
     seeds = range(seed, seed + config.seeds)
     runs = [_sparse_one(config, size, s, progress, f"seed {s}") for s in seeds]
     figures: dict[str, Any] = {
-        "input_r2": float(np.mean([r[0]["input_r2"] for r in runs])),
-        "input_r2_per_seed": [r[0]["input_r2"] for r in runs],
-        "eigenvalue_error": float(np.mean([r[0]["eigenvalue_error"] for r in runs])),
-        "oracle_r2_white": float(np.mean([r[0]["oracle_r2_white"] for r in runs])),
-        "oracle_r2_events": float(np.mean([r[0]["oracle_r2_events"] for r in runs])),
+        name: float(np.mean([scores[name] for scores, *_ in runs]))
+        for name in ("input_r2", "eigenvalue_error", "oracle_r2_white", "oracle_r2_events")
     }
+    figures["input_r2_per_seed"] = [scores["input_r2"] for scores, *_ in runs]
     for variant in config.variants:
         scores, *_ = _sparse_one(config, variant, seed, progress, variant.key)
         figures[variant.key] = scores["input_r2"]

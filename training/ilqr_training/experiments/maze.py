@@ -6,8 +6,6 @@ trials x bins x units), so that a user's file of the real recording takes its pl
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,13 +22,14 @@ from ilqr_training.experiments.driver import (
     Outcome,
     Trials,
     fit,
-    network,
     observed_of,
+    poisson_network,
 )
 from ilqr_training.experiments.generators import duffing_trials, spiking
 from ilqr_training.fit.loop import Report, Run
-from ilqr_vae.artifact import GroupSpec
+from ilqr_training.fit.memory import resident
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.files import PositiveInt
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.progress import Progress
@@ -48,10 +47,10 @@ class MazeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """
 
     file: str = ""
-    trials: int = 336
-    bins: int = 140
-    held_in: int = 137
-    held_out: int = 45
+    trials: PositiveInt = 336
+    bins: PositiveInt = 140
+    held_in: PositiveInt = 137
+    held_out: PositiveInt = 45
     net: NetConfig = NetConfig(
         dynamics="mgu2", latents=60, inputs=15, options=DynamicsOptions(forget_bias=-1.0)
     )
@@ -105,8 +104,7 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory so far: a GPU's allocated, else this process's resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resident()
 
 
 def maze_size(config: MazeConfig, seed: int, progress: Progress) -> Outcome:
@@ -118,17 +116,8 @@ def maze_size(config: MazeConfig, seed: int, progress: Progress) -> Outcome:
             path = Path(folder) / "maze_size.h5"
             write_layout(path, config, seed)
             counts = read_layout(path)
-    group = GroupSpec(
-        family="poisson",
-        channels=counts.shape[-1],
-        log_rate_max=float(np.log(10 * (1 + counts.max()))),
-    )
     device = device_of(config.device)
-    model = network(config.net, group, seed=seed, dtype=config.fit.dtype).to(device)
-    spikes = model.group("observations")
-    spikes.start_at(torch.as_tensor(counts.mean((0, 1))).to(spikes.b))
-    with torch.no_grad():
-        spikes.C.mul_(0.5)
+    model = poisson_network(config.net, counts, seed=seed, dtype=config.fit.dtype).to(device)
     before = peak_bytes(device)
     clock: list[float] = [time.monotonic()]
 

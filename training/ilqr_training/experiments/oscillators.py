@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from ilqr_training.experiments.driver import (
     fit,
     network,
     observed_of,
+    poisson_network,
 )
 from ilqr_training.experiments.generators import (
     duffing_trials,
@@ -27,6 +28,7 @@ from ilqr_training.experiments.generators import (
 )
 from ilqr_training.experiments.initialise import StartConfig, start_residual
 from ilqr_vae.artifact import GroupSpec
+from ilqr_vae.files import NonNegativeFloat, PositiveFloat, PositiveInt
 from ilqr_vae.inference import prediction
 from ilqr_vae.inference.problem import SolverConfig, Status
 from ilqr_vae.model.dynamics import DynamicsOptions
@@ -38,7 +40,7 @@ from ilqr_vae.scoring.metrics import r2
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stretch of training: bouts are cut into windows of so many bins."""
 
-    bins: int
+    bins: PositiveInt
     fit: FitConfig
 
 
@@ -57,28 +59,35 @@ class LorenzConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     Attributes:
         test_bouts: further bouts, never trained on, which every score is of.
         pieces: training on windows, shorter ones first.
-        start: the first guess, see ``starts.start_residual``.
+        start: the first guess, see ``initialise.start_residual``.
         horizons: steps ahead to score.
         autonomous: steps of the free run.
         chunk: bins that inference on test bouts solves at a time before the whole.
     """
 
-    bouts: int = 112
-    bins: int = 100
-    dt: float = 0.01
-    noise: float = 0.1
-    test_bouts: int = 112
-    horizons: tuple[int, ...] = (1, 10, 30, 50)
-    autonomous: int = 10_000
-    chunk: int = 25
+    bouts: PositiveInt = 112
+    bins: PositiveInt = 100
+    dt: PositiveFloat = 0.01
+    noise: PositiveFloat = 0.1
+    test_bouts: PositiveInt = 112
+    horizons: Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=1)] = (1, 10, 30, 50)
+    autonomous: PositiveInt = 10_000
+    chunk: PositiveInt = 25
     net: NetConfig = NetConfig(
         dynamics="mlp", prior="student", latents=20, inputs=5, options=DynamicsOptions(step=0.1)
     )
     start: StartConfig = StartConfig()
-    pieces: tuple[Piece, ...] = (
+    pieces: Annotated[tuple[Piece, ...], msgspec.Meta(min_length=1)] = (
         Piece(25, FitConfig(steps=300, learning_rate=0.002, final_rate=0.001, **_PIECES)),
         Piece(50, FitConfig(steps=400, learning_rate=0.001, final_rate=0.00005, **_PIECES)),
     )
+
+    def __post_init__(self) -> None:
+        longest = max(p.bins for p in self.pieces)
+        if longest > self.bins:
+            raise ValueError(f"pieces: expected at most {self.bins} bins, got {longest}")
+        if max(self.horizons) >= self.bins:
+            raise ValueError(f"horizons: expected below {self.bins}, got {max(self.horizons)}")
 
 
 def ahead_r2(values: Array, forecasts: Array, step: int) -> float:
@@ -127,7 +136,7 @@ def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> Outcome:
     train, values = np.split(noisy / scale, [config.bouts])
     clean = clean[config.bouts :]
     began = time.monotonic(), time.process_time()
-    dtype = config.pieces[0].fit.dtype if config.pieces else "float32"
+    dtype = config.pieces[0].fit.dtype
     model = network(config.net, GroupSpec(family="gaussian", channels=3), seed=seed, dtype=dtype)
     start_residual(model, train, config.start)
     bounds: list[float] = []
@@ -159,7 +168,7 @@ def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> Outcome:
         "seconds": seconds,
         "seconds_training": trained,
         "seconds_cpu": cpu,
-        "bound": float(np.mean(bounds[-20:])) if bounds else None,
+        "bound": float(np.mean(bounds[-20:])),
         "noise": [float(s) for s in noise * scale],
         "converged": float((posterior.state.status == Status.CONVERGED).double().mean()),
     }
@@ -186,12 +195,12 @@ class DuffingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         mean_rate: expected counts per bin and unit; gain: how far log rates swing.
     """
 
-    trials: int = 112
-    test_trials: int = 112
-    bins: int = 200
-    units: int = 200
-    mean_rate: float = 0.2
-    gain: float = 0.8
+    trials: PositiveInt = 112
+    test_trials: PositiveInt = 112
+    bins: PositiveInt = 200
+    units: PositiveInt = 200
+    mean_rate: PositiveFloat = 0.2
+    gain: NonNegativeFloat = 0.8
     net: NetConfig = NetConfig(
         dynamics="mgu2", latents=20, inputs=4, options=DynamicsOptions(forget_bias=-1.0)
     )
@@ -206,16 +215,7 @@ def duffing(config: DuffingConfig, seed: int, progress: Progress) -> Outcome:
     made = spiking(
         rng, both, config.units, mean_rate=config.mean_rate, gain=config.gain, weights=weights
     )
-    group = GroupSpec(
-        family="poisson",
-        channels=config.units,
-        log_rate_max=float(np.log(10 * (1 + made.counts.max()))),
-    )
-    model = network(config.net, group, seed=seed, dtype=config.fit.dtype)
-    spikes = model.group("observations")
-    spikes.start_at(torch.as_tensor(made.counts.mean((0, 1))).to(spikes.b))
-    with torch.no_grad():
-        spikes.C.mul_(0.5)
+    model = poisson_network(config.net, made.counts, seed=seed, dtype=config.fit.dtype)
     train, test = made.counts[: config.trials], made.counts[config.trials :]
     f = fit(model, Trials(model, observed_of(model, train), seed), config.fit, seed, progress)
     posterior = prediction.infer(
