@@ -215,7 +215,7 @@ def test_training_does_not_begin_with_bad_options(
     for options, changed, expected in [
         ([], {"config": absent}, "config absent: expected a readable TOML file"),
         ([], {"config": unknown}, "model.latent_size: expected one of the keys"),
-        ([], {"config": wrong}, "training.batch: expected at least 1, got 0"),
+        ([], {"config": wrong}, "training.batch: expected int >= 1, got 0"),
         ([], {"recording": absent}, "recording: expected a file, got no such file"),
         ([], {"recording": tmp_path}, "recording: expected a file, got a directory"),
         ([], {"recording": text}, "recording: expected a .nwb, .mat or .h5 file, got r.txt"),
