@@ -314,3 +314,27 @@ def test_unknown_verbs_and_missing_arguments(capsys: pytest.CaptureFixture[str])
     for verb in ("train", "evaluate", "inspect"):
         assert main([verb]) == 2
     assert main(["--help"]) == main([]) == main(["--version"]) == 0
+
+
+def test_warnings_stand_wherever_the_recording_is_reported(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No unit fires in the last eighth of the recording."""
+    contents = io.loadmat(rig.recording)
+    contents["spikes"][:, -N_BINS // 8 :] = 0
+    odd = tmp_path / "odd.mat"
+    io.savemat(odd, {k: v for k, v in contents.items() if not k.startswith("__")})
+    out, summary = tmp_path / "m.safetensors", tmp_path / "s.json"
+    scores, page = tmp_path / "e.json", tmp_path / "e.html"
+    assert rig.train(out, "--json", str(summary), "--threads", "1", recording=odd) == 0
+    assert "Warning [spikes-cover]: No spikes in the last" in capsys.readouterr().err
+    assert [w["name"] for w in json.loads(summary.read_text())["warnings"]] == ["spikes-cover"]
+    assert main(["inspect", str(out)]) == 0
+    assert "warning spikes-cover" in capsys.readouterr().out
+    options = ["--span", "test", "--json", scores, "--html", page]
+    assert rig.evaluate(*options, model=out, recording=odd) == 0
+    assert "Warning [spikes-cover]" in capsys.readouterr().out
+    (warning,) = json.loads(scores.read_text())["warnings"]
+    assert warning["name"] == "spikes-cover"
+    assert "spikes-cover" in page.read_text()
+    assert warning["text"] in page.read_text()

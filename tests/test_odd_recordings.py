@@ -316,6 +316,9 @@ def test_names_that_repeat_over_probes(tmp_path: Path) -> None:
     made = read(tmp_path, moved(file(unit_name=numbers)), nwb=NwbSpec(unit_names="id"))
     assert made.unit_names == tuple("012345")
     assert made.warnings == ()
+    path = saved(tmp_path, moved(file(unit_name=numbers)))
+    made = load_recording(replaced(path, "units/id", np.zeros(6, dtype=np.int64)))
+    assert made.unit_names == ("0#0", "1#1", "2#2", "0#3", "1#4", "2#5")
     with pytest.raises(RecordingError, match=r"data.nwb.unit_names: expected a column .*'cluster'"):
         read(tmp_path, moved(file()), nwb=NwbSpec(unit_names="cluster"))
 
@@ -517,6 +520,7 @@ START = 5.0 * np.arange(12)
         (np.repeat(START[:6], 2), np.repeat(START[:6], 2) + 4, "trials-coincide"),
         (START, START + np.r_[-1.0, np.full(11, 4.0)], "trials-negative"),
         (START / 60, START / 60 + 0.05, "trials-cover"),
+        (START, START, "trials-empty"),
     ],
 )
 def test_odd_trials_are_named(tmp_path: Path, start: Array, stop: Array, name: str) -> None:
@@ -567,6 +571,14 @@ def test_events_told_from_their_trials_start(tmp_path: Path) -> None:
     assert made.trials is not None
     assert np.allclose(made.trials.begin, START + 1 + 0.02 * START - 0.5)
     assert made.warnings == ()
+
+
+def test_durations_are_no_events(tmp_path: Path) -> None:
+    nwb = trials(moved(file()), START, START + 4, reaction_time=0.3 + 0 * START)
+    made = read(tmp_path, nwb)
+    assert made.warnings == ()
+    assert made.trials is not None
+    assert made.trials.events == {}
 
 
 def test_events_outside_of_their_trials_are_named(tmp_path: Path) -> None:

@@ -183,6 +183,31 @@ def test_onsets_come_from_the_file_or_from_the_speed() -> None:
     assert onsets(reaching(trials=False)[0]) == {}
 
 
+@pytest.mark.parametrize(
+    ("names", "target", "movement"),
+    [
+        (("category_time", "target_position_time", "removed_time"), None, None),
+        (("category_time", "go_time"), "go_time", None),
+        (("gone_time", "targetOnTime", "moveOnset_time"), "targetOnTime", "moveOnset_time"),
+        (("go_cue_time", "target_onset_time", "movement_on"), "target_onset_time", "movement_on"),
+    ],
+)
+def test_events_are_known_by_whole_words(
+    names: tuple[str, ...], target: str | None, movement: str | None
+) -> None:
+    bare, _ = reaching(events=False)
+    start = np.arange(K) * TRIAL
+    events = {name: start + 2.0 + i for i, name in enumerate(names)}
+    found = onsets(replace(bare, trials=Trials(start, start + TRIAL, (), events)))
+    assert (TARGET in found) == (target is not None)
+    if target is not None:
+        assert np.array_equal(found[TARGET], events[target])
+    if movement is not None:
+        assert np.array_equal(found[MOVEMENT], events[movement])
+    else:
+        assert not any(np.array_equal(found[MOVEMENT], at) for at in events.values())
+
+
 def test_a_movement_begins_after_the_go() -> None:
     """The hand still moves as trials begin; in one it moves as the go comes."""
     bare, _ = reaching(events=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,12 @@ def unique_names(names: tuple[str, ...], field: str) -> tuple[str, ...]:
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise RecordingError(field, expected="unique names", got=f"{twice!r} more than once")
     return names
+
+
+def name_words(name: str) -> list[str]:
+    """The words of a name in snake, kebab or camel case, in lower case."""
+    parted = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
+    return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", parted) if word]
 
 
 def channels_of(

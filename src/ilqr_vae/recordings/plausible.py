@@ -233,6 +233,7 @@ def check_trials(
             f"a start at {start[negative][0]:g} (a duration, or another clock?)",
         )
     odd("trials-negative", negative, "stop before they start: left out")
+    odd("trials-empty", stop == start, "have no length: left out")
     outside = (stop < begin) | (start > end)
     if needed and outside.all():
         raise RecordingError(

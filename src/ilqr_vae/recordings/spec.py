@@ -66,7 +66,7 @@ class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             the units table.
         unit_names: column of the units table that names the units, or "id"; "" means
             ``unit_name`` or ``name`` where there is one, else the ids. Names that repeat get the
-            probe or electrode group before them, else the id after them.
+            probe or electrode group before them, else the id (or the row) after them.
         kinematics: name (or path) of the behaviour series to decode, or of a container whose
             one-channel series are to be decoded together; "" means the most likely one
             (``nwb.series.likeliest``): velocity before position, movement before eyes and reward.

@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.binning import EDGE, bins_of
+from ilqr_vae.recordings.checks import name_words
 from ilqr_vae.recordings.plausible import check_event, check_windows
 from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.split import SplitSpec
 
+_DURATIONS = {"reaction", "movement", "response", "hold", "delay", "duration", "latency", "wait"}
+"""Words in the names of columns that are durations, though they end in ``_time``."""
 CONDITION_COLUMNS = ("condition", "target_index", "target_id", "target", "trial_type")
 
 Array = NDArray[np.float64]
@@ -114,7 +117,8 @@ def on_clock(table: Table, spec: RecordingSpec) -> tuple[Table, tuple[RecordingW
             raise RecordingError(
                 "data.trials.event", expected="seconds on the recording's clock", got=odd.text
             )
-        found.append(odd)
+        if name in asked or not _DURATIONS.intersection(name_words(name)):
+            found.append(odd)
         if name not in asked:
             del columns[name]
     return Table(start, stop, columns), tuple(found)
@@ -161,8 +165,8 @@ def plan(table: Table, spec: RecordingSpec) -> tuple[Plan, tuple[RecordingWarnin
         raise RecordingError(
             "recording.trials",
             expected=f"at least one trial with a known {what} and a label asked for",
-            got=f"{len(known)} trials, {int(usable.sum())} with times, {int((part >= 0).sum())} "
-            "with a label",
+            got=f"{len(known)} trials, {int(known.sum())} with times, {int(usable.sum())} of a bin "
+            f"or more, {int((part >= 0).sum())} with a label",
         )
     # in the order they were recorded, whatever the table's
     rows = rows[np.argsort(begin[rows], kind="stable")]

@@ -246,7 +246,9 @@ def _trials(session: Session, spec: RecordingSpec) -> Recording:
         raise RecordingError(
             "recording.trials",
             expected="at least one trial with kinematics",
-            got=f"{len(keep)} without" + ("" if moving is None else f" any of {moving.path}"),
+            got=f"{len(keep)} without"
+            + ("" if moving is None else f" any of {moving.path}")
+            + "".join(f"; {w.text}" for w in session.warnings if w.name.startswith("event")),
         )
     planned = planned.keeping(keep, "have no kinematics")
     counts = bin_windows(session.spike_times, planned.begin, planned.bins, width)

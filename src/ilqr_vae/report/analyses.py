@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.recordings.binning import bins_of
+from ilqr_vae.recordings.checks import name_words
 
 if TYPE_CHECKING:
     from ilqr_vae.report.data import ReportData
@@ -22,6 +23,8 @@ BEFORE, AFTER = 0.4, 0.8
 FEWEST_TRIALS = 3
 MOST_CONDITIONS = 8
 _SPEED_SHARE = 0.2
+_ON, _GO = {"on", "onset"}, {"go", "gocue"}
+_MOVING = {"move", "moved", "moving", "movement"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,28 +112,31 @@ def residuals(data: ReportData, blocks: int = 40) -> Residuals | None:
 def onsets(data: ReportData) -> dict[str, Array]:
     """When target and movement came, in bins, a trial; NaN where not.
 
-    The target by an event whose name holds ``target`` (and ``on``), else ``go``, else the trial's
-    start. The movement by an event whose name holds ``move``, else, where velocity was measured,
-    where the speed first passes a fifth of its greatest from the go on (an event whose name holds
-    ``go``, else the target's, else the trial's start); NaN where it is above that there already,
-    as the hand still moves from before. Left out where fewer than ``FEWEST_TRIALS`` have one.
+    The target by an event whose name has the word ``target`` with one of ``_ON``, else ``go``, else
+    the trial's start. The movement by an event whose name has a word of moving, else, where
+    velocity was measured, where the speed first passes a fifth of its greatest from the go on (an
+    event with the word ``go``, else the target's, else the trial's start); NaN where it is above
+    that there already, as the hand still moves from before. Left out where fewer
+    than ``FEWEST_TRIALS`` have one.
     """
     trials = data.trials
     if trials is None or not len(trials):
         return {}
     found: dict[str, Array] = {}
     names = list(trials.events)
-    target = [n for n in names if "target" in n and "on" in n] or [n for n in names if "go" in n]
+    said = {name: set(name_words(name)) for name in names}
+    go = [n for n in names if said[n] & _GO]
+    target = [n for n in names if "target" in said[n] and said[n] & _ON] or go
     if target:
         found[TARGET] = np.asarray(trials.events[target[0]], dtype=np.float64)
     else:
         found["trial start"] = trials.start.astype(np.float64)
-    moving = [n for n in names if "move" in n]
+    moving = [n for n in names if said[n] & _MOVING]
     if moving:
         found[MOVEMENT] = np.asarray(trials.events[moving[0]], dtype=np.float64)
     elif data.truth is not None and any(u.strip().endswith("/s") for u in data.units[:2]):
         since = trials.start.astype(np.float64)
-        for name in [*target[:1], *[n for n in names if "go" in n][:1]]:
+        for name in [*target[:1], *go[:1]]:
             at = np.asarray(trials.events[name], dtype=np.float64)
             since = np.where(np.isfinite(at), np.maximum(at, trials.start), since)
         moved = _from_speed(data.truth[:, :2], since, trials.stop)

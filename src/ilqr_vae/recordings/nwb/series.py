@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.checks import MAX_GAP_SECONDS, channels_of
+from ilqr_vae.recordings.checks import MAX_GAP_SECONDS, channels_of, name_words
 from ilqr_vae.recordings.plausible import usable_stamps
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.session import Moving
@@ -110,12 +110,6 @@ _FIRST = re.compile(
     "limb|paws?|forelimb|pos|positions?|kinematics|running|wheel|tracking|location|mouse|head|body|"
     "speed"
 )
-
-
-def name_words(name: str) -> list[str]:
-    """The words of a name in snake, kebab or camel case, in lower case."""
-    parted = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
-    return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", parted) if word]
 
 
 def likeliest(path: str, item: Any) -> tuple[int, ...]:
@@ -225,7 +219,9 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
         if not others:
             return Kinematics(None)
         listed = "; ".join(f"{path} ({type(s).__name__})" for path, s in others.items())
-        text = f"No series is of behaviour; there are {listed}. data.nwb.kinematics names one."
+        text = (
+            f"No series is numbers of behaviour; there are {listed}. data.nwb.kinematics names one."
+        )
         return Kinematics(None, warnings=(RecordingWarning("kinematics-none", text),))
     path = next(iter(chosen)) if len(chosen) == 1 else nwb.kinematics.strip("/")
     notes: tuple[str, ...] = ()

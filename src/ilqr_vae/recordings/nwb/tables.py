@@ -144,7 +144,7 @@ def _unit_names(units: Any, named_by: str) -> tuple[tuple[str, ...], tuple[Recor
     """One name a unit, unique, by the rule ``NwbSpec.unit_names`` states.
 
     Raises:
-        RecordingError: the column is not there, or its names repeat, and so do the ids.
+        RecordingError: the column is not there.
     """
     columns: dict[str, Any] = {name: units[name] for name in units.colnames} | {"id": units.id}
     if named_by and named_by not in columns:
@@ -164,9 +164,11 @@ def _unit_names(units: Any, named_by: str) -> tuple[tuple[str, ...], tuple[Recor
             )
             if len(set(both)) == len(both):
                 return both, (_renamed(column, group, both),)
-    ids = unique_names(_labels(units.id, "id"), "units.id")
+    ids, by = _labels(units.id, "id"), "id"
+    if len(set(ids)) < len(ids):
+        ids, by = tuple(str(row) for row in range(len(names))), "row"
     both = tuple(f"{n}#{i}" for n, i in zip(names, ids, strict=True))
-    return both, (_renamed(column, "id", both),)
+    return both, (_renamed(column, by, both),)
 
 
 def _renamed(column: str, by: str, names: tuple[str, ...]) -> RecordingWarning:
