@@ -45,7 +45,7 @@ class Header(Record, frozen=True, kw_only=True, tag="header"):
         versions: of what computes.
         settings: of the service.
         manifests: of the models, by id.
-        segment: the segment's number; 0 where it is not stated.
+        segment, previous: number of this segment and of the one before; 0 where not stated.
     """
 
     boot: str
@@ -57,6 +57,7 @@ class Header(Record, frozen=True, kw_only=True, tag="header"):
     settings: dict[str, Any]
     manifests: dict[str, Any]
     segment: int = 0
+    previous: int = 0
 
 
 class Opened(Record, frozen=True, kw_only=True, tag="began"):
@@ -220,18 +221,17 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
     except (OSError, ValueError) as error:
         raise JournalError("journal", expected="a folder", got=str(folder)) from error
     found: dict[int, Path] = {}
+    previous: dict[int, int] = {}
     odd: list[str] = []
-    taken: set[int] = set()
     for path in sorted(names, key=lambda path: (len(path.name), path.name)):
         if not _NAME.fullmatch(path.name):
             odd.append(f"{path.name} is not used: its name is not NUMBER{SUFFIX}")
             continue
-        taken.add(number(path))
         try:
             if not stat.S_ISREG(path.lstat().st_mode):
                 odd.append(f"{path.name} is not used: it is no regular file")
                 continue
-            stated = _stated(path)
+            stated, before = _stated(path)
         except OSError as error:
             odd.append(f"{path.name} is not used: {error.strerror}")
             continue
@@ -242,19 +242,19 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
             odd.append(f"{found[stated].name} is not used: it is a copy of {path.name}")
         elif stated != number(path):
             odd.append(f"{path.name} is segment {stated} by its header")
-        found[stated] = path
+        found[stated], previous[stated] = path, before
     order = sorted(found)
     for before, after in itertools.pairwise(order):
-        lacking = [k for k in range(before + 1, min(after, before + 100)) if k not in taken]
-        if lacking:
-            odd.append(f"segments {lacking[0]} to {after - 1} are missing and skipped")
+        if previous[after] > before:
+            odd.append(f"segments {before + 1} to {previous[after]} are missing and skipped")
     empty = [found[k].name for k in order[:-1] if found[k].stat().st_size <= len(MAGIC)]
     odd += [f"{name} is empty and skipped" for name in empty]
     return [found[k] for k in order], odd
 
 
-def _stated(path: Path) -> int:
-    """A segment's number by its header, else by its name. Raises OSError."""
+def _stated(path: Path) -> tuple[int, int]:
+    """A segment's number and that of the one before by its header, else by its name. Raises
+    OSError."""
     with path.open("rb") as file:
         start = file.read(len(MAGIC) + _HEAD.size)
         if len(start) == len(MAGIC) + _HEAD.size and start.startswith(MAGIC):
@@ -265,8 +265,8 @@ def _stated(path: Path) -> int:
             except msgspec.MsgspecError:
                 record = None
             if isinstance(record, Header) and record.segment:
-                return record.segment
-    return number(path)
+                return record.segment, record.previous
+    return number(path), number(path) - 1
 
 
 def segments(folder: Path) -> list[Path]:

@@ -11,8 +11,7 @@ after a fault: nothing is ever appended to a file that may be torn.
 
 A fault stops no answer: a full disk, a folder that is gone, a segment that somebody else removed or
 cut short. Records that cannot be written are dropped and counted, the alarm is raised (``ok``), and
-once a second a new segment is tried. A folder that is gone is not made again: it may have been the
-mount point of another disk.
+once a second a new segment is tried. A folder that is gone is made again where its parent is there.
 """
 
 from __future__ import annotations
@@ -51,8 +50,9 @@ from ilqr_vae.errors import JournalError, ServiceError
 _RETRY_S = 1.0
 _SYNC_S = 1.0
 _INSPECT_S = 0.1
-_ALARM_S = 3.0
-"""The alarm lasts at least so long, so that a fault that is over at once is seen."""
+_ALARM_S, _LOSS_ALARM_S = 2.0, 3.0
+"""The alarm lasts at least so long, so that a fault that is over at once is seen: where records
+could not be written, and where records that were written are gone."""
 TAIL = 128
 """Newest answers of a run that a checkpoint repeats."""
 
@@ -269,6 +269,7 @@ class Writer:
         """
         if self._folder_fd >= 0 and _same(self._folder, self._folder_fd):
             return
+        self._folder.mkdir(exist_ok=True)
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         lock = -1
         try:
@@ -298,11 +299,11 @@ class Writer:
                 self._fail(str(error))
             elif mine.st_nlink == 0 or mine.st_size < self._size:
                 self.lost += self._records
-                self._fail(f"{self._path.name} was removed or cut short")
+                self._fail(f"{self._path.name} was removed or cut short", _LOSS_ALARM_S)
                 if os.pread(self._fd, len(MAGIC), 0) != MAGIC:
                     os.ftruncate(self._fd, 0)  # it begins in the middle of a record
             elif not _same(self._path, self._fd):
-                self._fail(f"{self._path} is no longer the file that is written")
+                self._fail(f"{self._path} is no longer what is written", _LOSS_ALARM_S)
             else:
                 return
         except OSError as fault:
@@ -332,11 +333,11 @@ class Writer:
         self._dirty = True
         return True
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, alarm_s: float = _ALARM_S) -> None:
         now = self._clock()
         if not self.failed:
             logs.warning("the journal cannot be written", error=why)
-            self._alarm = now + _ALARM_S
+            self._alarm = now + alarm_s
         self.failed = True
         self._retry = now + _RETRY_S
 
@@ -350,7 +351,7 @@ class Writer:
     def _begin(self) -> None:
         """A new segment with everything needed to go on from it."""
         self._retire()
-        was_failed = self.failed
+        was_failed, previous = self.failed, self._number
         try:
             self._claim()
             self._create()
@@ -358,7 +359,8 @@ class Writer:
             self._fail(str(error))
             return
         self._size = self._records = 0
-        header = msgspec.structs.replace(self._header(self.lost), segment=self._number)
+        place = {"segment": self._number, "previous": previous}
+        header = msgspec.structs.replace(self._header(self.lost), **place)
         parts = [MAGIC, frame(header)]
         for live in self._runs.values():
             parts.append(frame(advance(live.opened, [])))
@@ -369,6 +371,7 @@ class Writer:
         if not self._append(b"".join(parts)):
             with contextlib.suppress(OSError):
                 self._path.unlink()
+            self._number = previous
             return
         self.failed = False
         self._repeated = self._size
