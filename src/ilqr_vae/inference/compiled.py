@@ -7,6 +7,7 @@ solve cannot stand in for a model's families, the log says so once and torch sol
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,8 +24,15 @@ from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.lqr import LQRProblem, LQRSolution
 from ilqr_vae.model.dynamics import Weights
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import Counts, Gaussian, Likelihood, Observations, Poisson
-from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost
+from ilqr_vae.model.likelihoods import (
+    Counts,
+    Gaussian,
+    Likelihood,
+    Observations,
+    Poisson,
+    SoftplusPoisson,
+)
+from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost, StudentPrior
 
 _log = logging.getLogger(__name__)
 
@@ -47,21 +55,23 @@ def _say(reason: str) -> None:
     _log.warning("no compiled iLQR for %s: it runs in torch", reason)
 
 
-def unsupported(model: Model, names: Iterable[str], families: Container[str]) -> str | None:
+def unsupported(
+    model: Model,
+    names: Iterable[str],
+    families: Container[str],
+    priors: Container[type] = (GaussianPrior, StudentPrior),
+    likelihoods: Container[type] = (Poisson, SoftplusPoisson, Gaussian),
+) -> str | None:
     """What of a model has no compiled code: dynamics not of these ``families`` (kernels' names),
     a prior or a likelihood; None where everything has."""
     dynamics = model.dynamics
     if dynamics.kernel not in families:
-        variant = f"{dynamics.activation}, input {'outside' if dynamics.outside else 'inside'}"
-        return f"the dynamics {dynamics.family!r} ({variant})"
-    if type(model.prior) is not GaussianPrior:
+        return f"the dynamics {dynamics.kernel or dynamics.family!r}"
+    if type(model.prior) not in priors:
         return f"the prior {model.prior.family!r}"
     for name in names:
-        group = model.group(name)
-        if type(group) not in (Poisson, Gaussian):
-            return f"the likelihood {group.family!r}"
-        if isinstance(group, Counts) and not group.plain:
-            return f"the likelihood {group.family!r} with a gain or a floor"
+        if type(model.group(name)) not in likelihoods:
+            return f"the likelihood {model.group(name).family!r}"
     return None
 
 
@@ -101,16 +111,22 @@ def _bank(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[A
     C = torch.cat([empty, *(f.C.detach() for f in families)])
     b = torch.cat([empty[:, 0], *(f.b.detach() for f in families)])
     limit, precision = torch.zeros_like(b), torch.ones_like(b)
-    at, poisson = 0, 0
+    gain, floor, soft = torch.ones_like(b), torch.zeros_like(b), torch.zeros_like(b)
+    at, poisson, linked = 0, 0, False
     for f in families:
         channels = slice(at, at + f.b.shape[0])
         at = channels.stop
-        if isinstance(f, Poisson):
-            limit[channels] = f.log_rate_max
-            poisson = at
+        if isinstance(f, Counts):
+            poisson, linked = at, linked or not f.plain or not isinstance(f, Poisson)
+            floor[channels], soft[channels] = f.floor, float(isinstance(f, SoftplusPoisson))
+            if f.log_gain is not None:
+                gain[channels] = torch.exp(f.log_gain.detach())
+            if isinstance(f, Poisson):
+                limit[channels] = f.log_rate_max
         elif isinstance(f, Gaussian):
             precision[channels] = torch.exp(-2 * f.log_scale.detach())
-    return pack_bank(array(C), array(b), array(limit), array(precision), poisson)
+    rates = (array(x) for x in (gain, floor, soft))
+    return pack_bank(array(C), array(b), array(limit), array(precision), poisson, linked, *rates)
 
 
 def plan(model: Model, w: Weights, names: Iterable[str]) -> Plan:
@@ -119,12 +135,17 @@ def plan(model: Model, w: Weights, names: Iterable[str]) -> Plan:
 
     family = model.dynamics.kernel
     # Poisson channels come first
-    order = tuple(sorted(names, key=lambda name: not isinstance(model.group(name), Poisson)))
+    order = tuple(sorted(names, key=lambda name: not isinstance(model.group(name), Counts)))
     dtype = w[0].dtype
     with torch.no_grad():
-        scale = model.prior.log_scale
-        constant = float(scale.double().sum()) + 0.5 * model.m * LOG_2PI
-        prior = (array(model.prior.mean), array(torch.exp(-2 * scale)), constant)
+        scale, m, nu = model.prior.log_scale, model.m, 0.0
+        constant = float(scale.double().sum()) + 0.5 * m * LOG_2PI
+        if isinstance(model.prior, StudentPrior):
+            nu = float(model.prior.nu)
+            scale = scale + 0.5 * math.log((nu - 2) / nu)
+            constant = float(scale.double().sum()) + 0.5 * m * math.log(math.pi * nu)
+            constant += math.lgamma(0.5 * nu) - math.lgamma(0.5 * (nu + m))
+        prior = (array(model.prior.mean), array(torch.exp(-2 * scale)), constant, nu)
         bank = _bank([model.group(name) for name in order], model.n, dtype)
     weights = pack_weights(family, tuple(array(t) for t in w))
     channels = int(bank[5].shape[1])

@@ -21,7 +21,7 @@ from ilqr_vae.lqr import LQRProblem, LQRSolution
 from ilqr_vae.model.dynamics import MGU2, Weights
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observations, Observed, Poisson
-from ilqr_vae.model.priors import LOG_2PI, InitialCost
+from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost
 
 _log = logging.getLogger(__name__)
 
@@ -36,9 +36,10 @@ def _say(reason: str) -> None:
 
 
 def _unsupported(model: Model, names: tuple[str, ...]) -> str | None:
-    if len(names) != 1 or type(model.group(names[0])) is not Poisson:
-        return "other than one group of Poisson counts"
-    return unsupported(model, names, launch.FAMILIES)
+    group = model.group(names[0]) if len(names) == 1 else None
+    if type(group) is not Poisson or not group.plain:
+        return "other than one group of Poisson counts of a rate exp(a)"
+    return unsupported(model, names, launch.FAMILIES, (GaussianPrior,))
 
 
 def iteration(model: Model, w: Weights, names: tuple[str, ...], like: Tensor) -> Iteration | None:

@@ -13,6 +13,8 @@ import hook.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ilqr_vae.kernels.cpu.algebra import add_product, add_row, carve, compiled, inner, never_inline
@@ -26,9 +28,16 @@ from ilqr_vae.kernels.cpu.panels import (
 )
 from ilqr_vae.kernels.cpu.tiles import PANEL
 
-LINEAR, MGU2 = 0, 1
-#: Dynamics families with kernels, by the name in configs.
-FAMILIES = {"linear": LINEAR, "mgu2": MGU2}
+# A bit for an MGU2, and for its variants.
+LINEAR, MGU2, SOFT, OUTSIDE = 0, 1, 2, 4
+#: Dynamics families and variants with kernels, by ``Dynamics.kernel``.
+FAMILIES = {
+    "linear": LINEAR,
+    "mgu2": MGU2,
+    "mgu2 soft-relu": MGU2 | SOFT,
+    "mgu2 outside": MGU2 | OUTSIDE,
+    "mgu2 soft-relu outside": MGU2 | SOFT | OUTSIDE,
+}
 
 
 def scratch_size(n, m):
@@ -52,7 +61,7 @@ def pack_weights(family, w):
     """Effective weights as the kernels take them.
 
     Args:
-        family: its name.
+        family: its name in ``FAMILIES``.
         w: the family's weights as C-contiguous arrays.
 
     Returns:
@@ -61,7 +70,7 @@ def pack_weights(family, w):
         themselves, and panels of U_f.
     """
     none = np.zeros(1, w[0].dtype)
-    if FAMILIES[family] == MGU2:
+    if FAMILIES[family] & MGU2:
         gate, gate_bias, hidden, hidden_bias, drive = w
         straight = new_panels(*gate.shape, gate.dtype)
         pack(gate, straight)
@@ -79,6 +88,30 @@ def pack_weights(family, w):
     A, B = w
     empty = np.zeros((1, 1, PANEL), A.dtype)
     return _transposed(A), none, empty, none, _transposed(B), A, np.zeros((1, 1), A.dtype), B, empty
+
+
+@inner
+def _variant(family, t, n, driven, bias, h):
+    """The candidate h of an MGU2's variants, from U_h (f . z) in the same place."""
+    never_inline()
+    half, one, four = h.dtype.type(0.5), h.dtype.type(1.0), h.dtype.type(4.0)
+    for i in range(n):
+        x = h[t, i] + bias[i]
+        if not family & OUTSIDE:
+            x += driven[i]
+        y = half * (x + math.sqrt(x * x + four)) - one if family & SOFT else math.tanh(x)
+        h[t, i] = y + driven[i] if family & OUTSIDE else y
+
+
+@inner
+def _steepness(family, y):
+    """Slope of the activation where its value is y."""
+    one = type(y)(1.0)
+    if family & SOFT:
+        # y + 1 = r = (x + sqrt(x^2 + 4)) / 2 solves r - 1 / r = x
+        square = (y + one) * (y + one)
+        return square / (square + one)
+    return one - y * y
 
 
 @inner
@@ -120,19 +153,23 @@ def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scrat
                 f[t, i] = one / (one + f[t, i])
                 gated[i] = f[t, i] * z[t, i]
             times_panels(gated, 0, n, 1, hidden, h, t * n8, n8)
+            if family == MGU2:
+                for i in range(n):
+                    h[t, i] = two * (h[t, i] + driven[i] + hidden_bias[i])
+                exp_inplace(h, t * n8, n)
+                for i in range(n):
+                    h[t, i] = one - two / (one + h[t, i])
+            else:
+                _variant(family, t, n, driven, hidden_bias, h)
             for i in range(n):
-                h[t, i] = two * (h[t, i] + driven[i] + hidden_bias[i])
-            exp_inplace(h, t * n8, n)
-            for i in range(n):
-                h[t, i] = one - two / (one + h[t, i])
                 z[t + 1, i] = z[t, i] + f[t, i] * (h[t, i] - z[t, i])
 
 
 @inner
-def linearise(family, weights, z, f, h, A, B, scratch):
-    """Jacobians A (T, n, n), B (T, n, m) along a rollout that left f and h."""
+def linearise(family, weights, z, u, f, h, A, B, scratch):
+    """Jacobians A (T, n, n), B (T, n, m) along a rollout of inputs u that left f and h."""
     never_inline()
-    _, _, _, _, _, state, hidden, drive, straight = weights
+    _, _, _, _, drive_panels, state, hidden, drive, straight = weights
     T, n, m = B.shape
     n8 = whole(n)
     one = z.dtype.type(1.0)
@@ -144,8 +181,8 @@ def linearise(family, weights, z, f, h, A, B, scratch):
                 for j in range(m):
                     B[t, i, j] = drive[i, j]
         return
-    slope = scratch[:n]
-    X, end = carve(scratch, n8, n, n)
+    slope, driven = scratch[:n], scratch[n8 : 2 * n8]
+    X, end = carve(scratch, 2 * n8, n, n)
     M, end = carve(scratch, end, n, n8)
     for t in range(T):
         for i in range(n):
@@ -154,14 +191,18 @@ def linearise(family, weights, z, f, h, A, B, scratch):
             for j in range(n):
                 X[i, j] = hidden[i, j] * z[t, j] * slope[j]
         times_panels(X, 0, n, n, straight, M, 0, n8)
+        if family & OUTSIDE:
+            times_panels(u, t * m, m, 1, drive_panels, driven, 0, n8)
         for i in range(n):
-            steep = f[t, i] * (one - h[t, i] * h[t, i])
+            y = h[t, i] - driven[i] if family & OUTSIDE else h[t, i]
+            steep = f[t, i] * _steepness(family, y)
+            entering = f[t, i] if family & OUTSIDE else steep
             through_gate = (h[t, i] - z[t, i]) * slope[i]
             for j in range(n):
                 A[t, i, j] = through_gate * state[i, j] + steep * (hidden[i, j] * f[t, j] + M[i, j])
             A[t, i, i] += one - f[t, i]
             for j in range(m):
-                B[t, i, j] = steep * drive[i, j]
+                B[t, i, j] = entering * drive[i, j]
 
 
 @compiled
@@ -200,7 +241,7 @@ def jacobians(first, last, family, weights, z, u, A, B, scratch):
                 family, weights, False, z[b, t], z[b], u[b, t : t + 1], z, z[b],
                 z.dtype.type(0.0), two, one, f[t : t + 1], h[t : t + 1], rest,
             )  # fmt: skip
-        linearise(family, weights, z[b], f, h, A[b], B[b], rest)
+        linearise(family, weights, z[b], u[b], f, h, A[b], B[b], rest)
 
 
 @compiled

@@ -14,6 +14,8 @@ Only numba code lives here: it must not be wrapped by a type-checking import hoo
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ilqr_vae.kernels.cpu import lqr, observations
@@ -35,14 +37,36 @@ def scratch_size(T, n, m):
 
 
 @inner
+def energy(u, t, prior):
+    """d = u' L u of the inputs of a bin, centred; L the prior's ``precision``."""
+    centre, precision, _, _ = prior
+    d = u.dtype.type(0.0)
+    for a in range(u.shape[1]):
+        e = u[t, a] - centre[a]
+        d += e * e * precision[a]
+    return d
+
+
+@inner
+def weight(u, t, prior):
+    """What the curvature of -log p(u) is of L in a bin: one for a Gaussian prior, for a Student of
+    nu degrees of freedom (nu + m) / (nu + d)."""
+    nu, one = prior[3], u.dtype.type(1.0)
+    return one if nu == 0 else (nu + u.shape[1]) / (nu + energy(u, t, prior))
+
+
+@inner
 def _initial_and_prior(b, z, u, prior, initial):
     """The parts of J that are not observations."""
     never_inline()
-    centre, precision, constant = prior
+    centre, precision, constant, nu = prior
     mean, arrival = initial
     n, (T, m) = z.shape[1], u.shape
     total = T * constant
     for t in range(T):
+        if nu > 0:
+            total += 0.5 * (nu + m) * math.log(1.0 + energy(u, t, prior) / nu)
+            continue
         for a in range(m):
             e = u[t, a] - centre[a]
             total += 0.5 * e * e * precision[a]
@@ -84,7 +108,7 @@ def begin(b, fresh, model, data, initial, start, state, kept, scratch):
 def _quadratic_model(b, model, initial, state, kept, problem, scratch):
     """Fill the LQR problem around the current trajectory."""
     family, weights, bank, prior = model
-    centre, precision, _ = prior
+    centre, precision, _, _ = prior
     mean, arrival = initial
     z, u, _, _, _, _ = state
     f, h, d, w, slot = kept
@@ -92,7 +116,7 @@ def _quadratic_model(b, model, initial, state, kept, problem, scratch):
     s = slot[b]
     _, T, n, m = B.shape
     zero = z.dtype.type(0.0)
-    linearise(family, weights, z[b], f[b, s], h[b, s], A[b], B[b], scratch)
+    linearise(family, weights, z[b], u[b], f[b, s], h[b, s], A[b], B[b], scratch)
     observations.quadratise(bank, d[b, s], w[b, s], q[b], Q[b], scratch)
     for i in range(n):
         total = zero
@@ -101,11 +125,12 @@ def _quadratic_model(b, model, initial, state, kept, problem, scratch):
             total += arrival[b, i, j] * (z[b, 0, j] - mean[b, j])
         q[b, 0, i] = total
     for t in range(T):
+        share = z.dtype.type(weight(u[b], t, prior))
         for i in range(m):
             for j in range(m):
                 R[b, t, i, j] = zero
-            R[b, t, i, i] = precision[i]
-            r[b, t, i] = (u[b, t, i] - centre[i]) * precision[i]
+            R[b, t, i, i] = share * precision[i]
+            r[b, t, i] = (u[b, t, i] - centre[i]) * precision[i] * share
 
 
 @part

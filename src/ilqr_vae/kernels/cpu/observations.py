@@ -35,7 +35,7 @@ def scratch_size(T, n):
     return T * (n * (n + 1) // 2 + n + 2 * PANEL)
 
 
-def pack_bank(C, b, limit, precision, poisson):
+def pack_bank(C, b, limit, precision, poisson, linked, gain, floor, soft):
     """The bank as the kernels take it.
 
     Args:
@@ -43,6 +43,8 @@ def pack_bank(C, b, limit, precision, poisson):
         limit: (N,), where an exponential link goes linear; not read for Gaussian channels.
         precision: (N,), one over variance; not read for Poisson channels.
         poisson: how many channels, the first ones, are Poisson.
+        linked: whether the rate of any is other than exp(a): gain (link(a) + floor).
+        gain, floor: (N,); soft: (N,), one where the link is softplus, zero where exp.
     """
     N, n = C.shape
     wide = -(-N // PANEL) * PANEL
@@ -57,7 +59,8 @@ def pack_bank(C, b, limit, precision, poisson):
     pack_transposed(C, affine)
     pack(C, slope)
     pack_products(C, curvature)
-    return poisson, affine, padded(b), padded(limit), padded(precision), slope, curvature
+    rates = (linked, *(padded(x) for x in (gain, floor, soft)))
+    return poisson, affine, padded(b), padded(limit), padded(precision), slope, curvature, rates
 
 
 @inner
@@ -98,6 +101,55 @@ def _stretched_row(t, count, limit, values, mask, d, w):
 
 
 @inner
+def _rate(a, limit, gain, floor, soft):
+    """The rate gain (link(a) + floor), its log, and the first two derivatives of both in a."""
+    zero, one = type(a)(0.0), type(a)(1.0)
+    half = type(a)(0.5)
+    if soft > zero:
+        rest = one / (one + math.exp(a))  # one less the slope
+        slope = one / (one + math.exp(-a))
+        link = math.log1p(math.exp(-abs(a))) + (a if a > zero else zero)
+        second = slope * rest
+        tail = math.exp(a) if a < -15 else zero
+        log = a - half * tail if a < -15 else math.log(link)
+        ratio = one - half * tail if a < -15 else slope / link
+        bend = -ratio * (ratio - rest if ratio > rest else zero)
+    else:
+        over = a - limit if a > limit else zero
+        slope = math.exp(a - over)
+        link = slope * (one + over)
+        second = zero if over > zero else slope
+        log = a - over + math.log1p(over)
+        ratio = one / (one + over)
+        bend = -ratio * ratio if over > zero else zero
+    if floor > zero:
+        link += floor
+        log, ratio = math.log(link), slope / link
+        bend = second / link - ratio * ratio
+    return gain * link, gain * slope, gain * second, log + math.log(gain), ratio, bend
+
+
+@inner
+def _linked_row(t, count, bias, limit, rates, values, mask, d, w):
+    """``_poisson_row`` where the rate is gain (link(a) + floor)."""
+    never_inline()
+    _, gain, floor, soft = rates
+    total, zero = 0.0, d.dtype.type(0.0)
+    for i in range(count):
+        rate, slope, second, log, ratio, bend = _rate(
+            d[t, i] + bias[i], limit[i], gain[i], floor[i], soft[i]
+        )
+        y, seen = values[t, i], mask[t, i]
+        total += (rate - y * log) * seen
+        d[t, i] = (slope - y * ratio) * seen
+        # as ``likelihoods``: Fisher information under an exp link, else what is positive
+        exact = second - y * bend
+        curved = exact if exact > zero else zero
+        w[t, i] = (curved if soft[i] > zero else slope * ratio) * seen
+    return total
+
+
+@inner
 def _gaussian_row(t, first, count, bias, precision, values, mask, d, w):
     total = 0.0
     for i in range(first, count):
@@ -115,14 +167,17 @@ def _gaussian_row(t, first, count, bias, precision, values, mask, d, w):
 def score(bank, z, values, mask, d, w):
     """-sum over bins and channels of log p without log y!, and d and w on the way."""
     never_inline()
-    poisson, affine, bias, limit, precision, _, _ = bank
+    poisson, affine, bias, limit, precision, _, _, rates = bank
     T, N = values.shape
     n = z.shape[1]
     N8 = d.shape[1]
     times_panels(z, n, n, T, affine, d, 0, N8)
     total = 0.0
     for t in range(T):
-        total += _poisson_row(t, poisson, bias, limit, values, mask, d, w)
+        if rates[0]:
+            total += _linked_row(t, poisson, bias, limit, rates, values, mask, d, w)
+        else:
+            total += _poisson_row(t, poisson, bias, limit, values, mask, d, w)
         if poisson < N:
             total += _gaussian_row(t, poisson, N, bias, precision, values, mask, d, w)
     return total
@@ -132,7 +187,7 @@ def score(bank, z, values, mask, d, w):
 def quadratise(bank, d, w, q, Q, scratch):
     """q[1:] = C' d and Q[1:] = C' diag(w) C, per bin."""
     never_inline()
-    _, _, _, _, _, slope, curvature = bank
+    slope, curvature = bank[5], bank[6]
     T, N8 = d.shape
     n = q.shape[1]
     triangle = curvature.shape[0] * PANEL
@@ -155,7 +210,7 @@ def quadratise(bank, d, w, q, Q, scratch):
 def expected(bank, z, mean):
     """E[o | z] of one state z (1, n), into mean (1, N rounded up to 8)."""
     never_inline()
-    poisson, affine, bias, limit, _, _, _ = bank
+    poisson, affine, bias, limit, _, _, _, (linked, gain, floor, soft) = bank
     N8 = mean.shape[1]
     n = z.shape[1]
     one, zero = mean.dtype.type(1.0), mean.dtype.type(0.0)
@@ -164,6 +219,9 @@ def expected(bank, z, mean):
         mean[0, i] += bias[i]
     for i in range(poisson):
         a = mean[0, i]
+        if linked:
+            mean[0, i] = _rate(a, limit[i], gain[i], floor[i], soft[i])[0]
+            continue
         over = a - limit[i]
         least = limit[i] if over > zero else a
         mean[0, i] = math.exp(least) * (one + (over if over > zero else zero))

@@ -29,7 +29,7 @@ from ilqr_vae.kernels.cpu.algebra import (
 )
 from ilqr_vae.kernels.cpu.dynamics import linearise, roll_out
 from ilqr_vae.kernels.cpu.dynamics import scratch_size as rollout_scratch
-from ilqr_vae.kernels.cpu.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING
+from ilqr_vae.kernels.cpu.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING, weight
 from ilqr_vae.kernels.cpu.lqr import covariance_of_one
 from ilqr_vae.kernels.cpu.lqr import scratch_size as lqr_scratch
 from ilqr_vae.kernels.cpu.panels import finite, whole
@@ -56,7 +56,7 @@ def _carve3(scratch, start, count, rows, columns):
 def _absorb(b, model, before, mean, precision, scratch):
     """Arrival mean and precision one bin later, for stream ``b``; False where they break down."""
     family, weights, bank, prior = model
-    centre, input_precision, _ = prior
+    centre, input_precision, _, _ = prior
     _, old_mean, old_precision, z, u, counts, mask = before
     n, m = z.shape[2], u.shape[2]
     n8 = round_up(n, COLUMNS)
@@ -80,7 +80,7 @@ def _absorb(b, model, before, mean, precision, scratch):
         family, weights, False, z[b, 0], nothing, u[b, :1], law, nothing, zero, z_two, u_one, f, h,
         rest,
     )  # fmt: skip
-    linearise(family, weights, z_two, f, h, A, B, rest)
+    linearise(family, weights, z_two, u_one, f, h, A, B, rest)
     observations.score(bank, z[b, :2], counts[b, :1], mask[b, :1], d, w)
     observations.quadratise(bank, d, w, q, Q, rest)
 
@@ -95,6 +95,7 @@ def _absorb(b, model, before, mean, precision, scratch):
 
     if not inverse_of_symmetric(old_precision[b], P, n, rest):
         return False
+    share = z.dtype.type(weight(u_one, 0, prior))
     for i in range(n):
         shift[i] = zero
         for j in range(n):
@@ -103,7 +104,7 @@ def _absorb(b, model, before, mean, precision, scratch):
         for a in range(m):
             # R is diagonal, so R^-1 r = u - centre
             shift[i] -= B[0, i, a] * (u[b, 0, a] - centre[a])
-            X[n + a, i] = B[0, i, a] / math.sqrt(input_precision[a])
+            X[n + a, i] = B[0, i, a] / math.sqrt(share * input_precision[a])
     multiply(P, 0, n8, X, 0, n8, Y, 0, n8, n, n, n, False)
     move_rows(Y, n * n8, n8, X, n * n8, n8, m, n)
     multiply(X, 0, n8, Y, 0, n8, P_minus, 0, n8, n + m, n, n, True)
@@ -210,7 +211,7 @@ def _take_in(b, model, null, before, after, arriving, predicted, estimate, scrat
     for i in range(n):
         at[0, i] = z[b, newest + 1, i]
     observations.expected(bank, at, expected)
-    poisson, _, _, _, precision, _, _ = bank
+    poisson, precision = bank[0], bank[4]
     gain, seen = 0.0, 0.0
     ended[b] = RUNNING
     for i in range(N):

@@ -83,14 +83,12 @@ class Dynamics(nn.Module, ABC):
 
     Attributes:
         activation: see ``ACTIVATIONS``.
-        outside: whether W u is added outside the activation.
 
     Raises:
         ConfigError: an unknown activation.
     """
 
     family: str
-    outside: bool = False
 
     def __init__(self, n: int, m: int, *, activation: str = "tanh") -> None:
         super().__init__()

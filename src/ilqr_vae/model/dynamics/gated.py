@@ -54,8 +54,10 @@ class MGU2(Dynamics):
 
     @property
     def kernel(self) -> str:
-        plain = type(self) is MGU2 and self.activation == "tanh" and not self.outside
-        return self.family if plain else ""
+        if type(self) is not MGU2:
+            return ""
+        variant = [] if self.activation == "tanh" else [self.activation]
+        return " ".join([self.family, *variant, *(["outside"] if self.outside else [])])
 
     def _columns(self, W: Tensor) -> Tensor:
         return unit_columns(W) if self.normalise_input else W
