@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from scipy import special, stats
 
 from feeder import Feeder, bin_, open_
 from ilqr_training.config import ModelConfig, ReadoutConfig, check
@@ -103,6 +104,35 @@ def test_the_soft_relu_is_the_papers() -> None:
     expected = 0.5 * (x + (x**2 + 4).sqrt()) - 1
     torch.testing.assert_close(got[:, 0], expected, rtol=0, atol=1e-14)
     assert float(got[30, 0]) == 0.0
+
+
+def test_the_authors_model_is_their_equations() -> None:
+    """Appendix C, eqs. 1, 5 and S11 in numpy and scipy, against the built-in parts."""
+    model = model_of("authors")
+    p = {k: v.detach().numpy() for k, v in model.named_parameters()}
+    observed = draw_data(model, 1, 6)
+    rng = np.random.default_rng(2)
+    z, u = rng.normal(size=3), rng.normal(size=(6, 2))
+    m, nu = 2, float(model.prior.nu)  # pyright: ignore[reportArgumentType]
+    shape = np.diag(np.exp(2 * p["prior.log_scale"]) * (nu - 2) / nu)
+    total = stats.norm(p["initial.mean"], np.exp(p["initial.log_scale"])).logpdf(z).sum()
+    total += stats.multivariate_t(np.zeros(m), shape, nu).logpdf(u).sum()
+    W = p["dynamics.input"] / np.linalg.norm(p["dynamics.input"], axis=0)
+    start = torch.as_tensor(z)[None]
+    for k in range(6):
+        f = special.expit(p["dynamics.gate"] @ z + p["dynamics.gate_bias"])
+        x = p["dynamics.hidden"] @ (f * z) + p["dynamics.hidden_bias"]
+        z = (1 - f) * z + f * ((x + np.sqrt(x**2 + 4)) / 2 - 1 + W @ u[k])
+        a = p["groups.spikes.C"] @ z + p["groups.spikes.b"]
+        rate = np.exp(p["groups.spikes.log_gain"]) * (np.exp(a) + 1e-3)
+        total += stats.poisson(rate).logpmf(observed["spikes"].values[0, k].numpy()).sum()
+    with torch.no_grad():
+        inputs = torch.as_tensor(u)[None]
+        path = model.rollout(model.dynamics.weights(), start, inputs)
+        np.testing.assert_allclose(path[0, -1].numpy(), z, atol=1e-12)
+        ours = model.initial.log_prob(start).sum() + model.prior.log_prob(inputs).sum()
+        ours = ours + model.log_likelihood(path, observed)["spikes"].sum()
+    assert float(ours) == pytest.approx(float(total), abs=1e-9)
 
 
 def test_a_floor_and_a_gain_are_in_the_rate() -> None:
