@@ -113,10 +113,10 @@ def test_the_authors_model_is_their_equations() -> None:
     observed = draw_data(model, 1, 6)
     rng = np.random.default_rng(2)
     z, u = rng.normal(size=3), rng.normal(size=(6, 2))
-    m, nu = 2, float(model.prior.nu)  # pyright: ignore[reportArgumentType]
+    nu = float(model.prior.nu.detach())  # pyright: ignore
     shape = np.diag(np.exp(2 * p["prior.log_scale"]) * (nu - 2) / nu)
     total = stats.norm(p["initial.mean"], np.exp(p["initial.log_scale"])).logpdf(z).sum()
-    total += stats.multivariate_t(np.zeros(m), shape, nu).logpdf(u).sum()
+    total += stats.multivariate_t(p["prior.mean"], shape, nu).logpdf(u).sum()
     W = p["dynamics.input"] / np.linalg.norm(p["dynamics.input"], axis=0)
     start = torch.as_tensor(z)[None]
     for k in range(6):
