@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from zmq.utils import z85
 
 from feeder import UNITS, Feeder, bin_, open_, spikes
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
 from ilqr_service.settings import loopback_endpoint
-from ilqr_service.transport.security import RateLimit
+from ilqr_service.transport.security import Gate, RateLimit
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ConfigError, ProtocolError, ServiceError
 from ilqr_vae.protocol import messages
@@ -33,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("reader", ("read",)),
         ("operator", ("control",)),
         ("gone", ("feed", "read")),
+        ("mallory", ("feed", "read")),
     ):
         add_client(path, name, roles)
     return path
@@ -132,6 +134,77 @@ def test_whoever_is_revoked_may_nothing_from_then_on(service: Service, folder: P
             if session.refused:
                 break
         assert session.refused[0].field == "role"
+        with pytest.raises(ServiceError, match="role"):  # nor is anything answered
+            gone.describe()
+
+
+def test_a_session_is_its_users_in_every_way_in(service: Service, folder: Path) -> None:
+    key = {name: read_client_key(folder / f"{name}.key") for name in ("rig", "mallory")}
+    addresses = (service.ingest, service.results)
+    row = spikes(1)[0]
+    with Feeder(*addresses, key=key["rig"], identity=b"rig") as rig:
+        rig.ask(open_("mine"), messages.Opened)
+        with Feeder(*addresses, key=key["mallory"], identity=b"rig") as mallory:
+            for message in (
+                bin_("mine", 0, row),
+                open_("mine", epoch=1),
+                open_("mine", epoch=2**32),
+                open_("mine", resume=True),
+                messages.Close(session="mine"),
+            ):
+                assert mallory.ask(message, messages.Refused).field == "session"
+        rig.subscribe("mine")
+        rig.send(bin_("mine", 0, row))
+        assert rig.results(1)[0].status == "ok"
+        # epochs are not used up
+        assert rig.ask(open_("mine", epoch=2**53), messages.Refused).field == "epoch"
+        rig.ask(open_("mine", epoch=2**32), messages.Opened)
+        assert rig.ask(open_("other", epoch=2**52 + 1), messages.Refused).field == "epoch"
+        rig.ask(messages.Close(session="mine", epoch=2**32), messages.Closed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{old}[[client]]\nname = 'new'\npublic = 'abc'\nroles = ['read']\n",
+        "{old}[[client]]\nname = 'new'\npublic = '" + "~" * 40 + "'\nroles = ['read']\n",
+        "{old}[[client]]\nname = 'new'\npublic = '" + "#" * 40 + "'\nroles = ['read']\n",
+        "{old}[[client]]\nname = 'a b'\npublic = '" + "0" * 40 + "'\nroles = ['read']\n",
+        "{old}{old}",
+        "[[client\n",
+        "[[client]]\nname = 'ri",
+        "\0",
+        None,
+    ],
+)
+def test_an_allow_list_that_cannot_be_read_leaves_the_old_one_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | None
+) -> None:
+    add_client(tmp_path, "rig", ("feed",))
+    path, old = tmp_path / "authorized.toml", (tmp_path / "authorized.toml").read_text()
+    public = z85.decode(read_client_key(tmp_path / "rig.key").public.encode())
+    gate = Gate(tmp_path)
+    if text is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(text.replace("{old}", old))
+    for _ in range(10):
+        assert not gate.refresh()
+    assert gate.user(public) == "rig"
+    assert [r.levelname for r in caplog.records] == ["ERROR"]
+    with pytest.raises(ConfigError, match="keys"):
+        Gate(tmp_path)
+    if text is None:
+        path.rmdir()
+    path.write_text("")  # all revoked, once it is sure that nobody is writing it
+    assert not gate.refresh()
+    assert gate.refresh()
+    assert gate.user(public) == ""
+    path.write_text("[[client\n")  # and a typo then does not end the service either
+    for _ in range(3):
+        assert not gate.refresh()
+    assert gate.user(public) == ""
 
 
 def test_beyond_loopback_only_with_keys(folder: Path, tmp_path: Path) -> None:

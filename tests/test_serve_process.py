@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -110,7 +112,39 @@ def run(*args: str, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_process_from_ready_to_sigterm(model_file: Path, tmp_path: Path) -> None:
+def test_http_on_ipv6() -> None:
+    try:
+        web = Web("[::1]:0", CollectorRegistry(), healthy=lambda: True, ready=lambda: True)
+    except ServiceError:
+        pytest.skip("no IPv6 here")
+    try:
+        assert web.address.startswith("[::1]:")
+        assert get(web.address, "/healthz") == (200, "ok\n")
+    finally:
+        web.close()
+
+
+def test_slow_web_clients_keep_nobody_out_and_no_thread_each() -> None:
+    web = Web("127.0.0.1:0", CollectorRegistry(), healthy=lambda: True, ready=lambda: True)
+    host, port = web.address.split(":")
+    before = threading.active_count()
+    slow: list[socket.socket] = []
+    try:
+        for _ in range(60):
+            slow.append(socket.create_connection((host, int(port)), timeout=WAIT_S))
+            slow[-1].sendall(b"GET /me")
+        assert get(web.address, "/healthz") == (200, "ok\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert slow[0].recv(1) == b""  # the oldest was ended
+        assert threading.active_count() - before < 40
+    finally:
+        for one in slow:
+            one.close()
+        web.close()
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
+def test_process_from_ready_to_signal(model_file: Path, told: signal.Signals) -> None:
     process = run(
         *(str(model_file), "--ingest", FREE["ingest"], "--results", FREE["results"]),
         *("--http", FREE["http"], "--device", "cpu", "--log", "json", "--ready-file", "-"),
@@ -125,7 +159,7 @@ def test_process_from_ready_to_sigterm(model_file: Path, tmp_path: Path) -> None
             feeder.send(*(bin_("s", i, x) for i, x in enumerate(spikes(40))))
             # the service has taken all of them once it answers what was asked after them
             feeder.ask(messages.Probe(client_ns=0), messages.Probed)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(told)
             assert [r.index for r in feeder.results(40)] == list(range(40))
             assert feeder.notice("shutdown").session == "s"
             assert feeder.reply_of(messages.Closed).bins == 40

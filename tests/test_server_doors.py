@@ -35,6 +35,11 @@ GOOD_BIN = messages.encode(bin_("steady", 0, spikes(1)[0]))
         (open_("s", bin_width_ns=20_000_000), "bin_width_ns"),
         (bin_("nobody", 0, spikes(1)[0]), "session"),
         (bin_("steady", 3, np.ones(3)), "counts.shape"),
+        (
+            GOOD_BIN.replace(b"\xa5shape\x91\x07", b"\xa5shape\xdd\0\x0f\x42\x40" + b"\1" * 10**6),
+            "message",
+        ),
+        (open_("s", units=("a",) * 100_000), "message"),
         (messages.Close(session="nobody"), "session"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import select
 import sys
 import time
 from typing import Any, Literal
@@ -46,9 +49,30 @@ class PlainFormatter(logging.Formatter):
         return (f"{first}  {pairs}" if pairs else first) + newline + rest
 
 
+class StderrHandler(logging.Handler):
+    """Writes to a file descriptor and never waits: lines that its reader does not take are lost."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = (self.format(record) + "\n").encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):
+            for at in range(0, len(line), select.PIPE_BUF):
+                if not self._poll.poll(0):
+                    return
+                os.write(self._descriptor, line[at : at + select.PIPE_BUF])
+
+
 def configure(kind: Literal["plain", "json"], level: int = logging.INFO) -> None:
     """Send the service's log to stderr, and nowhere else."""
-    handler = logging.StreamHandler(sys.stderr)
+    try:
+        handler: logging.Handler = StderrHandler(sys.stderr.fileno())
+    except (OSError, AttributeError):  # stderr is closed, or no file
+        handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if kind == "json" else PlainFormatter())
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(level)

@@ -44,6 +44,7 @@ _REASONS = (
     "frames",
     "protocol",
     "subscription",
+    "connections",
 )
 _HALF_LIFE = 5_000
 _MINUTE_NS = 60_000_000_000

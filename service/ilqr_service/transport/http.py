@@ -23,6 +23,7 @@ _CONNECTIONS = 16
 _REQUEST_S = 5.0
 _SPACING_S, _BURST = 0.005, 50
 _METRICS_SHARE = 0.2
+_QUIET_S = 10.0
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -36,7 +37,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._began: dict[socket.socket, float] = {}
         self._room = threading.Lock()
-        self._earliest = 0.0
+        self._earliest = self._quiet_until = 0.0
         super().__init__(*args, **options)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -68,8 +69,11 @@ class _Server(ThreadingMixIn, WSGIServer):
             request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Whoever asked is gone, most likely: a line in the log, not a traceback beside it."""
-        logs.info("a web request broke", peer=str(client_address), error=repr(sys.exception()))
+        """Whoever asked is gone, most likely: a line in the log, and not one for each of many."""
+        now = time.monotonic()
+        if now > self._quiet_until:
+            self._quiet_until = now + _QUIET_S
+            logs.info("a web request broke", peer=str(client_address), error=repr(sys.exception()))
 
 
 class _Server6(_Server):

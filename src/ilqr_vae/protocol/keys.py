@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 import zmq
@@ -25,6 +25,7 @@ ROLES: tuple[Role, ...] = ("feed", "read", "control")
 SERVER, AUTHORIZED = "server.key", "authorized.toml"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 VARIABLE = "ILQR_VAE_KEY"
+T = TypeVar("T")
 
 
 def _check(field: str, key: str) -> None:
@@ -109,9 +110,17 @@ def _toml(values: object) -> bytes:
     return "".join(f"{key} = '{value}'\n" for key, value in table.items()).encode()
 
 
+def _read(path: Path, kind: type[T]) -> T:
+    try:
+        return read_toml(path, kind, "keys")
+    except ConfigError as error:
+        where = error.field if path.name in error.field else f"keys {path.name}: {error.field}"
+        raise ConfigError(where, expected=error.expected, got=error.got) from error
+
+
 def read_client_key(path: Path) -> ClientKey:
     """Raises ConfigError."""
-    return read_toml(path, ClientKey, "key")
+    return _read(path, ClientKey)
 
 
 def key_from_environment() -> ClientKey | None:
@@ -122,13 +131,13 @@ def key_from_environment() -> ClientKey | None:
 
 def read_server_key(folder: Path) -> ServerKey:
     """Raises ConfigError."""
-    return read_toml(folder / SERVER, ServerKey, "keys")
+    return _read(folder / SERVER, ServerKey)
 
 
 def read_authorized(folder: Path) -> Authorized:
     """The allow-list; empty where there is none yet. Raises ConfigError."""
     path = folder / AUTHORIZED
-    return read_toml(path, Authorized, "keys") if path.exists() else Authorized()
+    return _read(path, Authorized) if path.exists() else Authorized()
 
 
 def _pair() -> tuple[str, str]:
