@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,31 @@ from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.spec import Hdf5Spec, MatSpec, NwbSpec
 
 MAX_COUNT = int(np.iinfo(np.uint16).max)
+MOST_VALUES = 1_000_000_000
+"""Of one array of a file: more than any recording has, and than memory holds."""
 MAX_GAP_SECONDS = 1.0
 """Kinematics missing for longer than this are filled, and their bins marked invalid."""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Something in a file that is no array of numbers, text or cell array: what it is, in words."""
+
+    what: str
+
+
 def existing_file(path: str | Path) -> Path:
-    """The path, known to be a file. Raises RecordingError naming what is there instead."""
+    """The path of a file that opens. Raises RecordingError naming what is there instead."""
     path = Path(path)
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "no such file"
-        raise RecordingError("recording", expected="a file", got=f"{what}: {path}")
+    try:
+        if not path.is_file():
+            what = "a directory" if path.is_dir() else "no such file"
+            raise RecordingError("recording", expected="a file", got=f"{what}: {path}")
+        path.open("rb").close()
+    except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
+        raise RecordingError(
+            "recording", expected="a file that can be read", got=f"{path}: {error}"
+        ) from error
     return path
 
 
@@ -46,6 +62,7 @@ def whole_counts(values: NDArray[Any], field: str) -> NDArray[np.uint16]:
     if array.size == 0:
         raise RecordingError(field, expected="at least one bin", got=f"shape {array.shape}")
     if array.dtype.kind == "f":
+        array = array.astype(np.float64)  # float16 has no MAX_COUNT
         _refuse(array, ~np.isfinite(array), field, "finite whole numbers")
         _refuse(array, array != np.floor(array), field, "whole numbers")
     if array.dtype.kind in "if":

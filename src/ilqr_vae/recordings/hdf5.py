@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.checks import (
-    channels_of,
-    existing_file,
-    missing_extra,
-    sha256_of,
-    whole_counts,
-)
+from ilqr_vae.recordings.checks import Found, channels_of, existing_file, sha256_of, whole_counts
+from ilqr_vae.recordings.h5 import File
 from ilqr_vae.recordings.recording import Recording, Trials
 from ilqr_vae.recordings.spec import ClockSpec, Hdf5Spec, RecordingSpec
+from ilqr_vae.recordings.trials import words
 from ilqr_vae.recordings.unbinned import differentiated
 
 Array = NDArray[np.float64]
@@ -27,11 +24,11 @@ _DEFAULT = Hdf5Spec()
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Trials of one part: counts (K, T, N), kinematics (K, T, D) or None, a number a trial."""
+    """Trials of one part: counts (K, T, N), kinematics (K, T, D) or None, a condition a trial."""
 
     counts: NDArray[Any]
     kinematics: Array | None
-    condition: NDArray[Any] | None
+    condition: NDArray[np.str_] | None
 
 
 def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
@@ -59,88 +56,92 @@ def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
         raise RecordingError(
             "data.clocks", expected="none for an HDF5 file of bins", got=str(spec.clocks)
         )
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise missing_extra("recording", "h5py", "nwb") from error
-    try:
-        with h5py.File(path, "r") as file:
-            parts, n_held_in = _read(file, spec.hdf5, h5py)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise RecordingError(
-            "recording", expected="an HDF5 file", got=f"{path.name}: {error}"
-        ) from error
+    with closing(File(path, "an HDF5 file")) as file:
+        parts, n_held_in = _read(file, spec.hdf5)
     return _joined(parts, n_held_in, spec, path.name, sha256_of(path))
 
 
-def _read(file: Any, names: Hdf5Spec, h5py: Any) -> tuple[list[_Part], int]:
-    group = file
-    if names.group:
-        if names.group not in file or not isinstance(file[names.group], h5py.Group):
+def _read(file: File, names: Hdf5Spec) -> tuple[list[_Part], int]:
+    group = file.child(file.root, names.group) if names.group else file.root
+    if not file.is_group(group):
+        raise RecordingError(
+            "data.hdf5.group",
+            expected=f"one of {', '.join(file.names(file.root)) or 'none'}",
+            got=repr(names.group),
+        )
+    present = file.names(group)
+
+    def read(name: str, field: str) -> NDArray[Any]:
+        """A dataset's numbers or text. Raises RecordingError."""
+        node = file.child(group, name)
+        if node is None:
+            listed = ", ".join(present) or "none"
+            raise RecordingError(field, expected=f"one of {listed}", got=repr(name))
+        found = file.value(node)
+        if not isinstance(found, np.ndarray):
+            what = found.what if isinstance(found, Found) else f"a list of {len(found)}"
+            raise RecordingError(name, expected="an array of numbers", got=what)
+        return found
+
+    def cube(name: str, field: str) -> NDArray[Any]:
+        values = read(name, field)
+        if values.ndim != 3 or 0 in values.shape or values.dtype.kind not in "biuf":
             raise RecordingError(
-                "data.hdf5.group", expected=f"one of {', '.join(file)}", got=repr(names.group)
+                name,
+                expected="trials x bins x channels of numbers, also of a single trial",
+                got=f"{'text' if values.dtype.kind == 'U' else values.dtype} {values.shape}",
             )
-        group = file[names.group]
-    held_in = _cube(group, names.spikes, "data.hdf5.spikes")
-    counts = [held_in]
-    if names.held_out and (names.held_out in group or names.held_out != _DEFAULT.held_out):
-        counts.append(_cube(group, names.held_out, "data.hdf5.held_out"))
-    moving = _optional(group, names.kinematics, _DEFAULT.kinematics, "data.hdf5.kinematics")
-    parts = [_part(counts, moving, _numbers(group, names.conditions, "data.hdf5.conditions"))]
-    if names.test_spikes in group:
-        test = [_cube(group, names.test_spikes, "data.hdf5.test_spikes")]
-        if len(counts) == 2 and names.test_held_out in group:
-            test.append(_cube(group, names.test_held_out, "data.hdf5.test_held_out"))
+        return values
+
+    def optional(name: str, usual: str, field: str) -> NDArray[Any] | None:
+        absent = not name or (name == usual and file.child(group, name) is None)
+        return None if absent else cube(name, field)
+
+    def conditions(name: str, field: str) -> NDArray[np.str_] | None:
+        return words(np.ravel(read(name, field))) if name else None
+
+    held_in = cube(names.spikes, "data.hdf5.spikes")
+    held_out = optional(names.held_out, _DEFAULT.held_out, "data.hdf5.held_out")
+    counts = {names.spikes: held_in} | ({} if held_out is None else {names.held_out: held_out})
+    moving = optional(names.kinematics, _DEFAULT.kinematics, "data.hdf5.kinematics")
+    told = conditions(names.conditions, "data.hdf5.conditions")
+    parts = [_part(counts, {names.kinematics: moving}, told)]
+    if file.child(group, names.test_spikes) is not None:
+        test = {names.test_spikes: cube(names.test_spikes, "data.hdf5.test_spikes")}
+        if len(counts) == 2 and file.child(group, names.test_held_out) is not None:
+            test[names.test_held_out] = cube(names.test_held_out, "data.hdf5.test_held_out")
         field = "data.hdf5.test_kinematics"
-        seen = _optional(group, names.test_kinematics, _DEFAULT.test_kinematics, field)
+        seen = optional(names.test_kinematics, _DEFAULT.test_kinematics, field)
         if len(test) == len(counts) and (moving is None) == (seen is None):
-            told = _numbers(group, names.test_conditions, "data.hdf5.test_conditions")
-            parts.append(_part(test, seen, told))
+            told = conditions(names.test_conditions, "data.hdf5.test_conditions")
+            parts.append(_part(test, {names.test_kinematics: seen}, told))
     return parts, held_in.shape[2]
 
 
-def _cube(group: Any, name: str, field: str) -> NDArray[Any]:
-    if name not in group:
-        raise RecordingError(field, expected=f"one of {', '.join(group) or 'none'}", got=repr(name))
-    values = np.asarray(group[name])
-    if values.ndim != 3 or 0 in values.shape or values.dtype.kind not in "biuf":
-        raise RecordingError(
-            name,
-            expected="trials x bins x channels of numbers",
-            got=f"{values.dtype} {values.shape}",
-        )
-    return values
-
-
-def _optional(group: Any, name: str, usual: str, field: str) -> NDArray[Any] | None:
-    if not name or (name == usual and name not in group):
-        return None
-    return _cube(group, name, field)
-
-
-def _numbers(group: Any, name: str, field: str) -> NDArray[Any] | None:
-    if not name:
-        return None
-    if name not in group:
-        raise RecordingError(field, expected=f"one of {', '.join(group)}", got=repr(name))
-    return np.ravel(np.asarray(group[name]))
-
-
 def _part(
-    counts: list[NDArray[Any]], kinematics: NDArray[Any] | None, condition: NDArray[Any] | None
+    counts: dict[str, NDArray[Any]],
+    kinematics: dict[str, NDArray[Any] | None],
+    condition: NDArray[np.str_] | None,
 ) -> _Part:
-    shape = counts[0].shape[:2]
-    for values in [*counts[1:], *([] if kinematics is None else [kinematics])]:
-        if values.shape[:2] != shape:
+    """Datasets by name, of which the first says how many trials and bins there are."""
+    first, shape = next((name, values.shape[:2]) for name, values in counts.items())
+    for name, values in (counts | kinematics).items():
+        if values is not None and values.shape[:2] != shape:
             raise RecordingError(
-                "recording", expected=f"{shape[0]} trials x {shape[1]} bins", got=str(values.shape)
+                name,
+                expected=f"{shape[0]} trials x {shape[1]} bins x channels, as {first} has",
+                got=str(values.shape),
             )
     if condition is not None and len(condition) != shape[0]:
         raise RecordingError(
             "data.hdf5.conditions", expected=f"{shape[0]}, one a trial", got=str(len(condition))
         )
-    moving = None if kinematics is None else kinematics.astype(np.float64)
-    return _Part(np.concatenate(counts, axis=2), moving, condition)
+    (moving,) = kinematics.values()
+    return _Part(
+        np.concatenate(list(counts.values()), axis=2),
+        None if moving is None else moving.astype(np.float64),
+        condition,
+    )
 
 
 def _usable(part: _Part) -> NDArray[np.bool_]:
@@ -178,7 +179,7 @@ def _joined(
         else channels_of(spec.hdf5, own, ("",) * channels, "data.hdf5")
     )
     told = [p.condition[k] for p, k in zip(parts, keep, strict=True) if p.condition is not None]
-    condition = tuple(f"{v:g}" for v in np.concatenate(told)) if len(told) == len(parts) else ()
+    condition = tuple(np.concatenate(told).tolist()) if len(told) == len(parts) else ()
     first = int(keep[0].sum())
     split, tested = spec.split, len(parts) > 1
     a = round(first * (split.train / split.validation if tested else split.train))

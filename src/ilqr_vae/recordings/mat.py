@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import io, sparse
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.binning import left_edges
 from ilqr_vae.recordings.checks import (
     channels_of,
     existing_file,
-    missing_extra,
     same_bin_width,
     sha256_of,
     whole_counts,
 )
+from ilqr_vae.recordings.mat_variables import described, read_variables
 from ilqr_vae.recordings.plausible import usable_stamps
 from ilqr_vae.recordings.recording import Recording, RecordingWarning
 from ilqr_vae.recordings.session import Moving, Session
 from ilqr_vae.recordings.spec import MatSpec, RecordingSpec
 from ilqr_vae.recordings.trials import Table
 from ilqr_vae.recordings.unbinned import recording_of
-
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-
-# What scipy's reader raises on bytes that are no MAT file, or half of one (found by truncating and
-# corrupting files: it does not wrap what its parser trips over).
-_UNREADABLE = (
-    ValueError,
-    TypeError,
-    OSError,
-    EOFError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    MemoryError,
-    NotImplementedError,
-    UnicodeDecodeError,
-    zlib.error,
-    io.matlab.MatReadError,
-)
 
 
 def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
@@ -77,7 +56,7 @@ def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
         "data.mat.trial_stops": mat.trial_stops,
         "data.mat.trial_conditions": mat.trial_conditions,
     } | {f"data.mat.trial_events[{i}]": name for i, name in enumerate(mat.trial_events)}
-    variables = _variables(path, {field: name for field, name in wanted.items() if name})
+    variables = read_variables(path, {field: name for field, name in wanted.items() if name})
     made = _timed(variables, spec) if timed else _binned(variables, spec)
     return replace(made, name=path.name, sha256=sha256_of(path))
 
@@ -86,7 +65,7 @@ def _binned(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
     mat, width = spec.mat, spec.bin_width
     counts = _counts(variables[mat.spikes], mat)
     if mat.bin_width:
-        stated = np.ravel(_numbers(variables[mat.bin_width], mat.bin_width))
+        stated = _vector(variables[mat.bin_width], mat.bin_width)
         if stated.size != 1:
             raise RecordingError(mat.bin_width, expected="one number", got=f"{stated.size}")
         same_bin_width(float(stated[0]), width, mat.bin_width)
@@ -95,7 +74,14 @@ def _binned(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
     moving: Moving | None = None
     if mat.kinematics:
         whole_lag(spec)
-        raw, names, units = _kinematics(variables[mat.kinematics], mat, n_bins)
+        shape = getattr(variables[mat.kinematics], "shape", ())
+        if n_bins not in shape and counts.shape[1] == max(shape, default=0):
+            raise RecordingError(
+                "data.mat.spikes_axes",
+                expected=f"the order by which {mat.kinematics}, of shape {shape}, is as long",
+                got=f"{mat.spikes_axes!r}, which makes {n_bins} bins of {counts.shape[1]} units",
+            )
+        raw, names, units = _kinematics(variables[mat.kinematics], mat, n_bins, "bins")
         moving = Moving(mat.kinematics, raw.astype(np.float64), begin, width, names, units)
     names = tuple(f"unit{i}" for i in range(counts.shape[1]))
     table = _table(variables, mat, begin, width)
@@ -107,9 +93,11 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
     cells = variables[mat.spike_times]
     if not isinstance(cells, list):
         raise RecordingError(
-            mat.spike_times, expected="a cell array of vectors of seconds", got="no cell array"
+            mat.spike_times,
+            expected="a cell array of vectors of seconds, or a field of a struct array",
+            got=described(cells),
         )
-    units = [np.ravel(_numbers(c, mat.spike_times)).astype(np.float64) for c in cells]
+    units = [_vector(c, f"{mat.spike_times}{{{i + 1}}}") for i, c in enumerate(cells)]
     if not all(np.isfinite(times).all() for times in units):
         raise RecordingError(mat.spike_times, expected="finite seconds", got="some that are not")
     if not any(times.size for times in units):
@@ -123,12 +111,13 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
                 "data.mat.time", expected="the variable with the samples' times", got="none"
             )
         stamps = _numbers(variables[mat.time], mat.time)
-        n, (scale, offset) = stamps.size, spec.clocks.kinematics
+        n, (scale, offset) = max(stamps.shape, default=0), spec.clocks.kinematics
         if n < 2:
             raise RecordingError(mat.time, expected="two or more increasing seconds", got=f"{n}")
         times, rows, odd = usable_stamps(stamps, n, mat.time)
         times = times * scale + offset
-        raw, names, kinds = _kinematics(variables[mat.kinematics], mat, n)
+        stamped = f"samples, as {mat.time} has"
+        raw, names, kinds = _kinematics(variables[mat.kinematics], mat, n, stamped)
         interval = float(np.median(np.diff(times)))
         moving = Moving(mat.kinematics, raw.astype(np.float64)[rows], times, interval, names, kinds)
         # where each sample of the file begins, those left out too
@@ -151,85 +140,18 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
     return recording_of(session, spec)
 
 
-def _variables(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
-    """The wanted variables by name, in MATLAB's own axis order."""
-    with path.open("rb") as file:
-        head = file.read(1024)
-    # A version 7.3 file is HDF5 behind a block of 512 bytes; Octave and others leave that out.
-    if _HDF5 in (head[:8], head[512:520]):
-        return _variables_v73(path, wanted)
-    try:
-        present = [name for name, _, _ in io.whosmat(path)]
-        _require(wanted, present, path)
-        found = io.loadmat(path, variable_names=list(wanted.values()))
-        return {name: _plain(value) for name, value in found.items()}
-    except _UNREADABLE as error:
-        raise RecordingError(
-            "recording", expected="a MAT file (version 5 or 7.3)", got=f"{path.name}: {error}"
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    """A cell array as a list of its cells, column by column as MATLAB counts them."""
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        return list(value.ravel(order="F"))
+def _numbers(value: Any, field: str) -> NDArray[Any]:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        raise RecordingError(field, expected="an array of numbers", got=described(value))
     return value
 
 
-def _variables_v73(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise missing_extra("recording", "h5py", "nwb") from error
-    try:
-        with h5py.File(path, "r") as file:
-            names = [str(name) for name in file]
-            _require(wanted, [name for name in names if not name.startswith("#")], path)
-            return {name: _v73_array(file, file[name], name, h5py) for name in wanted.values()}
-    except (OSError, RuntimeError, KeyError) as error:
-        raise RecordingError(
-            "recording", expected="a MAT file of version 7.3", got=f"{path.name}: {error}"
-        ) from error
-
-
-def _v73_array(file: Any, node: Any, name: str, h5py: Any) -> Any:
-    if isinstance(node, h5py.Dataset):
-        if h5py.check_ref_dtype(node.dtype) is not None:
-            # HDF5 keeps MATLAB's axes reversed: row by row here is column by column there
-            return [_v73_cell(file[ref]) for ref in np.asarray(node).ravel()]
-        return np.asarray(node).T
-    if "MATLAB_sparse" in node.attrs and "jc" in node:
-        columns = np.asarray(node["jc"])
-        shape = (int(node.attrs["MATLAB_sparse"]), len(columns) - 1)
-        if "data" not in node:  # a sparse matrix of zeros
-            return np.zeros(shape)
-        parts = (np.asarray(node["data"]), np.asarray(node["ir"]), columns)
-        return sparse.csc_matrix(parts, shape=shape).toarray()
-    raise RecordingError(name, expected="an array of numbers", got="a struct or cell")
-
-
-def _v73_cell(node: Any) -> NDArray[Any]:
-    # an empty cell is stored as its size, with an attribute that says so
-    return np.zeros(0) if node.attrs.get("MATLAB_empty", 0) else np.asarray(node).T
-
-
-def _require(wanted: dict[str, str], present: list[str], path: Path) -> None:
-    for field, name in wanted.items():
-        if name not in present:
-            raise RecordingError(
-                field,
-                expected=f"one of {path.name}'s variables: {', '.join(sorted(present)) or 'none'}",
-                got=repr(name),
-            )
-
-
-def _numbers(value: Any, field: str) -> NDArray[Any]:
-    if isinstance(value, list):
-        raise RecordingError(field, expected="an array of numbers", got="a cell array")
-    array = value.toarray() if sparse.issparse(value) else np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        raise RecordingError(field, expected="an array of numbers", got=f"dtype {array.dtype}")
-    return array
+def _vector(value: Any, field: str) -> NDArray[np.float64]:
+    """Numbers along one axis, flat, float64."""
+    array = _numbers(value, field)
+    if sum(size != 1 for size in array.shape) > 1 and array.size:
+        raise RecordingError(field, expected="a vector", got=f"shape {array.shape}")
+    return np.ravel(array).astype(np.float64)
 
 
 def _counts(value: Any, mat: MatSpec) -> NDArray[np.uint16]:
@@ -240,12 +162,12 @@ def _counts(value: Any, mat: MatSpec) -> NDArray[np.uint16]:
 
 
 def _kinematics(
-    value: Any, mat: MatSpec, n_bins: int
+    value: Any, mat: MatSpec, n_bins: int, what: str
 ) -> tuple[NDArray[Any], tuple[str, ...], tuple[str, ...]]:
     array = np.atleast_2d(_numbers(value, mat.kinematics))
     if array.ndim != 2 or n_bins not in array.shape:
         raise RecordingError(
-            mat.kinematics, expected=f"channels x {n_bins} bins", got=f"shape {array.shape}"
+            mat.kinematics, expected=f"channels x {n_bins} {what}", got=f"shape {array.shape}"
         )
     if array.shape[1] == n_bins:
         array = array.T
@@ -284,7 +206,7 @@ def _table(
         whole = np.nan_to_num(index).clip(0, n_bins - 1).astype(np.int64)
         return at[whole] + width * (index - whole)
 
-    start = _bin_numbers(_numbers(variables[mat.trial_starts], mat.trial_starts), mat.trial_starts)
+    start = _bin_numbers(variables[mat.trial_starts], mat.trial_starts)
     if start[0] < 1 or start[-1] > n_bins or (np.diff(start) <= 0).any():
         raise RecordingError(
             mat.trial_starts,
@@ -293,7 +215,7 @@ def _table(
         )
     stop = np.append(start[1:] - 1, n_bins)
     if mat.trial_stops:
-        stop = _bin_numbers(_numbers(variables[mat.trial_stops], mat.trial_stops), mat.trial_stops)
+        stop = _bin_numbers(variables[mat.trial_stops], mat.trial_stops)
         _one_a_trial(stop, len(start), mat.trial_stops)
         if (stop < start).any() or stop.max() > n_bins:
             raise RecordingError(
@@ -303,11 +225,11 @@ def _table(
             )
     columns: dict[str, NDArray[Any]] = {}
     if mat.trial_conditions:
-        values = np.ravel(_numbers(variables[mat.trial_conditions], mat.trial_conditions))
+        values = _vector(variables[mat.trial_conditions], mat.trial_conditions)
         _one_a_trial(values, len(start), mat.trial_conditions)
         columns["condition"] = values
     for name in mat.trial_events:
-        values = np.ravel(_numbers(variables[name], name)).astype(np.float64)
+        values = _vector(variables[name], name)
         _one_a_trial(values, len(start), name)
         columns[name if name.endswith("_time") else f"{name}_time"] = seconds(values - 1)
     # a column of the file's own name too, so that ``data.trials.event`` may say it as it is
@@ -320,9 +242,9 @@ def _one_a_trial(values: NDArray[Any], trials: int, field: str) -> None:
         raise RecordingError(field, expected=f"{trials}, one a trial", got=str(len(values)))
 
 
-def _bin_numbers(values: NDArray[Any], field: str) -> NDArray[np.int64]:
+def _bin_numbers(value: Any, field: str) -> NDArray[np.int64]:
     """Bin numbers as flat int64. Raises RecordingError where one is not a whole number."""
-    flat = np.ravel(values)
-    if flat.size == 0 or not np.isfinite(flat).all() or (flat != np.floor(flat)).any():
+    flat = _vector(value, field)
+    if flat.size == 0 or not (np.abs(flat) < 2**53).all() or (flat != np.floor(flat)).any():
         raise RecordingError(field, expected="whole numbers of bins", got=f"{flat[:3]}")
     return flat.astype(np.int64)

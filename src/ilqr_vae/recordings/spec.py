@@ -13,6 +13,8 @@ from ilqr_vae.recordings.split import SplitSpec
 class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Field map of a MAT file holding binned counts, or spike times.
 
+    A variable inside a struct is named with dots: ``session.data.spikes``.
+
     Attributes:
         spikes: variable with the counts.
         spikes_axes: order of its two axes.

@@ -24,7 +24,13 @@ from ilqr_vae.recordings.binning import (
     left_edges,
     resample,
 )
-from ilqr_vae.recordings.checks import MAX_GAP_SECONDS, fill_gaps, inside_intervals, measured
+from ilqr_vae.recordings.checks import (
+    MAX_GAP_SECONDS,
+    MOST_VALUES,
+    fill_gaps,
+    inside_intervals,
+    measured,
+)
 from ilqr_vae.recordings.plausible import SURELY
 from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
 from ilqr_vae.recordings.session import Moving, Session, plausible, span_of
@@ -39,7 +45,7 @@ from ilqr_vae.recordings.trials import (
     trials_of,
 )
 
-_MOST_BINS, _MOST_COUNTS = 100_000_000, 1_000_000_000
+_MOST_BINS = 100_000_000
 
 Array = NDArray[np.float64]
 
@@ -87,10 +93,10 @@ def possible(n_bins: float, n_units: int, width: float) -> None:
     """Raises RecordingError where there is no bin, or more than any recording has."""
     if not n_bins >= 1:  # nor where it is NaN
         raise RecordingError("recording", expected=f"one bin of {width:g} s or more", got="none")
-    if n_bins > _MOST_BINS or n_bins * n_units > _MOST_COUNTS:
+    if n_bins > _MOST_BINS or n_bins * n_units > MOST_VALUES:
         raise RecordingError(
             "data.bin_width",
-            expected=f"so wide that there are at most {_MOST_BINS:g} bins and {_MOST_COUNTS:g} "
+            expected=f"so wide that there are at most {_MOST_BINS:g} bins and {MOST_VALUES:g} "
             "counts (are the recording's times in seconds?)",
             got=f"{width:g} s, which makes {n_bins:.4g} bins x {n_units} units",
         )
