@@ -590,3 +590,44 @@ def test_windows_that_overlap_are_named(tmp_path: Path) -> None:
     nwb = trials(moved(file()), START, START + 4, go_time=START + 2)
     spec = TrialSpec(event="go_time", window=(-1.5, 4.5))
     assert "windows-overlap" in named(read(tmp_path, nwb, mode="trials", trials=spec))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros(6, dtype=[("a", "f8"), ("b", "i4")]),
+        np.array([b"x"] * 6),
+        np.zeros((3, 3)),
+        np.full(6, 2**63, dtype=np.uint64),
+        np.array([]),
+        0.0,
+    ],
+)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "processing/behavior/hand_vel/data",
+        "processing/behavior/hand_vel/timestamps",
+        "units/spike_times",
+        "units/spike_times_index",
+        "units/obs_intervals",
+        "units/unit_name",
+        "intervals/trials/start_time",
+        "intervals/trials/go_time",
+    ],
+)
+def test_no_content_of_a_dataset_is_more_than_one_line(
+    tmp_path: Path, place: str, values: Any
+) -> None:
+    nwb = pynwb.NWBFile("made up", "id", datetime(2024, 1, 1, tzinfo=UTC))
+    nwb.add_unit_column("unit_name", "made up")
+    for name, times in zip("abcdef", SPIKES, strict=True):
+        nwb.add_unit(spike_times=times, obs_intervals=[[0.0, 60.0]], unit_name=name)
+    trials(moved(nwb, timestamps=TIME), START, START + 4, go_time=START + 1)
+    path = replaced(saved(tmp_path, nwb), place, values)
+    said = "as it should be"
+    try:
+        load_recording(path, RecordingSpec(mode="trials"))
+    except RecordingError as error:
+        said = str(error)
+    assert len(said.splitlines()) == 1

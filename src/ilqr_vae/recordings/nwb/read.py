@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ def _open(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
         from hdmf.build.errors import BuildError, ConstructError
     except ModuleNotFoundError as error:
         raise missing_extra("recording", "pynwb", "nwb") from error
-    # What h5py, hdmf and pynwb raise on a file that is no NWB file, or is damaged.
+    # What h5py, hdmf and pynwb raise on a file that is no NWB file, or is damaged. Contents that
+    # cannot be read later are ``series.contents``'s to say; what else is raised there is our fault.
     unreadable = (
         OSError,
         RuntimeError,
@@ -70,24 +71,24 @@ def _open(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
         BuildError,
         ConstructError,
     )
-    try:
-        # Files of other versions of NWB, or that break a recommendation, make pynwb and hdmf warn;
-        # what matters here is checked here.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    # Files of other versions of NWB, or that break a recommendation, make pynwb and hdmf warn;
+    # what matters here is checked here.
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        try:
             # pynwb's classes are made at run time: the checker knows nothing of what they take.
             reader: Any = pynwb.NWBHDF5IO
-            with reader(str(path), mode="r") as file:
-                nwb = file.read()
-                yield nwb, _all_series(nwb, pynwb)
-    except unreadable as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, ConstructError):  # its text holds the whole builder
-            builder, reason = error.args
-            reason = f"{builder.path.removeprefix('root/')}: {reason.rpartition('due to: ')[2]}"
-        raise RecordingError(
-            "recording", expected="an NWB file", got=f"{path.name}: {reason}"
-        ) from error
+            nwb = stack.enter_context(reader(str(path), mode="r")).read()
+            series = _all_series(nwb, pynwb)
+        except unreadable as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if isinstance(error, ConstructError):  # its text holds the whole builder
+                builder, reason = error.args
+                reason = f"{builder.path.removeprefix('root/')}: {reason.rpartition('due to: ')[2]}"
+            raise RecordingError(
+                "recording", expected="an NWB file", got=f"{path.name}: {reason[:300]}"
+            ) from error
+        yield nwb, series
 
 
 def _all_series(nwb: Any, pynwb: Any) -> dict[str, Any]:

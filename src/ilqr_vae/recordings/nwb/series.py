@@ -35,7 +35,7 @@ def contents(data: Any, field: str) -> NDArray[Any]:
     """A dataset's values. Raises RecordingError where they cannot be read."""
     try:
         return np.asarray(data[:])
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise RecordingError(field, expected="data that can be read", got=str(error)) from error
 
 
@@ -147,7 +147,7 @@ def _is_behaviour(path: str, item: Any) -> bool:
     behaviour or is called a velocity."""
     shape = getattr(item.data, "shape", None)
     if (
-        np.dtype(getattr(item.data, "dtype", object)).kind not in "biuf"
+        getattr(getattr(item.data, "dtype", None), "kind", "O") not in "biuf"
         or not shape
         or not shape[0]
     ):

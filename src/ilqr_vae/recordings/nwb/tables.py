@@ -181,8 +181,7 @@ def _renamed(column: str, by: str, names: tuple[str, ...]) -> RecordingWarning:
 
 def _labels(column: Any, field: str) -> tuple[str, ...]:
     """A column as words; objects it refers to, such as electrode groups, by their names."""
-    raw = column.data[:]
-    named = [getattr(value, "name", value) for value in raw]
+    named = [getattr(value, "name", value) for value in contents(column.data, f"units.{field}")]
     return tuple(words(np.array(named, dtype=object)).tolist())
 
 
