@@ -201,21 +201,6 @@ def test_a_journal_becomes_nwb_that_the_inspector_finds_clean(
         assert json.loads(file["scratch/service_settings"][()])["credits"] == 500
 
 
-def test_replay_of_a_journal_is_verify(
-    fed: tuple[Service, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    _, journal, model = fed
-    options = ("--model", str(model), "--tolerance", "1e-6", "--json", "-")
-    assert main(["replay", "--journal", str(journal), *options]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["answers"] == told["identical"] == 80
-    other = make_model(tmp_path / "o.safetensors", n_units=7, names=UNITS, seed=1)
-    assert main(["replay", "--journal", str(journal), "--model", str(other)]) == 2  # its id differs
-    assert main(["replay", "--journal", str(journal)]) == 2
-    assert main(["replay"]) == 2
-    assert "error: " in capfd.readouterr().err
-
-
 def test_a_session_of_gaps_and_shed_bins_and_one_of_several_of_its_name_are_clean_nwb_too(
     served: tuple[Service, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,13 +79,14 @@ class Outstanding:
             if refused.index >= 0:  # the service does not know its feeder, or is not ready
                 self._ask_after = self._ask_after if self._asking else 0.0
                 return "for now"
+            if refused.field == "service":  # it warms up, or drains
+                self._asking, self._ask_after = False, _ASK_S
+                if self.heard - self._answered < _OPEN_LOOP * self.patience:
+                    self._progress = self.heard
+                return "for now"
             if self._asking:
                 self._asking = False
-                if refused.field != "service":
-                    return "unknown"
-                if self.heard - self._answered < _OPEN_LOOP * self.patience:
-                    self._progress = self.heard  # it warms up, or drains
-                return "for now"
+                return "unknown"
         self._bins.pop(refused.index, None)
         return "for good"
 

@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ilqr_clients.journal import verify_journal
 from ilqr_clients.replay_report import Ending, Run, arrays_of, report_of
 from ilqr_clients.replay_view import LiveReplay, status_text
 from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
@@ -32,8 +31,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 
 EXAMPLE = (
     "Example: ilqr-vae replay reach.nwb --to tcp://127.0.0.1:5555 --speed max --span test "
-    "--json r.json --html r.html   A service's journal: "
-    "ilqr-vae replay --journal journal/ --model model.safetensors"
+    "--json r.json --html r.html"
 )
 
 NANOSECOND_MS, HOUR_MS = 1e-6, 3.6e6
@@ -120,8 +118,8 @@ def _ending(service: ServiceClient, session: Session) -> Ending:
 @app.command(epilog=EXAMPLE)
 def replay(
     recording: Annotated[
-        Path | None, typer.Argument(help="A .nwb or .mat recording.", show_default=False)
-    ] = None,
+        Path, typer.Argument(help="A .nwb or .mat recording.", show_default=False)
+    ],
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
     speed: Annotated[
         str, typer.Option(help="Multiple of real time, or max: as fast as the service takes them.")
@@ -163,30 +161,14 @@ def replay(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
     ] = 10.0,
-    journal: Annotated[
-        Path | None,
-        typer.Option(help="Instead: run a service's journal again offline (ilqr-vae verify)."),
-    ] = None,
-    model_files: Annotated[
-        list[Path] | None, typer.Option("--model", help="For --journal: the model files it served.")
-    ] = None,
-    tolerance: Annotated[
-        float,
-        typer.Option(min=0.0, help="For --journal: largest difference allowed; 0 is bit for bit."),
-    ] = 0.0,
 ) -> None:
     """Stream a recording through a running service, bin by bin, and report decodes and latency.
 
     The recording is read the way the served model was trained. Decodes are scored beside a Wiener
-    filter's on the same bins. With --journal and --model no service is asked: everything one took
-    is solved again (this needs the engine) and compared with what it answered. Exit codes: 0 done,
-    1 a journal's answers differ, 2 wrong input, 3 no service or it refused.
+    filter's on the same bins. A connection that breaks, and a service that is restarted with its
+    journal, are survived within --timeout. Exit codes: 0 done, 2 wrong input, 3 no service or it
+    refused.
     """
-    if journal is not None:
-        same = verify_journal(journal, model_files or [], tolerance=tolerance, json_file=json_file)
-        raise typer.Exit(same)
-    if recording is None:
-        raise ConfigError("recording", expected="a .nwb or .mat file, or --journal", got="none")
     if recording.suffix.lower() in (".h5", ".hdf5"):
         raise ConfigError(
             "recording",

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.connection import Closing, connect, refusal
+from ilqr_clients.connection import Closing, connect, reachable, refusal
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.outstanding import REMEMBERED, Outstanding
 from ilqr_vae.errors import (
@@ -31,6 +31,7 @@ from ilqr_vae.errors import (
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, MonotonicClock
 from ilqr_vae.protocol.keys import ClientKey
+from ilqr_vae.protocol.messages import MAX_COUNT
 
 PATIENCE_S = 15.0
 """How long a session waits for an answer that is due, unless it is told otherwise."""
@@ -87,7 +88,6 @@ class Session(Closing):
         credits: bins the service would take now without falling behind.
         notices: what the service published about the session, oldest first.
         refused: refusals of single messages, oldest first.
-        closed: the service's word that the session has ended.
 
     Raises:
         ServiceUnreachableError: no answer within ``timeout``.
@@ -118,6 +118,7 @@ class Session(Closing):
         self._opened: messages.Opened | None = None
         self._confirmed = False
         self._ended = ""
+        self._results = {results}
         self._ready: list[Answer] = []
         self._revisions: dict[int, int] = {}
         self._outstanding = Outstanding(patience, request.answered, time.monotonic())
@@ -127,8 +128,8 @@ class Session(Closing):
             self._sub.setsockopt(zmq.SUBSCRIBE, messages.topic(request.session))
             self._dealer = connect(self._context, zmq.DEALER, endpoint, key)
             self._poller = zmq.Poller()
-            self._poller.register(self._sub, zmq.POLLIN)
-            self._poller.register(self._dealer, zmq.POLLIN)
+            for socket in (self._sub, self._dealer):
+                self._poller.register(socket, zmq.POLLIN)
             self._open()
         except BaseException:
             self._context.destroy(linger=0)
@@ -190,8 +191,7 @@ class Session(Closing):
             ServiceUnreachableError, AnswerTimeoutError: answers are due, and none came for long.
         """
         n_units, whole = len(self.request.units), _whole("index", index)
-        limit = messages.MAX_COUNT
-        exact = _exactly("counts", counts, n_units, "<u2", f"whole numbers in [0, {limit}]")
+        exact = _exactly("counts", counts, n_units, "<u2", f"whole numbers in [0, {MAX_COUNT}]")
         observed = None
         if mask is not None:
             observed = _exactly("mask", mask, n_units, np.bool_, "True or False")
@@ -217,7 +217,7 @@ class Session(Closing):
         return now
 
     def send_raw(self, frame: bytes) -> None:
-        """Send one frame as it is (for tests of what a service does with nonsense)."""
+        """Send one frame as it is."""
         self._dealer.send(frame)
 
     def receive(self, timeout: float = 0.0) -> list[Answer]:
@@ -228,8 +228,7 @@ class Session(Closing):
 
         Raises:
             ProtocolError: a message that is not the protocol's.
-            SessionEndedError: the session is not open any more, and all its answers were taken.
-            ServiceUnreachableError, AnswerTimeoutError: answers are due, and none came for long.
+            As ``send``, once all answers were taken.
         """
         end = time.monotonic() + timeout
         while True:
@@ -260,7 +259,6 @@ class Session(Closing):
         Raises:
             RequestRefusedError: the bin was refused; the field says why.
             AnswerTimeoutError: no answer within ``timeout``.
-            Others: as ``send`` and ``receive``.
         """
         whole = _whole("index", index)
         limit = self.patience if timeout is None else timeout
@@ -280,7 +278,7 @@ class Session(Closing):
                 raise AnswerTimeoutError(
                     f"session {self.request.session!r} at {self.endpoint}",
                     expected=f"an answer for bin {whole} within {limit:g} s",
-                    got=f"none (last heard of the service {self._ago()})",
+                    got="none",
                 )
             self._take(min(left, 0.25))
 
@@ -306,7 +304,6 @@ class Session(Closing):
 
     def _take(self, timeout: float) -> None:
         """Take everything that has come, waiting up to ``timeout`` seconds for the first."""
-        # polling counts in whole milliseconds
         if not self._poller.poll(max(0, int(timeout * 1e3))):
             return
         self._outstanding.heard = time.monotonic()
@@ -365,6 +362,11 @@ class Session(Closing):
                     self._ended = self._ended or "unknown"
             case messages.Probed():
                 self.clock.take(reply)
+            case messages.Described():  # after a restart its results may be elsewhere
+                address = reachable(reply.results, self.endpoint)
+                if address not in self._results:
+                    self._results.add(address)
+                    self._sub.connect(address)
             case _:
                 pass
 
@@ -374,16 +376,18 @@ class Session(Closing):
         if self._ended and (raise_ended or not self._ready):
             raise SessionEndedError(where, reason=self._ended)
         now, waiting = time.monotonic(), self._outstanding
+        heard = f"last heard of it {now - waiting.heard:.1f} s ago"
         match waiting.check(now):
             case "ask":
                 answered = waiting.asked(now)
                 again = replace(self.request, resume=True, begin=False, answered=answered)
                 self.send_raw(messages.encode(again))
+                self.send_raw(messages.encode(messages.Describe()))
             case "unreachable":
                 raise ServiceUnreachableError(
                     f"service at {self.endpoint}",
                     expected=f"an answer within {self.patience:g} s",
-                    got=f"none (last heard of it {self._ago()})",
+                    got=f"none ({heard})",
                 )
             case "unanswered":
                 last = f" (last refusal: {self.refused[-1]})" if self.refused else ""
@@ -394,6 +398,3 @@ class Session(Closing):
                 )
             case "wait":
                 pass
-
-    def _ago(self) -> str:
-        return f"{time.monotonic() - self._outstanding.heard:.1f} s ago"

@@ -39,6 +39,7 @@ _TOGETHER = 16  # messages or answers that are journalled, and told to the solve
 _LINGER_S = 0.5
 _REPLIES_BYTES = 1 << 20  # that may wait for one that does not read them
 _REPLIES = 10_000
+_HELD_UP_S = 0.5
 _STALL_S = 5.0
 _FEED = (messages.Bin, messages.Open, messages.Close)
 
@@ -213,11 +214,13 @@ class Service:
 
     def _serve(self) -> None:
         drained_by: int | None = None
-        ticked = 0
+        ticked = resume = 0
         due: int | None = None
         while self._solver.failure is None:
             came = self._connections.poll(_patience_s(due))
             now = time.monotonic_ns()
+            if now / 1e9 - self._seen > _HELD_UP_S:  # first read what came meanwhile
+                ticked, resume = now, now + round(_POLL_S * 1e9)
             self._seen = now / 1e9
             self._answers()
             self._messages(came)
@@ -225,7 +228,8 @@ class Service:
                 self._table.accepting = True
                 self._accepting.set()
                 self.telemetry.ready(True)
-            due = self._table.next_due()
+            if (due := self._table.next_due()) is not None:
+                due = max(due, resume)
             self._credits(all_owed=False)
             if now - ticked > _POLL_S * 1e9 or (due is not None and due <= now):
                 ticked = now
