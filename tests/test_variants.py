@@ -15,18 +15,20 @@ from scipy import special, stats
 from feeder import Feeder, bin_, open_
 from ilqr_training.config import ModelConfig, ReadoutConfig, check
 from ilqr_training.fit.build import model_spec
+from ilqr_training.fit.crops import prepare
 from ilqr_training.fit.train import train
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build, load_artifact
-from ilqr_vae.inference import compiled, ilqr
+from ilqr_vae.inference import compiled, ilqr, on_gpu
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.model.generative import Model
 from ilqr_vae.protocol import messages
+from ilqr_vae.recordings import load_recording
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 from kernel_rig import assert_same
 from rig import serving, write_recording
 from small import TIGHT, as_problem, draw_data, perturb, rest
 from test_families import Kronecker, worst_gradient_error
-from tiny import Recorder, config
+from tiny import config
 
 #: The authors' model of the maze recording: MGU2 with a soft ReLU and the input outside it,
 #: Student inputs, exp link with a gain for each unit and a floor, spikes alone.
@@ -176,6 +178,14 @@ def test_a_compiled_stream_is_the_one_torch_defines(name: str, dtype: torch.dtyp
         state = after
 
 
+def test_fused_gpu_kernels_are_for_the_default_model_alone() -> None:
+    fused = {name for name in VARIANTS if on_gpu._unsupported(model_of(name), ("spikes",)) is None}  # pyright: ignore
+    assert fused == {"linear", "spikes only"}
+    assert on_gpu._unsupported(model_of("authors"), ("spikes",)) == (  # pyright: ignore
+        "other than one group of Poisson counts of a rate exp(a)"
+    )
+
+
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recording(tmp_path_factory.mktemp("variants") / "r.mat", n_units=7)
@@ -190,19 +200,18 @@ def test_trained_saved_streamed_and_served(
     reads = ReadoutConfig(lags=1, residuals=0, hidden=0, recurrent=0, lost=())
     settings = check(msgspec.structs.replace(settings, model=model, readout=reads))
     out = tmp_path / "m.safetensors"
-    watcher = Recorder()
+    data = prepare(load_recording(recording, settings.data), settings.data, chunk=15)
     compiled._say.cache_clear()  # pyright: ignore[reportPrivateUsage]
     with caplog.at_level(logging.WARNING):
-        manifest = train(settings, recording, out, watcher).manifest
-        assert watcher.data is not None
-        assert manifest.model == model_spec(model, watcher.data)
+        manifest = train(settings, recording, out).manifest
+        assert manifest.model == model_spec(model, data)
         assert ("kinematics" in manifest.model.groups) == model.kinematics
         assert manifest.kinematic_names == ("vx", "vy")  # read out in any case
         assert np.isfinite(list(manifest.scores.values())).all()
         assert abs(manifest.scores["bits_per_spike"]) < 2.0
 
         estimator = load_artifact(out).estimator()
-        counts = watcher.data.recording.counts[:12]
+        counts = data.recording.counts[:12]
         state, own = estimator.init(1), []
         for y in torch.as_tensor(counts.astype(np.float64)):
             state, answer = estimator.step(state, y[None], torch.ones(1, 7, dtype=torch.float64))
@@ -226,8 +235,7 @@ def test_kinematics_can_be_left_out_of_the_model_alone(recording: Path, tmp_path
     for kinematics in (True, False):
         model = msgspec.structs.replace(settings.model, kinematics=kinematics)
         out = tmp_path / f"{kinematics}.safetensors"
-        manifest = train(
-            msgspec.structs.replace(settings, model=model), recording, out, Recorder()
-        ).manifest
+        chosen = msgspec.structs.replace(settings, model=model)
+        manifest = train(chosen, recording, out).manifest
         assert ("kinematics" in manifest.model.groups) == kinematics
         assert "r2" in manifest.scores

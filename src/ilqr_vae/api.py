@@ -136,7 +136,8 @@ class TrainedModel:
             f"{name} [{unit}]"
             for name, unit in zip(m.kinematic_names, m.kinematic_units, strict=True)
         )
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in m.measured.items())
+        measured = {k: v for k, v in m.measured.items() if k != "iterations"}
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
         return (
             f"<TrainedModel {self._name or m.model_id}: {len(m.unit_names)} units, "
             f"{m.bin_width * 1e3:g} ms bins, {spec.dynamics} with {m.latents} latents and "

@@ -27,7 +27,7 @@ def _table(manifest: Manifest) -> Table:
     rows = {
         "schema": str(manifest.schema),
         "sha256": manifest.sha256,
-        "dynamics": f"{spec.dynamics}, n = {spec.latents}, m = {spec.inputs}",
+        "dynamics": f"{spec.dynamics}, n = {spec.latents}, m = {spec.inputs}, {spec.prior} inputs",
         "observations": groups,
         "decodes": decodes or "nothing: latents and rates only",
         "bin width": f"{manifest.bin_width * 1e3:g} ms",
