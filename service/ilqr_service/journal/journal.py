@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from ilqr_service import logs
+from ilqr_service.journal.live import Live
 from ilqr_service.journal.records import (
     Answered,
     Closed,
@@ -24,7 +25,7 @@ from ilqr_service.journal.records import (
     Snapshot,
 )
 from ilqr_service.journal.resume import model_of, models_of, open_runs, take_up
-from ilqr_service.journal.writer import Live, Writer
+from ilqr_service.journal.writer import Writer
 from ilqr_service.sessions.session import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings

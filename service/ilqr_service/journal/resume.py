@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
+from ilqr_service.journal.live import Live, advance, follow
 from ilqr_service.journal.records import (
     Answered,
     Checkpoint,
@@ -17,7 +18,6 @@ from ilqr_service.journal.records import (
     records,
     survey,
 )
-from ilqr_service.journal.writer import Live, advance, follow
 from ilqr_service.sessions.session import Session
 from ilqr_service.solving.run import Resumed, unpack_work
 from ilqr_service.work import ModelFacts, Solve, Swap, Work, budget_of

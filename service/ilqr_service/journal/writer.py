@@ -24,23 +24,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from ilqr_service import logs
+from ilqr_service.journal.live import Live, advance, follow
 from ilqr_service.journal.records import (
     MAGIC,
     SUFFIX,
-    Answered,
     Checkpoint,
-    Closed,
     Header,
-    Opened,
-    Queued,
     Record,
-    Snapshot,
     frame,
     number,
     survey,
@@ -53,92 +48,6 @@ _INSPECT_S = 0.1
 _ALARM_S, _LOSS_ALARM_S = 2.0, 3.0
 """The alarm lasts at least so long, so that a fault that is over at once is seen: where records
 could not be written, and where records that were written are gone."""
-TAIL = 128
-"""Newest answers of a run that a checkpoint repeats."""
-
-
-@dataclass(slots=True)
-class Live:
-    """An open run as the journal knows it.
-
-    Attributes:
-        opened: what it began with, brought up to the newest snapshot.
-        snapshot: the newest one, framed.
-        works: framed works since, by serial, with their index and whether a bin came.
-        answers: the newest answer of each of the newest bins, framed, by index.
-    """
-
-    opened: Opened
-    snapshot: bytes = b""
-    works: dict[int, tuple[bytes, Queued]] = field(default_factory=dict[int, tuple[bytes, Queued]])
-    answers: dict[int, bytes] = field(default_factory=dict[int, bytes])
-
-    def note(self, record: Record, framed: bytes) -> None:
-        """Follow one record of this run."""
-        if isinstance(record, Queued):
-            self.works[record.work.serial] = (framed, record)
-        elif isinstance(record, Answered):
-            self.answers.pop(record.index, None)  # so that the newest are last
-            self.answers[record.index] = framed
-            if len(self.answers) > TAIL:
-                del self.answers[min(self.answers)]
-        elif isinstance(record, Snapshot):
-            self.snapshot = framed
-            done = [s for s in self.works if s <= record.packed.serial]
-            self.opened = advance(self.opened, [self.works.pop(s)[1] for s in done])
-
-
-def run_of(record: Record) -> int | None:
-    """The run that a record is of; None where it is of none."""
-    match record:
-        case Opened() | Answered() | Closed():
-            return record.run
-        case Queued():
-            return record.work.run
-        case Snapshot():
-            return record.packed.run
-        case _:
-            return None
-
-
-def follow(runs: dict[int, Live], record: Record, framed: bytes) -> None:
-    """Bring the open runs up to date with one more record."""
-    run = run_of(record)
-    if isinstance(record, Opened):
-        runs[record.run] = Live(record)
-    elif isinstance(record, Closed):
-        runs.pop(record.run, None)
-    elif run is not None and run in runs:
-        runs[run].note(record, framed)
-
-
-def advance(opened: Opened, works: list[Queued]) -> Opened:
-    """Where a run stands after these works, in order."""
-    next_index, base, serial = opened.next_index, opened.base, opened.serial
-    missing = set(opened.missing)
-    for record in works:
-        work = record.work
-        serial = work.serial + 1
-        if work.swap:
-            continue
-        if work.restart:
-            base = work.index
-        next_index = max(next_index, work.index + 1)
-        if work.counts is None:
-            missing.add(work.index)
-        else:
-            missing.discard(work.index)
-    kept = tuple(sorted(i for i in missing if i >= next_index - 1024))
-    model = next((w.work.swap for w in reversed(works) if w.work.swap), opened.model)
-    return msgspec.structs.replace(
-        opened,
-        again=True,
-        model=model,
-        next_index=next_index,
-        base=base,
-        serial=serial,
-        missing=kept,
-    )
 
 
 class Writer:
