@@ -53,7 +53,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fed(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of the bins that were measured; times in nanoseconds of the machine's clock.
+    """Results of the bins that were measured; times in nanoseconds of the machine's clock.
 
     Attributes:
         intended: when each bin with an answer was to be sent.

@@ -51,7 +51,7 @@ def recording_of(units: int, bins: int = 6000) -> Recording:
         kinematics=velocity,
         kinematic_names=("vx", "vy"),
         kinematic_units=("m/s", "m/s"),
-        name="made up",
+        name="simulated",
     )
 
 

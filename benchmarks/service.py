@@ -153,7 +153,7 @@ def _row(implementation: str, fed: Fed, streams: int, speed: float) -> Row:
 
 def _service(fed: Fed, echo: Fed | None) -> Row:
     """What only an answer of the service tells; solves of one step have the same times. What is
-    over solve and echo is said where the echo was measured."""
+    over solve and echo is given where the echo was measured."""
     solve = _us(fed.solve_start, fed.solve_end)
     beside = _us(fed.intended, fed.published) - solve
     over = {}

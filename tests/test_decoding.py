@@ -69,7 +69,7 @@ def test_every_row_is_there_with_its_mean_and_each_seed(
     assert main.columns[-2:] == stress.columns[-2:] == ("seed 5", "seed 6")
     assert len(main.rows) == len(rows_of(result))
     assert len(stress.rows) == len(result["stress"])
-    # as much as elsewhere is learnt from, though the rehearsal's recording is shorter
+    # as much as elsewhere is learnt from, though the nested split's recording is shorter
     less_bins = result["seeds"][0]["less"]["train"]["validation_bins"].split(":")[1]
     assert int(less_bins) == round(0.3 * N_BINS)
     start, stop = SPLIT.bins("validation", N_BINS)
@@ -91,7 +91,7 @@ def test_what_is_there_is_not_done_again(rig: Rig, capsys: pytest.CaptureFixture
     assert "there already" not in capsys.readouterr().err
 
 
-def test_a_rehearsal_does_not_depend_on_the_test_part(rig: Rig, tmp_path: Path) -> None:
+def test_a_nested_split_does_not_depend_on_the_test_part(rig: Rig, tmp_path: Path) -> None:
     content = io.loadmat(rig.recording)
     start = SPLIT.bins("test", N_BINS)[0]
     content["spikes"][:, start:] = 9

@@ -10,7 +10,7 @@ from ilqr_training.config import TrainConfig, check, with_fraction
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.recordings.joined import join
-from ilqr_vae.recordings.split import rehearsal
+from ilqr_vae.recordings.split import nested_split
 
 T = 1000
 SPLIT = SplitSpec(train=0.6, validation=0.75)
@@ -50,11 +50,11 @@ def test_sessions_lose_what_is_left_out_of_each_once() -> None:
     assert spans(SPLIT, joined)[:3] == [(0, 160), (160, 200), (200, 700)]
 
 
-def test_a_rehearsal_holds_nothing_of_the_test_part() -> None:
-    tried = rehearsal(made(), SPLIT)
+def test_a_nested_split_holds_nothing_of_the_test_part() -> None:
+    tried = nested_split(made(), SPLIT)
     assert len(tried) == 750
     assert spans(SPLIT, tried)[:3] == [(0, 480), (480, 600), (600, 750)]
-    tried = rehearsal(made(bounds=(600, 744), every=24), SPLIT)
+    tried = nested_split(made(bounds=(600, 744), every=24), SPLIT)
     assert spans(SPLIT, tried)[:3] == [(0, 480), (480, 600), (600, 744)]
     # and its own bins otherwise
     np.testing.assert_array_equal(tried.counts, made().counts[:744])

@@ -20,11 +20,11 @@ GROUP = "ilqr_vae.verbs"
 # One line a verb, here so that --help need not import the packages that hold them.
 SUMMARIES = {
     "demo": "all of it in one go: simulate, train, serve, replay, report",
-    "simulate": "make up a realistic reaching session and write it as NWB",
+    "simulate": "simulate a realistic reaching session and write it as NWB",
     "train": "fit a model to a recording and write it as one .safetensors file",
     "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
     "inspect": "show what is inside a model file",
-    "experiment": "run one of the paper's experiments on made-up data",
+    "experiment": "run one of the paper's experiments on simulated data",
     "serve": "load a model and answer spike bins over ZeroMQ",
     "replay": "stream a recording through a running service and report decodes and latency",
     "verify": "run a service's journal again and compare every answer, bit for bit",

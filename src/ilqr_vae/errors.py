@@ -1,4 +1,4 @@
-"""What can go wrong because of something a person supplied.
+"""Errors caused by what a user supplied.
 
 Every error names the field, what was expected and what came. What happens in the normal course of a
 stream (a solve that stopped early, a late bin, a gap) is a status in a result, never an exception.

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ilqr_training.config import load_config, overridden
-from ilqr_training.evaluation.comparison import Plan, compare
+from ilqr_training.evaluation.comparison import ComparisonPlan, compare
 from ilqr_training.evaluation.stress import StressPlan
 from ilqr_training.evaluation.tables import rows_of, stress_rows, tables
 from ilqr_training.options import (
@@ -43,19 +43,21 @@ def decode(
     out: Annotated[
         Path, typer.Option(help="Folder of models and pieces; run again, it goes on from there.")
     ],
-    seeds: Annotated[int, typer.Option(help="How many, from the config's on.")] = Plan.seeds,
+    seeds: Annotated[
+        int, typer.Option(help="How many, from the config's on.")
+    ] = ComparisonPlan.seeds,
     span: Annotated[
         str,
         typer.Option(
             help="validation: a nested split, the test part cut off first. test: once, at the end."
         ),
-    ] = Plan.span,
+    ] = ComparisonPlan.span,
     fraction: Annotated[
         float, typer.Option(help="Share of the recording to learn from where it is little; 0: not.")
-    ] = Plan.fraction,
+    ] = ComparisonPlan.fraction,
     held_out: Annotated[
         float, typer.Option(help="Share of the units held out in co-smoothing; 0: none.")
-    ] = Plan.held_out,
+    ] = ComparisonPlan.held_out,
     silent: Silent = StressPlan.silent,
     lost: Lost = None,
     draws: Draws = StressPlan.draws,
@@ -68,7 +70,7 @@ def decode(
     if span not in ("validation", "test"):
         raise ConfigError("--span", expected="validation or test", got=repr(span))
     shares = StressPlan.lost if lost is None else tuple(lost)
-    plan = Plan(
+    plan = ComparisonPlan(
         span=span,
         seeds=seeds,
         fraction=fraction,

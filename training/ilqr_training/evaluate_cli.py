@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ilqr_training.evaluation.baselines import GRU, Baseline, fit_baselines, names_of
 from ilqr_training.evaluation.cosmoothing import cosmooth, held_out_units
-from ilqr_training.evaluation.report import Evaluated, say
+from ilqr_training.evaluation.report import EvaluationReport, show
 from ilqr_training.evaluation.stress import StressPlan, under_stress
 from ilqr_training.fit.curves import learning_curves
 from ilqr_training.options import Draws, JsonFile, Lost, RecordingFile, Silent, use_threads
@@ -165,7 +165,7 @@ def evaluate(
             smoothed = cosmooth(artifact, read, split, bins, *out, progress=bar)
             tables.append(smoothed.table())
             more["cosmoothing"] = smoothed.to_json()
-    done = Evaluated(
+    done = EvaluationReport(
         artifact,
         read,
         chosen,
@@ -181,4 +181,4 @@ def evaluate(
     report = done.report()
     outputs.write(report, done.arrays())
     if json_file != STDOUT:
-        say(report)
+        show(report)

@@ -1,4 +1,4 @@
-"""``ilqr-vae experiment``: the paper's experiments on made-up data, and decoding a recording."""
+"""``ilqr-vae experiment``: the paper's experiments on simulated data, and decoding a recording."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ilqr_vae.terminal import console
 
 
 class _Named(TyperGroup):
-    """Says which experiments there are in this project's own words."""
+    """Names the experiments there are when one is unknown."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # click's types: typer ships its own
         found = super().get_command(ctx, cmd_name)
@@ -104,7 +104,7 @@ def _register(name: str) -> None:
         ] = None,
         threads: Threads = None,
     ) -> None:
-        """On made-up data: see docs/experiments.md."""
+        """On simulated data: see docs/experiments.md."""
         run_paper(name, seed, config, json_file, threads)
 
 

@@ -1,4 +1,4 @@
-"""``ilqr-vae simulate``: a made-up reaching session, written as NWB."""
+"""``ilqr-vae simulate``: a simulated reaching session, written as NWB."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ilqr_vae.terminal import console
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 _SYNTHETIC = "http://purl.obolibrary.org/obo/NCBITaxon_32630"
-"""NCBI's taxon for what no animal made: "synthetic construct"."""
+"""NCBI's taxon "synthetic construct"."""
 
 _EXAMPLE = "Example: ilqr-vae simulate --out session.nwb --seed 7 --minutes 10 --units 120"
 
@@ -36,7 +36,7 @@ def simulate(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Make up a reaching session (eight targets, Poisson units, hand kinematics) as NWB."""
+    """Simulate a reaching session (eight targets, Poisson units, hand kinematics) as NWB."""
     if out.suffix.lower() != ".nwb":
         raise RecordingError("out", expected="a name ending in .nwb", got=out.name)
     if out.exists() and not force:
@@ -110,7 +110,7 @@ def write_session(path: Path, session: Session, *, force: bool = False) -> Path:
             subject_id=f"simulated-{session.seed}",
             species=_SYNTHETIC,
             age="P0D",
-            description="made up by a program; no animal",
+            description="simulated by a program; no animal",
         ),
         resolution=RESOLUTION,
         description=f"Simulated centre-out reaching, seed {session.seed}; no animal, no recording.",
@@ -119,7 +119,7 @@ def write_session(path: Path, session: Session, *, force: bool = False) -> Path:
 
 
 def summarise(path: Path, session: Session) -> dict[str, Any]:
-    """What was made, ready for JSON."""
+    """A summary of the session, ready for JSON."""
     return {
         "file": str(path),
         "seed": session.seed,

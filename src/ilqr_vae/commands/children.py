@@ -22,7 +22,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StepError(IlqrVaeError):
-    """A step of the demo failed; it has already said why. Exits as the step did."""
+    """A step of the demo failed and has printed why. Exits as the step did."""
 
     def __init__(self, step: str, code: int, *, said: str = "") -> None:
         super().__init__(step, expected="exit code 0", got=f"{code}{said}")
@@ -63,10 +63,10 @@ def interruptible() -> Generator[None]:
 
 
 @contextmanager
-def _held() -> Generator[None]:
-    """Put off what signals ask for to the end of the context.
+def _deferred_signals() -> Generator[None]:
+    """Defer signals to the end of the context.
 
-    Around the start of a child: interrupted inside ``Popen`` it would run on, known to nobody.
+    Around the start of a child: interrupted inside ``Popen`` it would run on unnoticed.
     """
     came: list[int] = []
     before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in _SIGNALS}
@@ -109,7 +109,7 @@ def _child(
     """
     process: subprocess.Popen[bytes] | None = None
     try:
-        with _held():
+        with _deferred_signals():
             process = subprocess.Popen(
                 command(arguments),
                 stdin=subprocess.DEVNULL,
@@ -139,7 +139,7 @@ def run(step: str, arguments: Sequence[str]) -> None:
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """What ``ilqr-vae serve --ready-file`` says once it answers."""
+    """The line that ``ilqr-vae serve --ready-file`` writes once it answers."""
 
     ingest: str
     results: str
@@ -171,7 +171,7 @@ def serving(
     Args:
         model: the model file.
         log: where its log goes.
-        waiting: entered while it warms up, e.g. something that says so.
+        waiting: entered while it warms up, e.g. to show that.
 
     Raises:
         StepError: it could not start, or did not end well; the end of its log is in the message.

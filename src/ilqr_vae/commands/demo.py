@@ -69,13 +69,13 @@ class Chain:
 
     def simulate(self, minutes: float, units: int) -> None:
         self.step(
-            "Make up a reaching session",
+            "Simulate a reaching session",
             *("simulate", "--out", self.recording, "--minutes", f"{minutes:g}"),
             *("--units", str(units), "--force"),
         )
 
     def check(self, config: Path, steps: int | None) -> None:
-        """Have ``train`` look at its configuration before anything is made. Raises StepError."""
+        """Let ``train`` check its configuration before the first step. Raises StepError."""
         run("train", [str(a) for a in (*self._training(config, steps), "--check")])
 
     def train(self, config: Path, steps: int | None) -> None:
@@ -89,7 +89,7 @@ class Chain:
         ]
 
     def serve_and_stream(self, speed: str, units: int, reaches: int) -> None:
-        """The service as a process of its own; the held-out part through it; then reaches."""
+        """Serve in a process of its own, stream the held-out part, then close the loop."""
         self.say("Serve the model, as a process of its own", serve_arguments(self.model))
         warming = self.console.status(
             "warming up; a first start compiles its kernels, a minute or two"
@@ -149,7 +149,7 @@ def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
 
 
 def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
-    """What came of it, from ``replay``'s JSON and, where there is one, ``closed-loop``'s."""
+    """The results, from ``replay``'s JSON and, if there is one, ``closed-loop``'s."""
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -197,17 +197,17 @@ def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
 def demo(
     config: Annotated[Path, typer.Argument(help="TOML for training; see configs/.")],
     recording: Annotated[
-        Path | None, typer.Option(help="Your .nwb or .mat recording; default a made-up session.")
+        Path | None, typer.Option(help="Your .nwb or .mat recording; default a simulated session.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for what is made.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
     speed: Annotated[
         str, typer.Option(help="Of the replay: a multiple of real time, or max.")
     ] = "4",
-    minutes: Annotated[float, typer.Option(help="Length of the made-up session.")] = 10.0,
-    units: Annotated[int, typer.Option(min=1, help="Neurons of the made-up session.")] = 120,
+    minutes: Annotated[float, typer.Option(help="Length of the simulated session.")] = 10.0,
+    units: Annotated[int, typer.Option(min=1, help="Neurons of the simulated session.")] = 120,
     reaches: Annotated[
         int,
-        typer.Option(min=0, help="Closed-loop reaches of the made-up subject; 0 for none."),
+        typer.Option(min=0, help="Closed-loop reaches of the simulated subject; 0 for none."),
     ] = 24,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Gradient steps, instead of the config's.")

@@ -118,8 +118,8 @@ def segment_start(recording: Recording, bin_: int) -> int:
     return int(before[-1]) if len(before) else 0
 
 
-def rehearsal(recording: Recording, split: SplitSpec) -> Recording:
-    """The recording without its test part, with bounds of its own, to try on what is scored once.
+def nested_split(recording: Recording, split: SplitSpec) -> Recording:
+    """The recording without its test part, split anew: for choices that must not see that part.
 
     The validation part stands for the test part, and the last of the training part, in the
     proportion that validation has to both, for the validation part. Nothing of the test part is

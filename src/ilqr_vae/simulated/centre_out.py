@@ -1,4 +1,4 @@
-"""The task of the made-up subject: centre-out reaching, as a clocked state machine.
+"""The task of the simulated subject: centre-out reaching, as a clocked state machine.
 
 Units: metres, seconds. Only numpy is needed.
 """

@@ -1,4 +1,4 @@
-"""A made-up reaching subject: task, motor plan with dynamics, spiking units, hand.
+"""A simulated reaching subject: task, motor plan with dynamics, spiking units, hand.
 
 It serves twice, by the same code. ``simulate_session`` lets the subject move its own hand and gives
 a recording to train on. A closed-loop client steps the same subject bin by bin, shows it a cursor
@@ -18,7 +18,7 @@ the plan is released: it kicks damped oscillators (the movement state), while th
 follows a minimum-jerk path with curvature, pulled back to that path and to the target where the
 cursor strays; too far off at the end, another, shorter reach begins. Units fire as Poisson with
 exp(baseline + tuning . latents); slow drift and fast shared noise are part of the latents, and of
-no use to whoever decodes. The hand follows the intended velocity with a lag of about 60 ms.
+no use to a decoder. The hand follows the intended velocity with a lag of about 60 ms.
 
 Units: metres, seconds, spikes per second. Only numpy is needed.
 """

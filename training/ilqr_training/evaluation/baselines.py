@@ -1,8 +1,8 @@
-"""What a lab would use instead, on the same bins: a Wiener filter, a Kalman filter and a GRU.
+"""Baselines on the same bins: a Wiener filter, a Kalman filter and a GRU.
 
 Each is fitted on the training part, what it may choose is chosen on the validation part, and what
-was chosen is fitted again on both, as the readout beside them is. None has a notion of a missing
-unit, and only the Kalman filter has one of a missing bin: ``Filling`` says what stands there.
+was chosen is fitted again on both, as the readout beside them is. None can mask a unit, and
+only the Kalman filter can skip a bin: ``Filling`` says what replaces missing counts.
 """
 
 from __future__ import annotations

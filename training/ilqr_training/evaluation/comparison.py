@@ -1,4 +1,4 @@
-"""The whole comparison on one recording: recipe and baselines, several seeds, all that goes wrong.
+"""The whole comparison on one recording: recipe and baselines, several seeds, under stress too.
 
 For each seed the recipe is trained on the full training part and on a share of it, and is held
 against a Wiener filter, a Kalman filter and a GRU of that seed, on the same bins: R2, coverage of
@@ -8,7 +8,7 @@ It takes long, so it is done in pieces, a file each in one folder; a piece that 
 same configuration, recording and span, is not done again. A model half trained goes on from its
 checkpoint.
 
-The span ``validation`` is a rehearsal (``recordings.spec.rehearsal``): the test part is cut off
+The span ``validation`` takes a nested split (``recordings.split``): the test part is cut off
 before anything is fitted, and the validation part stands for it. The span ``test`` is for the end.
 """
 
@@ -37,7 +37,7 @@ from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import write_whole
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
-from ilqr_vae.recordings.split import rehearsal, warmup_start
+from ilqr_vae.recordings.split import nested_split, warmup_start
 from ilqr_vae.report.data import plain
 from ilqr_vae.scoring.score import score_decodes
 
@@ -47,11 +47,11 @@ FULL, LESS = "full", "less"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is asked for.
+class ComparisonPlan:
+    """What to compare.
 
     Attributes:
-        span: scored: the test part, or the validation part as a rehearsal.
+        span: scored: the test part, or the validation part in a nested split.
         seeds: of training and of the GRU, of what is drawn, from the configuration's on.
         fraction: of the recording that is learnt from where there is little; zero for not at all.
         held_out: share of the units held out in co-smoothing; zero for none.
@@ -66,7 +66,7 @@ class Plan:
     stress: StressPlan = field(default_factory=StressPlan)
     gru: bool = True
 
-    def checked(self) -> Plan:
+    def checked(self) -> ComparisonPlan:
         """Itself. Raises ConfigError naming the option that is out of range."""
         if self.seeds < 1:
             raise ConfigError("--seeds", expected="1 or more", got=str(self.seeds))
@@ -79,14 +79,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Results by name in a folder, of one identity."""
+    """Results of one identity by name, a file each in a folder."""
 
     folder: Path
     identity: str
     progress: Progress
 
     def get(self, name: str, make: Callable[[], Piece]) -> Piece:
-        """The piece, made if it is not there or is of something else."""
+        """The piece; computed if it is not there or has another identity."""
         path = self.folder / f"{name}.json"
         if path.exists():
             held: Piece = json.loads(path.read_text())
@@ -103,7 +103,12 @@ class _Run:
     """One seed on one amount of data: its model and its baselines, fitted when first needed."""
 
     def __init__(
-        self, config: TrainConfig, recording: Recording, plan: Plan, model: Path, progress: Progress
+        self,
+        config: TrainConfig,
+        recording: Recording,
+        plan: ComparisonPlan,
+        model: Path,
+        progress: Progress,
     ) -> None:
         self.config, self.recording, self.plan = config, recording, plan
         self.model, self.progress = model, progress
@@ -123,7 +128,7 @@ class _Run:
 
     @cached_property
     def artifact(self) -> Artifact:
-        if not self.model.exists():  # thrown away since it was trained
+        if not self.model.exists():  # deleted since it was trained
             self.train()
         return load_artifact(self.model)
 
@@ -178,30 +183,34 @@ class _Run:
         return found.to_json()
 
     def cosmooth(self) -> Piece:
-        units, said = held_out_units(self.read, self.plan.held_out, self.seed)
+        units, selection = held_out_units(self.read, self.plan.held_out, self.seed)
         found = cosmooth(
             self.artifact,
             self.read,
             self.config.data.split,
             self.bins,
             units,
-            said,
+            selection,
             progress=self.progress,
         )
         return found.to_json()
 
 
-def identity_of(config: TrainConfig, recording: Recording, plan: Plan) -> str:
-    """What pieces must share to stand in one table. The code is in it by its version alone."""
+def identity_of(config: TrainConfig, recording: Recording, plan: ComparisonPlan) -> str:
+    """Of the pieces that belong in one table. Of the code it holds the version alone."""
     said = msgspec.json.encode([config, recording.sha256, len(recording), version("ilqr-vae")])
     asked = repr(replace(plan, seeds=1)).encode()
     return hashlib.sha256(said + asked).hexdigest()[:16]
 
 
 def compare(
-    config: TrainConfig, recording: Recording, folder: Path, plan: Plan, progress: Progress = SILENT
+    config: TrainConfig,
+    recording: Recording,
+    folder: Path,
+    plan: ComparisonPlan,
+    progress: Progress = SILENT,
 ) -> Piece:
-    """Do, or find done, every piece; all of them, ready for ``json.dumps``.
+    """Compute every piece that is not there yet; returns all of them, ready for ``json.dumps``.
 
     Args:
         recording: all of it, with kinematics.
@@ -214,7 +223,7 @@ def compare(
         raise ConfigError("--recording", expected="one with kinematics to decode", got="none")
     seen, fraction = recording, plan.fraction
     if plan.span == "validation":
-        seen = rehearsal(recording, config.data.split)
+        seen = nested_split(recording, config.data.split)
         fraction = min(1.0, fraction * len(recording) / len(seen))  # as many bins
     for share in {1.0, fraction or 1.0}:  # before hours are spent on the first of them
         prepare(seen, with_fraction(config, share).data, chunk=config.training.chunk)
@@ -243,7 +252,7 @@ def _of_seed(
     config: TrainConfig,
     recording: Recording,
     folder: Path,
-    plan: Plan,
+    plan: ComparisonPlan,
     fraction: float,
     pieces: Pieces,
 ) -> Piece:

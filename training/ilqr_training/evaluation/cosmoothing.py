@@ -1,14 +1,14 @@
-"""Co-smoothing: how well units that were not looked at are predicted from those that were.
+"""Co-smoothing: how well held-out units are predicted from the others.
 
-Offline, as the Neural Latents Benchmark has it: training shows all units, the span that is scored
-only those held in; rates of the held-out ones are predicted from all of its bins, later ones too.
+Offline, as in the Neural Latents Benchmark: training uses all units, inference on the scored span
+only those held in. Rates of the held-out ones are predicted from all bins, also later ones.
 
-Ours, twice: the smoothing solve with the held-out units masked, and their rates under its
-posterior, by the rows of the likelihood that training, which had all units, fitted: nothing is
-fitted again.
-And a Poisson regression a unit on the latents of that solve, fitted and chosen exactly as the
-baselines' regressions are (``cosmoothing_baselines``): on the training part, where latents are
-inferred without the held-out units too, chosen on the validation part, fitted again on both.
+The model is scored twice. First, the smoothing solve with the held-out units masked, and their
+rates under its posterior, by the rows of the likelihood that training fitted: nothing is fitted
+again. Second, a Poisson regression for each unit on the latents of that solve, fitted and chosen as
+the baselines' regressions are (``cosmoothing_baselines``): fitted on the training part, where
+latents are inferred without the held-out units too, chosen on the validation part, fitted again on
+both.
 """
 
 from __future__ import annotations
@@ -52,33 +52,33 @@ _CHUNK, _AT_ONCE = 100, 32
 
 @dataclass(frozen=True)
 class CoSmoothing:
-    """What came of it.
+    """Scores of co-smoothing.
 
     Attributes:
         bits: bits per spike of the held-out units by method, over their own mean rates there.
         chosen: what each baseline chose on the validation part, for people.
         held_out: names of the units.
-        said: how they were chosen.
+        selection: how they were chosen, as text.
     """
 
     bits: dict[str, float]
     chosen: dict[str, str]
     held_out: tuple[str, ...]
-    said: str
+    selection: str
 
     def to_json(self) -> dict[str, Any]:
         return {
             "bits_per_spike": self.bits,
             "chosen": self.chosen,
             "held_out": list(self.held_out),
-            "units": self.said,
+            "units": self.selection,
         }
 
     def table(self) -> Table:
         return Table(
             "Co-smoothing",
-            f"{len(self.held_out)} units held out, {self.said}; predicted offline from the others, "
-            "which alone are seen here. Training showed all units.",
+            f"{len(self.held_out)} units held out, {self.selection}; predicted offline from the "
+            "others alone. Training used all units.",
             ("", "chosen on the validation part", "bits per spike"),
             tuple((name, self.chosen.get(name, ""), f"{b:.4f}") for name, b in self.bits.items()),
             words=2,
@@ -96,16 +96,16 @@ def held_out_units(recording: Recording, share: float, seed: int) -> tuple[Flags
     if recording.held_out:
         named = set(recording.held_out)
         out = np.array([name in named for name in recording.unit_names])
-        said = "as the file names them"
+        selection = "as the file names them"
     else:
         number = round(share * recording.n_units)
         out = np.zeros(recording.n_units, dtype=bool)
         out[np.random.default_rng(seed).choice(recording.n_units, number, replace=False)] = True
-        said = f"drawn by seed {seed}"
+        selection = f"drawn by seed {seed}"
     if not out.any() or out.all():
         expected = f"a share of {recording.n_units} units that leaves some in and some out"
         raise ConfigError("--held-out", expected=expected, got=f"{int(out.sum())} units")
-    return out, said
+    return out, selection
 
 
 @torch.no_grad()
@@ -167,15 +167,15 @@ def cosmooth(
     split: SplitSpec,
     bins: tuple[int, int],
     held_out: Flags,
-    said: str = "",
+    selection: str = "",
     *,
     progress: Progress = SILENT,
 ) -> CoSmoothing:
-    """Ours and the baselines on the bins [start, stop).
+    """Score the model and the baselines on the bins [start, stop).
 
     Args:
         recording: all of it, the model's units alone.
-        held_out: (N,), and ``said`` how they were chosen (``held_out_units``).
+        held_out: (N,), and ``selection`` how they were chosen (``held_out_units``).
 
     Raises:
         ShapeError: a part of the split without a bin, or without a spike of the held-out units.
@@ -201,7 +201,9 @@ def cosmooth(
         bits[name] = bits_per_spike(fitted.rates(bins), truth)
         chosen[name] = fitted.chosen
     progress("co-smoothing", 4, 4)
-    return CoSmoothing(bits, chosen, tuple(np.array(recording.unit_names)[held_out].tolist()), said)
+    return CoSmoothing(
+        bits, chosen, tuple(np.array(recording.unit_names)[held_out].tolist()), selection
+    )
 
 
 def _on_latents(z: Array) -> list[Candidate]:

@@ -102,12 +102,12 @@ class Candidate:
     """One way to features.
 
     Attributes:
-        said: for people.
+        description: for people.
         features: (T, F) of the whole recording; whatever it learns, from these rows alone.
         alphas: penalties of the regression on them.
     """
 
-    said: str
+    description: str
     features: Callable[[NDArray[np.int64]], Array]
     alphas: tuple[float, ...]
 
@@ -180,4 +180,4 @@ def fit_offline(
     both = np.concatenate([fit, choose])
     features = best.features(both)
     rates = _regressions(features, y, seen, both, alpha)
-    return Offline(f"{best.said}, penalty {alpha:g}", bits, features, rates)
+    return Offline(f"{best.description}, penalty {alpha:g}", bits, features, rates)

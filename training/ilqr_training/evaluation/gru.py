@@ -1,12 +1,12 @@
-"""The baseline a lab would train instead: a causal GRU from spike counts to kinematics.
+"""A baseline that a lab might train instead: a causal GRU from spike counts to kinematics.
 
     x_t = (counts_t - mean) / std,   h_t = GRU(x_t, h_{t-1}),   y_t = W h_t + b
 
 One pass over time, so bin t knows nothing later. Fitted on random crops of the training part with
 dropout on its inputs and its outputs and a cosine learning rate. Size, dropout (over ``GRID``) and
 the number of steps are chosen on the validation part; what was chosen is fitted again on both, as
-the other decoders are. Where a bin is missing something must stand for its counts: a GRU has no
-better way. It begins anew where the recording does.
+the other decoders are. Missing counts have to be replaced by something, since a GRU takes
+no mask. The state restarts where the recording does.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _fit(
     validation: tuple[int, int] | None,
     say: Callable[[int], None],
 ) -> GRUDecoder:
-    """Without ``validation``: all of ``config.steps``, no choice made."""
+    """Train one candidate; without ``validation`` for all of ``config.steps``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = _Net(table.x.shape[1], table.y.shape[1], config)

@@ -1,4 +1,4 @@
-"""What an offline evaluation comes to, as a report and in the terminal."""
+"""An offline evaluation as a report, and in the terminal."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ilqr_vae.terminal import console
 
 FITTED_HERE = (
     "Training and validation part are what every decoder here was fitted on in the end: scores on "
-    "them flatter all. 'experiment decode' rehearses on the validation part without that."
+    "them flatter all. 'experiment decode' scores the validation part in a nested split instead."
 )
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationReport:
     """A model on a span of a recording.
 
     Attributes:
@@ -137,7 +137,7 @@ class Evaluated:
         }
 
 
-def say(report: ReportData) -> None:
+def show(report: ReportData) -> None:
     """Print the scores and the tables."""
     screen = console(soft_wrap=True)
     screen.print(f"{report.title}, {len(report.counts)} bins", style="bold")

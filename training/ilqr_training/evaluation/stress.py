@@ -1,14 +1,14 @@
-"""What decoders lose when units fall silent or bins are lost, on the same bins and the same draws.
+"""How much R2 decoders lose when units fall silent or bins are lost, on the same bins and draws.
 
 Units fall silent at the first bin of the span: their counts are zero from there on.
 
-- *unannounced*: nobody says so. Ours watches its units as the service does (``units.UnitWatch``)
-  and masks those it stops believing, after the time that takes; the others are given the zeros.
-- *announced*: ours is given the mask. The others have no use for one: they are given zeros, and in
-  rows of their own each unit's mean count, the kindest thing to put there.
+- *unannounced*: without notice. The model watches its units as the service does (``UnitWatch``) and
+  masks those it finds dead, after some delay; the baselines are given the zeros.
+- *announced*: the model is given the mask. The baselines take no mask: they are given zeros and, in
+  rows of their own, each unit's mean count, which hurts least.
 
-Bins are lost one by one. Ours is given missing bins and predicts; the Kalman filter skips its
-update; the others are given zeros, the last value or the mean, a row each.
+Bins are lost one by one. The model is given missing bins and predicts; the Kalman filter skips its
+update; the other baselines are given zeros, the last value or the mean, a row each.
 
 Nothing is fitted again.
 """
@@ -42,7 +42,7 @@ CLEAN = "nothing wrong"
 
 @dataclass(frozen=True)
 class StressPlan:
-    """What goes wrong.
+    """Which units and bins are lost.
 
     Attributes:
         silent: share of the units that fall silent; zero for none.
@@ -105,7 +105,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Stress:
-    """What came of it.
+    """Scores under stress.
 
     Attributes:
         plan: as asked.
@@ -248,7 +248,7 @@ def under_stress(
     clean: Array | None = None,
     progress: Progress = SILENT,
 ) -> Stress:
-    """Run it all.
+    """Score the model and the baselines under every condition.
 
     Args:
         estimator: of the model, with its readout.
@@ -286,7 +286,7 @@ def _silent(
     bench: _Bench, plan: StressPlan, ours: Callable[..., Causal]
 ) -> tuple[list[Row], dict[str, float]]:
     recording, (start, stop) = bench.recording, bench.bins
-    said = f"{100 * plan.silent:g} % of units silent"
+    condition = f"{100 * plan.silent:g} % of units silent"
     units = [
         silent_units(recording.n_units, plan.silent, plan.seed + draw) for draw in range(plan.draws)
     ]
@@ -299,7 +299,7 @@ def _silent(
     watching = ours("units watched, none silent", recording, watch=True)
     watched_clean = bench.score(watching.kinematics)
     rows = [bench.row(f"{CLEAN}, units watched", OURS, "what it believes", [watched_clean])]
-    unannounced, announced = f"{said}, unannounced", f"{said}, announced"
+    unannounced, announced = f"{condition}, unannounced", f"{condition}, announced"
     noticed: list[_Noticed] = []
     scores: list[float] = []
     for gone, (counts, _) in zip(units, made, strict=True):

@@ -1,8 +1,7 @@
-"""What ``decoding.compare`` found, as tables and as one number a row."""
+"""The results of ``comparison.compare`` as tables, and as one number a row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,33 +17,44 @@ Row = dict[str, Any]
 _DIGITS = {"training, s": 0, "bits per spike": 4}
 
 
-def _row(result: Piece, pick: Callable[[Piece], Any], **cells: str) -> Row:
+Path = tuple[str | int, ...]
+"""Where a number stands in a seed's piece: keys of dicts and indices of lists."""
+
+
+def _row(result: Piece, path: Path, **cells: str) -> Row:
     """A number of every seed, NaN where it is not known, and their mean."""
-    found = [pick(seed) for seed in result["seeds"]]
-    seeds = [float("nan") if value is None else float(value) for value in found]
+    seeds = [_number(seed, path) for seed in result["seeds"]]
     return {**cells, "seeds": seeds, "mean": float(np.mean(seeds))}
 
 
+def _number(piece: Any, path: Path) -> float:
+    *parents, last = path
+    for key in parents:
+        piece = piece[key]
+    value = piece[last] if isinstance(last, int) else piece.get(last)
+    return float("nan") if value is None else float(value)
+
+
 def rows_of(result: Piece) -> list[Row]:
-    """Rows ``what``, ``decoder``, ``measure``, ``seeds``, ``mean``: all but what goes wrong."""
+    """Rows ``what``, ``decoder``, ``measure``, ``seeds``, ``mean``: all but the stress."""
     rows: list[Row] = []
     first: Piece = result["seeds"][0]
-    for amount in (FULL, LESS):
-        if amount not in first:
-            continue
-        what = "full training part" if amount == FULL else _share(result)
+    whats = {FULL: "full training part", LESS: _share(result)}
+    for amount in (a for a in (FULL, LESS) if a in first):
+        scores, what = (amount, "decode", "scores"), whats[amount]
         for decoder in first[amount]["decode"]["scores"]:
-            pick = _score(amount, decoder, "r2")
-            rows.append(_row(result, pick, what=what, decoder=decoder, measure="R2"))
-        ours = {"coverage of 90 %": _score(amount, OURS, "coverage_90")}
+            path = (*scores, decoder, "r2")
+            rows.append(_row(result, path, what=what, decoder=decoder, measure="R2"))
+        ours: dict[str, Path] = {"coverage of 90 %": (*scores, OURS, "coverage_90")}
         for quarter in range(len(first[amount]["decode"]["coverage_by_speed"] or ())):
-            ours[f"coverage, speed quarter {quarter + 1}"] = _quarter(amount, quarter)
-        ours["training, s"] = lambda seed, amount=amount: seed[amount]["train"]["seconds"]
-        for measure, pick in ours.items():
-            rows.append(_row(result, pick, what=what, decoder=OURS, measure=measure))
+            path = (amount, "decode", "coverage_by_speed", quarter)
+            ours[f"coverage, speed quarter {quarter + 1}"] = path
+        ours["training, s"] = (amount, "train", "seconds")
+        rows += [_row(result, p, what=what, decoder=OURS, measure=m) for m, p in ours.items()]
     for method in first[FULL].get("cosmoothing", {}).get("bits_per_spike", {}):
+        path = (FULL, "cosmoothing", "bits_per_spike", method)
         cells = {"what": "co-smoothing", "decoder": method, "measure": "bits per spike"}
-        rows.append(_row(result, _bits(method), **cells))
+        rows.append(_row(result, path, **cells))
     return rows
 
 
@@ -52,10 +62,12 @@ def stress_rows(result: Piece) -> list[Row]:
     """Rows ``condition``, ``decoder``, ``given``; ``r2`` and ``loss`` with ``seeds`` and ``mean``;
     ``our_loss_of_its``: our mean loss over its mean loss, NaN where that is not above zero."""
     rows: list[Row] = []
+    # conditions, decoders and fillings are the same for every seed, in the same order
     for i, at in enumerate(result["seeds"][0][FULL]["stress"]["rows"]):
         if at["condition"] != CLEAN:
-            said = {key: at[key] for key in ("condition", "decoder", "given")}
-            rows.append({**said, **{key: _row(result, _stress(i, key)) for key in ("r2", "loss")}})
+            row = {key: at[key] for key in ("condition", "decoder", "given")}
+            path = (FULL, "stress", "rows", i)
+            rows.append(row | {key: _row(result, (*path, key)) for key in ("r2", "loss")})
     ours = {row["condition"]: row["loss"]["mean"] for row in rows if row["decoder"] == OURS}
     for row in rows:
         loss = row["loss"]["mean"]
@@ -67,29 +79,12 @@ def _share(result: Piece) -> str:
     return f"first {100 * result['plan']['fraction']:g} % of the recording"
 
 
-def _score(amount: str, decoder: str, key: str) -> Callable[[Piece], Any]:
-    return lambda seed: seed[amount]["decode"]["scores"][decoder].get(key)
-
-
-def _quarter(amount: str, quarter: int) -> Callable[[Piece], Any]:
-    return lambda seed: seed[amount]["decode"]["coverage_by_speed"][quarter]
-
-
-def _stress(row: int, key: str) -> Callable[[Piece], Any]:
-    # conditions, decoders and fillings are the same for every seed, in the same order
-    return lambda seed: seed[FULL]["stress"]["rows"][row][key]
-
-
-def _bits(method: str) -> Callable[[Piece], Any]:
-    return lambda seed: seed[FULL]["cosmoothing"]["bits_per_spike"][method]
-
-
 def tables(result: Piece) -> tuple[Table, Table]:
-    """Means over seeds and each seed; and what goes wrong."""
+    """The scores, and the scores under stress: means over seeds and each seed."""
     names = [f"seed {seed['seed']}" for seed in result["seeds"]]
     scored = "the test part"
     if result["span"] == "validation":
-        scored = "the validation part in a rehearsal: nothing here saw the test part"
+        scored = "the validation part, in a nested split: nothing here saw the test part"
     rows = rows_of(result)
     whats = once([row["what"] for row in rows])
     main = Table(
@@ -107,8 +102,8 @@ def tables(result: Piece) -> tuple[Table, Table]:
         ),
         words=3,
     )
-    wrong = stress_rows(result)
-    whats = once([row["condition"] for row in wrong])
+    lossy = stress_rows(result)
+    whats = once([row["condition"] for row in lossy])
     stress = Table(
         "Units silent, bins lost",
         "Means over seeds; R2 lost of each seed.",
@@ -123,7 +118,7 @@ def tables(result: Piece) -> tuple[Table, Table]:
                 "" if row["decoder"] == OURS else f"{row['our_loss_of_its']:.2f}",
                 *(f"{v:.3f}" for v in row["loss"]["seeds"]),
             )
-            for what, row in zip(whats, wrong, strict=True)
+            for what, row in zip(whats, lossy, strict=True)
         ),
         words=3,
     )

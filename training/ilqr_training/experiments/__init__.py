@@ -1,4 +1,4 @@
-"""The paper's experiments on made-up data: one settings class and one ``run`` each.
+"""The paper's experiments on simulated data: one settings class and one ``run`` each.
 
 ``run(settings, seed, progress) -> Outcome``. Names are those of ``ilqr-vae experiment NAME``; the
 module behind a name is imported when it is asked for.

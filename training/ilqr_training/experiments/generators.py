@@ -1,4 +1,4 @@
-"""Made-up data with known truth: linear systems, the Lorenz attractor, Duffing oscillators.
+"""Simulated data with known truth: linear systems, the Lorenz attractor, Duffing oscillators.
 
 All shapes are (trials, bins, channels), float64; everything drawn comes from the generator given.
 """

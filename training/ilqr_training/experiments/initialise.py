@@ -1,10 +1,10 @@
-"""Where training starts from: a first guess by least squares, read off the observations.
+"""Initialisation by least squares on the observations.
 
 A random start makes the first hundreds of steps a search for scales: how noisy the observations
-are, how strong the inputs, how fast the state moves. All three can be read off the data. These
-starts set the readout to the principal components of the observations (so that the first latents
+are, how strong the inputs, how fast the state moves. All three can be estimated from the data: the
+functions here set the readout to the principal components of the observations (so that the first latents
 are seen directly, at unit variance), regress each state on the one before, and let the inputs begin
-as strong as what the regression leaves over. Training is then what it always is.
+as strong as the residuals of the regression. Training itself is unchanged.
 """
 
 from __future__ import annotations

@@ -50,9 +50,12 @@ def smoothed_inputs(data: LinearData, *, noise: float, start: float, variance: A
 
 
 def oracle_scores(data: LinearData, *, noise: float, start: float) -> dict[str, float]:
-    """R2 of the inputs, true parameters known, no map fitted: ``white`` under Gaussian inputs of
-    their average variance (the best linear estimate of sparse events); ``events`` when told besides
-    which bins have an event, which no estimate from the observations can beat on average."""
+    """R2 of the inputs, true parameters known, no map fitted.
+
+    ``white``: under Gaussian inputs of their average variance (the best linear estimate of sparse
+    events). ``events``: knowing besides which bins have an event, which no estimate from the
+    observations can beat on average.
+    """
     u = data.inputs
     total = ((u - u.mean((0, 1))) ** 2).sum()
     if total == 0:

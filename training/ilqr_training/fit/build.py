@@ -1,4 +1,4 @@
-"""A fresh model of the right sizes for a recording, its rates started at the data's."""
+"""A new model of the right sizes for a recording, its rates started at the data's."""
 
 from __future__ import annotations
 

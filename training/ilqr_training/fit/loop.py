@@ -103,7 +103,7 @@ class Report:
 
 
 def start(model: Model, crops: Batches, config: LoopConfig, *, scale_rate: float = 1.0) -> Run:
-    """Optimiser and posterior for a fresh run.
+    """Optimiser and posterior of a new run.
 
     Args:
         scale_rate: learning rate of the scales (of priors and noise, and the Student's degrees of

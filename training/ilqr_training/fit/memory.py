@@ -104,14 +104,16 @@ def estimate(config: TrainConfig, data: Prepared) -> Estimate:
 
 
 def refuse_hopeless(config: TrainConfig, data: Prepared) -> None:
-    """Refuse what is far from fitting: the estimate is right within a factor of two, swap helps a
-    little, and what is merely tight is said beside the estimate.
+    """Refuse what is far from fitting.
+
+    The estimate is right within a factor of two and swap helps a little, so a tight fit is only a
+    warning in the estimate's text.
 
     Raises:
         ConfigError: naming the setting without which the least would be needed.
     """
-    made = _on_host(config, data)
-    if made.more <= HOPELESS * made.available:
+    whole = _on_host(config, data)
+    if whole.more <= HOPELESS * whole.available:
         return
     least: dict[str, int] = {}
     for field in ("model.latents", "model.inputs", "training.batch", "training.chunk"):
@@ -122,8 +124,8 @@ def refuse_hopeless(config: TrainConfig, data: Prepared) -> None:
     part, name = field.split(".")
     raise ConfigError(
         field,
-        expected=f"what fits in memory ({made.available / GIB:.1f} GiB are free)",
-        got=f"{getattr(getattr(config, part), name)}, about {made.more / GIB:.3g} GiB in all",
+        expected=f"what fits in memory ({whole.available / GIB:.1f} GiB are free)",
+        got=f"{getattr(getattr(config, part), name)}, about {whole.more / GIB:.3g} GiB in all",
     )
 
 

@@ -27,7 +27,7 @@ LOST_BINS = 10_000
 
 @dataclass(frozen=True)
 class Validation:
-    """Scores on the validation part, and the readout that made them.
+    """Scores on the validation part, and the readout they are of.
 
     Attributes:
         score: what training maximises: mean velocity R2, or bits per spike without kinematics.
@@ -129,7 +129,7 @@ def validate(
 
 
 def _latest(span: tuple[int, int]) -> tuple[int, int]:
-    """The last bins of a span, as many as a pass with lost bins is made of."""
+    """The last bins of a span that a pass with lost bins uses."""
     return max(span[0], span[1] - LOST_BINS), span[1]
 
 

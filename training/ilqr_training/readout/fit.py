@@ -31,12 +31,12 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 with theirs (not all of it), tried on the held-out part beside none of it."""
 
 LEVEL = 0.9
-"""Of the intervals whose coverage on the held-out part is made exact."""
+"""Nominal coverage of the intervals; on the held-out part it is exact by construction."""
 
 
 @dataclass(frozen=True)
 class ReadoutFit:
-    """A fitted readout and what it did on the held-out part before it was refitted on both.
+    """A fitted readout, and its scores on the held-out part before it was refitted on both.
 
     Attributes:
         readout: fitted on the training and held-out parts together.

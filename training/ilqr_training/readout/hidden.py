@@ -56,7 +56,7 @@ class Maps:
 
 
 def dropped(values: Tensor, share: float, g: torch.Generator) -> Tensor:
-    """With that share of the numbers left out, and the others made larger for it."""
+    """Dropout: that share of the numbers zero, the others scaled up."""
     kept = torch.rand(values.shape, generator=g) >= share
     return values * kept / (1 - share)
 

@@ -1,4 +1,4 @@
-"""Streams that begin anew where the recording does, and what they say of their inputs."""
+"""Restarts of streams where the recording has a break, and the inputs they report."""
 
 from __future__ import annotations
 
