@@ -175,7 +175,7 @@ def test_the_command_shows_and_writes_it(
     assert len(written["held_out"]) == 2
     shown = capsys.readouterr().out
     assert "2 units held out, drawn by seed 3" in shown
-    assert "Training showed all units" in shown
+    assert "Training used all units" in shown
     read = load_recording(path, spec())
     held: NDArray[np.bool_] = np.isin(read.unit_names, written["held_out"])
     start, stop = spec().split.bins("test", len(read))
