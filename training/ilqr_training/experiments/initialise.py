@@ -3,8 +3,8 @@
 A random start makes the first hundreds of steps a search for scales: how noisy the observations
 are, how strong the inputs, how fast the state moves. All three can be estimated from the data: the
 functions here set the readout to the principal components of the observations (so that the first
-latents are seen directly, at unit variance), regress each state on the one before, and let the inputs begin
-as strong as the residuals of the regression. Training itself is unchanged.
+latents are seen directly, at unit variance), regress each state on the one before, and let the
+inputs begin as strong as the residuals of the regression. Training itself is unchanged.
 """
 
 from __future__ import annotations
