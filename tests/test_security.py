@@ -259,6 +259,17 @@ def test_control_is_limited_by_sender() -> None:
         limit.check(b"a", SECOND // 10)
 
 
+def test_answers_that_take_long_count_for_many() -> None:
+    limit = RateLimit(10.0)
+    limit.check(b"a", 0)
+    limit.charge(b"a", SECOND // 2)  # a tenth of the time: so much in five seconds
+    for later in (1, 2, 3):
+        with pytest.raises(ProtocolError, match="rate"):
+            limit.check(b"a", later * SECOND)
+    limit.check(b"b", SECOND)
+    limit.check(b"a", 4 * SECOND)
+
+
 def test_too_many_requests_and_too_large_ones_are_refused_and_counted(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m.safetensors", n_units=7, names=UNITS)
     with (

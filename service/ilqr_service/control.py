@@ -5,6 +5,7 @@ No sockets: what is asked for comes back as ``Effects``, like everything else th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from ilqr_service.journal.journal import Journal
@@ -47,6 +48,15 @@ class Control:
     ) -> Effects:
         """What a request asks for. Raises ProtocolError: too many, or one that cannot be met."""
         self._limit.check(owner, received)
+        began_ns = time.thread_time_ns()
+        try:
+            return self._answer(owner, user, message, frame, received)
+        finally:
+            self._limit.charge(owner, time.thread_time_ns() - began_ns)
+
+    def _answer(
+        self, owner: bytes, user: str, message: Request, frame: bytes, received: int
+    ) -> Effects:
         match message:
             case messages.Probe():
                 at, name = message.client_ns, this_clock()

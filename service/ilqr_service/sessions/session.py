@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from ilqr_service.sessions.arrivals import Arrivals
 from ilqr_service.sessions.clocked import FeederClock
@@ -124,6 +125,7 @@ class Recent:
     def __init__(self, size: int = 1024) -> None:
         self._values = np.zeros(size, dtype=np.int64)
         self._count = 0
+        self._sorted: tuple[int, NDArray[np.int64]] = (0, self._values[:0])  # of which count
 
     def add(self, value: int) -> None:
         self._values[self._count % len(self._values)] = value
@@ -132,7 +134,10 @@ class Recent:
     def quantiles(self, *qs: float) -> tuple[int, ...]:
         """For each q the smallest held value that at least a share q of them does not exceed; 0
         where nothing was added yet."""
-        held = np.sort(self._values[: min(self._count, len(self._values))])
+        if self._sorted[0] != self._count:
+            newest = self._values[: min(self._count, len(self._values))]
+            self._sorted = (self._count, np.sort(newest))
+        held = self._sorted[1]
         if held.size == 0:
             return (0,) * len(qs)
         return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)

@@ -102,8 +102,13 @@ class Gate:
         return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_mode
 
 
+_SHARE = 0.1
+
+
 class RateLimit:
     """So many requests a second of each sender, with twice as many saved up at most.
+
+    Answering them may take a tenth of the service's time: one that takes long counts for many.
 
     Args:
         rate: requests per second.
@@ -114,7 +119,7 @@ class RateLimit:
         self._held: dict[bytes, tuple[float, int]] = {}
 
     def check(self, sender: bytes, now_ns: int) -> None:
-        """Raises ProtocolError where the sender asks too often."""
+        """Raises ProtocolError if the sender asks too often."""
         held, then = self._held.pop(sender, (2 * self._rate, now_ns))
         held = min(2 * self._rate, held + (now_ns - then) / 1e9 * self._rate)
         over = held < 1.0
@@ -125,3 +130,9 @@ class RateLimit:
             raise ProtocolError(
                 "rate", expected=f"at most {self._rate:g} requests a second", got="more"
             )
+
+    def charge(self, sender: bytes, took_ns: int) -> None:
+        """Count the time that an answer took, if that is more than its one request stands for."""
+        held, then = self._held[sender]
+        more = max(0.0, took_ns / 1e9 * self._rate / _SHARE - 1.0)
+        self._held[sender] = (held - more, then)
