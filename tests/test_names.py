@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.table import Table
 
@@ -16,6 +17,9 @@ from ilqr_vae import terminal
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.progress import Bar
+from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.report import ReportData, render_html
+from ilqr_vae.scoring.score import score_decodes
 from rig import write_recording
 from tiny import config, write_config
 
@@ -130,3 +134,62 @@ def test_standard_output_takes_what_its_encoding_has_not(monkeypatch: pytest.Mon
     print("± 速")
     sys.stdout.flush()
     assert raw.getvalue() == b"\\xb1 \\u901f\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("v$x_{$", "v$x_{$"),
+        ("<b>&x</b>", "&lt;b&gt;&amp;x&lt;/b&gt;"),
+        ("#010203", "#010203"),
+        ("url(#a", "url(#a"),
+        ("a\nb\x1b[31m\0", "a\\nb\\x1b[31m\\x00"),
+        ("速度😀", "速度😀"),
+        ("{{ 1 + 1 }}", "{{ 1 + 1 }}"),
+    ],
+)
+def test_a_name_is_shown_in_pictures_and_tables_of_a_page(name: str, shown: str) -> None:
+    page = page_of(name)
+    assert page.count(shown) >= 4  # time course, agreement, residuals, scores
+    assert "\x1b" not in page
+    assert "\0" not in page
+
+
+def test_a_very_long_name_leaves_a_picture_its_room() -> None:
+    page = page_of("v" * 5000)
+    assert page.count("v" * 5000) == 3  # whole in title, heading and table
+    assert f"{'v' * 31}…" in page
+
+
+def page_of(name: str) -> str:
+    """A page on one channel of that name and that unit."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(200, 1))
+    recording = Recording(
+        counts=rng.poisson(1.0, (200, 3)).astype(np.uint16),
+        bin_width=0.05,
+        unit_names=("a", "b", "c"),
+        kinematics=truth,
+        kinematic_names=(name,),
+        kinematic_units=("m/s",),
+    )
+    decoded = truth + rng.normal(size=truth.shape)
+    scores = score_decodes(
+        recording, SplitSpec(), bins=(0, 200), decoded=decoded, std=np.ones((200, 1))
+    )
+    return render_html(
+        ReportData(
+            title=name,
+            kind="evaluate",
+            bin_width=0.05,
+            start=0.0,
+            counts=recording.counts,
+            status=("ok",) * 200,
+            latents=rng.normal(size=(200, 2)),
+            names=(name,),
+            units=("m/s",),
+            truth=truth,
+            decoded=decoded,
+            scores=scores,
+        )
+    )

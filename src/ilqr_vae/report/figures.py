@@ -13,7 +13,19 @@ from ilqr_vae.report.analyses import psths as psths_of
 from ilqr_vae.report.analyses import residuals as residuals_of
 from ilqr_vae.report.analyses import triggered_inputs
 from ilqr_vae.report.data import ReportData
-from ilqr_vae.report.svg import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PURPLE, RED, figure, to_svg
+from ilqr_vae.report.svg import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    RED,
+    figure,
+    short,
+    to_svg,
+)
 from ilqr_vae.scoring.score import OURS, WIENER
 
 Array = NDArray[np.float64]
@@ -59,7 +71,7 @@ def time_course(data: ReportData) -> str | None:
                 t, data.baselines[WIENER][shown, d], color=ORANGE, lw=0.9, alpha=0.85, label=WIENER
             )
         ax.plot(t, decoded, color=BLUE, lw=1.5, label=OURS)
-        ax.set_ylabel(f"{data.names[d]} ({data.units[d]})")
+        ax.set_ylabel(short(f"{data.names[d]} ({data.units[d]})"))
         ax.margins(x=0)
     handles, labels = rows[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside upper right", ncols=len(labels))
@@ -107,7 +119,7 @@ def reaches(data: ReportData) -> str | None:
     panels += [(name, values) for name, values in data.baselines.items()]
     made = figure(9.6, 0.5 + 9.0 / max(3, len(panels)))
     axes = made.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    unit = data.units[0].removesuffix("/s").strip()
+    unit = short(data.units[0].removesuffix("/s").strip())
     paths = [
         [_path(np.nan_to_num(velocity[a:b, :2]), data.bin_width) for a, b in ranges]
         for _, velocity in panels
@@ -141,7 +153,7 @@ def agreement(data: ReportData) -> str | None:
         low, high = np.nanpercentile(np.concatenate([truth, decoded]), [0.1, 99.9])
         ax.plot([low, high], [low, high], color=INK, lw=0.8, ls=(0, (4, 3)))
         ax.set_box_aspect(1)
-        ax.set_xlabel(f"measured {data.names[d]} ({data.units[d]})")
+        ax.set_xlabel(short(f"measured {data.names[d]} ({data.units[d]})"))
         ax.set_ylabel("decoded" if d == 0 else "")
     if calibrated:
         _reliability(axes[-1], data)
@@ -305,7 +317,7 @@ def residual_course(data: ReportData) -> str | None:
         if found.stated.size:
             ax.plot(found.time, found.stated[:, d], color=ORANGE, label="stated")
         ax.set_ylim(bottom=0)
-        ax.set_ylabel(f"{data.names[d]} ({data.units[d]})")
+        ax.set_ylabel(short(f"{data.names[d]} ({data.units[d]})"))
     handles, labels = rows[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside upper right", ncols=len(labels))
     rows[-1].set_xlabel("time (s)")
@@ -327,7 +339,7 @@ def psth(data: ReportData) -> str | None:
         for c, name in enumerate(found.conditions):
             colour = cmap(0.1 + 0.75 * c / max(1, len(found.conditions) - 1))
             ax.plot(found.time, found.counted[c, :, place], color=colour, lw=0.6, alpha=0.7)
-            label = f"{name} ({found.trials[c]})" if place == 0 else None
+            label = f"{short(name)} ({found.trials[c]})" if place == 0 else None
             ax.plot(found.time, found.modelled[c, :, place], color=colour, lw=1.6, label=label)
         ax.axvline(0, color=MUTED, lw=0.7)
         ax.set_title(f"unit {unit}")

@@ -13,6 +13,7 @@ from ilqr_vae.report.data import ReportData, distribution
 from ilqr_vae.report.svg import STATUS_COLOURS, style
 from ilqr_vae.report.table import Table, number
 from ilqr_vae.scoring.score import OURS
+from ilqr_vae.terminal import visible
 
 _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
     (
@@ -146,6 +147,7 @@ def render(data: ReportData) -> str:
     environment = Environment(
         loader=PackageLoader("ilqr_vae.report", "."),
         autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from ilqr_vae.terminal import visible
 
 # Placeholders that become CSS variables of the page.
 INK, MUTED, GRID = "#010203", "#010204", "#010205"
@@ -59,6 +62,7 @@ _STYLE: Any = {
     "savefig.dpi": 150,
     "svg.fonttype": "none",
     "text.color": INK,
+    "text.parse_math": False,  # a dollar sign in a name is no formula
     "xtick.color": MUTED,
     "xtick.labelcolor": INK,
     "xtick.labelsize": 8,
@@ -71,7 +75,9 @@ _STYLE: Any = {
 @contextmanager
 def style() -> Generator[None]:
     """Draw inside this."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # of glyphs that its own font lacks and the reader's has, and of room a long name takes
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 
@@ -82,20 +88,31 @@ def figure(width: float = 9.0, height: float = 3.0) -> Figure:
     return made
 
 
+def short(name: str, most: int = 32) -> str:
+    """A name as a label: on one line, and no longer than a figure has room for."""
+    name = visible(name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def to_svg(made: Figure, name: str) -> str:
     """Inline SVG whose ids start with ``name`` and whose ink follows the page."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for placeholder, variable in _VARIABLES.items():
-        text = text.replace(placeholder, variable)
-    # Presentation attributes do not take variables, style attributes do.
-    text = re.sub(r'(fill|stroke)="(var\(--\w+\))"', r'style="\1: \2"', text)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+    def tag(found: re.Match[str]) -> str:
+        """A tag, alone: what stands between tags are names, which stay as they are."""
+        inside = found[0]
+        for placeholder, variable in _VARIABLES.items():
+            inside = inside.replace(placeholder, variable)
+        # Presentation attributes do not take variables, style attributes do.
+        inside = re.sub(r'(fill|stroke)="(var\(--\w+\))"', r'style="\1: \2"', inside)
+        inside = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", inside)
+        inside = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', inside)
+        return re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", inside)
+
+    text = re.sub(r"<(?!!)[^>]*>", tag, text)
     # Scale with the page: the viewBox keeps the proportions.
     return re.sub(r'<svg ([^>]*?)height="[^"]*" ([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)
