@@ -155,9 +155,19 @@ class _Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._app = make_wsgi_app(registry, disable_compression=True)
         self._turn = threading.Lock()
+        self._waiting = threading.Semaphore(_CONNECTIONS)
         self._earliest = 0.0
 
     def __call__(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        if not self._waiting.acquire(blocking=False):
+            start("503 Service Unavailable", [("Retry-After", "1")])
+            return [b"too many ask at once\n"]
+        try:
+            return self._page(environ, start)
+        finally:
+            self._waiting.release()
+
+    def _page(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         with self._turn:
             time.sleep(max(0.0, self._earliest - time.monotonic()))
             began = time.monotonic()

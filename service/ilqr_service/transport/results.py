@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ilqr_service.transport.connections import Connection, Connections, Door
+from ilqr_service.transport.connections import Connections
+from ilqr_service.transport.doors import Connection, Door
 from ilqr_service.transport.zmtp import Incoming
 from ilqr_vae.protocol import messages
 
