@@ -54,10 +54,10 @@ def _model_file(path: Path) -> Path:
     return path
 
 
-def _compile_pass_by() -> None:
+def _compile_predict_only() -> None:
     estimator = estimator_of(N, M, UNITS, H, 2)
     bins = torch.ones(1, UNITS, dtype=torch.float64)
-    estimator.pass_by(estimator.init(1), bins, bins)
+    estimator.predict_only(estimator.init(1), bins, bins)
 
 
 def run(quick: bool) -> list[Row]:
@@ -73,7 +73,7 @@ def run(quick: bool) -> list[Row]:
             *("--ready-file", "-"),
         )
         # where nothing is compiled yet, the other core can do a part of it for the service
-        helping = threading.Thread(target=_compile_pass_by)
+        helping = threading.Thread(target=_compile_predict_only)
         helping.start()
         with _running(service) as served, _running(echo) as echoed:
             helping.join()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,18 @@ on_each_device = pytest.mark.parametrize("device", DEVICES)
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 1e-4)]
 
 
-def moved(problem: LQRProblem, device: str) -> LQRProblem:
-    return LQRProblem(**{name: value.to(device) for name, value in problem.tensors().items()})
+def moved(x: Any, **options: Any) -> Any:
+    """A problem or solution, its floating tensors in another dtype or on another device."""
+    made = {
+        f.name: value.to(**options) if value is not None and value.is_floating_point() else value
+        for f in fields(x)
+        for value in (getattr(x, f.name),)
+    }
+    return replace(x, **made)
 
 
 def on_gpu(problem: LQRProblem, device: str, **options: Any) -> Any:
-    found = solve_lqr(moved(problem, device), backend="gpu", **options)
+    found = solve_lqr(moved(problem, device=device), backend="gpu", **options)
     return type(found)(**{name: value.cpu() for name, value in vars_of(found).items()})
 
 
@@ -126,20 +132,39 @@ def test_agrees_with_the_reference(
 
 @on_each_device
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_ill_conditioned_problem_is_solved_as_if_by_substitution(device: str) -> None:
+    problem = make(2, 12, 6, 4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(2, 13, 6, 6, generator=generator, dtype=torch.float64))[0]
+    Q = (U * torch.logspace(8, 0, 6, dtype=torch.float64)) @ U.mT
+    R = torch.eye(4, dtype=torch.float64).expand(2, 12, 4, 4).contiguous()
+    problem = replace(problem, Q=(Q + Q.mT) / 2, R=R, S=None)
+    truth = solve_lqr(problem, free_initial=True, backend="reference")
+    found = on_gpu(problem, device, free_initial=True)
+    for name in ("K", "k", "dz", "du"):
+        expected, got = numbers(truth)[name], numbers(found)[name]
+        # a product with an explicit inverse is off by 1e-6
+        assert float((got - expected).abs().max()) <= 5e-8 * float(expected.abs().max()), name
+
+
+@on_each_device
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_covariance_agrees_with_the_reference(
     device: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     problem = make(2, 2, 18, 5, dtype=dtype)
     found = solve_lqr(problem, free_initial=True, backend="reference")
-    given = (problem.A, problem.B, found.K, found.Quu_inv, found.V[:, 0])
-    truth = marginal_covariance(*(t.double() for t in given), backend="reference")
-    ours = marginal_covariance(*(t.to(device) for t in given), backend="gpu").cpu()
+    truth = marginal_covariance(
+        moved(problem, dtype=torch.float64), moved(found, dtype=torch.float64), backend="reference"
+    )
+    there = moved(problem, device=device)
+    ours = marginal_covariance(there, moved(found, device=device), backend="gpu").cpu()
     assert ours.dtype == dtype
     scale = float(truth.abs().max())
     torch.testing.assert_close(ours.double(), truth, rtol=0, atol=tolerance * scale)
-    given[-1][1] = 0.0
-    ours = marginal_covariance(*(t.to(device) for t in given), backend="gpu").cpu()
+    found.V[1] = 0.0
+    ours = marginal_covariance(there, moved(found, device=device), backend="gpu").cpu()
     assert (ours[1] == 0).all()
     torch.testing.assert_close(ours[0].double(), truth[0], rtol=0, atol=tolerance * scale)
 

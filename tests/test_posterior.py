@@ -77,7 +77,7 @@ def assert_moments(samples: Tensor, covariance: Tensor) -> None:
 def test_linear_gaussian_posterior_is_the_rts_smoother(missing: float) -> None:
     model, observed = linear_gaussian(missing)
     state, at, lqr = solved(model, observed)
-    Sigma = marginal_covariance(at.A, at.B, lqr.K, lqr.Quu_inv, lqr.V[:, 0])
+    Sigma = marginal_covariance(at, lqr)
     for b in range(B):
         truth = kalman(model, observed["spikes"].values[b], observed["spikes"].mask[b])
         torch.testing.assert_close(state.z[b], truth.smoothed, rtol=0, atol=1e-8)
@@ -93,7 +93,7 @@ def test_the_bound_of_the_exact_posterior_is_the_log_likelihood(missing: float) 
     parts = elbo.bound(model, model.dynamics.weights(), state.z[:, 0], state.u, draw, observed)
     spikes, mask = model.group("spikes"), observed["spikes"].mask
     assert isinstance(spikes, Gaussian)
-    Sigma = marginal_covariance(at.A, at.B, lqr.K, lqr.Quu_inv, lqr.V[:, 0])[:, 1:]
+    Sigma = marginal_covariance(at, lqr)[:, 1:]
     seen_var = ((spikes.C @ Sigma) * spikes.C).sum(-1)  # (B, T, N), of each channel's mean
     lost = 0.5 * (seen_var * torch.exp(-2 * spikes.log_scale) * mask).sum((1, 2))
     exact = torch.stack(

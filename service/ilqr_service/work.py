@@ -165,6 +165,9 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
         serial: of the work that caused this answer.
         flags: what changed about units, for people.
         flagged: ``NAME:reason`` of all masked units, None where they are not watched.
+        ignored: units of this bin whose counts were beyond the model's bounds and were not used.
+        beyond: the answer is beyond what training showed (``ilqr_vae.streaming.bounds``).
+        restarted: the estimate began anew with this bin, its state being lost.
     """
 
     work: Solve | Insert
@@ -187,18 +190,22 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     serial: int = 0
     flags: tuple[str, ...] = ()
     flagged: tuple[str, ...] | None = None
+    ignored: tuple[str, ...] = ()
+    beyond: bool = False
+    restarted: bool = False
 
 
 def status_of(answer: Answer, published_ns: int) -> Status:
     """The flag an answer goes out with: a pure function of the answer and the clock.
 
     First that holds: ``missing`` (no bin came), ``extrapolated`` (a bin came and the answer is a
-    prediction all the same: none of its units was observed, its solve failed or was shed), ``late``
-    (after its due time), ``degraded`` (the deadline cut the solve short), ``ok``.
+    prediction all the same: none of its units could be used, its solve failed or was shed; or the
+    answer is beyond what training showed), ``late`` (after its due time), ``degraded`` (the
+    deadline cut the solve short), ``ok``.
     """
     if answer.work.missing:
         return "missing"
-    if answer.work.blind or answer.solver in (FAILED, NOT_FINITE, SHED):
+    if answer.work.blind or answer.beyond or answer.solver in (FAILED, NOT_FINITE, SHED):
         return "extrapolated"
     if published_ns > (answer.due_ns or answer.work.due_ns):
         return "late"

@@ -1,9 +1,10 @@
 """The model file: one .safetensors file with a manifest inside. No pickle, nothing executable.
 
 Tensors: ``model.*`` (the generative model), ``readout.*`` (where there are kinematics),
-``mean_rate``. The manifest is JSON in the file's metadata under ``ilqr_vae``. It carries a hash of
-all tensors, and its own hash stands beside it; both are checked on load: a file with a flipped bit
-is refused. Written atomically.
+``mean_rate``, and ``seen.*`` (what the training part showed; files without it load). The manifest
+is JSON in the file's metadata under ``ilqr_vae``. It carries a hash of all tensors, and its own
+hash stands beside it; both are checked on load: a file with a flipped bit is refused. Written
+atomically.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ilqr_vae.model.likelihoods import LIKELIHOODS, Counts, Likelihood, Poisson
 from ilqr_vae.model.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import RecordingSpec, RecordingWarning
+from ilqr_vae.streaming.bounds import TrainingRange
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
 SCHEMA = 3
@@ -169,12 +171,14 @@ class Artifact:
     Attributes:
         manifest: see ``Manifest``.
         model, readout, mean_rate: on the device and in the dtype asked for.
+        seen: what the training part showed, None where the file does not say.
     """
 
     manifest: Manifest
     model: Model
     readout: KinematicReadout | None
     mean_rate: Tensor
+    seen: TrainingRange | None = None
 
     def estimator(
         self, *, iterations: int | None = None, horizon: int | None = None
@@ -197,16 +201,21 @@ class Artifact:
             raise ConfigError("iterations", expected="at least 1", got=str(config.iterations))
         if config.horizon < least:
             raise ConfigError("horizon", expected=f"at least {least}", got=str(config.horizon))
-        return MovingHorizon(self.model, self.readout, self.mean_rate, config)
+        return MovingHorizon(self.model, self.readout, self.mean_rate, config, self.seen)
 
 
 def _tensors(
-    model: Model, readout: KinematicReadout | None, mean_rate: Tensor
+    model: Model,
+    readout: KinematicReadout | None,
+    mean_rate: Tensor,
+    seen: TrainingRange | None,
 ) -> dict[str, Tensor]:
     named = {f"model.{k}": v for k, v in model.state_dict().items()}
     if readout is not None:
         named |= {f"readout.{k}": v for k, v in readout.state_dict().items()}
     named["mean_rate"] = mean_rate
+    if seen is not None:
+        named |= {f"seen.{k}": v for k, v in seen._asdict().items()}
     return {k: v.detach().cpu().contiguous() for k, v in sorted(named.items())}
 
 
@@ -239,6 +248,7 @@ def save_artifact(
     model: Model,
     readout: KinematicReadout | None,
     mean_rate: Tensor,
+    seen: TrainingRange | None = None,
 ) -> Manifest:
     """Write a model file; returns the manifest with its hash.
 
@@ -246,7 +256,7 @@ def save_artifact(
         ConfigError: the file cannot be written.
     """
     path = Path(path)
-    tensors = _tensors(model, readout, mean_rate)
+    tensors = _tensors(model, readout, mean_rate, seen)
     manifest = msgspec.structs.replace(manifest, sha256=_digest(tensors))
     written = msgspec.json.decode(msgspec.json.encode(manifest))
     manifest = msgspec.structs.replace(manifest, model_id=_identity(written))
@@ -301,6 +311,19 @@ def _load_into(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefix
     module.load_state_dict(part)
 
 
+def _seen(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> TrainingRange | None:
+    names = [name for name in tensors if name.startswith("seen.")]
+    if not names:
+        return None
+    units, channels = len(manifest.unit_names), len(manifest.kinematic_names)
+    sizes = ((units,), (2, manifest.latents), (2, channels))
+    expected = {f"seen.{k}": v for k, v in zip(TrainingRange._fields, sizes, strict=True)}
+    got = {name: tuple(tensors[name].shape) for name in names}
+    if got != expected:
+        raise _refuse(path, f"training ranges of shapes {expected}", str(got))
+    return TrainingRange(*(tensors[f"seen.{name}"] for name in TrainingRange._fields))
+
+
 def load_artifact(
     path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float64
 ) -> Artifact:
@@ -341,4 +364,5 @@ def load_artifact(
     if "mean_rate" not in tensors or tensors["mean_rate"].shape != (units,):
         raise _refuse(path, f"mean_rate of {units} units", "another shape")
     mean_rate = tensors["mean_rate"].to(device=device, dtype=dtype)
-    return Artifact(manifest, model.to(device=device, dtype=dtype), readout, mean_rate)
+    seen = _seen(path, manifest, tensors)
+    return Artifact(manifest, model.to(device=device, dtype=dtype), readout, mean_rate, seen)

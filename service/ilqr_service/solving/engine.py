@@ -201,7 +201,7 @@ class Engine:
         started = self.clock()
         # Where a state was lost to a failure, the run starts again.
         runs = [self._run_of(work) for work in works]
-        step = self._stepper.pass_by if shed else self._stepper.step
+        step = self._stepper.predict_only if shed else self._stepper.step
         try:
             stepped = step([run.state for run in runs], works, [run.watch for run in runs])
         except Exception:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import repeat
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ from ilqr_service.work import SHED, Answer, ModelFacts, Solve
 from ilqr_vae.inference import ilqr
 from ilqr_vae.inference.compiled import Array
 from ilqr_vae.inference.problem import Status
-from ilqr_vae.streaming.compiled import Places, States
+from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
+from ilqr_vae.streaming.compiled import Rows, States
 from ilqr_vae.streaming.horizon import MovingHorizon
 from ilqr_vae.streaming.state import Estimate, HorizonState
 from ilqr_vae.streaming.unit_watch import UnitWatch
@@ -43,13 +43,6 @@ class Stepped(Struct, frozen=True, gc=False):
     after: Row
     answer: Answer
     finite: bool
-
-
-# the fields of an answer, in the order of the compiled step
-_ESTIMATE = (
-    *("window", "z_cov", "rates", "kinematics", "kinematics_std"),
-    *("bits", "spikes", "iterations", "status"),
-)
 
 
 def _doubles(values: Array) -> NDArray[np.float64]:
@@ -89,6 +82,7 @@ class Stepper:
         self._number = torch.empty(0, dtype=like.dtype).numpy().dtype
         # the steps on arrays as they are: tensors around each would cost as much as a tenth of it
         self._compiled = estimator.compiled(like)
+        self._limits = estimator.bounds.counts.cpu().numpy()
         self.separate = self._compiled is not None
 
     @property
@@ -117,27 +111,29 @@ class Stepper:
         else:
             rows, to = self._rows(states)
             estimate = self._compiled.step(*to, *given, ilqr.stopping(stop))
-        answers, finite = self._answers(works, estimate, started)
+        answers, finite = self._answers(works, given, estimate, started)
         return [Stepped(*one) for one in zip(rows, answers, finite, strict=True)]
 
-    def _rows(self, states: Sequence[Row]) -> tuple[list[Row], tuple[States, Places]]:
+    def _rows(self, states: Sequence[Row]) -> tuple[list[Row], tuple[States, Rows]]:
         """Rows for the next states, and where the compiled step reads and writes."""
         rows = self.pool.take(len(states))
-        arrays = self.pool.views()
+        arrays = Streams(*self.pool.views())
         before, after = (np.array([row.at for row in these]) for these in (states, rows))
         return rows, ((arrays, arrays), (before, after))
 
-    def _put(self, after: HorizonState, estimate: Estimate) -> tuple[list[Row], tuple[Array, ...]]:
+    def _put(self, after: HorizonState, estimate: Estimate) -> tuple[list[Row], Estimates]:
         """Keep the states; the estimate as the compiled step gives it."""
-        answer = tuple(getattr(estimate, name).detach().cpu().numpy() for name in _ESTIMATE)
-        return self.pool.put(after), answer
+        names = Estimates._fields
+        return self.pool.put(after), Estimates(
+            *(getattr(estimate, name).detach().cpu().numpy() for name in names)
+        )
 
     def _moved(self, counts: Array, mask: Array) -> tuple[torch.Tensor, torch.Tensor]:
         """To where the model is."""
         given = torch.from_numpy(counts), torch.from_numpy(mask)
         return given[0].to(self._device), given[1].to(self._device)
 
-    def pass_by(
+    def predict_only(
         self, states: Sequence[Row], works: Sequence[Solve], watches: Sequence[UnitWatch | None]
     ) -> list[Stepped]:
         """One bin of each run without a solve: the answers are predictions, their uncertainty not
@@ -146,11 +142,11 @@ class Stepper:
         given = self._given(works, watches)
         if self._compiled is None:
             before = self.pool.get(states)
-            rows, estimate = self._put(*self._estimator.pass_by(before, *self._moved(*given)))
+            rows, estimate = self._put(*self._estimator.predict_only(before, *self._moved(*given)))
         else:
             rows, to = self._rows(states)
-            estimate = self._compiled.pass_by(*to, *given)
-        answers, finite = self._answers(works, estimate, started)
+            estimate = self._compiled.predict_only(*to, *given)
+        answers, finite = self._answers(works, given, estimate, started)
         return [
             Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good)
             for row, answer, good in zip(rows, answers, finite, strict=True)
@@ -196,36 +192,55 @@ class Stepper:
         return stop
 
     def _answers(
-        self, works: Sequence[Solve], estimate: tuple[Array, ...], started: int
+        self,
+        works: Sequence[Solve],
+        given: tuple[Array, Array],
+        estimates: Estimates,
+        started: int,
     ) -> tuple[list[Answer], list[bool]]:
-        """The answers, and which are finite; ``estimate`` in the order of ``_ESTIMATE``."""
-        window, z_cov, *rest = estimate
-        z = window[:, : self._facts.latents]
-        z_std = np.sqrt(z_cov.diagonal(axis1=1, axis2=2))  # torch would let the interpreter go
-        vectors = [_doubles(v) for v in (z, z_std, *rest[:3])]
-        scalars = [v.tolist() for v in rest[3:]]
+        """The answers, and which are finite; ``given`` are counts and mask."""
+        e, ended = estimates, self._clock()
+        z = _doubles(e.window[:, : self._facts.latents])
+        # torch would let the interpreter go
+        z_std = _doubles(np.sqrt(e.z_cov.diagonal(axis1=1, axis2=2)))
+        rates, kinematics = _doubles(e.rates), _doubles(e.kinematics)
+        kinematics_std = _doubles(e.kinematics_std)
         finite: list[bool] = np.isfinite(z).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
-        ended, model = self._clock(), self._facts.model
+        scalars = [v.tolist() for v in e[Estimates._fields.index("bits") :]]
         answers = [
             Answer(
                 work=work,
-                latent=latent,
-                latent_std=latent_std,
-                rates=rates,
-                kinematics=kinematics,
-                kinematics_std=kinematics_std,
+                latent=z[i],
+                latent_std=z_std[i],
+                rates=rates[i],
+                kinematics=kinematics[i],
+                kinematics_std=kinematics_std[i],
                 bits=bits,
                 spikes=int(spikes),
                 iterations=iterations,
                 solver=_STATUS[status],
-                solve_start_ns=start,
-                solve_end_ns=end,
-                model=model,
+                solve_start_ns=started,
+                solve_end_ns=ended,
+                model=self._facts.model,
                 serial=work.serial,
+                ignored=self._ignored(given[0][i], given[1][i]) if ignored else (),
+                beyond=beyond,
+                restarted=restarted,
             )
-            for (
-                work, latent, latent_std, rates, kinematics, kinematics_std,
-                bits, spikes, iterations, status, start, end,
-            ) in zip(works, *vectors, *scalars, repeat(started), repeat(ended), strict=False)
-        ]  # fmt: skip
+            for i, (
+                work,
+                bits,
+                spikes,
+                iterations,
+                status,
+                ignored,
+                beyond,
+                restarted,
+            ) in enumerate(zip(works, *scalars, strict=True))
+        ]
         return answers, finite
+
+    def _ignored(self, counts: Array, mask: Array) -> tuple[str, ...]:
+        """The observed units whose counts were beyond the model's bounds."""
+        beyond = (np.abs(counts) > self._limits) & np.isfinite(counts) & (mask > 0)
+        return tuple(self._facts.unit_names[unit] for unit in np.flatnonzero(beyond))

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_vae.kernels import backend
-from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.kernels.cpu import iteration, threads
+from ilqr_vae.kernels.cpu.dynamics import FAMILIES, pack_weights
+from ilqr_vae.kernels.cpu.observations import pack_channels
+from ilqr_vae.kernels.cpu.tiles import PANEL
 from ilqr_vae.lqr import LQRProblem, LQRSolution
+from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.dynamics import Weights
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import (
@@ -37,17 +40,6 @@ from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost, StudentPr
 _log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
-
-
-@cache
-def kernels() -> ModuleType | None:
-    """The compiled iterations, or None (said once in the log) where there is no compiler."""
-    try:
-        from ilqr_vae.kernels.cpu import iteration
-    except ImportError as error:
-        _log.warning("numba cannot be imported (%s): iLQR runs in torch", error)
-        return None
-    return iteration
 
 
 @cache
@@ -75,38 +67,35 @@ def unsupported(
     return None
 
 
+def wanted(like: Tensor) -> bool:
+    """Whether tensors like this one are for compiled code."""
+    device, dtype = like.device.type, like.dtype
+    usual = device == "cpu" and dtype in (torch.float32, torch.float64)
+    return usual and backend.current() != "reference"
+
+
 def usable(model: Model, names: Iterable[str], like: Tensor) -> bool:
     """Whether the compiled solve is wanted and can solve this model, conditioned on these groups,
     for tensors like this one."""
-    if backend.current() == "reference" or like.device.type != "cpu":
+    if not wanted(like):
         return False
-    if like.dtype not in (torch.float32, torch.float64) or kernels() is None:
-        return False
-    from ilqr_vae.kernels.cpu.dynamics import FAMILIES
-
     reason = unsupported(model, names, FAMILIES)
     if reason is not None:
         _say(reason)
     return reason is None
 
 
-def array(tensor: Tensor) -> Array:
-    """A tensor's memory, C-contiguous."""
-    return tensor.detach().contiguous().numpy()
-
-
 @dataclass(frozen=True)
 class Plan:
-    """A model as the kernels take it: (family, weights, bank, prior), and the groups' order."""
+    """A model as the kernels take it: (family, weights, channels, prior), the groups' order, and n,
+    m and N."""
 
     arrays: tuple[Any, ...]
     names: tuple[str, ...]
     sizes: tuple[int, int, int]
 
 
-def _bank(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    from ilqr_vae.kernels.cpu.observations import pack_bank
-
+def _channels(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
     empty = torch.zeros(0, n, dtype=dtype)
     C = torch.cat([empty, *(f.C.detach() for f in families)])
     b = torch.cat([empty[:, 0], *(f.b.detach() for f in families)])
@@ -126,13 +115,13 @@ def _bank(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[A
         elif isinstance(f, Gaussian):
             precision[channels] = torch.exp(-2 * f.log_scale.detach())
     rates = (array(x) for x in (gain, floor, soft))
-    return pack_bank(array(C), array(b), array(limit), array(precision), poisson, linked, *rates)
+    return pack_channels(
+        array(C), array(b), array(limit), array(precision), poisson, linked, *rates
+    )
 
 
 def plan(model: Model, w: Weights, names: Iterable[str]) -> Plan:
     """Pack a model that is ``usable``."""
-    from ilqr_vae.kernels.cpu.dynamics import FAMILIES, pack_weights
-
     family = model.dynamics.kernel
     # Poisson channels come first
     order = tuple(sorted(names, key=lambda name: not isinstance(model.group(name), Counts)))
@@ -146,10 +135,10 @@ def plan(model: Model, w: Weights, names: Iterable[str]) -> Plan:
             constant = float(scale.double().sum()) + 0.5 * m * math.log(math.pi * nu)
             constant += math.lgamma(0.5 * nu) - math.lgamma(0.5 * (nu + m))
         prior = (array(model.prior.mean), array(torch.exp(-2 * scale)), constant, nu)
-        bank = _bank([model.group(name) for name in order], model.n, dtype)
+        channels = _channels([model.group(name) for name in order], model.n, dtype)
     weights = pack_weights(family, tuple(array(t) for t in w))
-    channels = int(bank[5].shape[1])
-    return Plan((FAMILIES[family], weights, bank, prior), order, (model.n, model.m, channels))
+    N = int(channels[5].shape[1])
+    return Plan((FAMILIES[family], weights, channels, prior), order, (model.n, model.m, N))
 
 
 def observations(plan: Plan, observed: Observations) -> tuple[Array, Array]:
@@ -167,15 +156,13 @@ class Work:
     """Arrays of one batch of solves: state, what iterations keep, and what they report.
 
     Attributes:
-        batch: how many of them are solved; may be set to fewer than there is room for.
+        batch: how many of them are solved; may be set to fewer than were made.
     """
 
     def __init__(self, plan: Plan, batch: int, steps: int, dtype: np.dtype[Any]) -> None:
         n, m, N = plan.sizes
         self.batch, self.steps, self.dtype = batch, steps, dtype
         T = steps
-
-        from ilqr_vae.kernels.cpu.tiles import PANEL
 
         n8, N8 = (-(-size // PANEL) * PANEL for size in (n, N))
         status, iterations = (np.zeros(batch, np.int64) for _ in range(2))
@@ -237,11 +224,9 @@ def run(
     options: tuple[float, float, int, float, float],
 ) -> None:
     """At most ``limit`` further iterations of every problem that is running."""
-    code = kernels()
-    assert code is not None
     n, m, _ = plan.sizes
     threads.share_out(
-        code.solve,
+        iteration.solve,
         work.batch,
         limit * cost_of_iteration(plan, work.steps),
         (
@@ -257,7 +242,7 @@ def run(
             options,
         ),
         dtype=work.dtype,
-        scratch_size=code.scratch_size(work.steps, n, m),
+        scratch_size=iteration.scratch_size(work.steps, n, m),
     )
 
 
@@ -280,7 +265,7 @@ def iterate(
     options: Options,
     stopped: Stopped | None,
 ) -> None:
-    """Iterations until every problem has stopped or the budget is used up.
+    """Iterations until every problem has stopped, or as many as allowed.
 
     Args:
         inputs: observations (values, mask), initial cost (mean, precision), start (z0, u).
@@ -299,7 +284,7 @@ def iterate(
 def prepare(
     model: Model, w: Weights, observed: Observations, batch: int, steps: int
 ) -> tuple[Plan, Work, tuple[Array, Array]]:
-    """Pack a model and its data, and make room for a batch of solves."""
+    """Pack a model and its data, and make the work arrays of a batch of solves."""
     packed = plan(model, w, observed)
     data = observations(packed, observed)
     return packed, Work(packed, batch, steps, data[0].dtype), data
@@ -331,36 +316,16 @@ def quadratise(
     u: Tensor,
 ) -> LQRProblem:
     """``Model.lqr_problem`` around rollouts z (B, T+1, n) of inputs u (B, T, m)."""
-    code = kernels()
-    assert code is not None
     packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
     work.state[0][...], work.state[1][...] = array(z), array(u)
     arrival = (array(initial.mean), array(initial.precision))
     start = (array(z[:, 0]), array(u), *work.none)
     threads.share_out(
-        code.quadratise,
+        iteration.quadratise,
         work.batch,
         cost_of_iteration(packed, work.steps) // 2,
         (packed.arrays, data, arrival, start, work.state, work.kept, work.problem),
         dtype=work.dtype,
-        scratch_size=code.scratch_size(work.steps, model.n, model.m),
+        scratch_size=iteration.scratch_size(work.steps, model.n, model.m),
     )
     return work.lqr()[0]
-
-
-def resume(
-    model: Model,
-    w: Weights,
-    observed: Observations,
-    initial: InitialCost,
-    state: Sequence[Tensor],
-    options: Options,
-) -> Work:
-    """One iteration from a state (z, u, cost, regularisation, status, iterations)."""
-    z, u = state[0], state[1]
-    packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
-    for mine, theirs in zip(work.state, state, strict=True):
-        mine[...] = array(theirs)
-    arrival = (array(initial.mean), array(initial.precision))
-    run(packed, work, 1, 2, data, arrival, (array(z[:, 0]), array(u)), options.numbers)
-    return work

@@ -1,4 +1,4 @@
-"""The bound on log p(o) that training raises (Schimel et al. 2022, eq. 8), and a tighter one.
+"""The bound on log p(o) that training raises (Schimel et al. 2022, eq. 7), and a tighter one.
 
     L = E_q [ sum_groups log p(o | z(z_0, u)) ]  -  KL( q(z_0, u) || p(z_0) p(u) )
 

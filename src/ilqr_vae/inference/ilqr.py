@@ -83,18 +83,7 @@ def where_solved(exact: LQRSolution, plain: LQRSolution) -> LQRSolution:
 
 
 def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
-    """One iteration. Problems that have stopped are returned as they were."""
-    if _compiled(problem, config, state.u):
-        given = tuple(getattr(state, f.name) for f in fields(State))
-        p = problem
-        return _outcome(
-            compiled.resume(p.model, p.w, p.observed, p.initial, given, options(config))
-        )
-    return step_reference(problem, state, config)
-
-
-def step_reference(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
-    """``step`` in torch: what the compiled one must do."""
+    """One iteration, in torch. Problems that have stopped are returned as they were."""
     model, w = problem.model, problem.w
     running = state.status == Status.RUNNING
     on_gpu = problem.on_gpu()
@@ -134,12 +123,6 @@ def step_reference(problem: Problem, state: State, config: SolverConfig) -> tupl
     return after, Info(quadratic, lqr, taken)
 
 
-def _compiled(problem: Problem, config: SolverConfig, like: Tensor) -> bool:
-    if config.exact or (torch.is_grad_enabled() and any(t.requires_grad for t in problem.w)):
-        return False
-    return compiled.usable(problem.model, problem.observed, like)
-
-
 def options(config: SolverConfig) -> compiled.Options:
     """A configuration as the compiled solve takes it."""
     c = config
@@ -172,7 +155,7 @@ def stopping(stop: Stop | None) -> compiled.Stopped | None:
 
 
 def finish(status: NDArray[np.int64]) -> None:
-    """Name the problems that are still running when the budget is used up."""
+    """Name the problems that are still running after the last iteration."""
     status[status == Status.RUNNING] = Status.ITERATION_LIMIT
 
 
@@ -195,8 +178,8 @@ def solve(
         the trajectory that iteration started from (at convergence: the same to the tolerance).
     """
     with torch.no_grad():
-        if _compiled(problem, config, u):
-            p = problem
+        p = problem
+        if not config.exact and compiled.usable(p.model, p.observed, u):
             work = compiled.solve(
                 p.model, p.w, p.observed, p.initial, (z0, u), options(config), stopping(stop)
             )
@@ -212,17 +195,17 @@ def solve_reference(
     config: SolverConfig,
     stop: Stop | None = None,
     *,
-    waitless: bool = False,
+    sync_free: bool = False,
 ) -> tuple[State, Info]:
     """``solve`` in torch: what the compiled one must do.
 
     Args:
-        waitless: never look at a number, so that the device need not be waited for: the whole
-            budget of iterations is done, those of problems that have stopped changing nothing.
+        sync_free: never wait for the device: all iterations are done, and those of problems that
+            have stopped change nothing.
     """
     stopped = stopping(stop)
     state = init(problem, z0, u)
-    state, info = step_reference(problem, state, config)
+    state, info = step(problem, state, config)
     for _ in range(1, config.iterations):
         running = state.status == Status.RUNNING
         if stopped is not None:
@@ -232,10 +215,10 @@ def solve_reference(
             running = state.status == Status.RUNNING
             if ended:
                 break
-        if not waitless and not bool(running.any()):
+        if not sync_free and not bool(running.any()):
             break
-        state, later = step_reference(problem, state, config)
-        all_run = not waitless and bool(running.all())
+        state, later = step(problem, state, config)
+        all_run = not sync_free and bool(running.all())
         info = later if all_run else _latest(running, later, info)
     running = state.status == Status.RUNNING
     limit = torch.where(running, int(Status.ITERATION_LIMIT), state.status)

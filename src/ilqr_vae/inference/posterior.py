@@ -1,7 +1,7 @@
 """Gaussian posteriors q(z_0, u | o) around the optimum (z_0*, u*).
 
-Kronecker (Schimel et al. 2022, section 2.3): cov(u) = Sigma_s (x) Sigma_t, learned, the same for
-every trial of one fixed length; the time factor is full or diagonal. Laplace: the inverse
+Kronecker (Schimel et al. 2022, section 2.2, eq. 12): cov(u) = Sigma_s (x) Sigma_t, learned, the
+same for every trial of one fixed length; the time factor is full or diagonal. Laplace: the inverse
 (Gauss-Newton) Hessian of J per trial, for any length, straight from the Riccati recursion:
 u_k | z_k has covariance Quu_k^-1 and mean K_k dz_k, so
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -248,7 +248,7 @@ def laplace(problem: LQRProblem, lqr: LQRSolution) -> Laplace:
     Args:
         problem, lqr: the LQR problem at the optimum and its solution (free initial state).
     """
-    Sigma = marginal_covariance(problem.A, problem.B, lqr.K, lqr.Quu_inv, lqr.V[:, 0])
+    Sigma = marginal_covariance(problem, lqr)
     return Laplace(
         A=problem.A,
         B=problem.B,
@@ -276,6 +276,7 @@ def laplace_at(
     """
     z = model.rollout(w, z0, u)
     problem = model.lqr_problem(w, z, u, observed, model.initial.cost(z0.shape[0]))
+    problem = replace(problem, R=model.prior.stated_precision(u).contiguous())
     return laplace(problem, solve_lqr(problem, free_initial=True))
 
 

@@ -4,40 +4,26 @@ Contiguous tensors are read where they are, without a copy. A batch is shared ou
 (``kernels.cpu.threads``) where there is enough work to pay for waking them; the compiled code holds
 no GIL. A problem's bits do not depend on its neighbours, on the batch size, or on the number of
 threads.
-
-Where numba cannot be imported the reference solves instead, after one warning in the log.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_vae.errors import ShapeError
-from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.kernels.cpu import lqr, threads
 from ilqr_vae.lqr.problem import (
-    InputByState,
-    InputJacobians,
-    InputMatrices,
+    Covariances,
     LQRProblem,
     LQRSolution,
-    StateJacobians,
-    StateMatrices,
-    StateMatrix,
-    check_covariance,
     damping_per_problem,
 )
-from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
-
-_log = logging.getLogger(__name__)
 
 
 def solve_cpu(
@@ -56,20 +42,18 @@ def solve_cpu(
     Raises:
         ShapeError: tensors that do not fit each other, on another device or of another dtype.
     """
-    lqr = _kernels()
-    if lqr is None:
-        return solve_reference(problem, free_initial=free_initial, regularisation=regularisation)
     batch, steps, n, m = problem.sizes()
     A = problem.A
     _check_supported(A)
-    given = _arrays((A, problem.B, problem.Q, problem.q, problem.R, problem.r))
+    about = (A, problem.B, problem.Q, problem.q, problem.R, problem.r)
+    given = tuple(array(tensor) for tensor in about)
     dtype = given[0].dtype
     if isinstance(regularisation, Tensor):
-        damping = _array(damping_per_problem(regularisation, A, batch))
+        damping = array(damping_per_problem(regularisation, A, batch))
     else:
         damping = np.full(batch, regularisation, dtype)
-    c = _nothing(dtype, 3) if problem.c is None else _array(problem.c)
-    S = _nothing(dtype, 4) if problem.S is None else _array(problem.S)
+    c = _nothing(dtype, 3) if problem.c is None else array(problem.c)
+    S = _nothing(dtype, 4) if problem.S is None else array(problem.S)
     states, inputs = (batch, steps + 1, n), (batch, steps, m)
     # one by one: numpy makes small arrays in a fraction of the time that torch takes
     (V,) = threads.arrays(dtype, (*states, n))
@@ -88,7 +72,8 @@ def solve_cpu(
         (dz, du, costate, model),
         ok,
     )
-    _run(lqr, lqr.solve, (batch, steps * n * (n + m) ** 2), (n, m), arguments, dtype)
+    work, need = steps * n * (n + m) ** 2, lqr.scratch_size(n, m)
+    threads.share_out(lqr.solve, batch, work, arguments, dtype=dtype, scratch_size=need)
     tensor = torch.from_numpy
     return LQRSolution(
         dz=tensor(dz),
@@ -112,43 +97,24 @@ def _nothing(dtype: np.dtype[Any], dimensions: int) -> NDArray[Any]:
     return np.empty((1,) + (0,) * (dimensions - 1), dtype)
 
 
-def marginal_covariance_cpu(
-    A: StateJacobians,
-    B: InputJacobians,
-    K: InputByState,
-    Quu_inv: InputMatrices,
-    V0: StateMatrix,
-) -> StateMatrices:
+def marginal_covariance_cpu(problem: LQRProblem, solution: LQRSolution) -> Covariances:
     """Covariance of each state; the contract of `marginal_covariance_reference`, no gradients.
 
     Raises:
         ShapeError: tensors that do not fit each other, on another device or of another dtype.
     """
-    lqr = _kernels()
-    if lqr is None:
-        return marginal_covariance_reference(A, B, K, Quu_inv, V0)
-    _check_supported(A)
-    batch, steps, n, m = B.shape
-    check_covariance(A, B, K, Quu_inv, V0)
-    Sigma = A.new_empty(batch, steps + 1, n, n)
-    ok = torch.empty(batch, dtype=torch.bool)
-    arguments = (*_arrays((A, B, K, Quu_inv, V0)), Sigma.numpy(), ok.numpy())
+    batch, steps, n, m = problem.sizes()
+    _check_supported(problem.A)
+    Sigma = problem.A.new_empty(batch, steps + 1, n, n)
+    ok = np.empty(batch, np.bool_)
+    about = (problem.A, problem.B, solution.K, solution.Quu_inv, solution.V[:, 0])
+    arguments = (*(array(t) for t in about), Sigma.numpy(), ok)
     work = steps * n * n * (2 * n + 3 * m)
-    _run(lqr, lqr.covariance, (batch, work), (n, m), arguments, arguments[0].dtype)
-    if not bool(ok.all()):
-        Sigma[~ok] = 0.0
+    need, dtype = lqr.scratch_size(n, m), arguments[0].dtype
+    threads.share_out(lqr.covariance, batch, work, arguments, dtype=dtype, scratch_size=need)
+    if not ok.all():
+        Sigma[torch.from_numpy(~ok)] = 0.0
     return Sigma
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    """The compiled functions, or None (said once in the log) where there is no compiler."""
-    try:
-        from ilqr_vae.kernels.cpu import lqr
-    except ImportError as error:
-        _log.warning("numba cannot be imported (%s): LQR problems are solved in torch", error)
-        return None
-    return lqr
 
 
 def _check_supported(tensor: Tensor) -> None:
@@ -158,24 +124,8 @@ def _check_supported(tensor: Tensor) -> None:
         )
 
 
-def _array(tensor: Tensor) -> NDArray[np.floating]:
+def array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's memory, C-contiguous."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor.contiguous().numpy()
-
-
-def _arrays(tensors: tuple[Tensor, ...]) -> tuple[NDArray[np.floating], ...]:
-    return tuple(_array(tensor) for tensor in tensors)
-
-
-def _run(
-    kernels: ModuleType,
-    kernel: Callable[..., None],
-    load: tuple[int, int],
-    sizes: tuple[int, int],
-    arguments: tuple[object, ...],
-    dtype: DTypeLike,
-) -> None:
-    """Share a batch out; load is (problems, work of each), sizes (n, m)."""
-    need = kernels.scratch_size(*sizes)
-    threads.share_out(kernel, *load, arguments, dtype=dtype, scratch_size=need)

@@ -16,15 +16,9 @@ from torch import Tensor
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.kernels.gpu import launch
 from ilqr_vae.lqr.problem import (
-    InputByState,
-    InputJacobians,
-    InputMatrices,
+    Covariances,
     LQRProblem,
     LQRSolution,
-    StateJacobians,
-    StateMatrices,
-    StateMatrix,
-    check_covariance,
     damping_per_problem,
 )
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
@@ -86,27 +80,22 @@ def solve_gpu(
     )  # fmt: skip
 
 
-def marginal_covariance_gpu(
-    A: StateJacobians,
-    B: InputJacobians,
-    K: InputByState,
-    Quu_inv: InputMatrices,
-    V0: StateMatrix,
-) -> StateMatrices:
+def marginal_covariance_gpu(problem: LQRProblem, solution: LQRSolution) -> Covariances:
     """Covariance of each state; the contract of `marginal_covariance_reference`, no gradients.
 
     Raises:
         ShapeError: tensors that do not fit each other, or of another dtype.
     """
-    batch, T, n, m = B.shape
+    batch, T, n, m = problem.sizes()
+    A = problem.A
     kernels = _fitting(n, m, A.dtype)
     if kernels is None:
-        return marginal_covariance_reference(A, B, K, Quu_inv, V0)
-    check_covariance(A, B, K, Quu_inv, V0)
+        return marginal_covariance_reference(problem, solution)
+    about = (A, problem.B, solution.K, solution.Quu_inv, solution.V[:, 0])
     Sigma = A.new_empty(batch, T + 1, n, n)
     if batch:
         kernels.covariance[(batch,)](
-            *(t.detach().contiguous() for t in (A, B, K, Quu_inv, V0)), Sigma,
+            *(t.detach().contiguous() for t in about), Sigma,
             T, n, m, torch.finfo(A.dtype).eps, NP=launch.block(n), MP=launch.block(m),
             HOW=launch.products(n, A.dtype), **launch.options(n, 64),
         )  # fmt: skip

@@ -60,6 +60,8 @@ Inputs: TypeAlias = Float[Tensor, "B T m"]
 StateMatrix: TypeAlias = Float[Tensor, "B n n"]
 #: A symmetric n x n matrix (curvature, covariance) at each of the T + 1 times.
 StateMatrices: TypeAlias = Float[Tensor, "B T+1 n n"]
+#: A covariance of each of T1 = T + 1 states.
+Covariances: TypeAlias = Float[Tensor, "B T1 n n"]
 #: d z_{k+1} / d z_k.
 StateJacobians: TypeAlias = Float[Tensor, "B T n n"]
 #: d z_{k+1} / d u_k.
@@ -145,24 +147,6 @@ class LQRProblem:
         if n < 1 or m < 1 or steps < 1:
             raise ShapeError("T, n, m", expected="1 or more each", got=f"{steps}, {n}, {m}")
         return batch, steps, n, m
-
-
-def check_covariance(
-    A: StateJacobians, B: InputJacobians, K: InputByState, Quu_inv: InputMatrices, V0: StateMatrix
-) -> None:
-    """That the arguments of a marginal covariance fit each other. Raises ShapeError naming one."""
-    batch, steps, n, m = B.shape
-    expected = {
-        "A": (A, (batch, steps, n, n)),
-        "K": (K, (batch, steps, m, n)),
-        "Quu_inv": (Quu_inv, (batch, steps, m, m)),
-        "V0": (V0, (batch, n, n)),
-    }
-    for name, (value, shape) in expected.items():
-        if value.shape != shape or value.dtype != B.dtype:
-            raise ShapeError(
-                name, expected=f"{shape} {B.dtype}", got=f"{tuple(value.shape)} {value.dtype}"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 
 from ilqr_vae.lqr.problem import (
+    Covariances,
     FlagPerProblem,
-    InputByState,
-    InputJacobians,
-    InputMatrices,
     LQRProblem,
     LQRSolution,
-    StateJacobians,
-    StateMatrices,
-    StateMatrix,
     damping_per_problem,
 )
 
@@ -128,13 +123,7 @@ def solve_reference(
     return LQRSolution(**{name: _where(ok, value) for name, value in solution.items()}, ok=ok)
 
 
-def marginal_covariance_reference(
-    A: StateJacobians,
-    B: InputJacobians,
-    K: InputByState,
-    Quu_inv: InputMatrices,
-    V0: StateMatrix,
-) -> StateMatrices:
+def marginal_covariance_reference(problem: LQRProblem, solution: LQRSolution) -> Covariances:
     """Covariance of each state under the Gaussian exp(-J) with a free initial state.
 
     It is the n x n diagonal block of the inverse of J's Hessian over whole trajectories, and what a
@@ -144,15 +133,13 @@ def marginal_covariance_reference(
         Sigma_{k+1} = (A_k + B_k K_k) Sigma_k (A_k + B_k K_k)' + B_k Quu_inv_k B_k'
 
     Args:
-        A, B: the problem's, (B, T, n, n) and (B, T, n, m).
-        K, Quu_inv: the solution's, (B, T, m, n) and (B, T, m, m).
-        V0: (B, n, n), the solution's V[:, 0], of a solve with a free initial state.
+        problem, solution: a problem and its solution with a free initial state.
 
     Returns:
-        Sigma (B, T+1, n, n). A problem whose V0 is not positive definite (one with ``ok`` False
-        has V0 = 0) gets zeros.
+        Sigma (B, T+1, n, n); zeros for a problem whose solution is not ok.
     """
-    factor, ok = _cholesky(_symmetric(V0))
+    A, B, K, Quu_inv = problem.A, problem.B, solution.K, solution.Quu_inv
+    factor, ok = _cholesky(_symmetric(solution.V[:, 0]))
     Sigma_t = torch.cholesky_inverse(factor)
     Sigmas = [Sigma_t]
     for t in range(A.shape[1]):

@@ -16,16 +16,7 @@ from ilqr_vae.errors import ShapeError
 from ilqr_vae.kernels import backend as switch
 from ilqr_vae.lqr.on_cpu import marginal_covariance_cpu, solve_cpu
 from ilqr_vae.lqr.on_gpu import marginal_covariance_gpu, solve_gpu
-from ilqr_vae.lqr.problem import (
-    InputByState,
-    InputJacobians,
-    InputMatrices,
-    LQRProblem,
-    LQRSolution,
-    StateJacobians,
-    StateMatrices,
-    StateMatrix,
-)
+from ilqr_vae.lqr.problem import Covariances, LQRProblem, LQRSolution
 from ilqr_vae.lqr.reference import marginal_covariance_reference, solve_reference
 
 BackendName: TypeAlias = Literal["auto", "reference", "cpu", "gpu"]
@@ -38,14 +29,7 @@ class _Solve(Protocol):
 
 
 class _Covariance(Protocol):
-    def __call__(
-        self,
-        A: StateJacobians,
-        B: InputJacobians,
-        K: InputByState,
-        Quu_inv: InputMatrices,
-        V0: StateMatrix,
-    ) -> StateMatrices: ...
+    def __call__(self, problem: LQRProblem, solution: LQRSolution) -> Covariances: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,29 +86,22 @@ def solve_lqr(
 
 
 def marginal_covariance(
-    A: StateJacobians,
-    B: InputJacobians,
-    K: InputByState,
-    Quu_inv: InputMatrices,
-    V0: StateMatrix,
-    *,
-    backend: BackendName = "auto",
-) -> StateMatrices:
+    problem: LQRProblem, solution: LQRSolution, *, backend: BackendName = "auto"
+) -> Covariances:
     """Covariance of each state under exp(-J); see `marginal_covariance_reference`.
 
     Args:
-        A, B: the problem's, (B, T, n, n) and (B, T, n, m).
-        K, Quu_inv: the solution's, (B, T, m, n) and (B, T, m, m).
-        V0: (B, n, n), V[:, 0] of a solve with a free initial state.
+        problem, solution: a problem and its solution with a free initial state.
         backend: as for `solve_lqr`.
 
     Returns:
-        Sigma (B, T+1, n, n); zeros for a problem whose V0 is not positive definite.
+        Sigma (B, T+1, n, n); zeros for a problem whose solution is not ok.
 
     Raises:
         ShapeError: an unknown backend.
     """
-    return _pick(backend, (A, B, K, Quu_inv, V0)).covariance(A, B, K, Quu_inv, V0)
+    used = (problem.A, problem.B, solution.K, solution.Quu_inv, solution.V)
+    return _pick(backend, used).covariance(problem, solution)
 
 
 def _pick(name: str, used: tuple[Tensor | float, ...]) -> Backend:

@@ -3,8 +3,8 @@
     z_0 ~ N(mu_0, diag sigma_0^2)      u_k ~ p(u)      z_{k+1} = f(z_k, u_k)
     o_k ~ p(o | z_{k+1}),  k = 0 .. T-1: bin k is seen through the state its input leads to
 
-and the recognition cost of a window (Schimel et al. 2022, eq. 7), with an initial cost in place of
-the prior where a moving horizon supplies its arrival cost:
+and the recognition cost of a window (Schimel et al. 2022, eqs. 10 and 11), with an initial cost in
+place of the prior where a moving horizon supplies its arrival cost:
 
     J(z_0, u) = initial(z_0) + sum_k [ -log p(u_k) - log p(o_k | z_{k+1}) ]
 

@@ -18,16 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.kernels import backend
-from ilqr_vae.model.priors import LOG_2PI
-
-
-def _softplus(a: Tensor) -> Tensor:
-    """log(1 + e^a) to float64's last digit; torch's own turns linear at 20, where e^-20 is left."""
-    return softplus(a, threshold=40.0)
+from ilqr_vae.model.priors import LOG_2PI, softplus
 
 
 class Observed(NamedTuple):
@@ -369,12 +364,12 @@ class SoftplusPoisson(Counts):
 
     def _link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         slope = torch.sigmoid(a)
-        return _softplus(a), slope, slope * torch.exp(logsigmoid(-a))  # slope (1 - slope)
+        return softplus(a), slope, slope * torch.exp(logsigmoid(-a))  # slope (1 - slope)
 
     def _log_link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # log softplus(a) -> a as a -> -inf, where softplus itself would lose its digits
         low = a < -15
-        link = _softplus(torch.where(low, torch.zeros_like(a), a))
+        link = softplus(torch.where(low, torch.zeros_like(a), a))
         tail = torch.exp(torch.where(low, a, 0.0))
         value = torch.where(low, a - 0.5 * tail, link.log())
         ratio = torch.where(low, 1 - 0.5 * tail, torch.sigmoid(a) / link)

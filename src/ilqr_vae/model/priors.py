@@ -23,9 +23,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import softplus as torch_softplus
 
 LOG_2PI = math.log(2 * math.pi)
+
+
+def softplus(a: Tensor) -> Tensor:
+    """log(1 + e^a) to float64's last digit; torch's own turns linear at 20, where e^-20 is left."""
+    return torch_softplus(a, threshold=40.0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Prior(nn.Module, ABC):
         self, x: Float[Tensor, "*batch d"]
     ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d d"]]:
         """Gradient of -log p at x, and a positive definite curvature."""
+
+    def stated_precision(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d d"]:
+        """The curvature by which posterior covariances are stated."""
+        return self.quadratise(x)[1]
 
     @abstractmethod
     def hessian(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d d"]:
@@ -141,9 +150,13 @@ class StudentPrior(InputPrior):
         gradient    w L u,   w = (nu + m) / (nu + d)
         Hessian     w L - 2 w / (nu + d) L u u' L
 
-    ``quadratise`` drops the negative rank-one term, so that R = w L is positive definite. nu > 2 is
-    learned; s = exp(log_scale) sqrt((nu - 2) / nu), so that exp(log_scale) is the standard
-    deviation whatever nu, as for the Gaussian.
+    ``quadratise`` drops the negative rank-one term, so that R = w L is positive definite. It is the
+    solver's: near u = 0 it claims (nu - 2) / (nu + m) of the prior's variance. Covariances are
+    stated with it or the prior's own precision diag exp(-2 log_scale), whichever is lower, so that
+    an input that no data speak of has the prior's variance.
+
+    nu > 2 is learned; s = exp(log_scale) sqrt((nu - 2) / nu), so that exp(log_scale) is the
+    standard deviation whatever nu, as for the Gaussian.
 
     Args:
         nu: where the degrees of freedom start, above 2.
@@ -179,6 +192,10 @@ class StudentPrior(InputPrior):
         nu, log_s, scaled, total = self._terms(x)
         weight = ((nu + x.shape[-1]) / total).unsqueeze(-1)
         return weight * scaled, torch.diag_embed(weight * torch.exp(-2 * log_s))
+
+    def stated_precision(self, x: Tensor) -> Tensor:
+        own = torch.diag(torch.exp(-2 * self.log_scale))
+        return torch.minimum(self.quadratise(x)[1], own)
 
     def hessian(self, x: Tensor) -> Tensor:
         nu, log_s, scaled, total = self._terms(x)

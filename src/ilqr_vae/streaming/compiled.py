@@ -1,15 +1,15 @@
 """The torch side of the compiled moving-horizon step.
 
-A model is packed once. What a step reads is the streams' state; what it writes is rows that nobody
-else has, since a ``HorizonState`` is never changed; everything between lives in work arrays that
-are kept and used again, so that a steady stream allocates its answers and nothing else.
+A model is packed once. A step reads the streams' states and writes new rows: a ``HorizonState`` is
+never changed. Everything in between lives in work arrays that are reused, so that a steady stream
+allocates its answers and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -21,27 +21,31 @@ from ilqr_vae.inference.compiled import (
     Plan,
     Stopped,
     Work,
-    array,
     cost_of_iteration,
 )
-from ilqr_vae.kernels.cpu import threads
+from ilqr_vae.kernels.cpu import arguments, threads
+from ilqr_vae.kernels.cpu import step as kernels
+from ilqr_vae.kernels.cpu.arguments import Estimates, Fixed, Streams
+from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.dynamics import Weights
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.readout import KinematicReadout
+from ilqr_vae.streaming.bounds import Bounds
+from ilqr_vae.streaming.state import HorizonState
 
 #: Sets of work arrays kept per size, beside one for each thread.
 _SPARE = 2
 
-States = tuple[tuple[Array, ...], tuple[Array, ...]]
+States: TypeAlias = tuple[Streams, Streams]
 """Arrays of the fields of ``HorizonState``: before the bins, and after them."""
 
-Places = tuple[Array, Array]
+Rows: TypeAlias = tuple[Array, Array]
 """The streams' rows in both, int64."""
 
 
-class _Room:
-    """Work arrays for a batch of up to so many streams: a power of two, so that batches that come
-    and go in all sizes share a few sets."""
+class _Workspace:
+    """Work arrays for a batch of up to ``streams`` streams: a power of two, so that batches of all
+    sizes share a few sets."""
 
     def __init__(self, plan: Plan, streams: int, horizon: int, dtype: np.dtype[Any]) -> None:
         n, m, _ = plan.sizes
@@ -59,9 +63,9 @@ def _layer(readout: KinematicReadout, n: int, units: int) -> tuple[Tensor, ...]:
         A, a, P, p, G, g = readout.cell
         return readout.C, A, a, P.mT, p, G.mT, g
     none = readout.W.new_zeros(0)
-    wide = readout.W.new_zeros(units, 0)
+    inputs = readout.W.new_zeros(units, 0)
     out = readout.W.new_zeros(len(readout.b), 0)
-    return out, none.view(0, n), none, wide, none, none.view(0, 0), none
+    return out, none.view(0, n), none, inputs, none, none.view(0, 0), none
 
 
 class Estimator:
@@ -72,7 +76,8 @@ class Estimator:
         w: its effective weights.
         readout: kinematics from latents, or None.
         mean_rate: (N,).
-        horizon: H.
+        bounds: what is believable.
+        initial: the state of one stream that begins.
         options: of the solves.
     """
 
@@ -82,22 +87,18 @@ class Estimator:
         w: Weights,
         readout: KinematicReadout | None,
         mean_rate: Tensor,
-        horizon: int,
+        bounds: Bounds,
+        initial: HorizonState,
         options: Options,
     ) -> None:
-        from ilqr_vae.kernels.cpu import step as steps
-
-        self._code = steps
         self.plan = compiled.plan(model, w, ("spikes",))
-        self.horizon, self.options = horizon, options
+        self.horizon, self.options = horizon, options = initial.u.shape[1], options
         n, m, N = self.plan.sizes
         self.dtype = array(mean_rate).dtype
-        prior = array(model.initial.cost(1).precision[0])
-        wide = array(model.initial.cost(1).precision[0].inverse())
         used = KinematicReadout(n, 0) if readout is None else readout
         shape = used.shape
         self.channels, self.features = used.W.shape[0], shape.features(n, N)
-        self.scratch_size = steps.scratch_size(horizon, n, m, N, shape.hidden, shape.recurrent)
+        self.scratch_size = kernels.scratch_size(horizon, n, m, N, shape.hidden, shape.recurrent)
         U = (used.U.mT.contiguous(), used.U[:, :n].contiguous())
         maps = tuple(array(t.to(mean_rate.dtype)) for t in (used.W, used.b, *U, used.c, used.O))
         layer = _layer(used, n, N)
@@ -108,80 +109,86 @@ class Estimator:
             tuple(array(t.to(mean_rate.dtype).contiguous()) for t in layer),
             tuple(array(t.to(mean_rate.dtype)) for t in spread),
         )
-        self.fixed = (self.plan.arrays, prior, array(mean_rate), wide, options.numbers)
-        self._spare: dict[int, list[_Room]] = {}
+        precision = model.initial.cost(1).precision[0]
+        fixed = Fixed(
+            model=self.plan.arrays,
+            prior_precision=array(precision),
+            prior_covariance=array(precision.inverse()),
+            mean_rates=array(mean_rate),
+            options=options.numbers,
+            bounds=arguments.Bounds(*(array(x) for x in bounds)),
+            initial=Streams(*(array(x) for x in initial.tensors())),
+        )
+        self.fixed = (*fixed[:-2], tuple(fixed.bounds), tuple(fixed.initial))  # see ``step``
+        self._spare: dict[int, list[_Workspace]] = {}
 
-    def _take(self, streams: int) -> _Room:
+    def _take(self, streams: int) -> _Workspace:
         size = 1 << max(0, streams - 1).bit_length()
         spare = self._spare.get(size)
-        room = spare.pop() if spare else _Room(self.plan, size, self.horizon, self.dtype)
-        room.work.batch = streams
-        return room
+        made = spare.pop() if spare else _Workspace(self.plan, size, self.horizon, self.dtype)
+        made.work.batch = streams
+        return made
 
-    def _put(self, room: _Room) -> None:
-        spare = self._spare.setdefault(room.size, [])
+    def _put(self, workspace: _Workspace) -> None:
+        spare = self._spare.setdefault(workspace.size, [])
         if len(spare) < _SPARE + threads.count():
-            spare.append(room)
+            spare.append(workspace)
 
     def step(
-        self, states: States, places: Places, counts: Array, mask: Array, stopped: Stopped | None
-    ) -> tuple[Array, ...]:
+        self, states: States, rows: Rows, counts: Array, mask: Array, stopped: Stopped | None
+    ) -> Estimates:
         """One bin of each stream.
 
         Args:
             states: read, and written.
-            places: where; no stream's place after is anybody's place before.
+            rows: of the streams in both; no row written is one that is read.
             counts, mask: (S, N).
             stopped: asked between iterations with the statuses, which it may change; True ends.
-
-        Returns:
-            (window, z_cov, rates, kinematics, kinematics_std, bits, spikes, iterations, status).
         """
-        S, code = len(counts), self._code
-        estimate = self._fresh(S)
-        given = (self.fixed, self.readout, states, places, (counts, mask), estimate)
+        S = len(counts)
+        estimates = self._empty(S)
+        before, after = (tuple(state) for state in states)
+        given = (self.fixed, self.readout, (before, after), rows, (counts, mask), tuple(estimates))
         limit = self.options.iterations
 
-        def parts(which: int, iterations: int, rooms: Sequence[_Room], *, shared: bool) -> None:
+        def run(parts: int, iterations: int, spaces: Sequence[_Workspace], *, shared: bool) -> None:
             self._run(
-                code.step,
-                [(which, iterations, *given, room.arrays, shared) for room in rooms],
+                kernels.step,
+                [(parts, iterations, *given, space.arrays, shared) for space in spaces],
             )
 
         workers = self._workers(S)
         if stopped is None:
-            rooms = [self._take(1) for _ in range(workers)]
-            parts(code.WHOLE, limit, rooms, shared=False)
+            spaces = [self._take(1) for _ in range(workers)]
+            run(kernels.WHOLE, limit, spaces, shared=False)
         else:
-            rooms = [self._take(S)]
-            parts(code.ENTER | code.SOLVE, 1, rooms * workers, shared=True)
+            spaces = [self._take(S)]
+            run(kernels.ENTER | kernels.SOLVE, 1, spaces * workers, shared=True)
             for _ in range(1, limit):
-                if stopped(rooms[0].work.status):
+                if stopped(spaces[0].work.status):
                     break
-                parts(code.SOLVE, 1, rooms * workers, shared=True)
-            parts(code.LEAVE, 0, rooms * workers, shared=True)
-        for room in rooms:
-            self._put(room)
-        return estimate
+                run(kernels.SOLVE, 1, spaces * workers, shared=True)
+            run(kernels.LEAVE, 0, spaces * workers, shared=True)
+        for space in spaces:
+            self._put(space)
+        return estimates
 
-    def pass_by(
-        self, states: States, places: Places, counts: Array, mask: Array
-    ) -> tuple[Array, ...]:
+    def predict_only(self, states: States, rows: Rows, counts: Array, mask: Array) -> Estimates:
         """``step`` without a solve: the windows hold the bins, the answers are predictions of
         unknown covariance."""
-        estimate = self._fresh(len(counts))
-        given = (self.fixed, self.readout, states, places, (counts, mask), estimate)
-        self._run(self._code.pass_by, [given] * self._workers(len(counts)))
-        return estimate
+        estimates = self._empty(len(counts))
+        before, after = (tuple(state) for state in states)
+        given = (self.fixed, self.readout, (before, after), rows, (counts, mask), tuple(estimates))
+        self._run(kernels.predict_only, [given] * self._workers(len(counts)))
+        return estimates
 
-    def _fresh(self, streams: int) -> tuple[Array, ...]:
-        """Room for answers."""
+    def _empty(self, streams: int) -> Estimates:
         n, _, N = self.plan.sizes
         shapes = ((self.features,), (n, n), (N,), (self.channels,), (self.channels,), (), ())
-        return (
+        return Estimates(
             *(np.empty((streams, *shape), self.dtype) for shape in shapes),
-            np.empty(streams, np.int64),
-            np.empty(streams, np.int64),
+            *(np.empty(streams, np.int64) for _ in range(3)),
+            *(np.empty(streams, np.bool_) for _ in range(2)),
         )
 
     def _workers(self, streams: int) -> int:

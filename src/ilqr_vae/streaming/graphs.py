@@ -2,7 +2,7 @@
 
 A graph has fixed shapes, so batches are padded to the next of a few sizes, and one graph is
 recorded per size when first needed. What is recorded is ``MovingHorizon.step_reference`` without
-looking at any number (``waitless``); the pads are streams of missing bins, and no stream changes
+looking at any number (``sync_free``); the pads are streams of missing bins, and no stream changes
 another.
 """
 

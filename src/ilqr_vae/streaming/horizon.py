@@ -16,18 +16,19 @@ The solution is shifted and warm-starts the next bin. For a linear-Gaussian mode
 filter for every H.
 
 The window always has H slots. A young window's later slots are bins that have not come: they have
-no likelihood term, so they change nothing, and every stream of a batch has the same shapes whatever
-its age. A missing bin is the same thing: a mask of zeros.
+no likelihood term, so they change nothing. A missing bin is the same thing: a mask of zeros.
 
-Pure: ``step(state, bin) -> (state, estimate)``; S streams, one never changing another's answer.
+Pure: ``step(state, bin) -> (state, estimate)``; no stream changes another's answer.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -37,19 +38,19 @@ from torch import Tensor
 
 from ilqr_vae.inference import compiled as solver
 from ilqr_vae.inference import ilqr
-from ilqr_vae.inference.compiled import Array, array
 from ilqr_vae.inference.on_gpu import iteration
 from ilqr_vae.kernels import backend
-from ilqr_vae.lqr import marginal_covariance
+from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
+from ilqr_vae.lqr import marginal_covariance, solve_lqr
+from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
-from ilqr_vae.model.priors import InitialCost
+from ilqr_vae.model.priors import GaussianPrior, InitialCost
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape, read_window
-from ilqr_vae.streaming.compiled import Estimator, Places, States
+from ilqr_vae.streaming.bounds import TrainingRange, bounds_of, check_bin
+from ilqr_vae.streaming.compiled import Estimator, Rows, States
 from ilqr_vae.streaming.graphs import Graphs, Record, record_cuda
 from ilqr_vae.streaming.state import Estimate, HorizonState
-
-LOG_2 = 0.6931471805599453
 
 
 class HorizonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -58,12 +59,25 @@ class HorizonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     Attributes:
         horizon: H, bins in the window.
         iterations: iLQR iterations per bin; fixed, so that answers do not depend on the clock.
-        tolerance: relative expected decrease under which iterating is pointless.
+        tolerance: relative expected decrease below which a solve ends.
     """
 
     horizon: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
     iterations: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 2
     tolerance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-10
+
+
+class _Entered(NamedTuple):
+    """A bin as it was taken in: its expected counts as predicted, the counts and mask (S, N) that
+    are used, and per stream whether a count was not finite, how many were ignored, and whether the
+    stream began anew."""
+
+    predicted: Tensor
+    counts: Tensor
+    used: Tensor
+    bad: Tensor
+    ignored: Tensor
+    restarted: Tensor
 
 
 def _spd_inverse(M: Tensor) -> Tensor:
@@ -74,10 +88,14 @@ class MovingHorizon:
     """The estimator: a model, a readout and a horizon, without memory of its own.
 
     Args:
-        model: on the device and in the dtype to compute in; not changed.
+        model: on the device and in the dtype to compute in; copied, not changed.
         readout: kinematics from latents, or None.
-        mean_rate: (N,) expected counts per bin over the training part (the null model of ``bits``).
-        config: horizon and iteration budget.
+        mean_rate: (N,) mean counts per bin over the training part, which ``bits`` compares with.
+        config: horizon and iterations.
+        seen: what the training part showed; None gives wider bounds.
+
+    Attributes:
+        bounds: what is believable.
     """
 
     def __init__(
@@ -86,20 +104,23 @@ class MovingHorizon:
         readout: KinematicReadout | None,
         mean_rate: Float[Tensor, " N"],
         config: HorizonConfig,
+        seen: TrainingRange | None = None,
     ) -> None:
-        self.model = model.requires_grad_(False).eval()
+        self.model = model = copy.deepcopy(model).requires_grad_(False).eval()
         self.readout = readout
         self.mean_rate = mean_rate
         self.config = config
         self.spikes = model.group("spikes")
         self._w = tuple(t.contiguous() for t in model.dynamics.weights())
         self._solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
-        self._wide = model.initial.cost(1).precision[0].inverse()
+        self.bounds = bounds_of(model, readout, mean_rate, seen)
+        self._prior_covariance = model.initial.cost(1).precision[0].inverse()
+        self._initial = self.init()
         self._packed: Estimator | None = None
         self._graphs: Graphs | None = None
 
     def init(self, batch: int = 1) -> HorizonState:
-        """Fresh streams: the model's own prior, an empty window."""
+        """Streams that begin: the model's own prior, an empty window."""
         model, H, N = self.model, self.config.horizon, self.mean_rate.shape[0]
         like = self.mean_rate
         prior = model.initial.cost(batch)
@@ -130,7 +151,8 @@ class MovingHorizon:
         r, R = model.prior.quadratise(u)
         q, Q = model.observation_terms(z_next, {"spikes": Observed(s.counts[:, 0], s.mask[:, 0])})
         R_inv = torch.linalg.inv_ex(R)[0]
-        P_minus = A @ _spd_inverse(s.precision) @ A.mT + B @ R_inv @ B.mT
+        spread = torch.linalg.inv_ex(model.prior.stated_precision(u))[0]
+        P_minus = A @ _spd_inverse(s.precision) @ A.mT + B @ spread @ B.mT
         # a direction that dynamics and inputs both leave at zero variance would have no inverse
         trace = P_minus.diagonal(dim1=-2, dim2=-1).mean(-1)
         P_minus = P_minus + torch.diag_embed((1e-10 * trace).unsqueeze(-1).expand_as(z))
@@ -147,10 +169,10 @@ class MovingHorizon:
             sound[:, None, None], precision, own
         )
 
-    def _shift(self, s: HorizonState, waitless: bool, absorbs: bool) -> HorizonState:
+    def _shift(self, s: HorizonState, sync_free: bool, absorbs: bool) -> HorizonState:
         """The window one bin later, its newest slot empty; streams not yet full stay."""
         model, full = self.model, s.age == self.config.horizon
-        if not waitless and not bool(full.any()):
+        if not sync_free and not bool(full.any()):
             return s
         if absorbs:
             mean, precision = self._absorb(s)
@@ -175,15 +197,10 @@ class MovingHorizon:
             counts=roll(s.counts, empty),
             mask=roll(s.mask, empty),
         )
-        if not waitless and bool(full.all()):
+        if not sync_free and bool(full.all()):
             return moved
         pairs = zip(moved.tensors(), s.tensors(), strict=True)
         return HorizonState(*(ilqr.where(full, new, old) for new, old in pairs))
-
-    def _bits(self, predicted: Tensor, counts: Tensor, mask: Tensor) -> Tensor:
-        """Log-likelihood ratio of predicted to mean rates, in bits."""
-        gain = self.spikes.evidence(predicted, self.mean_rate, counts)
-        return (gain * mask).sum(-1) / LOG_2
 
     @torch.no_grad()
     def step(
@@ -196,53 +213,58 @@ class MovingHorizon:
         """Take one bin of each stream.
 
         Args:
-            counts: spikes per unit; where mask is zero, any number. One that is not finite counts
-                as not observed, and its stream's status is NOT_FINITE.
+            counts: spikes per unit; where mask is zero, any number. Counts beyond the bounds are
+                ignored.
             mask: one where observed; a row of zeros is a missing bin (the answer is a prediction).
             stop: asked before every iteration after the first; True ends the solve (anytime). One
                 truth value, or one per stream.
+
+        Raises:
+            ShapeError: observed counts that are negative or not finite.
         """
-        if not solver.usable(self.model, ("spikes",), state.z):
+        check_bin(self.spikes, counts, mask)
+        compiled = self.compiled(state.z)
+        if compiled is None:
             if state.z.device.type == "cuda" and stop is None and backend.current() != "reference":
                 return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
-        step, stopped = self._estimator().step, ilqr.stopping(stop)
-        given = array(counts), array(mask)
-        return self._compiled(state, lambda s, at: step(s, at, *given, stopped))
+        given = array(counts), array(mask), ilqr.stopping(stop)
+        return self._compiled(state, lambda s, rows: compiled.step(s, rows, *given))
 
     def _compiled(
-        self, state: HorizonState, step: Callable[[States, Places], tuple[Array, ...]]
+        self, state: HorizonState, step: Callable[[States, Rows], Estimates]
     ) -> tuple[HorizonState, Estimate]:
         """A compiled step on a state's tensors."""
-        before = tuple(array(t) for t in state.tensors())
-        after = tuple(np.empty_like(x) for x in before)
-        rows = np.arange(len(before[0]))
-        window, *rest = (torch.from_numpy(x) for x in step((before, after), (rows, rows)))
+        before = Streams(*(array(t) for t in state.tensors()))
+        after = Streams(*(np.empty_like(x) for x in before))
+        rows = np.arange(len(before.age))
+        made = [torch.from_numpy(x) for x in step((before, after), (rows, rows))]
         moved = HorizonState(*(torch.from_numpy(x) for x in after))
-        return moved, Estimate(window[:, : self.model.n], rest[0], window, *rest[1:])
+        return moved, Estimate(made[0][:, : self.model.n], *made)
 
     @torch.no_grad()
-    def pass_by(
+    def predict_only(
         self, state: HorizonState, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]
     ) -> tuple[HorizonState, Estimate]:
-        """Take one bin of each stream as ``step`` does, but at next to no cost: without a solve.
+        """Take one bin of each stream as ``step`` does, but without a solve, at next to no cost.
 
-        The bin is in the window and counts in the next solve. The answer is its prediction, the
-        covariance not known (NaN). Where the window moves, the bin that leaves is not absorbed:
-        the arrival cost is put around the current trajectory and forgets half of what it knew
-        beyond the model's prior, so that after a few such bins the window's data decide.
+        The bin enters the window and counts in the next solve. The answer is its prediction; its
+        covariance is not known (NaN). Where the window moves, the bin that leaves is not absorbed:
+        the arrival cost is centred on the current trajectory and forgets half of what it knew
+        beyond the model's prior.
+
+        Raises:
+            ShapeError: as ``step``.
         """
-        if solver.usable(self.model, ("spikes",), state.z):
-            step, given = self._estimator().pass_by, (array(counts), array(mask))
-            return self._compiled(state, lambda s, at: step(s, at, *given))
-        after, predicted, bad = self._enter(state, counts, mask, absorbs=False)
-        newest = torch.arange(len(bad), device=bad.device), after.age - 1
+        check_bin(self.spikes, counts, mask)
+        compiled = self.compiled(state.z)
+        if compiled is not None:
+            given = array(counts), array(mask)
+            return self._compiled(state, lambda s, rows: compiled.predict_only(s, rows, *given))
+        after, entered = self._enter(state, counts, mask, absorbs=False)
         unknown = torch.full_like(after.precision, torch.nan)
-        status = torch.where(bad, int(ilqr.Status.NOT_FINITE), int(ilqr.Status.RUNNING))
-        solve = (torch.zeros_like(status), status)
-        return after, self._answer(
-            after, unknown, predicted, after.counts[newest], after.mask[newest], solve
-        )
+        none = torch.zeros_like(after.age)  # no iterations; RUNNING
+        return after, self._answer(after, unknown, entered, none, none)
 
     def _graphed(
         self, state: HorizonState, counts: Tensor, mask: Tensor
@@ -252,33 +274,29 @@ class MovingHorizon:
             self._graphs = self.graphs()
         given = (*state.tensors(), counts, mask)
         out = self._graphs(given)
-        held = len(given) - 2  # as many fields as the state has
-        return HorizonState(*out[:held]), Estimate(*out[held:])
+        fields_of_state = len(given) - 2
+        return HorizonState(*out[:fields_of_state]), Estimate(*out[fields_of_state:])
 
     def graphs(self, record: Record = record_cuda) -> Graphs:
-        """The step without waiting, to be recorded for each batch size that comes."""
+        """The sync-free step, recorded for each batch size when first needed."""
         estimator = weakref.proxy(self)  # it holds the graphs: no cycle, both are freed at once
 
         def step(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             after, answer = estimator.step_reference(
-                HorizonState(*given[:-2]), given[-2], given[-1], waitless=True
+                HorizonState(*given[:-2]), given[-2], given[-1], sync_free=True
             )
             return (*after.tensors(), *(getattr(answer, f.name) for f in fields(Estimate)))
 
-        fresh = self.init(1)
-        missing = torch.zeros_like(fresh.counts[:, 0])
-        blank = (*fresh.tensors(), missing, missing)
+        missing = torch.zeros_like(self._initial.counts[:, 0])
+        blank = (*self._initial.tensors(), missing, missing)
         return Graphs(step, blank, record)
 
     def compiled(self, like: Tensor) -> Estimator | None:
-        """The compiled step by itself, on rows of arrays, where there is one for this model and for
-        tensors like this one; what ``step`` and ``pass_by`` then do."""
-        return self._estimator() if solver.usable(self.model, ("spikes",), like) else None
-
-    def _estimator(self) -> Estimator:
-        """The model packed for the compiled step, once."""
-        if self._packed is None:
-            about = (self.readout, self.mean_rate, self.config.horizon)
+        """The compiled step; None where this model, or tensors like this one, have none."""
+        if self._packed is None or like.dtype != self.mean_rate.dtype or not solver.wanted(like):
+            if not solver.usable(self.model, ("spikes",), like):
+                return None
+            about = (self.readout, self.mean_rate, self.bounds, self._initial)
             self._packed = Estimator(self.model, self._w, *about, ilqr.options(self._solver))
         return self._packed
 
@@ -290,15 +308,11 @@ class MovingHorizon:
         mask: Float[Tensor, "S N"],
         stop: ilqr.Stop | None = None,
         *,
-        waitless: bool = False,
+        sync_free: bool = False,
     ) -> tuple[HorizonState, Estimate]:
-        """``step`` in torch: what the compiled one must do.
-
-        Args:
-            waitless: never look at a number, so that the device need not be waited for; without
-                ``stop``.
-        """
-        s, predicted, bad = self._enter(state, counts, mask, waitless=waitless)
+        """``step`` in torch: what the compiled one must do. ``sync_free``, without ``stop``, it
+        never waits for the device."""
+        s, entered = self._enter(state, counts, mask, sync_free=sync_free)
         row, newest = torch.arange(s.z.shape[0], device=s.z.device), s.age
         problem = ilqr.Problem(
             self.model,
@@ -307,21 +321,21 @@ class MovingHorizon:
             InitialCost(s.mean, s.precision),
         )
         solved, info = ilqr.solve_reference(
-            problem, s.z[:, 0], s.u, self._solver, stop, waitless=waitless
+            problem, s.z[:, 0], s.u, self._solver, stop, sync_free=sync_free
         )
         # a solve that broke down keeps the prediction rather than spreading what is not finite
         broken = (solved.status == ilqr.Status.NOT_FINITE).view(-1, 1, 1)
         z, u = torch.where(broken, s.z, solved.z), torch.where(broken, s.u, solved.u)
-        Sigma = marginal_covariance(
-            info.problem.A, info.problem.B, info.lqr.K, info.lqr.Quu_inv, info.lqr.V[:, 0]
-        )[row, newest]
+        quadratic, lqr = info.problem, info.lqr
+        if type(self.model.prior) is not GaussianPrior:
+            quadratic = replace(quadratic, R=self.model.prior.stated_precision(u).contiguous())
+            lqr = solve_lqr(quadratic, free_initial=True)
+        Sigma = marginal_covariance(quadratic, lqr)[row, newest]
         # of a solve that broke down nothing is known but what was known before any bin came
         unknown = broken | ~(Sigma.diagonal(dim1=-2, dim2=-1) > 0).all(-1).view(-1, 1, 1)
-        Sigma = torch.where(unknown, self._wide, Sigma)
-        after, at = replace(s, z=z, u=u), (row, newest - 1)
-        status = torch.where(bad, int(ilqr.Status.NOT_FINITE), solved.status)
-        solve = (solved.iterations, status)
-        return after, self._answer(after, Sigma, predicted, s.counts[at], s.mask[at], solve)
+        Sigma = torch.where(unknown, self._prior_covariance, Sigma)
+        after = replace(s, z=z, u=u)
+        return after, self._answer(after, Sigma, entered, solved.iterations, solved.status)
 
     def _enter(
         self,
@@ -329,52 +343,58 @@ class MovingHorizon:
         counts: Tensor,
         mask: Tensor,
         *,
-        waitless: bool = False,
+        sync_free: bool = False,
         absorbs: bool = True,
-    ) -> tuple[HorizonState, Tensor, Tensor]:
-        """The window with the new bin in it, that bin as predicted, and which streams' counts had a
-        number that is not finite."""
-        finite = counts.isfinite()
-        bad = (~finite & (mask > 0)).any(-1)
-        mask = mask * finite
-        counts = torch.where(mask > 0, counts, torch.zeros_like(counts))
-        s = self._shift(state, waitless, absorbs)
+    ) -> tuple[HorizonState, _Entered]:
+        """The window with the new bin in it."""
+        restarted = self.bounds.lost(state.mean, state.z, state.u)
+        if sync_free or bool(restarted.any()):
+            pairs = zip(self._initial.tensors(), state.tensors(), strict=True)
+            state = HorizonState(*(ilqr.where(restarted, new, old) for new, old in pairs))
+        finite, within = counts.isfinite(), counts.abs() <= self.bounds.counts
+        used = mask * (finite & within)
+        ignored = ((mask > 0) & finite & ~within).sum(-1)
+        counts = torch.where(used > 0, counts, torch.zeros_like(counts))
+        s = self._shift(state, sync_free, absorbs)
         row = torch.arange(s.z.shape[0], device=s.z.device)
         window_counts, window_mask = s.counts.clone(), s.mask.clone()
         window_counts[row, s.age] = counts
-        window_mask[row, s.age] = mask
+        window_mask[row, s.age] = used
         predicted = self.spikes.mean(s.z[row, s.age + 1])
-        return replace(s, age=s.age + 1, counts=window_counts, mask=window_mask), predicted, bad
-
-    def features(self, s: HorizonState) -> Float[Tensor, "S F"]:
-        """What the readout reads of a window (``readout``); the newest estimate first."""
-        shape = ReadoutShape() if self.readout is None else self.readout.shape
-        return read_window(shape, s.age, s.z, s.counts, s.mask, self.spikes.mean)
+        bad = (~finite & (mask > 0)).any(-1)
+        entered = _Entered(predicted, counts, used, bad, ignored, restarted)
+        return replace(s, age=s.age + 1, counts=window_counts, mask=window_mask), entered
 
     def _answer(
         self,
         s: HorizonState,
         Sigma: Tensor,
-        predicted: Tensor,
-        counts: Tensor,
-        mask: Tensor,
-        solve: tuple[Tensor, Tensor],
+        entered: _Entered,
+        iterations: Tensor,
+        status: Tensor,
     ) -> Estimate:
-        window = self.features(s)
+        shape = ReadoutShape() if self.readout is None else self.readout.shape
+        window = read_window(shape, s.age, s.z, s.counts, s.mask, self.spikes.mean)
         z = window[:, : self.model.n]
         if self.readout is None:
             kinematics = kinematics_std = z.new_zeros(len(z), 0)
         else:
             kinematics, kinematics_std = self.readout(window, Sigma)
+        rates, counts, used = self.spikes.mean(z), entered.counts, entered.used
+        gain = self.spikes.evidence(entered.predicted, self.mean_rate, counts)
+        blind = (entered.ignored > 0) & (used == 0).all(-1)
         return Estimate(
             z=z,
             z_cov=Sigma,
             window=window,
-            rates=self.spikes.mean(z),
+            rates=rates,
             kinematics=kinematics,
             kinematics_std=kinematics_std,
-            bits=self._bits(predicted, counts, mask),
-            spikes=(counts * mask).sum(-1),
-            iterations=solve[0],
-            status=solve[1],
+            bits=(gain * used).sum(-1) / math.log(2),
+            spikes=(counts * used).sum(-1),
+            iterations=iterations,
+            status=torch.where(entered.bad, int(ilqr.Status.NOT_FINITE), status),
+            ignored=entered.ignored,
+            beyond=blind | self.bounds.beyond(z, rates, kinematics),
+            restarted=entered.restarted,
         )

@@ -1,4 +1,4 @@
-"""What the moving-horizon estimator remembers of streams, and what it answers.
+"""The state of the moving-horizon estimator's streams, and its estimates.
 
 A batch of S streams side by side; H bins in a window, N units, n latents, m inputs.
 """
@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class HorizonState:
-    """Everything a stream remembers.
+    """The whole state of a batch of streams.
 
     Attributes:
         age: bins in the window so far, at most H.
@@ -55,19 +55,22 @@ class Estimate:
 
     Attributes:
         z: mean of the latent state after the newest bin.
-        z_cov: its covariance.
-        window: estimates of the newest L + 1 states, newest first, flattened (the readout's input).
+        window: what the readout reads, the newest L + 1 states first (``model.readout``).
+        z_cov: covariance of z.
         rates: expected counts per bin under z.
         kinematics, kinematics_std: in the recording's units; D = 0 without kinematics.
         bits: log-likelihood of the newest bin as predicted one step ahead, in bits, relative to the
             training mean rates; over observed units only.
         spikes: how many spikes the observed units had.
         iterations, status: of the solve (``ilqr.Status``).
+        ignored: units whose counts were beyond the bounds and were not used (``bounds``).
+        beyond: whether the answer is beyond what training showed (``bounds``).
+        restarted: whether the stream began anew with this bin, its state being lost (``bounds``).
     """
 
     z: Float[Tensor, "S n"]
-    z_cov: Float[Tensor, "S n n"]
     window: Float[Tensor, "S features"]
+    z_cov: Float[Tensor, "S n n"]
     rates: Float[Tensor, "S N"]
     kinematics: Float[Tensor, "S D"]
     kinematics_std: Float[Tensor, "S D"]
@@ -75,6 +78,9 @@ class Estimate:
     spikes: Float[Tensor, " S"]
     iterations: Int[Tensor, " S"]
     status: Int[Tensor, " S"]
+    ignored: Int[Tensor, " S"]
+    beyond: Bool[Tensor, " S"]
+    restarted: Bool[Tensor, " S"]
 
     @property
     def z_std(self) -> Float[Tensor, "S n"]:

@@ -243,16 +243,15 @@ def save_model(out: Path, manifest: Manifest, model: Model, final: Validation) -
             the home folder if one of them can be written; the message says where.
     """
     try:
-        return save_artifact(out, manifest, model, final.readout, final.mean_rate)
+        return save_artifact(out, manifest, model, final.readout, final.mean_rate, final.seen)
     except ConfigError as error:
         rescued = "not saved elsewhere either"
         for parent in (None, Path.home()):
             with suppress(ConfigError, OSError):
                 folder = Path(tempfile.mkdtemp(prefix="ilqr-vae-", dir=parent))
                 try:
-                    save_artifact(
-                        folder / out.name, manifest, model, final.readout, final.mean_rate
-                    )
+                    made = (final.readout, final.mean_rate, final.seen)
+                    save_artifact(folder / out.name, manifest, model, *made)
                 except ConfigError:
                     folder.rmdir()
                     raise

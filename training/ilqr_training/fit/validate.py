@@ -19,6 +19,7 @@ from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings.split import warmup_start
 from ilqr_vae.scoring.metrics import interval_coverage, r2_per_axis
+from ilqr_vae.streaming.bounds import TrainingRange, highest_counts
 from ilqr_vae.streaming.horizon import MovingHorizon
 
 LOST_BINS = 10_000
@@ -34,12 +35,14 @@ class Validation:
         scores: by name; none of a channel that does not move in the validation part.
         readout: None without kinematics.
         mean_rate: (N,) of the training part.
+        seen: what the training part showed.
     """
 
     score: float
     scores: dict[str, float]
     readout: KinematicReadout | None
     mean_rate: torch.Tensor
+    seen: TrainingRange
 
 
 def mean_rate(data: Prepared) -> torch.Tensor:
@@ -48,6 +51,16 @@ def mean_rate(data: Prepared) -> torch.Tensor:
     seen = data.recording.mask()[a:b]
     spikes = np.where(seen, data.recording.counts[a:b], 0).sum(0, dtype=np.float64)
     return torch.as_tensor(spikes / np.maximum(seen.sum(0), 1))
+
+
+def _seen(data: Prepared, latents: NDArray[np.float64]) -> TrainingRange:
+    """What the training part showed, its causal latents among it."""
+    recording, part = data.recording, slice(*data.train)
+    k = np.zeros((1, 0)) if recording.kinematics is None else recording.kinematics[part]
+    k = k[np.isfinite(k).all(-1)]
+    highest = highest_counts(recording.counts[part], recording.mask()[part])
+    ranges = (np.stack([x.min(0), x.max(0)]).astype(np.float64) for x in (latents, k))
+    return TrainingRange(*(torch.as_tensor(x) for x in (highest, *ranges)))
 
 
 def _reads(config: TrainConfig, thorough: bool = True) -> ReadoutConfig:
@@ -71,8 +84,8 @@ def estimator_of(
             _reads(config, thorough).shape,
             units=data.recording.counts.shape[1],
         ).double()
-    frozen = copy.deepcopy(model).double().cpu()
-    return MovingHorizon(frozen, blank, mean_rate(data), config.estimator)
+    double = copy.deepcopy(model).double().cpu()
+    return MovingHorizon(double, blank, mean_rate(data), config.estimator)
 
 
 def validate(
@@ -110,8 +123,9 @@ def validate(
     )
     scores = {"bits_per_spike": held.bits_per_spike, "iterations": held.iterations}
     k = data.recording.kinematics
+    seen = _seen(data, train.window[:, : model.n])
     if k is None:
-        return Validation(held.bits_per_spike, scores, None, estimator.mean_rate)
+        return Validation(held.bits_per_spike, scores, None, estimator.mean_rate, seen)
     reads = _reads(config, thorough)
     parts = {"train": [train], "validation": [held]}
     for i, share in enumerate(reads.lost):
@@ -125,7 +139,8 @@ def validate(
                 )
             )  # fmt: skip
     fitted = _decode(parts, k, data, model.n, reads, config.training.seed, quick=not thorough)
-    return Validation(fitted[1]["r2"], scores | fitted[1], fitted[0], estimator.mean_rate)
+    score = fitted[1]["r2"]
+    return Validation(score, scores | fitted[1], fitted[0], estimator.mean_rate, seen)
 
 
 def _latest(span: tuple[int, int]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from ilqr_vae.kernels.cpu.dynamics import scratch_size as rollout_scratch
 from ilqr_vae.kernels.cpu.panels import finite
 
 RUNNING, CONVERGED, ITERATION_LIMIT, STALLED, NOT_FINITE = 0, 1, 2, 3, 4
-CONTINUE, START, RESUME = 0, 1, 2
+CONTINUE, START = 0, 1
 
 
 def scratch_size(T, n, m):
@@ -56,6 +56,16 @@ def weight(u, t, prior):
 
 
 @inner
+def stated_weight(u, t, prior):
+    """``weight``, but no more than what the prior's own precision is of L (see ``priors``): by
+    this, covariances are stated."""
+    nu = prior[3]
+    share = weight(u, t, prior)
+    own = u.dtype.type((nu - 2.0) / nu) if nu > 0 else share
+    return own if own < share else share
+
+
+@inner
 def _initial_and_prior(b, z, u, prior, initial):
     """The parts of J that are not observations."""
     never_inline()
@@ -79,24 +89,24 @@ def _initial_and_prior(b, z, u, prior, initial):
 
 
 @part
-def begin(b, fresh, model, data, initial, start, state, kept, scratch):
-    """Roll problem ``b`` out from its start; sets z, u, cost and status. If not ``fresh``, from the
-    state, which is left as it is."""
-    family, weights, bank, prior = model
+def begin(b, anew, model, data, initial, start, state, kept, scratch):
+    """Roll problem ``b`` out from its start; sets z, u, cost and status. If not ``anew``, from
+    the state, which is left as it is."""
+    family, weights, channels, prior = model
     values, mask = data
     z0, u0, nothing, no_law = start
     z, u, cost, damping, status, iterations = state
     f, h, d, w, slot = kept
     slot[b] = 0
     zero = z.dtype.type(0.0)
-    first = z0[b] if fresh else z[b, 0]
-    inputs = u0[b] if fresh else u[b]
+    first = z0[b] if anew else z[b, 0]
+    inputs = u0[b] if anew else u[b]
     roll_out(
         family, weights, False, first, nothing, inputs, no_law, nothing, zero, z[b], u[b],
         f[b, 0], h[b, 0], scratch,
     )  # fmt: skip
-    J = observations.score(bank, z[b], values[b], mask[b], d[b, 0], w[b, 0])
-    if not fresh:
+    J = observations.score(channels, z[b], values[b], mask[b], d[b, 0], w[b, 0])
+    if not anew:
         return
     cost[b] = J + _initial_and_prior(b, z[b], u[b], prior, initial)
     damping[b] = 0.0
@@ -107,7 +117,7 @@ def begin(b, fresh, model, data, initial, start, state, kept, scratch):
 @part
 def _quadratic_model(b, model, initial, state, kept, problem, scratch):
     """Fill the LQR problem around the current trajectory."""
-    family, weights, bank, prior = model
+    family, weights, channels, prior = model
     centre, precision, _, _ = prior
     mean, arrival = initial
     z, u, _, _, _, _ = state
@@ -117,7 +127,7 @@ def _quadratic_model(b, model, initial, state, kept, problem, scratch):
     _, T, n, m = B.shape
     zero = z.dtype.type(0.0)
     linearise(family, weights, z[b], u[b], f[b, s], h[b, s], A[b], B[b], scratch)
-    observations.quadratise(bank, d[b, s], w[b, s], q[b], Q[b], scratch)
+    observations.quadratise(channels, d[b, s], w[b, s], q[b], Q[b], scratch)
     for i in range(n):
         total = zero
         for j in range(n):
@@ -136,7 +146,7 @@ def _quadratic_model(b, model, initial, state, kept, problem, scratch):
 @part
 def _search(b, model, data, initial, state, kept, answer, options, scratch):
     """Backtrack from the full step; takes the first that lowers J enough. Returns alpha or 0."""
-    family, weights, bank, prior = model
+    family, weights, channels, prior = model
     values, mask = data
     z, u, cost, _, _, _ = state
     f, h, d, w, slot = kept
@@ -158,7 +168,7 @@ def _search(b, model, data, initial, state, kept, answer, options, scratch):
             family, weights, True, start, z[b], u[b], K[b], k[b], alpha, z_try, u_try,
             f[b, other], h[b, other], rest,
         )  # fmt: skip
-        J = observations.score(bank, z_try, values[b], mask[b], d[b, other], w[b, other])
+        J = observations.score(channels, z_try, values[b], mask[b], d[b, other], w[b, other])
         trial = z.dtype.type(J + _initial_and_prior(b, z_try, u_try, prior, initial))
         promised = alpha * (two - alpha) * decrease
         if trial <= cost[b] - armijo * promised + slack:
@@ -190,8 +200,7 @@ def solve(
     """At most ``limit`` iterations of the problems of a range that are running.
 
     Args:
-        entry: START from ``start``, RESUME from the state (z and u of a trajectory), or CONTINUE
-            where the last call with these arrays ended.
+        entry: START from ``start``, or CONTINUE where the last call with these arrays ended.
     """
     z, _, cost, damping, status, iterations = state
     problem, law, value, found, ok, taken = info
@@ -200,10 +209,10 @@ def solve(
     tolerance, _, _, damping_min, damping_max = options
     nothing_taken = z.dtype.type(0.0)
     for b in range(first, last):
-        # a problem that has stopped already gets its LQR solution, and no step
+        # a problem that never runs gets its LQR solution, and no step
         looking = False
         if entry != CONTINUE:
-            begin(b, entry == START, model, data, initial, start, state, kept, scratch)
+            begin(b, True, model, data, initial, start, state, kept, scratch)
             looking = status[b] != RUNNING
         done = 0
         while looking or (status[b] == RUNNING and done < limit):

@@ -1,8 +1,8 @@
 """Compiled cost and curvature of what is observed: Poisson and Gaussian channels, with masks.
 
-All observed groups are one bank of N channels, the Poisson ones first, each an affine readout
-a = C z + b (see ``pack_bank``). Shapes of one problem: z (T + 1, n), values and mask (T, N); d and
-w (T, N rounded up to 8) are slope and curvature of -log p in a, masked.
+All observed groups are N channels side by side, the Poisson ones first, each an affine readout
+a = C z + b (see ``pack_channels``). Shapes of one problem: z (T + 1, n), values and mask (T, N); d
+and w (T, N rounded up to 8) are slope and curvature of -log p in a, masked.
 
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
@@ -35,8 +35,8 @@ def scratch_size(T, n):
     return T * (n * (n + 1) // 2 + n + 2 * PANEL)
 
 
-def pack_bank(C, b, limit, precision, poisson, linked, gain, floor, soft):
-    """The bank as the kernels take it.
+def pack_channels(C, b, limit, precision, poisson, linked, gain, floor, soft):
+    """The channels as the kernels take them.
 
     Args:
         C: (N, n); b: (N,).
@@ -47,10 +47,10 @@ def pack_bank(C, b, limit, precision, poisson, linked, gain, floor, soft):
         gain, floor: (N,); soft: (N,), one where the link is softplus, zero where exp.
     """
     N, n = C.shape
-    wide = -(-N // PANEL) * PANEL
+    size = -(-N // PANEL) * PANEL
 
     def padded(x):
-        out = np.zeros(wide, C.dtype)
+        out = np.zeros(size, C.dtype)
         out[:N] = x
         return out
 
@@ -164,10 +164,10 @@ def _gaussian_row(t, first, count, bias, precision, values, mask, d, w):
 
 
 @inner
-def score(bank, z, values, mask, d, w):
+def score(channels, z, values, mask, d, w):
     """-sum over bins and channels of log p without log y!, and d and w on the way."""
     never_inline()
-    poisson, affine, bias, limit, precision, _, _, rates = bank
+    poisson, affine, bias, limit, precision, _, _, rates = channels
     T, N = values.shape
     n = z.shape[1]
     N8 = d.shape[1]
@@ -184,10 +184,10 @@ def score(bank, z, values, mask, d, w):
 
 
 @inner
-def quadratise(bank, d, w, q, Q, scratch):
+def quadratise(channels, d, w, q, Q, scratch):
     """q[1:] = C' d and Q[1:] = C' diag(w) C, per bin."""
     never_inline()
-    slope, curvature = bank[5], bank[6]
+    slope, curvature = channels[5], channels[6]
     T, N8 = d.shape
     n = q.shape[1]
     triangle = curvature.shape[0] * PANEL
@@ -207,10 +207,10 @@ def quadratise(bank, d, w, q, Q, scratch):
 
 
 @inner
-def expected(bank, z, mean):
+def expected(channels, z, mean):
     """E[o | z] of one state z (1, n), into mean (1, N rounded up to 8)."""
     never_inline()
-    poisson, affine, bias, limit, _, _, _, (linked, gain, floor, soft) = bank
+    poisson, affine, bias, limit, _, _, _, (linked, gain, floor, soft) = channels
     N8 = mean.shape[1]
     n = z.shape[1]
     one, zero = mean.dtype.type(1.0), mean.dtype.type(0.0)

@@ -16,11 +16,11 @@ from ilqr_vae.kernels.cpu.panels import exp_inplace, whole
 
 
 @part
-def _features(b, bank, sizes, after, window, scratch):
+def _features(b, channels, sizes, after, window, scratch):
     """Write what the readout reads of stream ``b``: latents, unexplained spikes, and for a
     recurrent layer the bins held and their counts."""
     lags, residuals, recurrent = sizes
-    age, _, _, z, _, counts, mask = after
+    age, z, counts, mask = after.age, after.z, after.counts, after.mask
     n, N = z.shape[2], counts.shape[2]
     zero = z.dtype.type(0.0)
     newest = age[b]
@@ -47,7 +47,7 @@ def _features(b, bank, sizes, after, window, scratch):
             continue
         for i in range(n):
             at[0, i] = z[b, slot, i]
-        observations.expected(bank, at, expected)
+        observations.expected(channels, at, expected)
         for i in range(N):
             seen, there = counts[b, slot - 1, i], mask[b, slot - 1, i]
             if k < residuals:
@@ -170,31 +170,41 @@ def _decode(b, maps, C, h, spread, window, z_cov, kinematics, kinematics_std, sc
 
 
 @part
-def answer(b, bank, readout, after, estimate, scratch):
-    """Write stream ``b``'s features, kinematics and rates; its covariance is there already.
+def answer(b, channels, bounds, readout, after, estimates, scratch):
+    """Write stream ``b``'s features, kinematics and rates, and whether they are beyond what is
+    believable; its covariance is there already.
 
     Args:
         readout: ((L, K, g), (W, b, U', U of z, c, O), (C, A, a, P', p, G', g), (variance, gain,
             kappa, centre, spread)).
-        after: the fields of ``HorizonState``.
-        estimate: the answer's arrays.
     """
     sizes, maps, layer, spread = readout
-    age, _, _, z, _, _, _ = after
-    window, z_cov, rates, kinematics, kinematics_std, _, _, _, _ = estimate
-    n, N = z.shape[2], rates.shape[1]
-    _features(b, bank, sizes, after, window, scratch)
+    window, z, kinematics = estimates.window, after.z, estimates.kinematics
+    newest = after.age[b]
+    n, N = z.shape[2], estimates.rates.shape[1]
+    _features(b, channels, sizes, after, window, scratch)
     lags, residuals, recurrent = sizes
     h, end = carve(scratch, 0, 1, whole(recurrent))
     if recurrent:
         held_at = (lags + 1) * n + residuals * N
         at = (lags * n, held_at + 1)
-        _recur(b, layer[1:], at, min(age[b], lags), window, h[0], scratch[end:])
-    _decode(b, maps, layer[0], h, spread, window, z_cov, kinematics, kinematics_std, scratch[end:])
+        _recur(b, layer[1:], at, min(newest, lags), window, h[0], scratch[end:])
+    _decode(
+        b, maps, layer[0], h, spread, window, estimates.z_cov, kinematics,
+        estimates.kinematics_std, scratch[end:],
+    )  # fmt: skip
     expected, end = carve(scratch, 0, 1, whole(N))
-    newest, end = carve(scratch, end, 1, n)
+    state, end = carve(scratch, end, 1, n)
+    beyond = estimates.beyond[b]
     for i in range(n):
-        newest[0, i] = z[b, age[b], i]
-    observations.expected(bank, newest, expected)
+        state[0, i] = z[b, newest, i]
+        # written so that what is not a number is beyond
+        beyond |= not abs(state[0, i] - bounds.latent_centre[i]) <= bounds.latent_reach[i]
+    observations.expected(channels, state, expected)
     for i in range(N):
-        rates[b, i] = expected[0, i]
+        estimates.rates[b, i] = expected[0, i]
+        beyond |= not abs(expected[0, i]) <= bounds.counts[i]
+    for k in range(kinematics.shape[1]):
+        off = abs(kinematics[b, k] - bounds.decode_centre[k])
+        beyond |= not off <= bounds.decode_reach[k]
+    estimates.beyond[b] = beyond

@@ -15,6 +15,14 @@ from __future__ import annotations
 
 from ilqr_vae.kernels.cpu import iteration, window
 from ilqr_vae.kernels.cpu.algebra import compiled, part
+from ilqr_vae.kernels.cpu.arguments import (
+    Bins,
+    Bounds,
+    Estimates,
+    Fixed,
+    Streams,
+    Trajectory,
+)
 from ilqr_vae.kernels.cpu.panels import next_of
 
 # Which parts of a step are done: all in one call; or in several, where somebody is asked between
@@ -56,23 +64,50 @@ def _five(x, b):
     return p[b : b + 1], q[b : b + 1], r[b : b + 1], s[b : b + 1], t[b : b + 1]
 
 
+# Bundles come as plain tuples: numba unwraps a named one an order of magnitude slower.
+
+
 @part
-def _state(x, b):
-    """Of the fields of ``HorizonState``."""
+def _fixed(x):
+    model, precision, covariance, mean_rates, options, bounds, initial = x
+    counts, centre, reach, lost, decode_centre, decode_reach = bounds
+    return Fixed(
+        model, precision, covariance, mean_rates, options,
+        Bounds(counts, centre, reach, lost, decode_centre, decode_reach), _stream(initial, 0),
+    )  # fmt: skip
+
+
+@part
+def _stream(x, b):
     age, mean, precision, z, u, counts, mask = x
     j = b + 1
-    return age[b:j], mean[b:j], precision[b:j], z[b:j], u[b:j], counts[b:j], mask[b:j]
+    return Streams(age[b:j], mean[b:j], precision[b:j], z[b:j], u[b:j], counts[b:j], mask[b:j])
 
 
 @part
-def _answer(x, b):
-    """Of the answer's arrays."""
-    features, z_cov, rates, kinematics, kinematics_std, bits, spikes, done, ended = x
+def _bin(x, b):
+    counts, mask = x
+    return Bins(counts[b : b + 1], mask[b : b + 1])
+
+
+@part
+def _estimate(x, b):
+    (
+        window, z_cov, rates, kinematics, kinematics_std, bits, spikes, iterations, status,
+        ignored, beyond, restarted,
+    ) = x  # fmt: skip
     j = b + 1
-    return (
-        features[b:j], z_cov[b:j], rates[b:j], kinematics[b:j], kinematics_std[b:j], bits[b:j],
-        spikes[b:j], done[b:j], ended[b:j],
+    return Estimates(
+        window[b:j], z_cov[b:j], rates[b:j], kinematics[b:j], kinematics_std[b:j], bits[b:j],
+        spikes[b:j], iterations[b:j], status[b:j], ignored[b:j], beyond[b:j], restarted[b:j],
     )  # fmt: skip
+
+
+@part
+def _trajectory(x, b):
+    z0, z, u = x
+    j = b + 1
+    return Trajectory(z0[b:j], z[b:j], u[b:j])
 
 
 @part
@@ -90,7 +125,7 @@ def _work(x, b):
 
 @compiled
 def step(
-    queue, parts, limit, fixed, readout, states, places, arriving, estimate, room, shared, scratch
+    queue, parts, limit, fixed, readout, streams, rows, bins, estimates, workspace, shared, scratch
 ):  # fmt: skip
     """Parts of the steps of streams that are still in the queue.
 
@@ -98,52 +133,56 @@ def step(
         queue: (1,) the next stream to take.
         parts: any of ENTER, SOLVE (after ENTER from the start, else going on) and LEAVE.
         limit: of iterations.
-        fixed: (model, prior precision of z_0, mean rates, covariance of z_0, solver options).
-        readout: see ``decode.answer``.
-        states: arrays of the states before the bins and after them, see ``window.enter``.
-        places: (S,) the rows of both.
-        arriving, estimate: (counts, mask) of the bins and the answers' arrays, S rows each.
-        room: (predicted, work, arrays of no use) with a row for each stream if ``shared``, else
-            with one, of this thread.
+        fixed: the fields of ``Fixed``.
+        readout: see ``readout.answer``.
+        streams: before the bins and after them.
+        rows: (S,) the streams' rows in both.
+        bins, estimates: S rows each.
+        workspace: (predicted, work, arrays of no use) with a row for each stream if ``shared``,
+            else with one, of this thread.
     """
-    model, prior_precision, null, wide, options = fixed
-    before, after = states
-    sources, targets = places
-    predicted, work, none = room
+    before, after = streams
+    sources, targets = rows
+    predicted, work, none = workspace
+    known = _fixed(fixed)
     while True:
         b = next_of(queue)
         if b >= sources.shape[0]:
             break
         at = b if shared else 0
-        old, new = _state(before, sources[b]), _state(after, targets[b])
-        z0, z, u = _three(predicted, at)
-        given, said = _two(arriving, b), _answer(estimate, b)
+        old, new = _stream(before, sources[b]), _stream(after, targets[b])
+        trajectory, estimate = _trajectory(predicted, at), _estimate(estimates, b)
         state, kept, info = _work(work, at)
         if parts & ENTER:
-            about = (model, prior_precision, null)
-            window.enter(0, about, old, new, given, (z0, z, u), said, scratch)
+            estimate.restarted[0] = window.lost(0, known.bounds, old)
+            if estimate.restarted[0]:
+                old = known.initial
+            window.enter(0, known, old, new, _bin(bins, b), trajectory, estimate, scratch)
         if parts & SOLVE:
             entry = iteration.START if parts & ENTER else iteration.CONTINUE
-            data, arrival, start = (new[5], new[6]), (new[1], new[2]), (z0, u, none[0], none[1])
+            data, arrival = (new.counts, new.mask), (new.mean, new.precision)
+            start = (trajectory.z0, trajectory.u, none[0], none[1])
             iteration.solve(
-                0, 1, limit, entry, model, data, arrival, start, state, kept, info, options,
-                scratch,
+                0, 1, limit, entry, known.model, data, arrival, start, state, kept, info,
+                known.options, scratch,
             )  # fmt: skip
         if parts & LEAVE:
-            window.leave(0, model[2], wide, readout, (state, info), new, (z0, z, u), said, scratch)
+            window.leave(0, known, readout, (state, info), new, trajectory, estimate, scratch)
 
 
 @compiled
-def pass_by(queue, fixed, readout, states, places, arriving, estimate, scratch):
+def predict_only(queue, fixed, readout, streams, rows, bins, estimates, scratch):
     """The streams still in the queue take their bins in without a solve; as ``step``."""
-    model, prior_precision, null, _, _ = fixed
-    before, after = states
-    sources, targets = places
+    before, after = streams
+    sources, targets = rows
+    known = _fixed(fixed)
     while True:
         b = next_of(queue)
         if b >= sources.shape[0]:
             break
-        window.pass_by(
-            0, (model, prior_precision, null), readout, _state(before, sources[b]),
-            _state(after, targets[b]), _two(arriving, b), _answer(estimate, b), scratch,
-        )  # fmt: skip
+        old, estimate = _stream(before, sources[b]), _estimate(estimates, b)
+        estimate.restarted[0] = window.lost(0, known.bounds, old)
+        if estimate.restarted[0]:
+            old = known.initial
+        new = _stream(after, targets[b])
+        window.predict_only(0, known, readout, old, new, _bin(bins, b), estimate, scratch)

@@ -1,7 +1,7 @@
 """Compiled moving horizon: what one stream's window does before and after its solve.
 
-It moves where it is full (the bin that leaves is absorbed into the arrival cost) and takes the new
-bin in; when it is solved, it answers. Letters and formulas are those of ``horizon``.
+A full window moves: the bin that leaves is absorbed into the arrival cost. Then it takes the new
+bin in. After the solve it answers. Letters and formulas are those of ``streaming.horizon``.
 
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
@@ -29,8 +29,8 @@ from ilqr_vae.kernels.cpu.algebra import (
 )
 from ilqr_vae.kernels.cpu.dynamics import linearise, roll_out
 from ilqr_vae.kernels.cpu.dynamics import scratch_size as rollout_scratch
-from ilqr_vae.kernels.cpu.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING, weight
-from ilqr_vae.kernels.cpu.lqr import covariance_of_one
+from ilqr_vae.kernels.cpu.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING, stated_weight
+from ilqr_vae.kernels.cpu.lqr import covariance_of_one, solve_one
 from ilqr_vae.kernels.cpu.lqr import scratch_size as lqr_scratch
 from ilqr_vae.kernels.cpu.panels import finite, whole
 from ilqr_vae.kernels.cpu.tiles import PANEL
@@ -55,9 +55,10 @@ def _carve3(scratch, start, count, rows, columns):
 @part
 def _absorb(b, model, before, mean, precision, scratch):
     """Arrival mean and precision one bin later, for stream ``b``; False where they break down."""
-    family, weights, bank, prior = model
+    family, weights, channels, prior = model
     centre, input_precision, _, _ = prior
-    _, old_mean, old_precision, z, u, counts, mask = before
+    old_mean, old_precision, z, u = before.mean, before.precision, before.z, before.u
+    counts, mask = before.counts, before.mask
     n, m = z.shape[2], u.shape[2]
     n8 = round_up(n, COLUMNS)
     zero = z.dtype.type(0.0)
@@ -81,8 +82,8 @@ def _absorb(b, model, before, mean, precision, scratch):
         rest,
     )  # fmt: skip
     linearise(family, weights, z_two, u_one, f, h, A, B, rest)
-    observations.score(bank, z[b, :2], counts[b, :1], mask[b, :1], d, w)
-    observations.quadratise(bank, d, w, q, Q, rest)
+    observations.score(channels, z[b, :2], counts[b, :1], mask[b, :1], d, w)
+    observations.quadratise(channels, d, w, q, Q, rest)
 
     start = end
     P, end = carve(scratch, start, n8, n8)
@@ -95,7 +96,7 @@ def _absorb(b, model, before, mean, precision, scratch):
 
     if not inverse_of_symmetric(old_precision[b], P, n, rest):
         return False
-    share = z.dtype.type(weight(u_one, 0, prior))
+    share = z.dtype.type(stated_weight(u_one, 0, prior))
     for i in range(n):
         shift[i] = zero
         for j in range(n):
@@ -138,49 +139,61 @@ def _absorb(b, model, before, mean, precision, scratch):
 def _forget(b, share, prior_precision, before, after):
     """The arrival cost one bin later where the bin that leaves is not absorbed: around the current
     trajectory, with a ``share`` of what was known beyond the prior."""
-    _, _, old_precision, old_z, _, _, _ = before
-    _, mean, precision, _, _, _, _ = after
-    n = old_z.shape[2]
+    n = before.z.shape[2]
     for i in range(n):
-        mean[b, i] = old_z[b, 1, i]
+        after.mean[b, i] = before.z[b, 1, i]
         for j in range(n):
-            precision[b, i, j] = prior_precision[i, j]
+            after.precision[b, i, j] = prior_precision[i, j]
             if share > 0:
-                precision[b, i, j] += share * (old_precision[b, i, j] - prior_precision[i, j])
+                known = before.precision[b, i, j] - prior_precision[i, j]
+                after.precision[b, i, j] += share * known
 
 
 @part
 def _stay(b, before, after):
     """The arrival cost of a window that does not move."""
-    _, old_mean, old_precision, _, _, _, _ = before
-    _, mean, precision, _, _, _, _ = after
-    n = old_mean.shape[1]
+    n = before.mean.shape[1]
     for i in range(n):
-        mean[b, i] = old_mean[b, i]
+        after.mean[b, i] = before.mean[b, i]
         for j in range(n):
-            precision[b, i, j] = old_precision[b, i, j]
+            after.precision[b, i, j] = before.precision[b, i, j]
 
 
 @part
-def _take_in(b, model, null, before, after, arriving, predicted, estimate, scratch):
+def lost(b, bounds, before):
+    """Whether stream ``b``'s state is not finite or astronomically far from all that was seen."""
+    z, mean = before.z, before.mean
+    for i in range(z.shape[2]):
+        farthest = bounds.latent_lost[i]
+        # written so that what is not a number is lost
+        if not abs(mean[b, i] - bounds.latent_centre[i]) <= farthest:
+            return True
+        for t in range(z.shape[1]):
+            if not abs(z[b, t, i] - bounds.latent_centre[i]) <= farthest:
+                return True
+    for t in range(before.u.shape[1]):
+        for a in range(before.u.shape[2]):
+            if not finite(before.u[b, t, a]):
+                return True
+    return False
+
+
+@part
+def _take_in(b, fixed, before, after, bins, z, u, estimates, scratch):
     """Move what stream ``b``'s window holds if it is full, put the new bin in, and predict it. The
     arrival cost is written already."""
-    family, weights, bank, prior = model
-    age, _, _, old_z, old_u, old_counts, old_mask = before
-    new_age, _, _, _, _, counts, mask = after
-    new_counts, new_mask = arriving
-    z, u = predicted
-    _, _, _, _, _, bits, spikes, _, ended = estimate
+    family, weights, channels, prior = fixed.model
+    old_z, old_u, counts, mask = before.z, before.u, after.counts, after.mask
     H, m = old_u.shape[1], old_u.shape[2]
-    n, N = old_z.shape[2], old_counts.shape[2]
+    n, N = old_z.shape[2], counts.shape[2]
     zero = old_z.dtype.type(0.0)
-    moves = 1 if age[b] == H else 0
+    moves = 1 if before.age[b] == H else 0
     for t in range(H - moves):
         for a in range(m):
             u[b, t, a] = old_u[b, t + moves, a]
         for i in range(N):
-            counts[b, t, i] = old_counts[b, t + moves, i]
-            mask[b, t, i] = old_mask[b, t + moves, i]
+            counts[b, t, i] = before.counts[b, t + moves, i]
+            mask[b, t, i] = before.mask[b, t + moves, i]
     for t in range(H - moves + 1):
         for i in range(n):
             z[b, t, i] = old_z[b, t + moves, i]
@@ -203,65 +216,72 @@ def _take_in(b, model, null, before, after, arriving, predicted, estimate, scrat
         )  # fmt: skip
         for i in range(n):
             z[b, H, i] = z_two[1, i]
-    newest = age[b] - moves
-    new_age[b] = newest + 1
+    newest = before.age[b] - moves
+    after.age[b] = newest + 1
 
     expected, end = carve(scratch, 0, 1, whole(N))
     at, end = carve(scratch, end, 1, n)
     for i in range(n):
         at[0, i] = z[b, newest + 1, i]
-    observations.expected(bank, at, expected)
-    poisson, precision = bank[0], bank[4]
-    gain, seen = 0.0, 0.0
-    ended[b] = RUNNING
+    observations.expected(channels, at, expected)
+    poisson, precision = channels[0], channels[4]
+    gain, spikes = 0.0, 0.0
+    ignored, used = 0, 0
+    estimates.status[b] = RUNNING
     for i in range(N):
-        here = new_mask[b, i]
-        count = new_counts[b, i] if here > zero else zero
+        here = bins.mask[b, i]
+        count = bins.counts[b, i] if here > zero else zero
         if not finite(count):
             # counts as not observed, and is reported
             here, count = zero, zero
-            ended[b] = NOT_FINITE
+            estimates.status[b] = NOT_FINITE
+        elif abs(count) > fixed.bounds.counts[i]:
+            here, count = zero, zero
+            ignored += 1
+        if here > zero:
+            used += 1
         counts[b, newest, i] = count
         mask[b, newest, i] = here
-        floor, base = 1e-9, max(null[i], 1e-9)
+        floor, base = 1e-9, max(fixed.mean_rates[i], 1e-9)
         rate = max(expected[0, i], floor) if expected[0, i] == expected[0, i] else expected[0, i]
         if i < poisson:
             gain += (count * (math.log(rate) - math.log(base)) - (rate - base)) * here
         else:
-            error, other = count - expected[0, i], count - null[i]
+            error, other = count - expected[0, i], count - fixed.mean_rates[i]
             gain += 0.5 * precision[i] * (other * other - error * error) * here
-        seen += count * here
-    bits[b] = gain / math.log(2.0)
-    spikes[b] = seen
+        spikes += count * here
+    estimates.bits[b] = gain / math.log(2.0)
+    estimates.spikes[b] = spikes
+    estimates.ignored[b] = ignored
+    estimates.beyond[b] = ignored > 0 and used == 0
 
 
 @part
-def leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
+def leave(b, fixed, readout, work, after, predicted, estimates, scratch):
     """Write stream ``b``'s solved window and its answer.
 
     Args:
-        bank: the channels.
-        wide: (n, n) covariance of z_0, stated where a solve broke down.
         readout: see ``readout.answer``.
         work: (state, info) of ``iteration`` after the solve.
-        after: the fields of ``HorizonState``; z and u are written.
-        predicted, estimate: see ``enter``; the estimate is written.
+        after: z and u are written.
+        predicted: see ``enter``.
+        estimates: written.
     """
     state, info = work
-    solved_z, solved_u, _, _, status, iterations = state
-    problem, law, value, _, _, _ = info
-    age, _, _, z, u, _, _ = after
-    _, z_cov, _, _, _, _, _, done, ended = estimate
+    solved_z, solved_u, _, damping, status, iterations = state
+    problem, law, value, found, _, _ = info
+    prior = fixed.model[3]
+    z, u, z_cov = after.z, after.u, estimates.z_cov
     n = z.shape[2]
     zero = z.dtype.type(0.0)
-    newest = age[b]
-    done[b] = iterations[b]
-    if ended[b] == RUNNING:
-        ended[b] = ITERATION_LIMIT if status[b] == RUNNING else status[b]
+    newest = after.age[b]
+    estimates.iterations[b] = iterations[b]
+    if estimates.status[b] == RUNNING:
+        estimates.status[b] = ITERATION_LIMIT if status[b] == RUNNING else status[b]
     broken = status[b] == NOT_FINITE
     # a solve that broke down keeps the prediction rather than spreading what is not finite
-    z_best = predicted[1] if broken else solved_z
-    u_best = predicted[2] if broken else solved_u
+    z_best = predicted.z if broken else solved_z
+    u_best = predicted.u if broken else solved_u
     for t in range(z.shape[1]):
         for i in range(n):
             z[b, t, i] = z_best[b, t, i]
@@ -269,6 +289,15 @@ def leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
         for a in range(u.shape[2]):
             u[b, t, a] = u_best[b, t, a]
 
+    if prior[3] > 0:
+        # covariances are stated with another curvature of the inputs than the solver's
+        R = problem[4]
+        for t in range(u.shape[1]):
+            share = z.dtype.type(stated_weight(u[b], t, prior))
+            for a in range(u.shape[2]):
+                R[b, t, a, a] = share * prior[1][a]
+        damping[b] = zero
+        solve_one(b, problem, False, False, damping, True, law, value, found, scratch)
     Sigma, end = _carve3(scratch, 0, newest + 1, n, n)
     good = covariance_of_one(
         problem[0][b, :newest], problem[1][b, :newest], law[0][b, :newest], law[2][b, :newest],
@@ -282,54 +311,45 @@ def leave(b, bank, wide, readout, work, after, predicted, estimate, scratch):
     # of a solve that broke down nothing is known but what was known before any bin came
     for i in range(n):
         for j in range(n):
-            z_cov[b, i, j] = Sigma[newest, i, j] if good else wide[i, j]
+            z_cov[b, i, j] = Sigma[newest, i, j] if good else fixed.prior_covariance[i, j]
 
-    decoder.answer(b, bank, readout, after, estimate, scratch)
+    decoder.answer(b, fixed.model[2], fixed.bounds, readout, after, estimates, scratch)
 
 
 @part
-def enter(b, fixed, before, after, arriving, predicted, estimate, scratch):
+def enter(b, fixed, before, after, bins, predicted, estimates, scratch):
     """Stream ``b`` moves its window and takes the new bin in.
 
     Args:
-        fixed: (model, prior precision of z_0, mean rates).
-        before, after: the fields of ``HorizonState``; ``after`` is written but for z and u.
-        arriving: (counts, mask) of the new bin.
-        predicted: (z_0, z, u) of the window before the solve, written.
-        estimate: the answer's arrays, written as far as they are known.
+        fixed: see ``Fixed``.
+        before, after: the streams; ``after`` is written but for z and u.
+        bins: the new bins.
+        predicted: the window's trajectory before the solve, written.
+        estimates: the answers, written as far as they are known.
     """
-    model, prior_precision, null = fixed
-    z0, z, u = predicted
-    if before[0][b] < before[4].shape[1]:
+    if before.age[b] < before.u.shape[1]:
         _stay(b, before, after)
-    elif not _absorb(b, model, before, after[1], after[2], scratch):
-        _forget(b, z.dtype.type(0.0), prior_precision, before, after)
-    _take_in(b, model, null, before, after, arriving, (z, u), estimate, scratch)
-    for i in range(z.shape[2]):
-        z0[b, i] = z[b, 0, i]
+    elif not _absorb(b, fixed.model, before, after.mean, after.precision, scratch):
+        _forget(b, before.z.dtype.type(0.0), fixed.prior_precision, before, after)
+    _take_in(b, fixed, before, after, bins, predicted.z, predicted.u, estimates, scratch)
+    for i in range(before.z.shape[2]):
+        predicted.z0[b, i] = predicted.z[b, 0, i]
 
 
 @part
-def pass_by(b, fixed, readout, before, after, arriving, estimate, scratch):
-    """Stream ``b`` takes the new bin in and answers by its prediction, unsolved.
-
-    Args:
-        fixed, before, arriving: see ``enter``; ``readout``: see ``readout.answer``.
-        after: the fields of ``HorizonState``, written.
-        estimate: the answer's arrays, written; its covariance is not known (NaN).
-    """
-    model, prior_precision, null = fixed
-    trajectory = (after[3], after[4])
-    z_cov, done = estimate[1], estimate[7]
+def predict_only(b, fixed, readout, before, after, bins, estimates, scratch):
+    """Stream ``b`` takes the new bin in and answers by its prediction, unsolved; its covariance is
+    not known (NaN). Arguments as of ``enter`` and ``leave``; ``after`` is written."""
+    z_cov = estimates.z_cov
     n = z_cov.shape[1]
     unknown = z_cov.dtype.type(math.nan)
-    if before[0][b] < before[4].shape[1]:
+    if before.age[b] < before.u.shape[1]:
         _stay(b, before, after)
     else:
-        _forget(b, z_cov.dtype.type(0.5), prior_precision, before, after)
-    _take_in(b, model, null, before, after, arriving, trajectory, estimate, scratch)
-    done[b] = 0
+        _forget(b, z_cov.dtype.type(0.5), fixed.prior_precision, before, after)
+    _take_in(b, fixed, before, after, bins, after.z, after.u, estimates, scratch)
+    estimates.iterations[b] = 0
     for i in range(n):
         for j in range(n):
             z_cov[b, i, j] = unknown
-    decoder.answer(b, model[2], readout, after, estimate, scratch)
+    decoder.answer(b, fixed.model[2], fixed.bounds, readout, after, estimates, scratch)

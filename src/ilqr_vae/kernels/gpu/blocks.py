@@ -59,6 +59,13 @@ def times(X, y):
 
 
 @triton.jit
+def refined(M, M_inv, y):
+    """M^-1 y for a float64 vector, by the inverse and one step of iterative refinement."""
+    x = times(M_inv, y)
+    return x + times(M_inv, y - times(M, x))
+
+
+@triton.jit
 def transposed_times(X, y):
     return tl.sum(X.to(tl.float64) * y[:, None], axis=0)
 

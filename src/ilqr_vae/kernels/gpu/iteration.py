@@ -19,6 +19,7 @@ from ilqr_vae.kernels.gpu.blocks import (
     load,
     load_row,
     product,
+    refined,
     store,
     store_row,
     symmetric,
@@ -263,7 +264,8 @@ def absorb(
     information, invertible = inverse(P, n, n * eps, NP)
     after = symmetric(information + Q.to(tl.float64))
     covariance, definite = inverse(after, n, n * eps, NP)
-    moved = x_next.to(tl.float64) + times(covariance, times(information, shift) - q.to(tl.float64))
+    known = refined(P, information, shift) - q.to(tl.float64)
+    moved = x_next.to(tl.float64) + refined(after, covariance, known)
     good = sound & invertible & definite
     # a sum is finite where every number is; where rounding left nothing positive definite, the
     # model's own uncertainty of a state

@@ -1,7 +1,8 @@
 """One LQR problem per program: the recursion of `reference.py` as Triton kernels.
 
 One launch does the whole backward and forward recursion of a batch. Quu and V_0 are inverted with
-Cholesky's pivots, so the test of definiteness is the reference's. Inverses, vectors and sums over
+Cholesky's pivots, so the test of definiteness is the reference's; what is solved with an inverse is
+refined once. Inverses, vectors and sums over
 time are float64 whatever the problem's dtype.
 
 Only Triton code lives here: it must not be wrapped by a type-checking import hook.
@@ -21,6 +22,7 @@ from ilqr_vae.kernels.gpu.blocks import (
     load,
     load_row,
     product,
+    refined,
     store,
     store_row,
     symmetric,
@@ -87,9 +89,13 @@ def solve(
         if HAS_S:
             Qux += load(S + t * m * n, m, n, MP, NP)
         qu = r_t + transposed_times(B_t, slope)
-        Quu_t, definite = inverse(Quu + shift * eye_m, m, m * eps, MP)
-        k_t = -times(Quu_t, qu)
-        K_t = -product(Quu_t, Qux.to(tl.float64)).to(P.dtype)
+        Quu += shift * eye_m
+        Quu_t, definite = inverse(Quu, m, m * eps, MP)
+        # a product with an inverse, refined once, is as exact as a solve by substitution
+        k_t = -refined(Quu, Quu_t, qu)
+        Qux_t = Qux.to(tl.float64)
+        K_t = -product(Quu_t, Qux_t)
+        K_t = (K_t - product(Quu_t, Qux_t + product(Quu, K_t))).to(P.dtype)
         good = good & definite
         # a P that is not finite never becomes finite again: it is looked at once, at the end
         P = symmetric(Q_t + product(tl.trans(A_t), VA, HOW) + product(tl.trans(Qux), K_t, HOW))
@@ -109,7 +115,7 @@ def solve(
         first = P.to(tl.float64) + shift * eye_n
         store(V, first, n, n, NP, NP)
         V0_inv, definite = inverse(first, n, n * eps, NP)
-        x = -times(V0_inv, w)
+        x = -refined(first, V0_inv, w)
         good = good & definite & (tl.sum(beyond(first, largest)) == 0).to(tl.int32)
 
     # what other threads of this program wrote is read from here on

@@ -1,0 +1,146 @@
+"""What is believable: how many spikes of a unit in a bin, where latents and decodes may lie.
+
+A count c of a unit is used up to
+
+    limit = ceil(r + 8 sqrt(r + 1) + 8),      r = 2 h,
+
+with h the unit's highest count in training: a Poisson count of twice that mean is beyond the limit
+with a probability below 1e-12. A count beyond it is ignored, as if its unit had not been observed
+in that bin. An answer is *beyond* what training showed where a unit's expected count is above its
+limit, where a latent or a kinematic channel is farther from the middle of its range in training
+than three times half that range, or where all units observed in the bin were ignored. A state a
+thousand times as far from the latents' middle, or one that is not finite, is *lost*: the stream
+begins anew.
+
+A model file without training ranges gets wider bounds: h = max(20 mean rate, 10), latents within a
+hundred prior standard deviations (at least 1 each), kinematics within thirty standard deviations.
+All bounds are functions of the model file alone, so that a replay ignores the same counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Counts, Likelihood
+from ilqr_vae.model.readout import KinematicReadout
+
+_SURPRISE = 8.0
+_LOST = 1e3
+
+
+class TrainingRange(NamedTuple):
+    """What the training part showed.
+
+    Attributes:
+        counts: highest count of each unit in a bin (``highest_counts``).
+        latents: lowest and highest causal estimate of each latent.
+        kinematics: lowest and highest of each channel; D = 0 without kinematics.
+    """
+
+    counts: Float[Tensor, " N"]
+    latents: Float[Tensor, "2 n"]
+    kinematics: Float[Tensor, "2 D"]
+
+
+class Bounds(NamedTuple):
+    """What is believable.
+
+    Attributes:
+        counts: (N,) the most spikes of each unit in a bin.
+        latent_centre, latent_reach, latent_lost: (n,) the middle, how far from it an estimate is
+            within what training showed, and how far from it a state is lost.
+        decode_centre, decode_reach: (D,) the same of the kinematics.
+    """
+
+    counts: Tensor
+    latent_centre: Tensor
+    latent_reach: Tensor
+    latent_lost: Tensor
+    decode_centre: Tensor
+    decode_reach: Tensor
+
+    def lost(
+        self,
+        mean: Float[Tensor, "S n"],
+        z: Float[Tensor, "S H1 n"],
+        u: Float[Tensor, "S H m"],
+    ) -> Bool[Tensor, " S"]:
+        """Which states, given by their arrival means and trajectories, are lost."""
+        kept = ((z - self.latent_centre).abs() <= self.latent_lost).flatten(1).all(-1)
+        kept = kept & ((mean - self.latent_centre).abs() <= self.latent_lost).all(-1)
+        return ~(kept & u.isfinite().flatten(1).all(-1))
+
+    def beyond(
+        self,
+        z: Float[Tensor, "S n"],
+        rates: Float[Tensor, "S N"],
+        kinematics: Float[Tensor, "S D"],
+    ) -> Bool[Tensor, " S"]:
+        """Which answers are beyond what training showed."""
+        within = ((z - self.latent_centre).abs() <= self.latent_reach).all(-1)
+        within = within & (rates.abs() <= self.counts).all(-1)
+        return ~(within & ((kinematics - self.decode_centre).abs() <= self.decode_reach).all(-1))
+
+
+def check_bin(family: Likelihood, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]) -> None:
+    """Refuse a bin that no observation of the family can be.
+
+    Raises:
+        ShapeError: observed values that are not finite, or counts that are negative.
+    """
+    whole = isinstance(family, Counts)
+    if counts.device.type == "cpu":  # numpy takes a fraction of torch's time for so few numbers
+        x = counts.numpy()
+        if (((x >= 0) if whole else np.isfinite(x)) & (x < np.inf)).all():
+            return
+    usable = counts.isfinite() & (counts >= 0) if whole else counts.isfinite()
+    if not bool(usable.all()) and not bool((usable | (mask == 0)).all()):
+        expected = "counts of zero or more" if whole else "finite numbers"
+        got = float(counts[~usable & (mask != 0)][0])
+        raise ShapeError("counts", expected=f"{expected} where observed", got=f"{got:g}")
+
+
+def highest_counts(counts: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The highest count of each unit that a few corrupted bins cannot raise: the largest, but at
+    most four times one more than the count that one bin in a thousand exceeds.
+
+    Args:
+        counts, mask: (T, N) of the training part; mask is true where observed.
+    """
+    seen = np.ascontiguousarray(np.where(mask, counts, 0).T)
+    usual = np.partition(seen, at := int(0.999 * (seen.shape[1] - 1)))[:, at]
+    return np.minimum(seen.max(1).astype(np.float64), 4.0 * (1.0 + usual))
+
+
+def bounds_of(
+    model: Model,
+    readout: KinematicReadout | None,
+    mean_rate: Float[Tensor, " N"],
+    seen: TrainingRange | None,
+) -> Bounds:
+    """The bounds of a model, on the device and in the dtype of ``mean_rate``."""
+    prior_mean, prior_std = model.initial.mean.detach(), model.initial.log_scale.detach().exp()
+    none = mean_rate.new_zeros(0)
+    spread = none if readout is None else readout.spread
+    if seen is None:
+        highest = (20.0 * mean_rate).clamp(min=10.0)
+        centre, reach = prior_mean, 100.0 * prior_std.clamp(min=1.0)
+        decode_centre, decode_reach = none if readout is None else readout.centre, 30.0 * spread
+    else:
+        highest = torch.maximum(seen.counts, mean_rate.to(seen.counts))
+        (low, high), (decode_low, decode_high) = seen.latents, seen.kinematics
+        centre, reach = (low + high) / 2, 3.0 * torch.maximum((high - low) / 2, prior_std.to(low))
+        decode_centre = (decode_low + decode_high) / 2
+        decode_reach = 3.0 * torch.maximum((decode_high - decode_low) / 2, spread.to(decode_low))
+    rate = 2.0 * highest
+    limit = (rate + _SURPRISE * (rate + 1.0).sqrt() + _SURPRISE).ceil()
+    made = (limit.to(mean_rate), centre, reach, _LOST * reach, decode_centre, decode_reach)
+    return Bounds(*(x.to(mean_rate).contiguous() for x in made))
