@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
-from ilqr_service.work import Answer, Work, status_of
+from ilqr_service.work import Answer, Solve, status_of
 from ilqr_vae.artifact import load_artifact, save_artifact
 from ilqr_vae.errors import ArtifactError, ShapeError
 from ilqr_vae.inference.problem import Status
@@ -239,7 +239,7 @@ def test_the_engine_names_the_units_that_it_ignored(model_file: Path) -> None:
         counts = rng.poisson(1.0, len(names)).astype(np.float64)
         for name, value in absurd.items():
             counts[names.index(name)] = value
-        work = Work(1, index, counts, None, index == 0, 0, 0, 2**62, False)
+        work = Solve(run=1, index=index, counts=counts, restart=index == 0, due_ns=2**62)
         (answer,) = engine.solve([work])
         return answer
 
