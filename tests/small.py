@@ -11,7 +11,7 @@ from torch import Tensor
 from ilqr_vae.inference import ilqr
 from ilqr_vae.model.dynamics import FAMILIES, DynamicsOptions, Weights
 from ilqr_vae.model.generative import Model, conditioned_on
-from ilqr_vae.model.likelihoods import Gaussian, Likelihood, Observations, Observed, Poisson
+from ilqr_vae.model.likelihoods import Counts, Gaussian, Likelihood, Observations, Observed, Poisson
 from ilqr_vae.model.priors import GaussianPrior, InitialPrior
 
 # Newton: the last step, of 1e-8 or so, squares the error once more
@@ -67,7 +67,7 @@ def draw_data(
         _, _, means = model.sample(batch, steps)
     observed: dict[str, Observed] = {}
     for name, mean in means.items():
-        if isinstance(model.group(name), Poisson):
+        if isinstance(model.group(name), Counts):
             values = torch.poisson(mean, generator=generator)
         else:
             values = mean + 0.5 * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
