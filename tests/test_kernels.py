@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
+import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -270,6 +273,57 @@ def test_a_folder_without_room_is_not_used(
     monkeypatch.setattr(algebra.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
     assert cache_folder(tmp_path) is None
     assert len(caplog.records) == 1
+
+
+def test_folders_of_other_versions_are_removed_once_they_are_old(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("one")
+    used = cache_folder(tmp_path)
+    assert used is not None
+    names = {"old": f"kernels-{16 * 'a'}", "new": f"kernels-{16 * 'b'}", "other": "kernels-mine"}
+    long_ago = time.time() - 31 * 86400
+    for which, name in names.items():
+        (used.parent / name / "cpu_1").mkdir(parents=True)
+        if which != "new":
+            os.utime(used.parent / name, (long_ago, long_ago))
+    os.utime(used, (long_ago, long_ago))
+    assert cache_folder(tmp_path) == used
+    left = {folder.name for folder in used.parent.iterdir()}
+    assert left == {used.name, names["new"], names["other"]}
+    assert used.stat().st_mtime > long_ago + 86400  # used now
+
+
+@pytest.mark.parametrize("trouble", ["full", "no file", "damaged"])
+def test_a_cache_that_fails_costs_a_warning_and_no_call(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(algebra, "_folder", tmp_path)
+    monkeypatch.setattr(algebra._Cache, "_warned", False)
+
+    def doubled(x: float) -> float:
+        return 2.0 * x
+
+    def tripled(x: float) -> float:
+        return 3.0 * x
+
+    first = algebra.compiled(doubled)
+    assert first(2.0) == 4.0
+    (index,) = tmp_path.rglob("*doubled*.nbi")
+    if trouble == "no file":
+        index.unlink()
+        index.mkdir()
+    elif trouble == "damaged":
+        index.write_bytes(b"")
+    assert not caplog.records
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trouble == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # a write beyond it fails
+    try:
+        again, another = algebra.compiled(doubled), algebra.compiled(tripled)
+        assert (again(2.0), again(2), another(2.0)) == (4.0, 4.0, 6.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (record,) = caplog.records
+    assert str(tmp_path) in record.getMessage()
 
 
 def test_other_code_s_kernels_are_kept_where_they_were() -> None:

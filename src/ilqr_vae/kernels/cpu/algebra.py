@@ -18,12 +18,15 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import config, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from ilqr_vae.kernels.cpu.tiles import (
@@ -39,6 +42,7 @@ from ilqr_vae.kernels.cpu.tiles import (
 
 _log = logging.getLogger(__name__)
 _ROOM = 64 << 20
+_UNUSED_S = 30 * 86400
 
 
 def cache_folder(sources: Path) -> Path | None:
@@ -46,6 +50,7 @@ def cache_folder(sources: Path) -> Path | None:
 
     numba itself compares the file of an entry point alone. The folder lies in NUMBA_CACHE_DIR,
     beside the sources, or in the user's cache: the first of them that can be written and has room.
+    Folders beside it that are named so and have been unused for 30 days are removed.
 
     Returns:
         The folder, which exists; None, with a warning, where there is none.
@@ -61,6 +66,7 @@ def cache_folder(sources: Path) -> Path | None:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             if shutil.disk_usage(folder).free >= _ROOM:
+                _remove_unused(folder)
                 return folder
         except OSError:
             continue
@@ -73,6 +79,36 @@ def cache_folder(sources: Path) -> Path | None:
     return None
 
 
+def _remove_unused(used: Path) -> None:
+    with suppress(OSError):
+        os.utime(used)
+    for folder in used.parent.glob("kernels-" + 16 * "[0-9a-f]"):
+        with suppress(OSError):  # another process may remove it too
+            if time.time() - folder.stat().st_mtime > _UNUSED_S:
+                shutil.rmtree(folder)
+
+
+class _Cache(FunctionCache):
+    """A function's machine code on disk. Files that fail cost a compilation and one warning."""
+
+    _warned = False
+
+    @contextmanager
+    def _guard_against_spurious_io_errors(self) -> Generator[None]:  # around each load and save
+        try:
+            yield
+        except Exception as error:  # unpickling a damaged file may raise any
+            self.disable()
+            if not _Cache._warned:
+                _Cache._warned = True
+                _log.warning(
+                    "kernels are compiled anew by each process: %s cannot be used (%s: %s)",
+                    self.cache_path,
+                    type(error).__name__,
+                    error,
+                )
+
+
 _folder = cache_folder(Path(__file__).parent)
 
 # Without numba's reference counts: kernels that make no arrays can do without, and each costs an
@@ -83,10 +119,14 @@ _common: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 def compiled(function: Callable[..., Any]) -> Any:
     """How entry points are compiled: what Python calls. Kept on disk where that can be."""
     before: str = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
+    dispatcher: Any = njit(no_cfunc_wrapper=True, **_common)(function)
+    if _folder is None:
+        return dispatcher
     try:
-        # numba looks at it when a function is decorated; other code's kernels have their own place
-        config.CACHE_DIR = str(_folder or "")  # pyright: ignore[reportAttributeAccessIssue]
-        return njit(cache=_folder is not None, no_cfunc_wrapper=True, **_common)(function)
+        # numba looks at it when a cache is made; other code's kernels have their own place
+        config.CACHE_DIR = str(_folder)  # pyright: ignore[reportAttributeAccessIssue]
+        dispatcher._cache = _Cache(function)  # as cache=True does
+        return dispatcher
     finally:
         config.CACHE_DIR = before  # pyright: ignore[reportAttributeAccessIssue]
 
