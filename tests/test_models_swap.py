@@ -15,7 +15,8 @@ import pytest
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.journal.verify import verify
-from ilqr_service.sessions.session import Effects, Limits
+from ilqr_service.sessions.effects import Effects
+from ilqr_service.sessions.session import Limits
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving import engine as engine_module

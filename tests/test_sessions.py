@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from ilqr_service.sessions.session import Effects, Limits
+from ilqr_service.sessions.effects import Effects
+from ilqr_service.sessions.session import Limits
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.solving.policy import Cost, Policy
 from ilqr_service.work import (
@@ -202,7 +203,7 @@ def test_bin_of_another_feeder_is_refused() -> None:
     assert t.credits() == []
 
 
-@pytest.mark.parametrize("dtype", messages.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_counts_of_every_dtype_arrive_as_they_are(dtype: messages.DType) -> None:
     (work,) = (
         started().receive(b"f", bin_(0, counts=messages.pack(np.array([3, 0, 1]), dtype)), 1).work

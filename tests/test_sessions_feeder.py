@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ilqr_service.sessions.session import Effects, Limits
+from ilqr_service.sessions.effects import Effects
+from ilqr_service.sessions.session import Limits
 from ilqr_service.sessions.table import SessionTable
 from ilqr_vae.protocol import messages
 from test_sessions import FACTS, MS, answer, bin_, open_, refused, started, table

@@ -33,6 +33,7 @@ class Answer:
         kinematics, kinematics_std: (D,), in ``Opened.kinematic_units``.
         bits: one-step-ahead log-likelihood of the bin in bits against the mean rate.
         spikes: spikes in the bin.
+        ignored: units whose counts in this bin were beyond the model's limits and were not used.
         clock: how far the service's clock is from its feeder's; None where that was not said.
     """
 
@@ -56,6 +57,7 @@ class Answer:
     bits: float
     spikes: int
     clock: messages.Offset | None = None
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, result: messages.Result, arrived_ns: int) -> Answer:
@@ -81,6 +83,7 @@ class Answer:
             bits=result.bits,
             spikes=result.spikes,
             clock=result.clock,
+            ignored=result.ignored,
         )
 
     def wire_in_ns(self) -> tuple[int, int] | None:

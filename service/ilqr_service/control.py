@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from ilqr_service.journal.journal import Journal
-from ilqr_service.sessions.session import Effects
+from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.solving.slots import Slots
 from ilqr_service.transport.security import RateLimit

@@ -17,7 +17,8 @@ from ilqr_service.control import Control
 from ilqr_service.hygiene import Hygiene
 from ilqr_service.journal.journal import Journal
 from ilqr_service.metrics.telemetry import Telemetry
-from ilqr_service.sessions.session import Effects, Limits, counted
+from ilqr_service.sessions.effects import Effects, counted
+from ilqr_service.sessions.session import Limits
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.solving.engine import Engine

@@ -26,7 +26,7 @@ from ilqr_service.journal.records import (
 )
 from ilqr_service.journal.resume import model_of, models_of, open_runs, take_up
 from ilqr_service.journal.writer import Writer
-from ilqr_service.sessions.session import Effects
+from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine

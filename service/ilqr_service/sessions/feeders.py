@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ilqr_service.sessions.checks import check_open
-from ilqr_service.sessions.session import Effects, Limits, Session
+from ilqr_service.sessions.effects import Effects
+from ilqr_service.sessions.session import Limits, Session
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 

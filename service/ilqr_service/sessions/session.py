@@ -1,20 +1,19 @@
-"""One run of a session, what the service grants it, and what a step of the table asks for."""
+"""One run of a session, and what the service grants it."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_service.sessions.arrivals import Arrivals
 from ilqr_service.sessions.clocked import FeederClock
-from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Swap, Vector, Work, status_of
-from ilqr_vae.errors import ProtocolError
+from ilqr_service.sessions.effects import Effects
+from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Swap, Vector, status_of
 from ilqr_vae.protocol import messages
 
 
@@ -37,86 +36,6 @@ class Limits:
     deadline_ns: int = 0
     idle_ns: int = 600_000_000_000
     backlog: int = 256
-
-
-def _list() -> Any:
-    return msgspec.field(default_factory=list)
-
-
-def _events() -> dict[str, int]:
-    return defaultdict(int)  # a Counter takes longer to make than to use
-
-
-class Effects(msgspec.Struct):
-    """What a caller has to do now, in this order.
-
-    Attributes:
-        forget: runs whose queue and estimator state are to be dropped.
-        work: bins to solve.
-        overran: runs of which more is queued than may be: it may be shed.
-        opened: runs that begin here, for the journal.
-        ended: runs that end here and why, for the journal.
-        again: results published before, to be published again as they were.
-        published: results and notices for subscribers.
-        replies: messages by feeder.
-        served: slot, model and manifest of models that serve from here on, for the journal.
-        events: what to count; ``refused:REASON`` for refusals.
-        bits, spikes: log-likelihood gained over the mean rates, and spikes, of bins that came.
-    """
-
-    forget: list[int] = _list()
-    work: list[Work] = _list()
-    overran: list[int] = _list()
-    opened: list[Session] = _list()
-    ended: list[tuple[int, str]] = _list()
-    again: list[messages.Result] = _list()
-    published: list[messages.Result | messages.Notice] = _list()
-    replies: list[tuple[bytes, messages.Message]] = _list()
-    events: dict[str, int] = msgspec.field(default_factory=_events)
-    served: list[tuple[str, str, dict[str, Any]]] = _list()
-    bits: float = 0.0
-    spikes: int = 0
-    _frames: list[bytes] | None = None
-
-    @property
-    def frames(self) -> list[bytes]:
-        """What is published as it goes out, encoded once; nothing may be added from here on."""
-        if self._frames is None:
-            self._frames = [messages.encode(message) for message in self.published]
-        return self._frames
-
-    def refuse(
-        self, owner: bytes, error: ProtocolError, session: str = "", index: int = -1
-    ) -> Effects:
-        """Say what was wrong with one message, and count it by the field that was wrong."""
-        reason = error.field.split(".")[0].split("[")[0]
-        refused = messages.Refused(
-            field=error.field,
-            expected=error.expected,
-            got=error.got[:200],
-            session=session[:64],
-            index=index,
-        )
-        self.replies.append((owner, refused))
-        self.events[f"refused:{reason}"] += 1
-        return self
-
-    @staticmethod
-    def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
-        """Effects that only refuse a message."""
-        return Effects().refuse(owner, error, session)
-
-
-def counted(steps: list[Effects]) -> tuple[dict[str, int], float, int]:
-    """Events, bits and spikes of several steps of the table together."""
-    events = _events()
-    bits, spikes = 0.0, 0
-    for effects in steps:
-        for event, times in effects.events.items():
-            events[event] += times
-        bits += effects.bits
-        spikes += effects.spikes
-    return events, bits, spikes
 
 
 class Recent:
@@ -174,6 +93,7 @@ class Session:
         serial: works queued so far.
         missing: indices answered without a bin.
         revisions: of the bins that were answered again.
+        ignored: units whose counts in the newest answered bin were not used.
         overrun: went beyond its credits, and was not in time for a window since; ``calm`` counts.
     """
 
@@ -205,6 +125,7 @@ class Session:
     overrun: bool = False
     calm: int = 0
     flagged: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     missing: set[int] = field(default_factory=set[int])
     revisions: dict[int, int] = field(default_factory=dict[int, int])
     statuses: Counter[str] = field(default_factory=Counter[str])
@@ -340,6 +261,7 @@ class Session:
             bits=answer.bits,
             spikes=answer.spikes,
             clock=work.clock,
+            ignored=answer.ignored,
         )
 
     def publish(self, answer: Answer, published_ns: int, effects: Effects) -> None:
@@ -373,6 +295,25 @@ class Session:
             effects.events["unit_changes"] += 1
         if answer.flagged is not None:
             self.flagged = answer.flagged
+        self._unbelievable(answer, effects)
+
+    def _unbelievable(self, answer: Answer, effects: Effects) -> None:
+        """Report counts that were ignored, and an estimate that was lost."""
+        index = answer.work.index
+        if answer.beyond:
+            effects.events["beyond"] += 1
+        if answer.ignored:
+            effects.events["ignored_counts"] += len(answer.ignored)
+        for unit in answer.ignored:
+            if unit not in self.ignored:  # once for as long as it lasts
+                what = (
+                    f"unit {unit} ignored from bin {index}: its count is beyond the model's limit"
+                )
+                effects.published.append(self.notice(what))
+        self.ignored = answer.ignored
+        if answer.restarted:
+            effects.published.append(self.notice(f"lost: the estimate began anew at bin {index}"))
+            effects.events["lost"] += 1
 
     def overran(self) -> None:
         """It has more queued than it may: it sheds from here on."""

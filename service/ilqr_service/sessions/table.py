@@ -39,8 +39,9 @@ from ilqr_service.sessions.arrivals import Arrival, Decision
 from ilqr_service.sessions.checks import check_bin, check_open
 from ilqr_service.sessions.clocked import TimeTable
 from ilqr_service.sessions.credits import Credits
+from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.feeders import Feeders, Reaches, Sender
-from ilqr_service.sessions.session import Effects, Limits, Session
+from ilqr_service.sessions.session import Limits, Session
 from ilqr_service.work import NO_SOLVE, Answer, Insert, ModelFacts, Solve, Work
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages

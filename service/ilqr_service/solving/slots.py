@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ilqr_service import logs
-from ilqr_service.sessions.session import Effects
+from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine

@@ -10,8 +10,7 @@ two frames, the topic and the message. Wherever a session is opened the service 
 subscribes to it anew: a client that subscribes, opens, and waits for any message of its epoch on
 the topic before its first bin therefore misses no result.
 
-Counts travel as raw little-endian bytes beside a dtype from an allow-list and a shape. Nothing on
-the wire can execute: no pickle, no custom types.
+Arrays travel as raw bytes (``arrays``). Nothing on the wire can execute: no pickle.
 
 Times are nanoseconds of the sender's monotonic clock (``source_ns``: the feeder's; all others: the
 service's). On one machine the two are the same clock; elsewhere a feeder probes how far they are
@@ -21,14 +20,15 @@ latency from one clock to the other has its uncertainty.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from ilqr_vae.errors import ProtocolError
+from ilqr_vae.protocol.arrays import Array as Array
+from ilqr_vae.protocol.arrays import DType as DType
+from ilqr_vae.protocol.arrays import pack as pack
+from ilqr_vae.protocol.arrays import unpack as unpack
 
 PROTOCOL = 2
 
@@ -36,10 +36,6 @@ MAX_COUNT = 65_535
 """Largest count of one unit in one bin, here and in recordings."""
 
 Token = Annotated[str, msgspec.Meta(max_length=64)]
-
-DType = Literal["u1", "<u2", "<u4", "<i8", "<f4", "<f8"]
-DTYPES: tuple[str, ...] = ("u1", "<u2", "<u4", "<i8", "<f4", "<f8")
-_NUMPY = {name: np.dtype(name) for name in DTYPES}
 
 Status = Literal["ok", "degraded", "late", "missing", "extrapolated"]
 
@@ -54,14 +50,6 @@ class Message(
     gc=False,
 ):
     """Base: a tagged, immutable message without cycles; unknown fields are refused."""
-
-
-class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """An array as dtype, shape and raw little-endian bytes in C order."""
-
-    dtype: DType
-    shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=3)]
-    data: bytes
 
 
 class Offset(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -317,7 +305,7 @@ VECTORS = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
 """The arrays of a result."""
 
 
-class Result(Message, frozen=True, kw_only=True):
+class Result(Message, frozen=True, kw_only=True, omit_defaults=True):
     """The answer for one bin.
 
     Attributes:
@@ -334,6 +322,7 @@ class Result(Message, frozen=True, kw_only=True):
         kinematics, kinematics_std: <f8 (D,), in the recording's units; D = 0 without kinematics.
         bits: one-step-ahead log-likelihood of the arriving bin in bits, against the training mean
             rate; ``spikes`` is how many spikes it had. Their running ratio is bits per spike.
+        ignored: units whose counts in this bin were beyond the model's limits and were not used.
     """
 
     session: str
@@ -357,10 +346,11 @@ class Result(Message, frozen=True, kw_only=True):
     bits: float
     spikes: int
     clock: Offset | None = None
+    ignored: tuple[str, ...] = ()
 
 
 class Notice(Message, frozen=True, kw_only=True):
-    """Something about a session that subscribers should know; docs/operations.md lists them."""
+    """News of a session; docs/operations.md lists them."""
 
     session: str
     epoch: int
@@ -408,24 +398,3 @@ def decode_published(frame: bytes) -> Published:
 def topic(session: str) -> bytes:
     """Subscription prefix of a session; ends in NUL so that "1" is no prefix of "10"."""
     return session.encode() + b"\x00"
-
-
-def pack(values: NDArray[Any], dtype: DType) -> Array:
-    """An array for the wire, converted to ``dtype``."""
-    array = np.ascontiguousarray(values, dtype=np.dtype(dtype))
-    return Array(dtype, array.shape, array.tobytes())
-
-
-def unpack(array: Array, field: str) -> NDArray[Any]:
-    """The array back, read-only. Raises ProtocolError naming ``field`` where it doesn't fit."""
-    dtype, shape = _NUMPY[array.dtype], array.shape
-    if shape and min(shape) < 0:
-        raise ProtocolError(f"{field}.shape", expected="sizes >= 0", got=str(shape))
-    size = math.prod(shape)
-    if len(array.data) != size * dtype.itemsize:
-        raise ProtocolError(
-            f"{field}.data",
-            expected=f"{size * dtype.itemsize} bytes for {array.dtype} {shape}",
-            got=f"{len(array.data)} bytes",
-        )
-    return np.frombuffer(array.data, dtype=dtype).reshape(shape)

@@ -1,0 +1,95 @@
+"""What a step of the session table asks its caller to do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ilqr_service.work import Work
+from ilqr_vae.errors import ProtocolError
+from ilqr_vae.protocol import messages
+
+if TYPE_CHECKING:
+    from ilqr_service.sessions.session import Session
+
+
+def _list() -> Any:
+    return msgspec.field(default_factory=list)
+
+
+def _events() -> dict[str, int]:
+    return defaultdict(int)  # a Counter takes longer to make than to use
+
+
+class Effects(msgspec.Struct):
+    """What a caller has to do now, in this order.
+
+    Attributes:
+        forget: runs whose queue and estimator state are to be dropped.
+        work: bins to solve.
+        overran: runs of which more is queued than may be: it may be shed.
+        opened: runs that begin here, for the journal.
+        ended: runs that end here and why, for the journal.
+        again: results published before, to be published again as they were.
+        published: results and notices for subscribers.
+        replies: messages by feeder.
+        served: slot, model and manifest of models that serve from here on, for the journal.
+        events: what to count; ``refused:REASON`` for refusals.
+        bits, spikes: log-likelihood gained over the mean rates, and spikes, of bins that came.
+    """
+
+    forget: list[int] = _list()
+    work: list[Work] = _list()
+    overran: list[int] = _list()
+    opened: list[Session] = _list()
+    ended: list[tuple[int, str]] = _list()
+    again: list[messages.Result] = _list()
+    published: list[messages.Result | messages.Notice] = _list()
+    replies: list[tuple[bytes, messages.Message]] = _list()
+    events: dict[str, int] = msgspec.field(default_factory=_events)
+    served: list[tuple[str, str, dict[str, Any]]] = _list()
+    bits: float = 0.0
+    spikes: int = 0
+    _frames: list[bytes] | None = None
+
+    @property
+    def frames(self) -> list[bytes]:
+        """What is published as it goes out, encoded once; nothing may be added from here on."""
+        if self._frames is None:
+            self._frames = [messages.encode(message) for message in self.published]
+        return self._frames
+
+    def refuse(
+        self, owner: bytes, error: ProtocolError, session: str = "", index: int = -1
+    ) -> Effects:
+        """Say what was wrong with one message, and count it by the field that was wrong."""
+        reason = error.field.split(".")[0].split("[")[0]
+        refused = messages.Refused(
+            field=error.field,
+            expected=error.expected,
+            got=error.got[:200],
+            session=session[:64],
+            index=index,
+        )
+        self.replies.append((owner, refused))
+        self.events[f"refused:{reason}"] += 1
+        return self
+
+    @staticmethod
+    def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
+        """Effects that only refuse a message."""
+        return Effects().refuse(owner, error, session)
+
+
+def counted(steps: list[Effects]) -> tuple[dict[str, int], float, int]:
+    """Events, bits and spikes of several steps of the table together."""
+    events = _events()
+    bits, spikes = 0.0, 0
+    for effects in steps:
+        for event, times in effects.events.items():
+            events[event] += times
+        bits += effects.bits
+        spikes += effects.spikes
+    return events, bits, spikes
