@@ -27,6 +27,7 @@ from ilqr_service.work import (
 )
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.arrays import DTYPES
 
 MS = 1_000_000
 UNITS = ("a", "b", "c")
