@@ -124,6 +124,26 @@ def test_http_on_ipv6() -> None:
         web.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit address space")
+@pytest.mark.parametrize(("megabytes", "said"), [(400, "libraries to load"), (1000, "ulimit -v")])
+def test_too_little_address_space_is_one_line_and_an_exit_code(megabytes: int, said: str) -> None:
+    command = [sys.executable, "-m", "ilqr_vae.cli", "serve", "no.safetensors"]
+    limit = f"--as={megabytes << 20}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["prlimit", limit, *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=WAIT_S * 4,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
 def test_slow_web_clients_keep_nobody_out_and_no_thread_each() -> None:
     web = Web("127.0.0.1:0", CollectorRegistry(), healthy=lambda: True, ready=lambda: True)
     host, port = web.address.split(":")

@@ -32,6 +32,8 @@ _SWITCH_INTERVAL_S = 2e-4
 _WARM_UP_S = 600.0
 _DESCRIPTORS = 64
 """File descriptors that a service takes with a few clients."""
+_ADDRESSES_MB = 1200
+"""Address space that the libraries and a small model take; LLVM aborts where it gets none."""
 
 
 @app.command()
@@ -108,7 +110,7 @@ def serve(
         "lock_memory": lock_memory,
     }
     settings = load_settings(config, overrides)
-    _raise_descriptors()
+    _check_limits()
     logs.configure(settings.log)
     hygiene = Hygiene(settings)
     hygiene.process()
@@ -158,16 +160,23 @@ def serve(
         ) from service.failure
 
 
-def _raise_descriptors() -> None:
+def _check_limits() -> None:
     """Take as many file descriptors as the system allows: each client needs two.
 
-    Raises ServiceError: too few to serve anybody."""
+    Raises ServiceError: too few to serve anybody, or too little address space."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < _DESCRIPTORS:
         raise ServiceError(
             "file descriptors", expected=f"at least {_DESCRIPTORS} (ulimit -n)", got=str(most)
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY and space < _ADDRESSES_MB << 20:
+        raise ServiceError(
+            "address space",
+            expected=f"at least {_ADDRESSES_MB} MB (ulimit -v)",
+            got=f"{space >> 20} MB",
+        )
 
 
 @contextlib.contextmanager

@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except (ImportError, OSError, MemoryError) as error:
+        print(f"error: {verb}: expected its libraries to load, got {error}", file=sys.stderr)
+        return 3
     try:
         app(args=rest, prog_name=f"ilqr-vae {verb}")
     except IlqrVaeError as error:
