@@ -20,9 +20,9 @@ from torch import Tensor
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.inference import compiled, ilqr, line_search
-from ilqr_vae.kernels import backend
+from ilqr_vae.kernels import backend, cache
+from ilqr_vae.kernels.cache import KernelCache, cache_folder
 from ilqr_vae.kernels.cpu import algebra, step, threads
-from ilqr_vae.kernels.cpu.algebra import cache_folder
 from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.rollout import adjoint, closed_loop, jacobians, rollout
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
@@ -270,7 +270,7 @@ def test_machine_code_is_kept_in_a_folder_named_by_the_kernels_sources(
 def test_a_folder_without_room_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(algebra.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
     assert cache_folder(tmp_path) is None
     assert len(caplog.records) == 1
 
@@ -297,7 +297,7 @@ def test_a_cache_that_fails_costs_a_warning_and_no_call(
     trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(algebra, "_folder", tmp_path)
-    monkeypatch.setattr(algebra._Cache, "_warned", False)
+    monkeypatch.setattr(KernelCache, "_warned", False)
 
     def doubled(x: float) -> float:
         return 2.0 * x
