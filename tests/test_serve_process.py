@@ -230,7 +230,7 @@ def test_what_is_wrong_at_the_start_ends_with_an_error(
     for args, code, said in [
         ([str(broken)], 2, ""),
         ([str(tmp_path / "absent.safetensors")], 2, ""),
-        ([model, "--config", str(config)], 2, "'devise'"),
+        ([model, "--config", str(config)], 2, "config: devise: expected"),
         ([model, "--device", "tpu"], 2, "device"),
         ([model, "--log", "xml"], 2, "log"),
         ([model, "--ingest", service.ingest, "--http", ""], 3, "ingest: expected an address"),
