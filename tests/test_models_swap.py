@@ -82,6 +82,7 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
             feeder.ask(messages.Probe(client_ns=0), messages.Probed)
 
         feed(0, 20)
+        (models / "loop.safetensors").symlink_to("loop.safetensors")
         for name, said in (
             ("bad.safetensors", "model file bad"),
             ("units.safetensors", "unit_names"),
@@ -93,6 +94,7 @@ def test_swap_under_load_loses_no_bin_and_a_refused_file_changes_nothing(
             ("../a.safetensors", "path"),
             ("a\0.safetensors", "path"),
             ("a" * 300, "path"),
+            ("loop.safetensors", "path"),
         ):
             with pytest.raises(ServiceError, match=said):
                 control.load(name)

@@ -90,6 +90,17 @@ def test_a_gap_before_a_crowded_session_is_answered_without_solves() -> None:
     assert effects.work[-1].sheds  # and what was queued before may be shed from here on
 
 
+def test_gaps_of_a_session_far_behind_are_not_answered() -> None:
+    t = table(gap_limit=10, credits=30, backlog=10)
+    t.receive(b"f", open_(), 0)
+    queued = [len(t.receive(b"f", bin_(index), 0).work) for index in (9, 19, 29)]
+    assert queued == [10, 10, 10]
+    effects = t.receive(b"f", bin_(39), 0)
+    assert [(w.index, w.restart) for w in effects.work] == [(39, True)]
+    (notice,) = effects.published
+    assert notice.what.startswith("reset: bins 30 to 38 ")
+
+
 def test_a_session_beyond_its_credits_sheds_until_it_was_in_time_for_a_window() -> None:
     t = table(credits=2)
     t.receive(b"f", open_(), 0)

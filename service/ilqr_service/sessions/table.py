@@ -13,8 +13,9 @@ Rules:
   it has not received.
 - Indices rise from 0, but may come out of order. When bin k+g arrives after bin k, the bins between
   are answered first, as ``missing``: predictions from an all-masked bin. A gap of more than
-  ``gap_limit`` bins is not answered: the estimate starts again at the bin that came, a notice names
-  the range that has no answers, and a reset is counted.
+  ``gap_limit`` bins is not answered, nor is one that comes when twice ``backlog`` works are queued:
+  the estimate starts again at the bin that came, a notice names the range that has no answers, and
+  a reset is counted.
 - A bin whose index or source time jumps is held back until another one bears it out, else it is
   refused (``arrivals``). So one message never causes more than 2 (``gap_limit`` + 1) new bins.
 - A ``clocked`` session does not wait for a later bin: a bin is answered as missing once its time
@@ -245,7 +246,7 @@ class SessionTable:
             return
         effects.events["gap"] += 1
         effects.events["gap_bins"] += len(gap)
-        if len(gap) > self.limits.gap_limit:
+        if len(gap) > self.limits.gap_limit or session.waiting > 2 * self.limits.backlog:
             what = f"reset: bins {gap[0]} to {gap[-1]} did not come and have no answers"
             effects.published.append(session.notice(what))
             effects.events["reset"] += 1

@@ -152,7 +152,7 @@ class Slots:
             short = len(message.path) <= _LONGEST_PATH
             path = (self._folder / message.path).resolve() if short else None
             found = path if path and path.is_relative_to(self._folder) and path.is_file() else None
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError, RuntimeError):  # no name of a file, or a loop of links
             found = None
         if found is None:
             got = message.path[:64]
