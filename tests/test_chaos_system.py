@@ -193,12 +193,18 @@ def test_what_is_asked_of_the_kernel_is_in_force_or_said_not_to_be(
 def test_garbage_is_left_alone_while_bins_are_queued() -> None:
     before = gc.isenabled()
     try:
-        idle = Hygiene(ServiceSettings(gc="idle", malloc="auto"))
+        now = [0.0]
+        idle = Hygiene(ServiceSettings(gc="idle", malloc="auto"), lambda: now[0])
         idle.process()
         assert not gc.isenabled()
         assert idle.report == {"gc": "on"}
         young = gc.get_stats()[1]["collections"]
-        idle.collect()
+        idle.collect(idle=True)
+        assert gc.get_stats()[1]["collections"] == young  # not yet
+        now[0] = 30.0
+        idle.collect(idle=False)
+        assert gc.get_stats()[1]["collections"] == young  # bins are queued
+        idle.collect(idle=True)
         assert gc.get_stats()[1]["collections"] == young + 1
     finally:
         if before:

@@ -94,8 +94,9 @@ def test_a_stream_of_labelled_trials_is_scored_in_the_test_trials_alone(tmp_path
     assert report["scored_bins"] == part.scored.sum()
     within = f"{tested.sum()} bins inside 5 trials of the test part"
     assert any(within in note for note in report["notes"])
-    span = spec.split.bins("test", len(ran))
-    assert plain["recording"]["start"] == span[0]  # no trials are there: by time
+    in_time = load_recording(bare, spec.as_it_ran())
+    start, _ = spec.split.occupied("test", in_time)
+    assert plain["recording"]["start"] == start  # no trials are there: by time
     assert any("got no trials" in note for note in plain["notes"])
 
 

@@ -216,7 +216,7 @@ def test_dropping_is_repeatable_and_spares_the_ends() -> None:
         (["--deadline-ms", "-1"], 2, "--deadline-ms"),
         (["--deadline-ms", "1e300"], 2, "--deadline-ms: expected milliseconds above zero, at most"),
         (["--json", "absent/r.json"], 2, "--json"),
-        (["--config", "absent.toml"], 2, "--config"),
+        (["--config", "absent.toml"], 2, "config absent.toml"),
         (["--session", "no spaces"], 3, "session (refused"),
     ],
 )

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -117,40 +113,3 @@ def test_the_adjoint_recursion(dtype: torch.dtype, tolerance: float) -> None:
         torch.testing.assert_close(lam[:, k], back, rtol=0, atol=10 * tolerance)
     strided = adjoint(A.transpose(0, 1).contiguous().transpose(0, 1), gz)
     torch.testing.assert_close(strided, lam, rtol=0, atol=0)
-
-
-WITHOUT_NUMBA = """
-import sys
-sys.modules["numba"] = None
-import torch
-from test_rollout import FAMILIES, adjoint, make_model, normal, rollout
-answers = []
-for family in sorted(FAMILIES):
-    model = make_model(family).requires_grad_(False)
-    z0, u = normal(6, (3, 4), (3, 5, 2))
-    z = rollout(model.dynamics, model.dynamics.weights(), z0, u)
-    answers += [z, adjoint(0.3 * normal(7, (3, 5, 4, 4))[0], z)]
-torch.save(answers, sys.argv[1])
-"""
-
-
-def test_without_a_compiler_the_answers_are_the_same(tmp_path: Path) -> None:
-    out = tmp_path / "answers.pt"
-    ran = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NUMBA, str(out)],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("compiled rollouts are off") == 1
-    theirs = torch.load(out, weights_only=True)
-    ours: list[Tensor] = []
-    for family in EVERY:
-        model = make_model(family).requires_grad_(False)
-        z0, u = normal(6, (3, 4), (3, 5, 2))
-        z = rollout(model.dynamics, model.dynamics.weights(), z0, u)
-        ours += [z, adjoint(0.3 * normal(7, (3, 5, 4, 4))[0], z)]
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -189,5 +189,5 @@ def test_the_verb_writes_refuses_and_says_so(
     assert "error: --json: expected a file to write" in capsys.readouterr().err
     long = tmp_path / ("s" * 249 + ".nwb")  # no room for the name that it has until it is whole
     assert cli.main(["simulate", "--out", str(long), "--minutes", "0.1", "--units", "4"]) == 2
-    assert "error: out: expected a file that can be written" in capsys.readouterr().err
+    assert "error: --out: expected a file that can be written" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.json", "s.nwb"]

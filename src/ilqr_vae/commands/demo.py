@@ -44,16 +44,18 @@ class Chain:
         self._number = itertools.count(1)
 
     def clear(self) -> None:
-        """Make the folder, and take away the results of an earlier run: what is there later is
-        this one's. Raises ConfigError."""
+        """Remove the results of an earlier run: what is there later is this one's."""
+        for path in (self.report, self.page, self.loop):
+            path.unlink(missing_ok=True)
+
+    def make_folder(self) -> None:
+        """Raises ConfigError if the folder cannot be made."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 "--out", expected="a folder that can be made", got=f"{self.out} ({error.strerror})"
             ) from error
-        for path in (self.report, self.page, self.loop):
-            path.unlink(missing_ok=True)
 
     def say(self, what: str, words: list[str]) -> None:
         """Announce a step."""
@@ -224,8 +226,9 @@ def demo(
     chain = Chain(screen, out, recording)
     try:
         with interruptible():
-            chain.check(config, steps)
             chain.clear()
+            chain.check(config, steps)
+            chain.make_folder()
             if recording is None:
                 chain.simulate(minutes, units)
             chain.train(config, steps)
