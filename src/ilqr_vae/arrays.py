@@ -17,7 +17,7 @@ from ilqr_vae.errors import ShapeError
 Array = NDArray[np.float64]
 
 MAX_COUNT = 65_535
-"""Spikes of one unit in one bin, as in recordings and on the wire."""
+"""Most spikes of one unit in one bin, here, in recordings and on the wire."""
 
 
 class _Shown:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from ilqr_vae.arrays import MAX_COUNT as MAX_COUNT
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol.arrays import Array as Array
 from ilqr_vae.protocol.arrays import DType as DType
@@ -31,9 +32,6 @@ from ilqr_vae.protocol.arrays import pack as pack
 from ilqr_vae.protocol.arrays import unpack as unpack
 
 PROTOCOL = 2
-
-MAX_COUNT = 65_535
-"""Largest count of one unit in one bin, here and in recordings."""
 
 Token = Annotated[str, msgspec.Meta(max_length=64)]
 

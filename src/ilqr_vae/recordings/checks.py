@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ilqr_vae.arrays import MAX_COUNT as MAX_COUNT
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.spec import Hdf5Spec, MatSpec, NwbSpec
 
-MAX_COUNT = int(np.iinfo(np.uint16).max)
 MOST_VALUES = 1_000_000_000
 """Of one array of a file: more than any recording has, and than memory holds."""
 MAX_GAP_SECONDS = 1.0
