@@ -130,6 +130,17 @@ def test_a_clock_that_is_set_costs_no_bin_and_is_reported(step: int) -> None:
     ]
 
 
+@pytest.mark.parametrize(("delay", "pause"), [(2, 2), (3, 20), (60, 60), (60, 3)])
+def test_a_bin_that_was_delayed_before_a_pause_costs_no_bin(delay: int, pause: int) -> None:
+    """All stands still while a bin is on its way; the next bin arrives soon after it."""
+    t = started()
+    feed(t, [(i, i * WIDTH) for i in range(10)])
+    delayed = t.receive(b"f", bin_(10, source_ns=10 * WIDTH), 10 * WIDTH + delay * 1000 * MS)
+    later = max(delay, pause) * 1000 * MS + 11 * WIDTH
+    after = t.receive(b"f", bin_(11, source_ns=later), later)
+    assert of([delayed, after, t.tick(later + 250 * MS)]) == ([10, 11], [])
+
+
 def test_a_first_source_time_that_is_wrong_costs_no_bin() -> None:
     bins = [(i, i * WIDTH + (DAY_NS if i == 0 else 0)) for i in range(10)]
     assert of(feed(started(), bins)) == (list(range(10)), [])

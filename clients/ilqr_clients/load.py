@@ -153,6 +153,7 @@ class Generator:
         self._sub = connect(self._context, zmq.SUB, reachable(described.results, endpoint))
         self._dealer = connect(self._context, zmq.DEALER, endpoint)
         self._doors = [int(s.getsockopt(zmq.FD)) for s in (self._sub, self._dealer)]
+        self._source_start_ns: int | None = None
         self._intended: dict[tuple[str, int], int] = {}
         self._sent: dict[tuple[str, int], int] = {}
         self._crossings: list[tuple[int, int, int, int]] = []
@@ -207,6 +208,8 @@ class Generator:
     def send(self, plan: list[tuple[int, int, int]], *, settle: float = 0.0) -> None:
         """Send a plan's bins at their times, counted from now.
 
+        The source times of all plans count from the first, by index.
+
         Args:
             settle: then wait until all that was sent is answered, or so many seconds are over.
 
@@ -215,6 +218,9 @@ class Generator:
         """
         now_ns = self._timer.now_ns
         began = now_ns() + 50_000_000
+        if self._source_start_ns is None:
+            self._source_start_ns = began
+        source_start_ns = self._source_start_ns
         for at, k, index in plan:
             intended = began + at
             self._take(0.0)
@@ -225,7 +231,8 @@ class Generator:
             message = messages.Bin(
                 session=name,
                 index=index,
-                source_ns=began + source_offset(self.load, k, index, self.model.bin_width),
+                source_ns=source_start_ns
+                + source_offset(self.load, k, index, self.model.bin_width),
                 counts=self._counts[k][index],
                 clock=self._clock.stated(sent),
             )

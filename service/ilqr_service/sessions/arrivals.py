@@ -6,8 +6,9 @@ accepted; if it continues from the bins before, the held bin is refused. If no o
 held bin is refused after ``patience_ns``, unless there was too little before to contradict it.
 
 An index jumps if it skips more than ``reach`` bins in less than half the time that these bins last.
-A source time jumps if it falls while the index rises, or gains more than a second and twice what
-the arrival times or the indices gain.
+A source time jumps if it falls while the index rises, or if it gains more than a second and twice
+what the arrival times or the indices gain. A bin that was on its way for as long as earlier bins
+were, or longer, does not jump: then the bin before it was delayed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from ilqr_vae.protocol import messages
 
 _SLACK_NS = 1_000_000_000
 _SHORTEST_PATIENCE_NS = 250_000_000
+# The shortest delay may grow by one part in so many of the time that passes: two clocks differ.
+_DRIFT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,11 @@ class Arrival:
     @property
     def index(self) -> int:
         return self.message.index
+
+    @property
+    def delay_ns(self) -> int:
+        """From the source time to the arrival, on two clocks."""
+        return self.received_ns - self.message.source_ns
 
 
 class Decision(NamedTuple):
@@ -74,6 +82,7 @@ class Arrivals:
         self._width = width_ns
         self._patience = max(4 * width_ns, _SHORTEST_PATIENCE_NS)
         self._newest: Arrival | None = None
+        self._shortest_delay_ns = 0
         self._sure = False
 
     def restart(self) -> None:
@@ -87,13 +96,13 @@ class Arrivals:
             if held is not None and self._follows(held, arrival):
                 accepted = sorted((held, arrival), key=lambda a: a.index)
                 step_ns = self._step_ns(accepted[0])
-                self._newest, self._sure = accepted[-1], True
+                self._newest, self._sure = None, True  # the clock may be another
+                self._accept(accepted[-1])
                 return Decision(accepted, step_ns=step_ns)
             self.held = arrival
             return Decision([], self._refused(held, next_index))
         self._sure = self._newest is not None
-        if self._newest is None or arrival.index > self._newest.index:
-            self._newest = arrival
+        self._accept(arrival)
         return Decision([arrival], self._refused(held, next_index))
 
     def expired(self, now_ns: int) -> bool:
@@ -105,8 +114,18 @@ class Arrivals:
         held, self.held = self.held, None
         if held is None or self._sure:
             return Decision([], self._refused(held, next_index))
-        self._newest = held
+        self._newest = None
+        self._accept(held)
         return Decision([held])
+
+    def _accept(self, arrival: Arrival) -> None:
+        newest, delay_ns = self._newest, arrival.delay_ns
+        if newest is None:
+            self._newest, self._shortest_delay_ns = arrival, delay_ns
+        elif arrival.index > newest.index:
+            passed = max(0, arrival.received_ns - newest.received_ns)
+            shortest = self._shortest_delay_ns + passed // _DRIFT
+            self._newest, self._shortest_delay_ns = arrival, min(shortest, delay_ns)
 
     def _refused(
         self, held: Arrival | None, next_index: int
@@ -130,6 +149,9 @@ class Arrivals:
         if newest is None or self._in_time(newest, arrival):
             return None
         at_ns, source_ns = newest.message.source_ns, arrival.message.source_ns
+        delayed = arrival.delay_ns >= self._shortest_delay_ns - _SLACK_NS
+        if index > newest.index and source_ns >= at_ns and delayed:
+            return None
         if index > newest.index:
             order = "at least" if source_ns < at_ns else "soon after"
         else:
