@@ -1,7 +1,7 @@
-"""What the sockets alone take: a server that answers each bin at once, with no work done.
+"""The cost of the sockets alone: a server that answers each bin at once without any work.
 
-The paths are the service's (DEALER to ROUTER, XPUB to SUB), and the messages have the sizes of its
-bins and answers.
+The paths are those of the service (DEALER to ROUTER, XPUB to SUB), and the messages have the sizes
+of its bins and answers.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import Any
 
 import msgspec
 import numpy as np
 import zmq
 
 from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.clock import this_clock
 
 
 def _zeros(size: int) -> messages.Array:
@@ -31,51 +33,75 @@ def _blank(latents: int, units: int) -> messages.Result:
     )  # fmt: skip
 
 
-def serve(latents: int, units: int) -> None:
+def _reply(message: messages.Upstream, units: int, bin_width: float, results: str) -> Any:
+    """What the service would answer, apart from results."""
+    match message:
+        case messages.Describe():
+            names = [f"unit{i}" for i in range(units)]
+            return messages.Described(
+                protocol=messages.PROTOCOL, model="echo", ready=True, device="", results=results,
+                manifest={"model_id": "echo", "bin_width": bin_width, "unit_names": names},
+            )  # fmt: skip
+        case messages.Probe(client_ns=client_ns):
+            now = time.monotonic_ns()
+            return messages.Probed(client_ns=client_ns, service_ns=now, clock=this_clock())
+        case messages.Open(session=session):
+            return messages.Opened(
+                session=session, epoch=0, model="echo", latents=0, kinematic_names=(),
+                kinematic_units=(), horizon=1, iterations=0, credits=1,
+            )  # fmt: skip
+        case messages.Close(session=session):
+            return messages.Closed(session=session, epoch=0, bins=0)
+        case _:
+            return None
+
+
+def serve(latents: int, units: int, bin_width: float) -> None:
     """Print the addresses as one JSON line and echo until killed."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router, pub = context.socket(zmq.ROUTER), context.socket(zmq.XPUB)
     ports = [s.bind_to_random_port("tcp://127.0.0.1") for s in (router, pub)]
-    names = ("ingest", "results")
-    addresses = {name: f"tcp://127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
-    print(json.dumps(addresses), flush=True)
+    ingest, results = (f"tcp://127.0.0.1:{port}" for port in ports)
+    print(json.dumps({"ingest": ingest, "results": results}), flush=True)
     poller = zmq.Poller()
     poller.register(router, zmq.POLLIN)
     poller.register(pub, zmq.POLLIN)
     blank = _blank(latents, units)
+
+    def notify(name: str, what: str) -> None:
+        notice = messages.Notice(session=name, epoch=0, what=what)
+        pub.send_multipart([messages.topic(name), messages.encode(notice)])
+
     while True:
         ready = dict(poller.poll())
         if pub in ready:
             asked = pub.recv()
             if asked[:1] == b"\x01":
-                name = asked[1:].rstrip(b"\x00").decode()
-                notice = messages.Notice(session=name, epoch=0, what="subscribed")
-                pub.send_multipart([asked[1:], messages.encode(notice)])
+                notify(asked[1:].rstrip(b"\x00").decode(), "subscribed")
         if router in ready:
             owner, frame = router.recv_multipart()
             message = messages.decode_upstream(frame)
-            if isinstance(message, messages.Open):
-                opened = messages.Opened(
-                    session=message.session, epoch=0, model="echo", latents=latents,
-                    kinematic_names=(), kinematic_units=(), horizon=1, iterations=0, credits=1,
-                )  # fmt: skip
-                router.send_multipart([owner, messages.encode(opened)])
-            elif isinstance(message, messages.Bin):
+            if isinstance(message, messages.Bin):
                 now = time.monotonic_ns()
                 answer = msgspec.structs.replace(
                     blank, session=message.session, index=message.index, received_ns=now,
                     solve_start_ns=now, solve_end_ns=now, published_ns=now,
                 )  # fmt: skip
                 pub.send_multipart([messages.topic(message.session), messages.encode(answer)])
+            elif (reply := _reply(message, units, bin_width, results)) is not None:
+                router.send_multipart([owner, messages.encode(reply)])
+                if isinstance(message, messages.Close):
+                    notify(message.session, "closed")
 
 
 def main() -> None:
-    """``python -m benchmarks.echo LATENTS UNITS``."""
+    """``python -m benchmarks.echo LATENTS UNITS BIN_WIDTH``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.echo", description=__doc__)
     parser.add_argument("latents", type=int)
     parser.add_argument("units", type=int)
+    parser.add_argument("bin_width", type=float)
     given = parser.parse_args()
-    serve(given.latents, given.units)
+    serve(given.latents, given.units, given.bin_width)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """End to end on loopback: open-loop load, timed from the intended send, against a bare echo.
 
-The service has warmed up before it says that it is ready; each stream is then fed ``WARM`` bins
-that are not measured, so that its window is full and moves. The service, the echo and the load
-generator (``feeder``) are processes of their own, and share the machine's cores.
+The service has warmed up before it reports ready. The first ``WARM`` bins of each stream are not
+timed, so that its window is full and moves. The service, the echo and the load generator
+(``ilqr-vae load``) are separate processes that share the machine's cores.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
-import numpy as np
+import psutil
 import torch
-from numpy.typing import NDArray
 
-from benchmarks.feeder import Fed, Plan
 from benchmarks.models import BIN_S, estimator_of, model_of
-from benchmarks.rows import ROOT, Row, quantiles, row
+from benchmarks.rows import ROOT, Row, row
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, save_artifact
 from ilqr_vae.recordings import MatSpec, RecordingSpec
 from ilqr_vae.streaming.horizon import HorizonConfig
@@ -63,7 +59,7 @@ def _compile_predict_only() -> None:
 def run(quick: bool) -> list[Row]:
     """Rows for the echo, and for the service, with one and many streams."""
     rows: list[Row] = []
-    echo = ("-m", "benchmarks.echo", str(N), str(UNITS))
+    echo = ("-m", "benchmarks.echo", str(N), str(UNITS), str(BIN_S))
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         model = _model_file(folder / "model.safetensors")
@@ -92,7 +88,7 @@ def run(quick: bool) -> list[Row]:
 
 @contextmanager
 def _running(command: tuple[str, ...]) -> Generator[Row]:
-    """A server, and what it says when it is ready: its addresses and process."""
+    """Run a server; its addresses and process id once it is ready."""
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
     )
@@ -108,69 +104,66 @@ def _running(command: tuple[str, ...]) -> Generator[Row]:
         process.stdout.close()
 
 
-def _fed(folder: Path, server: Row, streams: int, speed: float, seconds: float) -> Fed:
-    """Feed a server for so long."""
-    bins = max(1, round(seconds * speed / BIN_S))
-    plan = Plan(
-        ingest=server["ingest"],
-        results=server["results"],
-        streams=streams,
-        bins=WARM + bins,
-        warm=WARM,
-        interval_ns=round(BIN_S / speed * 1e9),
-        bin_width_ns=round(BIN_S * 1e9),
-        units=NAMES,
-        rate=RATE,
-        pid=server["pid"],
-    )
-    asked, came = folder / "plan.json", folder / "fed.json"
-    asked.write_bytes(msgspec.json.encode(plan))
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.feeder", str(asked), str(came)], check=True, cwd=ROOT
-    )
-    return msgspec.json.decode(came.read_bytes(), type=Fed)
+def _fed(folder: Path, server: Row, streams: int, speed: float, seconds: float) -> Row:
+    """Load a server; the report of ``ilqr-vae load``, and the server's processor time per bin."""
+    process, report = psutil.Process(server["pid"]), folder / "load.json"
+    before = process.cpu_times()
+    options = {
+        "to": server["ingest"],
+        "sessions": streams,
+        "duration": seconds,
+        "speed": speed,
+        "warm-up": WARM,
+        "rate": RATE,
+        "json": report,
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "ilqr_vae.cli", "load", *words]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    after, fed = process.cpu_times(), json.loads(report.read_text())
+    spent = after.user + after.system - before.user - before.system
+    return fed | {"cpu_us": round(spent / fed["sent"] * 1e6, 1)}
 
 
-def _us(begin: list[int], end: list[int]) -> NDArray[np.float64]:
-    return (np.asarray(end) - np.asarray(begin)) / 1e3
+def _us(times: Row, quantile: str) -> float:
+    return round(1e3 * times[quantile], 1)
 
 
-def _p99(us: NDArray[np.float64]) -> float:
-    return round(float(np.quantile(us, 0.99)), 1)
-
-
-def _row(implementation: str, fed: Fed, streams: int, speed: float) -> Row:
+def _row(implementation: str, fed: Row, streams: int, speed: float) -> Row:
     about = {"n": N, "m": M, "units": UNITS, "H": H, "iterations": 2, "device": "cpu"}
     about |= {"streams": streams, "speed": round(speed, 2)}
-    times = quantiles((_us(fed.intended, fed.arrived) / 1e6).tolist())
-    cpu = {} if fed.cpu_us is None else {"cpu_us": round(fed.cpu_us, 1)}
-    return row("service", implementation, **about) | times | cpu | {
-        "unanswered": fed.unanswered,
-        "feeder_cpu_us": round(fed.own_cpu_us, 1),
-        "feeder_late_p99_us": _p99(_us(fed.intended, fed.sent)),
-    }  # fmt: skip
+    latency = fed["latency_ms"]
+    return row("service", implementation, **about) | {
+        "samples": int(latency["n"]),
+        "median_us": _us(latency, "p50"),
+        "p99_us": _us(latency, "p99"),
+        "p999_us": _us(latency, "p99.9"),
+        "max_us": _us(latency, "max"),
+        "cpu_us": fed["cpu_us"],
+        "unanswered": fed["unanswered"],
+        "feeder_cpu_us": fed["generator_cpu_us"],
+        "feeder_late_p99_us": _us(fed["sent_late_ms"], "p99"),
+    }
 
 
-def _service(fed: Fed, echo: Fed | None) -> Row:
-    """What only an answer of the service tells; solves of one step have the same times. What is
-    over solve and echo is given where the echo was measured."""
-    solve = _us(fed.solve_start, fed.solve_end)
-    beside = _us(fed.intended, fed.published) - solve
+def _service(fed: Row, echo: Row | None) -> Row:
+    """Figures that only the service's answers carry. ``p99_over_solve_and_echo_us``, where the
+    echo was measured, is the p99 of the latency less those of the solve and of the echo."""
+    solve, answers = fed["solve_ms"], fed["first_statuses"]
     over = {}
     if echo is not None:
-        whole, bare = (_p99(_us(one.intended, one.arrived)) for one in (fed, echo))
-        over = {"p99_over_solve_and_echo_us": round(whole - _p99(solve) - bare, 1)}
-    answers = Counter(fed.statuses)
+        whole, bare = (one["latency_ms"]["p99"] for one in (fed, echo))
+        over = {"p99_over_solve_and_echo_us": round(1e3 * (whole - solve["p99"] - bare), 1)}
     return {
-        "late": answers["late"],
-        "predicted": answers["extrapolated"] + answers["missing"],
-        "shed": answers["shed"],
-        "refused": sum(fed.refused.values()),
-        "bins_a_step": round(len(solve) / max(1, len(set(fed.solve_start))), 2),
-        "solve_median_us": round(float(np.median(solve)), 1),
-        "solve_p99_us": _p99(solve),
-        "queue_p99_us": _p99(_us(fed.received, fed.solve_start)),
-        "publish_p99_us": _p99(_us(fed.solve_end, fed.published)),
-        "beside_solve_median_us": round(float(np.median(beside)), 1),
-        "beside_solve_p99_us": _p99(beside),
+        "late": answers.get("late", 0),
+        "predicted": sum(answers.get(name, 0) for name in ("extrapolated", "missing")),
+        "shed": fed["shed"],
+        "refused": sum(fed["refused"].values()),
+        "bins_a_step": fed["bins_per_step"],
+        "solve_median_us": _us(solve, "p50"),
+        "solve_p99_us": _us(solve, "p99"),
+        "queue_p99_us": _us(fed["queue_ms"], "p99"),
+        "publish_p99_us": _us(fed["publish_ms"], "p99"),
+        "beside_solve_median_us": _us(fed["beside_solve_ms"], "p50"),
+        "beside_solve_p99_us": _us(fed["beside_solve_ms"], "p99"),
     } | over

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from ilqr_clients.load import Generator
+from ilqr_clients.load_schedule import Faults, Load
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,28 +51,24 @@ def test_an_unknown_benchmark_is_refused() -> None:
     assert "abacus" in ran.stderr
 
 
-def test_the_feeder_sends_each_bin_at_its_time_and_matches_its_answer(tmp_path: Path) -> None:
-    streams, bins, warm, every = 3, 12, 4, 20_000_000
-    command = [sys.executable, "-m", "benchmarks.echo", "2", "5"]
+def test_the_load_generator_sends_each_bin_at_its_time_and_matches_its_answer() -> None:
+    every = 20_000_000
+    load = Load(sessions=3, bins=12, warm_up=4)
+    command = [sys.executable, "-m", "benchmarks.echo", "2", "5", str(every / 1e9)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as echo:
         try:
             assert echo.stdout is not None
-            plan = json.loads(echo.stdout.readline()) | {
-                "streams": streams, "bins": bins, "warm": warm, "interval_ns": every,
-                "bin_width_ns": every, "units": list("abcde"), "rate": 1.0, "pid": echo.pid,
-            }  # fmt: skip
-            files = tmp_path / "plan.json", tmp_path / "fed.json"
-            files[0].write_text(json.dumps(plan))
-            feeder = [sys.executable, "-m", "benchmarks.feeder", *map(str, files)]
-            subprocess.run(feeder, check=True, cwd=ROOT)
+            with Generator(json.loads(echo.stdout.readline())["ingest"], load, Faults()) as made:
+                made.open()
+                outcome = made.run()
         finally:
             echo.kill()
-    fed = json.loads(files[1].read_text())
-    assert (fed["statuses"], fed["unanswered"]) == ({"ok": streams * (bins - warm)}, 0)
-    names = ("intended", "sent", "received", "published", "arrived")
-    times = np.array([fed[name] for name in names])
+    assert (outcome.first_statuses, outcome.unanswered) == ({"ok": 36}, 0)
+    assert len(outcome.stamps) == 3 * 8
+    times = np.array(outcome.stamps).T
     assert (np.diff(times, axis=0) >= 0).all()
-    phases = {int(at) % every for at in fed["intended"]}
-    assert len(phases) == streams  # each begins at a time of its own, and keeps to it
-    per_phase = [np.sort(times[0][times[0] % every == phase]) for phase in phases]
-    assert all((np.diff(at) == every).all() for at in per_phase)
+    phases = np.unique(times[0] % every)
+    assert len(phases) == 3  # each begins at a time of its own, and keeps to it
+    for phase in phases:
+        assert (np.diff(np.sort(times[0][times[0] % every == phase])) == every).all()
+    assert outcome.to_json()["latency_ms"]["n"] == 24

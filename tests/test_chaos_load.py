@@ -34,12 +34,9 @@ H = 10
 
 
 def load(service: Served, name: str, how: Load) -> Outcome:
-    generator = Generator(service.ingest, how, Faults(), prefix=name, keep=True)
-    try:
+    with Generator(service.ingest, how, Faults(), prefix=name, keep=True) as generator:
         generator.open()
         return generator.run()
-    finally:
-        generator.close()
 
 
 # ---- subscribers that stop reading -------------------------------------------------------------
@@ -159,8 +156,7 @@ def test_overload_is_shed_by_policy_and_over_within_a_window(tmp_path: Path, any
             for index in range(flood)
             for k in range(SESSIONS)
         ]
-        generator = Generator(service.ingest, how, Faults(), prefix="flood", keep=True)
-        try:
+        with Generator(service.ingest, how, Faults(), prefix="flood", keep=True) as generator:
             generator.open()
             generator.send(plan)
             for index in range(flood, flood + calm - 1):
@@ -169,8 +165,6 @@ def test_overload_is_shed_by_policy_and_over_within_a_window(tmp_path: Path, any
                 patience = 2.0 if index == flood else 60.0
                 generator.send([(0, k, index) for k in range(SESSIONS)], settle=patience)
             outcome = generator.run([(0, k, flood + calm - 1) for k in range(SESSIONS)])
-        finally:
-            generator.close()
         assert service.stop() == 0
     assert outcome.repeated == outcome.unanswered == 0
     # where all stood still for longer than the credits last, bins are refused, and so missing

@@ -43,12 +43,9 @@ def service(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def drive(service: Served, name: str, load: Load, faults: Faults) -> Outcome:
-    generator = Generator(service.ingest, load, faults, prefix=name, keep=True)
-    try:
+    with Generator(service.ingest, load, faults, prefix=name, keep=True) as generator:
         generator.open()
         return generator.run()
-    finally:
-        generator.close()
 
 
 def held_against_offline(outcome: Outcome, load: Load, faults: Faults, model: Path) -> None:

@@ -223,12 +223,9 @@ def test_a_replay_across_machines_gives_each_way_with_its_uncertainty(service: S
 def test_a_load_says_how_the_clocks_were_compared(service: Service) -> None:
     for timer, same in ((ShiftedClock(-40 * SECOND), False), (None, bool(this_clock()))):
         load = Load(sessions=2, bins=20, speed=10.0, deadline=60.0, patience=20.0)
-        generator = Generator(service.ingest, load, Faults(), prefix=f"c{same}", timer=timer)
-        try:
+        with Generator(service.ingest, load, Faults(), prefix=f"c{same}", timer=timer) as generator:
             generator.open()
             told = generator.run().to_json()
-        finally:
-            generator.close()
         assert told["answered"] == told["latency_ms"]["n"] == told["wire_in_ms"]["n"] == 40
         assert told["clock"]["same"] == same
         for way in ("wire_in_ms", "wire_out_ms"):

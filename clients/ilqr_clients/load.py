@@ -1,7 +1,7 @@
-"""Load on a running service: many sessions at once, open-loop, with faults on purpose.
+"""Load on a running service: many concurrent sessions, open loop, with deliberate faults.
 
 Send times are fixed beforehand and latency counts from them, so a service (or this generator) that
-falls behind shows it (no coordinated omission). What is sent, and what goes wrong, is ``plan``'s.
+falls behind shows it (no coordinated omission). ``load_schedule`` says what is sent and when.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import select
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zmq
 
+from ilqr_clients.connection import Closing
 from ilqr_clients.known_offset import KnownClock
-from ilqr_clients.load_schedule import Faults, Load, counts_of, schedule, source_offset
+from ilqr_clients.load_schedule import Faults, Load, Send, completed, counts_of, schedule
 from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
 from ilqr_clients.session import PATIENCE_S
 from ilqr_vae.errors import ServiceError, ServiceUnreachableError
@@ -26,24 +26,39 @@ from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockTrack, MonotonicClock
 
 
+class Stamps(NamedTuple):
+    """Times of one bin, nanoseconds: ``intended``, ``sent`` and ``arrived`` by this client's clock,
+    the others by the service's."""
+
+    intended: int
+    sent: int
+    received: int
+    solve_start: int
+    solve_end: int
+    published: int
+    arrived: int
+
+
 @dataclass(slots=True)
 class Outcome:
-    """What came of it.
+    """Results of a load.
 
     Attributes:
-        sent: bins sent, without repeats.
+        sent: bins sent, without duplicates.
         first, revised: answers of revision 0, and later ones.
         repeated: answers that came twice under one index and revision.
         unanswered: sent bins without any answer.
-        latency_ms: intended send to arrival here, of the bins that were answered first with data;
-            by this clock alone.
-        wire_in_ms, wire_out_ms: its parts that go from one clock to the other: sent to received,
-            published to arrived.
-        clock: how the two clocks were compared; the parts are no better known.
+        shed: first answers of bins that the service shed under overload.
+        seconds: from the first send to the end of the last session.
+        cpu_us: processor time of this process per bin sent, microseconds.
+        stamps: of the bins after the warm-up whose first answer used their data.
+        late_ms: how late each bin after the warm-up was sent.
+        clock: the comparison of the two clocks; bounds what is known of times across them.
         statuses: of the newest revision of each bin; ``first_statuses`` of the first.
-        refused: by field.
-        notices: by first word.
-        results: by session, index: the newest revision (kept where asked for).
+        refused: number of refusals by field.
+        notices: number of notices by their first word.
+        results: session, then index, to the newest revision (with ``keep`` only).
+        sends: session to the indices that were sent.
     """
 
     sent: int = 0
@@ -51,11 +66,11 @@ class Outcome:
     revised: int = 0
     repeated: int = 0
     unanswered: int = 0
+    shed: int = 0
     seconds: float = 0.0
-    latency_ms: list[float] = field(default_factory=list[float])
-    feeder_ms: list[float] = field(default_factory=list[float])
-    wire_in_ms: list[float] = field(default_factory=list[float])
-    wire_out_ms: list[float] = field(default_factory=list[float])
+    cpu_us: float = 0.0
+    stamps: list[Stamps] = field(default_factory=list[Stamps])
+    late_ms: list[float] = field(default_factory=list[float])
     clock: ClockTrack | None = None
     statuses: Counter[str] = field(default_factory=Counter[str])
     first_statuses: Counter[str] = field(default_factory=Counter[str])
@@ -66,22 +81,49 @@ class Outcome:
     )
     sends: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
 
+    def latency_ms(self) -> dict[str, list[float]]:
+        """Stages of each stamped bin, milliseconds.
+
+        ``latency`` is from the intended send to the arrival of the answer. ``wire_in`` (sent to
+        received), ``wire_out`` (published to arrived) and ``beside_solve`` (intended send to
+        published, without the solve) cross from one clock to the other.
+        """
+        stamps = np.array(self.stamps, dtype=np.int64).reshape(-1, len(Stamps._fields)).T
+        intended, sent, received, solve_start, solve_end, published, arrived = stamps
+        solve = solve_end - solve_start
+        stages = {
+            "latency": arrived - intended,
+            "queue": solve_start - received,
+            "solve": solve,
+            "publish": published - solve_end,
+        }
+        if self.clock is not None:
+            there, back = self.clock.offset_ns(sent), self.clock.offset_ns(arrived)
+            stages["wire_in"] = received - sent - there
+            stages["wire_out"] = arrived + back - published
+            stages["beside_solve"] = published - intended - there - solve
+        return {name: (spent / 1e6).tolist() for name, spent in stages.items()}
+
     def to_json(self) -> dict[str, Any]:
-        """Ready for ``json.dumps``."""
+        """Return the outcome ready for ``json.dumps``: counts, and quantiles of the times."""
         clock = self.clock
         bound = {} if clock is None else {"clock_uncertainty": clock.uncertainty_ns / 1e6}
+        steps = len({s.solve_start for s in self.stamps})
+        stages = {f"{name}_ms": quantiles(spent) for name, spent in self.latency_ms().items()}
+        crossing = {"wire_in_ms", "wire_out_ms", "beside_solve_ms"}
         return {
             "sent": self.sent,
             "answered": self.first,
             "revised": self.revised,
             "repeated": self.repeated,
             "unanswered": self.unanswered,
+            "shed": self.shed,
             "seconds": round(self.seconds, 3),
             "answers_per_second": round(self.first / self.seconds, 1) if self.seconds else 0.0,
-            "latency_ms": quantiles(self.latency_ms),
-            "feeder_ms": quantiles(self.feeder_ms),
-            "wire_in_ms": quantiles(self.wire_in_ms) | bound,
-            "wire_out_ms": quantiles(self.wire_out_ms) | bound,
+            **{name: q | bound if name in crossing else q for name, q in stages.items()},
+            "sent_late_ms": quantiles(self.late_ms),
+            "bins_per_step": round(len(self.stamps) / steps, 2) if steps else 0.0,
+            "generator_cpu_us": round(self.cpu_us, 1),
             "clock": None if clock is None else clock.to_json(),
             "statuses": dict(self.statuses),
             "first_statuses": dict(self.first_statuses),
@@ -91,23 +133,23 @@ class Outcome:
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """n, p50, p90, p99, p99.9 and max; n alone where there is nothing."""
+    """Return n, p50, p90, p99, p99.9 and max; only n if ``values`` is empty."""
     if not values:
         return {"n": 0}
-    held = np.sort(np.asarray(values))
+    ordered = np.sort(np.asarray(values))
 
     def at(q: float) -> float:
-        return round(float(held[max(0, int(np.ceil(q * held.size)) - 1)]), 4)
+        return round(float(ordered[max(0, int(np.ceil(q * ordered.size)) - 1)]), 4)
 
     names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
-    return {"n": float(held.size)} | {name: at(q) for name, q in names.items()}
+    return {"n": float(ordered.size)} | {name: at(q) for name, q in names.items()}
 
 
 _ENDS = ("closed", "idle", "shutdown")
 
 
 def _drained(socket: zmq.Socket[bytes]) -> Iterator[bytes]:
-    """The last frames of all messages that have come."""
+    """The last frame of each message received so far."""
     while True:
         try:
             yield socket.recv_multipart(zmq.NOBLOCK)[-1]
@@ -115,18 +157,18 @@ def _drained(socket: zmq.Socket[bytes]) -> Iterator[bytes]:
             return
 
 
-class Generator:
-    """Opens the sessions, and runs a load on them.
+class Generator(Closing):
+    """Opens sessions and runs a load on them.
 
     Args:
-        endpoint: the service's.
-        load, faults: how much, and what goes wrong.
-        prefix: of the session names.
-        keep: keep every answer.
+        endpoint: address of the service.
+        load, faults: what is sent, see ``load_schedule``.
+        prefix: prefix of the session names.
+        keep: keep the newest answer of every bin in ``outcome.results``.
         timer: this client's clock; default the machine's.
 
     Raises:
-        ServiceError: no answer, or a session is refused.
+        ServiceError: the service does not answer.
     """
 
     def __init__(
@@ -149,14 +191,18 @@ class Generator:
             self._before = service.clock()
         self._clock = KnownClock(self._timer, self._before)
         self.model: Model = model_of(described)
+        self._completed = completed(load, faults, self.model.bin_width)
+        units = len(self.model.unit_names)
+        self._counts = [
+            [messages.pack(row, "<u2") for row in counts_of(load, faults, k, units)]
+            for k in range(load.sessions)
+        ]
         self._context: zmq.Context[Any] = zmq.Context()
         self._sub = connect(self._context, zmq.SUB, reachable(described.results, endpoint))
         self._dealer = connect(self._context, zmq.DEALER, endpoint)
-        self._doors = [int(s.getsockopt(zmq.FD)) for s in (self._sub, self._dealer)]
+        self._descriptors = [int(s.getsockopt(zmq.FD)) for s in (self._sub, self._dealer)]
         self._source_start_ns: int | None = None
-        self._intended: dict[tuple[str, int], int] = {}
-        self._sent: dict[tuple[str, int], int] = {}
-        self._crossings: list[tuple[int, int, int, int]] = []
+        self._sent: dict[tuple[str, int], tuple[int, int]] = {}  # intended, actual
         self._newest: dict[tuple[str, int], int] = {}
         self._status: dict[tuple[str, int], str] = {}
         self._opened: set[str] = set()
@@ -166,7 +212,7 @@ class Generator:
         self._silent_since: float | None = None
 
     def open(self) -> None:
-        """Open all sessions and wait for that. Raises ServiceError."""
+        """Open all sessions and wait until all are open. Raises ServiceError."""
         for name in self.names:
             self._sub.setsockopt(zmq.SUBSCRIBE, messages.topic(name))
         for name in self.names:
@@ -190,38 +236,42 @@ class Generator:
                 )
             self._take(0.1)
 
-    def run(self, plan: list[tuple[int, int, int]] | None = None) -> Outcome:
-        """Send everything at its time, and take what comes; then close the sessions.
+    def run(self, plan: Sequence[tuple[int, int, int]] | None = None) -> Outcome:
+        """Send every bin at its time, receive the answers, then close the sessions.
 
         Args:
-            plan: as of ``schedule``, instead of the load's own.
-        """
-        began = self._timer.now_ns()
-        self.send(plan or schedule(self.load, self.faults, self.model.bin_width))
-        self._finish()
-        self.outcome.seconds = (self._timer.now_ns() - began) / 1e9
-        self._across()
-        self.outcome.unanswered = self._unanswered()
-        self.outcome.statuses.update(self._status.values())
-        return self.outcome
-
-    def send(self, plan: list[tuple[int, int, int]], *, settle: float = 0.0) -> None:
-        """Send a plan's bins at their times, counted from now.
-
-        The source times of all plans count from the first, by index.
-
-        Args:
-            settle: then wait until all that was sent is answered, or so many seconds are over.
+            plan: (nanoseconds from now, session, index) in order of time; default ``schedule``.
 
         Raises:
-            ServiceUnreachableError: nothing comes back any more.
+            ServiceUnreachableError: the service stopped answering.
+        """
+        out, began, cpu = self.outcome, self._timer.now_ns(), time.process_time()
+        self.send(plan or schedule(self.load, self.faults, self.model.bin_width))
+        self._finish()
+        out.seconds = (self._timer.now_ns() - began) / 1e9
+        out.cpu_us = (time.process_time() - cpu) * 1e6 / max(1, out.sent)
+        with ServiceClient(self._endpoint, timer=self._timer) as service:
+            out.clock = ClockTrack(self._before, service.clock())
+        out.unanswered = self._unanswered()
+        out.statuses.update(self._status.values())
+        return out
+
+    def send(self, plan: Sequence[tuple[int, int, int]], *, settle: float = 0.0) -> None:
+        """Send a plan's bins at their times, counted from now; see ``run``.
+
+        Source times count from the first plan sent, by index.
+
+        Args:
+            settle: seconds to wait afterwards for the answers still due.
+
+        Raises:
+            ServiceUnreachableError: the service stopped answering.
         """
         now_ns = self._timer.now_ns
         began = now_ns() + 50_000_000
         if self._source_start_ns is None:
             self._source_start_ns = began
-        source_start_ns = self._source_start_ns
-        for at, k, index in plan:
+        for at, k, index in map(Send._make, plan):
             intended = began + at
             self._take(0.0)
             while (left := intended - now_ns()) > 0:
@@ -231,8 +281,7 @@ class Generator:
             message = messages.Bin(
                 session=name,
                 index=index,
-                source_ns=source_start_ns
-                + source_offset(self.load, k, index, self.model.bin_width),
+                source_ns=self._source_start_ns + int(self._completed[k, index]),
                 counts=self._counts[k][index],
                 clock=self._clock.stated(sent),
             )
@@ -240,18 +289,18 @@ class Generator:
                 self._dealer.send(messages.encode(probe))
             self._dealer.send(messages.encode(message))
             self._expect_answer()
-            if (name, index) not in self._intended:
+            if (name, index) not in self._sent:
                 self.outcome.sent += 1
-                self._intended[name, index] = intended
-                self._sent[name, index] = sent
+                self._sent[name, index] = intended, sent
                 self.outcome.sends.setdefault(name, set()).add(index)
-            self.outcome.feeder_ms.append((now_ns() - intended) / 1e6)
+            if index >= self.load.warm_up:
+                self.outcome.late_ms.append((sent - intended) / 1e6)
         end = time.monotonic() + settle
         while settle and self._unanswered() and time.monotonic() < end:
             self._take(0.05)
 
     def _expect_answer(self) -> None:
-        """Raises ServiceUnreachableError if nothing has come since bins were sent long ago."""
+        """Raise ServiceUnreachableError if bins have gone unanswered for too long."""
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
@@ -263,27 +312,7 @@ class Generator:
             )
 
     def _unanswered(self) -> int:
-        return sum(key not in self._newest for key in self._intended)
-
-    @cached_property
-    def _counts(self) -> list[list[messages.Array]]:
-        """By session and index."""
-        units = len(self.model.unit_names)
-        return [
-            [messages.pack(row, "<u2") for row in counts_of(self.load, self.faults, k, units)]
-            for k in range(len(self.names))
-        ]
-
-    def _across(self) -> None:
-        """What went from one clock to the other, by the offsets before and after."""
-        with ServiceClient(self._endpoint, timer=self._timer) as service:
-            clock = self.outcome.clock = ClockTrack(self._before, service.clock())
-        sent, received, published, arrived = (
-            np.array(self._crossings, dtype=np.int64).reshape(-1, 4).T
-        )
-        there, here = clock.offset_ns(sent), clock.offset_ns(arrived)
-        self.outcome.wire_in_ms = ((received - sent - there) / 1e6).tolist()
-        self.outcome.wire_out_ms = ((arrived + here - published) / 1e6).tolist()
+        return sum(key not in self._newest for key in self._sent)
 
     def _finish(self) -> None:
         for name in self.names:
@@ -300,16 +329,17 @@ class Generator:
         self._context.destroy(linger=0)
 
     def _take(self, wait: float) -> None:
-        """Take what has come; where nothing has, wait for it, in seconds. Idle, not spinning: what
-        is loaded shall have the cores."""
-        # When all was taken, and only then, more makes a door readable.
+        """Receive what has arrived, or wait up to ``wait`` seconds for something.
+
+        It blocks instead of spinning, to leave the cores to the service under load."""
+        # ZeroMQ's descriptors signal new messages only once all earlier ones were read.
         if not self._emptied() and wait > 0:
-            select.select(self._doors, [], [], wait)
+            select.select(self._descriptors, [], [], wait)
             self._emptied()
 
     def _emptied(self) -> bool:
-        """Whether anything was there to take."""
-        # Each is stamped as it comes off the socket, before any is looked at.
+        """Receive everything that has arrived; return whether there was anything."""
+        # Each message is stamped as it leaves the socket, before any is decoded.
         came = [(self._timer.now_ns(), frame) for frame in _drained(self._sub)]
         for arrived, frame in came:
             self._published(messages.decode_published(frame), arrived)
@@ -353,8 +383,7 @@ class Generator:
             return
         out.first += 1
         out.first_statuses[message.status] += 1
-        if message.status != "missing" and key in self._intended:
-            out.latency_ms.append((arrived - self._intended[key]) / 1e6)
-            self._crossings.append(
-                (self._sent[key], message.received_ns, message.published_ns, arrived)
-            )
+        out.shed += message.solver == "shed"
+        if message.status != "missing" and key in self._sent and key[1] >= self.load.warm_up:
+            stages = message.received_ns, message.solve_start_ns, message.solve_end_ns
+            out.stamps.append(Stamps(*self._sent[key], *stages, message.published_ns, arrived))

@@ -1,4 +1,4 @@
-"""``ilqr-vae load``: load a running service and report."""
+"""``ilqr-vae load``: put load on a running service and report its latencies."""
 
 from __future__ import annotations
 
@@ -22,30 +22,34 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command("load")
 def command(
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
-    sessions: Annotated[int, typer.Option(min=1, max=10_000, help="At once.")] = 1,
+    sessions: Annotated[int, typer.Option(min=1, max=10_000, help="Concurrent sessions.")] = 1,
     duration: Annotated[float, typer.Option(min=0.01, help="Seconds of real time.")] = 10.0,
     speed: Annotated[float, typer.Option(min=0.001, help="Multiple of real time.")] = 1.0,
     deadline_ms: Annotated[
         float, typer.Option(min=0.0, help="Arrival to answer; 0 is the bin width.")
     ] = 0.0,
     clocked: Annotated[
-        bool, typer.Option("--clocked", help="Bins not there in time are answered at once.")
+        bool,
+        typer.Option("--clocked", help="Answer overdue bins at once, as missing."),
     ] = False,
     anytime: Annotated[
-        bool, typer.Option("--anytime", help="The deadline may cut a solve short.")
+        bool, typer.Option("--anytime", help="Let the deadline cut a solve short.")
     ] = False,
     rate: Annotated[float, typer.Option(min=0.0, help="Mean spikes per unit and bin.")] = 1.0,
-    drop: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of bins left out.")] = 0.0,
+    warm_up: Annotated[
+        int, typer.Option(min=0, help="Bins sent first to each session and not timed.")
+    ] = 0,
+    drop: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of bins not sent.")] = 0.0,
     duplicate: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share sent twice.")] = 0.0,
-    reorder: Annotated[int, typer.Option(min=0, help="Places a bin may be sent late.")] = 0,
-    jitter: Annotated[float, typer.Option(min=0.0, help="Bin widths a send may be late.")] = 0.0,
-    stall: Annotated[float, typer.Option(min=0.0, help="Seconds of silence, half-way.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+    reorder: Annotated[int, typer.Option(min=0, help="Most places a bin is sent late.")] = 0,
+    jitter: Annotated[float, typer.Option(min=0.0, help="Largest delay, in bin widths.")] = 0.0,
+    stall: Annotated[float, typer.Option(min=0.0, help="Seconds without a send, half-way.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random draws.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
+        Path | None, typer.Option("--json", help="Write the result here; - is stdout.")
     ] = None,
 ) -> None:
-    """Feed a running service made-up bins, open-loop and timed from the intended send.
+    """Send synthetic bins to a running service; latency counts from the intended send (open loop).
 
     Example: ilqr-vae load --sessions 20 --duration 30 --drop 0.1 --jitter 2 --json -
 
@@ -57,7 +61,8 @@ def command(
         width = model_of(service.describe()).bin_width
     load = Load(
         sessions=sessions,
-        bins=max(1, round(duration * speed / width)),
+        bins=warm_up + max(1, round(duration * speed / width)),
+        warm_up=warm_up,
         speed=speed,
         deadline=deadline,
         clocked=clocked,
@@ -67,14 +72,11 @@ def command(
     faults = Faults(
         drop=drop, duplicate=duplicate, reorder=reorder, jitter=jitter, stall=stall, seed=seed
     )
-    generator = Generator(to, load, faults, prefix=f"load-{secrets.token_hex(3)}")
-    try:
+    with Generator(to, load, faults, prefix=f"load-{secrets.token_hex(3)}") as generator:
         generator.open()
         gc.collect()
-        gc.freeze()  # a collection that looks through all that was imported would be a stall
+        gc.freeze()  # a full collection would pause the sends
         outcome = generator.run().to_json()
-    finally:
-        generator.close()
     if json_file is not None:
         write_whole(json_file, json.dumps(outcome, indent=2) + "\n")
     if json_file != STDOUT:

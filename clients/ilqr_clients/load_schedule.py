@@ -1,13 +1,13 @@
-"""What a load sends, and when: everything is fixed beforehand.
+"""What a load sends and when. The whole schedule is drawn from a seed before the first send.
 
-Faults are drawn from a seed: bins left out, sent twice, sent out of order, sent with jitter, and a
-stall after which everything held back is sent at once.
+Faults: bins that are dropped, duplicated, reordered or delayed by jitter, and a stall after which
+all bins held back are sent at once.
 """
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """What goes wrong on the way.
+    """Faults of the network between feeder and service.
 
     Attributes:
-        drop, duplicate: share of bins.
-        reorder: bins may be sent up to so many places late.
-        jitter: bin widths that a send may be late by, uniformly.
-        stall: seconds, half-way, in which nothing is sent; then all of it at once.
-        seed: of everything drawn.
+        drop, duplicate: share of bins that are not sent, or sent twice.
+        reorder: a bin may be sent up to this many places late.
+        jitter: largest delay of a send in bin widths; delays are uniform.
+        stall: seconds without a send, half-way; then all bins held back are sent at once.
+        seed: of all random draws, the counts and the sessions' phases included.
     """
 
     drop: float = 0.0
@@ -35,20 +35,22 @@ class Faults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How much.
+    """Size of a load.
 
     Attributes:
-        sessions: at once.
-        bins: of each session.
+        sessions: number of concurrent sessions.
+        bins: bins per session.
+        warm_up: the first bins of each session, which no latency is taken of.
         speed: multiple of real time.
         deadline: seconds from arrival to answer; 0 is the bin width.
-        clocked, anytime: of the sessions; see ``wire.Open``.
+        clocked, anytime: options of the sessions; see ``messages.Open``.
         rate: mean spikes per unit and bin.
         patience: seconds to wait for the last answers.
     """
 
     sessions: int = 1
     bins: int = 200
+    warm_up: int = 0
     speed: float = 1.0
     deadline: float = 0.0
     clocked: bool = False
@@ -57,39 +59,48 @@ class Load:
     patience: float = 5.0
 
 
-def source_offset(load: Load, session: int, index: int, bin_width: float) -> int:
-    """When a bin is complete, whatever happens on the way; nanoseconds from the start."""
-    width = bin_width / load.speed * 1e9
-    return int(width * session / load.sessions + width * (index + 1))
+class Send(NamedTuple):
+    """One message: nanoseconds from the start, session number, index of the bin."""
+
+    at_ns: int
+    session: int
+    bin: int
 
 
-def schedule(load: Load, faults: Faults, bin_width: float) -> list[tuple[int, int, int]]:
-    """All sends as (nanoseconds from the start, session, index), in order of time."""
+def completed(load: Load, faults: Faults, bin_width: float) -> NDArray[np.float64]:
+    """When each bin is complete, (sessions, bins), nanoseconds from the start.
+
+    Each session has a phase of its own within a bin; that of the first is zero.
+    """
+    phases = np.random.default_rng([faults.seed, 0, 1]).random(load.sessions)
+    phases[0] = 0.0
+    return bin_width / load.speed * 1e9 * (phases[:, None] + np.arange(1, load.bins + 1))
+
+
+def schedule(load: Load, faults: Faults, bin_width: float) -> list[Send]:
+    """All sends in order of time."""
     rng = np.random.default_rng(faults.seed)
     width = bin_width / load.speed * 1e9
-    sends: list[tuple[int, int, int]] = []
-    for session in range(load.sessions):
-        offset = width * session / load.sessions  # sessions are not in step
-        for index in range(load.bins):
+    sends: list[Send] = []
+    for session, times in enumerate(completed(load, faults, bin_width)):
+        for index, at in enumerate(times):
             draws = rng.random(4)
-            at = offset + width * (index + 1)
             if faults.reorder and draws[2] < 0.3:
                 at += width * (rng.integers(1, faults.reorder + 1) + 0.5)
             at += width * faults.jitter * draws[3]
             if draws[0] < faults.drop and index < load.bins - 1:
                 continue
-            sends.append((int(at), session, index))
+            sends.append(Send(int(at), session, index))
             if draws[1] < faults.duplicate:
-                sends.append((int(at + width * rng.random()), session, index))
+                sends.append(Send(int(at + width * rng.random()), session, index))
     if faults.stall:
         begin = width * load.bins / 2
         end = begin + faults.stall * 1e9
-        sends = [(int(end) if begin <= at < end else at, s, i) for at, s, i in sends]
-    heapq.heapify(sends)
-    return [heapq.heappop(sends) for _ in range(len(sends))]
+        sends = [s._replace(at_ns=int(end)) if begin <= s.at_ns < end else s for s in sends]
+    return sorted(sends)
 
 
 def counts_of(load: Load, faults: Faults, session: int, n_units: int) -> NDArray[np.int64]:
-    """The bins (T, N) that a session is fed."""
+    """The counts (T, N) of one session."""
     rng = np.random.default_rng([faults.seed, session])
     return rng.poisson(load.rate, (load.bins, n_units))
