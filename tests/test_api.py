@@ -75,10 +75,11 @@ def test_the_names_exported() -> None:
         "TrainedModel",
         "load",
         "load_recording",
+        "plots",
         "train",
     ]
     for name in ilqr_vae.__all__:
-        assert getattr(ilqr_vae, name).__name__ == name
+        assert getattr(ilqr_vae, name).__name__.removeprefix("ilqr_vae.") == name
     assert set(ilqr_vae.__all__) <= set(dir(ilqr_vae))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = ilqr_vae.lode  # pyright: ignore[reportAttributeAccessIssue]

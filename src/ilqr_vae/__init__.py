@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ilqr_vae import plots
     from ilqr_vae.api import Stream, TrainedModel, load, train
     from ilqr_vae.arrays import Inference, Samples, StreamAnswer
     from ilqr_vae.errors import IlqrVaeError
@@ -25,6 +26,7 @@ __all__ = [
     "TrainedModel",
     "load",
     "load_recording",
+    "plots",
     "train",
 ]
 
@@ -34,6 +36,8 @@ _ROOMS |= dict.fromkeys(("Stream", "TrainedModel", "load", "train"), "api")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plots":
+        return importlib.import_module(f"{__name__}.plots")
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -1,0 +1,302 @@
+"""Figures of a run over time: spikes, rates, latents, inputs, decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from ilqr_vae.arrays import Inference
+from ilqr_vae.errors import ShapeError
+from ilqr_vae.plots.style import (
+    BLUE,
+    CYCLE,
+    INK,
+    WIDE,
+    Z90,
+    Array,
+    alike,
+    axes_of,
+    figure_of,
+    legend,
+    quantity,
+    rows_of,
+    seconds,
+    series,
+    shades,
+    short,
+    spread,
+    styled,
+)
+from ilqr_vae.scoring.score import OURS
+
+
+def _image(ax: Axes, values: Array, bin_width: float, start: float, top: float) -> None:
+    """(T, K) as shades of blue, one row for each of K."""
+    image = np.zeros((*values.T.shape, 4))
+    image[..., :3] = to_rgb(BLUE)
+    image[..., 3] = np.clip(np.nan_to_num(values.T) / max(top, 1e-300), 0, 1) ** 0.6
+    end = start + len(values) * bin_width
+    ax.imshow(
+        image, aspect="auto", interpolation="nearest", extent=(start, end, values.shape[1], 0)
+    )
+    ax.grid(visible=False)
+    ax.set_xlabel("time (s)")
+
+
+@styled
+def raster(
+    counts: Inference | ArrayLike,
+    *,
+    bin_width: float,
+    start: float = 0.0,
+    by_rate: bool = True,
+    ax: Axes | None = None,
+) -> Figure:
+    """Spike counts, one row a unit.
+
+    Args:
+        counts: (T, N) spikes per bin, or an ``infer`` result.
+        bin_width: seconds.
+        start: seconds, left edge of the first bin.
+        by_rate: the most active unit on top; else in the order of the columns.
+        ax: where to draw; default a figure of its own.
+
+    Raises:
+        ShapeError: counts of another shape.
+    """
+    y = series(counts, "counts")
+    if by_rate:
+        y = y[:, np.argsort(-np.nan_to_num(y).mean(axis=0), kind="stable")]
+    ax = axes_of(ax, WIDE)
+    top = max(1.0, float(np.percentile(np.nan_to_num(y), 99.5))) if y.size else 1.0
+    _image(ax, y, bin_width, start, top)
+    ax.set_ylabel("unit, by rate" if by_rate else "unit")
+    return figure_of(ax)
+
+
+@styled
+def rates(
+    rates: Inference | ArrayLike,
+    *,
+    bin_width: float,
+    start: float = 0.0,
+    by_rate: bool = True,
+    ax: Axes | None = None,
+) -> Figure:
+    """Firing rates, one row a unit, each as a share of its own greatest.
+
+    Args:
+        rates: (T, N) expected spikes per bin, or an ``infer`` result.
+        bin_width, start, by_rate, ax: see ``raster``.
+
+    Raises:
+        ShapeError: rates of another shape.
+    """
+    y = series(rates, "rates") / bin_width
+    if by_rate:
+        y = y[:, np.argsort(-np.nan_to_num(y).mean(axis=0), kind="stable")]
+    ax = axes_of(ax, WIDE)
+    greatest = np.nan_to_num(y).max(axis=0, initial=0.0)
+    _image(ax, y / np.where(greatest > 0, greatest, 1.0), bin_width, start, 1.0)
+    ax.set_ylabel("unit, by rate" if by_rate else "unit")
+    if greatest.size:
+        ax.set_title(f"each of its own greatest rate, up to {greatest.max():.3g} spikes/s")
+    return figure_of(ax)
+
+
+def _stacked(
+    ax: Axes, values: Array, std: Array | None, time: Array, names: Sequence[str], what: str
+) -> None:
+    """K series over one another, each about its own level, in one scale."""
+    size = 5.0 * float(np.nanmedian(np.nanstd(values, axis=0)) or 1.0)
+    levels = -size * np.arange(values.shape[1])
+    for level, colour, k in zip(levels, shades(len(levels)), range(len(levels)), strict=True):
+        line = values[:, k] - np.nanmean(values[:, k]) + level
+        if std is not None:
+            band = std[:, k]
+            ax.fill_between(time, line - band, line + band, color=colour, alpha=0.22, lw=0)
+        ax.plot(time, line, color=colour, lw=1.1)
+    ax.set_yticks(levels.tolist(), [short(name, 12) for name in names])
+    ax.margins(x=0)
+    ax.set_xlabel("time (s)")
+    ax.set_ylabel(f"{what} (a.u., spacing {size:.2g})")
+
+
+def _largest(values: Array, number: int) -> NDArray[np.intp]:
+    """Columns of largest variance, of those that are known at all."""
+    known = np.isfinite(values).sum(axis=0) > 1
+    variance = np.array([np.nanvar(v) if k else -1.0 for v, k in zip(values.T, known, strict=True)])
+    order = np.argsort(-variance, kind="stable")[:number]
+    return order[variance[order] >= 0]
+
+
+@styled
+def latents(
+    latents: Inference | ArrayLike,
+    std: ArrayLike | None = None,
+    *,
+    bin_width: float,
+    start: float = 0.0,
+    shown: int = 6,
+    ax: Axes | None = None,
+) -> Figure:
+    """The latents of largest variance over time, one standard deviation shaded.
+
+    Args:
+        latents: (T, n), or an ``infer`` result.
+        std: (T, n); default that of the ``infer`` result, none for an array.
+        shown: most latents drawn.
+        bin_width, start, ax: see ``raster``.
+
+    Raises:
+        ShapeError: arrays of other shapes.
+    """
+    z = series(latents, "latents")
+    deviation = spread(latents, std, "latents", z)
+    order = _largest(z, shown)
+    ax = axes_of(ax, WIDE)
+    _stacked(
+        ax,
+        z[:, order],
+        None if deviation is None else deviation[:, order],
+        seconds(len(z), bin_width, start),
+        [f"z{k}" for k in order],
+        "latent",
+    )
+    return figure_of(ax)
+
+
+@styled
+def inputs(
+    inputs: Inference | ArrayLike,
+    std: ArrayLike | None = None,
+    *,
+    bin_width: float,
+    start: float = 0.0,
+    shown: int = 6,
+    ax: Axes | None = None,
+) -> Figure:
+    """The inferred inputs of largest variance over time, one standard deviation shaded.
+
+    Args:
+        inputs: (T, m), or an ``infer`` result.
+        std: (T, m); default that of the ``infer`` result, none for an array.
+        shown, bin_width, start, ax: see ``latents``.
+
+    Raises:
+        ShapeError: arrays of other shapes.
+    """
+    u = series(inputs, "inputs")
+    deviation = spread(inputs, std, "inputs", u)
+    order = _largest(u, shown)
+    ax = axes_of(ax, WIDE)
+    _stacked(
+        ax,
+        u[:, order],
+        None if deviation is None else deviation[:, order],
+        seconds(len(u), bin_width, start),
+        [f"u{k}" for k in order],
+        "input",
+    )
+    return figure_of(ax)
+
+
+@styled
+def decode(
+    decoded: Inference | ArrayLike,
+    std: ArrayLike | None = None,
+    truth: ArrayLike | None = None,
+    *,
+    bin_width: float,
+    start: float = 0.0,
+    names: Sequence[str] = (),
+    units: Sequence[str] = (),
+    others: Mapping[str, ArrayLike] | None = None,
+    axes: Sequence[Axes] | None = None,
+) -> Figure:
+    """Decoded kinematics with their 90 % band over the truth, one row a channel.
+
+    Args:
+        decoded: (T, D), or an ``infer`` result.
+        std: (T, D); default that of the ``infer`` result, no band for an array.
+        truth: (T, D), what was measured.
+        names, units: of the D channels.
+        others: (T, D) decodes of other decoders, by name.
+        axes: D axes to draw in; default a figure of its own.
+        bin_width, start: see ``raster``.
+
+    Raises:
+        ShapeError: arrays of other shapes, or another number of names, units or axes.
+    """
+    y = series(decoded, "kinematics", "decoded")
+    deviation = spread(decoded, std, "kinematics", y)
+    measured = None if truth is None else alike(truth, y, "truth")
+    beside = {name: alike(v, y, f"others[{name!r}]") for name, v in (others or {}).items()}
+    channels = y.shape[1]
+    for what, given in (("names", names), ("units", units)):
+        if given and len(given) != channels:
+            raise ShapeError(what, expected=f"{channels}, one a channel", got=str(len(given)))
+    if not channels:
+        raise ShapeError("decoded", expected="at least one channel", got="none")
+    rows = rows_of(axes, channels, "the channels")
+    t = seconds(len(y), bin_width, start)
+    for d, ax in enumerate(rows):
+        if deviation is not None:
+            band = Z90 * deviation[:, d]
+            ax.fill_between(
+                t, y[:, d] - band, y[:, d] + band, color=BLUE, alpha=0.22, lw=0, label="90 % band"
+            )
+        if measured is not None:
+            ax.plot(t, measured[:, d], color=INK, lw=1.0, zorder=3, label="measured")
+        for (name, values), colour in zip(beside.items(), CYCLE[1:] * 9, strict=False):
+            ax.plot(t, values[:, d], color=colour, lw=0.9, alpha=0.85, label=short(name))
+        ax.plot(t, y[:, d], color=BLUE, lw=1.5, label=OURS)
+        ax.set_title(short(names[d], 48) if names else f"channel {d}")
+        ax.set_ylabel(short(units[d], 16) if units and units[d] else "decoded")
+        ax.margins(x=0)
+    legend(rows[0])
+    rows[-1].set_xlabel("time (s)")
+    return figure_of(rows[0])
+
+
+@styled
+def residuals(
+    time: ArrayLike,
+    rms: ArrayLike,
+    stated: ArrayLike | None = None,
+    *,
+    names: Sequence[str] = (),
+    units: Sequence[str] = (),
+    axes: Sequence[Axes] | None = None,
+) -> Figure:
+    """Root mean square error of K blocks of a run, beside what the decoder stated.
+
+    Args:
+        time: (K,) seconds.
+        rms: (K, D) error.
+        stated: (K, D) standard deviation stated.
+        names, units, axes: see ``decode``.
+
+    Raises:
+        ShapeError: arrays of other shapes, or another number of axes.
+    """
+    error = series(rms, "rms")
+    expected = None if stated is None else alike(stated, error, "stated")
+    t = np.asarray(time, dtype=np.float64)
+    rows = rows_of(axes, error.shape[1], "the channels")
+    for d, ax in enumerate(rows):
+        ax.plot(t, error[:, d], color=BLUE, marker="o", ms=3, label="error, root mean square")
+        if expected is not None:
+            ax.plot(t, expected[:, d], color=CYCLE[1], label="stated standard deviation")
+        ax.set_ylim(bottom=0)
+        ax.set_title(short(names[d], 48) if names else f"channel {d}")
+        ax.set_ylabel(quantity("error", units[d] if units else ""))
+        ax.margins(x=0.01)
+    legend(rows[0])
+    rows[-1].set_xlabel("time (s)")
+    return figure_of(rows[0])
