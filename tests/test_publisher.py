@@ -35,7 +35,8 @@ class Hall:
 
     def says(self, session: str, what: str) -> None:
         self.publisher.publish(
-            session, messages.encode(messages.Notice(session=session, epoch=0, what=what))
+            messages.topic(session),
+            messages.encode(messages.Notice(session=session, epoch=0, what=what)),
         )
 
     def hears(self, socket: zmq.Socket[bytes], n: int) -> list[str]:

@@ -360,7 +360,9 @@ class Generator(Closing):
             self._silent_since = None
         return bool(came or replies)
 
-    def _published(self, message: messages.Published, arrived: int) -> None:
+    def _published(self, message: messages.Published | None, arrived: int) -> None:
+        if message is None or isinstance(message, messages.Event):
+            return
         out = self.outcome
         self._seen.add(message.session)
         if isinstance(message, messages.Notice):

@@ -12,14 +12,17 @@ names the endpoint and the reason.
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import zmq
 
 from ilqr_clients.connection import Closing, Model, connect, model_of, reachable, refusal
+from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.session import PATIENCE_S, Session
+from ilqr_clients.spike_session import SpikeSession
 from ilqr_vae.errors import ServiceError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, MonotonicClock, offset_of
@@ -28,7 +31,12 @@ from ilqr_vae.protocol.keys import ClientKey
 __all__ = ["Model", "ServiceClient", "Session", "connect", "model_of", "reachable", "refusal"]
 
 Reply = TypeVar(
-    "Reply", messages.Described, messages.SessionList, messages.Probed, messages.ModelList
+    "Reply",
+    messages.Described,
+    messages.SessionList,
+    messages.Probed,
+    messages.ModelList,
+    messages.Noted,
 )
 
 
@@ -57,6 +65,8 @@ class ServiceClient(Closing):
         self.timer: Clock = timer or MonotonicClock()
         self.timeout = timeout
         self.key = key
+        self._source, self._events = secrets.token_hex(8), 0
+        self._offset = KnownClock(self.timer, None)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._socket = connect(self._context, zmq.DEALER, endpoint, key)
@@ -149,6 +159,8 @@ class ServiceClient(Closing):
         answered: int = -1,
         model: str = "",
         patience: float = PATIENCE_S,
+        origin_ns: int | None = None,
+        hear_events: bool = False,
     ) -> Session:
         """Open a session and its results.
 
@@ -168,6 +180,8 @@ class ServiceClient(Closing):
                 has come again.
             model: a slot's name or model id; default the service's first.
             patience: seconds that the session waits for an answer that is due; see ``Session``.
+            origin_ns: for spikes; see ``open_spikes``.
+            hear_events: keep the session's events in ``Session.events``.
 
         Raises:
             ServiceUnreachableError: no answer.
@@ -191,8 +205,10 @@ class ServiceClient(Closing):
             resume=resume,
             answered=answered,
             model=model,
+            origin_ns=origin_ns,
         )
-        return Session(
+        kind = Session if origin_ns is None else SpikeSession
+        return kind(
             self.endpoint,
             results,
             request,
@@ -201,4 +217,64 @@ class ServiceClient(Closing):
             key=self.key,
             timer=self.timer,
             clock=self.clock(),
+            hear_events=hear_events,
         )
+
+    def open_spikes(self, session: str, *, origin_ns: int, **options: Any) -> SpikeSession:
+        """Open a session that is fed with spikes, which the service bins.
+
+        Args:
+            session: its name.
+            origin_ns: when bin 0 begins, by the clock of the spikes.
+            options: as for ``open``. With ``clocked`` a feeder that is silent for ``grace`` after a
+                bin's end is taken for gone, and the bin answered as missing.
+
+        Raises:
+            As ``open``.
+        """
+        opened = self.open(session, origin_ns=origin_ns, **options)
+        assert isinstance(opened, SpikeSession)
+        return opened
+
+    def event(
+        self,
+        session: str,
+        name: str,
+        payload: Mapping[str, Any] | None = None,
+        *,
+        time_ns: int | None = None,
+        token: str = "",
+    ) -> messages.Noted:
+        """Add an event of the experiment to an open session, and wait until it is taken.
+
+        Args:
+            name: what it is, 1-64 characters. ``trial_start`` and ``trial_stop`` become trials in
+                an export, with what their payloads hold as columns.
+            payload: what is to be known of it: numbers, text, lists and maps, at most 64 KiB.
+            time_ns: when it happened, by this client's clock; default now.
+            token: the session's, where the session is another user's.
+
+        Returns:
+            When the service took it, and the next bin at that moment.
+
+        Raises:
+            ServiceError: no answer, or refused; the field says why.
+        """
+        if self._offset.offset is None:
+            self._offset.offset = self.clock()
+        now = self.timer.now_ns()
+        event = messages.Event(
+            session=session,
+            name=name,
+            time_ns=now if time_ns is None else time_ns,
+            payload=dict(payload or {}),
+            source=self._source,
+            index=self._events,
+            clock=self._offset.stated(now),
+            token=token,
+        )
+        self._events += 1
+        try:
+            return self._ask(event, messages.Noted)
+        except ServiceUnreachableError:  # perhaps the answer was lost; it is not taken twice
+            return self._ask(event, messages.Noted)

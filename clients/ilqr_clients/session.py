@@ -16,17 +16,18 @@ from typing import Any, SupportsIndex
 import numpy as np
 import zmq
 from msgspec.structs import replace
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.connection import Closing, connect, reachable, refusal
+from ilqr_clients.exact import exactly, whole
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.outstanding import REMEMBERED, Outstanding
 from ilqr_vae.errors import (
     AnswerTimeoutError,
+    RequestRefusedError,
     ServiceUnreachableError,
     SessionEndedError,
-    ShapeError,
 )
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, MonotonicClock
@@ -37,37 +38,6 @@ PATIENCE_S = 15.0
 """How long a session waits for an answer that is due, unless it is told otherwise."""
 
 _ENDS = ("closed", "idle", "shutdown", "restarted")
-
-
-def _exactly(
-    field: str, values: ArrayLike, n_units: int, dtype: DTypeLike, expected: str
-) -> NDArray[Any]:
-    """``values`` as ``dtype``, which must not change any."""
-    try:
-        given = np.asarray(values)
-    except ValueError as error:  # lists of several lengths
-        raise ShapeError(field, expected=f"({n_units},)", got=str(error)) from error
-    if given.shape != (n_units,):
-        raise ShapeError(field, expected=f"({n_units},)", got=str(given.shape))
-    try:
-        with np.errstate(invalid="ignore"):
-            converted = given.astype(dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ShapeError(field, expected=expected, got=repr(given)) from error
-    if not np.array_equal(converted, given):
-        raise ShapeError(field, expected=expected, got=repr(given))
-    return converted
-
-
-def _whole(field: str, value: SupportsIndex) -> int:
-    """An integer of any kind, numpy's among them, at least 0."""
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        whole = -1
-    if whole < 0:
-        raise ShapeError(field, expected="a whole number, at least 0", got=repr(value))
-    return whole
 
 
 class Session(Closing):
@@ -82,16 +52,19 @@ class Session(Closing):
         key: of a service that has keys.
         timer: this client's clock; default the machine's.
         clock: the service's against it.
+        hear_events: subscribe to the session's events too.
 
     Attributes:
         opened: what the service said: model, latents, kinematic names and units, horizon.
         credits: bins the service would take now without falling behind.
         notices: what the service published about the session, oldest first.
         refused: refusals of single messages, oldest first.
+        events: of the experiment, as published, oldest first; if they are heard.
 
     Raises:
         ServiceUnreachableError: no answer within ``timeout``.
-        RequestRefusedError: the service does not open the session; the field says why.
+        RequestRefusedError: the service does not open the session, or does not know an option; the
+            field says which.
     """
 
     def __init__(
@@ -105,6 +78,7 @@ class Session(Closing):
         key: ClientKey | None = None,
         timer: Clock | None = None,
         clock: ClockOffset | None = None,
+        hear_events: bool = False,
     ) -> None:
         self.endpoint = endpoint
         self.request = replace(request, token=request.token or secrets.token_hex(16))
@@ -114,6 +88,7 @@ class Session(Closing):
         self.credits = 0
         self.notices: list[str] = []
         self.refused: list[messages.Refused] = []
+        self.events: list[messages.Event] = []
         self.closed: messages.Closed | None = None
         self._opened: messages.Opened | None = None
         self._confirmed = False
@@ -126,6 +101,8 @@ class Session(Closing):
         try:
             self._sub = connect(self._context, zmq.SUB, results, key)
             self._sub.setsockopt(zmq.SUBSCRIBE, messages.topic(request.session))
+            if hear_events:
+                self._sub.setsockopt(zmq.SUBSCRIBE, messages.event_topic(request.session))
             self._dealer = connect(self._context, zmq.DEALER, endpoint, key)
             self._poller = zmq.Poller()
             for socket in (self._sub, self._dealer):
@@ -155,6 +132,12 @@ class Session(Closing):
             self._take(left)
             if self.refused:
                 raise refusal(self.endpoint, self.refused[0])
+        if self._opened.ignored:
+            raise RequestRefusedError(
+                f"open.{self._opened.ignored[0]}",
+                expected=f"a service that knows this option, at {self.endpoint}",
+                got="one that ignored it",
+            )
 
     def _begun(self, before: int) -> bool:
         return any(what.startswith(("opened", "resumed")) for what in self.notices[before:])
@@ -190,18 +173,18 @@ class Session(Closing):
             SessionEndedError: the session is not open any more.
             ServiceUnreachableError, AnswerTimeoutError: answers are due, and none came for long.
         """
-        n_units, whole = len(self.request.units), _whole("index", index)
-        exact = _exactly("counts", counts, n_units, "<u2", f"whole numbers in [0, {MAX_COUNT}]")
+        n_units, number = len(self.request.units), whole("index", index)
+        exact = exactly("counts", counts, n_units, "<u2", f"whole numbers in [0, {MAX_COUNT}]")
         observed = None
         if mask is not None:
-            observed = _exactly("mask", mask, n_units, np.bool_, "True or False")
+            observed = exactly("mask", mask, n_units, np.bool_, "True or False")
         self._take(0.0)
         self._check()
         now = self.timer.now_ns()
         message = messages.Bin(
             session=self.request.session,
             epoch=self.request.epoch,
-            index=whole,
+            index=number,
             source_ns=now if source_ns is None else operator.index(source_ns),
             counts=messages.pack(exact, "<u2"),
             mask=None if observed is None else messages.pack(observed, "u1"),
@@ -212,7 +195,7 @@ class Session(Closing):
             self.send_raw(messages.encode(probe))
         frame = messages.encode(message)
         self.send_raw(frame)
-        self._outstanding.sent(whole, frame, time.monotonic())
+        self._outstanding.sent(number, frame, time.monotonic())
         self.credits -= 1
         return now
 
@@ -260,24 +243,24 @@ class Session(Closing):
             RequestRefusedError: the bin was refused; the field says why.
             AnswerTimeoutError: no answer within ``timeout``.
         """
-        whole = _whole("index", index)
+        number = whole("index", index)
         limit = self.patience if timeout is None else timeout
         earlier = len(self.refused)
-        self.send(whole, counts, mask=mask, source_ns=source_ns)
+        self.send(number, counts, mask=mask, source_ns=source_ns)
         end = time.monotonic() + limit
         while True:
             for k, answer in enumerate(self._ready):
-                if answer.index == whole:
+                if answer.index == number:
                     del self._ready[: max(0, k - REMEMBERED)]
                     return self._ready.pop(min(k, REMEMBERED))
             for refused in self.refused[earlier:]:
-                if refused.index == whole:
+                if refused.index == number:
                     raise refusal(self.endpoint, refused)
             self._check(raise_ended=True)
             if (left := end - time.monotonic()) <= 0:
                 raise AnswerTimeoutError(
                     f"session {self.request.session!r} at {self.endpoint}",
-                    expected=f"an answer for bin {whole} within {limit:g} s",
+                    expected=f"an answer for bin {number} within {limit:g} s",
                     got="none",
                 )
             self._take(min(left, 0.25))
@@ -315,7 +298,10 @@ class Session(Closing):
             arrived = self.timer.now_ns()
             message = messages.decode_published(frames[-1])
             self._confirmed = True  # whatever it is, the service has seen the subscription
-            if message.epoch != self.request.epoch:
+            if message is None or message.epoch != self.request.epoch:
+                continue
+            if isinstance(message, messages.Event):
+                self.events.append(message)
                 continue
             if isinstance(message, messages.Result):
                 self._result(message, arrived)
@@ -341,14 +327,18 @@ class Session(Closing):
         self._ready.append(Answer.of(result, arrived))
         self._outstanding.answered(index)
 
-    def _reply(self, reply: messages.Downstream) -> None:
+    def _resend(self, opened: messages.Opened, frames: list[bytes]) -> None:
+        """Send again what the service does not have."""
+        for frame in frames:
+            self.send_raw(frame)
+
+    def _reply(self, reply: messages.Downstream | None) -> None:
         first = self._opened is None
         match reply:
             case messages.Opened():
                 self._opened = reply
                 self.credits, lost = self._outstanding.granted(reply)
-                for frame in lost:
-                    self.send_raw(frame)
+                self._resend(reply, lost)
             case messages.Credit():
                 self.credits += reply.credits
             case messages.Closed():

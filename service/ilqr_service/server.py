@@ -42,7 +42,6 @@ _REPLIES_BYTES = 1 << 20  # that may wait for one that does not read them
 _REPLIES = 10_000
 _HELD_UP_S = 0.5
 _STALL_S = 5.0
-_FEED = (messages.Bin, messages.Open, messages.Close)
 
 
 class Service:
@@ -105,7 +104,7 @@ class Service:
         self._journal = Journal(settings, slots, engines, self._table)
         self._connections = Connections(self._gate)
         self._publisher = Publisher(
-            self._connections, queue=settings.results_queue, topics=2 * settings.max_sessions
+            self._connections, queue=settings.results_queue, topics=4 * settings.max_sessions
         )
         self._control = Control(
             self._table, self._slots, self._journal, settings.control_rate, self._described
@@ -137,7 +136,7 @@ class Service:
             results = self._address("results", self._settings.results)
             self.results = self._publisher.listen(results).address
             for result in self._journal.last:
-                self._publisher.remember(result.session, messages.encode(result))
+                self._publisher.remember(messages.topic_of(result), messages.encode(result))
             if self._settings.http:
                 self._web = Web(
                     self._settings.http,
@@ -315,8 +314,11 @@ class Service:
         if self._gate is not None:
             user = self._connections.user(owner)
             self._gate.check(user, message)
-        if isinstance(message, _FEED):
-            return self._table.receive(owner, message, at_ns, user)
+        if isinstance(message, messages.Feed):
+            effects = self._table.receive(owner, message, at_ns, user)
+            if isinstance(message, messages.Open):
+                effects.name_ignored(messages.unknown_fields(incoming.body, message))
+            return effects
         return self._control.answer(owner, user, message, incoming.body, at_ns)
 
     def _described(self) -> messages.Described:
@@ -357,9 +359,10 @@ class Service:
             for run in effects.overran:
                 self._solver.overran(run)
             for message in effects.again:
-                self._publisher.publish(message.session, messages.encode(message))
+                self._publisher.publish(messages.topic_of(message), messages.encode(message))
             for message, frame in zip(effects.published, effects.frames, strict=True):
-                self._publisher.publish(message.session, frame)
+                event = isinstance(message, messages.Event)
+                self._publisher.publish(messages.topic_of(message), frame, exact=event)
                 if isinstance(message, messages.Result) and message.revision == 0:
                     self.telemetry.observe(message)
             for owner, reply in effects.replies:

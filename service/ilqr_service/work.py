@@ -132,8 +132,8 @@ class Solve(_Bin, frozen=True, kw_only=True, gc=False):
 
 
 class Insert(_Bin, frozen=True, kw_only=True, gc=False):
-    """A late bin: put it into the window, where it is held as missing, and solve again from
-    there."""
+    """A late bin, or one whose counts changed: put it in its place in the window, and solve again
+    from there."""
 
 
 class Swap(_Queued, frozen=True, kw_only=True, gc=False):

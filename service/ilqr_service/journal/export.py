@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ilqr_service.journal.records import Answered, Deployed, Header, Opened, Queued
+from ilqr_service.journal.export_events import add_events
+from ilqr_service.journal.records import (
+    Answered,
+    Deployed,
+    Happened,
+    Header,
+    Opened,
+    Queued,
+)
 from ilqr_service.journal.verify import stream
 from ilqr_service.solving.run import unpack_work
 from ilqr_service.work import Swap, Work
@@ -29,6 +37,30 @@ class Recorded:
     header: Header
     bins: dict[int, Work]
     results: dict[int, messages.Result]
+    events: dict[tuple[str, int], messages.Event] = field(
+        default_factory=dict[tuple[str, int], messages.Event]
+    )
+
+    @property
+    def start_ns(self) -> int:
+        """When the first answered bin was complete, by the service's clock; where its feeder did
+        not state its clock, when it was received."""
+        first, request = self.results[min(self.results)], self.opened.request
+        if first.clock is None or not first.source_ns:
+            return first.received_ns
+        at_ns = first.source_ns
+        if request.origin_ns is not None:
+            at_ns = request.origin_ns + (first.index + 1) * request.bin_width_ns
+        return at_ns + first.clock.offset_ns
+
+    def timed_events(self) -> list[tuple[float, messages.Event]]:
+        """Events with their times in seconds from the start, rising; an event whose sender did not
+        state its clock has the time at which it was received."""
+        timed = [
+            (e.received_ns if e.clock is None else e.time_ns + e.clock.offset_ns, e)
+            for e in self.events.values()
+        ]
+        return [((at - self.start_ns) / 1e9, e) for at, e in sorted(timed, key=lambda t: t[0])]
 
 
 def runs_of(folder: Path, damage: list[str] | None = None) -> tuple[list[Recorded], dict[str, Any]]:
@@ -50,6 +82,10 @@ def runs_of(folder: Path, damage: list[str] | None = None) -> tuple[list[Recorde
                 run, work = runs.get(record.work.run), record.work
                 if run is not None and work.counts is not None:
                     run.bins[work.index] = unpack_work(work)
+            case Happened():
+                event = record.event
+                if record.run in runs:
+                    runs[record.run].events.setdefault((event.source, event.index), event)
             case Answered():
                 run = runs.get(record.run)
                 result = messages.decode_published(record.frame)
@@ -89,8 +125,8 @@ def choose(
 
 
 def _started(run: Recorded) -> datetime:
-    first, header = run.results[min(run.results)], run.header
-    started_ns = header.at_ns + (first.received_ns - header.clock_ns)
+    header = run.header
+    started_ns = header.at_ns + (run.start_ns - header.clock_ns)
     return datetime.fromtimestamp(started_ns / 1e9, UTC)
 
 
@@ -214,12 +250,13 @@ def _build(
         if name == "status":
             what += ": " + ", ".join(f"{k} {text}" for k, text in enumerate(STATUSES))
         add(decoder, name, data, "ms" if name == "latency_ms" else "n.a.", what, [])
+    add_events(pynwb, nwb, run.timed_events(), indices[-1] * width - indices[0] * width)
     served = sorted({r.model for r in run.results.values()})
     for name, value in {
         "model_manifest": {m: manifests[m] for m in served if m in manifests},
         "service_settings": header.settings,
         "versions": header.versions,
-        "open_request": msgspec.to_builtins(request),
+        "open_request": msgspec.structs.asdict(request),
     }.items():
         text = msgspec.json.encode(value).decode()
         nwb.add_scratch(text, name=name, description=f"{name}, JSON")

@@ -19,6 +19,8 @@ from ilqr_service.journal.records import (
     Closed,
     Controlled,
     Deployed,
+    Fed,
+    Happened,
     Header,
     Opened,
     Queued,
@@ -197,6 +199,10 @@ class Journal:
             )
         for work in effects.work:
             writer.write(Queued(work=pack_work(work)))
+        for run, batch in effects.fed:
+            writer.write(Fed(run=run, batch=batch))
+        for run, event in effects.happened:
+            writer.write(Happened(run=run, event=event))
 
     def keep(self, packed: PackedRun) -> None:
         """Write a snapshot."""

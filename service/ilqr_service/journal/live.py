@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from ilqr_service.journal.records import Answered, Closed, Opened, Queued, Record, Snapshot
+from ilqr_service.journal.records import (
+    Answered,
+    Closed,
+    Fed,
+    Happened,
+    Opened,
+    Queued,
+    Record,
+    Snapshot,
+)
 
 TAIL = 128
 """Newest answers of a run that a checkpoint repeats."""
@@ -21,12 +31,16 @@ class Live:
         snapshot: the newest one, framed.
         works: framed works since, by serial, with their index and whether a bin came.
         answers: the newest answer of each of the newest bins, framed, by index.
+        fed: the batches of spikes of the newest bins, framed.
+        happened: the newest events, framed.
     """
 
     opened: Opened
     snapshot: bytes = b""
     works: dict[int, tuple[bytes, Queued]] = field(default_factory=dict[int, tuple[bytes, Queued]])
     answers: dict[int, bytes] = field(default_factory=dict[int, bytes])
+    fed: deque[tuple[int, bytes]] = field(default_factory=deque[tuple[int, bytes]])
+    happened: deque[bytes] = field(default_factory=lambda: deque[bytes](maxlen=TAIL))
 
     def note(self, record: Record, framed: bytes) -> None:
         """Follow one record of this run."""
@@ -37,6 +51,13 @@ class Live:
             self.answers[record.index] = framed
             if len(self.answers) > TAIL:
                 del self.answers[min(self.answers)]
+        elif isinstance(record, Fed):
+            newest = max(record.batch.source_ns, self.fed[-1][0] if self.fed else 0)
+            self.fed.append((record.batch.source_ns, framed))
+            while self.fed[0][0] < newest - TAIL * self.opened.request.bin_width_ns:
+                self.fed.popleft()
+        elif isinstance(record, Happened):
+            self.happened.append(framed)
         elif isinstance(record, Snapshot):
             self.snapshot = framed
             done = [s for s in self.works if s <= record.packed.serial]
@@ -46,7 +67,7 @@ class Live:
 def run_of(record: Record) -> int | None:
     """The run that a record is of; None where it is of none."""
     match record:
-        case Opened() | Answered() | Closed():
+        case Opened() | Fed() | Happened() | Answered() | Closed():
             return record.run
         case Queued():
             return record.work.run

@@ -87,6 +87,20 @@ class Queued(Record, frozen=True, kw_only=True, tag="worked"):
     work: PackedWork
 
 
+class Fed(Record, frozen=True, kw_only=True, tag="fed"):
+    """A batch of spikes was taken. The bins it closed or changed are queued before it."""
+
+    run: int
+    batch: messages.Spikes
+
+
+class Happened(Record, frozen=True, kw_only=True, tag="happened"):
+    """An event of the experiment was taken, as it was published."""
+
+    run: int
+    event: messages.Event
+
+
 class Answered(Record, frozen=True, kw_only=True, tag="answered"):
     """``frame`` (a ``messages.Result``) answers for the work ``serial``; ``settles`` its last."""
 
@@ -134,7 +148,17 @@ class Checkpoint(Record, frozen=True, kw_only=True, tag="checkpoint"):
 
 
 AnyRecord = (
-    Header | Opened | Queued | Answered | Snapshot | Closed | Controlled | Deployed | Checkpoint
+    Header
+    | Opened
+    | Queued
+    | Fed
+    | Happened
+    | Answered
+    | Snapshot
+    | Closed
+    | Controlled
+    | Deployed
+    | Checkpoint
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -142,7 +166,7 @@ _decoder = msgspec.msgpack.Decoder(AnyRecord)
 # how a record begins: an array, then its tag
 _RECORD = re.compile(
     rb"[\x90-\x9f](\xa6(header|worked|served)|\xa5(began|ended)|\xa8answered|\xa4kept"
-    rb"|\xaacontrolled|\xaacheckpoint)"
+    rb"|\xaacontrolled|\xaacheckpoint|\xa3fed|\xa8happened)"
 )
 
 

@@ -11,6 +11,8 @@ from ilqr_service.journal.live import Live, advance, follow
 from ilqr_service.journal.records import (
     Answered,
     Checkpoint,
+    Fed,
+    Happened,
     Header,
     Opened,
     Snapshot,
@@ -18,6 +20,7 @@ from ilqr_service.journal.records import (
     records,
     survey,
 )
+from ilqr_service.sessions.checks import check_spikes
 from ilqr_service.sessions.session import Session
 from ilqr_service.solving.run import Resumed, unpack_work
 from ilqr_service.work import ModelFacts, Solve, Swap, Work, budget_of
@@ -26,6 +29,8 @@ from ilqr_vae.protocol import messages
 _HEAD = 8
 _snapshot = msgspec.msgpack.Decoder(Snapshot)
 _answered = msgspec.msgpack.Decoder(Answered)
+_fed = msgspec.msgpack.Decoder(Fed)
+_happened = msgspec.msgpack.Decoder(Happened)
 
 
 def open_runs(folder: Path, odd: list[str] | None = None) -> tuple[int, dict[int, Live]]:
@@ -94,6 +99,30 @@ def model_of(live: Live) -> str:
     return advance(live.opened, [record for _, record in live.works.values()]).model
 
 
+def _restore(session: Session, live: Live) -> None:
+    """Put the batches of spikes and the events that came back into a session."""
+    for k, (_, framed) in enumerate(live.fed):
+        batch = _fed.decode(framed[_HEAD:]).batch
+        if session.binner is None:
+            break
+        if k == 0:
+            session.binner.begin(batch.index)
+        times, units = check_spikes(batch, session.facts)
+        session.binner.add(batch.index, batch.source_ns, times, units, batch.until_ns)
+    for framed in live.happened:
+        event = _happened.decode(framed[_HEAD:]).event
+        session.remember(
+            messages.Noted(
+                session=session.name,
+                epoch=session.epoch,
+                source=event.source,
+                index=event.index,
+                received_ns=event.received_ns,
+                bin=event.bin,
+            )
+        )
+
+
 def take_up(
     live: Live, facts: ModelFacts, deadline_ns: int, now_ns: int
 ) -> tuple[Session, Resumed]:
@@ -136,6 +165,7 @@ def take_up(
             session.revisions[answer.index] = answer.revision
         session.newest = max(session.newest, result.index)
     session.bins = session.newest + 1
+    _restore(session, live)
     cut = {a.serial: budget_of(r) for a, r in results if not r.revision}
     to_do: list[Work] = []
     for record in works:

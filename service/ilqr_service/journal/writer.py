@@ -276,6 +276,8 @@ class Writer:
             parts += [live.snapshot] if live.snapshot else []
             parts += [framed for framed, _ in live.works.values()]
             parts += live.answers.values()
+            parts += [framed for _, framed in live.fed]
+            parts += live.happened
         parts.append(frame(Checkpoint(runs=len(self._runs))))
         if not self._append(b"".join(parts)):
             with contextlib.suppress(OSError):

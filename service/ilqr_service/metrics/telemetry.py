@@ -78,6 +78,11 @@ EVENTS = {
     "lost": "estimates that were lost and began anew",
     "swapped": "models put in another's place",
     "load_failed": "models that could not be loaded",
+    "early_spikes": "spikes before their session's origin, which were not used",
+    "lost_spikes": "spikes that came after their bin had left the window, which were not used",
+    "uncertain_bins": "bins of which spikes may be in a batch that did not come",
+    "noted": "events of the experiment",
+    "noted_again": "events that came more than once",
     "unclocked": "bins whose feeder does not say how far its clock is from this one",
     "disconnected": "connections of feeders and clients that ended, or were cut off",
 }

@@ -31,18 +31,18 @@ _DRIFT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A bin that has arrived and passed the checks of its contents.
+    """A bin, or a batch of spikes, that has arrived and passed the checks of its contents.
 
     Attributes:
         message: as it came.
         received_ns: when, by the service's clock.
-        counts, mask: (N,); mask is None if every unit was observed.
+        counts, mask: (N,); mask is None if every unit was observed. Without counts for a batch.
     """
 
-    message: messages.Bin
+    message: messages.Bin | messages.Spikes
     received_ns: int
-    counts: Vector
-    mask: NDArray[np.bool_] | None
+    counts: Vector | None = None
+    mask: NDArray[np.bool_] | None = None
 
     @property
     def index(self) -> int:

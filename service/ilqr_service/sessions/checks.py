@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +16,8 @@ from ilqr_vae.protocol import messages
 SESSION_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_INDEX = 2**53
 MAX_DEADLINE_NS = 3_600_000_000_000
+MAX_TIME_NS = 2**62
+MAX_PAYLOAD = 65_536
 
 
 def _short(text: str) -> str:
@@ -53,6 +56,53 @@ def _vector(array: messages.Array, field: str, n_units: int) -> NDArray[Any]:
     if array.shape != (n_units,):
         raise ProtocolError(f"{field}.shape", expected=f"({n_units},)", got=str(array.shape))
     return messages.unpack(array, field)
+
+
+def check_spikes(
+    message: messages.Spikes, facts: ModelFacts
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Times and units of a batch, each (S,).
+
+    Raises:
+        ProtocolError: a number out of range, not one time for each unit, no whole numbers, no such
+            unit, a time after the batch was sent.
+    """
+    for field in ("index", "source_ns", "until_ns"):
+        value: int = getattr(message, field) or 0
+        lowest, highest = (0, MAX_INDEX) if field == "index" else (-MAX_TIME_NS, MAX_TIME_NS)
+        if not lowest <= value <= highest:
+            raise ProtocolError(field, expected=f"{lowest} to {highest}", got=str(value))
+    if message.until_ns is not None and message.until_ns > message.source_ns:
+        expected = f"at most source_ns, {message.source_ns}"
+        raise ProtocolError("until_ns", expected=expected, got=str(message.until_ns))
+    times, units = message.times_ns, message.units
+    if times.dtype != "<i8":
+        raise ProtocolError("times_ns.dtype", expected="<i8", got=times.dtype)
+    if units.dtype not in ("u1", "<u2", "<u4"):
+        raise ProtocolError("units.dtype", expected="u1, <u2 or <u4", got=units.dtype)
+    if len(times.shape) != 1 or times.shape != units.shape:
+        got = f"{times.shape} and {units.shape}"
+        raise ProtocolError("units.shape", expected="that of times_ns, (S,)", got=got)
+    at, which = messages.unpack(times, "times_ns"), messages.unpack(units, "units").astype(np.int64)
+    n_units = len(facts.unit_names)
+    if which.size and which.max() >= n_units:
+        raise ProtocolError("units", expected=f"0 to {n_units - 1}", got=str(which.max()))
+    if at.size and at.max() > message.source_ns:
+        expected = f"at most source_ns, {message.source_ns}"
+        raise ProtocolError("times_ns", expected=expected, got=str(at.max()))
+    return at, which
+
+
+def check_event(event: messages.Event) -> None:
+    """Raises ProtocolError if the payload is not JSON, or too long."""
+    try:
+        size = len(msgspec.json.encode(event.payload))
+    except (TypeError, ValueError, RecursionError, UnicodeError) as error:
+        raise ProtocolError(
+            "payload", expected="numbers, text, lists, maps", got=_short(str(error))
+        ) from error
+    if size > MAX_PAYLOAD:
+        raise ProtocolError("payload", expected=f"{MAX_PAYLOAD} bytes as JSON", got=str(size))
 
 
 def check_bin(message: messages.Bin, facts: ModelFacts) -> tuple[Vector, NDArray[np.bool_] | None]:

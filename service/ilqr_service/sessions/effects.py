@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from ilqr_service.work import Work
 from ilqr_vae.errors import ProtocolError
@@ -30,10 +31,11 @@ class Effects(msgspec.Struct):
         forget: runs whose queue and estimator state are to be dropped.
         work: bins to solve.
         overran: runs of which more is queued than may be: it may be shed.
+        fed, happened: batches of spikes and events that were taken, by run, for the journal.
         opened: runs that begin here, for the journal.
         ended: runs that end here and why, for the journal.
         again: results published before, to be published again as they were.
-        published: results and notices for subscribers.
+        published: results, notices and events for subscribers.
         replies: messages by feeder.
         served: slot, model and manifest of models that serve from here on, for the journal.
         events: what to count; ``refused:REASON`` for refusals.
@@ -43,10 +45,12 @@ class Effects(msgspec.Struct):
     forget: list[int] = _list()
     work: list[Work] = _list()
     overran: list[int] = _list()
+    fed: list[tuple[int, messages.Spikes]] = _list()
+    happened: list[tuple[int, messages.Event]] = _list()
     opened: list[Session] = _list()
     ended: list[tuple[int, str]] = _list()
     again: list[messages.Result] = _list()
-    published: list[messages.Result | messages.Notice] = _list()
+    published: list[messages.Published] = _list()
     replies: list[tuple[bytes, messages.Message]] = _list()
     events: dict[str, int] = msgspec.field(default_factory=_events)
     served: list[tuple[str, str, dict[str, Any]]] = _list()
@@ -60,6 +64,13 @@ class Effects(msgspec.Struct):
         if self._frames is None:
             self._frames = [messages.encode(message) for message in self.published]
         return self._frames
+
+    def name_ignored(self, fields: tuple[str, ...]) -> None:
+        """Say in the reply to an ``Open`` which of its fields were ignored."""
+        if fields:
+            for k, (to, reply) in enumerate(self.replies):
+                if isinstance(reply, messages.Opened):
+                    self.replies[k] = to, replace(reply, ignored=fields)
 
     def refuse(
         self, owner: bytes, error: ProtocolError, session: str = "", index: int = -1

@@ -28,6 +28,7 @@ EPOCH_STEP = 2**32
 there is always a higher one."""
 
 Reaches = Callable[[bytes, messages.Message], bool]
+_Fed = messages.Bin | messages.Spikes | messages.Close
 
 
 class Sender(NamedTuple):
@@ -57,9 +58,7 @@ class Feeders:
     def __init__(self, limits: Limits, reaches: Reaches) -> None:
         self._limits, self._reaches = limits, reaches
 
-    def check(
-        self, session: Session | None, sender: Sender, message: messages.Bin | messages.Close
-    ) -> Session:
+    def check(self, session: Session | None, sender: Sender, message: _Fed) -> Session:
         """Return the session if the message is from its feeder, and follow the feeder.
 
         Raises:
@@ -76,11 +75,23 @@ class Feeders:
             if isinstance(message, messages.Bin) and message.index >= session.next_index:
                 # the credits that remain after this bin; those in between are lost
                 self._grant(session, sender, next_index=message.index + 1, taken=1)
+            elif isinstance(message, messages.Spikes):
+                self._grant(session, sender, next_index=session.next_index)
         return session
 
-    def _is_feeder(
-        self, session: Session, sender: Sender, message: messages.Bin | messages.Close
-    ) -> bool:
+    def check_event(
+        self, session: Session | None, sender: Sender, event: messages.Event
+    ) -> Session:
+        """Return the session if the event is of its user or states its token. Raises
+        ProtocolError."""
+        if session is not None:
+            known = bool(session.token) and event.token == session.token
+            if known or session.user == sender.user:
+                return session
+        got = event.session[:64]
+        raise ProtocolError("session", expected="an open one of this user, or its token", got=got)
+
+    def _is_feeder(self, session: Session, sender: Sender, message: _Fed) -> bool:
         if session.user != sender.user:
             return False
         if session.token:

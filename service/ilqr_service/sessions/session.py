@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from ilqr_service.sessions.arrivals import Arrivals
@@ -15,6 +16,7 @@ from ilqr_service.sessions.clocked import FeederClock
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Swap, Vector, status_of
 from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.spikes import SpikeBinner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ RECENT = 64
 """Newest results that are kept, to be published again if the feeder asks."""
 
 _REMEMBERED = 4096
+_KEPT = 16  # bins beyond the window, for spikes that come before the bins of the window are queued
+_NOTED = 1024
 
 
 @dataclass(slots=True)
@@ -89,6 +93,8 @@ class Session:
         token: proves that a message is from the session's feeder; empty if it stated none.
         denied: connections that were refused this session, which never follow its feeder's.
         arrivals, clock: what later bins of the feeder are compared with.
+        binner: makes bins of spikes; None where bins come.
+        noted: the newest events, by their source and number.
         base: where the estimate began.
         serial: works queued so far.
         missing: indices answered without a bin.
@@ -134,6 +140,10 @@ class Session:
         default_factory=lambda: deque[messages.Result](maxlen=RECENT)
     )
     denied: set[bytes] = field(default_factory=set[bytes])
+    noted: dict[tuple[str, int], messages.Noted] = field(
+        default_factory=dict[tuple[str, int], messages.Noted]
+    )
+    binner: SpikeBinner | None = field(init=False, default=None)
     token: str = field(init=False)
     arrivals: Arrivals = field(init=False)
     clock: FeederClock = field(init=False)
@@ -142,7 +152,14 @@ class Session:
         width = self.facts.bin_width_ns
         self.token = self.request.token
         self.arrivals = Arrivals(width)
-        self.clock = FeederClock(width, self.request.grace_ns or width // 2)
+        grace_ns = self.request.grace_ns or width // 2
+        self.clock = FeederClock(width, grace_ns)
+        if (origin_ns := self.request.origin_ns) is not None:
+            facts = self.facts
+            kept = facts.horizon + _KEPT
+            self.binner = SpikeBinner(
+                len(facts.unit_names), width, origin_ns, grace_ns=grace_ns, keep=kept
+            )
 
     def arrived(self, index: int, now_ns: int, effects: Effects) -> None:
         """Let the timetable of a clocked session follow a bin."""
@@ -207,7 +224,27 @@ class Session:
             credits=credits,
             next_index=next_index,
             resumed=resumed,
+            next_batch=UNSET if self.binner is None else self.binner.next_batch,
         )
+
+    def note(self, event: messages.Event, received_ns: int) -> messages.Noted:
+        """Remember an event; returns its acknowledgement."""
+        noted = messages.Noted(
+            session=self.name,
+            epoch=self.epoch,
+            source=event.source,
+            index=event.index,
+            received_ns=received_ns,
+            bin=self.next_index,
+        )
+        self.remember(noted)
+        return noted
+
+    def remember(self, noted: messages.Noted) -> None:
+        """An event that was taken is known when it comes again."""
+        self.noted[noted.source, noted.index] = noted
+        if len(self.noted) > _NOTED:
+            del self.noted[next(iter(self.noted))]
 
     def swap(self, facts: ModelFacts) -> Swap:
         """Go on with another model from the next bin on; the work that does it."""

@@ -24,6 +24,8 @@ Rules:
 - A bin that comes after it was answered as missing is put in its place while it is in the window
   of the newest H bins; it and all bins after it are answered again with a higher revision. Further
   back it is refused (``late``). An index that had its bin is refused (``index``).
+- The bins of a session of spikes are made from batches (``intake``): the same holds for them, but
+  that a bin whose counts change is put in its place again.
 - A feeder may have ``credits`` bins unanswered. Each bin returns its credit when it is answered or
   refused, at the latest with the next tick; a bin beyond them is refused, and its index is a gap.
 - An ``anytime`` session sheds, and so does any other that went beyond its credits, until it was in
@@ -36,18 +38,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ilqr_service.sessions.arrivals import Arrival, Decision
-from ilqr_service.sessions.checks import check_bin, check_open
+from msgspec.structs import replace
+
+from ilqr_service.sessions.arrivals import Arrival
+from ilqr_service.sessions.checks import check_bin, check_event, check_open
 from ilqr_service.sessions.clocked import TimeTable
 from ilqr_service.sessions.credits import Credits
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.feeders import Feeders, Reaches, Sender
+from ilqr_service.sessions.intake import Intake
 from ilqr_service.sessions.session import Limits, Session
-from ilqr_service.work import NO_SOLVE, Answer, Insert, ModelFacts, Solve, Work
+from ilqr_service.work import Answer, ModelFacts
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
-
-Feed = messages.Open | messages.Bin | messages.Close
 
 
 class SessionTable:
@@ -82,6 +85,7 @@ class SessionTable:
         self._credits = Credits(limits)
         self._times = TimeTable(self._runs, limits)
         self._feeders = Feeders(limits, reaches)
+        self._intake = Intake(limits, self._credits, self._times)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -106,7 +110,7 @@ class SessionTable:
 
     # ---- messages ------------------------------------------------------------------------------
 
-    def receive(self, owner: bytes, message: Feed, now_ns: int, user: str = "") -> Effects:
+    def receive(self, owner: bytes, message: messages.Feed, now_ns: int, user: str = "") -> Effects:
         """Take a feeder's message that arrived at ``now_ns``. Never raises for what it holds."""
         sender = Sender(owner, user, now_ns, Effects())
         session = self._sessions.get(message.session)
@@ -118,6 +122,10 @@ class SessionTable:
                     self._open(session, sender, message)
                 case messages.Bin():
                     self._bin(self._feeders.check(session, sender, message), sender, message)
+                case messages.Spikes():
+                    self._spikes(self._feeders.check(session, sender, message), sender, message)
+                case messages.Event():
+                    self._event(session, sender, message)
                 case messages.Close():
                     self._close(self._feeders.check(session, sender, message), sender)
         except ProtocolError as error:
@@ -125,17 +133,23 @@ class SessionTable:
         return sender.effects
 
     def _refuse(
-        self, session: Session | None, sender: Sender, message: Feed, error: ProtocolError
+        self,
+        session: Session | None,
+        sender: Sender,
+        message: messages.Feed,
+        error: ProtocolError,
     ) -> None:
         """Refuse a message; a bin's credit goes back to its feeder."""
-        index = message.index if isinstance(message, messages.Bin) else -1
+        numberless = isinstance(message, messages.Open | messages.Close)
+        index = -1 if numberless else message.index
         sender.effects.refuse(sender.owner, error, message.session, index)
-        if session is None or isinstance(message, messages.Close):
+        if session is None or isinstance(message, messages.Close | messages.Event):
             return
         if isinstance(message, messages.Open):
             self._feeders.deny(session, sender)
         elif (session.owner, session.epoch) == (sender.owner, message.epoch):
-            self._credits.owe(session)
+            if isinstance(message, messages.Bin):
+                self._credits.owe(session)
             if error.field == "credits":
                 session.overran()
                 sender.effects.overran.append(session.run)
@@ -191,6 +205,8 @@ class SessionTable:
         session.seen_ns = now_ns
         if session.closing:
             raise ProtocolError("session", expected="open", got="closing")
+        if session.binner is not None:
+            raise ProtocolError("bin", expected="spikes: it was opened with origin_ns", got="a bin")
         counts, mask = check_bin(message, session.facts)
         index, held, late = message.index, session.arrivals.held, message.index < session.next_index
         if (late and index not in session.missing) or (held and held.index == index):
@@ -211,94 +227,35 @@ class SessionTable:
             )
         session.unanswered += 1
         arrivals, arrival = session.arrivals, Arrival(message, now_ns, counts, mask)
-        self._decide(session, arrivals.sort(arrival, session.next_index), effects)
+        self._intake.decide(session, arrivals.sort(arrival, session.next_index), effects)
 
-    def _decide(self, session: Session, decision: Decision, effects: Effects) -> None:
-        """Queue the bins that are accepted, and refuse one."""
-        if decision.refused is not None:
-            arrival, error = decision.refused
-            session.unanswered -= 1
-            effects.refuse(session.owner, error, session.name, arrival.index)
-            self._credits.owe(session)
-        if decision.step_ns:
-            first, step_s = decision.accepted[0].index, decision.step_ns / 1e9
-            what = f"clock: source times step by {step_s:+.3f} s at bin {first}"
-            effects.published.append(session.notice(what))
-            effects.events["clock_steps"] += 1
-        for arrival in decision.accepted:
-            index, at_ns = arrival.index, arrival.received_ns
-            late = index < session.next_index
-            session.arrived(index, at_ns, effects)
-            session.silent = 0
-            if late:
-                session.missing.discard(index)
-                effects.events["late_in"] += 1
-            else:
-                self._bridge(session, index, at_ns, effects)
-            self._queue(session, index, at_ns, effects, arrival, late=late)
-        session.prune()
-        self._times.note(session)
+    def _spikes(self, session: Session, sender: Sender, message: messages.Spikes) -> None:
+        session.seen_ns = sender.at_ns
+        if session.closing:
+            raise ProtocolError("session", expected="open", got="closing")
+        self._intake.batch(session, message, sender.at_ns, sender.effects)
 
-    def _bridge(self, session: Session, index: int, now_ns: int, effects: Effects) -> None:
-        """Answer the bins that did not come before ``index``, or start again there."""
-        gap = range(session.next_index, index)
-        if not gap:
-            return
-        effects.events["gap"] += 1
-        effects.events["gap_bins"] += len(gap)
-        if len(gap) > self.limits.gap_limit or session.waiting > 2 * self.limits.backlog:
-            what = f"reset: bins {gap[0]} to {gap[-1]} did not come and have no answers"
-            effects.published.append(session.notice(what))
-            effects.events["reset"] += 1
-            session.started = False
-            session.base = index
-            return
-        crowded = session.waiting + len(gap) > self.limits.backlog
-        if crowded:
-            session.overran()
-        for one in gap:
-            self._queue(session, one, now_ns, effects, budget=NO_SOLVE if crowded else 0)
-
-    def _queue(
-        self,
-        session: Session,
-        index: int,
-        now_ns: int,
-        effects: Effects,
-        arrival: Arrival | None = None,
-        *,
-        late: bool = False,
-        budget: int = 0,
-    ) -> None:
-        """Queue a bin to be solved; without an arrival it is missing."""
-        due_ns = now_ns + session.deadline_ns
-        fields = session.next_work(index)
-        fields |= {"received_ns": now_ns, "due_ns": due_ns}
-        fields["counts"] = None
-        if arrival is not None:
-            fields |= {"counts": arrival.counts, "mask": arrival.mask}
-            fields |= {"source_ns": arrival.message.source_ns, "clock": arrival.message.clock}
-        work: Work
-        if late:
-            work = Insert(**fields)
-        else:
-            work = Solve(
-                **fields,
-                restart=not session.started,
-                anytime=session.anytime,
-                budget=budget,
-                sheds=session.anytime or session.overrun,
+    def _event(self, session: Session | None, sender: Sender, event: messages.Event) -> None:
+        """Publish an event once, and acknowledge it each time."""
+        session = self._feeders.check_event(session, sender, event)
+        check_event(event)
+        number = (event.source, event.index)
+        noted = session.noted.get(number)
+        if noted is None:
+            noted = session.note(event, sender.at_ns)
+            event = replace(
+                event, token="", received_ns=noted.received_ns, bin=noted.bin, epoch=noted.epoch
             )
-        session.started = True
-        session.waiting += 1
-        if arrival is None:
-            session.missing.add(index)
-        session.next_index = max(session.next_index, index + 1)
-        effects.work.append(work)
+            sender.effects.happened.append((session.run, event))
+            sender.effects.published.append(event)
+            sender.effects.events["noted"] += 1
+        else:
+            sender.effects.events["noted_again"] += 1
+        sender.effects.replies.append((sender.owner, noted))
 
     def _close(self, session: Session, sender: Sender) -> None:
         session.seen_ns = sender.at_ns
-        self._decide(session, session.arrivals.settle(session.next_index), sender.effects)
+        self._intake.settle(session, sender.effects)
         session.closing = True
         self._end_if_answered(session, sender.effects)
 
@@ -343,12 +300,9 @@ class SessionTable:
         effects = Effects()
         for session in list(self._sessions.values()):
             if session.arrivals.expired(now_ns):
-                self._decide(session, session.arrivals.settle(session.next_index), effects)
+                self._intake.settle(session, effects)
             while (due := session.due_ns(self.limits)) is not None and due <= now_ns:
-                session.silent += 1
-                effects.events["overdue"] += 1
-                self._queue(session, session.next_index, now_ns, effects)
-                self._times.note(session)
+                self._intake.overdue(session, now_ns, effects)
             if session.waiting == 0 and now_ns - session.seen_ns > self.limits.idle_ns:
                 self._end(session, "idle", effects)
                 effects.events["idle"] += 1

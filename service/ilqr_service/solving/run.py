@@ -56,11 +56,10 @@ class Run:
         self.state, self.watch = state, watch
 
     def place(self, index: int) -> int | None:
-        """Where the bin ``index`` is held as missing; None where it is not."""
+        """Where the bin ``index`` is held; None where it is not."""
         for k in range(len(self.entries) - 1, -1, -1):
-            work = self.entries[k].work
-            if work.index == index:
-                return k if work.missing else None
+            if self.entries[k].work.index == index:
+                return k
         return None
 
 

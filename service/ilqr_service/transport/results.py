@@ -51,24 +51,23 @@ class Publisher:
             gone=self._gone,
         )
 
-    def publish(self, session: str, frame: bytes) -> None:
-        """Send a message to the session's subscribers; never waits."""
-        topic = self.remember(session, frame)
+    def publish(self, topic: bytes, frame: bytes, *, exact: bool = False) -> None:
+        """Send a message to the topic's subscribers, or (``exact``) to those alone who named the
+        whole topic; never waits."""
+        self.remember(topic, frame)
         told: set[Connection] = set()
-        for length in self._lengths:
+        for length in (len(topic),) if exact else self._lengths:
             if length <= len(topic):
                 told.update(self._subscribers.get(topic[:length], ()))
         for connection in told:
             self._connections.send(connection, frame, topic)
 
-    def remember(self, session: str, frame: bytes) -> bytes:
-        """Keep as the last message of the session's topic, which it returns."""
-        topic = messages.topic(session)
+    def remember(self, topic: bytes, frame: bytes) -> None:
+        """Keep as the last message of the topic."""
         self._last.pop(topic, None)  # so that the newest topics are last
         self._last[topic] = frame
         if len(self._last) > self._topics:
             del self._last[next(iter(self._last))]
-        return topic
 
     def strange(self) -> Counter[str]:
         """Messages that were no (un)subscriptions, since the last call."""
@@ -101,7 +100,7 @@ class Publisher:
         """What a new subscriber of a topic is sent."""
         if topic in self._last:
             return self._last[topic]
-        name = topic.rstrip(b"\x00").decode("utf-8", "replace")
+        name = topic.rstrip(b"\x00\x01").decode("utf-8", "replace")
         return messages.encode(messages.Notice(session=name, epoch=0, what="subscribed"))
 
     def _remove(self, connection: Connection, topic: bytes) -> None:

@@ -15,6 +15,8 @@ from ilqr_vae.protocol.keys import AUTHORIZED, Authorized, Role, read_authorized
 _NEEDS: dict[type[messages.Message], Role] = {
     messages.Open: "feed",
     messages.Bin: "feed",
+    messages.Spikes: "feed",
+    messages.Event: "feed",
     messages.Close: "feed",
     messages.Load: "control",
     messages.Swap: "control",

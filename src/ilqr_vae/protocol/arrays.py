@@ -16,7 +16,7 @@ DTYPES: tuple[str, ...] = ("u1", "<u2", "<u4", "<i8", "<f4", "<f8")
 _NUMPY = {name: np.dtype(name) for name in DTYPES}
 
 
-class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+class Array(msgspec.Struct, frozen=True, gc=False):
     """An array as dtype, shape and raw little-endian bytes in C order."""
 
     dtype: DType

@@ -1,0 +1,122 @@
+"""One stream of spikes and the answers for the bins that the service makes of them."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections import deque
+from typing import SupportsIndex
+
+from numpy.typing import ArrayLike
+
+from ilqr_clients.exact import sized
+from ilqr_clients.outstanding import REMEMBERED
+from ilqr_clients.session import Session
+from ilqr_vae.protocol import messages
+
+
+class SpikeSession(Session):
+    """As ``Session``, but fed with spikes; made by ``ServiceClient.open_spikes``.
+
+    Bins that the service does not have after a connection broke, or after it was restarted, are
+    sent again as the batches of spikes that they came in.
+    """
+
+    _sent: deque[tuple[int, bytes]]
+    _again: set[int]
+    _next_batch: int
+    _next_bin: int
+
+    @property
+    def origin_ns(self) -> int:
+        """When bin 0 begins, by the feeder's clock."""
+        assert self.request.origin_ns is not None
+        return self.request.origin_ns
+
+    def end_ns(self, index: int) -> int:
+        """When a bin ends, by the feeder's clock."""
+        return self.origin_ns + (index + 1) * self.request.bin_width_ns
+
+    def _open(self) -> None:
+        self._sent, self._again = deque(maxlen=REMEMBERED), set()
+        self._next_batch = self._next_bin = 0
+        super()._open()
+        self._next_batch = self.opened.next_batch or 0
+        self._next_bin = self.opened.next_index
+
+    def send_spikes(
+        self,
+        times_ns: ArrayLike,
+        units: ArrayLike,
+        *,
+        until_ns: SupportsIndex | None = None,
+        source_ns: SupportsIndex | None = None,
+    ) -> int:
+        """Send the spikes since the last call, or that there were none; never waits.
+
+        Args:
+            times_ns: (S,) whole nanoseconds of this client's clock, in any order.
+            units: (S,) each spike's position in the session's units.
+            until_ns: no spike before this time will be sent any more: bins that end by then are
+                closed. Default ``source_ns`` less the grace.
+            source_ns: now, by the clock of the spikes; default this client's clock. It must not
+                fall, and no spike may be later.
+
+        Returns:
+            The first bin that is not closed.
+
+        Raises:
+            ShapeError: not one time for each unit, no whole numbers, a negative unit.
+            SessionEndedError, ServiceUnreachableError, AnswerTimeoutError: as ``send``.
+        """
+        times = sized("times_ns", times_ns, "<i8", "whole nanoseconds")
+        which = sized("units", units, "<u4", "whole numbers, at least 0", len(times))
+        self._take(0.0)
+        self._check()
+        now = self.timer.now_ns()
+        source = now if source_ns is None else operator.index(source_ns)
+        message = messages.Spikes(
+            session=self.request.session,
+            epoch=self.request.epoch,
+            index=self._next_batch,
+            source_ns=source,
+            times_ns=messages.pack(times, "<i8"),
+            units=messages.pack(which, "<u4"),
+            until_ns=None if until_ns is None else operator.index(until_ns),
+            clock=self.clock.stated(now),
+            token=self.request.token,
+        )
+        if (probe := self.clock.probe(now)) is not None:
+            self.send_raw(messages.encode(probe))
+        frame = messages.encode(message)
+        self.send_raw(frame)
+        self._sent.append((message.index, frame))
+        self._next_batch += 1
+        width = self.request.bin_width_ns
+        grace = self.request.grace_ns or width // 2
+        until = source - grace if message.until_ns is None else message.until_ns
+        closed = range(self._next_bin, max(self._next_bin, (until - self.origin_ns) // width))
+        for index in closed[-REMEMBERED:]:
+            self._outstanding.sent(index, b"", time.monotonic())
+        self.credits -= len(closed)
+        self._next_bin = closed.stop
+        return closed.stop
+
+    def _resend(self, opened: messages.Opened, frames: list[bytes]) -> None:
+        for index, frame in self._sent:
+            if index >= (opened.next_batch or 0):
+                self.send_raw(frame)
+
+    def _reply(self, reply: messages.Downstream | None) -> None:
+        if isinstance(reply, messages.Refused) and reply.index >= 0:
+            if reply.field == "index":
+                return  # it was sent twice
+            if reply.field == "credits":
+                self._again.add(reply.index)
+                return
+        super()._reply(reply)
+        if isinstance(reply, messages.Credit) and self._again:
+            for index, frame in self._sent:
+                if index in self._again:
+                    self.send_raw(frame)
+            self._again.clear()

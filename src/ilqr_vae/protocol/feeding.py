@@ -1,0 +1,231 @@
+"""Messages of feeders: sessions, what is fed to them, and the service's replies.
+
+What goes up leaves out the fields that have their default value, so that a service that does not
+know a field refuses or ignores it only where it matters.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from ilqr_vae.protocol.arrays import Array
+from ilqr_vae.protocol.base import Message, Name, Offset, Token
+
+# ---- feeder -> service -------------------------------------------------------------------------
+
+
+class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Begin (or begin again, with a higher epoch) a session.
+
+    Attributes:
+        protocol: ``PROTOCOL``.
+        session: name, 1-64 of [A-Za-z0-9._-].
+        units: the unit names, in the order of the counts; must be the model's.
+        bin_width_ns: must be the model's.
+        epoch: run number; results of different epochs never mix.
+        deadline_ns: an answer published later than this after ``received`` is flagged late.
+        anytime: let the deadline cut a solve short (``degraded``); default is a fixed number of
+            iterations, so that answers do not depend on the clock.
+        clocked: a bin that has not come ``grace_ns`` after its time is answered as ``missing``
+            without waiting for the next one; it is corrected if it still comes within the window.
+            If false, a missing bin is noticed only when a later one arrives. The times follow the
+            feeder's own: its rate (up to 10 % off the bin width), and its pauses.
+        grace_ns: for ``clocked`` and for spikes; 0 is half a bin width.
+        watch_units: mask units that are dead, saturated or drifting, and report them by notices.
+        resume: continue this session and epoch where it stands (another feeder of it is gone, or
+            the service was restarted).
+        begin: with ``resume``, begin the session if it is not open; if false, refuse.
+        answered: with ``resume``, the newest index whose answer the feeder has; later ones that
+            the service still has are published again as they were.
+        token: a secret of the feeder's choice. A message that states it is from the session's
+            feeder, whatever connection it comes by; see ``Bin``.
+        model: a slot's name or a model's id; "" is the service's first.
+        origin_ns: if given, the feeder sends ``Spikes`` instead of ``Bin``, and bin k covers
+            [origin_ns + k bin_width_ns, origin_ns + (k + 1) bin_width_ns) of its clock.
+    """
+
+    protocol: int
+    session: str
+    units: Annotated[tuple[str, ...], msgspec.Meta(max_length=2**16)]
+    bin_width_ns: int
+    epoch: int = 0
+    deadline_ns: int
+    anytime: bool = False
+    clocked: bool = False
+    grace_ns: int = 0
+    watch_units: bool = False
+    resume: bool = False
+    answered: int = -1
+    model: str = ""
+    token: Token = ""
+    begin: bool = True
+    origin_ns: Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)] | None = None
+
+
+class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Counts of one bin.
+
+    It is from the session's feeder if it comes by the connection that opened the session or states
+    the session's token. If the session has no token, a bin of the same user, session and epoch is
+    also accepted by a new connection once the old one is gone. The session then follows the new
+    connection, and the reply is an ``Opened`` with ``resumed``.
+
+    Attributes:
+        source_ns: when it was complete, by the feeder's monotonic clock: of two bins the one with
+            the higher index has no earlier time.
+        mask: u1 per unit, 1 = observed; None = all observed.
+        clock: how far the service's clock is from the feeder's; None where that is not known.
+    """
+
+    session: str
+    epoch: int = 0
+    index: int
+    source_ns: int
+    counts: Array
+    mask: Array | None = None
+    clock: Offset | None = None
+    token: Token = ""
+
+
+class Spikes(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """A batch of spikes, of a session that was opened with ``origin_ns``. Whose it is is decided as
+    for ``Bin``.
+
+    A feeder sends at least one batch in each bin width, an empty one if there was no spike: one
+    that is silent cannot be told from one that is gone.
+
+    Attributes:
+        index: number of the batch, rising from 0 by 1. A batch whose number has come is refused.
+        source_ns: when it was sent, by the feeder's clock: of two batches the one with the higher
+            index has no earlier time, and no spike is later.
+        times_ns: <i8 (S,), time of each spike by the feeder's clock, in any order.
+        units: u1, <u2 or <u4 (S,), each spike's position in ``Open.units``.
+        until_ns: all spikes before this time are in this batch or an earlier one, so that bins
+            that end by then are closed; None is ``source_ns`` less the grace.
+        clock, token: see ``Bin``.
+    """
+
+    session: str
+    epoch: int = 0
+    index: int
+    source_ns: int
+    times_ns: Array
+    units: Array
+    until_ns: int | None = None
+    clock: Offset | None = None
+    token: Token = ""
+
+
+class Event(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Something that happened in the experiment: a target, a cue, a reward, a stimulus.
+
+    Whoever has the session's token or is its user may send it, by any connection; the reply is
+    ``Noted``. The service fills in ``received_ns``, ``bin`` and ``epoch`` and publishes it under
+    ``event_topic``.
+
+    Attributes:
+        name: what it is; ``trial_start`` and ``trial_stop`` become trials when exported.
+        time_ns: when it happened, by the sender's monotonic clock.
+        payload: what is to be known of it: names with numbers, text, lists or maps.
+        source, index: who says so, and its number of the event; an event whose numbers have come
+            is acknowledged and not published again.
+        clock: how far the service's clock is from the sender's; None where that is not known.
+        received_ns: arrival, by the service's clock; 0 on the way up.
+        bin: the next bin at that moment; -1 on the way up.
+        epoch: of the session at that moment; ignored on the way up.
+    """
+
+    session: str
+    name: Name
+    time_ns: Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+    payload: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    source: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    index: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    clock: Offset | None = None
+    token: Token = ""
+    received_ns: int = 0
+    bin: int = -1
+    epoch: int = 0
+
+
+class Close(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer what is queued, then end the session."""
+
+    session: str
+    epoch: int = 0
+    token: Token = ""
+
+
+# ---- service -> feeder -------------------------------------------------------------------------
+
+
+class Opened(Message, frozen=True, kw_only=True):
+    """The session is open.
+
+    Attributes:
+        credits: bins that may be in flight unanswered.
+        next_index: the first bin that has not been taken yet.
+        resumed: it goes on where it stood, from ``next_index``.
+        next_batch: the first batch of spikes that has not been taken yet; only for spikes.
+        ignored: fields of ``Open`` that the service does not know; only where there are any.
+    """
+
+    session: str
+    epoch: int
+    model: str
+    latents: int
+    kinematic_names: tuple[str, ...]
+    kinematic_units: tuple[str, ...]
+    horizon: int
+    iterations: int
+    credits: int
+    next_index: int = 0
+    resumed: bool = False
+    next_batch: int | UnsetType = UNSET
+    ignored: tuple[str, ...] | UnsetType = UNSET
+
+
+class Credit(Message, frozen=True, kw_only=True):
+    """``credits`` more bins may be sent; ``index``: the newest bin answered."""
+
+    session: str
+    epoch: int
+    index: int
+    credits: int
+
+
+class Noted(Message, frozen=True, kw_only=True):
+    """An event has been taken. ``source`` and ``index`` are its own; the rest as published."""
+
+    session: str
+    epoch: int
+    source: str
+    index: int
+    received_ns: int
+    bin: int
+
+
+class Closed(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """The session has ended after ``bins`` answers; ``reason`` is that of its last notice."""
+
+    session: str
+    epoch: int
+    bins: int
+    reason: str = ""
+
+
+class Refused(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Something was wrong with one message; nothing else is disturbed.
+
+    Attributes:
+        index: of the bin, batch or event that was refused; -1 if the message was none.
+    """
+
+    field: str
+    expected: str
+    got: str
+    session: str = ""
+    index: int = -1

@@ -1,0 +1,118 @@
+"""Events of the experiment: taken from whoever may, published, journalled, exported as trials."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+from nwbinspector import inspect_nwbfile
+from pynwb import NWBHDF5IO
+
+from ilqr_clients.sdk import ServiceClient, model_of
+from ilqr_service.journal.export import choose, runs_of, write
+from ilqr_vae.errors import RequestRefusedError
+from ilqr_vae.protocol import messages
+from ilqr_vae.recordings.nwb.write import SubjectInfo
+from rig import make_model, serving
+from test_sessions import open_, refused, table
+
+
+def event(**changes: Any) -> messages.Event:
+    return messages.Event(**({"session": "s", "name": "cue", "time_ns": 5} | changes))
+
+
+def test_an_event_is_published_once_and_acknowledged_each_time() -> None:
+    t = table()
+    t.receive(b"f", open_(epoch=4), 0)
+    effects = t.receive(b"g", event(payload={"x": [1, 2]}, source="task", index=3), 9)
+    (published,) = effects.published
+    assert isinstance(published, messages.Event)
+    assert (published.epoch, published.received_ns, published.bin) == (4, 9, 0)
+    assert effects.happened == [(0, published)]
+    again = t.receive(b"g", event(source="task", index=3), 12)
+    assert again.published == []
+    assert [r for _, r in again.replies] == [r for _, r in effects.replies]
+    assert messages.topic_of(published) == b"s\x01"
+
+
+def test_events_are_of_the_sessions_user_or_state_its_token() -> None:
+    t = table()
+    t.receive(b"f", open_(token="secret"), 0, "rig")
+    assert refused(t.receive(b"g", event(), 0, "other")).field == "session"
+    assert refused(t.receive(b"g", event(token="wrong"), 0, "other")).field == "session"
+    assert refused(t.receive(b"g", event(session="none"), 0, "rig")).field == "session"
+    assert t.receive(b"g", event(token="secret"), 0, "other").published
+    (published,) = t.receive(b"g", event(index=1), 0, "rig").published
+    assert isinstance(published, messages.Event)
+    assert published.token == ""
+    late = event(index=2, payload={"x": "y" * 70_000})
+    assert refused(t.receive(b"g", late, 0, "rig")).field == "payload"
+    odd = event(index=2, payload={"x": msgspec.msgpack.Ext(7, b"z")})
+    assert refused(t.receive(b"g", odd, 0, "rig")).field == "payload"
+
+
+def test_events_reach_listeners_and_become_trials_in_an_export(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m.safetensors", n_units=5)
+    journal = tmp_path / "journal"
+    with serving(model, journal=str(journal)) as service, ServiceClient(service.ingest) as client:
+        served = model_of(client.describe())
+        everything: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        everything.connect(service.results)
+        everything.setsockopt(zmq.SUBSCRIBE, b"")
+        options: dict[str, Any] = {"units": served.unit_names, "bin_width": served.bin_width}
+        with client.open("rat", hear_events=True, **options) as session:
+            now = session.timer.now_ns()
+            for index, counts in enumerate(np.ones((8, 5), np.int64)):
+                session.step(index, counts, source_ns=now + index * 50_000_000)
+                at = now + index * 50_000_000 + 20_000_000
+                if index in (1, 4):
+                    target = {"target": [0.1, index], "side": "left", "reach": index}
+                    assert client.event("rat", "trial_start", target, time_ns=at).bin == index + 1
+                if index == 3:
+                    client.event("rat", "trial_stop", {"reward": 1.5}, time_ns=at)
+                    crashed = shutil.copytree(journal, tmp_path / "crashed")
+            while len(session.events) < 3:
+                session.receive(0.1)
+            assert [e.name for e in session.events] == ["trial_start", "trial_stop", "trial_start"]
+            assert session.events[0].payload == {"target": [0.1, 1], "side": "left", "reach": 1}
+            with pytest.raises(RequestRefusedError, match="an open one of this user"):
+                client.event("nobody", "cue")
+        heard: list[messages.Published | None] = []
+        while everything.poll(0):
+            heard.append(messages.decode_published(everything.recv_multipart()[-1]))
+        assert not any(isinstance(one, messages.Event) for one in heard)
+        everything.close(linger=0)
+    # a service that takes the session up knows the events it has
+    with serving(model, journal=str(crashed)) as service, ServiceClient(service.ingest) as client:
+        (again,) = [s for s in service._table if s.name == "rat"]
+        assert [number for _, number in again.noted] == [0, 1]
+    runs, manifests = runs_of(journal)
+    who = SubjectInfo("rat", "Rattus norvegicus", "F", "P90D", "a rat")
+    out = tmp_path / "out.nwb"
+    write(
+        out,
+        choose(runs, "rat", None, None),
+        manifests,
+        subject=who,
+        experimenter="Doe, Jo",
+        institution="Lab",
+    )
+    with NWBHDF5IO(out, "r") as io:
+        nwb: Any = io.read()
+        events = nwb.processing["behavior"]["events"].to_dataframe()
+        trials = nwb.trials.to_dataframe()
+    assert np.allclose(events["timestamp"], [0.07, 0.17, 0.22], atol=1e-6)
+    assert list(events["event"]) == ["trial_start", "trial_stop", "trial_start"]
+    assert np.allclose(trials["start_time"], [0.07, 0.22], atol=1e-6)
+    assert np.allclose(trials["stop_time"], [0.17, 0.35], atol=1e-6)
+    assert list(trials["side"]) == ["left", "left"]
+    assert [json.loads(t) for t in trials["target"]] == [[0.1, 1], [0.1, 4]]
+    assert trials["reward"][0] == 1.5
+    assert np.isnan(trials["reward"][1])
+    assert [str(m) for m in inspect_nwbfile(nwbfile_path=out) if m.importance.value >= 2] == []
