@@ -55,7 +55,8 @@ import sys
 import ilqr_clients
 assert "zmq" not in sys.modules
 assert ilqr_clients.__all__ == [
-    "Answer", "AnswerTimeoutError", "ClientKey", "Model", "ProtocolError", "RequestRefusedError",
+    "Answer", "AnswerTimeoutError", "AsyncListener", "AsyncServiceClient", "AsyncSession",
+    "ClientKey", "IlqrVaeError", "Listener", "Model", "ProtocolError", "RequestRefusedError",
     "ServiceClient", "ServiceError", "ServiceUnreachableError", "Session", "SessionEndedError",
     "ShapeError", "model_of", "read_client_key",
 ]

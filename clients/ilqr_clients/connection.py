@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from ilqr_vae.errors import ProtocolError, RequestRefusedError, ServiceError
 from ilqr_vae.protocol import messages
@@ -106,5 +107,29 @@ def reachable(results: str, endpoint: str) -> str:
 def refusal(endpoint: str, refused: messages.Refused) -> RequestRefusedError:
     """The exception for a refusal."""
     return RequestRefusedError(
-        f"{refused.field} (refused by {endpoint})", expected=refused.expected, got=refused.got
+        refused.field,
+        expected=refused.expected,
+        got=refused.got,
+        endpoint=endpoint,
+        index=refused.index,
     )
+
+
+class Watched:
+    """Whether a socket still has the connection that it had, as libzmq reports it.
+
+    Args:
+        socket: connected.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        self._events = socket.get_monitor_socket(events)
+        self._connected = True
+
+    @property
+    def connected(self) -> bool:
+        while self._events.poll(0):
+            event = recv_monitor_message(self._events)["event"]
+            self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return self._connected

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.protocol import messages
 
 
 def exactly(
@@ -31,15 +32,27 @@ def exactly(
     return converted
 
 
-def whole(field: str, value: SupportsIndex) -> int:
-    """An integer of any kind, numpy's among them, at least 0."""
+def whole(field: str, value: SupportsIndex, least: int = 0) -> int:
+    """An integer of any kind, numpy's among them. Raises ShapeError."""
     try:
         number = operator.index(value)
     except TypeError:
-        number = -1
-    if number < 0:
-        raise ShapeError(field, expected="a whole number, at least 0", got=repr(value))
+        number = least - 1
+    if number < least:
+        raise ShapeError(field, expected=f"a whole number, at least {least}", got=repr(value))
     return number
+
+
+def packed_bin(
+    counts: ArrayLike, mask: ArrayLike | None, n_units: int
+) -> tuple[messages.Array, messages.Array | None]:
+    """Counts and mask (N,) of a bin as they are sent. Raises ShapeError."""
+    expected = f"whole numbers in [0, {messages.MAX_COUNT}]"
+    packed = messages.pack(exactly("counts", counts, n_units, "<u2", expected), "<u2")
+    if mask is None:
+        return packed, None
+    observed = exactly("mask", mask, n_units, np.bool_, "True or False")
+    return packed, messages.pack(observed, "u1")
 
 
 def sized(

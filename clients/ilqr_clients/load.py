@@ -18,9 +18,9 @@ import zmq
 
 from ilqr_clients.connection import Closing
 from ilqr_clients.known_offset import KnownClock
+from ilqr_clients.listener import PATIENCE_S
 from ilqr_clients.load_schedule import Faults, Load, Send, completed, counts_of, schedule
 from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
-from ilqr_clients.session import PATIENCE_S
 from ilqr_vae.errors import ServiceError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockTrack, MonotonicClock

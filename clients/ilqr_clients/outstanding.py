@@ -42,6 +42,9 @@ class Outstanding:
         self._ask_after = _ASK_S
         self._resent: set[int] = set()
 
+    def __contains__(self, index: int) -> bool:
+        return index in self._bins
+
     @property
     def first(self) -> int:
         """The lowest index that has no answer, else the one after the newest answered."""

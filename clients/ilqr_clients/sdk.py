@@ -5,9 +5,23 @@
 ...     with service.open("rat-7", units=names, bin_width=0.05) as session:
 ...         print(session.step(0, counts, timeout=1.0).kinematics)
 
-A ``ServiceClient`` asks about the service; a ``Session`` feeds bins and takes results. A ZeroMQ
-socket belongs to one thread, so make one of each in every thread. Every wait ends: an exception
-names the endpoint and the reason.
+Every wait ends. Errors of a running service are one tree, whose messages name the endpoint:
+
+=========================  ========================================================================
+``ServiceError``           base of those below; also: an address that is none
+``ServiceUnreachableError``  no connection, or no word from the service for as long as was allowed
+``AnswerTimeoutError``     the service is there, and a bin was not answered in time
+``SessionEndedError``      the session is not open any more; ``reason``: closed, idle, shutdown,
+                           restarted or unknown
+``RequestRefusedError``    a request or a bin was refused; ``field``, ``expected`` and ``got``
+=========================  ========================================================================
+
+What the caller itself gets wrong, counts of a wrong shape for one, is a ``ShapeError``. All derive
+from ``ilqr_vae.errors.IlqrVaeError``.
+
+A ``ServiceClient`` asks about the service; a ``Session`` feeds bins and takes answers; a
+``Listener`` reads the answers of a session that somebody else feeds. A ZeroMQ socket belongs to one
+thread, so make one of each in every thread. ``ilqr_clients.aio`` has the same for asyncio.
 """
 
 from __future__ import annotations
@@ -20,15 +34,26 @@ from typing import Any, TypeVar
 import zmq
 
 from ilqr_clients.connection import Closing, Model, connect, model_of, reachable, refusal
+from ilqr_clients.exact import whole
 from ilqr_clients.known_offset import KnownClock
-from ilqr_clients.session import PATIENCE_S, Session
+from ilqr_clients.listener import PATIENCE_S, Listener
+from ilqr_clients.session import OnError, Session
 from ilqr_clients.spike_session import SpikeSession
 from ilqr_vae.errors import ServiceError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, MonotonicClock, offset_of
 from ilqr_vae.protocol.keys import ClientKey
 
-__all__ = ["Model", "ServiceClient", "Session", "connect", "model_of", "reachable", "refusal"]
+__all__ = [
+    "Listener",
+    "Model",
+    "ServiceClient",
+    "Session",
+    "connect",
+    "model_of",
+    "reachable",
+    "refusal",
+]
 
 Reply = TypeVar(
     "Reply",
@@ -161,6 +186,7 @@ class ServiceClient(Closing):
         patience: float = PATIENCE_S,
         origin_ns: int | None = None,
         hear_events: bool = False,
+        on_error: OnError | None = None,
     ) -> Session:
         """Open a session and its results.
 
@@ -182,6 +208,8 @@ class ServiceClient(Closing):
             patience: seconds that the session waits for an answer that is due; see ``Session``.
             origin_ns: for spikes; see ``open_spikes``.
             hear_events: keep the session's events in ``Session.events``.
+            on_error: called with what the session's ``send`` and ``receive`` would raise of the
+                service, instead; see ``Session``.
 
         Raises:
             ServiceUnreachableError: no answer.
@@ -191,21 +219,22 @@ class ServiceClient(Closing):
         if epoch is None:
             known = [s.epoch for s in self.sessions() if s.session == session]
             epoch = max((e if resume else e + 1 for e in known), default=0)
+        epoch, answered = whole("epoch", epoch), whole("answered", answered, -1)
         request = messages.Open(
             protocol=messages.PROTOCOL,
             session=session,
-            units=tuple(units),
-            bin_width_ns=round(bin_width * 1e9),
+            units=tuple(map(str, units)),
+            bin_width_ns=round(float(bin_width) * 1e9),
             epoch=epoch,
-            deadline_ns=round((bin_width if deadline is None else deadline) * 1e9),
-            anytime=anytime,
-            clocked=clocked,
-            grace_ns=round(grace * 1e9),
-            watch_units=watch_units,
-            resume=resume,
+            deadline_ns=round(float(bin_width if deadline is None else deadline) * 1e9),
+            anytime=bool(anytime),
+            clocked=bool(clocked),
+            grace_ns=round(float(grace) * 1e9),
+            watch_units=bool(watch_units),
+            resume=bool(resume),
             answered=answered,
             model=model,
-            origin_ns=origin_ns,
+            origin_ns=None if origin_ns is None else whole("origin_ns", origin_ns, -(2**63)),
         )
         kind = Session if origin_ns is None else SpikeSession
         return kind(
@@ -218,6 +247,38 @@ class ServiceClient(Closing):
             timer=self.timer,
             clock=self.clock(),
             hear_events=hear_events,
+            on_error=on_error,
+        )
+
+    def listen(self, session: str, *, wait: bool = False, patience: float = PATIENCE_S) -> Listener:
+        """Read the results of a session that somebody else feeds.
+
+        Args:
+            session: its name.
+            wait: listen though no session of that name is open yet.
+            patience: seconds without a sign of life from the service before an exception.
+
+        Raises:
+            ServiceUnreachableError: no answer.
+            ServiceError: no session of that name is open.
+        """
+        results = reachable(self.describe().results, self.endpoint)
+        names = sorted(s.session for s in self.sessions())
+        if not wait and session not in names:
+            raise ServiceError(
+                f"session at {self.endpoint}",
+                expected=f"one that is open ({', '.join(names) or 'none is'})",
+                got=repr(session),
+            )
+        return Listener(
+            self.endpoint,
+            results,
+            session,
+            timeout=self.timeout,
+            patience=patience,
+            wait=wait,
+            key=self.key,
+            timer=self.timer,
         )
 
     def open_spikes(self, session: str, *, origin_ns: int, **options: Any) -> SpikeSession:

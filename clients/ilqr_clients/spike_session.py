@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections import deque
 from typing import SupportsIndex
 
 from numpy.typing import ArrayLike
 
-from ilqr_clients.exact import sized
+from ilqr_clients.exact import sized, whole
 from ilqr_clients.outstanding import REMEMBERED
 from ilqr_clients.session import Session
 from ilqr_vae.protocol import messages
@@ -72,9 +71,9 @@ class SpikeSession(Session):
         times = sized("times_ns", times_ns, "<i8", "whole nanoseconds")
         which = sized("units", units, "<u4", "whole numbers, at least 0", len(times))
         self._take(0.0)
-        self._check()
+        self._report(sending=True)
         now = self.timer.now_ns()
-        source = now if source_ns is None else operator.index(source_ns)
+        source = now if source_ns is None else whole("source_ns", source_ns, -(2**63))
         message = messages.Spikes(
             session=self.request.session,
             epoch=self.request.epoch,
@@ -82,7 +81,7 @@ class SpikeSession(Session):
             source_ns=source,
             times_ns=messages.pack(times, "<i8"),
             units=messages.pack(which, "<u4"),
-            until_ns=None if until_ns is None else operator.index(until_ns),
+            until_ns=None if until_ns is None else whole("until_ns", until_ns, -(2**63)),
             clock=self.clock.stated(now),
             token=self.request.token,
         )

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.sdk import Session, refusal
-from ilqr_vae.errors import AnswerTimeoutError
+from ilqr_clients.sdk import Session
+from ilqr_vae.errors import AnswerTimeoutError, RequestRefusedError, ServiceError
 from ilqr_vae.protocol.clock import ClockTrack
 
 Array = NDArray[np.float64]
@@ -184,6 +184,30 @@ def stream(
         RequestRefusedError: a bin was refused for another reason than being beyond the credits.
     """
     log = StreamLog(len(counts), session.opened.latents, len(session.opened.kinematic_names))
+
+    def note(error: ServiceError) -> None:
+        if not isinstance(error, RequestRefusedError) or error.field != "credits":
+            raise error
+        log.refused += 1  # for overload, which is part of a run
+
+    before, session.on_error = session.on_error, note
+    try:
+        _stream(session, log, counts, mask, dropped, interval, watch, patience)
+    finally:
+        session.on_error = before
+    return log
+
+
+def _stream(
+    session: Session,
+    log: StreamLog,
+    counts: NDArray[Any],
+    mask: NDArray[np.bool_] | None,
+    dropped: NDArray[np.bool_] | None,
+    interval: float | None,
+    watch: Callable[[StreamLog, float], None] | None,
+    patience: float,
+) -> None:
     to_send = np.arange(len(counts)) if dropped is None else np.flatnonzero(~dropped)
     log.started_ns = session.timer.now_ns()
     step_ns = 0 if interval is None else round(interval * 1e9)
@@ -207,12 +231,12 @@ def stream(
             elif interval is not None:
                 wait = min(0.05, (intended - now) / 1e9)
         # Polling counts in whole milliseconds; the last one before a send is spent looking.
+        refused = log.refused
         answers = session.receive(wait if wait >= 0.001 else 0.0)
         for answer in answers:
             log.take(answer)
             sent_answers += answer.revision == 0 and answer.status != "missing"
-        if session.refused:
-            sent_answers += _refusals(session, log)
+        sent_answers += log.refused - refused
         for what in session.notices[notices:]:
             if (gap := _RESET.match(what)) is not None:
                 unbridged = int(gap[2]) - int(gap[1]) + 1
@@ -235,15 +259,3 @@ def stream(
     log.ended_ns = session.timer.now_ns()
     if watch is not None:
         watch(log, float("inf"))
-    return log
-
-
-def _refusals(session: Session, log: StreamLog) -> int:
-    """How many bins were refused for overload, which is part of a run; anything else ends it."""
-    count = len(session.refused)
-    for refused in session.refused:
-        if refused.field != "credits":
-            raise refusal(session.endpoint, refused)
-    log.refused += count
-    session.refused.clear()
-    return count

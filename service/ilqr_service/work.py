@@ -8,14 +8,15 @@ every bin; nothing in them can refer back to them, so the garbage collector need
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.protocol.messages import Offset, Result, Status
-
-Vector = NDArray[np.float64]
+from ilqr_vae.protocol.answer import Estimated
+from ilqr_vae.protocol.answer import Vector as Vector
+from ilqr_vae.protocol.base import Offset, Status
 
 STOPPED = "stopped"
 """The solver's own status where the deadline cut a solve short."""
@@ -145,19 +146,12 @@ class Swap(_Queued, frozen=True, kw_only=True, gc=False):
 Work = Solve | Insert | Swap
 
 
-class Answer(msgspec.Struct, frozen=True, gc=False):
+class Answer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
     """The engine's answer for one bin.
 
     Attributes:
         work: the bin.
-        latent, latent_std: (n,).
-        rates: (N,), expected counts per bin.
-        kinematics, kinematics_std: (D,).
-        bits, spikes: see ``messages.Result``.
-        iterations: iLQR iterations done.
         solver: the solver's status in lower case, or ``FAILED``.
-        solve_start_ns, solve_end_ns: stage times.
-        model: id of the model that answered.
         revised: the bin was answered before.
         settles: no other answer follows for the work that caused this one.
         void: no answer; the late bin could not be put in its place.
@@ -165,24 +159,11 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
         serial: of the work that caused this answer.
         flags: what changed about units, for people.
         flagged: ``NAME:reason`` of all masked units, None where they are not watched.
-        ignored: units of this bin whose counts were beyond the model's bounds and were not used.
         beyond: the answer is beyond what training showed (``ilqr_vae.streaming.bounds``).
         restarted: the estimate began anew with this bin, its state being lost.
     """
 
     work: Solve | Insert
-    latent: Vector
-    latent_std: Vector
-    rates: Vector
-    kinematics: Vector
-    kinematics_std: Vector
-    bits: float
-    spikes: int
-    iterations: int
-    solver: str
-    solve_start_ns: int
-    solve_end_ns: int
-    model: str = ""
     revised: bool = False
     settles: bool = True
     void: bool = False
@@ -190,7 +171,6 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     serial: int = 0
     flags: tuple[str, ...] = ()
     flagged: tuple[str, ...] | None = None
-    ignored: tuple[str, ...] = ()
     beyond: bool = False
     restarted: bool = False
 
@@ -212,6 +192,6 @@ def status_of(answer: Answer, published_ns: int) -> Status:
     return "degraded" if answer.solver == STOPPED else "ok"
 
 
-def budget_of(result: Result | Answer) -> int:
+def budget_of(result: Estimated[Any]) -> int:
     """The ``budget`` that solves a bin again as the clock had it solved for this answer."""
     return {STOPPED: result.iterations, SHED: NO_SOLVE}.get(result.solver, 0)

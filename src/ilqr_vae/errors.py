@@ -51,21 +51,41 @@ class JournalError(IlqrVaeError):
 
 
 class ServiceError(IlqrVaeError):
-    """The service refused, is not reachable, or could not start (port in use)."""
+    """The service refused, is not reachable, or could not start (port in use).
+
+    Base of what the client SDK raises of a running service: ``ServiceUnreachableError``,
+    ``AnswerTimeoutError``, ``SessionEndedError`` and ``RequestRefusedError``. Each message names
+    the service's endpoint.
+    """
 
     exit_code = 3
 
 
 class ServiceUnreachableError(ServiceError):
-    """Nothing was heard from the service for as long as the caller was ready to wait."""
-
-
-class RequestRefusedError(ServiceError):
-    """The service refused a request or a bin; ``field`` is what was wrong with it."""
+    """The connection is broken, or nothing was heard from the service for as long as the caller
+    was ready to wait."""
 
 
 class AnswerTimeoutError(ServiceError):
-    """The service can be reached, but a bin was not answered in time."""
+    """A bin was not answered in time, though there is a connection to the service."""
+
+
+class RequestRefusedError(ServiceError):
+    """The service refused a request or a bin.
+
+    Attributes:
+        field: what was wrong with it, e.g. ``counts``, ``index``, ``credits``, ``units[4]``.
+        endpoint: the service's.
+        index: of the bin; -1 if the request was no bin.
+    """
+
+    def __init__(
+        self, field: str, *, expected: str, got: str, endpoint: str = "", index: int = -1
+    ) -> None:
+        self.endpoint, self.index = endpoint, index
+        by = f" (refused by {endpoint})" if endpoint else ""
+        super().__init__(f"{field}{by}", expected=expected, got=got)
+        self.field = field
 
 
 class SessionEndedError(ServiceError):

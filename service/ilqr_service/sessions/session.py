@@ -16,6 +16,7 @@ from ilqr_service.sessions.clocked import FeederClock
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Swap, Vector, status_of
 from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.answer import Estimated
 from ilqr_vae.protocol.spikes import SpikeBinner
 
 
@@ -65,6 +66,9 @@ class Recent:
 
 
 _F8 = np.dtype("<f8")
+_SCALARS = tuple(
+    name for name in Estimated.__struct_fields__ if name not in (*messages.VECTORS, "model")
+)
 
 
 def _packed(values: Vector) -> messages.Array:
@@ -287,18 +291,12 @@ class Session:
             revision=revision,
             model=answer.model or self.facts.model,
             status=status,
-            solver=answer.solver,
-            iterations=answer.iterations,
             source_ns=work.source_ns,
             received_ns=work.received_ns,
-            solve_start_ns=answer.solve_start_ns,
-            solve_end_ns=answer.solve_end_ns,
             published_ns=published_ns,
-            **{name: _packed(getattr(answer, name)) for name in messages.VECTORS},
-            bits=answer.bits,
-            spikes=answer.spikes,
             clock=work.clock,
-            ignored=answer.ignored,
+            **{name: _packed(getattr(answer, name)) for name in messages.VECTORS},
+            **{name: getattr(answer, name) for name in _SCALARS},
         )
 
     def publish(self, answer: Answer, published_ns: int, effects: Effects) -> None:
