@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -85,6 +86,13 @@ def served(
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def free_port() -> str:
+    """A port that nothing listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 def metrics(service: Served) -> dict[str, float]:

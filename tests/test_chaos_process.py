@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_service.journal.records import Answered, records, segments
 from ilqr_service.journal.verify import verify
 from ilqr_vae.protocol import messages
-from process import ENVIRONMENT, Served, offline, served
+from process import ENVIRONMENT, Served, free_port, offline, served
 from rig import BIN_S, make_model
 
 pytestmark = pytest.mark.chaos
@@ -41,12 +40,6 @@ def service(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with served(model_file, folder / "log", "--journal", str(folder / "journal")) as running:
         yield running
         assert running.stop() == 0
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def collect(session: Session, into: dict[tuple[int, int], np.ndarray], until: int) -> None:

@@ -25,6 +25,8 @@ from ilqr_service.solving import warm_up as warm_up_module
 from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.slots import Slots
+from ilqr_service.work import NO_SOLVE, Solve
+from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.errors import JournalError, ProtocolError, ServiceError
 from ilqr_vae.protocol import messages
@@ -252,6 +254,29 @@ def test_a_model_too_slow_or_too_large_to_serve_is_refused_by_name(
     monkeypatch.setattr(engine_module, "available_memory", lambda: 1 << 20)
     with pytest.raises(ServiceError, match="model: expected one whose run takes at most 0 MB"):
         Engine.load(models / "a.safetensors", ServiceSettings(device="cpu", horizon=300))
+
+
+def test_compiling_is_not_held_against_a_model(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with a solve and without are compiled each at its first call, for a minute or more."""
+    compiled: set[int] = set()
+    took_ns = 0
+    options = ServiceSettings(device="cpu")
+    artifact = load_artifact(models / "a.safetensors", device="cpu")
+    engine = Engine(artifact, options, clock=lambda: time.monotonic_ns() + took_ns)
+    given = engine._stepper._given
+
+    def compiling(works: list[Solve], watches: list[UnitWatch | None]) -> object:
+        nonlocal took_ns
+        if works[0].budget not in compiled:
+            compiled.add(works[0].budget)
+            took_ns += 60_000_000_000
+        return given(works, watches)
+
+    monkeypatch.setattr(engine._stepper, "_given", compiling)
+    assert warm_up_module.warm_up(engine).steps > engine.facts.horizon
+    assert compiled == {0, NO_SOLVE}
 
 
 def test_slots_that_serve_one_model_have_a_shadow_and_a_score_each(models: Path) -> None:

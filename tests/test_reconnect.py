@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import struct
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
+from forwarder import Forwarder
 from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_service.server import Service
 from ilqr_vae.errors import (
@@ -26,55 +23,6 @@ from ilqr_vae.errors import (
 from ilqr_vae.protocol import messages
 from ilqr_vae.recordings.checks import MAX_COUNT
 from rig import BIN_S, serving
-
-
-class Forwarder:
-    """Forwards TCP connections to an address until they are cut."""
-
-    def __init__(self, to: str) -> None:
-        host, port = to.removeprefix("tcp://").rsplit(":", 1)
-        self._to = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(self._to)
-            except OSError:
-                return
-            self._pairs.append((near, far))
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        for one in (source, sink):
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-
-    def cut(self) -> None:
-        """Reset every connection; new ones are accepted."""
-        pairs, self._pairs = self._pairs, []
-        assert pairs
-        for one in (s for pair in pairs for s in pair):
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # an accept that waits would take one more
-        self._listener.close()
-        if self._pairs:
-            self.cut()
 
 
 @pytest.fixture
@@ -94,7 +42,7 @@ def test_a_plain_feeder_that_reconnects_keeps_its_session(
         feeder.ask(open_("blip"), messages.Opened)
         feeder.send(*(bin_("blip", i, counts[i]) for i in range(20)))
         assert [r.index for r in feeder.results(20)] == list(range(20))
-        forwarder.cut()
+        assert forwarder.cut()
         feeder.send(bin_("blip", 20, counts[20]))
         opened = feeder.reply_of(messages.Opened)
         assert (opened.resumed, opened.next_index) == (True, 21)
@@ -155,7 +103,7 @@ def test_each_step_is_answered_though_connections_break(
         for index, row in enumerate(counts):
             if index in (10, 20):
                 for k in which:
-                    cut_off[k].cut()
+                    assert cut_off[k].cut()
             answer = session.step(np.int64(index), row, WAIT_S)
             assert (answer.index, answer.status) == (index, "ok")
         assert session.refused == []
@@ -169,7 +117,7 @@ def test_answers_lost_with_the_results_connection_come_again(
     with session_over(service, cut_off, "hole") as session:
         for index, row in enumerate(counts):
             if index == 20:
-                cut_off[1].cut()
+                assert cut_off[1].cut()
             session.send(index, row)
             if index in (19, 59):
                 end = time.monotonic() + WAIT_S

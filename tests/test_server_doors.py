@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feeder import UNITS, Feeder, bin_, open_, spikes
+from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
 from ilqr_service.server import Service
 from ilqr_vae.protocol import messages
 
@@ -72,6 +74,33 @@ def test_an_oversized_message_costs_its_sender_the_connection_only(
         big.ask(messages.Describe(), messages.Described)
         big.send(b"x" * (2 << 20))
         assert feeder.ask(messages.Describe(), messages.Described).ready
+
+
+def test_what_a_peer_asks_that_reads_no_replies_is_not_even_computed(
+    service: Service, feeder: Feeder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described, made = service._described, 0
+
+    def counted() -> messages.Described:
+        nonlocal made
+        made += 1
+        return described()
+
+    def dropped() -> int:
+        return service.telemetry.counts().get("unreachable", 0)
+
+    monkeypatch.setattr(service._control, "_described", counted)
+    before, end = dropped(), time.monotonic() + WAIT_S
+    with Feeder(service.ingest, service.results) as deaf:
+        while dropped() == before:
+            assert time.monotonic() < end
+            deaf.send(*[messages.Describe()] * 100)
+            feeder.ask(messages.Probe(client_ns=0), messages.Probed)
+        made, before = 0, dropped()
+        deaf.send(*[messages.Describe()] * 200)
+        while dropped() < before + 100:
+            assert time.monotonic() < end
+        assert made == 0
 
 
 def test_random_and_mutated_messages_are_each_refused_or_understood(

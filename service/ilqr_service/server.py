@@ -319,6 +319,8 @@ class Service:
             if isinstance(message, messages.Open):
                 effects.name_ignored(messages.unknown_fields(incoming.body, message))
             return effects
+        if not isinstance(message, messages.Control) and self._connections.full(owner):
+            return Effects(events={"unreachable": 1})  # the answer would be dropped
         return self._control.answer(owner, user, message, incoming.body, at_ns)
 
     def _described(self) -> messages.Described:

@@ -2,7 +2,8 @@
 
 A segment is a file ``00000001.journal``: ``MAGIC``, then frames of a little-endian uint32 length,
 the uint32 CRC-32 of what follows, and a MessagePack record. A frame that was cut short ends the
-segment. A frame that does not match its checksum is skipped where a good one follows it.
+segment. A frame that does not match its checksum is skipped where a good one follows it, and so is
+a damaged ``MAGIC``. A file without a good frame holds nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ilqr_vae.protocol import messages
 MAGIC = b"ilqr-journal-1\n\n"
 SUFFIX = ".journal"
 MAX_RECORD = 1 << 28
+_ANY_VERSION = b"ilqr-journal-"
 _HEAD = struct.Struct("<II")
 _NAME = re.compile(r"\d{1,18}\.journal")
 
@@ -182,7 +184,8 @@ def _frame_at(data: bytes, at: int) -> bytes | None:
         return None
     length, check = _HEAD.unpack_from(data, at)
     payload = data[at + _HEAD.size : at + _HEAD.size + length]
-    good = length <= MAX_RECORD and len(payload) == length and zlib.crc32(payload) == check
+    # a length of 0 is no record: a file may end in zeros after the machine lost power
+    good = 0 < length <= MAX_RECORD and len(payload) == length and zlib.crc32(payload) == check
     return payload if good else None
 
 
@@ -193,17 +196,18 @@ def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
         damage: is given a line for each stretch that cannot be read.
 
     Raises:
-        JournalError: the file cannot be read, or is no segment of this version.
+        JournalError: the file cannot be read, or is of another version.
     """
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise JournalError("journal", expected="a readable file", got=str(error)) from error
-    if data[: len(MAGIC)] != MAGIC:
-        if MAGIC.startswith(data):
-            return  # torn while it was being made
+    except (OSError, MemoryError) as error:
+        got = f"{path.name} ({error or 'too large'})"
+        raise JournalError("journal", expected="a readable file", got=got) from error
+    if MAGIC.startswith(data):
+        return  # torn while it was being made
+    at = len(MAGIC) if data.startswith(MAGIC) else 0
+    if not at and data.startswith(_ANY_VERSION):
         raise JournalError("journal", expected="a journal of this version", got=path.name)
-    at = len(MAGIC)
     while at < len(data):
         payload = _frame_at(data, at)
         if payload is None:

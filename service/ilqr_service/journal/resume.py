@@ -15,6 +15,7 @@ from ilqr_service.journal.records import (
     Happened,
     Header,
     Opened,
+    Queued,
     Snapshot,
     frame,
     records,
@@ -63,7 +64,50 @@ def open_runs(folder: Path, odd: list[str] | None = None) -> tuple[int, dict[int
                 if isinstance(record, Opened):
                     next_run = max(next_run, record.run + 1)
                 follow(live if whole else staged, record, frame(record))
+    for run in live.values():
+        if lost := _fill(run):
+            name, bins = run.opened.request.session, ", ".join(map(str, lost))
+            odd.append(f"session {name}: the records of bins {bins} are lost; taken as missing")
     return next_run, live
+
+
+def _fill(live: Live) -> list[int]:
+    """Put a missing bin wherever the record of a bin is lost. Returns the indices.
+
+    The works of a run have serials without a hole, and its bins indices without one, except where
+    the estimate begins again. A hole in both is a lost record.
+    """
+    works: dict[int, tuple[bytes, Queued]] = {}
+    lost: list[int] = []
+    index, serial = live.opened.next_index, live.opened.serial
+    for at, (framed, record) in live.works.items():
+        work = record.work
+        hole = 0 if work.late or work.restart else min(work.index - index, at - serial)
+        for back in range(hole, 0, -1):
+            begins = at == back or (back == hole and work.index - hole > index)
+            filler = replace(
+                work,
+                serial=at - back,
+                index=work.index - back,
+                counts=None,
+                mask=None,
+                restart=begins,
+                anytime=False,
+                budget=0,
+                swap="",
+                source_ns=0,
+                clock=None,
+                lost=True,
+            )
+            queued = Queued(work=filler)
+            works[at - back] = (frame(queued), queued)
+            lost.append(filler.index)
+        works[at] = (framed, record)
+        serial = at + 1
+        if not work.late:
+            index = work.index + (not work.swap)
+    live.works = works
+    return lost
 
 
 def _from_last_whole(paths: list[Path]) -> list[Path]:

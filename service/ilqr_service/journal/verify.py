@@ -151,7 +151,8 @@ class Verifier:
         self._engines: Engines | None = None
         self._runs: dict[int, _Run] = {}
         # Runs whose state comes from what a segment begins with, not from before it: they were
-        # solved with other settings then. The answers repeated there are not to be had again.
+        # solved with other settings then, or with a bin whose record is lost. The answers repeated
+        # there are not to be had again.
         self._anew: set[int] = set()
 
     def follow(self, record: AnyRecord) -> None:
@@ -176,6 +177,8 @@ class Verifier:
                 run = self._runs.get(work.run)
                 if run is not None and work.serial > run.done:
                     run.works.setdefault(work.serial, work)
+                    if record.work.lost:
+                        self._anew.add(work.run)
             case Snapshot():
                 self._snapshot(self._engines, record)
             case Answered():
@@ -186,6 +189,11 @@ class Verifier:
                         self._settle(self._engines, run, record.serial)
             case _:
                 pass
+
+    @property
+    def served(self) -> bool:
+        """Whether a segment's header has come."""
+        return self._engines is not None
 
     def _serve(self, settings: ServiceSettings) -> None:
         engines = self._served.get(settings)
@@ -288,4 +296,6 @@ def verify(folder: Path, models: list[Path]) -> Verdict:
     verifier = Verifier(models)
     for record in stream(folder, verifier.verdict.damaged):
         verifier.follow(record)
+    if not verifier.served:
+        raise JournalError("journal", expected="records", got=f"none in {folder}")
     return verifier.verdict

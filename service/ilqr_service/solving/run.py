@@ -64,7 +64,8 @@ class Run:
 
 
 class PackedWork(msgspec.Struct, frozen=True, array_like=True):
-    """A ``Work`` as it is kept: counts as <u4, a mask as u1."""
+    """A ``Work`` as it is kept: counts as <u4, a mask as u1. ``lost``: the record of the work was
+    lost, and a restart put a missing bin in its place."""
 
     run: int
     serial: int
@@ -82,6 +83,7 @@ class PackedWork(msgspec.Struct, frozen=True, array_like=True):
     swap: str
     model: str
     clock: messages.Offset | None = None
+    lost: bool = False
 
 
 def pack_work(work: Work) -> PackedWork:
