@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ilqr_clients.sdk import ServiceClient, model_of
 from rig import make_model, serving
@@ -39,6 +41,34 @@ def test_the_plain_client_prints_what_the_sdk_receives(tmp_path: Path) -> None:
     assert [line.partition("[")[2] for line in lines] == [
         str(answer.kinematics).removeprefix("[") for answer in answers
     ]
+
+
+NEEDED = ("g++", "/usr/include/zmq.h", "/usr/include/msgpack.hpp")
+
+
+@pytest.mark.skipif(
+    not all(shutil.which(one) or Path(one).exists() for one in NEEDED),
+    reason="needs g++, libzmq3-dev and libmsgpack-cxx-dev",
+)
+def test_the_cpp_client_decodes_what_the_sdk_receives(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).poisson(1.0, (20, UNITS))
+    np.savetxt(tmp_path / "counts.csv", counts, fmt="%d", delimiter=",")
+    program = str(tmp_path / "client")
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-DMSGPACK_NO_BOOST"]
+    source = str(EXAMPLES / "client.cpp")
+    subprocess.run(["g++", *flags, source, "-o", program, "-lzmq"], check=True, timeout=240)
+    with serving(make_model(tmp_path / "m.safetensors", n_units=UNITS)) as service:
+        arguments = [service.ingest, str(tmp_path / "counts.csv")]
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+        with ServiceClient(service.ingest) as client:
+            model = model_of(client.describe())
+            with client.open("sdk", units=model.unit_names, bin_width=model.bin_width) as session:
+                answers = [session.step(index, row) for index, row in enumerate(counts)]
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [(int(k), status) for k, status, *_ in lines] == [(a.index, a.status) for a in answers]
+    decoded = np.array([[float(value) for value in line[2:]] for line in lines])
+    assert decoded.tobytes() == np.stack([a.kinematics for a in answers]).tobytes()
 
 
 def test_the_plain_client_says_that_nothing_answers(tmp_path: Path) -> None:
