@@ -255,7 +255,5 @@ def test_the_sdk_works_with_a_later_service_and_a_later_client_with_this_one(
 def test_the_sdk_says_that_a_service_does_not_know_an_option(service: Service) -> None:
     with Newer(service, ("open",)).running() as relay, ServiceClient(relay.ingest) as client:
         model = model_of(client.describe())
-        with pytest.raises(
-            RequestRefusedError, match=r"open\.novelty: expected a service that knows"
-        ):
+        with pytest.raises(RequestRefusedError, match=r"open\.novelty"):
             client.open("older", units=model.unit_names, bin_width=model.bin_width)
