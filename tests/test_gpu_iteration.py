@@ -125,7 +125,7 @@ def test_the_line_search(device: str, family: str, dtype: torch.dtype, tolerance
         long = replace(lqr, k=6 * lqr.k, dz0=6 * lqr.dz0)
         for law, seeking in ((lqr, [True, True]), (long, [True, True]), (long, [False, True])):
             sought = torch.tensor(seeking, device=device)
-            truth = line_search.backtrack(c.problem, state, law, sought, config)
+            truth = line_search.Search(c.problem, state, law, sought, config).backtrack()
             found = c.kernels.search(
                 state.z, state.u, state.cost, law, sought, *c.about,
                 armijo=config.armijo, tries=config.backtracks + 1,

@@ -190,11 +190,11 @@ def test_trying_every_step_size_at_once_finds_the_same_step() -> None:
             decrease=info.lqr.decrease * factor,
         )
         for seeking in ([True, True, True], [True, False, True], [False] * 3):
-            given = (problem, state, lqr, torch.tensor(seeking), config)
-            ours, theirs = line_search.all_at_once(*given), line_search.backtrack(*given)
+            search = line_search.Search(problem, state, lqr, torch.tensor(seeking), config)
+            ours, theirs = search.all_at_once(), search.backtrack()
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    alphas = line_search.backtrack(problem, state, lqr, torch.ones(3).bool(), config)[-1]
+    alphas = search._replace(seeking=torch.ones(3).bool()).backtrack().alpha
     assert len(set(alphas.tolist())) > 1
 
 

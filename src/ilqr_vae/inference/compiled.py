@@ -1,7 +1,9 @@
-"""The torch side of the compiled solve: what it can do, and ``ilqr.solve`` by it.
+"""The torch side of the compiled solve: which models it covers, and ``ilqr.solve`` by it.
 
-Tensors are read where they are; outputs are fresh, so a caller may keep them. Where the compiled
-solve cannot stand in for a model's families, the log says so once and torch solves.
+It solves the problem of ``inference.ilqr``, with the same letters: J(z_0, u) over T steps, n
+latents, m inputs, and the N channels of all groups side by side, Poisson channels first. Tensors
+are read in place; outputs are fresh, so a caller may keep them. Where there is no compiled code for
+a model's families, the log says so once and torch solves.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,6 +154,32 @@ def observations(plan: Plan, observed: Observations) -> tuple[Array, Array]:
     )
 
 
+class Iterates(NamedTuple):
+    """The arrays of ``problem.State``: z (B, T+1, n), u (B, T, m) and one number a problem of each
+    of the others."""
+
+    z: Array
+    u: Array
+    cost: Array
+    regularisation: Array
+    status: Array
+    iterations: Array
+
+
+class Inputs(NamedTuple):
+    """What a batch of solves is given.
+
+    Attributes:
+        observed: values and masks (B, T, N).
+        initial: mean (B, n) and precision (B, n, n) of the cost of z_0.
+        start: z_0 (B, n) and u (B, T, m).
+    """
+
+    observed: tuple[Array, Array]
+    initial: tuple[Array, Array]
+    start: tuple[Array, Array]
+
+
 class Work:
     """Arrays of one batch of solves: state, what iterations keep, and what they report.
 
@@ -179,7 +207,7 @@ class Work:
             states, inputs, states, (batch, 2),
         )  # fmt: skip
         f, h, d, w, A, B, Q, q, R, r, K, k, Quu_inv, V, v, dz, du, costate, decrease = made
-        self.state = (z, u, cost, damping, status, iterations)
+        self.state = Iterates(z, u, cost, damping, status, iterations)
         self.kept = (f, h, d, w, np.zeros(batch, np.int64))
         none = np.zeros((1, 1, 1), dtype)
         self.problem = (A, B, Q, q, R, r, none, none[None])
@@ -191,7 +219,7 @@ class Work:
 
     @property
     def status(self) -> NDArray[np.int64]:
-        return self.state[4][: self.batch]
+        return self.state.status[: self.batch]
 
     def lqr(self) -> tuple[LQRProblem, LQRSolution]:
         """The last iterations' LQR problems and solutions, as tensors over these arrays."""
@@ -218,9 +246,7 @@ def run(
     work: Work,
     limit: int,
     entry: int,
-    data: tuple[Array, Array],
-    initial: tuple[Array, Array],
-    start: tuple[Array, Array],
+    inputs: Inputs,
     options: tuple[float, float, int, float, float],
 ) -> None:
     """At most ``limit`` further iterations of every problem that is running."""
@@ -233,10 +259,10 @@ def run(
             limit,
             entry,
             plan.arrays,
-            data,
-            initial,
-            (*start, *work.none),
-            work.state,
+            inputs.observed,
+            inputs.initial,
+            (*inputs.start, *work.none),
+            tuple(work.state),
             work.kept,
             work.info,
             options,
@@ -261,24 +287,23 @@ def iterate(
     packed: Plan,
     work: Work,
     entry: int,
-    inputs: tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]],
+    inputs: Inputs,
     options: Options,
     stopped: Stopped | None,
 ) -> None:
     """Iterations until every problem has stopped, or as many as allowed.
 
     Args:
-        inputs: observations (values, mask), initial cost (mean, precision), start (z0, u).
         stopped: asked between iterations with the statuses, which it may change; True ends.
     """
     if stopped is None:
-        run(packed, work, options.iterations, entry, *inputs, options.numbers)
+        run(packed, work, options.iterations, entry, inputs, options.numbers)
         return
-    run(packed, work, 1, entry, *inputs, options.numbers)
+    run(packed, work, 1, entry, inputs, options.numbers)
     for _ in range(1, options.iterations):
         if stopped(work.status):
             break
-        run(packed, work, 1, 0, *inputs, options.numbers)
+        run(packed, work, 1, 0, inputs, options.numbers)
 
 
 def prepare(
@@ -302,8 +327,8 @@ def solve(
     """Solve a batch from (z0, u); see ``iterate``."""
     z0, u = start
     packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
-    arrival = (array(initial.mean), array(initial.precision))
-    iterate(packed, work, 1, (data, arrival, (array(z0), array(u))), options, stopped)
+    cost = (array(initial.mean), array(initial.precision))
+    iterate(packed, work, 1, Inputs(data, cost, (array(z0), array(u))), options, stopped)
     return work
 
 
@@ -317,14 +342,14 @@ def quadratise(
 ) -> LQRProblem:
     """``Model.lqr_problem`` around rollouts z (B, T+1, n) of inputs u (B, T, m)."""
     packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
-    work.state[0][...], work.state[1][...] = array(z), array(u)
-    arrival = (array(initial.mean), array(initial.precision))
+    work.state.z[...], work.state.u[...] = array(z), array(u)
+    cost = (array(initial.mean), array(initial.precision))
     start = (array(z[:, 0]), array(u), *work.none)
     threads.share_out(
         iteration.quadratise,
         work.batch,
         cost_of_iteration(packed, work.steps) // 2,
-        (packed.arrays, data, arrival, start, work.state, work.kept, work.problem),
+        (packed.arrays, data, cost, start, tuple(work.state), work.kept, work.problem),
         dtype=work.dtype,
         scratch_size=iteration.scratch_size(work.steps, model.n, model.m),
     )

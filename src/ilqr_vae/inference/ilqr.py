@@ -100,9 +100,9 @@ def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, I
 
     seeking = running & lqr.ok
     if on_gpu is None:
+        search = line_search.Search(problem, state, lqr, seeking, config)
         on_cpu = state.z.device.type == "cpu"
-        search = line_search.backtrack if on_cpu else line_search.all_at_once
-        z, u, cost, taken = search(problem, state, lqr, seeking, config)
+        z, u, cost, taken = search.backtrack() if on_cpu else search.all_at_once()
     else:
         z, u, cost, taken = on_gpu.search(
             state.z, state.u, state.cost, lqr, seeking, *about,

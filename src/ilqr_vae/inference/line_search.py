@@ -1,13 +1,19 @@
 """The line search of an iLQR iteration, in torch: how far to go along the LQR solution.
 
-Both searches take, per problem, the first of 1, 1/2, 1/4, ... that lowers J by a fraction of what
-the quadratic model promised. One looks at its numbers and stops early; the other tries every step
-size in one batch and never has to wait for the device.
+With (dz_0, K, k) the LQR solution around the trajectory (z, u) of cost J, a step of size alpha
+rolls out from z_0 + alpha dz_0 under u + alpha k + K (z' - z). Both searches take, per problem, the
+first alpha of 1, 1/2, 1/4, ... with
+
+    J(alpha) <= J - armijo alpha (2 - alpha) decrease
+
+where ``decrease`` is what the quadratic model promises for alpha = 1. ``backtrack`` looks at its
+numbers and stops early; ``all_at_once`` tries every alpha in one batch and never waits for the
+device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -22,78 +28,75 @@ from ilqr_vae.model.rollout import closed_loop
 if TYPE_CHECKING:
     from ilqr_vae.inference.problem import Problem, SolverConfig, State
 
-Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""z, u, cost, and the alpha taken (zero where none was)."""
+
+class Step(NamedTuple):
+    """The trajectory z, u after the search, its cost, and the alpha taken (zero where none was)."""
+
+    z: Tensor
+    u: Tensor
+    cost: Tensor
+    alpha: Tensor
 
 
-def _target(state: State, lqr: LQRSolution, alpha: Tensor, config: SolverConfig) -> Tensor:
-    """The largest J that a step of size alpha may lead to."""
-    # the slack is what float rounding of J can hide
-    slack = 10 * torch.finfo(state.cost.dtype).eps * state.cost.abs()
-    promised = alpha * (2 - alpha) * lqr.decrease
-    return state.cost - config.armijo * promised + slack
+class Search(NamedTuple):
+    """A line search from ``state`` along ``lqr``, for the problems that are ``seeking``."""
 
+    problem: Problem
+    state: State
+    lqr: LQRSolution
+    seeking: Bool[Tensor, " B"]
+    config: SolverConfig
 
-def backtrack(
-    problem: Problem,
-    state: State,
-    lqr: LQRSolution,
-    seeking: Bool[Tensor, " B"],
-    config: SolverConfig,
-) -> Found:
-    """(z, u, cost, alpha taken): halve the step until J falls enough, for those that seek."""
-    dynamics = problem.model.dynamics
-    alpha = seeking.to(state.cost.dtype)
-    taken = torch.zeros_like(alpha)
-    z, u, cost = state.z, state.u, state.cost
-    for _ in range(config.backtracks + 1):
-        z0 = state.z[:, 0] + alpha.unsqueeze(-1) * lqr.dz0
-        z_try, u_try = closed_loop(dynamics, problem.w, z0, state.z, state.u, lqr.K, lqr.k, alpha)
-        cost_try = problem.cost(z_try, u_try)
-        accept = seeking & (cost_try <= _target(state, lqr, alpha, config))
-        z, u, cost = (
-            where(accept, z_try, z),
-            where(accept, u_try, u),
-            where(accept, cost_try, cost),
+    def highest(self, alpha: Tensor) -> Tensor:
+        """The largest J that a step of size alpha may lead to."""
+        cost = self.state.cost
+        # the slack is what float rounding of J can hide
+        slack = 10 * torch.finfo(cost.dtype).eps * cost.abs()
+        promised = alpha * (2 - alpha) * self.lqr.decrease
+        return cost - self.config.armijo * promised + slack
+
+    def backtrack(self) -> Step:
+        """Halve alpha until J falls enough."""
+        problem, state, lqr, seeking, config = self
+        alpha = seeking.to(state.cost.dtype)
+        found = Step(state.z, state.u, state.cost, torch.zeros_like(alpha))
+        for _ in range(config.backtracks + 1):
+            z0 = state.z[:, 0] + alpha.unsqueeze(-1) * lqr.dz0
+            law = (state.z, state.u, lqr.K, lqr.k, alpha)
+            z, u = closed_loop(problem.model.dynamics, problem.w, z0, *law)
+            tried = Step(z, u, problem.cost(z, u), alpha)
+            accept = seeking & (tried.cost <= self.highest(alpha))
+            found = Step(*(where(accept, new, old) for new, old in zip(tried, found, strict=True)))
+            seeking = seeking & ~accept
+            if not bool(seeking.any()):
+                break
+            alpha = torch.where(seeking, 0.5 * alpha, torch.zeros_like(alpha))
+        return found
+
+    def all_at_once(self) -> Step:
+        """Try every alpha in one batch."""
+        problem, state, lqr, seeking, config = self
+        B, sizes = state.z.shape[0], config.backtracks + 1
+
+        def each(x: Tensor) -> Tensor:
+            return x.repeat(sizes, *[1] * (x.ndim - 1))
+
+        steps = 0.5 ** torch.arange(sizes, dtype=state.cost.dtype, device=state.cost.device)
+        alpha = steps.repeat_interleave(B)
+        z0 = each(state.z[:, 0]) + alpha.unsqueeze(-1) * each(lqr.dz0)
+        law = (state.z, state.u, lqr.K, lqr.k, alpha)
+        trials = closed_loop(problem.model.dynamics, problem.w, z0, *law)
+        initial = InitialCost(each(problem.initial.mean), each(problem.initial.precision))
+        observed = {k: Observed(each(o.values), each(o.mask)) for k, o in problem.observed.items()}
+        cost = problem.model.cost(*trials, observed, initial).view(sizes, B)
+        accept = seeking & (cost <= self.highest(steps.unsqueeze(-1)))
+        first = accept.to(torch.int64).argmax(0)
+        row = torch.arange(B, device=first.device)
+        some = accept.any(0)
+        z, u = (x.view(sizes, B, *x.shape[1:])[first, row] for x in trials)
+        return Step(
+            where(some, z, state.z),
+            where(some, u, state.u),
+            torch.where(some, cost[first, row], state.cost),
+            torch.where(some, steps[first], torch.zeros_like(state.cost)),
         )
-        taken = torch.where(accept, alpha, taken)
-        seeking = seeking & ~accept
-        if not bool(seeking.any()):
-            break
-        alpha = torch.where(seeking, 0.5 * alpha, torch.zeros_like(alpha))
-    return z, u, cost, taken
-
-
-def all_at_once(
-    problem: Problem,
-    state: State,
-    lqr: LQRSolution,
-    seeking: Bool[Tensor, " B"],
-    config: SolverConfig,
-) -> Found:
-    """``backtrack`` without looking at its numbers: every step size in one batch."""
-    B, sizes = state.z.shape[0], config.backtracks + 1
-
-    def each(x: Tensor) -> Tensor:
-        return x.repeat(sizes, *[1] * (x.ndim - 1))
-
-    steps = 0.5 ** torch.arange(sizes, dtype=state.cost.dtype, device=state.cost.device)
-    alpha = steps.repeat_interleave(B)
-    z0 = each(state.z[:, 0]) + alpha.unsqueeze(-1) * each(lqr.dz0)
-    trials = closed_loop(
-        problem.model.dynamics, problem.w, z0, state.z, state.u, lqr.K, lqr.k, alpha
-    )
-    initial = InitialCost(each(problem.initial.mean), each(problem.initial.precision))
-    observed = {k: Observed(each(o.values), each(o.mask)) for k, o in problem.observed.items()}
-    cost = problem.model.cost(*trials, observed, initial).view(sizes, B)
-    accept = seeking & (cost <= _target(state, lqr, steps.unsqueeze(-1), config))
-    first = accept.to(torch.int64).argmax(0)
-    row = torch.arange(B, device=first.device)
-    some = accept.any(0)
-    z, u = (x.view(sizes, B, *x.shape[1:])[first, row] for x in trials)
-    return (
-        where(some, z, state.z),
-        where(some, u, state.u),
-        torch.where(some, cost[first, row], state.cost),
-        torch.where(some, steps[first], torch.zeros_like(state.cost)),
-    )

@@ -172,7 +172,7 @@ class Iteration:
         armijo: float,
         tries: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As ``line_search.backtrack``: z, u, cost, and the step size taken."""
+        """As ``line_search.Search.backtrack``: z, u, cost, and the step size taken."""
         B, T, m = u.shape
         n = z.shape[-1]
         z_new, u_new = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (z, u))

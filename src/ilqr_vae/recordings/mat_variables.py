@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,23 +123,23 @@ def _check_elements(path: Path, head: bytes) -> None:
     walk(np.memmap(path, dtype=np.uint8, mode="r", offset=128).data)
 
 
-class _Tree:
+class _Tree(ABC):
     """Values by dotted names, whatever the version of the file."""
 
     def __init__(self, file_name: str) -> None:
         self._file_name = file_name
 
+    @abstractmethod
     def children(self, node: Any) -> list[str]:
         """The names of the fields of a struct; none of anything else."""
-        raise NotImplementedError
 
+    @abstractmethod
     def child(self, node: Any, name: str) -> Any:
         """A field of a struct."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self, node: Any) -> Any:
         """An array, a list for a cell array, or ``Found``."""
-        raise NotImplementedError
 
     def all(self, wanted: dict[str, str]) -> dict[str, Any]:
         """See ``read_variables``."""

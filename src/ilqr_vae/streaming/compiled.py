@@ -1,8 +1,9 @@
 """The torch side of the compiled moving-horizon step.
 
-A model is packed once. A step reads the streams' states and writes new rows: a ``HorizonState`` is
-never changed. Everything in between lives in work arrays that are reused, so that a steady stream
-allocates its answers and nothing else.
+It takes one bin of each of S streams as ``streaming.horizon`` does, with the same letters: windows
+of H bins, N units, n latents, m inputs. A model is packed once. A step reads the streams' states
+and writes new rows: a ``HorizonState`` is never changed. Everything in between lives in work arrays
+that are reused, so that a steady stream allocates its answers and nothing else.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Workspace:
         z0 = np.empty((streams, n), dtype)
         z = np.empty((streams, horizon + 1, n), dtype)
         u = np.empty((streams, horizon, m), dtype)
-        self.arrays = ((z0, z, u), (work.state, work.kept, work.info), work.none)
+        self.arrays = ((z0, z, u), (tuple(work.state), work.kept, work.info), work.none)
 
 
 def _layer(readout: KinematicReadout, n: int, units: int) -> tuple[Tensor, ...]:
