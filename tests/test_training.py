@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +16,24 @@ import torch
 from safetensors.torch import load_file
 from scipy import io
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
-from ilqr_training.config import TrainConfig
 from ilqr_training.fit.build import build_model
-from ilqr_training.fit.checkpoint import EarlyStopping
 from ilqr_training.fit.crops import Crops, prepare
-from ilqr_training.fit.loop import Run, gradient_step, start
-from ilqr_training.fit.not_finite import find_not_finite
-from ilqr_training.fit.train import Trained, checkpoint_path, train
+from ilqr_training.fit.train import checkpoint_path
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
-from ilqr_vae.errors import ConfigError, RecordingError, TrainingError
-from ilqr_vae.inference.elbo import Bound
+from ilqr_vae.errors import RecordingError, TrainingError
 from ilqr_vae.model.generative import Model
 from ilqr_vae.recordings import Recording, load_recording
 from rig import N_BINS, SPLIT, write_recording
-from tiny import Recorder, config, write_config
-
-N_UNITS = 6
+from tiny import Recorder, config, fit, same_tensors, write_config
 
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recording") / "reach.mat"
-    return write_recording(path, n_units=N_UNITS)
-
-
-def fit(
-    recording: Path, out: Path, settings: TrainConfig | None = None, **options: Any
-) -> tuple[Trained, Recorder]:
-    progress = options.pop("progress", Recorder())
-    return train(settings or config(), recording, out, progress, **options), progress
-
-
-def same_tensors(one: Path, other: Path) -> None:
-    a, b = load_file(one), load_file(other)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
+    return write_recording(path, n_units=6)
 
 
 @pytest.fixture(scope="module")
@@ -214,86 +188,6 @@ def test_other_ways_to_train(recording: Path, tmp_path: Path, changes: dict[str,
     assert tensors["model.dynamics.hidden"].dtype == stored
 
 
-def fresh_run(recording: Path) -> tuple[Run, TrainConfig]:
-    settings = config()
-    data = prepare(load_recording(recording, settings.data), settings.data, chunk=15)
-    model = build_model(settings.model, data)
-    return start(model, Crops(data, model, 15, 0), settings.training), settings
-
-
-@pytest.mark.parametrize(
-    "name", ["groups.spikes.b", "dynamics.gate", "initial.log_scale", "groups.kinematics.C"]
-)
-def test_a_parameter_that_is_not_finite_is_named(recording: Path, name: str) -> None:
-    run, settings = fresh_run(recording)
-    gradient_step(run, settings.training)
-    with torch.no_grad():
-        dict(run.model.named_parameters())[name].view(-1)[0] = float("nan")
-    said = rf"training step 2: .*parameter {name}\[0.*\] not finite"
-    with pytest.raises(TrainingError, match=said):
-        gradient_step(run, settings.training)
-    assert run.step == 1
-
-
-def test_a_bin_that_is_not_finite_is_named_with_its_group(recording: Path) -> None:
-    run, settings = fresh_run(recording)
-    crops = run.crops
-    assert isinstance(crops, Crops)
-    assert crops.kinematics is not None
-    crops.kinematics[:, 1] = float("inf")
-    said = r"data of group kinematics at bin \d+ of the training part not finite"
-    with pytest.raises(TrainingError, match=said):
-        gradient_step(run, settings.training)
-    run, settings = fresh_run(recording)
-    assert isinstance(run.crops, Crops)
-    assert run.crops.kinematics is not None
-    run.crops.kinematics[37] = 1e30  # finite, but its square is not
-    named: list[str] = []
-    for _ in range(60):  # until a crop holds it
-        try:
-            gradient_step(run, settings.training)
-        except TrainingError as error:
-            named.append(error.got)
-            break
-    assert named == ["likelihood of group kinematics at bin 37 of the training part not finite"]
-
-
-def test_what_else_is_not_finite_is_named_too(recording: Path) -> None:
-    run, _ = fresh_run(recording)
-    model, crops = run.model, run.crops
-    index = torch.arange(15)[None] + torch.tensor([[3], [9]])
-    observed = crops.observed(index)
-    z = torch.zeros(2, 16, model.n)
-    fine = Bound(groups={}, kl=torch.zeros(2), z=z)
-    assert find_not_finite(model, None, index, observed, fine) == "the bound"
-    lost = z.clone()
-    lost[1, 4, 0] = torch.nan
-    said = find_not_finite(model, None, index, observed, replace(fine, z=lost))
-    assert said == "state before bin 12 of the training part"
-    said = find_not_finite(model, None, torch.tensor([5, 7]), observed, replace(fine, z=lost))
-    assert said == "state before bin 3 of trial 7"
-    kl = torch.tensor([0.0, torch.inf])
-    said = find_not_finite(model, None, index, observed, replace(fine, kl=kl))
-    assert said == "divergence from the prior of the crop from bin 9"
-    assert run.posterior is not None
-    gradient = next(iter(run.posterior.parameters()))
-    gradient.grad = torch.full_like(gradient, torch.nan)
-    said = find_not_finite(model, run.posterior, index, observed, fine)
-    assert said.startswith("gradient of posterior.")
-
-
-def test_a_run_that_blows_up_leaves_no_model(recording: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m.safetensors"
-    with pytest.raises(TrainingError, match="not finite"):
-        fit(recording, out, config(learning_rate=1e30, validate_every=0))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_score_that_is_no_number_is_an_error() -> None:
-    with pytest.raises(TrainingError, match="validation at step 3: expected a score"):
-        EarlyStopping().offer(3, float("nan"), torch.nn.Linear(1, 1))
-
-
 def scalars(folder: Path) -> dict[str, list[int]]:
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -363,133 +257,3 @@ def test_gaps_of_the_recording_are_masked() -> None:
     _, crops = crops_of(gap=slice(5, 9))
     seen: Tensor = crops.observed(torch.tensor([[4, 5, 6], [8, 9, 10]]))["spikes"].mask
     assert seen[:, :, 0].tolist() == [[1, 0, 0], [0, 1, 1]]
-
-
-def limited(monkeypatch: pytest.MonkeyPatch, largest: int, *, from_write: int = 0) -> list[Path]:
-    """Files beyond ``largest`` bytes meet a full disk, from a write on; returns what was tried.
-
-    At the one place where files are written; the kernel's own limit is in the test below.
-    """
-    tried: list[Path] = []
-    write = Path.write_bytes
-
-    def full(path: Path, data: bytes) -> int:
-        tried.append(path)
-        if len(tried) > from_write and len(data) > largest:
-            write(path, data[:largest])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    return tried
-
-
-def test_a_full_disk_at_a_checkpoint_ends_neither_the_run_nor_the_last_checkpoint(
-    recording: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "m.safetensors"
-    with monkeypatch.context() as patch:
-        limited(patch, 100, from_write=1)
-        progress = Recorder(interrupt_after=12)
-        with pytest.raises(KeyboardInterrupt):
-            fit(recording, out, progress=progress)
-    assert [p.name for p in tmp_path.iterdir()] == [checkpoint_path(out).name]
-    (warning,) = [line for line in progress.lines if line.startswith("warning")]
-    assert "step 8: checkpoint: expected a file that can be written" in warning
-    assert "the last one is kept, training goes on" in warning
-    done, _ = fit(recording, out, resume=True)
-    assert done.reports[0].step == 5  # from step 4's
-    same_tensors(whole, out)
-
-
-def test_a_model_that_cannot_be_written_is_saved_elsewhere_and_the_error_says_where(
-    recording: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out" / "m.safetensors"
-    out.parent.mkdir()
-    elsewhere = tmp_path / "tmp"
-    elsewhere.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
-    write = Path.write_bytes
-
-    def full(path: Path, data: bytes) -> int:
-        if path.parent == out.parent and "checkpoint" not in path.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(TrainingError, match=r"saved as .* instead") as caught:
-            fit(recording, out)
-    (saved,) = elsewhere.glob("*/m.safetensors")
-    assert str(saved) in str(caught.value)
-    same_tensors(whole, saved)
-    assert checkpoint_path(out).exists()  # to continue from
-
-
-def test_a_disk_that_is_full_for_good_is_an_error_that_says_how_to_go_on(
-    recording: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "m.safetensors"
-    with monkeypatch.context() as patch:
-        limited(patch, 100, from_write=3)
-        with pytest.raises(TrainingError, match="free some space and continue with --resume"):
-            fit(recording, out)
-    assert [p.name for p in tmp_path.iterdir()] == [checkpoint_path(out).name]
-    done, _ = fit(recording, out, resume=True)
-    assert done.reports == ()
-    same_tensors(whole, out)
-
-
-def test_a_full_disk_ends_the_log_alone(
-    recording: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    out, progress = tmp_path / "m.safetensors", Recorder()
-    monkeypatch.setattr(RecordWriter, "write", full)
-    fit(recording, out, progress=progress, log_dir=tmp_path / "log")
-    (warning,) = [line for line in progress.lines if line.startswith("warning")]
-    assert warning.startswith("warning: the TensorBoard log ends here: ")
-    same_tensors(whole, out)
-
-
-def test_a_disk_without_room_is_refused_before_the_first_step(
-    recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free = shutil.disk_usage(tmp_path)._replace(free=2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(ConfigError, match=r"--out: expected \d+ MiB free on the disk of"):
-        fit(recording, tmp_path / "m.safetensors")
-
-
-LIMITED = """
-import resource, signal, sys
-from ilqr_vae.cli import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_a_process_that_may_write_only_small_files(recording: Path, tmp_path: Path) -> None:
-    """The kernel refuses what goes beyond: the model, the checkpoints and the log."""
-    out = tmp_path / "m.safetensors"
-    settings = write_config(tmp_path / "c.toml", config())
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-c", LIMITED, "train", str(settings), "--no-baselines"),
-            *("--recording", str(recording), "--out", str(out), "--threads", "1"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
-    )
-    assert ended.returncode == 4
-    assert "Traceback" not in ended.stderr
-    assert "training goes on" in ended.stderr
-    assert "error: --out: expected a model file that can be written" in ended.stderr
-    assert not out.exists()
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".m")]

@@ -1,4 +1,4 @@
-"""A training run small enough for a test: seconds, start to model file."""
+"""A training run that takes seconds from start to model file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
+from safetensors.torch import load_file
 
 from ilqr_training.config import LoopConfig, ModelConfig, ReadoutConfig, TrainConfig
+from ilqr_training.fit.train import Trained, train
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.streaming.horizon import HorizonConfig
 from rig import spec
@@ -66,3 +69,17 @@ class Recorder:
 
     def log(self, line: str) -> None:
         self.lines.append(line)
+
+
+def fit(
+    recording: Path, out: Path, settings: TrainConfig | None = None, **options: Any
+) -> tuple[Trained, Recorder]:
+    progress = options.pop("progress", Recorder())
+    return train(settings or config(), recording, out, progress, **options), progress
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
