@@ -232,7 +232,7 @@ def test_training_ranges_are_kept_in_the_model_file(model_file: Path, tmp_path: 
 
 def test_the_engine_names_the_units_that_it_ignored(model_file: Path) -> None:
     engine = Engine.load(model_file, ServiceSettings(device="cpu"))
-    names = engine.facts.unit_names
+    names = engine.model_info.unit_names
     rng = np.random.default_rng(3)
 
     def solve(index: int, **absurd: float) -> Answer:

@@ -73,12 +73,12 @@ def test_a_journal_torn_at_every_byte_of_its_last_record_loses_that_record_alone
     assert end - start > 100
     path.write_bytes(data[:start])
     without = standing(folder)
-    facts = engine(model_file).facts
+    model_info = engine(model_file).model_info
     for cut in range(start, end):
         path.write_bytes(data[:cut])
         assert list(records(path)) == whole[:last]
         assert standing(folder) == without
-        session, resumed = take_up(open_runs(folder)[1][0], facts, 0, 0)
+        session, resumed = take_up(open_runs(folder)[1][0], model_info, 0, 0)
         kept = {r.index for r in whole[:last] if isinstance(r, Answered)}
         assert session.next_index == sum(isinstance(r, Queued) for r in whole[:last])
         assert resumed.answered == max(kept, default=-1)
@@ -323,8 +323,8 @@ def test_bins_left_unanswered_before_a_reboot_are_due_at_once(
     _, live = open_runs(left_open[0])
     live[0].answers.clear()
     newest = max(record.work.received_ns for _, record in live[0].works.values())
-    facts = engine(model_file).facts
+    model_info = engine(model_file).model_info
     for now, changed in ((newest, False), (newest // 2, True)):
-        _, resumed = take_up(live[0], facts, 0, now)
+        _, resumed = take_up(live[0], model_info, 0, now)
         last = resumed.works[-1]
         assert ((last.received_ns, last.due_ns) == (now, now)) == changed

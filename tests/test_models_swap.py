@@ -194,7 +194,7 @@ def test_loading_a_model_that_another_slot_serves_takes_nothing_from_its_session
 def test_a_model_that_came_to_be_served_while_it_was_loading_is_refused(models: Path) -> None:
     options = ServiceSettings(device="cpu")
     first = Engine.load(models / "a.safetensors", options)
-    engines, table = Engines(first), SessionTable(first.facts, Limits(deadline_ns=1))
+    engines, table = Engines(first), SessionTable(first.model_info, Limits(deadline_ns=1))
     slots = Slots({"main": first}, engines, table, options, models)
 
     def done() -> Effects:
@@ -213,7 +213,7 @@ def test_a_model_that_came_to_be_served_while_it_was_loading_is_refused(models: 
     assert isinstance(reply, messages.Refused)
     assert reply.field == "model"
     slot = slots.slots["main"]
-    assert slot.serving is serving_b is engines.engines[serving_b.facts.model]
+    assert slot.serving is serving_b is engines.engines[serving_b.model_info.model]
     assert slot.shadow is None
     assert not engines.shadows
 
@@ -223,7 +223,7 @@ def test_a_load_that_does_not_end_frees_its_slot(
 ) -> None:
     options, now, go_on = ServiceSettings(device="cpu"), 0.0, threading.Event()
     first = Engine.load(models / "a.safetensors", options)
-    table = SessionTable(first.facts, Limits(deadline_ns=1))
+    table = SessionTable(first.model_info, Limits(deadline_ns=1))
     slots = Slots({"main": first}, Engines(first), table, options, models, clock=lambda: now)
     monkeypatch.setattr(slots_module, "warm_up", lambda _: go_on.wait(60))
     for _ in range(2):

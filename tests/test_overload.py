@@ -10,12 +10,12 @@ import pytest
 from ilqr_service.solving.policy import Cost, Policy
 from ilqr_service.work import NO_SOLVE, SHED, Insert, Solve, Work
 from ilqr_vae.protocol import messages
-from test_sessions import FACTS, MS, answer, bin_, open_, table
+from test_sessions import INFO, MS, answer, bin_, open_, table
 
 SESSIONS = 4
 SOLVE = 6 * MS  # so that sessions in real time are half of what the solver can do
 PASS_BY = SOLVE // 30
-WINDOW = FACTS.horizon * FACTS.bin_width_ns
+WINDOW = INFO.horizon * INFO.bin_width_ns
 
 
 class Overload:
@@ -28,7 +28,7 @@ class Overload:
 
     def __init__(self, *, anytime: bool) -> None:
         self.table = table(credits=16, gap_limit=20, backlog=36)
-        self.policy = Policy(lambda _: Cost(FACTS.bin_width_ns, FACTS.horizon, 1, 0.0, SOLVE))
+        self.policy = Policy(lambda _: Cost(INFO.bin_width_ns, INFO.horizon, 1, 0.0, SOLVE))
         self.answers: dict[tuple[str, int], tuple[str, str, int]] = {}
         self.refused = Counter[str]()
         self.longest = 0
@@ -75,7 +75,7 @@ class Overload:
 
 @pytest.mark.parametrize("anytime", [True, False])
 def test_overload_is_shed_and_over_within_a_window(anytime: bool) -> None:
-    bins, calm, width = 1600, 100, FACTS.bin_width_ns
+    bins, calm, width = 1600, 100, INFO.bin_width_ns
     fall = bins * width // 8
     plan = [
         (min(i, bins) * width // 8 + max(0, i - bins) * width + k, f"s{k}", i)

@@ -15,7 +15,7 @@ from ilqr_service.work import (
     FAILED,
     STOPPED,
     Answer,
-    ModelFacts,
+    EngineInfo,
     Solve,
     Work,
     status_of,
@@ -26,7 +26,7 @@ from ilqr_vae.protocol.arrays import DTYPES
 
 MS = 1_000_000
 UNITS = ("a", "b", "c")
-FACTS = ModelFacts(
+INFO = EngineInfo(
     model="m",
     unit_names=UNITS,
     bin_width_ns=50 * MS,
@@ -39,7 +39,7 @@ FACTS = ModelFacts(
 
 
 def table(**limits: int) -> SessionTable:
-    return SessionTable(FACTS, Limits(**({"deadline_ns": 50 * MS} | limits)))
+    return SessionTable(INFO, Limits(**({"deadline_ns": 50 * MS} | limits)))
 
 
 def open_(name: str = "s", **changes: Any) -> messages.Open:

@@ -12,9 +12,9 @@ from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.session import Limits
 from ilqr_service.sessions.table import SessionTable
 from ilqr_vae.protocol import messages
-from test_sessions import FACTS, MS, answer, bin_, open_, refused, started, table
+from test_sessions import INFO, MS, answer, bin_, open_, refused, started, table
 
-WIDTH = FACTS.bin_width_ns
+WIDTH = INFO.bin_width_ns
 DAY_NS = 86_400 * 1_000_000_000
 
 
@@ -31,7 +31,7 @@ def indices(effects: Effects) -> list[int]:
 
 def gone_after(*owners: bytes) -> SessionTable:
     """A table whose service no longer reaches these connections."""
-    return SessionTable(FACTS, Limits(), reaches=lambda owner, _: owner not in owners)
+    return SessionTable(INFO, Limits(), reaches=lambda owner, _: owner not in owners)
 
 
 def test_a_session_follows_its_feeder_to_another_connection_by_its_token() -> None:

@@ -10,7 +10,7 @@ from msgspec import structs
 
 from ilqr_service.work import NO_SOLVE, SHED, Insert, Swap
 from ilqr_vae.protocol import messages
-from test_sessions import FACTS, MS, answer, bin_, open_, refused, started, table
+from test_sessions import INFO, MS, answer, bin_, open_, refused, started, table
 
 
 def test_a_late_bin_is_put_in_its_place_within_the_window_only() -> None:
@@ -111,17 +111,17 @@ def test_a_session_beyond_its_credits_sheds_until_it_was_in_time_for_a_window() 
     t.answered(answer(first), 1)
     t.answered(structs.replace(answer(second), solver=SHED), 1)
     sheds: list[bool] = []
-    for index in range(2, 2 * FACTS.horizon + 4):
+    for index in range(2, 2 * INFO.horizon + 4):
         works = t.receive(b"f", bin_(index), index).work
         sheds.append(works[-1].sheds)
-        late = index == FACTS.horizon  # then it takes another window
+        late = index == INFO.horizon  # then it takes another window
         t.answered(answer(works[-1]), index + (51 * MS if late else 1))
-    assert sheds == [index <= 2 * FACTS.horizon for index in range(2, 2 * FACTS.horizon + 4)]
+    assert sheds == [index <= 2 * INFO.horizon for index in range(2, 2 * INFO.horizon + 4)]
 
 
 def test_slots_serve_sessions_by_name_or_model_and_swap_at_a_bin() -> None:
     t = table()
-    t.slots["fine"] = replace(FACTS, model="other", bin_width_ns=20 * MS)
+    t.slots["fine"] = replace(INFO, model="other", bin_width_ns=20 * MS)
     assert refused(t.receive(b"f", open_(model="nothing"), 0)).field == "model"
     for name, model in (("a", "fine"), ("b", "other")):
         assert t.receive(b"f", open_(name, model=model, bin_width_ns=20 * MS), 0).opened

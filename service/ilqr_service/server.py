@@ -74,11 +74,11 @@ class Service:
         hygiene: Hygiene | None = None,
     ) -> None:
         self.ingest = self.results = self.http = ""
-        self.model = engine.facts.model
+        self.model = engine.model_info.model
         self.device = str(engine.device)
         self.ended = threading.Event()
         self.failure: BaseException | None = None
-        self.telemetry = Telemetry(engine.facts.bin_width_ns / 1e9)
+        self.telemetry = Telemetry(engine.model_info.bin_width_ns / 1e9)
         self._settings = settings
         limits = Limits(
             credits=settings.credits,
@@ -88,12 +88,12 @@ class Service:
             idle_ns=round(settings.idle_s * 1e9),
             backlog=max(2 * settings.credits, settings.gap_limit + settings.credits),
         )
-        self._table = SessionTable(engine.facts, limits, reaches=self._reply)
+        self._table = SessionTable(engine.model_info, limits, reaches=self._reply)
         slots = {"main": engine} | (more or {})
         engines = Engines(engine)
         for name, other in slots.items():
-            engines.engines[other.facts.model] = other
-            self._table.slots[name] = other.facts
+            engines.engines[other.model_info.model] = other
+            self._table.slots[name] = other.model_info
         self._table.drain("still warming up")
         self._slots = Slots(
             slots, engines, self._table, settings, Path(settings.models or folder or ".")
@@ -327,7 +327,7 @@ class Service:
         engine = next(iter(self._slots.slots.values())).serving
         return messages.Described(
             protocol=messages.PROTOCOL,
-            model=engine.facts.model,
+            model=engine.model_info.model,
             ready=self.ready,
             device=self.device,
             results=self.results,

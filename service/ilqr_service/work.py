@@ -42,7 +42,7 @@ NO_SOLVE = -1
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class EngineInfo:
     """What the sessions must know of the model.
 
     Attributes:

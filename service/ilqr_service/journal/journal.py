@@ -84,7 +84,7 @@ class Journal:
         self._superseded: list[int] = []
         if not settings.journal:
             return
-        self._manifests = {e.facts.model: e.manifest for e in slots.values()}
+        self._manifests = {e.model_info.model: e.manifest for e in slots.values()}
         self._table = table
         self._settings = settings
         self._boot = os.urandom(8).hex()
@@ -124,8 +124,8 @@ class Journal:
             if any(session.name == name for session in self._table):
                 self._superseded.append(run)
                 continue
-            facts = engines.engine(model_of(live)).facts
-            session, resumed = take_up(live, facts, deadline_ns, time.monotonic_ns())
+            model_info = engines.engine(model_of(live)).model_info
+            session, resumed = take_up(live, model_info, deadline_ns, time.monotonic_ns())
             self._table.add(session)
             self.resumed.append(resumed)
             if session.recent:
@@ -192,7 +192,7 @@ class Journal:
                 Opened(
                     run=session.run,
                     slot=session.slot,
-                    model=session.facts.model,
+                    model=session.model_info.model,
                     user=session.user,
                     request=session.request,
                 )

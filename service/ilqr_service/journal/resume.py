@@ -24,7 +24,7 @@ from ilqr_service.journal.records import (
 from ilqr_service.sessions.checks import check_spikes
 from ilqr_service.sessions.session import Session
 from ilqr_service.solving.run import Resumed, unpack_work
-from ilqr_service.work import ModelFacts, Solve, Swap, Work, budget_of
+from ilqr_service.work import EngineInfo, Solve, Swap, Work, budget_of
 from ilqr_vae.protocol import messages
 
 _HEAD = 8
@@ -151,7 +151,7 @@ def _restore(session: Session, live: Live) -> None:
             break
         if k == 0:
             session.binner.begin(batch.index)
-        times, units = check_spikes(batch, session.facts)
+        times, units = check_spikes(batch, session.model_info)
         session.binner.add(batch.index, batch.source_ns, times, units, batch.until_ns)
     for framed in live.happened:
         event = _happened.decode(framed[_HEAD:]).event
@@ -168,12 +168,12 @@ def _restore(session: Session, live: Live) -> None:
 
 
 def take_up(
-    live: Live, facts: ModelFacts, deadline_ns: int, now_ns: int
+    live: Live, model_info: EngineInfo, deadline_ns: int, now_ns: int
 ) -> tuple[Session, Resumed]:
     """A session as it stood, without a feeder, and what the solver needs of it.
 
     Args:
-        facts: of the model the run is on now.
+        model_info: of the model the run is on now.
         deadline_ns: where the session stated none.
         now_ns: from when it counts as silent.
     """
@@ -190,11 +190,11 @@ def take_up(
         name=request.session,
         epoch=request.epoch,
         owner=b"",
-        deadline_ns=request.deadline_ns or deadline_ns or facts.bin_width_ns,
+        deadline_ns=request.deadline_ns or deadline_ns or model_info.bin_width_ns,
         anytime=request.anytime,
         seen_ns=now_ns,
         slot=at.slot,
-        facts=facts,
+        model_info=model_info,
         request=request,
         user=at.user,
         next_index=at.next_index,

@@ -200,7 +200,7 @@ class Verifier:
         if engines is None:
             loaded = [Engine.load(path, settings) for path in self._models]
             engines = Engines(loaded[0])
-            engines.engines |= {engine.facts.model: engine for engine in loaded}
+            engines.engines |= {engine.model_info.model: engine for engine in loaded}
             self._served[settings] = engines
         if self._engines is not None and self._engines is not engines:
             for run in self._runs:

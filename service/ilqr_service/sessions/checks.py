@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_service.work import ModelFacts, Vector
+from ilqr_service.work import EngineInfo, Vector
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -24,7 +24,7 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def check_open(message: messages.Open, facts: ModelFacts) -> None:
+def check_open(message: messages.Open, model_info: EngineInfo) -> None:
     """Raises ProtocolError naming the field if the model cannot serve such a session."""
     if message.protocol != messages.PROTOCOL:
         raise ProtocolError("protocol", expected=str(messages.PROTOCOL), got=str(message.protocol))
@@ -32,9 +32,9 @@ def check_open(message: messages.Open, facts: ModelFacts) -> None:
         raise ProtocolError(
             "session", expected="1-64 of [A-Za-z0-9._-]", got=_short(message.session)
         )
-    if message.bin_width_ns != facts.bin_width_ns:
+    if message.bin_width_ns != model_info.bin_width_ns:
         raise ProtocolError(
-            "bin_width_ns", expected=str(facts.bin_width_ns), got=str(message.bin_width_ns)
+            "bin_width_ns", expected=str(model_info.bin_width_ns), got=str(message.bin_width_ns)
         )
     for field in ("deadline_ns", "grace_ns"):
         ns = getattr(message, field)
@@ -42,7 +42,7 @@ def check_open(message: messages.Open, facts: ModelFacts) -> None:
             raise ProtocolError(
                 field, expected=f"0 (the service's default) to {MAX_DEADLINE_NS}", got=str(ns)
             )
-    names = facts.unit_names
+    names = model_info.unit_names
     if len(message.units) != len(names):
         raise ProtocolError(
             "units", expected=f"the model's {len(names)} units", got=f"{len(message.units)} units"
@@ -59,7 +59,7 @@ def _vector(array: messages.Array, field: str, n_units: int) -> NDArray[Any]:
 
 
 def check_spikes(
-    message: messages.Spikes, facts: ModelFacts
+    message: messages.Spikes, model_info: EngineInfo
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Times and units of a batch, each (S,).
 
@@ -84,7 +84,7 @@ def check_spikes(
         got = f"{times.shape} and {units.shape}"
         raise ProtocolError("units.shape", expected="that of times_ns, (S,)", got=got)
     at, which = messages.unpack(times, "times_ns"), messages.unpack(units, "units").astype(np.int64)
-    n_units = len(facts.unit_names)
+    n_units = len(model_info.unit_names)
     if which.size and which.max() >= n_units:
         raise ProtocolError("units", expected=f"0 to {n_units - 1}", got=str(which.max()))
     if at.size and at.max() > message.source_ns:
@@ -105,7 +105,9 @@ def check_event(event: messages.Event) -> None:
         raise ProtocolError("payload", expected=f"{MAX_PAYLOAD} bytes as JSON", got=str(size))
 
 
-def check_bin(message: messages.Bin, facts: ModelFacts) -> tuple[Vector, NDArray[np.bool_] | None]:
+def check_bin(
+    message: messages.Bin, model_info: EngineInfo
+) -> tuple[Vector, NDArray[np.bool_] | None]:
     """Counts and mask of a bin, each (N,).
 
     Raises:
@@ -114,7 +116,7 @@ def check_bin(message: messages.Bin, facts: ModelFacts) -> tuple[Vector, NDArray
     """
     if not 0 <= message.index <= MAX_INDEX:
         raise ProtocolError("index", expected=f"0 to {MAX_INDEX}", got=str(message.index))
-    n_units = len(facts.unit_names)
+    n_units = len(model_info.unit_names)
     raw = _vector(message.counts, "counts", n_units)
     counts = raw.astype(np.float64)
     if raw.dtype.kind == "f" and not np.isfinite(counts).all():
@@ -127,7 +129,7 @@ def check_bin(message: messages.Bin, facts: ModelFacts) -> tuple[Vector, NDArray
             raise ProtocolError(
                 "counts",
                 expected=f"whole numbers from 0 to {messages.MAX_COUNT}",
-                got=f"{counts[unit]:g} for unit {facts.unit_names[unit]!r}",
+                got=f"{counts[unit]:g} for unit {model_info.unit_names[unit]!r}",
             )
     if message.mask is None:
         return counts, None

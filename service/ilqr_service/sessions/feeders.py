@@ -123,7 +123,7 @@ class Feeders:
 
     def resume(self, session: Session, sender: Sender, message: messages.Open) -> None:
         """Continue a session where it stands. Raises ProtocolError."""
-        check_open(message, session.facts)
+        check_open(message, session.model_info)
         if session.closing:
             raise ProtocolError("session", expected="open", got="closing")
         if session.user != sender.user:

@@ -40,7 +40,7 @@ class Intake:
         binner, held = session.binner, session.arrivals.held
         if binner is None:
             raise ProtocolError("spikes", expected="bins: it was opened without origin_ns", got="")
-        check_spikes(message, session.facts)
+        check_spikes(message, session.model_info)
         index = message.index
         if binner.came(index) or (held and held.index == index):
             expected = f"{binner.next_batch} or another that has not come"
@@ -93,7 +93,7 @@ class Intake:
         """Queue the bins that a batch closed or changed."""
         message = arrival.message
         assert isinstance(message, messages.Spikes)
-        times, units = check_spikes(message, session.facts)
+        times, units = check_spikes(message, session.model_info)
         try:
             update = binner.add(message.index, message.source_ns, times, units, message.until_ns)
         except ShapeError as error:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ilqr_service.sessions.arrivals import Arrivals
 from ilqr_service.sessions.clocked import FeederClock
 from ilqr_service.sessions.effects import Effects
-from ilqr_service.work import SHED, TROUBLE, Answer, ModelFacts, Swap, Vector, status_of
+from ilqr_service.work import SHED, TROUBLE, Answer, EngineInfo, Swap, Vector, status_of
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.answer import Estimated
 from ilqr_vae.protocol.spikes import SpikeBinner
@@ -89,7 +89,7 @@ class Session:
 
     Attributes:
         run: its serial number.
-        slot, facts: what it is served by.
+        slot, model_info: what it is served by.
         request: what it was opened with.
         owner: its feeder; empty while none has taken up a session that outlived its service.
         user: who the feeder is, where the service can tell.
@@ -115,7 +115,7 @@ class Session:
     anytime: bool
     seen_ns: int
     slot: str
-    facts: ModelFacts
+    model_info: EngineInfo
     request: messages.Open
     user: str = ""
     next_index: int = 0
@@ -153,16 +153,16 @@ class Session:
     clock: FeederClock = field(init=False)
 
     def __post_init__(self) -> None:
-        width = self.facts.bin_width_ns
+        width = self.model_info.bin_width_ns
         self.token = self.request.token
         self.arrivals = Arrivals(width)
         grace_ns = self.request.grace_ns or width // 2
         self.clock = FeederClock(width, grace_ns)
         if (origin_ns := self.request.origin_ns) is not None:
-            facts = self.facts
-            kept = facts.horizon + _KEPT
+            model_info = self.model_info
+            kept = model_info.horizon + _KEPT
             self.binner = SpikeBinner(
-                len(facts.unit_names), width, origin_ns, grace_ns=grace_ns, keep=kept
+                len(model_info.unit_names), width, origin_ns, grace_ns=grace_ns, keep=kept
             )
 
     def arrived(self, index: int, now_ns: int, effects: Effects) -> None:
@@ -183,15 +183,15 @@ class Session:
 
     def in_window(self, index: int) -> bool:
         """Whether a bin answered as missing can still be put in its place."""
-        return index >= max(self.base, self.next_index - self.facts.horizon)
+        return index >= max(self.base, self.next_index - self.model_info.horizon)
 
     def prune(self) -> None:
         """Forget what lies too far back to matter."""
         if len(self.missing) > _REMEMBERED:
             self.missing = {i for i in self.missing if i >= self.next_index - _REMEMBERED // 2}
-        if len(self.revisions) > 4 * self.facts.horizon:
+        if len(self.revisions) > 4 * self.model_info.horizon:
             # by what is answered, not by what has come: answers to late bins may be queued yet
-            limit = self.newest - 2 * self.facts.horizon
+            limit = self.newest - 2 * self.model_info.horizon
             self.revisions = {i: r for i, r in self.revisions.items() if i >= limit}
 
     def info(self, now_ns: int) -> messages.SessionInfo:
@@ -207,7 +207,7 @@ class Session:
             solve_p99_ns=p99,
             bits_per_spike=self.bits / self.spikes if self.spikes else 0.0,
             idle_ns=max(0, now_ns - self.seen_ns),
-            model=self.facts.model,
+            model=self.model_info.model,
             revised=self.revised,
             flagged=self.flagged,
         )
@@ -215,16 +215,16 @@ class Session:
     def opened(
         self, credits: int, *, next_index: int = 0, resumed: bool = False
     ) -> messages.Opened:
-        facts = self.facts
+        model_info = self.model_info
         return messages.Opened(
             session=self.name,
             epoch=self.epoch,
-            model=facts.model,
-            latents=facts.latents,
-            kinematic_names=facts.kinematic_names,
-            kinematic_units=facts.kinematic_units,
-            horizon=facts.horizon,
-            iterations=facts.iterations,
+            model=model_info.model,
+            latents=model_info.latents,
+            kinematic_names=model_info.kinematic_names,
+            kinematic_units=model_info.kinematic_units,
+            horizon=model_info.horizon,
+            iterations=model_info.iterations,
             credits=credits,
             next_index=next_index,
             resumed=resumed,
@@ -250,11 +250,11 @@ class Session:
         if len(self.noted) > _NOTED:
             del self.noted[next(iter(self.noted))]
 
-    def swap(self, facts: ModelFacts) -> Swap:
+    def swap(self, model_info: EngineInfo) -> Swap:
         """Go on with another model from the next bin on; the work that does it."""
         place = self.next_work(self.next_index)
-        self.facts = facts
-        return Swap(**place, to=facts.model)
+        self.model_info = model_info
+        return Swap(**place, to=model_info.model)
 
     def next_work(self, index: int) -> dict[str, Any]:
         """Whose the next work is and what is its place in the run, which this call takes."""
@@ -263,7 +263,7 @@ class Session:
             "run": self.run,
             "index": index,
             "serial": self.serial - 1,
-            "model": self.facts.model,
+            "model": self.model_info.model,
             "slot": self.slot,
             "watch": self.request.watch_units,
         }
@@ -289,7 +289,7 @@ class Session:
             epoch=self.epoch,
             index=work.index,
             revision=revision,
-            model=answer.model or self.facts.model,
+            model=answer.model or self.model_info.model,
             status=status,
             source_ns=work.source_ns,
             received_ns=work.received_ns,
@@ -358,4 +358,4 @@ class Session:
         """Follow how many answers in a row were in time, none of them shed."""
         in_time = answer.solver != SHED and published_ns <= answer.work.due_ns
         self.calm = self.calm + 1 if in_time else 0
-        self.overrun &= self.calm < self.facts.horizon
+        self.overrun &= self.calm < self.model_info.horizon

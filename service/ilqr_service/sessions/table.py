@@ -48,7 +48,7 @@ from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.feeders import Feeders, Reaches, Sender
 from ilqr_service.sessions.intake import Intake
 from ilqr_service.sessions.session import Limits, Session
-from ilqr_service.work import Answer, ModelFacts
+from ilqr_service.work import Answer, EngineInfo
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -57,7 +57,7 @@ class SessionTable:
     """All sessions.
 
     Args:
-        facts: of the first slot's model.
+        model_info: of the first slot's model.
         limits: what is granted.
         slot: the first slot's name.
         reaches: sends a message to a feeder's connection; false if the connection is gone.
@@ -70,7 +70,7 @@ class SessionTable:
 
     def __init__(
         self,
-        facts: ModelFacts,
+        model_info: EngineInfo,
         limits: Limits,
         slot: str = "main",
         reaches: Reaches = lambda *_: True,
@@ -78,7 +78,7 @@ class SessionTable:
         self.limits = limits
         self.accepting = True
         self.why_not = "the service is not taking sessions"
-        self.slots: dict[str, ModelFacts] = {slot: facts}
+        self.slots: dict[str, EngineInfo] = {slot: model_info}
         self.next_run = 0
         self._sessions: dict[str, Session] = {}
         self._runs: dict[int, Session] = {}
@@ -102,10 +102,10 @@ class SessionTable:
         """The slot of that name or model. Raises ProtocolError."""
         if not model:
             return next(iter(self.slots))
-        for slot, facts in self.slots.items():
-            if model in (slot, facts.model):
+        for slot, model_info in self.slots.items():
+            if model in (slot, model_info.model):
                 return slot
-        known = ", ".join(f"{slot} ({facts.model})" for slot, facts in self.slots.items())
+        known = ", ".join(f"{slot} ({model_info.model})" for slot, model_info in self.slots.items())
         raise ProtocolError("model", expected=f"one of {known}", got=repr(model[:64]))
 
     # ---- messages ------------------------------------------------------------------------------
@@ -162,8 +162,8 @@ class SessionTable:
             got = "none" if before is None else f"epoch {before.epoch}"
             raise ProtocolError("session", expected=f"epoch {message.epoch} to be open", got=got)
         slot, effects = self.slot_of(message.model), sender.effects
-        facts = self.slots[slot]
-        check_open(message, facts)
+        model_info = self.slots[slot]
+        check_open(message, model_info)
         self._feeders.begin(before, sender, message)
         if before is not None:
             self._end(before, f"restarted: epoch {message.epoch}", effects)
@@ -179,11 +179,11 @@ class SessionTable:
             name=message.session,
             epoch=message.epoch,
             owner=sender.owner,
-            deadline_ns=message.deadline_ns or self.limits.deadline_ns or facts.bin_width_ns,
+            deadline_ns=message.deadline_ns or self.limits.deadline_ns or model_info.bin_width_ns,
             anytime=message.anytime,
             seen_ns=sender.at_ns,
             slot=slot,
-            facts=facts,
+            model_info=model_info,
             request=message,
             user=sender.user,
         )
@@ -207,7 +207,7 @@ class SessionTable:
             raise ProtocolError("session", expected="open", got="closing")
         if session.binner is not None:
             raise ProtocolError("bin", expected="spikes: it was opened with origin_ns", got="a bin")
-        counts, mask = check_bin(message, session.facts)
+        counts, mask = check_bin(message, session.model_info)
         index, held, late = message.index, session.arrivals.held, message.index < session.next_index
         if (late and index not in session.missing) or (held and held.index == index):
             raise ProtocolError("index", expected=f"{session.next_index} or above", got=str(index))
@@ -216,7 +216,7 @@ class SessionTable:
             self._times.note(session)
             raise ProtocolError(
                 "late",
-                expected=f"a bin of the newest {session.facts.horizon}",
+                expected=f"a bin of the newest {session.model_info.horizon}",
                 got=f"bin {index} after bin {session.next_index - 1}",
             )
         if session.unanswered >= self.limits.credits:
@@ -308,13 +308,13 @@ class SessionTable:
                 effects.events["idle"] += 1
         return effects
 
-    def swap(self, slot: str, facts: ModelFacts) -> Effects:
+    def swap(self, slot: str, model_info: EngineInfo) -> Effects:
         """Serve a slot by another model, each of its sessions from its next bin on."""
-        self.slots[slot] = facts
+        self.slots[slot] = model_info
         effects = Effects()
         for session in (s for s in self if s.slot == slot):
-            effects.work.append(session.swap(facts))
-            what = f"model: {facts.model} from bin {session.next_index}"
+            effects.work.append(session.swap(model_info))
+            what = f"model: {model_info.model} from bin {session.next_index}"
             effects.published.append(session.notice(what))
         return effects
 

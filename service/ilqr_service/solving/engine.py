@@ -25,8 +25,8 @@ from ilqr_service.work import (
     NO_SOLVE,
     STOPPED,
     Answer,
+    EngineInfo,
     Insert,
-    ModelFacts,
     Solve,
     Work,
     budget_of,
@@ -65,7 +65,7 @@ class Engine:
         clock: nanoseconds; monotonic.
 
     Attributes:
-        facts: what the sessions must know of the model.
+        model_info: what the sessions must know of the model.
         manifest: the model file's manifest, JSON-like.
         device: where it computes.
         cost: of a step.
@@ -84,7 +84,7 @@ class Engine:
         manifest = artifact.manifest
         horizon = settings.horizon or manifest.horizon.horizon
         iterations = settings.iterations or manifest.horizon.iterations
-        self.facts = ModelFacts(
+        self.model_info = EngineInfo(
             model=manifest.model_id,
             unit_names=tuple(manifest.unit_names),
             bin_width_ns=round(manifest.bin_width * 1e9),
@@ -99,9 +99,9 @@ class Engine:
         self.threads, self.clock = settings.threads, clock
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
         _check_memory(estimator, horizon)
-        self._stepper = Stepper(estimator, self.facts, settings.max_sessions, clock=clock)
+        self._stepper = Stepper(estimator, self.model_info, settings.max_sessions, clock=clock)
         most = settings.max_sessions if self._stepper.batches else 1
-        self.cost = Cost(self.facts.bin_width_ns, horizon, most)
+        self.cost = Cost(self.model_info.bin_width_ns, horizon, most)
         self._runs: dict[int, Run] = {}
 
     @classmethod
@@ -133,7 +133,7 @@ class Engine:
         found = self._runs.get(run)
         if found is None or found.watch is None:
             return ()
-        return found.watch.flagged(self.facts.unit_names)
+        return found.watch.flagged(self.model_info.unit_names)
 
     def adopt(
         self, run: int, works: list[Solve], serial: int = -1, watch: UnitWatch | None = None
@@ -144,14 +144,14 @@ class Engine:
         if not works:
             return
         if watch is None and works[0].watch:
-            watch = UnitWatch.fresh(len(self.facts.unit_names))
+            watch = UnitWatch.fresh(len(self.model_info.unit_names))
         self._begin(run, works, watch, serial)
 
     def _begin(self, run: int, works: list[Solve], watch: UnitWatch | None, serial: int) -> None:
         """Solve bins anew, whatever the clock said then, from the state that every run begins
         with; ``serial`` of the newest work in them."""
-        self._runs[run] = Run(self.facts.horizon, self._stepper.initial, watch)
-        model = self.facts.model
+        self._runs[run] = Run(self.model_info.horizon, self._stepper.initial, watch)
+        model = self.model_info.model
         for work in works:
             again = replace(work, restart=False, anytime=False, budget=0, model=model)
             self.solve([again])
@@ -162,7 +162,7 @@ class Engine:
     def pack(self, run: int) -> PackedRun | None:
         """A run as a snapshot keeps it; None where there is none."""
         found = self._runs.get(run)
-        return found and pack_run(run, self.facts.model, found, self._stepper.pool)
+        return found and pack_run(run, self.model_info.model, found, self._stepper.pool)
 
     def restore(self, packed: PackedRun) -> None:
         """Take up a run from a snapshot. One that was made with another horizon gives the bins
@@ -176,7 +176,7 @@ class Engine:
             self._begin(packed.run, works, watch, packed.serial)
             return
         (row,) = self._stepper.pool.put(state)
-        found = Run(self.facts.horizon, row, watch)
+        found = Run(self.model_info.horizon, row, watch)
         self._runs[packed.run] = found
         for one in map(unpack_work, packed.works):
             if isinstance(one, Solve):  # as it was solved then, whatever the clock says now
@@ -223,8 +223,8 @@ class Engine:
         if found is not None:
             return found
         # It begins; or, where its state was lost to a failure, begins again.
-        watch = UnitWatch.fresh(len(self.facts.unit_names)) if work.watch else None
-        return Run(self.facts.horizon, self._stepper.initial, watch)
+        watch = UnitWatch.fresh(len(self.model_info.unit_names)) if work.watch else None
+        return Run(self.model_info.horizon, self._stepper.initial, watch)
 
     def _keep(self, found: Run, work: Solve, stepped: Stepped) -> Answer:
         """Put a solved bin into its run and answer it."""
@@ -232,7 +232,7 @@ class Engine:
         before, watch = found.watch, found.watch
         if before is not None:
             watch = before.after(work.counts, work.mask, answer.rates)
-            names = self.facts.unit_names
+            names = self.model_info.unit_names
             answer = replace(
                 answer, flags=watch.changes(before, names), flagged=watch.flagged(names)
             )
@@ -277,7 +277,7 @@ class Engine:
             if len(answers) == len(works):
                 flags = ()
                 if again.watch is not None and found.watch is not None:
-                    flags = again.watch.changes(found.watch, self.facts.unit_names)
+                    flags = again.watch.changes(found.watch, self.model_info.unit_names)
                 again.serial = work.serial
                 answers[-1] = replace(answers[-1], settles=True, flags=flags)
                 return answers
@@ -301,12 +301,12 @@ class Engine:
         return self._nothing(work, solver, started)
 
     def _nothing(self, work: Solve | Insert, solver: str, started: int) -> Answer:
-        n, d = self.facts.latents, len(self.facts.kinematic_names)
+        n, d = self.model_info.latents, len(self.model_info.kinematic_names)
         return Answer(
             work=work,
             latent=np.full(n, np.nan),
             latent_std=np.full(n, np.nan),
-            rates=np.full(len(self.facts.unit_names), np.nan),
+            rates=np.full(len(self.model_info.unit_names), np.nan),
             kinematics=np.full(d, np.nan),
             kinematics_std=np.full(d, np.nan),
             bits=0.0,
@@ -315,6 +315,6 @@ class Engine:
             solver=solver,
             solve_start_ns=started,
             solve_end_ns=self.clock(),
-            model=self.facts.model,
+            model=self.model_info.model,
             serial=work.serial,
         )

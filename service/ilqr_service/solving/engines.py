@@ -63,7 +63,7 @@ class Engines:
 
     def __init__(self, engine: Engine) -> None:
         self.first = engine
-        self.engines: dict[str, Engine] = {engine.facts.model: engine}
+        self.engines: dict[str, Engine] = {engine.model_info.model: engine}
         self.shadows: dict[str, Shadow] = {}
         self._pending: list[tuple[Solve, Answer]] = []
 
@@ -133,7 +133,7 @@ class Engines:
                 for step in steps(works, lambda _, cost=engine.cost: cost):
                     own += engine.solve(step)
             except Exception:
-                logs.exception("the shadow broke and is dropped", model=engine.facts.model)
+                logs.exception("the shadow broke and is dropped", model=engine.model_info.model)
                 self.shadows.pop(slot, None)
                 continue
             for mine in own:

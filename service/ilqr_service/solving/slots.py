@@ -20,7 +20,7 @@ from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.engines import Engines, Score, Shadow
 from ilqr_service.solving.warm_up import warm_up
-from ilqr_service.work import ModelFacts
+from ilqr_service.work import EngineInfo
 from ilqr_vae.errors import IlqrVaeError, ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -54,24 +54,26 @@ class Loading:
     error: IlqrVaeError | None = None
 
 
-def _other(engine: Engine, facts: ModelFacts) -> None:
+def _other(engine: Engine, model_info: EngineInfo) -> None:
     """Raises ProtocolError where it is what is served."""
-    if engine.facts.model == facts.model:
-        raise ProtocolError("model", expected="another than is served", got=facts.model)
+    if engine.model_info.model == model_info.model:
+        raise ProtocolError("model", expected="another than is served", got=model_info.model)
 
 
-def _fits(engine: Engine, facts: ModelFacts) -> None:
-    """Raises ProtocolError where sessions of the model of ``facts`` could not go on with it."""
-    new = engine.facts
-    _other(engine, facts)
-    if new.bin_width_ns != facts.bin_width_ns:
+def _fits(engine: Engine, model_info: EngineInfo) -> None:
+    """Raise ProtocolError if sessions of that model could not continue with this engine."""
+    new = engine.model_info
+    _other(engine, model_info)
+    if new.bin_width_ns != model_info.bin_width_ns:
         raise ProtocolError(
-            "model.bin_width", expected=f"{facts.bin_width_ns} ns", got=f"{new.bin_width_ns} ns"
+            "model.bin_width",
+            expected=f"{model_info.bin_width_ns} ns",
+            got=f"{new.bin_width_ns} ns",
         )
     for field, expected, got in (
-        ("unit_names", facts.unit_names, new.unit_names),
-        ("kinematic_names", facts.kinematic_names, new.kinematic_names),
-        ("kinematic_units", facts.kinematic_units, new.kinematic_units),
+        ("unit_names", model_info.unit_names, new.unit_names),
+        ("kinematic_names", model_info.kinematic_names, new.kinematic_names),
+        ("kinematic_units", model_info.kinematic_units, new.kinematic_units),
     ):
         if expected != got:
             raise ProtocolError(
@@ -130,11 +132,11 @@ class Slots:
                     bits_per_spike=score.bits_per_spike,
                 )
 
-            infos.append(info(slot.serving.facts.model, "serving", other))
+            infos.append(info(slot.serving.model_info.model, "serving", other))
             if slot.shadow is not None:
-                infos.append(info(slot.shadow.facts.model, "shadow", own))
+                infos.append(info(slot.shadow.model_info.model, "shadow", own))
             if slot.before is not None:
-                infos.append(info(slot.before.facts.model, "before", Score()))
+                infos.append(info(slot.before.model_info.model, "before", Score()))
             if slot.loading:
                 infos.append(info(slot.loading.path.name, "loading", Score()))
         return messages.ModelList(models=tuple(infos))
@@ -159,16 +161,19 @@ class Slots:
             raise ProtocolError("path", expected="a file in the model folder", got=got)
         slot.loading = Loading(owner, message, found, self._clock() + _LOAD_S)
         thread = threading.Thread(
-            target=self._load, args=(slot.loading, slot.serving.facts), name="load", daemon=True
+            target=self._load,
+            args=(slot.loading, slot.serving.model_info),
+            name="load",
+            daemon=True,
         )
         self._loaders.add(thread)
         thread.start()
 
-    def _load(self, loading: Loading, facts: ModelFacts) -> None:
+    def _load(self, loading: Loading, model_info: EngineInfo) -> None:
         """In a thread of its own."""
         try:
             engine = Engine.load(loading.path, self._settings)
-            _fits(engine, facts)
+            _fits(engine, model_info)
             warm_up(engine)
             loading.engine = engine
         except IlqrVaeError as error:
@@ -194,9 +199,9 @@ class Slots:
             slot.loading = None
             if engine is not None:
                 # meanwhile it may have come to be served here, or be in use in another slot
-                engine = self._engines.engines.get(engine.facts.model, engine)
+                engine = self._engines.engines.get(engine.model_info.model, engine)
                 try:
-                    _other(engine, slot.serving.facts)
+                    _other(engine, slot.serving.model_info)
                 except ProtocolError as same:
                     error = same
             if engine is None or error is not None:
@@ -243,11 +248,14 @@ class Slots:
 
     def _add(self, engine: Engine) -> None:
         engines = self._engines.engines
-        engines[engine.facts.model] = engine
+        engines[engine.model_info.model] = engine
         used = {
-            e.facts.model for s in self.slots.values() for e in (s.serving, s.shadow, s.before) if e
+            e.model_info.model
+            for s in self.slots.values()
+            for e in (s.serving, s.shadow, s.before)
+            if e
         }
-        spare = [m for m in engines if m not in used and m != engine.facts.model]
+        spare = [m for m in engines if m not in used and m != engine.model_info.model]
         for model in spare[: max(0, len(engines) - _ENGINES)]:
             if len(engines[model]) == 0:
                 del engines[model]
@@ -259,9 +267,9 @@ class Slots:
     def _serve(self, name: str, slot: Slot, engine: Engine, effects: Effects) -> None:
         self._stop_shadow(name, slot)
         slot.before, slot.serving = slot.serving, engine
-        swapped = self._table.swap(name, engine.facts)
+        swapped = self._table.swap(name, engine.model_info)
         effects.work += swapped.work
         effects.published += swapped.published
         effects.events["swapped"] += 1
-        effects.served.append((name, engine.facts.model, engine.manifest))
-        logs.info("model", slot=name, model=engine.facts.model)
+        effects.served.append((name, engine.model_info.model, engine.manifest))
+        logs.info("model", slot=name, model=engine.model_info.model)

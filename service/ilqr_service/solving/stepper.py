@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_service.solving.pool import Pool, Row
-from ilqr_service.work import SHED, Answer, ModelFacts, Solve
+from ilqr_service.work import SHED, Answer, EngineInfo, Solve
 from ilqr_vae.inference import ilqr
 from ilqr_vae.inference.compiled import Array
 from ilqr_vae.inference.problem import Status
@@ -54,7 +54,7 @@ class Stepper:
 
     Args:
         estimator: of the model.
-        facts: of the model.
+        model_info: of the model.
         streams: how many runs there may be, for the memory to reserve.
         clock: nanoseconds; monotonic.
 
@@ -67,15 +67,15 @@ class Stepper:
     def __init__(
         self,
         estimator: MovingHorizon,
-        facts: ModelFacts,
+        model_info: EngineInfo,
         streams: int,
         *,
         clock: Clock = time.monotonic_ns,
     ) -> None:
-        self._estimator, self._facts, self._clock = estimator, facts, clock
+        self._estimator, self._facts, self._clock = estimator, model_info, clock
         initial = estimator.init(batch=1)
         # a window of states for each run, and the batch that is being solved
-        self.pool = Pool(initial, (facts.horizon + 2) * streams)
+        self.pool = Pool(initial, (model_info.horizon + 2) * streams)
         (self.initial,) = self.pool.put(initial)
         like = estimator.mean_rate
         self._device = like.device

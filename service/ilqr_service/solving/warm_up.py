@@ -32,7 +32,7 @@ class WarmUp:
 
 def keep_warm(engine: Engine) -> None:
     """A step that nobody sees, so that caches and clocks are not cold for the next bin."""
-    counts = np.ones(len(engine.facts.unit_names))
+    counts = np.ones(len(engine.model_info.unit_names))
     engine.solve([Solve(run=NOBODY, index=0, counts=counts, due_ns=_NEVER)])
 
 
@@ -47,7 +47,7 @@ def warm_up(engine: Engine) -> WarmUp:
     """
     torch.set_num_threads(1)  # the kernels have the cores; torch would only be in their way
     rng = np.random.default_rng(0)
-    n_units, horizon = len(engine.facts.unit_names), engine.facts.horizon
+    n_units, horizon = len(engine.model_info.unit_names), engine.model_info.horizon
     began = engine.clock()
     steps, best_ns, typical = 0, 0, 0
     first_ns: dict[int, int] = {}  # by budget: with a solve and without
@@ -101,7 +101,7 @@ def _fill(engine: Engine) -> tuple[int, float]:
     """Steps of more and more runs, up to what fits; the last number and what it takes."""
     cost = engine.cost
     size, took = 1, cost.ns(1)
-    counts = np.ones(len(engine.facts.unit_names))
+    counts = np.ones(len(engine.model_info.unit_names))
     while size < cost.most and took < cost.slice_ns:
         size = min(2 * size, cost.most)
         spent: list[int] = []
