@@ -275,7 +275,7 @@ def test_compiling_is_not_held_against_a_model(
         return given(works, watches)
 
     monkeypatch.setattr(engine._stepper, "_given", compiling)
-    assert warm_up_module.warm_up(engine).steps > engine.facts.horizon
+    assert warm_up_module.warm_up(engine).steps > engine.model_info.horizon
     assert compiled == {0, NO_SOLVE}
 
 
