@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import io
 
-from ilqr_training.fit.crops import at_rest
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.recordings.split import at_rest
 from ilqr_vae.scoring.score import OURS, WIENER, score_decodes
 from rig import N_BINS, SPLIT, write_recording
 from tiny import config, write_config
@@ -77,6 +77,8 @@ def test_a_channel_that_never_moves_is_trained_and_said(
     assert "r2.vy" not in manifest.scores
     assert np.isfinite(list(manifest.scores.values())).all()
     told = json.loads((tmp_path / "t.json").read_text())
+    assert [w["name"] for w in told["warnings"]] == ["at-rest"]
+    assert [w.name for w in manifest.warnings] == ["at-rest"]
     assert set(told["baselines"]) == {WIENER, "Kalman filter"}  # neither refuses it
     page, numbers = tmp_path / "e.html", tmp_path / "e.json"
     arguments = ["--recording", str(recording), "--json", str(numbers), "--html", str(page)]
@@ -89,7 +91,9 @@ def test_a_channel_that_never_moves_is_trained_and_said(
     assert ours["r2.vy"] is None
     assert ours["r2"] == ours["r2.vx"]
     assert "No movement in these bins, so no R2: vy." in scores["notes"]
-    assert "No movement in these bins, so no R2: vy." in page.read_text()
+    assert [w["name"] for w in scores["warnings"]] == ["at-rest"]
+    for said in ("No movement in these bins, so no R2: vy.", "vy: no movement in the train"):
+        assert said in page.read_text()
 
 
 def test_rest_in_the_test_part_is_a_note_then_and_words_in_the_scores(
@@ -122,7 +126,8 @@ def test_a_part_that_hardly_moves_is_said() -> None:
     k = np.random.default_rng(1).normal(size=(N_BINS, 2))
     k[VALIDATION[0] : VALIDATION[1], 0] *= 1e-3
     (said,) = at_rest(recording_of(k), SPLIT)
-    assert said == "k0: hardly any movement in the validation part; R2 there says little."
+    assert said.name == "at-rest"
+    assert said.text == "k0: hardly any movement in the validation part; R2 there says little."
 
 
 def test_a_still_channel_changes_no_score_of_the_others() -> None:

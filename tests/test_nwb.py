@@ -158,7 +158,7 @@ def binned(data: Any, **options: Any) -> Any:
     return nwb
 
 
-COUNTED = RecordingSpec(nwb=NwbSpec(counts="processing/ecephys/counts"))
+COUNTED = RecordingSpec(bin_width=0.05, nwb=NwbSpec(counts="processing/ecephys/counts"))
 GOOD = np.arange(24).reshape(12, 2)
 
 

@@ -105,7 +105,7 @@ def test_missing_samples_are_scored_alike_in_trials(tmp_path: Path) -> None:
     assert np.flatnonzero(~ran.scored).tolist() == list(range(210, 220))
 
 
-def test_velocity_comes_before_position_and_rewards_last(tmp_path: Path) -> None:
+def test_velocity_comes_first_and_cursors_eyes_and_rewards_last(tmp_path: Path) -> None:
     one = np.sin(TIME)
     order = [
         ("a_water_level", one),
@@ -120,7 +120,7 @@ def test_velocity_comes_before_position_and_rewards_last(tmp_path: Path) -> None
         for name, data in order[:count]:
             moved(nwb, name, data)
         made = read(tmp_path, nwb)
-        best = {1: 0, 2: 1, 3: 1, 4: 3, 5: 4, 6: 5}[count]
+        best = {1: 0, 2: 1, 3: 2, 4: 3, 5: 3, 6: 5}[count]
         assert made.kinematic_names[0].startswith(order[best][0]), count
         assert ("left are" in "".join(made.notes)) == (count > 1)
 

@@ -163,9 +163,7 @@ def test_a_clock_setting_reads_them(tmp_path: Path) -> None:
     made = read(tmp_path, late, clocks=clocks)
     assert np.array_equal(made.counts, plain(tmp_path).counts)
     with pytest.raises(RecordingError, match=r"data.clocks.spikes: expected \(1, 0\)"):
-        load_recording(
-            counted(tmp_path), RecordingSpec(mat=MatSpec(), clocks=ClockSpec(spikes=(2.0, 0.0)))
-        )
+        load_recording(counted(tmp_path), bin_width=0.05, clocks={"spikes": (2.0, 0.0)})
 
 
 def counted(tmp_path: Path, silent: slice = slice(0, 0)) -> Path:
@@ -208,7 +206,7 @@ def test_spikes_alone_in_milliseconds_are_named(tmp_path: Path) -> None:
 def test_silence_of_all_units_is_named_in_counts_too(
     tmp_path: Path, silent: slice, name: str
 ) -> None:
-    made = load_recording(counted(tmp_path, silent))
+    made = load_recording(counted(tmp_path, silent), bin_width=0.05)
     assert named(made) == [name]
     assert made.valid[silent].all() == (name == "spikes-pause")
 

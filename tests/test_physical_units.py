@@ -96,16 +96,19 @@ def test_a_recording_is_converted_and_says_so() -> None:
     read = in_units(made("cm/s", 100.0), ("m/s", "m/s"), "the model")
     np.testing.assert_allclose(read.kinematics, VELOCITY, rtol=1e-12)
     assert read.kinematic_units == ("m/s", "m/s")
-    assert any("vx converted from cm/s to m/s" in note for note in read.notes)
+    assert next(str(w) for w in read.warnings) == (
+        "Warning [units-converted]: vx converted from cm/s to m/s, the model's unit."
+    )
 
 
 def test_another_spelling_changes_no_bit_and_a_missing_unit_is_said() -> None:
     same = in_units(made("m/s"), ("meters/second", "m/s"), "the model")
     np.testing.assert_array_equal(same.kinematics, VELOCITY)
-    assert not same.notes
+    assert not same.warnings
     silent = in_units(made("n/a"), ("m/s", "m/s"), "the model")
     np.testing.assert_array_equal(silent.kinematics, VELOCITY)
-    assert "vx: the recording's unit is n/a, the model's is m/s" in silent.notes[0]
+    assert silent.warnings[0].name == "units-unstated"
+    assert "vx: the recording's unit is n/a, the model's is m/s" in silent.warnings[0].text
 
 
 def test_a_unit_that_does_not_convert_is_refused_by_name() -> None:

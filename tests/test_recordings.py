@@ -31,7 +31,7 @@ MAT = MatSpec(
     kinematic_units=("m/s", "m/s"),
     trial_starts="starts",
 )
-SPEC = RecordingSpec(mat=MAT)
+SPEC = RecordingSpec(bin_width=0.05, mat=MAT)
 
 
 def variables(**changed: Any) -> dict[str, Any]:
@@ -80,11 +80,11 @@ def test_both_versions_read_alike(tmp_path: Path, write: Any) -> None:
 def test_other_orientations_sparse_counts_and_no_kinematics(tmp_path: Path) -> None:
     path = mat5(tmp_path / "a.mat", spikes=COUNTS.T, hand=HAND.T)
     mat = MatSpec(spikes_axes="bins,units", kinematics="hand")
-    recording = load_recording(path, RecordingSpec(mat=mat))
+    recording = load_recording(path, RecordingSpec(bin_width=0.05, mat=mat))
     assert np.array_equal(recording.counts, COUNTS.T)
     assert recording.kinematic_names == ("hand0", "hand1", "hand2")
     path = mat5(tmp_path / "b.mat", spikes=sparse.csc_matrix(COUNTS.astype(float)))
-    recording = load_recording(path)
+    recording = load_recording(path, bin_width=0.05)
     assert np.array_equal(recording.counts, COUNTS.T)
     assert recording.kinematics is None
     assert recording.kinematic_names == ()
@@ -95,7 +95,7 @@ def test_other_orientations_sparse_counts_and_no_kinematics(tmp_path: Path) -> N
         group.attrs["MATLAB_sparse"] = np.uint64(3)
         for name, value in (("data", matrix.data), ("ir", matrix.indices), ("jc", matrix.indptr)):
             group[name] = value
-    assert np.array_equal(load_recording(tmp_path / "c.mat").counts, COUNTS.T)
+    assert np.array_equal(load_recording(tmp_path / "c.mat", bin_width=0.05).counts, COUNTS.T)
 
 
 def floats(**at: float) -> np.ndarray[Any, Any]:
@@ -146,7 +146,7 @@ def test_a_bin_width_within_rounding_is_the_same(tmp_path: Path) -> None:
 )
 def test_wrong_maps_are_named(tmp_path: Path, mat: MatSpec, message: str) -> None:
     with pytest.raises(RecordingError, match=message):
-        load_recording(mat5(tmp_path / "a.mat"), RecordingSpec(mat=mat))
+        load_recording(mat5(tmp_path / "a.mat"), RecordingSpec(bin_width=0.05, mat=mat))
 
 
 def test_events_beside_spike_times_are_on_the_clock_of_the_samples(tmp_path: Path) -> None:

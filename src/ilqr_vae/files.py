@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -237,7 +237,7 @@ def _replace(content: dict[str, Any], kind: type[msgspec.Struct], given: Mapping
         for section in sections:
             at = at[section]
         within = kinds[found[0]]
-        if not isinstance(value, Mapping):
+        if not isinstance(value, Mapping) or within is dict:
             at[last] = value
         elif within is None:
             raise ConfigError(found[0], expected="a value, not a section", got=repr(value))
@@ -245,12 +245,13 @@ def _replace(content: dict[str, Any], kind: type[msgspec.Struct], given: Mapping
             _replace(at[last], within, value)
 
 
-def _kinds(kind: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct] | None]:
-    """Every key of a struct and of the structs within, by its path; the struct it is, or None."""
-    found: dict[str, type[msgspec.Struct] | None] = {}
+def _kinds(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Every key of a struct and of the structs within, by its path; the struct it is, ``dict``, or
+    None."""
+    found: dict[str, Any] = {}
     for f in msgspec.structs.fields(kind):
         section = isinstance(f.type, type) and issubclass(f.type, msgspec.Struct)
-        found[f.name] = f.type if section else None
+        found[f.name] = f.type if section else get_origin(f.type)
         if section:
             found |= {f"{f.name}.{path}": within for path, within in _kinds(f.type).items()}
     return found

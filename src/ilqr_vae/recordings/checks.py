@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 
 from ilqr_vae.arrays import MAX_COUNT as MAX_COUNT
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.spec import Hdf5Spec, MatSpec, NwbSpec
+from ilqr_vae.recordings.physical_units import conversion, unstated
+from ilqr_vae.recordings.recording import RecordingWarning
+from ilqr_vae.recordings.spec import Hdf5Spec, MatSpec, NwbSpec, RecordingSpec
 
 MOST_VALUES = 1_000_000_000
 """Of one array of a file: more than any recording has, and than memory holds."""
@@ -26,6 +29,18 @@ class Found:
     """Something in a file that is no array of numbers, text or cell array: what it is, in words."""
 
     what: str
+
+
+class Cells(list[Any]):
+    """The values of a cell array, column by column as MATLAB counts them.
+
+    Attributes:
+        shape: of the array.
+    """
+
+    def __init__(self, values: Iterable[Any], shape: tuple[int, ...]) -> None:
+        super().__init__(values)
+        self.shape = shape
 
 
 def existing_file(path: str | Path) -> Path:
@@ -89,6 +104,18 @@ def same_bin_width(file: float, spec: float, field: str) -> None:
         )
 
 
+def stated_width(spec: RecordingSpec, kind: str) -> RecordingSpec:
+    """The spec. Raises RecordingError where nothing states how long the bins of counts are."""
+    if spec.bin_width is None:
+        raise RecordingError(
+            "data.bin_width",
+            expected=f"the width of the counts' bins in seconds, which a {kind} file does not say"
+            + (" (or data.mat.bin_width, the variable that does)" if kind == "MAT" else ""),
+            got="none",
+        )
+    return spec
+
+
 def unique_names(names: tuple[str, ...], field: str) -> tuple[str, ...]:
     """The names. Raises RecordingError where one comes twice."""
     if len(set(names)) != len(names):
@@ -108,25 +135,46 @@ def channels_of(
     names: tuple[str, ...],
     units: tuple[str, ...],
     field: str,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names and units of the kinematic channels: those a person gave, else the file's.
+) -> tuple[list[int], tuple[str, ...], tuple[str, ...], tuple[RecordingWarning, ...]]:
+    """The kinematic channels to decode, their names and units, and what is odd about the units.
+
+    Names and units are those a person gave, else the file's.
 
     Args:
         names, units: the file's, one a channel.
         field: of ``given`` in the configuration, e.g. ``data.mat``.
 
     Raises:
-        RecordingError: their number is not that of the channels, or a name comes twice.
+        RecordingError: a row is not there or comes twice, the number of names or units is not that
+            of the channels, or a name comes twice.
     """
-    chosen = given.kinematic_names or names, given.kinematic_units or units
+    rows = list(given.kinematic_rows or range(len(names)))
+    bad = [row for row in rows if not 0 <= row < len(names)]
+    if bad or len(set(rows)) < len(rows):
+        raise RecordingError(
+            f"{field}.kinematic_rows",
+            expected=f"different rows of 0 to {len(names) - 1} ({', '.join(names)})",
+            got=str(bad[0]) if bad else str(rows),
+        )
+    own = tuple(names[row] for row in rows), tuple(units[row] for row in rows)
+    chosen = given.kinematic_names or own[0], given.kinematic_units or own[1]
     for what, each in zip(("names", "units"), chosen, strict=True):
-        if len(each) != len(names):
+        if len(each) != len(rows):
             raise RecordingError(
                 f"{field}.kinematic_{what}",
-                expected=f"{len(names)}, one a channel ({', '.join(names)})",
+                expected=f"{len(rows)}, one a channel ({', '.join(own[0])})",
                 got=f"{len(each)}",
             )
-    return unique_names(chosen[0], f"{field}.kinematic_names"), chosen[1]
+    unique_names(chosen[0], f"{field}.kinematic_names")
+    odd = tuple(
+        f"{name} is in {theirs} by the file and in {mine} by {field}.kinematic_units"
+        for name, theirs, mine in zip(own[0], own[1], chosen[1], strict=True)
+        if not (unstated(theirs) or unstated(mine) or conversion(theirs, mine) == 1.0)
+    )
+    if not odd:
+        return rows, *chosen, ()
+    text = f"{'; '.join(odd)}: the values are taken as they are, in the latter."
+    return rows, *chosen, (RecordingWarning("units-contradict", text),)
 
 
 def fill_gaps(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.checks import MOST_VALUES, Found, missing_extra
+from ilqr_vae.recordings.checks import MOST_VALUES, Cells, Found, missing_extra
 
 # What h5py raises on damaged or foreign files, found by corrupting them; NotImplementedError and
 # UnicodeDecodeError are among their subclasses.
@@ -106,7 +106,8 @@ class File:
         with guarded(self.path, self.expected):
             raw = np.asarray(node.asstr(errors="replace")[()] if text else node[()])
             if references is not None:
-                return [self.root[reference] if reference else None for reference in raw.ravel()]
+                found = [self.root[reference] if reference else None for reference in raw.ravel()]
+                return Cells(found, raw.shape)
         if ragged and not text:
             return [np.asarray(each) for each in raw.ravel()]
         return raw.astype(np.str_) if text else raw.astype(raw.dtype.newbyteorder("="))

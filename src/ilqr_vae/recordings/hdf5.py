@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.checks import Found, channels_of, existing_file, sha256_of, whole_counts
+from ilqr_vae.recordings.checks import (
+    Found,
+    channels_of,
+    existing_file,
+    sha256_of,
+    stated_width,
+    whole_counts,
+)
 from ilqr_vae.recordings.h5 import File
 from ilqr_vae.recordings.recording import Recording, Trials
 from ilqr_vae.recordings.spec import ClockSpec, Hdf5Spec, RecordingSpec
-from ilqr_vae.recordings.trials import words
 from ilqr_vae.recordings.unbinned import differentiated
+from ilqr_vae.recordings.units import labels_of, selected_units
 
 Array = NDArray[np.float64]
 _DEFAULT = Hdf5Spec()
@@ -56,12 +63,21 @@ def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
         raise RecordingError(
             "data.clocks", expected="none for an HDF5 file of bins", got=str(spec.clocks)
         )
+    spec = stated_width(spec, "HDF5")
     with closing(File(path, "an HDF5 file")) as file:
-        parts, n_held_in = _read(file, spec.hdf5)
-    return _joined(parts, n_held_in, spec, path.name, sha256_of(path))
+        parts, n_held_in, columns = _read(file, spec.hdf5, tuple(spec.units))
+    made = _joined(parts, n_held_in, spec, path.name, sha256_of(path))
+    rows, notes = selected_units(spec.units, lambda name: columns[name], made.n_units)
+    if not notes:
+        return made
+    chosen = made.select_units(tuple(made.unit_names[i] for i in rows))
+    return replace(chosen, notes=made.notes + notes)
 
 
-def _read(file: File, names: Hdf5Spec) -> tuple[list[_Part], int]:
+def _read(
+    file: File, names: Hdf5Spec, unit_columns: tuple[str, ...]
+) -> tuple[list[_Part], int, dict[str, NDArray[np.str_]]]:
+    """The parts, how many units are held in, and columns of the units as words."""
     group = file.child(file.root, names.group) if names.group else file.root
     if not file.is_group(group):
         raise RecordingError(
@@ -98,7 +114,7 @@ def _read(file: File, names: Hdf5Spec) -> tuple[list[_Part], int]:
         return None if absent else cube(name, field)
 
     def conditions(name: str, field: str) -> NDArray[np.str_] | None:
-        return words(np.ravel(read(name, field))) if name else None
+        return labels_of(np.ravel(read(name, field))) if name else None
 
     held_in = cube(names.spikes, "data.hdf5.spikes")
     held_out = optional(names.held_out, _DEFAULT.held_out, "data.hdf5.held_out")
@@ -115,7 +131,8 @@ def _read(file: File, names: Hdf5Spec) -> tuple[list[_Part], int]:
         if len(test) == len(counts) and (moving is None) == (seen is None):
             told = conditions(names.test_conditions, "data.hdf5.test_conditions")
             parts.append(_part(test, {names.test_kinematics: seen}, told))
-    return parts, held_in.shape[2]
+    columns = {name: labels_of(np.ravel(read(name, f"data.units.{name}"))) for name in unit_columns}
+    return parts, held_in.shape[2], columns
 
 
 def _part(
@@ -144,6 +161,18 @@ def _part(
     )
 
 
+def _rows(part: _Part, rows: list[int], hdf5: Hdf5Spec) -> Array:
+    """Channels of a part's kinematics. Raises RecordingError where it has fewer."""
+    assert part.kinematics is not None  # all parts or none have them: see _read
+    if max(rows) >= part.kinematics.shape[2]:
+        raise RecordingError(
+            hdf5.test_kinematics,
+            expected=f"{max(rows) + 1} channels or more",
+            got=str(part.kinematics.shape),
+        )
+    return part.kinematics[:, :, rows]
+
+
 def _usable(part: _Part) -> NDArray[np.bool_]:
     if part.kinematics is None:
         return np.ones(len(part.counts), dtype=bool)
@@ -154,6 +183,11 @@ def _usable(part: _Part) -> NDArray[np.bool_]:
 def _joined(
     parts: list[_Part], n_held_in: int, spec: RecordingSpec, name: str, sha256: str
 ) -> Recording:
+    names, units, odd = (), (), ()
+    if (moving := parts[0].kinematics) is not None:
+        own = tuple(f"{spec.hdf5.kinematics}{i}" for i in range(moving.shape[2]))
+        rows, names, units, odd = channels_of(spec.hdf5, own, ("",) * len(own), "data.hdf5")
+        parts = [replace(p, kinematics=_rows(p, rows, spec.hdf5)) for p in parts]
     keep = [_usable(part) for part in parts]
     if not keep[0].any():
         raise RecordingError(
@@ -171,13 +205,6 @@ def _joined(
     counts = whole_counts(np.where(seen, flat, 0.0), spec.hdf5.spikes)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     kinematics, scored = _filled(parts, keep, len(counts))
-    channels = 0 if kinematics is None else kinematics.shape[1]
-    own = tuple(f"{spec.hdf5.kinematics}{i}" for i in range(channels))
-    names, units = (
-        ((), ())
-        if kinematics is None
-        else channels_of(spec.hdf5, own, ("",) * channels, "data.hdf5")
-    )
     told = [p.condition[k] for p, k in zip(parts, keep, strict=True) if p.condition is not None]
     condition = tuple(np.concatenate(told).tolist()) if len(told) == len(parts) else ()
     first = int(keep[0].sum())
@@ -188,7 +215,7 @@ def _joined(
     n_units = counts.shape[1]
     made = Recording(
         counts=counts,
-        bin_width=spec.bin_width,
+        bin_width=spec.width,
         unit_names=tuple(
             f"heldin{i}" if i < n_held_in else f"heldout{i - n_held_in}" for i in range(n_units)
         ),
@@ -203,6 +230,7 @@ def _joined(
         held_out=tuple(f"heldout{i}" for i in range(n_units - n_held_in)),
         bounds=(int(starts[a]), int(starts[b])),
         notes=(f"{lost} trials have no kinematics: left out.",) if lost else (),
+        warnings=odd,
         name=name,
         sha256=sha256,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.files import with_settings
@@ -12,6 +15,7 @@ from ilqr_vae.recordings.physical_units import in_units
 from ilqr_vae.recordings.plausible import silences
 from ilqr_vae.recordings.recording import Recording
 from ilqr_vae.recordings.spec import RecordingSpec
+from ilqr_vae.recordings.split import at_rest
 
 
 def kinematics_key(path: str | Path) -> str:
@@ -54,7 +58,9 @@ def load_recording(
         from ilqr_vae.recordings.hdf5 import read_hdf5 as read
     else:
         raise RecordingError("recording", expected="a .nwb, .mat or .h5 file", got=path.name)
-    return silences(read(path, spec))
+    recording = silences(read(path, spec))
+    still = at_rest(recording, spec.split)
+    return replace(recording, warnings=recording.warnings + still) if still else recording
 
 
 def load_matching(
@@ -77,6 +83,8 @@ def load_matching(
         RecordingError: it cannot be read, has another bin width, lacks a unit, or its kinematics
             are not those the model decodes or have units that do not convert into the model's.
     """
+    if spec.bin_width is None:
+        spec = msgspec.structs.replace(spec, bin_width=bin_width)
     recording = load_recording(path, spec)
     if abs(recording.bin_width - bin_width) > 1e-9:
         raise RecordingError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,15 +17,20 @@ from ilqr_vae.recordings.checks import (
     existing_file,
     same_bin_width,
     sha256_of,
+    stated_width,
+    unique_names,
     whole_counts,
 )
-from ilqr_vae.recordings.mat_variables import described, read_variables
+from ilqr_vae.recordings.mat_variables import Cells, described, read_variables
 from ilqr_vae.recordings.plausible import usable_stamps
 from ilqr_vae.recordings.recording import Recording, RecordingWarning
 from ilqr_vae.recordings.session import Moving, Session
 from ilqr_vae.recordings.spec import MatSpec, RecordingSpec
 from ilqr_vae.recordings.trials import Table
 from ilqr_vae.recordings.unbinned import recording_of
+from ilqr_vae.recordings.units import labels_of, selected_units
+
+Array = NDArray[np.float64]
 
 
 def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
@@ -40,38 +46,55 @@ def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
             installed.
     """
     path, mat = existing_file(path), spec.mat
-    if spec.clocks.trials != (1.0, 0.0):
+    if spec.clocks.trials != (1.0, 0.0) and mat.trial_times == "bins":
         raise RecordingError(
             "data.clocks.trials",
-            expected="(1, 0) for a MAT file, whose trials are bins",
+            expected='(1, 0) where trials are bins (data.mat.trial_times = "seconds")',
             got=str(spec.clocks.trials),
         )
+    stems = tuple(name.removesuffix("_time") for name in mat.trial_events)
+    if len(set(stems)) < len(stems):
+        unique_names(mat.trial_events, "data.mat.trial_events")
+        unique_names(stems, "data.mat.trial_events (with or without _time)")
     timed = bool(mat.spike_times)
     wanted = {
         "data.mat.spike_times" if timed else "data.mat.spikes": mat.spike_times or mat.spikes,
+        "data.mat.spike_trials": mat.spike_trials,
         "data.mat.bin_width": mat.bin_width,
         "data.mat.time": mat.time,
         "data.mat.kinematics": mat.kinematics,
         "data.mat.trial_starts": mat.trial_starts,
         "data.mat.trial_stops": mat.trial_stops,
         "data.mat.trial_conditions": mat.trial_conditions,
-    } | {f"data.mat.trial_events[{i}]": name for i, name in enumerate(mat.trial_events)}
+    }
+    wanted |= {f"data.mat.trial_events[{i}]": name for i, name in enumerate(mat.trial_events)}
+    wanted |= {f"data.units.{name}": name for name in spec.units}
     variables = read_variables(path, {field: name for field, name in wanted.items() if name})
-    made = _timed(variables, spec) if timed else _binned(variables, spec)
-    return replace(made, name=path.name, sha256=sha256_of(path))
+    session, spec = _timed(variables, spec) if timed else _binned(variables, spec)
+    rows, notes = selected_units(
+        spec.units, lambda name: _labels(variables[name], name), len(session.unit_names)
+    )
+    session = replace(session.keeping(rows), notes=notes) if notes else session
+    return replace(recording_of(session, spec), name=path.name, sha256=sha256_of(path))
 
 
-def _binned(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
-    mat, width = spec.mat, spec.bin_width
+def _binned(variables: dict[str, Any], spec: RecordingSpec) -> tuple[Session, RecordingSpec]:
+    """The session, and how to read it with the bin width that the file states."""
+    mat = spec.mat
     counts = _counts(variables[mat.spikes], mat)
     if mat.bin_width:
         stated = _vector(variables[mat.bin_width], mat.bin_width)
-        if stated.size != 1:
-            raise RecordingError(mat.bin_width, expected="one number", got=f"{stated.size}")
-        same_bin_width(float(stated[0]), width, mat.bin_width)
-    n_bins = len(counts)
+        if stated.size != 1 or not 0 < stated[0] < np.inf:
+            raise RecordingError(
+                mat.bin_width, expected="one number of seconds above zero", got=f"{stated[:3]}"
+            )
+        if spec.bin_width is not None:
+            same_bin_width(float(stated[0]), spec.width, mat.bin_width)
+        spec = msgspec.structs.replace(spec, bin_width=float(stated[0]))
+    spec, width, n_bins = stated_width(spec, "MAT"), spec.width, len(counts)
     begin = left_edges(0.0, width, n_bins)
     moving: Moving | None = None
+    odd: tuple[RecordingWarning, ...] = ()
     if mat.kinematics:
         whole_lag(spec)
         shape = getattr(variables[mat.kinematics], "shape", ())
@@ -81,30 +104,18 @@ def _binned(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
                 expected=f"the order by which {mat.kinematics}, of shape {shape}, is as long",
                 got=f"{mat.spikes_axes!r}, which makes {n_bins} bins of {counts.shape[1]} units",
             )
-        raw, names, units = _kinematics(variables[mat.kinematics], mat, n_bins, "bins")
-        moving = Moving(mat.kinematics, raw.astype(np.float64), begin, width, names, units)
+        k = _kinematics(variables[mat.kinematics], mat, n_bins, "bins")
+        moving, odd = Moving(mat.kinematics, k.values, begin, width, k.names, k.units), k.warnings
     names = tuple(f"unit{i}" for i in range(counts.shape[1]))
     table = _table(variables, mat, begin, width)
-    return recording_of(Session(names, counts=counts, moving=moving, table=table), spec)
+    return Session(names, counts=counts, moving=moving, table=table, warnings=odd), spec
 
 
-def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
+def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[Session, RecordingSpec]:
     mat = spec.mat
-    cells = variables[mat.spike_times]
-    if not isinstance(cells, list):
-        raise RecordingError(
-            mat.spike_times,
-            expected="a cell array of vectors of seconds, or a field of a struct array",
-            got=described(cells),
-        )
-    units = [_vector(c, f"{mat.spike_times}{{{i + 1}}}") for i, c in enumerate(cells)]
-    if not all(np.isfinite(times).all() for times in units):
-        raise RecordingError(mat.spike_times, expected="finite seconds", got="some that are not")
-    if not any(times.size for times in units):
-        raise RecordingError(mat.spike_times, expected="cells with spike times", got="none")
     moving: Moving | None = None
-    table: Table | None = None
     odd: tuple[RecordingWarning, ...] = ()
+    at, interval = np.zeros(0), 0.0
     if mat.kinematics:
         if not mat.time:
             raise RecordingError(
@@ -116,28 +127,133 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> Recording:
             raise RecordingError(mat.time, expected="two or more increasing seconds", got=f"{n}")
         times, rows, odd = usable_stamps(stamps, n, mat.time)
         times = times * scale + offset
-        stamped = f"samples, as {mat.time} has"
-        raw, names, kinds = _kinematics(variables[mat.kinematics], mat, n, stamped)
+        k = _kinematics(variables[mat.kinematics], mat, n, f"samples, as {mat.time} has")
         interval = float(np.median(np.diff(times)))
-        moving = Moving(mat.kinematics, raw.astype(np.float64)[rows], times, interval, names, kinds)
+        moving = Moving(mat.kinematics, k.values[rows], times, interval, k.names, k.units)
+        odd += k.warnings
         # where each sample of the file begins, those left out too
         at = np.interp(np.arange(n), rows, times)
-        table = _table(variables, mat, at, interval)
-    elif mat.trial_starts:
+    elif mat.trial_starts and mat.trial_times == "bins":
         raise RecordingError(
             "data.mat.trial_starts",
-            expected="kinematics beside them: with spike times, trials count their samples",
+            expected="kinematics beside them, whose samples they count (or seconds: "
+            'data.mat.trial_times = "seconds")',
             got="none",
         )
+    table = _table(variables, mat, at, interval)
+    units, trials = _spike_times(variables, spec, 0 if table is None else len(table.start))
     session = Session(
         tuple(f"unit{i}" for i in range(len(units))),
         units,
         spikes_field=mat.spike_times,
         moving=moving,
         table=table,
+        spike_trials=trials,
         warnings=odd,
     )
-    return recording_of(session, spec)
+    return session, spec
+
+
+def _spike_times(
+    variables: dict[str, Any], spec: RecordingSpec, n_trials: int
+) -> tuple[list[Array], list[NDArray[np.int64]] | None]:
+    """Times a unit, and the row of each one's trial where the file says it."""
+    mat = spec.mat
+    cells = variables[mat.spike_times]
+    if not isinstance(cells, list):
+        raise RecordingError(
+            mat.spike_times,
+            expected="a cell array of vectors of seconds, or a field of a struct array",
+            got=described(cells),
+        )
+    trials: list[NDArray[np.int64]] | None = None
+    by_trial = _by_trial(cells, n_trials) if n_trials > 1 else None
+    if by_trial is not None and not spec.trials.relative_spikes:
+        raise RecordingError(
+            mat.spike_times,
+            expected="one cell a unit (data.trials.relative_spikes = true reads a cell a unit and "
+            "trial, with seconds from the trial's start)",
+            got=f"{len(cells)} cells for {n_trials} trials",
+        )
+    if by_trial is not None:
+        each = [
+            [_vector(c, f"{mat.spike_times}{{{i + 1},{k + 1}}}") for k, c in enumerate(unit)]
+            for i, unit in enumerate(by_trial)
+        ]
+        units = [np.concatenate(unit) for unit in each]
+        trials = [np.repeat(np.arange(n_trials), [len(t) for t in unit]) for unit in each]
+    else:
+        units = [_vector(c, f"{mat.spike_times}{{{i + 1}}}") for i, c in enumerate(cells)]
+        if mat.spike_trials:
+            trials = _trial_numbers(variables[mat.spike_trials], units, mat, n_trials)
+    if not all(np.isfinite(times).all() for times in units):
+        raise RecordingError(mat.spike_times, expected="finite seconds", got="some that are not")
+    if not any(times.size for times in units):
+        raise RecordingError(mat.spike_times, expected="cells with spike times", got="none")
+    return units, trials
+
+
+def _by_trial(cells: list[Any], n_trials: int) -> list[list[Any]] | None:
+    """Cells of units x trials, or of trials x units, as lists of a cell a trial, one a unit; None
+    where they are one cell a unit."""
+    if cells and all(isinstance(each, list) for each in cells):  # cells within cells
+        lengths = {len(each) for each in cells}
+        if lengths == {n_trials}:
+            return cells
+        if len(cells) == n_trials and len(lengths) == 1:
+            return [list(unit) for unit in zip(*cells, strict=True)]
+        return None
+    shape = cells.shape if isinstance(cells, Cells) else ()
+    if len(shape) != 2 or n_trials not in shape or (1 in shape and n_trials != 1):
+        return None
+    grid = np.empty(len(cells), dtype=object)
+    grid[:] = cells
+    grid = grid.reshape(shape, order="F")
+    return (grid if shape[1] == n_trials else grid.T).tolist()
+
+
+def _trial_numbers(
+    value: Any, units: list[Array], mat: MatSpec, n_trials: int
+) -> list[NDArray[np.int64]]:
+    rows: list[NDArray[np.int64]] = []
+    cells = value if isinstance(value, list) else [value]
+    for i, (cell, times) in enumerate(zip(cells, units, strict=False)):
+        field = f"{mat.spike_trials}{{{i + 1}}}"
+        numbers = _bin_numbers(cell, field) if len(times) else np.zeros(0, dtype=np.int64)
+        if len(numbers) != len(times) or (numbers < 1).any() or (numbers > n_trials).any():
+            raise RecordingError(
+                field,
+                expected=f"{len(times)} numbers from 1 to {n_trials}, a spike's trial each",
+                got=f"{len(numbers)} from {numbers.min(initial=0)} to {numbers.max(initial=0)}",
+            )
+        rows.append(numbers - 1)
+    if len(cells) != len(units):
+        raise RecordingError(mat.spike_trials, expected=f"{len(units)} cells", got=f"{len(cells)}")
+    return rows
+
+
+def _labels(value: Any, field: str) -> NDArray[np.str_]:
+    """Numbers or text, one a trial or unit, as words.
+
+    Text is a cell array, or a matrix of characters with a row each.
+    """
+    if isinstance(value, list):
+        each = [np.ravel(cell) if isinstance(cell, np.ndarray) else None for cell in value]
+        for i, cell in enumerate(each):
+            if cell is None or cell.size > 1 or cell.dtype.kind not in "biufU":
+                raise RecordingError(
+                    f"{field}{{{i + 1}}}",
+                    expected="a number or a text",
+                    got=described(value[i]),
+                )
+        return labels_of(
+            np.array([c[0] if c is not None and c.size else "" for c in each], dtype=object)
+        )
+    if isinstance(value, np.ndarray) and value.dtype.kind == "U":
+        return labels_of(np.ravel(value))
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        raise RecordingError(field, expected="numbers or texts", got=described(value))
+    return labels_of(_vector(value, field))
 
 
 def _numbers(value: Any, field: str) -> NDArray[Any]:
@@ -161,9 +277,17 @@ def _counts(value: Any, mat: MatSpec) -> NDArray[np.uint16]:
     return whole_counts(array.T if mat.spikes_axes == "units,bins" else array, mat.spikes)
 
 
-def _kinematics(
-    value: Any, mat: MatSpec, n_bins: int, what: str
-) -> tuple[NDArray[Any], tuple[str, ...], tuple[str, ...]]:
+@dataclass(frozen=True, slots=True)
+class _Channels:
+    """Kinematics (K, D) with names, units, and what is odd about them."""
+
+    values: Array
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    warnings: tuple[RecordingWarning, ...]
+
+
+def _kinematics(value: Any, mat: MatSpec, n_bins: int, what: str) -> _Channels:
     array = np.atleast_2d(_numbers(value, mat.kinematics))
     if array.ndim != 2 or n_bins not in array.shape:
         raise RecordingError(
@@ -171,70 +295,70 @@ def _kinematics(
         )
     if array.shape[1] == n_bins:
         array = array.T
-    rows = mat.kinematic_rows or tuple(range(array.shape[1]))
-    bad = [row for row in rows if not 0 <= row < array.shape[1]]
-    if bad:
-        raise RecordingError(
-            "data.mat.kinematic_rows",
-            expected=f"rows 0 to {array.shape[1] - 1} of {mat.kinematics}",
-            got=str(bad[0]),
-        )
-    own = tuple(f"{mat.kinematics}{row}" for row in rows)
-    return array[:, list(rows)], *channels_of(mat, own, ("",) * len(rows), "data.mat")
+    n = array.shape[1]
+    own = tuple(f"{mat.kinematics}{row}" for row in range(n))
+    rows, names, units, odd = channels_of(mat, own, ("",) * n, "data.mat")
+    return _Channels(array[:, rows].astype(np.float64), names, units, odd)
 
 
 def whole_lag(spec: RecordingSpec) -> None:
     """Raises RecordingError unless the lag is a whole number of bins, as binned files need."""
-    bins = spec.lag / spec.bin_width
+    bins = spec.lag / spec.width
     if abs(bins - round(bins)) > 1e-6:
         raise RecordingError(
             "data.lag",
-            expected=f"a whole number of the file's bins of {spec.bin_width:g} s",
+            expected=f"a whole number of the file's bins of {spec.width:g} s",
             got=f"{spec.lag:g} s",
         )
 
 
-def _table(
-    variables: dict[str, Any], mat: MatSpec, at: NDArray[np.float64], width: float
-) -> Table | None:
-    """One-based bins as a trials table in seconds; bins begin at ``at``, each ``width`` long."""
+def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> Table | None:
+    """Trials in seconds; where the file counts bins from one, bins begin at ``at``, each ``width``
+    long."""
     if not mat.trial_starts:
         return None
-    n_bins = len(at)
+    n_bins, bins = len(at), mat.trial_times == "bins"
 
-    def seconds(index: NDArray[Any]) -> NDArray[np.float64]:
+    def seconds(index: NDArray[Any]) -> Array:
+        if not bins:
+            return index.astype(np.float64)
+        index = index - 1
         whole = np.nan_to_num(index).clip(0, n_bins - 1).astype(np.int64)
         return at[whole] + width * (index - whole)
 
-    start = _bin_numbers(variables[mat.trial_starts], mat.trial_starts)
-    if start[0] < 1 or start[-1] > n_bins or (np.diff(start) <= 0).any():
+    numbers = _bin_numbers if bins else _vector
+    start = numbers(variables[mat.trial_starts], mat.trial_starts)
+    if bins and (start[0] < 1 or start[-1] > n_bins or (np.diff(start) <= 0).any()):
         raise RecordingError(
             mat.trial_starts,
-            expected=f"increasing one-based bins up to {n_bins}",
+            expected=f"increasing one-based bins up to {n_bins} (or data.mat.trial_times = "
+            '"seconds")',
             got=f"{len(start)} from {start[0]} to {start[-1]}",
         )
-    stop = np.append(start[1:] - 1, n_bins)
+    end = n_bins + 1 if bins else at[-1] + width if n_bins else np.nan
+    stop = np.append(start[1:], end)
     if mat.trial_stops:
-        stop = _bin_numbers(variables[mat.trial_stops], mat.trial_stops)
+        stop = numbers(variables[mat.trial_stops], mat.trial_stops)
         _one_a_trial(stop, len(start), mat.trial_stops)
-        if (stop < start).any() or stop.max() > n_bins:
+        if bins and ((stop < start).any() or stop.max() > n_bins):
             raise RecordingError(
                 mat.trial_stops,
                 expected=f"one-based last bins, from each trial's first to {n_bins}",
                 got="some that are not",
             )
+        stop = stop + 1 if bins else stop  # where the last bin ends
     columns: dict[str, NDArray[Any]] = {}
     if mat.trial_conditions:
-        values = _vector(variables[mat.trial_conditions], mat.trial_conditions)
+        values = _labels(variables[mat.trial_conditions], mat.trial_conditions)
         _one_a_trial(values, len(start), mat.trial_conditions)
         columns["condition"] = values
     for name in mat.trial_events:
         values = _vector(variables[name], name)
         _one_a_trial(values, len(start), name)
-        columns[name if name.endswith("_time") else f"{name}_time"] = seconds(values - 1)
+        columns[name if name.endswith("_time") else f"{name}_time"] = seconds(values)
     # a column of the file's own name too, so that ``data.trials.event`` may say it as it is
     columns |= {name: columns[f"{name}_time"] for name in mat.trial_events if name not in columns}
-    return Table(seconds(start - 1), seconds(stop), columns)
+    return Table(seconds(start), seconds(stop), columns)
 
 
 def _one_a_trial(values: NDArray[Any], trials: int, field: str) -> None:

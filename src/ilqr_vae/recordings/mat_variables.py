@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import io, sparse
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.checks import MOST_VALUES, Found
+from ilqr_vae.recordings.checks import MOST_VALUES, Cells, Found
 
 if TYPE_CHECKING:  # h5py is no part of the base install
     from ilqr_vae.recordings.h5 import File
@@ -186,13 +187,13 @@ class _V5(_Tree):
 
     def value(self, node: Any) -> Any:
         if isinstance(node, list):
-            return [self.value(each) for each in node]
+            return Cells([self.value(each) for each in node], (len(node), 1))
         if sparse.issparse(node):
             return _dense(node)
         if not isinstance(node, np.ndarray) or type(node) is not np.ndarray:
             return Found("an object of MATLAB's own (a table, string or function)")
         if node.dtype == object:
-            return [self.value(cell) for cell in node.ravel(order="F")]
+            return Cells([self.value(cell) for cell in node.ravel(order="F")], node.shape)
         if node.dtype.names is not None:
             return Found(f"a struct of {', '.join(node.dtype.names)}")
         return Found("complex numbers") if node.dtype.kind == "c" else node
@@ -221,11 +222,11 @@ class _V73(_Tree):
     def _content(self, node: Any) -> Any:
         return node if isinstance(node, Found) else self._file.value(node)
 
-    def value(self, node: Any, depth: int = 0) -> Any:
+    def value(self, node: Any, within: tuple[str, ...] = ()) -> Any:
+        """``within``: names of the cell arrays that it is a cell of."""
         if isinstance(node, list):
-            if (depth and len(node) != 1) or depth > _DEEPEST:  # it may hold itself
-                return Found(f"a cell array of {len(node)}")
-            return [self.value(each, depth + 1) for each in node]
+            shape = node.shape[::-1] if isinstance(node, Cells) else (len(node), 1)
+            return Cells([self.value(each, within) for each in node], shape)
         if node is None or isinstance(node, np.ndarray):
             return np.zeros(0) if node is None else node
         if isinstance(node, Found):
@@ -240,9 +241,12 @@ class _V73(_Tree):
             return [] if kind == "cell" else np.zeros(0)
         found = self._content(node)
         if isinstance(found, list):
-            return self.value(found, depth)
-        if kind == "char":
-            return Found("text")
+            name = str(node.name)
+            if name in within or len(within) == _DEEPEST:  # it may hold itself
+                return Found(f"a cell array of {len(found)}")
+            return self.value(found, (*within, name))
+        if kind == "char" and isinstance(found, np.ndarray) and found.dtype.kind in "iu":
+            return _text(found)
         return found if isinstance(found, Found) else found.T
 
     def _sparse(self, node: Any, rows: Any) -> Any:
@@ -254,6 +258,12 @@ class _V73(_Tree):
             return _dense(sparse.csc_matrix((parts[1], parts[0], columns), shape=shape))
         except (ValueError, TypeError, IndexError, OverflowError) as error:
             return Found(f"a damaged sparse matrix ({error})")
+
+
+def _text(codes: NDArray[Any]) -> NDArray[np.str_]:
+    """Characters as MATLAB stores them, UTF-16, a column of the file each row: as texts."""
+    rows = codes.astype(np.uint16).reshape(len(codes), -1).T
+    return np.array([row.tobytes().decode("utf-16-le", "replace") for row in rows], dtype=np.str_)
 
 
 def _dense(matrix: Any) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from ilqr_vae.errors import RecordingError
-from ilqr_vae.recordings.recording import Recording
+from ilqr_vae.recordings.recording import Recording, RecordingWarning
 
 # Symbols and words with their size and the base units they are made of. A word takes a plural.
 _SECOND = {"s": 1}
@@ -109,10 +109,11 @@ def conversion(given: str, wanted: str) -> float | None:
 def in_units(recording: Recording, units: tuple[str, ...], whose: str) -> Recording:
     """The recording with its kinematics in these units, one a channel.
 
-    Where one side states no unit, values stay as they are and a note says so.
+    Where one side states no unit, values stay as they are. A warning says so, and what was
+    converted.
 
     Args:
-        whose: whose the units are, for notes and errors, e.g. ``the model``.
+        whose: whose the units are, for warnings and errors, e.g. ``the model``.
 
     Raises:
         RecordingError: a channel's unit is another that does not convert with certainty.
@@ -120,15 +121,14 @@ def in_units(recording: Recording, units: tuple[str, ...], whose: str) -> Record
     if recording.kinematics is None or recording.kinematic_units == units:
         return recording
     factors = np.ones(len(units))
-    notes: list[str] = []
+    said: list[RecordingWarning] = []
     each = zip(recording.kinematic_names, recording.kinematic_units, units, strict=True)
     for channel, (name, given, wanted) in enumerate(each):
         factor = conversion(given, wanted)
         if factor is None and (unstated(given) or unstated(wanted)):
-            notes.append(
-                f"{name}: the recording's unit is {given or 'not stated'}, {whose}'s is "
-                f"{wanted or 'not stated'}; the values are taken as they are."
-            )
+            text = f"{name}: the recording's unit is {given or 'not stated'}, {whose}'s is "
+            text += f"{wanted or 'not stated'}; the values are taken as they are."
+            said.append(RecordingWarning("units-unstated", text))
         elif factor is None:
             raise RecordingError(
                 f"recording.kinematic_units of {name}",
@@ -137,11 +137,12 @@ def in_units(recording: Recording, units: tuple[str, ...], whose: str) -> Record
             )
         elif factor != 1.0:
             factors[channel] = factor
-            notes.append(f"{name} converted from {given} to {wanted}, {whose}'s unit.")
+            text = f"{name} converted from {given} to {wanted}, {whose}'s unit."
+            said.append(RecordingWarning("units-converted", text))
     same = bool((factors == 1.0).all())
     return replace(
         recording,
         kinematics=recording.kinematics if same else recording.kinematics * factors,
         kinematic_units=units,
-        notes=recording.notes + tuple(notes),
+        warnings=recording.warnings + tuple(said),
     )

@@ -103,7 +103,8 @@ def _order(
         raise RecordingError(
             field,
             expected=f"times on one clock throughout {against.name if against else 'the file'}, "
-            f"{whole:g} s long",
+            f"{whole:g} s long (data.trials.relative_spikes = true where they are seconds from the "
+            "start of each trial)",
             got=f"times that restart: those {said}, and they span {last - first:g} s",
         )
     return [
@@ -150,7 +151,8 @@ def _spans(
             field,
             expected=f"spikes throughout {where}",
             got=f"spikes from {first:g} to {last:g} s alone, {100 * covered / (end - begin):.2g} % "
-            "of it; is its rate samples per second, and its clock the spikes' (data.clocks)?",
+            "of it; is its rate samples per second, and its clock the spikes' (data.clocks)? "
+            "Or are they seconds from each trial's start (data.trials.relative_spikes)?",
         )
     return found
 

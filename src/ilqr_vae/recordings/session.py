@@ -82,6 +82,7 @@ class Session:
         moving: the behaviour, or None.
         scored: one channel at times of its own: nonzero where behaviour is to be scored; or None.
         table: trials, or None.
+        spike_trials: the row in ``table`` of each spike, one array a unit, where the file says it.
         invalid: (M, 2) intervals in which nothing is to be believed.
         notes, warnings: as ``Recording``'s.
     """
@@ -96,9 +97,101 @@ class Session:
     moving: Moving | None = None
     scored: Moving | None = None
     table: Table | None = None
+    spike_trials: Sequence[NDArray[np.int64]] | None = None
     invalid: Array | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[RecordingWarning, ...] = ()
+
+    def keeping(self, rows: NDArray[np.int64]) -> Session:
+        """These units alone."""
+        names = tuple(self.unit_names[i] for i in rows)
+        trials, observed = self.spike_trials, self.observed
+        return replace(
+            self,
+            unit_names=names,
+            spike_times=[self.spike_times[i] for i in rows] if self.counts is None else (),
+            counts=None if self.counts is None else self.counts[:, rows],
+            held_out=tuple(name for name in self.held_out if name in set(names)),
+            spike_trials=None if trials is None else [trials[i] for i in rows],
+            observed=None if observed is None else [observed[i] for i in rows],
+        )
+
+
+def unrolled(session: Session) -> Session:
+    """The session with spike times on its clock, where they are seconds from their trials' starts.
+
+    Units are taken as observed in their trials alone. A spike that lies in another trial than its
+    own is left out, since that one has it too.
+
+    Raises:
+        RecordingError: there are no trials or no spike times; it cannot be told which trial each
+            spike is of; or most lie outside of their trials.
+    """
+    field, table = "data.trials.relative_spikes", session.table
+    if table is None or session.counts is not None:
+        got = "no trials" if table is None else "counts"
+        raise RecordingError(field, expected="false, or spike times and trials", got=got)
+    order = np.argsort(table.start, kind="stable")
+    start, stop = table.start[order], table.stop[order]
+    place = np.argsort(order)  # of each row of the table among the trials in order
+    session, rows = _trials_of_spikes(session, len(start))
+    before = np.concatenate(
+        [[-np.inf], np.maximum.accumulate(np.nan_to_num(stop[:-1], nan=-np.inf))]
+    )
+    after = np.append(start[1:], np.inf)
+    last = np.array(stop, dtype=np.float64)
+    lead, inside, total = 0.0, 0, 0
+    times: list[Array] = []
+    for unit, row in zip(session.spike_times, rows, strict=True):
+        k = place[row]
+        when = np.asarray(unit, dtype=np.float64) + start[k]
+        known = np.isfinite(when) & np.isfinite(stop[k])
+        k, when = k[known], when[known]
+        slack = stop[k] - start[k]
+        inside += int(((when >= start[k] - slack) & (when <= stop[k] + slack)).sum())
+        total += len(when)
+        own = (when >= np.minimum(before[k], start[k])) & ~((when > stop[k]) & (when >= after[k]))
+        times.append(np.sort(when[own]))
+        lead = min(lead, float((when - start[k])[own].min(initial=0.0)))
+        np.maximum.at(last, k[own], when[own])
+    if 2 * inside < total:
+        raise RecordingError(
+            session.spikes_field,
+            expected="seconds from each trial's start, within the trial (" + field + ")",
+            got=f"{total - inside} of {total} spikes outside of theirs",
+        )
+    pairs = np.stack(
+        [np.maximum(start + lead, before), np.minimum(last, np.maximum(after, stop))], 1
+    )
+    pairs = pairs[np.isfinite(pairs).all(axis=1) & (pairs[:, 1] > pairs[:, 0])]
+    seen = [pairs] * len(times)
+    return replace(session, spike_times=times, observed=session.observed or seen, spike_trials=None)
+
+
+def _trials_of_spikes(session: Session, n: int) -> tuple[Session, list[NDArray[np.int64]]]:
+    """The row of each spike's trial, said or counted from where times start again; units of which
+    it cannot be counted are left out."""
+    if session.spike_trials is not None:
+        return session, list(session.spike_trials)
+    rows = [np.cumsum(np.append(0, np.diff(t) < 0))[: len(t)] for t in session.spike_times]
+    keep = np.array([not len(r) or r[-1] + 1 == n for r in rows], dtype=bool)
+    clear = sum(1 for r, k in zip(rows, keep, strict=True) if k and len(r))
+    if 2 * clear < sum(1 for r in rows if len(r)) or not clear:
+        worst = next(i for i, k in enumerate(keep) if not k)
+        raise RecordingError(
+            session.spikes_field,
+            expected=f"times that start again at each of {n} trials, or spike_trials (data.nwb, "
+            "data.mat) naming the trial of each spike",
+            got=f"{len(rows) - clear} of {len(rows)} units that do not, e.g. "
+            f"{session.unit_names[worst]} in {int(rows[worst][-1]) + 1} runs",
+        )
+    if not keep.all():
+        text = f"{int((~keep).sum())} of {len(keep)} units have no spike in some trial, so that it "
+        text += "cannot be told which trials theirs are of: left out (spike_trials would say it)."
+        session = session.keeping(np.flatnonzero(keep))
+        odd = RecordingWarning("units-ambiguous", text)
+        session = replace(session, warnings=(*session.warnings, odd))
+    return session, [r for r, k in zip(rows, keep, strict=True) if k]
 
 
 def span_of(times: Sequence[NDArray[Any]]) -> tuple[float, float]:
@@ -116,6 +209,9 @@ def plausible(session: Session, spec: RecordingSpec) -> Session:
         )
     scale, offset = spec.clocks.spikes
     times = [np.asarray(t, dtype=np.float64) * scale + offset for t in session.spike_times]
+    if spec.trials.relative_spikes:
+        session = unrolled(replace(session, spike_times=times))
+        times = [np.asarray(t, dtype=np.float64) for t in session.spike_times]
     found = list(session.warnings)
     moving, table = session.moving, session.table
     against = None
@@ -130,7 +226,7 @@ def plausible(session: Session, spec: RecordingSpec) -> Session:
     if table is not None:
         begin = end = session.begin
         if session.counts is not None:
-            end += spec.bin_width * len(session.counts)
+            end += spec.width * len(session.counts)
         elif moving is not None:
             begin, end = float(moving.times[0]), moving.end
         elif any(len(t) for t in times):

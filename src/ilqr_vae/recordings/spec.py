@@ -9,6 +9,12 @@ import msgspec
 from ilqr_vae.files import FiniteFloat, NonNegativeFloat, PositiveFloat
 from ilqr_vae.recordings.split import SplitSpec
 
+Label = str | int | float | bool
+
+
+def _any_unit() -> dict[str, Label | tuple[Label, ...]]:
+    return {}
+
 
 class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Field map of a MAT file holding binned counts, or spike times.
@@ -20,20 +26,26 @@ class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         spikes_axes: order of its two axes.
         spike_times: cell array of vectors of spike times in seconds, one cell a unit (of any
             shape; a unit whose cell is empty never fires); given, it takes the place of ``spikes``.
+            With ``data.trials.relative_spikes`` also cells of units x trials, or of trials x units.
+        spike_trials: cell array like ``spike_times`` with the one-based trial of each spike, or "".
         time: with ``spike_times``: variable with the times of the kinematics' samples, seconds.
         bin_width: variable with the bin width in seconds, or "" to take ``data.bin_width``.
         kinematics: variable with the kinematics, or "" for none; channels x bins or transposed.
-        kinematic_rows: which channels of it to decode; empty means all.
+        kinematic_rows: which channels of it to decode, from 0; empty means all.
         kinematic_names, kinematic_units: one each per decoded channel.
-        trial_starts: variable with one-based first bins of trials, or "".
+        trial_starts: variable with one-based first bins of trials, or "". Beside spike times, bins
+            are the kinematics' samples.
         trial_stops: variable with one-based last bins of trials; "" means until the next begins.
-        trial_conditions: variable with a number per trial, or "".
-        trial_events: variables with one-based bins of events, one number a trial, NaN for none.
+        trial_times: whether starts, stops and events of trials are bins or seconds.
+        trial_conditions: variable with a number or text per trial, or "".
+        trial_events: variables with one-based bins of events, one number a trial, NaN for none;
+            each once.
     """
 
     spikes: str = "spikes"
     spikes_axes: Literal["units,bins", "bins,units"] = "units,bins"
     spike_times: str = ""
+    spike_trials: str = ""
     time: str = ""
     bin_width: str = ""
     kinematics: str = ""
@@ -42,6 +54,7 @@ class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     kinematic_units: tuple[str, ...] = ()
     trial_starts: str = ""
     trial_stops: str = ""
+    trial_times: Literal["bins", "seconds"] = "bins"
     trial_conditions: str = ""
     trial_events: tuple[str, ...] = ()
 
@@ -52,7 +65,7 @@ class ClockSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Attributes:
         spikes: (scale, offset) of spike times: (0.001, 0.0) for milliseconds.
         kinematics: of the kinematics' timestamps.
-        trials: of the trials' starts, stops and events (NWB).
+        trials: of the trials' starts, stops and events (NWB, and MAT where they are seconds).
     """
 
     spikes: tuple[float, float] = (1.0, 0.0)
@@ -72,7 +85,9 @@ class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         kinematics: name (or path) of the behaviour series to decode, or of a container whose
             one-channel series are to be decoded together; "" means the most likely one
             (``nwb.series.likeliest``): velocity before position, movement before eyes and reward.
-        kinematic_names, kinematic_units: override what the file says; empty keeps it.
+        kinematic_rows: which of its channels to decode, from 0; empty means all.
+        kinematic_names, kinematic_units: of the decoded channels, instead of what the file says;
+            empty keeps it. Units that the file contradicts are a warning.
         rate: samples per second of the kinematics, instead of the file's; 0 keeps it. The first
             sample, and the first after each pause in the timestamps, keep their times. (FALCON's
             H1 files state the interval where the rate belongs.)
@@ -80,17 +95,20 @@ class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         scored: name (or path) of a series that is nonzero where kinematics are to be learnt from
             and scored, e.g. ``eval_mask``; "" means everywhere.
         trials: use the trials table where there is one.
+        spike_trials: column of the units table with the trial (its id) of each spike, or "".
     """
 
     counts: str = ""
     unit_names: str = ""
     kinematics: str = ""
+    kinematic_rows: tuple[int, ...] = ()
     kinematic_names: tuple[str, ...] = ()
     kinematic_units: tuple[str, ...] = ()
     rate: NonNegativeFloat = 0.0
     stamps: Literal["start", "end"] = "start"
     scored: str = ""
     trials: bool = True
+    spike_trials: str = ""
 
 
 class Hdf5Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,8 +121,9 @@ class Hdf5Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         kinematics: trials x bins x channels, or "" for none; absent is none for the default name.
         test_spikes, test_held_out, test_kinematics: the same of the trials to test on; they are
             used where the file has all that the training part has.
-        conditions, test_conditions: a number per trial, or "".
-        kinematic_names, kinematic_units: one each per channel.
+        conditions, test_conditions: a number or text per trial, or "".
+        kinematic_rows: which channels to decode, from 0; empty means all.
+        kinematic_names, kinematic_units: one each per decoded channel.
     """
 
     group: str = ""
@@ -116,6 +135,7 @@ class Hdf5Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     test_kinematics: str = "eval_behavior"
     conditions: str = ""
     test_conditions: str = ""
+    kinematic_rows: tuple[int, ...] = ()
     kinematic_names: tuple[str, ...] = ()
     kinematic_units: tuple[str, ...] = ()
 
@@ -134,6 +154,10 @@ class TrialSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             condition, target_index, target_id, target, trial_type.
         events: columns kept as events; empty means all that end in ``_time``.
         relative: whether events are seconds from their trial's start, not the recording's.
+        relative_spikes: whether spike times are. Which trial each is of is said by ``spike_trials``
+            (``data.nwb``, ``data.mat``), by a cell array of units x trials in MAT, or by times that
+            start again at each trial, where every trial has a spike of the unit. Bins outside of
+            all trials are masked.
     """
 
     event: str = ""
@@ -141,14 +165,20 @@ class TrialSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     condition: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
     relative: bool = False
+    relative_spikes: bool = False
 
 
 class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The ``[data]`` part of a config.
 
     Attributes:
-        bin_width: seconds; must agree with a file that is already binned.
+        bin_width: seconds. By default 0.05 for spike times, and for counts what the file states; it
+            must agree with that. A file of counts that states none (MAT, HDF5) needs it.
         min_rate: Hz; units slower than this on the training part are left out of the model.
+        units: which units to read: columns of the units table with the value, or one of the values,
+            that a unit has there, e.g. ``quality = "good"`` or ``electrode_group = ["a", "b"]``. In
+            NWB also columns of the units' electrodes (``location``); in MAT and HDF5 variables
+            with one value a unit. Empty means all units.
         mode: the recording as it ran, or its trials one after the other, nothing crossing from one
             to the next.
         lag: seconds; the kinematics of a bin are those measured this much later (negative:
@@ -161,8 +191,9 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         split: by time, or by the file's labels.
     """
 
-    bin_width: PositiveFloat = 0.05
+    bin_width: PositiveFloat | None = None
     min_rate: NonNegativeFloat = 0.0
+    units: dict[str, Label | tuple[Label, ...]] = msgspec.field(default_factory=_any_unit)
     mode: Literal["continuous", "trials"] = "continuous"
     lag: FiniteFloat = 0.0
     differentiate: bool = False
@@ -172,6 +203,11 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     hdf5: Hdf5Spec = msgspec.field(default_factory=Hdf5Spec)
     trials: TrialSpec = msgspec.field(default_factory=TrialSpec)
     split: SplitSpec = msgspec.field(default_factory=SplitSpec)
+
+    @property
+    def width(self) -> float:
+        """Seconds a bin."""
+        return 0.05 if self.bin_width is None else self.bin_width
 
     def as_it_ran(self) -> RecordingSpec:
         """The same, in one piece: to stream it, since a stream runs on between trials."""

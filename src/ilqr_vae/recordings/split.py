@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.files import OpenShare, ShareAboveZero
-from ilqr_vae.recordings.recording import Recording
+from ilqr_vae.recordings.recording import Recording, RecordingWarning
 
 Span = Literal["train", "validation", "test", "all"]
 
@@ -130,3 +130,43 @@ def nested_split(recording: Recording, split: SplitSpec) -> Recording:
     if b > a and a in recording.breaks:  # a split between trials stays one
         inner = segment_start(recording, inner)
     return replace(recording.slice(0, b), bounds=(inner, a))
+
+
+HARDLY = 0.02
+"""Share of the training part's standard deviation below which a part hardly moves."""
+
+
+def at_rest(recording: Recording, split: SplitSpec) -> tuple[RecordingWarning, ...]:
+    """Warnings of channels that do not move in some part, where they have no R2 then."""
+    k = recording.kinematics
+    if k is None:
+        return ()
+    usual = np.zeros(k.shape[1])
+    where: dict[tuple[str, str], list[str]] = {}
+    for span in ("train", "validation", "test"):
+        start, stop = split.span(span, recording)
+        part = k[start:stop][recording.scored[start:stop]]
+        if not len(part):
+            continue
+        moves, spread = varies(part), part.std(0)
+        usual = spread if span == "train" else usual
+        for name, moving, few in zip(
+            recording.kinematic_names, moves, spread < HARDLY * usual, strict=True
+        ):
+            if few or not moving:
+                what = "hardly any movement" if moving else "no movement"
+                where.setdefault((name, what), []).append(span)
+    return tuple(
+        RecordingWarning(
+            "at-rest",
+            f"{name}: {what} in the {' and '.join(spans)} part; R2 there says "
+            + ("little." if what.startswith("hardly") else "nothing."),
+        )
+        for (name, what), spans in where.items()
+    )
+
+
+def varies(y: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(D,), which columns of (T, D) vary by more than rounding; T is at least 1."""
+    dust = 16 * np.finfo(np.float64).eps * np.abs(y).max(axis=0)
+    return np.ptp(y, axis=0) > dust  # exact, where a mean would be rounded

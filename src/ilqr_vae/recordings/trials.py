@@ -137,7 +137,7 @@ def plan(table: Table, spec: RecordingSpec) -> tuple[Plan, tuple[RecordingWarnin
             event, no trial carries a known label, none holds one bin, the windows lie over one
             another, or there are too few for the parts of the split.
     """
-    wanted, width = spec.trials, spec.bin_width
+    wanted, width = spec.trials, spec.width
     if wanted.event:
         at = table.seconds(wanted.event, "data.trials.event")
         low, high = wanted.window
@@ -283,7 +283,7 @@ def events_of(table: Table, rows: NDArray[np.int64], spec: RecordingSpec) -> dic
 
 def trials_of(table: Table, spec: RecordingSpec, start: float, n_bins: int) -> Trials | None:
     """The trials wholly inside the bins of a continuous recording; None where there is none."""
-    begin, end, width = table.start, table.stop, spec.bin_width
+    begin, end, width = table.start, table.stop, spec.width
     if not len(begin):
         return None
     known = np.isfinite(begin) & np.isfinite(end)

@@ -70,7 +70,7 @@ def recording_of(session: Session, spec: RecordingSpec) -> Recording:
     if session.moving is not None:
         session = replace(session, moving=session.moving.unwrapped())
     if session.counts is not None:
-        begin = left_edges(session.begin, spec.bin_width, len(session.counts))
+        begin = left_edges(session.begin, spec.width, len(session.counts))
         made = _finish(session.counts, begin, session, spec)
         return cut_on_grid(made, session.table, spec) if trials else made
     made = _trials(session, spec) if trials else _continuous(session, spec)
@@ -103,7 +103,7 @@ def possible(n_bins: float, n_units: int, width: float) -> None:
 
 
 def _continuous(session: Session, spec: RecordingSpec) -> Recording:
-    width, moving = spec.bin_width, session.moving
+    width, moving = spec.width, session.moving
     if moving is not None:
         start, end = float(moving.times[0]), moving.end
     else:
@@ -140,7 +140,7 @@ def _finish(
     counts: NDArray[np.uint16], begin: Array, session: Session, spec: RecordingSpec
 ) -> Recording:
     """A continuous recording of counts (T, N) whose bins begin at ``begin`` (T,) seconds."""
-    width, start, n_bins = spec.bin_width, float(begin[0]), len(begin)
+    width, start, n_bins = spec.width, float(begin[0]), len(begin)
     valid, observed = _observed(session, begin, width)
     if session.invalid is not None:
         valid = valid & ~_touched(session.invalid, start, width, n_bins)
@@ -210,7 +210,7 @@ def _scored(session: Session, spec: RecordingSpec, start: float, n_bins: int) ->
     mark = session.scored
     if mark is None:
         return np.ones(n_bins, dtype=bool)
-    share = resample(mark.values, mark.times - spec.lag, start, spec.bin_width, n_bins)[:, 0]
+    share = resample(mark.values, mark.times - spec.lag, start, spec.width, n_bins)[:, 0]
     return np.nan_to_num(share) > 0.5
 
 
@@ -241,7 +241,7 @@ def _observed(
 
 def _trials(session: Session, spec: RecordingSpec) -> Recording:
     assert session.table is not None  # see recording_of
-    width, moving = spec.bin_width, session.moving
+    width, moving = spec.width, session.moving
     planned, odd = plan(session.table, spec)
     possible(int(planned.bins.sum()), len(session.spike_times), width)
     pieces = [
@@ -306,7 +306,7 @@ def _piece(
     Gaps are as long as they are in the recording as it ran: samples up to ``MAX_GAP_SECONDS``
     beyond the window are looked at too.
     """
-    moving, width = session.moving, spec.bin_width
+    moving, width = session.moving, spec.width
     if moving is None:
         return np.zeros((n_bins, 0)), np.ones(n_bins, dtype=bool)
     times = moving.times - spec.lag
@@ -340,7 +340,7 @@ def cut_on_grid(recording: Recording, table: Table | None, spec: RecordingSpec) 
     """
     assert table is not None  # see recording_of
     planned, odd = plan(table, spec)
-    first = np.rint((planned.begin - recording.start_time) / spec.bin_width).astype(np.int64)
+    first = np.rint((planned.begin - recording.start_time) / spec.width).astype(np.int64)
     inside = (first >= 0) & (first + planned.bins <= len(recording))
     if not inside.any():
         raise RecordingError(
@@ -349,7 +349,7 @@ def cut_on_grid(recording: Recording, table: Table | None, spec: RecordingSpec) 
     planned = planned.keeping(inside, "are not inside the recording")
     condition = condition_of(table, planned.rows, spec)
     events = {
-        name: (when - recording.start_time) / spec.bin_width
+        name: (when - recording.start_time) / spec.width
         for name, when in events_of(table, planned.rows, spec).items()
     }
     made = cut(recording, first[inside], planned.bins, condition, events)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln, ndtri
 
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.recordings.split import varies
 
 Array = NDArray[np.float64]
 
@@ -119,12 +120,6 @@ def r2_per_axis(truth: NDArray[Any], prediction: NDArray[Any]) -> Array:
     error = np.sum((y - p) ** 2, axis=0)
     total = np.sum((y - y.mean(axis=0)) ** 2, axis=0)
     return 1.0 - np.divide(error, total, out=np.full(len(total), np.nan), where=varies(y))
-
-
-def varies(y: Array) -> NDArray[np.bool_]:
-    """(D,), which columns of (T, D) vary by more than rounding; T is at least 1."""
-    dust = 16 * np.finfo(np.float64).eps * np.abs(y).max(axis=0)
-    return np.ptp(y, axis=0) > dust  # exact, where a mean would be rounded
 
 
 def r2(truth: NDArray[Any], prediction: NDArray[Any]) -> float:

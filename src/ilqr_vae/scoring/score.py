@@ -12,10 +12,10 @@ from scipy.special import ndtri
 
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec
-from ilqr_vae.recordings.split import segment_start
+from ilqr_vae.recordings.split import segment_start, varies
 from ilqr_vae.scoring.baselines import WienerFilter
 from ilqr_vae.scoring.bootstrap import FEWEST, interval, pieces, r2_draws
-from ilqr_vae.scoring.metrics import r2, r2_per_axis, varies
+from ilqr_vae.scoring.metrics import r2, r2_per_axis
 from ilqr_vae.scoring.spacing import spaced_out
 
 Array = NDArray[np.float64]

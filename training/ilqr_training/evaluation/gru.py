@@ -24,7 +24,8 @@ from ilqr_training.readout.restarts import reaching
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, SplitSpec
-from ilqr_vae.scoring.metrics import r2, varies
+from ilqr_vae.recordings.split import varies
+from ilqr_vae.scoring.metrics import r2
 
 Array = NDArray[np.float64]
 

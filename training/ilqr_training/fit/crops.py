@@ -13,10 +13,7 @@ from ilqr_vae.errors import RecordingError
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.recordings import Recording, RecordingSpec, SplitSpec
-from ilqr_vae.scoring.metrics import varies
-
-HARDLY = 0.02
-"""Share of the training part's standard deviation below which a part hardly moves."""
+from ilqr_vae.recordings.split import at_rest, varies
 
 
 @dataclass(frozen=True)
@@ -85,46 +82,26 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
                 got=str(len(part)),
             )
         mean, scale = part.mean(0), np.where(varies(part), part.std(0), 0.0)
-        recording = replace(recording, notes=recording.notes + at_rest(recording, spec.split))
+        _movement(recording, spec.split)
+        said = recording.warnings  # of a file they are there already
+        still = tuple(w for w in at_rest(recording, spec.split) if w not in said)
+        recording = replace(recording, warnings=said + still)
     return Prepared(recording, train, validation, spec.split.span("test", recording), mean, scale)
 
 
-def at_rest(recording: Recording, split: SplitSpec) -> tuple[str, ...]:
-    """Sentences on channels that do not move in some part, where they have no R2 then.
-
-    Raises:
-        RecordingError: nothing moves in the training part, where there is nothing to learn then, or
-            in the validation part, where there is nothing to choose by.
-    """
+def _movement(recording: Recording, split: SplitSpec) -> None:
+    """Raises RecordingError where nothing moves in the training part, so that there is nothing to
+    learn, or in the validation part, so that there is nothing to choose by."""
     k = recording.kinematics
-    if k is None:
-        return ()
-    usual = np.zeros(k.shape[1])
-    where: dict[tuple[str, str], list[str]] = {}
-    for span in ("train", "validation", "test"):
+    for span in ("train", "validation"):
         start, stop = split.span(span, recording)
-        part = k[start:stop][recording.scored[start:stop]]
-        if not len(part):
-            continue
-        moves, spread = varies(part), part.std(0)
-        usual = spread if span == "train" else usual
-        if not moves.any() and span != "test":
+        part = np.zeros((0, 0)) if k is None else k[start:stop][recording.scored[start:stop]]
+        if len(part) and not varies(part).any():
             raise RecordingError(
                 "recording.kinematics",
                 expected=f"movement in the {span} part, bins {start}:{stop} (see data.split)",
                 got=f"none: {', '.join(recording.kinematic_names)} do not vary there",
             )
-        for name, moving, few in zip(
-            recording.kinematic_names, moves, spread < HARDLY * usual, strict=True
-        ):
-            if few or not moving:
-                what = "hardly any movement" if moving else "no movement"
-                where.setdefault((name, what), []).append(span)
-    return tuple(
-        f"{name}: {what} in the {' and '.join(spans)} part; R2 there says "
-        + ("little." if what.startswith("hardly") else "nothing.")
-        for (name, what), spans in where.items()
-    )
 
 
 class Crops:

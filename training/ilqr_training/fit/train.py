@@ -276,7 +276,7 @@ def manifest_of(
         unit_names=recording.unit_names,
         kinematic_names=recording.kinematic_names if decoded else (),
         kinematic_units=recording.kinematic_units if decoded else (),
-        data=config.data,
+        data=msgspec.structs.replace(config.data, bin_width=recording.bin_width),
         horizon=config.estimator,
         model=model_spec(config.model, data),
         readout=None if final.readout is None else final.readout.shape,

@@ -22,7 +22,8 @@ from ilqr_training.readout.causal import Causal
 from ilqr_training.readout.hidden import Maps, fit_hidden
 from ilqr_training.readout.recurrent import Recurrent, Windows, fit_recurrent
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
-from ilqr_vae.scoring.metrics import r2, varies
+from ilqr_vae.recordings.split import varies
+from ilqr_vae.scoring.metrics import r2
 
 Array = NDArray[np.float64]
 

@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import existing_file, missing_extra, sha256_of
 from ilqr_vae.recordings.nwb.series import find, kinematics_of, mask_of
 from ilqr_vae.recordings.nwb.tables import (
     binned_counts,
     invalid_times,
-    names_beside,
     spikes_of,
     trials_table,
+    units_beside,
 )
 from ilqr_vae.recordings.recording import Recording
 from ilqr_vae.recordings.session import Session
@@ -47,7 +49,7 @@ def read_nwb(path: str | Path, spec: RecordingSpec) -> Recording:
     """
     path = existing_file(path)
     with _open(path) as (nwb, series):
-        session = _session(nwb, series, spec)
+        session, spec = _session(nwb, series, spec)
     return replace(recording_of(session, spec), name=path.name, sha256=sha256_of(path))
 
 
@@ -109,7 +111,10 @@ def _all_series(nwb: Any, pynwb: Any) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _session(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Session:
+def _session(
+    nwb: Any, series: dict[str, Any], spec: RecordingSpec
+) -> tuple[Session, RecordingSpec]:
+    """What the file holds, and how to read it with the bin width that it states."""
     binned = find(series, spec.nwb.counts, "data.nwb.counts") if spec.nwb.counts else None
     kinematics = kinematics_of(series, spec, binned)
     moving, warnings = kinematics.moving, kinematics.warnings
@@ -122,22 +127,27 @@ def _session(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Session:
         notes=kinematics.notes,
     )
     if binned is None:
-        units = spikes_of(nwb, series, spec.nwb.unit_names)
-        return replace(
+        units = spikes_of(nwb, series, spec)
+        session = replace(
             told,
             spike_times=units.times,
             unit_names=units.names,
             held_out=units.held_out,
             observed=units.observed,
+            spike_trials=units.trials,
+            notes=told.notes + units.notes,
             warnings=warnings + units.warnings,
         )
-    counts, begin = binned_counts(binned, spec)
-    names, held_out, odd = names_beside(nwb, binned, counts.shape[1], spec.nwb.unit_names)
-    return replace(
+        return session, spec
+    counts, begin, width = binned_counts(binned, spec)
+    beside = units_beside(nwb, binned, counts.shape[1], spec)
+    session = replace(
         told,
-        unit_names=names,
+        unit_names=beside.names,
         counts=counts,
         begin=begin,
-        held_out=held_out,
-        warnings=warnings + odd,
-    )
+        held_out=beside.held_out,
+        notes=told.notes + beside.notes,
+        warnings=warnings + beside.warnings,
+    ).keeping(beside.rows)
+    return session, msgspec.structs.replace(spec, bin_width=width)

@@ -106,23 +106,35 @@ _LAST = re.compile(
     "stimulus|targets?|cue|sound|tone|light|laser|battery|heart|respiration|whisk(er|ing)"
 )
 _FIRST = re.compile(
-    "hands?|cursor|finger(s|tip)?|wrist|elbow|shoulder|arms?|joystick|manipulandum|reach(ing)?|"
+    "hands?|finger(s|tip)?|wrist|elbow|shoulder|arms?|joystick|manipulandum|reach(ing)?|"
     "limb|paws?|forelimb|pos|positions?|kinematics|running|wheel|tracking|location|mouse|head|body|"
     "speed"
 )
 
 
+RANKS = (
+    "a velocity",
+    "a position of a limb or of the body",
+    "of several channels",
+    "of one channel",
+    "of a cursor",
+    "of eyes, reward, feedback, a stimulus or the like",
+)
+"""Kinds of series in the order in which they are decoded where none is named."""
+
+
 def likeliest(path: str, item: Any) -> tuple[int, ...]:
-    """How unlikely a series is to be what should be decoded: velocities come first, then positions
-    of limbs and cursors, then other series of several channels, then of one; eyes, reward, feedback
-    and stimuli come last."""
+    """How unlikely a series is to be what should be decoded: its place in ``RANKS``, then among
+    those of its kind."""
     leaf, place = name_words(path.rpartition("/")[2]), name_words(path)
     fast = any(w.startswith("vel") or re.search(r"(?<!le)vel$|velocity", w) for w in leaf)
     data = getattr(item.data, "shape", ())
     one = len(data) < 2 or data[1] == 1
     if any(map(_LAST.fullmatch, place)):
-        rank = 4
-    elif fast:
+        return 5, int(not fast), int(not _spatial(item))
+    if any(re.fullmatch("cursors?|pointer", word) for word in place):
+        return 4, int(not fast), int(not _spatial(item))
+    if fast:
         rank = 0
     else:
         rank = (
@@ -227,8 +239,11 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
     notes: tuple[str, ...] = ()
     left = [p for p in others if p not in chosen and _is_behaviour(p, others[p])]
     if left and not nwb.kinematics:
+        kind = RANKS[likeliest(path, chosen[path])[0]]
+        left.sort(key=lambda p: likeliest(p, others[p]))
         notes = (
-            f"Kinematics are {path}; left are {', '.join(left)} (data.nwb.kinematics chooses).",
+            f"Kinematics are {path} ({kind}); left are {', '.join(left)} (data.nwb.kinematics "
+            "chooses).",
         )
     read = {place: _values(place, item) for place, item in chosen.items()}
     parts = {place: values for place, (values, _) in read.items()}
@@ -245,9 +260,8 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
             raise RecordingError(
                 place, expected=f"the clock of {next(iter(chosen))}", got="another one"
             )
-    values = np.concatenate(list(parts.values()), axis=1)[rows]
     each = [_channels(item, parts[place].shape[1]) for place, item in chosen.items()]
-    names, units = channels_of(
+    columns, names, units, doubt = channels_of(
         nwb,
         tuple(name for own, _ in each for name in own),
         tuple(unit for _, own in each for unit in own),
@@ -255,9 +269,10 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
     )
     if nwb.stamps == "end":
         times = times - interval
+    values = np.concatenate(list(parts.values()), axis=1)[rows][:, columns]
     circular = any(type(item.parent).__name__ == "CompassDirection" for item in chosen.values())
     moving = Moving(path, values, times, interval, names, units, circular)
-    return Kinematics(moving, notes, (*warnings, *odd))
+    return Kinematics(moving, notes, (*warnings, *odd, *doubt))
 
 
 def mask_of(series: dict[str, Any], nwb: NwbSpec, moving: Moving | None) -> Moving | None:

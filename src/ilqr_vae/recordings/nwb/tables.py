@@ -13,7 +13,8 @@ from ilqr_vae.recordings.checks import same_bin_width, unique_names, whole_count
 from ilqr_vae.recordings.nwb.series import clock, contents, told_channels
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.trials import Table, words
+from ilqr_vae.recordings.trials import Table
+from ilqr_vae.recordings.units import labels_of, selected_units
 
 NAME_COLUMNS = ("unit_name", "name")
 GROUP_COLUMNS = ("probe", "probe_name", "electrode_group", "group", "shank", "array", "tetrode")
@@ -30,33 +31,38 @@ class Units:
     names: tuple[str, ...]
     held_out: tuple[str, ...]
     observed: list[NDArray[np.float64]] | None
+    trials: list[NDArray[np.int64]] | None = None
+    notes: tuple[str, ...] = ()
     warnings: tuple[RecordingWarning, ...] = ()
 
 
-def binned_counts(item: Any, spec: RecordingSpec) -> tuple[NDArray[np.uint16], float]:
+def binned_counts(item: Any, spec: RecordingSpec) -> tuple[NDArray[np.uint16], float, float]:
+    """Counts (T, N), where their first bin begins, and how long each is, seconds."""
     data = contents(item.data, spec.nwb.counts)
     if data.ndim != 2:
         raise RecordingError(spec.nwb.counts, expected="bins x units", got=f"shape {data.shape}")
     counts = whole_counts(data, spec.nwb.counts)
     times, interval = clock(item, len(counts))
+    width = interval if spec.bin_width is None and interval else spec.width
     if len(counts) > 1:
-        same_bin_width(interval, spec.bin_width, spec.nwb.counts)
-        late = np.abs(times - times[0] - np.arange(len(times)) * spec.bin_width)
-        if float(late.max()) > 0.01 * spec.bin_width:
+        same_bin_width(interval, width, spec.nwb.counts)
+        late = np.abs(times - times[0] - np.arange(len(times)) * width)
+        if float(late.max()) > 0.01 * width:
             raise RecordingError(
                 f"{spec.nwb.counts}.timestamps",
-                expected=f"one bin every {spec.bin_width:g} s",
+                expected=f"one bin every {width:g} s",
                 got=f"one {float(late.max()):g} s off",
             )
-    return counts, float(times[0])
+    return counts, float(times[0]), width
 
 
-def spikes_of(nwb: Any, series: dict[str, Any], named_by: str) -> Units:
-    """Spike times as they stand in the file, with names, held-out flags and observation intervals.
+def spikes_of(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Units:
+    """Spike times as they stand in the file, with names, held-out flags and observation intervals,
+    of the units that ``spec.units`` selects.
 
     Raises:
-        RecordingError: there are none (the series there are listed), times are not finite, or the
-            index of the column does not fit it.
+        RecordingError: there are none (the series there are listed), times are not finite, the
+            index of the column does not fit it, or what is selected by is not there.
     """
     units = nwb.units
     if units is None or len(units) == 0 or "spike_times" not in units.colnames:
@@ -66,7 +72,10 @@ def spikes_of(nwb: Any, series: dict[str, Any], named_by: str) -> Units:
             f"{', '.join(series) or 'the file has no series'})",
             got="none" if units is None else f"{len(units)} units with {', '.join(units.colnames)}",
         )
-    pieces = _ragged(units, "spike_times", "units.spike_times")
+    rows, notes = selected_units(
+        spec.units, lambda name: unit_labels(units, name, f"data.units.{name}"), len(units)
+    )
+    pieces = _ragged(units, "spike_times", "units.spike_times", rows)
     known = [np.isfinite(t) for t in pieces]
     lost, total = sum(int((~k).sum()) for k in known), sum(len(k) for k in known)
     if lost > FEW_LOST * total or any(np.isinf(t).any() for t in pieces):
@@ -77,13 +86,102 @@ def spikes_of(nwb: Any, series: dict[str, Any], named_by: str) -> Units:
     if lost:
         text = f"{lost} of {total} spike times are NaN: left out."
         odd = (RecordingWarning("spikes-missing", text),)
-    names, repeats = _unit_names(units, named_by)
-    times: list[NDArray[Any]] = [t[k] for t, k in zip(pieces, known, strict=True)]
-    return Units(times, names, _held_out(units, names), _observed(units), odd + repeats)
+    # named among all units: a name does not depend on what is selected
+    names, repeats = _unit_names(units, spec.nwb.unit_names)
+    held_out, chosen = _held_out(units, names), tuple(names[i] for i in rows)
+    return Units(
+        times=[t[k] for t, k in zip(pieces, known, strict=True)],
+        names=chosen,
+        held_out=tuple(name for name in held_out if name in set(chosen)),
+        observed=_observed(units, rows),
+        trials=_spike_trials(nwb, spec.nwb.spike_trials, rows, known),
+        notes=notes,
+        warnings=odd + repeats,
+    )
 
 
-def _ragged(table: Any, column: str, field: str) -> list[NDArray[np.float64]]:
-    """A ragged column of numbers, row by row. Raises RecordingError where its index is not one."""
+def _spike_trials(
+    nwb: Any, column: str, rows: NDArray[np.int64], known: list[NDArray[np.bool_]]
+) -> list[NDArray[np.int64]] | None:
+    """The row in the trials table of each spike; None where no column says it."""
+    if not column:
+        return None
+    field, units, trials = "data.nwb.spike_trials", nwb.units, nwb.trials
+    if column not in units.colnames or trials is None:
+        got = repr(column) if trials is not None else "no trials"
+        raise RecordingError(
+            field, expected=f"a column of the units: {', '.join(units.colnames)}", got=got
+        )
+    ids = {int(each): row for row, each in enumerate(contents(trials.id.data, "trials.id"))}
+    made: list[NDArray[np.int64]] = []
+    for numbers, kept in zip(_ragged(units, column, f"units.{column}", rows), known, strict=True):
+        wrong = [n for n in np.unique(numbers).tolist() if n not in ids]
+        if numbers.shape != kept.shape or wrong:
+            got = f"{wrong[0]:g}" if wrong else f"{len(numbers)} for {len(kept)} spikes"
+            raise RecordingError(
+                f"units.{column}",
+                expected=f"ids of trials, {min(ids)} to {max(ids)}, one a spike",
+                got=got,
+            )
+        made.append(np.array([ids[int(n)] for n in numbers[kept]], dtype=np.int64))
+    return made
+
+
+def unit_columns(units: Any) -> list[str]:
+    """Names of the columns by which units can be selected (``unit_labels``)."""
+    own = [n for n in units.colnames if not hasattr(units[n], "target") and n != "electrodes"]
+    table = _electrodes(units)
+    further = [n for n in ([] if table is None else table[0].colnames) if n not in own]
+    grouped = ["location"] if "electrode_group" in own else []
+    return [*own, *further, *(n for n in grouped if n not in own + further), "id"]
+
+
+def unit_labels(units: Any, name: str, field: str) -> NDArray[np.str_]:
+    """A column of the units, or of their electrodes, as words.
+
+    Raises:
+        RecordingError: there is none of that name, or it cannot be read.
+    """
+    if name not in (there := unit_columns(units)):
+        expected = f"a column of the units: {', '.join(there)}"
+        raise RecordingError(field, expected=expected, got=repr(name))
+    if name == "id" or (name in units.colnames and name != "electrodes"):
+        return np.array(_labels(units.id if name == "id" else units[name], name), dtype=np.str_)
+    found = _electrodes(units)
+    if found is None or name not in found[0].colnames:  # where the group is
+        groups = contents(units["electrode_group"].data, field)
+        return labels_of(np.array([g.location for g in groups], dtype=object))
+    table, rows = found
+    labels = np.array(_labels(table[name], name), dtype=np.str_)
+    if any(((r < 0) | (r >= len(labels))).any() for r in rows):
+        raise RecordingError(
+            "units.electrodes", expected=f"rows of {len(labels)} electrodes", got="others"
+        )
+    return np.array(["/".join(sorted(set(labels[r].tolist()))) for r in rows], dtype=np.str_)
+
+
+def _electrodes(units: Any) -> tuple[Any, list[NDArray[np.int64]]] | None:
+    """The table of electrodes and each unit's rows in it; None where units have none."""
+    if "electrodes" not in units.colnames:
+        return None
+    node = units["electrodes"]
+    region = getattr(node, "target", node)
+    flat = contents(region.data, "units.electrodes")
+    if flat.dtype.kind not in "iu" or getattr(region, "table", None) is None:
+        return None
+    every = np.arange(len(units))
+    pieces = (
+        _ragged(units, "electrodes", "units.electrodes", every)
+        if hasattr(node, "target")
+        else [flat[i : i + 1] for i in every]
+    )
+    return region.table, [np.asarray(p, dtype=np.int64) for p in pieces]
+
+
+def _ragged(
+    table: Any, column: str, field: str, rows: NDArray[np.int64]
+) -> list[NDArray[np.float64]]:
+    """These rows of a ragged column of numbers. Raises RecordingError: its index is not one."""
     n, node = len(table), table[column]
     indexed = hasattr(node, "target")
     flat = contents((node.target if indexed else node).data, field)
@@ -95,7 +193,7 @@ def _ragged(table: Any, column: str, field: str) -> list[NDArray[np.float64]]:
             raise RecordingError(
                 f"{field}_index", expected=f"an index of {n} rows", got="a column without one"
             )
-        return [values]
+        return [values for _ in rows]
     raw = contents(node.data, f"{field}_index")
     if raw.ndim != 1 or raw.dtype.kind not in "iu" or len(raw) != n:
         raise RecordingError(
@@ -116,7 +214,8 @@ def _ragged(table: Any, column: str, field: str) -> list[NDArray[np.float64]]:
             expected=f"row ends that do not decrease, the last of them {len(flat)}",
             got=wrong,
         )
-    return np.split(values, ends[:-1])
+    pieces = np.split(values, ends[:-1])
+    return [pieces[i] for i in rows]
 
 
 def _held_out(units: Any, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -130,11 +229,11 @@ def _held_out(units: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name, flag in zip(names, flags, strict=True) if flag)
 
 
-def _observed(units: Any) -> list[NDArray[np.float64]] | None:
+def _observed(units: Any, rows: NDArray[np.int64]) -> list[NDArray[np.float64]] | None:
     if "obs_intervals" not in units.colnames:
         return None
     field = "units.obs_intervals"
-    pieces = _ragged(units, "obs_intervals", field)
+    pieces = _ragged(units, "obs_intervals", field, rows)
     if any(p.shape[1:] != (2,) or np.isnan(p).any() or (p[:, 1] < p[:, 0]).any() for p in pieces):
         raise RecordingError(field, expected="(start, stop) pairs", got="some that are not")
     return [np.ascontiguousarray(p) for p in pieces]
@@ -182,16 +281,40 @@ def _renamed(column: str, by: str, names: tuple[str, ...]) -> RecordingWarning:
 def _labels(column: Any, field: str) -> tuple[str, ...]:
     """A column as words; objects it refers to, such as electrode groups, by their names."""
     named = [getattr(value, "name", value) for value in contents(column.data, f"units.{field}")]
-    return tuple(words(np.array(named, dtype=object)).tolist())
+    if any(np.ndim(value) for value in named):
+        raise RecordingError(f"units.{field}", expected="one value a unit", got="several")
+    return tuple(labels_of(np.array(named, dtype=object)).tolist())
 
 
-def names_beside(
-    nwb: Any, binned: Any, n_units: int, named_by: str
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[RecordingWarning, ...]]:
-    """Names for binned counts, and which are held out: the series' own names, else the units
-    table's of as many rows."""
-    units = nwb.units
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Names for binned counts, which are held out, and rows of those selected, with a note."""
+
+    names: tuple[str, ...]
+    held_out: tuple[str, ...]
+    rows: NDArray[np.int64]
+    notes: tuple[str, ...]
+    warnings: tuple[RecordingWarning, ...]
+
+
+def units_beside(nwb: Any, binned: Any, n_units: int, spec: RecordingSpec) -> Beside:
+    """What the units table of as many rows says of binned counts; names are the series' own where
+    it has some.
+
+    Raises:
+        RecordingError: units are to be selected, and there is no such table or column.
+    """
+    units, named_by = nwb.units, spec.nwb.unit_names
     beside = units is not None and len(units) == n_units
+    if spec.units and not beside:
+        raise RecordingError(
+            "data.units",
+            expected=f"a units table of {n_units} rows to select by",
+            got="none" if units is None else f"one of {len(units)}",
+        )
+    rows, notes = selected_units(
+        spec.units, lambda name: unit_labels(units, name, f"data.units.{name}"), n_units
+    )
     told = told_channels(binned, n_units)
     odd: tuple[RecordingWarning, ...] = ()
     if told is not None:
@@ -200,7 +323,7 @@ def names_beside(
         names, odd = _unit_names(units, named_by)
     else:
         names = tuple(f"unit{i}" for i in range(n_units))
-    return names, _held_out(units, names) if beside else (), odd
+    return Beside(names, _held_out(units, names) if beside else (), rows, notes, odd)
 
 
 def _column(table: Any, name: str, field: str) -> NDArray[np.float64]:
