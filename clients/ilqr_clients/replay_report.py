@@ -181,6 +181,7 @@ def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
         latents=log.latent[rows],
         latents_std=log.latent_std[rows],
         bits_per_spike=bits,
+        unit_names=run.recording.unit_names,
         names=names,
         units=run.model.kinematic_units,
         truth=part.kinematics if names else None,

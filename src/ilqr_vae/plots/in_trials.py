@@ -15,12 +15,10 @@ from ilqr_vae.arrays import Inference
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.plots.style import (
     BLUE,
-    GREEN,
     GREY,
     INK,
     MUTED,
     PANEL,
-    RED,
     Array,
     Colour,
     alike,
@@ -34,7 +32,9 @@ from ilqr_vae.plots.style import (
     short,
     styled,
 )
-from ilqr_vae.scoring.aligned import aligned, mean_of
+from ilqr_vae.scoring.aligned import aligned, mean_of, telling_apart
+
+MAX_POINTS = 4000
 
 Trials = Sequence[tuple[int, int]]
 """Half-open ranges of bins."""
@@ -174,13 +174,6 @@ def psth(
     return made
 
 
-def telling_apart(rates: Array) -> list[int]:
-    """Units by how far their (C, L, N) rates differ between conditions, mean over time; over time
-    where there is one condition. Widest first."""
-    spread = rates.std(axis=0).mean(axis=0) if len(rates) > 1 else rates[0].std(axis=0)
-    return [int(unit) for unit in np.argsort(-spread, kind="stable")]
-
-
 @styled
 def input_size(
     time: ArrayLike,
@@ -264,11 +257,6 @@ def paths(
     return figure_of(ax)
 
 
-def reach_colours(success: Sequence[bool]) -> list[Colour]:
-    """One colour a reach: whether it ended in its target."""
-    return [GREEN if good else RED for good in success]
-
-
 def principal(latents: Array) -> tuple[Array, Array]:
     """(T, 2) first two principal components and their shares of the variance; NaN rows stay NaN."""
     rows = np.isfinite(latents).all(axis=1)
@@ -306,7 +294,8 @@ def latent_plane(
         raise ShapeError("latents", expected="at least two bins of one latent", got="fewer")
     plane, share = principal(z)
     ax = axes_of(ax, (PANEL[0], PANEL[0]))
-    ax.plot(plane[:, 0], plane[:, 1], color=GREY, lw=0.4, alpha=0.35, rasterized=True)
+    behind = plane[:: max(1, len(plane) // MAX_POINTS)]
+    ax.plot(behind[:, 0], behind[:, 1], color=GREY, lw=0.4, alpha=0.35)
     ranges = trials or [(0, len(z))]
     drawn = colours or [BLUE] * len(ranges)
     for (a, b), colour in zip(ranges, drawn, strict=True):

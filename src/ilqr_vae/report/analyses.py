@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ilqr_vae.recordings.binning import bins_of
 from ilqr_vae.recordings.checks import name_words
+from ilqr_vae.scoring.aligned import aligned, mean_of, telling_apart
 
 if TYPE_CHECKING:
     from ilqr_vae.report.data import ReportData
@@ -23,6 +24,8 @@ BEFORE, AFTER = 0.4, 0.8
 FEWEST_TRIALS = 3
 MOST_CONDITIONS = 8
 _SPEED_SHARE = 0.2
+_ONE_WAY = 0.7
+"""Length of the mean of unit vectors from which on they count as one direction."""
 _ON, _GO = {"on", "onset"}, {"go", "gocue"}
 _MOVING = {"move", "moved", "moving", "movement"}
 
@@ -69,6 +72,7 @@ class Psths:
         counted, modelled: (C, L, len(units)), spikes per second.
         correlation: over all units that fire and all conditions, of counted with modelled.
         n_units: how many those are.
+        directions: radians, of each condition; NaN where its trials go several ways, or none.
     """
 
     event: str
@@ -80,6 +84,7 @@ class Psths:
     modelled: Array
     correlation: float
     n_units: int
+    directions: tuple[float, ...]
 
 
 def summary(found: Residuals | Triggered | Psths | None) -> dict[str, Any] | None:
@@ -158,16 +163,8 @@ def _from_speed(velocity: Array, since: Array, stop: NDArray[np.int64]) -> Array
 def _around(data: ReportData, values: Array, at: Array) -> tuple[Array, Array]:
     """(L,) seconds and (K, L, ...) values around each trial's event; NaN beyond the trial."""
     assert data.trials is not None  # there are events, so there are trials
-    low, high = (round(s / data.bin_width) for s in (-BEFORE, AFTER))
-    offsets = np.arange(low, high + 1)
-    made = np.full((len(at), len(offsets), *values.shape[1:]), np.nan)
-    ranges = zip(data.trials.start.tolist(), data.trials.stop.tolist(), at, strict=True)
-    for k, (a, b, when) in enumerate(ranges):
-        if np.isfinite(when):
-            rows = int(bins_of(when, 0.0, 1.0)) + offsets
-            inside = (rows >= max(a, 0)) & (rows < min(b, len(values)))
-            made[k, inside] = values[rows[inside]]
-    return np.asarray((offsets + 0.5) * data.bin_width, dtype=np.float64), made
+    ranges = data.trials.start, data.trials.stop
+    return aligned(values, at, data.bin_width, (-BEFORE, AFTER), ranges)
 
 
 def triggered_inputs(data: ReportData) -> list[Triggered]:
@@ -197,17 +194,19 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
         return None
     events = onsets(data)
     event = MOVEMENT if MOVEMENT in events else next(iter(events))
-    kinds = np.array(trials.condition or _sectors(data) or ("all",) * len(trials))
+    _, angles = outward(data)
+    kinds = np.array(trials.condition or _sectors(angles) or ("all",) * len(trials))
     had = np.isfinite(events[event])
     names, number = np.unique(kinds[had], return_counts=True)
     order = np.argsort(-number, kind="stable")[:MOST_CONDITIONS]
-    chosen = [str(names[i]) for i in order if number[i] >= FEWEST_TRIALS]
+    chosen = sorted(str(names[i]) for i in order if number[i] >= FEWEST_TRIALS)
     if not chosen:
         return None
     time, counts = _around(data, np.asarray(data.counts, dtype=np.float64), events[event])
     _, rates = _around(data, data.rates, events[event])
     counted, modelled = (
-        np.stack([_mean_of(values[kinds == name]) for name in chosen]) / data.bin_width
+        np.stack([mean_of(values[kinds == name], FEWEST_TRIALS) for name in chosen])
+        / data.bin_width
         for values in (counts, rates)
     )
     known = np.isfinite(counted).all(axis=(0, 2)) & np.isfinite(modelled).all(axis=(0, 2))
@@ -215,9 +214,7 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
         return None
     counted, modelled, time = counted[:, known], modelled[:, known], time[known]
     firing = counted.mean(axis=(0, 1)) > 0.5
-    # over conditions, mean over time; one condition tells none apart, so over time there
-    spread = modelled.std(axis=0).mean(axis=0) if len(chosen) > 1 else modelled[0].std(axis=0)
-    units = [int(u) for u in np.argsort(-spread, kind="stable") if firing[u]][:shown]
+    units = [u for u in telling_apart(modelled) if firing[u]][:shown]
     if not units:
         return None
     flat = [values[..., firing].ravel() for values in (counted, modelled)]
@@ -234,29 +231,46 @@ def psths(data: ReportData, shown: int = 6) -> Psths | None:
         modelled=modelled[..., units],
         correlation=correlation,
         n_units=int(firing.sum()),
+        directions=tuple(
+            _direction(angles[kinds == name]) if len(angles) else float("nan") for name in chosen
+        ),
     )
 
 
-def _sectors(data: ReportData) -> tuple[str, ...]:
-    """The eighth of the circle each trial's movement goes to, where velocity was measured.
+def outward(data: ReportData) -> tuple[NDArray[np.int64], Array]:
+    """The outward part of each of K trials, where velocity was measured.
 
-    By its displacement at the bin farthest from where it began.
+    Returns:
+        (K, 2) half-open ranges of bins, from the trial's start to where the movement is farthest
+        from where it began; and (K,) radians of the direction there. A trial that is not within the
+        bins, or does not move, has an empty range and NaN.
     """
-    planar = len(data.units) >= 2 and all(u.strip().endswith("/s") for u in data.units[:2])
-    if data.trials is None or data.truth is None or not planar:
-        return ()
-    names: list[str] = []
-    for a, b in zip(data.trials.start.tolist(), data.trials.stop.tolist(), strict=True):
-        path = np.cumsum(data.truth[a:b, :2], axis=0)
-        far = path[int(np.argmax(np.hypot(path[:, 0], path[:, 1])))]
-        eighth = round(float(np.arctan2(far[1], far[0])) / (np.pi / 4)) % 8
-        names.append(f"{45 * eighth}°")
-    return tuple(names)
+    trials, truth = data.trials, data.truth
+    if trials is None or truth is None or not data.has_velocity:
+        return np.zeros((0, 2), dtype=np.int64), np.zeros(0)
+    ranges = np.zeros((len(trials), 2), dtype=np.int64)
+    angles = np.full(len(trials), np.nan)
+    for k, (a, b) in enumerate(zip(trials.start.tolist(), trials.stop.tolist(), strict=True)):
+        if not 0 <= a < b <= len(data.counts):
+            continue
+        path = np.cumsum(np.nan_to_num(truth[a:b, :2]), axis=0)
+        far = int(np.argmax(np.hypot(path[:, 0], path[:, 1])))
+        if np.hypot(*path[far]) > 0:
+            ranges[k] = a, a + far + 1
+            angles[k] = np.arctan2(path[far, 1], path[far, 0])
+    return ranges, angles
 
 
-def _mean_of(values: Array) -> Array:
-    """Mean over trials of what is known; NaN where fewer than ``FEWEST_TRIALS`` are."""
-    known = np.isfinite(values)
-    number = known.sum(axis=0)
-    total = np.where(known, values, 0.0).sum(axis=0)
-    return np.where(number >= FEWEST_TRIALS, total / np.maximum(number, 1), np.nan)
+def _sectors(angles: Array) -> tuple[str, ...]:
+    """The eighth of the circle that each direction lies in."""
+    return tuple(
+        f"{45 * (round(a / (np.pi / 4)) % 8)}°" if np.isfinite(a) else "no movement"
+        for a in angles.tolist()
+    )
+
+
+def _direction(angles: Array) -> float:
+    """Mean direction of a condition's trials in radians; NaN where they go several ways."""
+    known = angles[np.isfinite(angles)]
+    mean = complex(np.exp(1j * known).mean()) if known.size else 0j
+    return float(np.angle(mean)) if abs(mean) > _ONE_WAY else float("nan")

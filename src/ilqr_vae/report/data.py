@@ -31,6 +31,21 @@ def distribution(values: NDArray[Any]) -> dict[str, float]:
     return {"n": int(finite.size)} | named | {"max": float(finite.max())}
 
 
+@dataclass(frozen=True, slots=True)
+class Reaches:
+    """Cursor movements of a closed loop, from the go on, in metres.
+
+    Attributes:
+        paths: (L, 2) of each of K reaches.
+        targets: (K, 2).
+        success: K.
+    """
+
+    paths: tuple[Array, ...]
+    targets: Array
+    success: tuple[bool, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """A causal run over T consecutive bins, N units, n latents, D kinematic channels.
@@ -46,6 +61,7 @@ class ReportData:
         status: T words: ok, degraded, late, missing, extrapolated; "" for not answered.
         latents: (T, n); latents_std: (T, n) or None.
         bits_per_spike: of the arriving bins one step ahead, NaN where unknown.
+        unit_names: of the N units; empty where they have none.
         names, units: of the D channels; empty where the model decodes nothing.
         truth, decoded, decoded_std: (T, D) or None.
         baselines: (T, D) decodes of other decoders by name.
@@ -59,6 +75,7 @@ class ReportData:
         rates: (T, N), expected spikes per bin, or None.
         inputs: (T, m), inferred inputs, NaN where not known, or None.
         learning: (step, value) by what was followed while training.
+        cursor: reaches of a closed loop, by what moved the cursor; radius: metres, of a target.
         tables: further tables for the page; their numbers are in ``extra``.
         facts: short headline lines, label to value.
         provenance: label to value: model, recording hash, versions, command.
@@ -76,6 +93,7 @@ class ReportData:
     latents: Array
     latents_std: Array | None = None
     bits_per_spike: float = float("nan")
+    unit_names: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
     truth: Array | None = None
@@ -93,6 +111,8 @@ class ReportData:
     learning: dict[str, tuple[tuple[int, float], ...]] = field(
         default_factory=dict[str, tuple[tuple[int, float], ...]]
     )
+    cursor: dict[str, Reaches] = field(default_factory=dict[str, Reaches])
+    radius: float = 0.0
     tables: tuple[Table, ...] = ()
     facts: dict[str, str] = field(default_factory=dict[str, str])
     provenance: dict[str, str] = field(default_factory=dict[str, str])
@@ -123,6 +143,11 @@ class ReportData:
     def time(self) -> Array:
         """(T,) seconds, left edge of each bin."""
         return self.start + np.arange(len(self.counts), dtype=np.float64) * self.bin_width
+
+    @property
+    def has_velocity(self) -> bool:
+        """Whether the first two channels are velocities, which can be integrated to a path."""
+        return len(self.units) >= 2 and all(u.strip().endswith("/s") for u in self.units[:2])
 
     @property
     def statuses(self) -> dict[str, int]:

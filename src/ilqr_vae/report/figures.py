@@ -1,39 +1,53 @@
-"""The report's pictures. Each gives inline SVG, or None where the data for it are not there."""
+"""What a report shows of a run: each figure drawn for a wide page and for a narrow one.
+
+A figure over time is drawn twice, ``wide`` and ``narrow``; one of several panels is drawn once, and
+the page puts as many side by side as there is room for.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ilqr_vae import plots
+from ilqr_vae.plots.in_trials import condition_colours, paths_of, principal
+from ilqr_vae.plots.style import CYCLE, GREY, Array, Colour, blank, hue, short, style
+from ilqr_vae.report.analyses import outward, triggered_inputs
 from ilqr_vae.report.analyses import psths as psths_of
 from ilqr_vae.report.analyses import residuals as residuals_of
-from ilqr_vae.report.analyses import triggered_inputs
-from ilqr_vae.report.data import ReportData
-from ilqr_vae.report.svg import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    MUTED,
-    ORANGE,
-    PURPLE,
-    RED,
-    figure,
-    short,
-    to_svg,
-)
+from ilqr_vae.report.data import Reaches, ReportData
+from ilqr_vae.report.svg import to_svg
 from ilqr_vae.scoring.score import OURS, WIENER
-
-Array = NDArray[np.float64]
 
 EXCERPT_BINS = 300
 MAX_TRIALS = 150
 MAX_POINTS = 4000
-Z90 = 1.6448536269514722
+WIDTHS = {"wide": 9.6, "narrow": 4.0}
+"""Inches of a figure over time, by the page it is for."""
+
+Key = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A figure as inline SVG.
+
+    Attributes:
+        wide, narrow: one figure, for the two widths of a page; "" where there are panels alone.
+        panels: small ones, side by side.
+        key: colour and meaning of what all panels share.
+        text: a sentence on what was found.
+    """
+
+    wide: str = ""
+    narrow: str = ""
+    panels: tuple[str, ...] = ()
+    key: Key = ()
+    text: str = ""
 
 
 def excerpt(data: ReportData) -> slice:
@@ -44,349 +58,273 @@ def excerpt(data: ReportData) -> slice:
     return slice(start, start + length)
 
 
-def is_velocity(data: ReportData) -> bool:
-    """True where the first two decoded channels can be integrated to a path."""
-    return len(data.units) >= 2 and all(u.strip().endswith("/s") for u in data.units[:2])
+def _both(
+    name: str, rows: int, height: float, draw: Callable[[Sequence[Axes]], object]
+) -> tuple[str, str]:
+    """What ``draw`` draws in so many rows of axes, as SVG for either width."""
+    made: list[str] = []
+    for kind, width in WIDTHS.items():
+        with style():
+            figure = blank((width, 0.7 + height * rows))
+            axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        draw(list(axes))
+        made.append(to_svg(figure, f"{name}-{kind}"))
+    return made[0], made[1]
 
 
-def time_course(data: ReportData) -> str | None:
+def _panels(name: str, figures: Sequence[Figure]) -> tuple[str, ...]:
+    return tuple(to_svg(figure, f"{name}-{i}") for i, figure in enumerate(figures))
+
+
+def time_course(data: ReportData) -> Drawn | None:
     """Decoded with its 90 % band over the truth, one row a channel."""
-    if data.decoded is None:
+    if data.decoded is None or not data.names:
         return None
-    channels = min(len(data.names), 4)
-    shown, time = excerpt(data), data.time
-    made = figure(9.6, 0.7 + 1.75 * channels)
-    rows = made.subplots(channels, 1, sharex=True, squeeze=False)[:, 0]
-    for d, ax in enumerate(rows):
-        decoded, t = data.decoded[shown, d], time[shown]
-        if data.decoded_std is not None:
-            band = Z90 * data.decoded_std[shown, d]
-            ax.fill_between(
-                t, decoded - band, decoded + band, color=BLUE, alpha=0.22, lw=0, label="90 % band"
-            )
-        if data.truth is not None:
-            ax.plot(t, data.truth[shown, d], color=INK, lw=1.0, zorder=3, label="measured")
-        if WIENER in data.baselines:
-            ax.plot(
-                t, data.baselines[WIENER][shown, d], color=ORANGE, lw=0.9, alpha=0.85, label=WIENER
-            )
-        ax.plot(t, decoded, color=BLUE, lw=1.5, label=OURS)
-        ax.set_ylabel(short(f"{data.names[d]} ({data.units[d]})"))
-        ax.margins(x=0)
-    handles, labels = rows[0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside upper right", ncols=len(labels))
-    rows[-1].set_xlabel("time (s)")
-    return to_svg(made, "course")
+    n, shown = min(len(data.names), 4), excerpt(data)
+    decoded, std, truth = (
+        None if x is None else x[shown, :n] for x in (data.decoded, data.decoded_std, data.truth)
+    )
+    assert decoded is not None  # as above
+    others = {k: v[shown, :n] for k, v in data.baselines.items() if k == WIENER}
+
+    def draw(axes: Sequence[Axes]) -> None:
+        plots.decode(
+            decoded,
+            std,
+            truth,
+            bin_width=data.bin_width,
+            start=float(data.time[shown.start]),
+            names=data.names[:n],
+            units=data.units[:n],
+            others=others,
+            axes=axes,
+        )
+
+    return Drawn(*_both("course", n, 1.6, draw))
 
 
-def _path(velocity: Array, bin_width: float) -> Array:
-    return np.concatenate([np.zeros((1, 2)), np.cumsum(velocity * bin_width, axis=0)])
+def _reaches(data: ReportData) -> tuple[list[tuple[int, int]], Array]:
+    """The outward parts of the trials shown, as ranges of bins, and their directions."""
+    ranges, angles = outward(data)
+    chosen = np.flatnonzero(np.isfinite(angles) & (np.diff(ranges, axis=1)[:, 0] > 2))[:MAX_TRIALS]
+    return [(int(a), int(b)) for a, b in ranges[chosen]], angles[chosen]
 
 
-def _directions(data: ReportData) -> tuple[list[tuple[int, int]], Array]:
-    """The outward part of each trial shown, as bin ranges, and its direction in radians.
-
-    A trial ends here where the measured hand is farthest from where it began.
-    """
-    trials, truth = data.trials, data.truth
-    if trials is None or truth is None or not is_velocity(data):
-        return [], np.empty(0)
-    ranges: list[tuple[int, int]] = []
-    angles: list[float] = []
-    for a, b in zip(trials.start.tolist(), trials.stop.tolist(), strict=True):
-        if not 0 <= a < b <= len(data.counts):
-            continue
-        path = _path(truth[a:b, :2], data.bin_width)
-        farthest = int(np.argmax(np.hypot(path[:, 0], path[:, 1])))
-        if farthest >= 2:
-            ranges.append((a, a + farthest))
-            angles.append(float(np.arctan2(path[farthest, 1], path[farthest, 0])))
-    return ranges[:MAX_TRIALS], np.array(angles[:MAX_TRIALS])
-
-
-def _hue(angle: float) -> tuple[float, float, float]:
-    r, g, b, _ = colormaps["hsv"]((angle / (2 * np.pi)) % 1.0)
-    # Pull towards a middle grey: pure yellow and pure blue vanish on one page or the other.
-    return (0.12 + 0.72 * r, 0.12 + 0.66 * g, 0.16 + 0.76 * b)
-
-
-def reaches(data: ReportData) -> str | None:
+def reaches(data: ReportData) -> Drawn | None:
     """Integrated velocity of every trial, coloured by the direction of the measured reach."""
-    ranges, angles = _directions(data)
+    ranges, angles = _reaches(data)
     if not ranges or data.decoded is None or data.truth is None:
         return None
-    panels: list[tuple[str, Array]] = [("measured", data.truth), (OURS, data.decoded)]
-    panels += [(name, values) for name, values in data.baselines.items()]
-    made = figure(9.6, 0.5 + 9.0 / max(3, len(panels)))
-    axes = made.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    unit = short(data.units[0].removesuffix("/s").strip())
-    paths = [
-        [_path(np.nan_to_num(velocity[a:b, :2]), data.bin_width) for a, b in ranges]
-        for _, velocity in panels
-    ]
-    reach = 1.05 * max(float(np.abs(path).max()) for panel in paths for path in panel)
-    for ax, (name, _), panel in zip(axes, panels, paths, strict=True):
-        for path, angle in zip(panel, angles, strict=True):
-            ax.plot(path[:, 0], path[:, 1], color=_hue(angle), lw=0.9, alpha=0.8)
-        ax.set_box_aspect(1)
-        ax.set_xlim(-reach, reach)
-        ax.set_ylim(-reach, reach)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.yaxis.set_major_locator(MaxNLocator(5))
-        ax.set_title(name)
-        ax.set_xlabel(f"x ({unit})")
-    axes[0].set_ylabel(f"y ({unit})")
-    return to_svg(made, "reaches")
+    decoders = {"measured": data.truth, OURS: data.decoded, **data.baselines}
+    paths = {name: paths_of(v, ranges, data.bin_width) for name, v in decoders.items()}
+    reach = 1.05 * max(float(np.abs(p).max()) for panel in paths.values() for p in panel) or 1.0
+    colours = [hue(float(angle)) for angle in angles]
+    unit = data.units[0].strip().removesuffix("/s").strip()
+    made: list[Figure] = []
+    for name, panel in paths.items():
+        figure = plots.paths(panel, unit=unit, colours=colours, reach=reach)
+        with style():
+            figure.axes[0].set_title(short(name))
+        made.append(figure)
+    return Drawn(panels=_panels("reaches", made))
 
 
-def agreement(data: ReportData) -> str | None:
+def agreement(data: ReportData) -> Drawn | None:
     """Decoded against measured, one panel a channel, and the calibration curve beside them."""
     if data.decoded is None or data.truth is None:
         return None
-    channels = min(len(data.names), 3)
-    calibrated = data.scores is not None and bool(data.scores.nominal)
-    made = figure(9.6, 9.6 / (channels + calibrated) if channels + calibrated > 2 else 3.6)
-    axes = made.subplots(1, channels + calibrated, squeeze=False)[0]
-    for d, ax in enumerate(axes[:channels]):
-        truth, decoded = data.truth[:, d], data.decoded[:, d]
-        ax.scatter(truth, decoded, s=4, color=BLUE, alpha=0.35, lw=0, rasterized=True)
-        low, high = np.nanpercentile(np.concatenate([truth, decoded]), [0.1, 99.9])
-        ax.plot([low, high], [low, high], color=INK, lw=0.8, ls=(0, (4, 3)))
-        ax.set_box_aspect(1)
-        ax.set_xlabel(short(f"measured {data.names[d]} ({data.units[d]})"))
-        ax.set_ylabel("decoded" if d == 0 else "")
-    if calibrated:
-        _reliability(axes[-1], data)
-    return to_svg(made, "agreement")
+    made = [
+        plots.agreement(
+            data.truth[:, d], data.decoded[:, d], name=data.names[d], unit=data.units[d]
+        )
+        for d in range(min(len(data.names), 3))
+    ]
+    if data.scores is not None and data.scores.nominal:
+        made.append(plots.reliability(data.scores.nominal, data.scores.actual))
+    return Drawn(panels=_panels("agreement", made))
 
 
-def _reliability(ax: Axes, data: ReportData) -> None:
-    assert data.scores is not None
-    ax.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    ax.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color=GREY, alpha=0.18, lw=0)
-    ax.plot(data.scores.nominal, data.scores.actual, color=BLUE, marker="o", ms=4)
-    ax.set_xlim(0, 1)
-    ax.set_ylim(0, 1)
-    ax.set_box_aspect(1)
-    ax.set_xlabel("nominal coverage of the interval")
-    ax.set_ylabel("actual coverage")
-
-
-def _components(latents: Array) -> tuple[Array, Array]:
-    """Principal components (T, k <= 2) and the share of variance of each; NaN rows stay NaN."""
-    rows = np.isfinite(latents).all(axis=1)
-    centred = latents - latents[rows].mean(axis=0)
-    _, s, vt = np.linalg.svd(centred[rows], full_matrices=False)
-    share = s**2 / max(float((s**2).sum()), 1e-300)
-    return centred @ vt[:2].T, share[:2]
-
-
-def latents(data: ReportData) -> str | None:
+def latents(data: ReportData) -> Drawn | None:
     """Latents over time, and their plane of most variance."""
     finite = np.isfinite(data.latents).all(axis=1)
     if data.latents.shape[1] == 0 or finite.sum() < 3:
         return None
     shown = excerpt(data)
-    order = np.argsort(-np.nanvar(data.latents, axis=0))[:6]
-    made = figure(9.6, 3.4)
-    left, right = made.subplots(1, 2, width_ratios=(2.1, 1))
-    spread = 5.0 * float(np.nanmedian(np.nanstd(data.latents[:, order], axis=0)) or 1.0)
-    cmap = colormaps["viridis"]
-    for row, k in enumerate(order):
-        colour = cmap(0.15 + 0.7 * row / max(1, len(order) - 1))
-        level = -row * spread
-        values = data.latents[shown, k] - np.nanmean(data.latents[:, k])
-        left.plot(data.time[shown], values + level, color=colour, lw=1.1)
-        if data.latents_std is not None:
-            std = data.latents_std[shown, k]
-            left.fill_between(
-                data.time[shown],
-                values + level - std,
-                values + level + std,
-                color=colour,
-                alpha=0.2,
-                lw=0,
-            )
-    left.set_yticks([-row * spread for row in range(len(order))], [f"z{k}" for k in order])
-    left.margins(x=0)
-    left.set_xlabel("time (s)")
-    left.set_title("latents of largest variance, one standard deviation shaded")
-    _plane(right, data)
-    return to_svg(made, "latents")
+    std = None if data.latents_std is None else data.latents_std[shown]
+
+    def draw(axes: Sequence[Axes]) -> None:
+        plots.latents(
+            data.latents[shown],
+            std,
+            bin_width=data.bin_width,
+            start=float(data.time[shown.start]),
+            ax=axes[0],
+        )
+
+    wide, narrow = _both("latents", 1, 2.6, draw)
+    by_direction = bool(_reaches(data)[0]) or (data.has_velocity and data.truth is not None)
+    text = "Colour is the direction of the movement." if by_direction else ""
+    return Drawn(wide, narrow, _panels("plane", [_plane(data)]), text=text)
 
 
-def _plane(ax: Axes, data: ReportData) -> None:
-    plane, share = _components(data.latents)
-    if plane.shape[1] < 2:
-        plane = np.column_stack([plane[:, 0], np.zeros(len(plane))])
-        share = np.array([share[0], 0.0])
-    ranges, angles = _directions(data)
-    if ranges:
-        for (a, b), angle in zip(ranges, angles, strict=True):
-            ax.plot(plane[a:b, 0], plane[a:b, 1], color=_hue(angle), lw=0.8, alpha=0.75)
-        ax.set_title("first two components, by direction")
-    elif is_velocity(data) and data.truth is not None:
-        speed = np.hypot(data.truth[:, 0], data.truth[:, 1])
+def _plane(data: ReportData) -> Figure:
+    """By direction where trials or velocities give one, else the excerpt over the whole."""
+    ranges, angles = _reaches(data)
+    colours: list[Colour] = [hue(float(angle)) for angle in angles]
+    if not ranges and not (data.has_velocity and data.truth is not None):
+        shown = excerpt(data)
+        ranges = [(shown.start, shown.stop)]
+    whole = plots.latent_plane(data.latents, ranges or [(0, 0)], colours=colours)
+    if not ranges and data.truth is not None:
+        speed = np.nan_to_num(np.hypot(data.truth[:, 0], data.truth[:, 1]))
         moving = np.flatnonzero(speed > 0.2 * np.percentile(speed, 99))[:MAX_POINTS]
+        plane, _ = principal(data.latents)
         angle = np.arctan2(data.truth[moving, 1], data.truth[moving, 0])
-        ax.plot(plane[:, 0], plane[:, 1], color=GREY, lw=0.4, alpha=0.35, rasterized=True)
-        ax.scatter(
+        whole.axes[0].scatter(
             plane[moving, 0],
             plane[moving, 1],
             s=5,
-            c=[_hue(float(a)) for a in angle],
+            c=[hue(float(a)) for a in angle],
             lw=0,
             rasterized=True,
         )
-        ax.set_title("first two components, by direction")
-    else:
-        shown = excerpt(data)
-        ax.plot(plane[:, 0], plane[:, 1], color=GREY, lw=0.4, alpha=0.35, rasterized=True)
-        ax.plot(plane[shown, 0], plane[shown, 1], color=BLUE, lw=0.9)
-        ax.set_title("first two components")
-    ax.set_xlabel(f"PC 1 ({100 * share[0]:.0f} %)")
-    ax.set_ylabel(f"PC 2 ({100 * share[1]:.0f} %)")
+    return whole
 
 
-def raster(data: ReportData) -> str | None:
+def raster(data: ReportData) -> Drawn | None:
     """Spike counts of all units over the excerpt, most active on top."""
-    shown = excerpt(data)
-    counts = np.asarray(data.counts[shown], dtype=np.float64)
-    counts = counts[:, np.argsort(-counts.mean(axis=0), kind="stable")]
-    top = max(1.0, float(np.percentile(counts, 99.5)))
-    image = np.zeros((*counts.T.shape, 4))
-    image[..., :3] = to_rgb(BLUE)
-    image[..., 3] = np.clip(counts.T / top, 0, 1) ** 0.6
-    made = figure(9.6, 2.9)
-    ax = made.subplots()
-    time = data.time[shown]
-    ax.imshow(
-        image,
-        aspect="auto",
-        interpolation="nearest",
-        extent=(time[0], time[-1] + data.bin_width, counts.shape[1], 0),
-    )
-    ax.grid(visible=False)
-    ax.set_xlabel("time (s)")
-    ax.set_ylabel("unit, by rate")
-    return to_svg(made, "raster")
-
-
-def latency(data: ReportData) -> str | None:
-    """Histogram of latencies on a log count axis, the deadline marked."""
-    stages = {k: v[np.isfinite(v)] for k, v in data.latency_ms.items() if k in {"solve", "total"}}
-    stages = {k: v for k, v in stages.items() if v.size}
-    if not stages:
+    if not data.counts.size:
         return None
-    made = figure(9.6, 2.8)
-    ax = made.subplots()
-    everything = np.concatenate(list(stages.values()))
-    low = max(1e-3, float(everything.min()) * 0.8)
-    high = max(float(everything.max()) * 1.25, data.deadline_ms or 0.0, low * 10)
-    edges = [float(e) for e in np.geomspace(low, high, 70)]
-    for name, colour in (("solve", GREEN), ("total", BLUE)):
-        if name in stages:
-            ax.hist(stages[name], bins=edges, color=colour, alpha=0.55, label=name, lw=0)
-    if data.deadline_ms is not None:
-        ax.axvline(data.deadline_ms, color=RED, lw=1.4, label=f"deadline {data.deadline_ms:g} ms")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_ylim(bottom=0.7)
-    ax.set_xlabel("milliseconds")
-    ax.set_ylabel("bins")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    made.legend(loc="outside upper right", ncols=3)
-    return to_svg(made, "latency")
+    shown = excerpt(data)
+    start = float(data.time[shown.start])
+
+    def draw(axes: Sequence[Axes]) -> None:
+        plots.raster(data.counts[shown], bin_width=data.bin_width, start=start, ax=axes[0])
+
+    return Drawn(*_both("raster", 1, 2.3, draw))
 
 
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED)
+def latency(data: ReportData) -> Drawn | None:
+    """Histogram of latencies, the deadline marked."""
+    stages = {k: v for k, v in data.latency_ms.items() if k in ("solve", "total")}
+    if not any(np.isfinite(v).any() for v in stages.values()):
+        return None
+
+    def draw(axes: Sequence[Axes]) -> None:
+        plots.latency(stages, deadline_ms=data.deadline_ms, ax=axes[0])
+
+    return Drawn(*_both("latency", 1, 2.2, draw))
 
 
-def residual_course(data: ReportData) -> str | None:
+def residual_course(data: ReportData) -> Drawn | None:
     """Root mean square error, block by block, and what was stated."""
     found = residuals_of(data)
     if found is None:
         return None
-    channels = min(len(data.names), 4)
-    made = figure(9.6, 0.6 + 1.5 * channels)
-    rows = made.subplots(channels, 1, sharex=True, squeeze=False)[:, 0]
-    for d, ax in enumerate(rows):
-        ax.plot(found.time, found.rms[:, d], color=BLUE, marker="o", ms=3, label="missed by")
-        if found.stated.size:
-            ax.plot(found.time, found.stated[:, d], color=ORANGE, label="stated")
-        ax.set_ylim(bottom=0)
-        ax.set_ylabel(short(f"{data.names[d]} ({data.units[d]})"))
-    handles, labels = rows[0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside upper right", ncols=len(labels))
-    rows[-1].set_xlabel("time (s)")
-    return to_svg(made, "residuals")
+    n = min(len(data.names), 4)
+    stated = found.stated[:, :n] if found.stated.size else None
+
+    def draw(axes: Sequence[Axes]) -> None:
+        plots.residuals(
+            found.time,
+            found.rms[:, :n],
+            stated,
+            names=data.names[:n],
+            units=data.units[:n],
+            axes=axes,
+        )
+
+    return Drawn(*_both("residuals", n, 1.45, draw))
 
 
-def psth(data: ReportData) -> str | None:
+def psth(data: ReportData) -> Drawn | None:
     """Counted and modelled rates by condition."""
     found = psths_of(data)
     if found is None:
         return None
-    columns = 3
-    rows = -(-len(found.units) // columns)
-    made = figure(9.6, 0.6 + 2.0 * rows)
-    axes = made.subplots(rows, columns, sharex=True, squeeze=False).ravel()
-    cmap = colormaps["viridis"]
+    directions = dict(zip(found.conditions, found.directions, strict=True))
+    made: list[Figure] = []
     for place, unit in enumerate(found.units):
-        ax = axes[place]
-        for c, name in enumerate(found.conditions):
-            colour = cmap(0.1 + 0.75 * c / max(1, len(found.conditions) - 1))
-            ax.plot(found.time, found.counted[c, :, place], color=colour, lw=0.6, alpha=0.7)
-            label = f"{short(name)} ({found.trials[c]})" if place == 0 else None
-            ax.plot(found.time, found.modelled[c, :, place], color=colour, lw=1.6, label=label)
-        ax.axvline(0, color=MUTED, lw=0.7)
-        ax.set_title(f"unit {unit}")
-    for ax in axes[len(found.units) :]:
-        ax.set_visible(False)
-    axes[0].set_ylabel("spikes/s")
-    made.supxlabel(
-        f"seconds from {found.event}; counted and modelled correlate "
-        f"{found.correlation:.2f} over {found.n_units} units",
-        fontsize=9,
-        color=INK,
+        figure = plots.averages(
+            found.time,
+            found.counted[:, :, place],
+            found.modelled[:, :, place],
+            conditions=found.conditions,
+            directions=directions,
+            event=found.event,
+        )
+        with style():
+            figure.axes[0].set_title(
+                short(data.unit_names[unit]) if data.unit_names else f"unit {unit}"
+            )
+        made.append(figure)
+    colours = condition_colours(found.conditions, directions)
+    names = zip(found.conditions, found.trials, colours, strict=True)
+    return Drawn(
+        panels=_panels("psth", made),
+        key=tuple((_css(colour), f"{name} ({trials} trials)") for name, trials, colour in names),
+        text=f"Counted and modelled correlate {found.correlation:.2f} over {found.n_units} units.",
     )
-    handles, labels = axes[0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside upper right", ncols=min(len(labels), 8))
-    return to_svg(made, "psth")
 
 
-def inputs_around(data: ReportData) -> str | None:
+def _css(colour: Colour) -> str:
+    if isinstance(colour, str):
+        return colour
+    return "#" + "".join(f"{round(255 * c):02x}" for c in colour)
+
+
+def inputs_around(data: ReportData) -> Drawn | None:
     """Size of the inferred inputs around each event."""
     found = triggered_inputs(data)
     if not found:
         return None
-    made = figure(9.6, 2.8)
-    axes = made.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for ax, one in zip(axes, found, strict=True):
-        ax.fill_between(
-            one.time, one.mean - one.error, one.mean + one.error, color=BLUE, alpha=0.25, lw=0
-        )
-        ax.plot(one.time, one.mean, color=BLUE)
-        ax.axvline(0, color=MUTED, lw=0.7)
-        ax.set_ylim(bottom=0)
-        ax.set_title(f"{one.trials} trials")
-        ax.set_xlabel(f"seconds from {one.event}")
-    axes[0].set_ylabel("norm of the inputs")
-    return to_svg(made, "inputs")
+    top = 1.05 * max(float(np.nanmax(one.mean + one.error)) for one in found)
+    made: list[Figure] = []
+    for one in found:
+        figure = plots.input_size(one.time, one.mean, one.error, event=one.event)
+        with style():
+            figure.axes[0].set_title(f"{one.trials} trials")
+            figure.axes[0].set_ylim(0, top)  # one scale for all
+        made.append(figure)
+    return Drawn(panels=_panels("inputs", made))
 
 
-def learning(data: ReportData) -> str | None:
+def learning(data: ReportData) -> Drawn | None:
     """One panel for each thing followed while training."""
-    curves = {name: points for name, points in data.learning.items() if points}
+    curves = {name: np.array(points) for name, points in data.learning.items() if points}
     if not curves:
         return None
-    made = figure(9.6, 2.8)
-    axes = made.subplots(1, len(curves), squeeze=False)[0]
-    for ax, (name, points), colour in zip(axes, curves.items(), _COLOURS * 9, strict=False):
-        steps, values = np.array(points, dtype=np.float64).T
-        ax.plot(steps, values, color=colour, marker="o" if len(steps) < 40 else None, ms=3)
-        ax.set_title(name)
-        ax.set_xlabel("step")
-    return to_svg(made, "learning")
+    made = [
+        plots.learning(*points.T, name=name, colour=CYCLE[i % len(CYCLE)])
+        for i, (name, points) in enumerate(curves.items())
+    ]
+    return Drawn(panels=_panels("learning", made))
+
+
+def cursor_paths(cursor: Mapping[str, Reaches], radius: float) -> Drawn | None:
+    """The cursor's way in each reach, coloured by the direction of its target."""
+    shown = {name: one for name, one in cursor.items() if one.paths}
+    if not shown:
+        return None
+    far = [float(np.abs(path).max(initial=0.0)) for one in shown.values() for path in one.paths]
+    far += [float(np.abs(one.targets).max(initial=0.0)) + radius for one in shown.values()]
+    made: list[Figure] = []
+    for name, one in shown.items():
+        angles = np.arctan2(one.targets[:, 1], one.targets[:, 0])
+        colours: list[Colour] = [
+            hue(float(angle)) if good else GREY
+            for angle, good in zip(angles, one.success, strict=True)
+        ]
+        figure = plots.paths(
+            one.paths,
+            unit="m",
+            colours=colours,
+            targets=np.unique(one.targets.round(6), axis=0),
+            radius=radius,
+            reach=1.05 * max(far),
+        )
+        with style():
+            title = f"{short(name)}: {sum(one.success)} of {len(one.success)} succeed"
+            figure.axes[0].set_title(title)
+        made.append(figure)
+    return Drawn(panels=_panels("cursor", made))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.plots.style import GREY, INK, STATUS_COLOURS
 from ilqr_vae.report import figures
-from ilqr_vae.report.data import ReportData, distribution
-from ilqr_vae.report.svg import STATUS_COLOURS, style
+from ilqr_vae.report.data import Reaches, ReportData, distribution
+from ilqr_vae.report.explorer import as_json, run_data
 from ilqr_vae.report.table import Table, number
 from ilqr_vae.scoring.score import OURS
 from ilqr_vae.terminal import visible
 
-_PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
+_FIGURES: tuple[tuple[str, str, Callable[[ReportData], figures.Drawn | None]], ...] = (
     (
         "Decoded movement over time",
         "What was decoded from each bin as it came, nothing later, against what was measured.",
@@ -35,15 +40,14 @@ _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
     ),
     (
         "Residuals over time",
-        "Root mean square of what the decoder missed by, block by block, against the size of error "
-        "it stated; a decoder that goes stale climbs.",
+        "Root mean square error of each block of the run, beside the standard deviation the "
+        "decoder stated. A decoder that goes stale climbs.",
         figures.residual_course,
     ),
     (
         "Firing around the movement",
         "Mean rate of the units whose rates differ most between conditions (over time where there "
-        "is one): counted (thin) and as the model has it from each bin and those before (thick); "
-        "colour is the condition.",
+        "is one): counted (thin) and as the model has it from each bin and those before (thick).",
         figures.psth,
     ),
     (
@@ -53,14 +57,23 @@ _PICTURES: tuple[tuple[str, str, Callable[[ReportData], str | None]], ...] = (
         figures.inputs_around,
     ),
     (
-        "Learning curves",
-        "What was followed while the model was trained.",
-        figures.learning,
+        "Latent state",
+        "The state that explains the spikes: the latents of largest variance with one standard "
+        "deviation, and the plane of the first two principal components.",
+        figures.latents,
     ),
-    ("Latency", "Per bin, log axes; total runs from the intended send.", figures.latency),
-    ("Latent state", "The state the spikes are explained by.", figures.latents),
     ("Spikes", "Counts per bin over the same seconds as the time courses.", figures.raster),
+    ("Latency", "Per bin; total runs from the intended send to the answer.", figures.latency),
+    ("Learning curves", "What was followed while the model was trained.", figures.learning),
 )
+_CURSOR = (
+    "Closed loop: the cursor's way",
+    "From the go to the end of each reach. Colour is the direction of the target; a failed reach "
+    "is grey. Targets are circles.",
+)
+_AFTER_FIGURES = "<!-- further figures -->"
+_HERE = files("ilqr_vae.report")
+_UPLOT = "uplot/uPlot.iife.min.js"
 
 
 def _range(found: tuple[float, float] | None) -> str:
@@ -109,10 +122,13 @@ def _tables(data: ReportData) -> tuple[Table, ...]:
         return data.tables
     lower = (0.0, *by.upto[:-1])
     rows = [
-        (f"{a:.3g} to {b:.3g}", f"{100 * c:.1f} %")
+        (f"{a:.3g} to {b:.3g}" if b > a else f"{b:.3g}", f"{100 * c:.1f} %")
         for a, b, c in zip(lower, by.upto, by.coverage, strict=True)
     ]
-    text = "A quarter of the bins a row, from the slowest to the fastest."
+    text = (
+        "From the slowest quarter of the bins to the fastest; quarters that end at one speed are "
+        "one row."
+    )
     speed = Table("Calibration by speed", text, (by.what, "90 % interval covers"), tuple(rows))
     return (speed, *data.tables)
 
@@ -125,26 +141,30 @@ def _statuses(data: ReportData) -> list[dict[str, Any]]:
             "n": n,
             "share": f"{100 * n / total:.1f} %",
             "width": f"{100 * n / total:.3f}",
-            "colour": STATUS_COLOURS.get(name, "#8b929c"),
+            "colour": "var(--ink)"
+            if STATUS_COLOURS.get(name) == INK
+            else STATUS_COLOURS.get(name, GREY),
         }
         for name, n in data.statuses.items()
     ]
 
 
-def render(data: ReportData) -> str:
-    """One self-contained page: no script, nothing fetched."""
-    with style():
-        drawn = [(title, text, draw(data)) for title, text, draw in _PICTURES]
-    pictures = [
-        {
-            "title": title,
-            "text": text,
-            "svg": Markup(svg),  # made here, from numbers and escaped labels
-        }
-        for title, text, svg in drawn
-        if svg is not None
-    ]
-    environment = Environment(
+def _figure(title: str, text: str, drawn: figures.Drawn | None) -> dict[str, Any] | None:
+    if drawn is None:
+        return None
+    # the SVG was made here, from numbers and escaped labels
+    return {
+        "title": title,
+        "text": f"{text} {drawn.text}".strip(),
+        "wide": Markup(drawn.wide),
+        "narrow": Markup(drawn.narrow),
+        "panels": [Markup(panel) for panel in drawn.panels],
+        "key": drawn.key,
+    }
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("ilqr_vae.report", "."),
         autoescape=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
@@ -152,12 +172,53 @@ def render(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
-        data=data,
-        seconds=len(data.counts) * data.bin_width,
-        pictures=pictures,
-        scores=_score_table(data),
-        tables=_tables(data),
-        statuses=_statuses(data),
-        latency=_latency_rows(data),
+
+
+def _cursor_figures(cursor: Mapping[str, Reaches], radius: float) -> list[dict[str, Any]]:
+    made = _figure(*_CURSOR, figures.cursor_paths(cursor, radius))
+    return [] if made is None else [made]
+
+
+def render(data: ReportData) -> str:
+    """One self-contained page. It fetches nothing, and runs its own script alone."""
+    drawn = [_figure(title, text, draw(data)) for title, text, draw in _FIGURES]
+    shown = _cursor_figures(data.cursor, data.radius) + [one for one in drawn if one is not None]
+    run = run_data(data)
+    script = (_HERE / _UPLOT).read_text("utf-8") + (_HERE / "explorer.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            data=data,
+            seconds=len(data.counts) * data.bin_width,
+            figures=shown,
+            after_figures=Markup(_AFTER_FIGURES),
+            run=run,
+            run_json=None if run is None else Markup(as_json(run)),
+            script=Markup(script),
+            script_hash=digest,
+            uplot_css=Markup((_HERE / "uplot/uPlot.min.css").read_text("utf-8")),
+            scores=_score_table(data),
+            tables=_tables(data),
+            statuses=_statuses(data),
+            latency=_latency_rows(data),
+        )
     )
+
+
+def with_cursor(page: str, cursor: Mapping[str, Reaches], radius: float) -> str:
+    """A report's page with the section of a closed loop put after its figures.
+
+    Raises:
+        ConfigError: the page is no report, or has this section already.
+    """
+    if page.count(_AFTER_FIGURES) != 1 or _CURSOR[0] in page:
+        raise ConfigError(
+            "report",
+            expected="a page that replay or evaluate wrote, without a section of a closed loop",
+            got="another one",
+        )
+    module: Any = _environment().get_template("figure.html.j2").module
+    sections = "".join(str(module.figure(one)) for one in _cursor_figures(cursor, radius))
+    return page.replace(_AFTER_FIGURES, f"{sections}{_AFTER_FIGURES}")

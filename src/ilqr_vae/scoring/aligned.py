@@ -47,3 +47,10 @@ def mean_of(values: Array, fewest: int) -> Array:
     number = known.sum(axis=0)
     total = np.where(known, values, 0.0).sum(axis=0)
     return np.where(number >= fewest, total / np.maximum(number, 1), np.nan)
+
+
+def telling_apart(rates: Array) -> list[int]:
+    """Units by how far their (C, L, N) rates differ between conditions, mean over time; over time
+    where there is one condition. Widest first."""
+    spread = rates.std(axis=0).mean(axis=0) if len(rates) > 1 else rates[0].std(axis=0)
+    return [int(unit) for unit in np.argsort(-spread, kind="stable")]

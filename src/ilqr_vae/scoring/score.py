@@ -32,8 +32,10 @@ WIENER = "Wiener filter"
 class BySpeed:
     """How much of the truth the 90 % interval covers, by quarter of the bins, slowest first.
 
+    Quarters that end at one speed, as where the hand mostly rests, are one.
+
     Attributes:
-        upto: the speed that each quarter ends at.
+        upto: the speed that each quarter ends at, increasing.
         coverage: in each.
         what: what speed is here, with its unit.
     """
@@ -102,10 +104,11 @@ def coverage_by_speed(
     alike = len(set(units)) == 1
     scale = 1.0 if alike else truth.std(axis=0) + 1e-300
     speed = np.linalg.norm(truth / scale, axis=1)
-    parts = np.array_split(np.argsort(speed, kind="stable"), 4)
-    parts = [part for part in parts if len(part)]
+    edges = np.unique(np.quantile(speed, (0.25, 0.5, 0.75, 1.0), method="higher"))
+    band = np.searchsorted(edges, speed)  # bins of one speed are in one band
+    parts = [np.flatnonzero(band == i) for i in range(len(edges))]
     return BySpeed(
-        tuple(float(speed[part[-1]]) for part in parts),
+        tuple(float(edge) for edge in edges),
         tuple(calibration(truth[part], decoded[part], std[part], (0.9,))[0] for part in parts),
         f"size of the true kinematics ({units[0] if alike else 'standard deviations'})",
     )

@@ -90,6 +90,7 @@ class EvaluationReport:
             inputs=result.inputs,
             learning=self.learning,
             bits_per_spike=result.bits_per_spike,
+            unit_names=recording.unit_names,
             names=names,
             units=manifest.kinematic_units,
             truth=part.kinematics if names else None,
