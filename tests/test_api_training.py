@@ -24,9 +24,11 @@ from tiny import Recorder, config
 def test_a_recording_is_read_by_keywords_and_inferred(tmp_path: Path) -> None:
     model = ilqr_vae.load(make_model(tmp_path / "m.safetensors", n_units=7, names=UNITS))
     path = write_recording(tmp_path / "r.mat", n_units=7)
-    plain = ilqr_vae.load_recording(path)
+    plain = ilqr_vae.load_recording(path, bin_width=0.05)
     assert plain.kinematics is None
-    recording = ilqr_vae.load_recording(path, kinematics="velocity", mat={"kinematic_rows": [1]})
+    recording = ilqr_vae.load_recording(
+        path, bin_width=0.05, kinematics="velocity", mat={"kinematic_rows": [1]}
+    )
     assert recording.kinematics is not None
     assert recording.kinematics.shape[1] == 1
     with pytest.raises(

@@ -191,7 +191,7 @@ def test_any_type_in_a_file_of_trials_is_read_or_named(
     hdf5 = Hdf5Spec(
         group=group, spikes=spikes if group else "spikes", kinematics="k", conditions="c"
     )
-    spec = RecordingSpec(mode="trials", hdf5=hdf5)
+    spec = RecordingSpec(bin_width=0.05, mode="trials", hdf5=hdf5)
     with_error(lambda: load_recording(tmp_path / "a.h5", spec))
 
 
@@ -289,14 +289,14 @@ def good_file(path: Path) -> tuple[Path, RecordingSpec]:
             file["hand"] = HAND.T
             cells(file, "spikes", [t[None] for t in TIMES])
             file["t"] = T[:, None]
-        return path, RecordingSpec(mat=TIMED)
+        return path, RecordingSpec(bin_width=0.05, mat=TIMED)
     if path.suffix == ".mat":
         io.savemat(path, {"spikes": COUNTS, "hand": HAND}, do_compression=path.name == "small.mat")
-        return path, RecordingSpec(mat=BINNED)
+        return path, RecordingSpec(bin_width=0.05, mat=BINNED)
     with h5py.File(path, "w") as file:
         file["spikes"], file["k"], file["c"] = COUNTS.T[None], HAND.T[None], [1.0]
     hdf5 = Hdf5Spec(spikes="spikes", kinematics="k", conditions="c")
-    return path, RecordingSpec(mode="trials", hdf5=hdf5)
+    return path, RecordingSpec(bin_width=0.05, mode="trials", hdf5=hdf5)
 
 
 @pytest.mark.parametrize("name", ["old.mat", "small.mat", "new.mat", "a.h5"])

@@ -251,7 +251,7 @@ def _kinds(kind: type[msgspec.Struct]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in msgspec.structs.fields(kind):
         section = isinstance(f.type, type) and issubclass(f.type, msgspec.Struct)
-        found[f.name] = f.type if section else get_origin(f.type)
+        found[f.name] = f.type if section else dict if get_origin(f.type) is dict else None
         if section:
             found |= {f"{f.name}.{path}": within for path, within in _kinds(f.type).items()}
     return found

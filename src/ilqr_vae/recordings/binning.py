@@ -89,7 +89,7 @@ def left_edges(start: float, bin_width: float, n_bins: int) -> NDArray[np.float6
 def bins_of(seconds: NDArray[Any], start: float, bin_width: float) -> NDArray[np.int64]:
     """The bin each time falls in, negative before ``start``."""
     position = (np.asarray(seconds, dtype=np.float64) - start) / bin_width
-    return np.floor(position + EDGE).astype(np.int64)
+    return np.floor(position + EDGE).clip(-(2.0**62), 2.0**62).astype(np.int64)
 
 
 def full_turn(values: NDArray[Any], unit: str, *, circular: bool = False) -> tuple[float, float]:
