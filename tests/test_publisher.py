@@ -10,6 +10,7 @@ import pytest
 import zmq
 
 from feeder import WAIT_S
+from ilqr_service.transport import connections as connections_module
 from ilqr_service.transport.connections import Connections
 from ilqr_service.transport.results import Publisher
 from ilqr_vae.protocol import messages
@@ -119,3 +120,29 @@ def test_who_leaves_is_forgotten(hall: Hall) -> None:
         hall.connections.poll(0.05)
     hall.says("a", "news")
     assert hall.hears(staying, 1) == ["a:news"]
+
+
+def test_topics_count_among_the_bytes_that_are_held_for_peers(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections_module, "_HELD_BYTES", 100_000)
+    modest, greedy = hall.comes(zmq.SUB, "s"), hall.comes(zmq.SUB)
+    assert hall.hears(modest, 1) == ["s:subscribed"]
+    for k in range(50):
+        greedy.setsockopt(zmq.SUBSCRIBE, messages.topic(f"{k:03d}" + "x" * 500))
+    hall.hears(greedy, 50)
+    hall.connections.tidy()
+    assert not hall.connections.events()
+    for k in range(50):
+        greedy.setsockopt(zmq.UNSUBSCRIBE, messages.topic(f"{k:03d}" + "x" * 500))
+        greedy.setsockopt(zmq.SUBSCRIBE, messages.topic(f"{k:03d}" + "y" * 500))
+    hall.hears(greedy, 50)
+    hall.connections.tidy()  # what it unsubscribed from counts no more
+    assert not hall.connections.events()
+    for k in range(100):
+        greedy.setsockopt(zmq.SUBSCRIBE, messages.topic(f"{k:03d}" + "z" * 500))
+    hall.hears(greedy, 100)
+    hall.connections.tidy()
+    assert hall.connections.events() == {"disconnected": 1}
+    hall.says("s", "still here")
+    assert hall.hears(modest, 1) == ["s:still here"]

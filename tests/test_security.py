@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import codecs
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -174,29 +176,35 @@ def test_a_session_is_its_users_in_every_way_in(service: Service, folder: Path) 
         "[[client\n",
         "[[client]]\nname = 'ri",
         "\0",
-        None,
+        "x = " + "[" * 10_000,
+        "[x" + ".x" * 1000 + "]",
+        "x = " + "1" * 10_000,
+        "#" * (2 << 20),
+        Path.mkdir,
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(path.name),
     ],
 )
 def test_an_allow_list_that_cannot_be_read_leaves_the_old_one_and_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | None
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | Callable[[Path], object]
 ) -> None:
     add_client(tmp_path, "rig", ("feed",))
     path, old = tmp_path / "authorized.toml", (tmp_path / "authorized.toml").read_text()
     public = z85.decode(read_client_key(tmp_path / "rig.key").public.encode())
     gate = Gate(tmp_path)
-    if text is None:
-        path.unlink()
-        path.mkdir()
-    else:
+    if isinstance(text, str):
         path.write_text(text.replace("{old}", old))
+    else:
+        path.unlink()
+        text(path)
     for _ in range(10):
         assert not gate.refresh()
     assert gate.user(public) == "rig"
     assert [r.levelname for r in caplog.records] == ["ERROR"]
     with pytest.raises(ConfigError, match="keys"):
         Gate(tmp_path)
-    if text is None:
-        path.rmdir()
+    path.rmdir() if path.is_dir() else path.unlink()
     path.write_text("")  # all revoked, once it is sure that nobody is writing it
     assert not gate.refresh()
     assert gate.refresh()
@@ -205,6 +213,13 @@ def test_an_allow_list_that_cannot_be_read_leaves_the_old_one_and_is_said_once(
     for _ in range(3):
         assert not gate.refresh()
     assert gate.user(public) == ""
+
+
+def test_an_allow_list_from_a_windows_editor_is_read(tmp_path: Path) -> None:
+    add_client(tmp_path, "rig", ("feed",))
+    path, before = tmp_path / "authorized.toml", read_authorized(tmp_path)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_authorized(tmp_path) == before
 
 
 def test_beyond_loopback_only_with_keys(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feeder import WAIT_S
-from ilqr_service.transport.zmtp import frame
+from ilqr_service.transport.zmtp import Incoming, Peer, frame
 from ilqr_vae.protocol.keys import ClientKey, add_client, read_client_key, revoke_client
 from station import GREETING, LIMIT, Station, ready
 
@@ -263,6 +263,28 @@ def test_who_does_not_read_is_owed_so_many_bytes_and_no_more(station: Station) -
         station.turn(0.0)
     assert got.endswith(frame(body) * (sent - 1))
     assert station.connections.reply(hello.owner, body)
+
+
+def test_a_turn_reads_so_many_frames_whoever_sent_them(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames that are no message, such as pings, too; a peer among many waits for a few each."""
+    for _ in range(100):
+        station.raw(GREETING, ready(), frame(b"\x04PING\x00\x0a", 4) * 100, frame(b"done"))
+    read: list[int] = []
+    parse = Peer.parse
+
+    def counted(self: Peer, most: int, came: list[Incoming]) -> None:
+        read.append(most)
+        parse(self, most, came)
+
+    monkeypatch.setattr(Peer, "parse", counted)
+    end, done = time.monotonic() + WAIT_S, 0
+    while done < 100:
+        assert time.monotonic() < end
+        read.clear()
+        done += len(station.turn(0.0))
+        assert sum(read) <= 512
 
 
 def test_strangers_who_say_nothing_do_not_keep_others_out(

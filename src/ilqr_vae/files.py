@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import secrets
@@ -147,8 +148,9 @@ def read_toml(path: Path, kind: type[T], field: str = "config") -> T:
         ConfigError: no such file, not TOML, or what ``to_struct`` refuses.
     """
     try:
-        values = msgspec.toml.decode(path.read_bytes())
-    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
+        values = msgspec.toml.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    # tomllib's own errors are a ValueError; so is a number of thousands of digits
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         got = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"{field} {path.name}", expected="a readable TOML file", got=str(got)
@@ -167,7 +169,10 @@ def to_struct(values: Any, kind: type[T], field: str, *, strict: bool = True) ->
     Raises:
         ConfigError: an unknown key, a wrong type or a value out of range; names the key.
     """
-    plain = msgspec.to_builtins(values)
+    try:
+        plain = msgspec.to_builtins(values)
+    except RecursionError as error:
+        raise ConfigError(field, expected="keys of a few levels", got="hundreds") from error
     try:
         return msgspec.convert(plain, kind, strict=strict)
     except msgspec.ValidationError as error:

@@ -23,6 +23,7 @@ from ilqr_vae.errors import ServiceError
 _READ_BYTES = 1 << 16
 _TURN_MESSAGES = 256
 _TURN_FRAMES = 64  # of one connection
+_ROUND_FRAMES, _FEWEST_FRAMES = 512, 4  # of all that have sent; of one, however many they are
 _TURN_ACCEPTED = 16
 _TURN_HANDSHAKES = 4  # each may cost a tenth of a millisecond of cryptography
 _HANDSHAKE_S = 10.0
@@ -151,7 +152,9 @@ class Connections:
                     self._read(key.data)
         came: list[Received] = []
         handshakes = taken = 0
-        for connection in list(self._pending):
+        pending = list(self._pending)
+        fair = max(_FEWEST_FRAMES, _ROUND_FRAMES // max(1, len(pending)))
+        for connection in pending:
             if taken >= _TURN_MESSAGES:
                 break
             if connection not in self._pending:
@@ -160,7 +163,7 @@ class Connections:
                 handshakes += 1
                 if handshakes > _TURN_HANDSHAKES:
                     continue
-            taken += self._parse(connection, came)
+            taken += self._parse(connection, min(_TURN_FRAMES, fair), came)
         self.flush()
         return came
 
@@ -292,12 +295,12 @@ class Connections:
         connection.peer.feed(data)
         self._pending[connection] = None
 
-    def _parse(self, connection: Connection, came: list[Received]) -> int:
+    def _parse(self, connection: Connection, most: int, came: list[Received]) -> int:
         peer, door = connection.peer, connection.door
         ready, violation = peer.ready, None
         messages: list[Incoming] = []
         try:
-            peer.parse(_TURN_FRAMES, messages)
+            peer.parse(most, messages)
         except Violation as error:
             violation = error
         del self._pending[connection]

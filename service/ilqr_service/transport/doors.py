@@ -49,6 +49,7 @@ class Connection:
         id: never used again by another; the owner of what it opens.
         heard, pinged: seconds by the monotonic clock.
         waiting: what it has not been sent yet; the first ``written`` bytes are gone already.
+        kept: bytes that a door's owner keeps for it.
     """
 
     id: bytes
@@ -61,6 +62,7 @@ class Connection:
     waiting: deque[bytes] = field(default_factory=lambda: deque[bytes]())
     waiting_bytes: int = 0
     written: int = 0
+    kept: int = 0
     blocked: bool = False
 
     @property
@@ -77,8 +79,8 @@ class Connection:
 
     @property
     def held(self) -> int:
-        """Bytes that wait for it, and from it."""
-        return self.waiting_bytes + self.peer.held
+        """Bytes that wait for it, and from it, or are kept for it."""
+        return self.waiting_bytes + self.peer.held + self.kept
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -16,6 +16,7 @@ from ilqr_vae.protocol import messages
 
 _MAX_TOPIC = 1024
 _MAX_TOPICS = 4096  # of one subscriber
+_TOPIC_BYTES = 500  # of memory beside its own
 _BACKLOG_BYTES = 64 << 20
 
 
@@ -90,6 +91,7 @@ class Publisher:
             self._remove(connection, topic)
         elif topic not in mine:
             mine.add(topic)
+            connection.kept += len(topic) + _TOPIC_BYTES
             there = self._subscribers.setdefault(topic, {})
             if not there:
                 self._lengths[len(topic)] += 1
@@ -109,6 +111,7 @@ class Publisher:
             return
         del there[connection]
         self._of[connection].discard(topic)
+        connection.kept -= len(topic) + _TOPIC_BYTES
         if not there:
             del self._subscribers[topic]
             self._lengths[len(topic)] -= 1

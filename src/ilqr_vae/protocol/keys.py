@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -25,6 +27,7 @@ ROLES: tuple[Role, ...] = ("feed", "read", "control")
 SERVER, AUTHORIZED = "server.key", "authorized.toml"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 VARIABLE = "ILQR_VAE_KEY"
+_MOST_BYTES = 1 << 20
 T = TypeVar("T")
 
 
@@ -90,10 +93,9 @@ class Authorized(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     def __post_init__(self) -> None:
         for field in ("name", "public"):
-            values = [getattr(c, field) for c in self.client]
-            twice = next((v for v in values if values.count(v) > 1), None)
-            if twice is not None:
-                raise ValueError(f"{field}: expected each once, got {twice!r} twice")
+            times = Counter(getattr(c, field) for c in self.client)
+            if twice := [value for value, count in times.items() if count > 1]:
+                raise ValueError(f"{field}: expected each once, got {twice[0]!r} twice")
 
 
 def _toml(values: object) -> bytes:
@@ -137,7 +139,18 @@ def read_server_key(folder: Path) -> ServerKey:
 def read_authorized(folder: Path) -> Authorized:
     """The allow-list; empty where there is none yet. Raises ConfigError."""
     path = folder / AUTHORIZED
-    return _read(path, Authorized) if path.exists() else Authorized()
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return Authorized()
+    except OSError as error:
+        raise ConfigError(f"keys {AUTHORIZED}", expected="a file", got=str(error)) from error
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:  # read by a running service
+        got = f"{found.st_size} bytes" if found.st_size else "none"
+        raise ConfigError(
+            f"keys {AUTHORIZED}", expected=f"a file of at most {_MOST_BYTES} bytes", got=got
+        )
+    return _read(path, Authorized)
 
 
 def _pair() -> tuple[str, str]:
