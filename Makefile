@@ -20,7 +20,7 @@ PARTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check chaos format clean
+.PHONY: help install demo docs test check chaos format clean
 
 help:  ## show this
 	@echo "make demo    simulate, train, serve, replay and report; results in $(OUT)/"
@@ -28,6 +28,7 @@ help:  ## show this
 	@echo "             SPEED=1|4|max   multiple of real time   OUT=folder   for the results"
 	@echo "make test    every check and every test"
 	@echo "make check   lint, format, types, layers (no tests)"
+	@echo "make docs    the documentation site, in docs/_build/html; warnings are errors"
 	@echo "make chaos   the fault tests at full size"
 	@echo "make format  put the code into the project's format"
 	@echo "make install what the demo needs, into .venv"
@@ -65,6 +66,10 @@ check: .venv/.dev  ## lint, format, types, layers
 test: check  ## every check and every test
 	$(BIN)/pytest
 
+docs: .venv/.dev  ## the documentation site
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "wrote docs/_build/html/index.html"
+
 chaos: .venv/.dev  ## every fault at full size
 	CHAOS=full $(BIN)/pytest -m chaos --timeout 3600
 
@@ -73,5 +78,5 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf docs/_build .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
 	find src training service clients tests -name __pycache__ -type d -prune -exec rm -rf {} +

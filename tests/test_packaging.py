@@ -24,7 +24,7 @@ from ilqr_vae.cli import GROUP, SUMMARIES, main
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 VERBS = PROJECT["project"]["entry-points"][GROUP]
 
 
@@ -50,21 +50,22 @@ def commands(text: str) -> list[list[str]]:
     return [line.split() for line in lines]
 
 
-def test_the_readme_names_what_there_is() -> None:
-    typed = commands(README)
-    assert {words[0] for words in typed} >= {"simulate", "train", "evaluate", "serve", "replay"}
-    for words in typed:
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_page_names_what_there_is(page: Path) -> None:
+    text = page.read_text()
+    for words in commands(text):
         assert words[0] in VERBS
         assert {w for w in words if w.startswith("--")} <= options(words[0]), words
-    for _, link in re.findall(r"\[([^]]*)\]\(([^)#]+)\)", README):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
-    for target in re.findall(r"^make ([a-z]+)", README, re.MULTILINE):
+    for _, link in re.findall(r"\[([^]]*)\]\(([^)#]+)[^)]*\)", text):
+        known = link.startswith("https://") or (page.parent / link).exists()
+        assert known, link
+    for target in re.findall(r"^make ([a-z]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
 
-def test_the_readmes_configs_and_ours_are_valid(tmp_path: Path) -> None:
-    blocks = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 2
+def test_the_pages_configurations_and_ours_are_valid(tmp_path: Path) -> None:
+    blocks = [b for p in PAGES for b in re.findall(r"```toml\n(.*?)```", p.read_text(), re.DOTALL)]
+    assert len(blocks) >= 5
     for block in blocks:
         path = tmp_path / "config.toml"
         path.write_text(block)
