@@ -1,4 +1,4 @@
-"""``python -m benchmarks lqr|stream|train|service|gpu --json F [--quick]``, and ``table``."""
+"""``python -m benchmarks lqr|stream|train|service|gpu --json F [--quick]``; ``table``, ``pictures``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import rows, stream, table
+from benchmarks import pictures, rows, stream, table
 
 NAMES = ("lqr", "stream", "train", "service", "gpu")
 
@@ -22,13 +22,18 @@ def _measure(name: str, quick: bool, file: Path) -> None:
 
 
 def _page(files: list[Path], page: Path) -> None:
-    pictures: dict[str, Path] = {}
+    shown: dict[str, Path] = {}
     for file in files:
         content = json.loads(file.read_text())
-        if content["benchmark"] == "stream" and not content["quick"]:
-            pictures["stream"] = page.with_name("performance.png")
-            stream.picture(content["rows"], pictures["stream"])
-    table.write(files, page, pictures)
+        if content["quick"]:
+            continue
+        if content["benchmark"] == "stream":
+            shown["stream"] = page.with_name("performance.png")
+            stream.picture(content["rows"], shown["stream"])
+        elif content["benchmark"] in pictures.PICTURES:
+            shown[content["benchmark"]] = pictures.beside(page, content["benchmark"])
+    table.write(files, page, shown)
+    pictures.draw(page)
 
 
 def main() -> int:
@@ -42,9 +47,13 @@ def main() -> int:
     page = commands.add_parser("table", help="write docs/performance.md from result files")
     page.add_argument("results", type=Path, nargs="+")
     page.add_argument("--page", type=Path, required=True)
+    again = commands.add_parser("pictures", help="draw the page's pictures from its tables")
+    again.add_argument("--page", type=Path, required=True)
     given = parser.parse_args()
     if given.command == "table":
         _page(given.results, given.page)
+    elif given.command == "pictures":
+        pictures.draw(given.page)
     else:
         _measure(given.command, given.quick, given.json)
     return 0

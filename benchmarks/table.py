@@ -88,11 +88,28 @@ def _where(machine: Row) -> str:
     )
 
 
+#: What the pictures at the head of the page show, by benchmark.
+CAPTIONS = {
+    "service": "Latency through the service, from the intended send to the answer, by the number "
+    "of streams; beside it a bare ZeroMQ echo under the same load",
+    "stream": "Time of one bin of a stream, by the size of the model",
+    "lqr": "One linear-quadratic problem, the core of each iteration, beside other implementations "
+    "(double precision)",
+}
+
+
 def write(files: list[Path], page: Path, pictures: dict[str, Path]) -> None:
-    """Write the page from result files, in the order of ``TITLES``."""
+    """Write the page from result files: ``pictures`` first, then tables as in ``TITLES``."""
     found = {content["benchmark"]: content for content in map(_read, files)}
     parts = [
         "# Performance\n",
+        "One machine, measured as said with each table; `python -m benchmarks` measures yours.\n",
+        *(
+            f"![{text}]({pictures[n].name})\n\n*{text}.*\n"
+            for n, text in CAPTIONS.items()
+            if n in pictures
+        ),
+        "## Where the numbers come from\n",
         "Written by `python -m benchmarks table RESULTS... --page docs/performance.md`, from what "
         "`python -m benchmarks lqr|stream|train|service|gpu --json F` measured; no number here was "
         "typed by hand. `load` is the load average when a row was measured: where it is above one "
@@ -105,8 +122,6 @@ def write(files: list[Path], page: Path, pictures: dict[str, Path]) -> None:
             continue
         how = " **Quick run: few sizes and samples.**" if content["quick"] else ""
         parts.append(f"## {title}\n\n{NOTES[name]}{how}\n\n{_where(content['machine'])}.\n")
-        if name in pictures:
-            parts.append(f"![Cost against size]({pictures[name].name})\n")
         parts.append(table(content["rows"]) + "\n")
     page.write_text("\n".join(parts))
 
