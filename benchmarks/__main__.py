@@ -1,4 +1,4 @@
-"""``python -m benchmarks lqr|stream|train|service|gpu --json F [--quick]``; ``table``, ``pictures``."""
+"""``python -m benchmarks NAME --json F [--quick]`` measures; ``table`` and ``pictures`` write."""
 
 from __future__ import annotations
 

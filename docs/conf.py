@@ -18,7 +18,6 @@ extensions = [
     "generated",
 ]
 exclude_patterns = ["_build", "_ext"]
-suppress_warnings = ["toc.not_included"]
 smartquotes = False  # options begin with two hyphens
 
 myst_enable_extensions = ["deflist"]
