@@ -23,7 +23,7 @@ from small import make_model as generative
 from test_clients_import import ENGINE, run
 
 UNITS = tuple(f"u{i}" for i in range(7))
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def drawn(*shape: int, seed: int = 0) -> Any:

@@ -16,7 +16,7 @@ from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.files import with_settings
 from ilqr_vae.recordings import BehaviourSeries, write_nwb
 from rig import make_model, write_recording
-from test_api import README, UNITS
+from test_api import DOCS, UNITS
 from test_clients_import import run
 from tiny import Recorder, config
 
@@ -112,7 +112,7 @@ else:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readmes_example_runs(
+def test_the_references_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -122,8 +122,8 @@ def test_the_readmes_example_runs(
     spikes = [np.sort(rng.uniform(0, 20, 200)) for _ in range(7)]
     series = BehaviourSeries("hand_vel", hand, "m/s", 100.0, ("vx", "vy"))
     write_nwb(tmp_path / "lab.nwb", spikes, series=[series])
-    section = README.read_text().split("### From Python", 1)[1]
-    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+    text = (DOCS / "reference" / "python.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     assert 'training={"steps": 500}' in code  # as many as a test has time for
     small: dict[str, Any] = {"steps": 2, "batch": 4, "chunk": 15, "validate_every": 0}
     code = code.replace('training={"steps": 500}', "**quick")
@@ -140,6 +140,6 @@ def test_the_readmes_example_runs(
 
 
 def test_every_model_key_is_documented() -> None:
-    text = (README.parent / "docs" / "method.md").read_text()
+    text = (DOCS / "method.md").read_text()
     for key in ModelConfig.__struct_fields__:
         assert f"`{key}`" in text, key

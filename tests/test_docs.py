@@ -72,15 +72,16 @@ def test_the_reference_lacks_nothing(site: Path) -> None:
     assert [status for status in known if f"\n{status}\n" not in statuses] == []
     errors = text_of(reference / "errors.html")
     shown = {error_texts.shown(error.expected).strip("`") for error in error_texts.collected()}
-    assert [text for text in shown if text not in errors] == []
+    assert [text for text in shown | set(error_texts.warnings()) if text not in errors] == []
 
 
-def test_every_error_and_every_warning_has_advice() -> None:
+def test_every_error_has_advice() -> None:
     found = error_texts.grouped()
     assert found.get(None, ()) == ()
-    assert [g.title for g, errors in found.items() if g and not errors] == []
     assert len(error_texts.collected()) > 300
-    assert set(error_texts.warnings()) == set(error_texts.advice()["warnings"])
+    assert len(error_texts.warnings()) > 15
+    general = [e for group, errors in found.items() if group and not group.files for e in errors]
+    assert len(general) < 20
 
 
 def test_the_notebook_has_run(site: Path) -> None:

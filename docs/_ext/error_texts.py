@@ -157,7 +157,7 @@ def page() -> str:
     lines: list[str] = []
     topic = ""
     for group, errors in grouped().items():
-        if group is None:
+        if group is None or not errors:
             continue
         if group.topic != topic:
             topic = group.topic
@@ -197,7 +197,7 @@ def warning_table() -> str:
     lines = ["| name | text | what to do |", "| --- | --- | --- |"]
     todo = advice()["warnings"]
     lines += [
-        f"| `{name}` | {shown(text)} | {todo.get(name, '')} |"
+        f"| `{name}` | {shown(text)} | {todo.get(name, 'The text says what was done.')} |"
         for name, text in sorted(warnings().items())
     ]
     return "\n".join(lines)
