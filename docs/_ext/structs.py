@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import getdoc
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
+PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "none"}
 UNBOUNDED = 1e18  # bounds beyond it only keep infinities out
 
 
@@ -68,9 +70,11 @@ def spelled(hint: Any) -> tuple[str, str]:
         kind, unit = spelled(arguments[0])
         many = "list of" if arguments[-1] is Ellipsis else f"{len(arguments)} of"
         return f"{many}: {kind}", unit
-    if origin is Union:
+    if origin is dict:
+        return f"table of {spelled(arguments[1])[0]}", ""
+    if origin in (Union, UnionType):
         return " or ".join(spelled(a)[0] for a in arguments), ""
-    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[hint], ""
+    return PLAIN.get(hint, f"`{hint}`"), ""
 
 
 def described(kind: type) -> dict[str, str]:
