@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ilqr_vae.errors import ShapeError
+from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec, Trials
-from ilqr_vae.report import ReportData, render_html, to_json
+from ilqr_vae.report import Reaches, ReportData, add_cursor, figures, render_html, to_json
 from ilqr_vae.report.analyses import MOVEMENT, TARGET, onsets, psths, residuals, triggered_inputs
 from ilqr_vae.scoring.bootstrap import interval, pieces, r2_draws
-from ilqr_vae.scoring.score import OURS, WIENER, score_decodes
+from ilqr_vae.scoring.score import OURS, WIENER, coverage_by_speed, score_decodes
 
 TRIAL, K, N = 30, 40, 6
 
@@ -254,7 +257,6 @@ def test_psths_average_what_was_counted_and_modelled() -> None:
     assert found.conditions in (("l", "r"), ("r", "l"))
     assert found.correlation > 0.8
     unit, place = found.units[0], list(found.conditions).index("r")
-    assert data.trials is not None
     rows = [k for k in range(K) if data.trials.condition[k] == "r" and k != 3]
     at = int(np.argmin(np.abs(found.time - 0.025)))
     mean = np.mean([recording.counts[k * TRIAL + 12, unit] for k in rows]) / 0.05
@@ -319,3 +321,77 @@ def test_without_trials_blocks_and_directions_remain() -> None:
     text = render_html(data)
     assert "Inferred inputs" not in text
     assert "Colour is the direction of the movement" in text
+
+
+def test_a_direction_has_one_colour_and_named_conditions_take_it() -> None:
+    """Left-going trials named "l" are drawn in the colour of their direction."""
+    data, _ = reaching()
+    found = psths(data)
+    assert found is not None
+    angle = dict(zip(found.conditions, found.directions, strict=True))
+    assert angle["r"] == pytest.approx(np.arctan2(0.5, 1))
+    assert angle["l"] == pytest.approx(np.arctan2(0.5, -1))
+    mixed = replace(data.trials, condition=("both",) * K) if data.trials else None
+    both = psths(replace(data, trials=mixed))
+    assert both is not None
+    assert np.isnan(both.directions).all()  # the two ways cancel
+    drawn, paths = figures.psth(data), figures.reaches(data)
+    assert drawn
+    assert paths
+    assert next(c for c, name in drawn.key if name[0] == "l") in paths.panels[0]
+
+
+def test_the_section_of_a_closed_loop_goes_into_a_report(tmp_path: Path) -> None:
+    data, _ = reaching()
+    page = tmp_path / "report.html"
+    page.write_text(render_html(data))
+    path = np.linspace(0, 1, 9)[:, None] * np.array([0.1, 0.0])
+    cursor = {"decoder": Reaches((path, -path), np.array([[0.1, 0], [-0.1, 0]]), (True, False))}
+    add_cursor(page, cursor, 0.02)
+    text = page.read_text()
+    assert "decoder: 1 of 2 succeed" in text
+    assert text.index("Residuals over") < text.index("paths of the cursor") < text.index("Scores")
+    with pytest.raises(ConfigError, match="without a section of a closed loop"):
+        add_cursor(page, cursor, 0.02)
+    page.write_text("<html>no report</html>")
+    with pytest.raises(ConfigError, match="a page that replay or evaluate wrote"):
+        add_cursor(page, cursor, 0.02)
+    assert "decoder: 1 of 2 succeed" in render_html(replace(data, cursor=cursor, radius=0.02))
+
+
+def test_inputs_share_a_scale_that_holds_all_of_them() -> None:
+    data = reaching()[0]
+    drawn = figures.inputs_around(data)
+    assert drawn
+    greatest = max(float((one.mean + one.error).max()) for one in triggered_inputs(data))
+    for panel in drawn.panels:
+        ticks = [float(t) for t in re.findall(r">([\d.]+)</text>", panel) if "." in t]
+        assert max(ticks) <= 1.1 * greatest
+        assert greatest < max(ticks) * 1.5
+
+
+def test_quarters_that_end_at_one_speed_are_one_row() -> None:
+    """The hand rests in 70 % of the bins."""
+    truth = np.zeros((100, 1))
+    truth[70:] = np.linspace(0.1, 1, 30)[:, None]
+    found = coverage_by_speed(truth, truth, np.ones_like(truth), ("m/s",))
+    assert list(found.upto) == sorted(set(found.upto))
+    assert found.upto[0] == 0.0
+    assert found.coverage == (1.0,) * len(found.upto)
+    data, _ = reaching()
+    assert data.scores is not None
+    text = render_html(replace(data, scores=replace(data.scores, by_speed=found)))
+    assert ">0<" in text
+    assert ">0 to 0<" not in text
+
+
+def test_the_run_can_be_read_back_from_the_page() -> None:
+    data, _ = reaching()
+    text = render_html(data)
+    run = json.loads(re.findall(r'id="run-data">(.*?)</script>', text)[0])
+    assert (run["bins"], run["of"], run["step"]) == (TRIAL * K, TRIAL * K, 0.05)
+    line = run["charts"][0]["lines"][-1]
+    steps = np.frombuffer(base64.b64decode(line["b64"]), dtype="<i2").astype(float)
+    assert data.decoded is not None
+    back = line["low"] + (steps + 32767) * line["step"]
+    assert np.allclose(back, data.decoded[:, 0], atol=line["step"])

@@ -21,6 +21,7 @@ from ilqr_clients.sdk import Session, refusal
 from ilqr_clients.stream import StreamLog
 from ilqr_vae.errors import AnswerTimeoutError, ConfigError
 from ilqr_vae.recordings.physical_units import conversion
+from ilqr_vae.report import Reaches
 from ilqr_vae.simulated.centre_out import CentreOut, TrialRecord
 from ilqr_vae.simulated.subject import TICK, Hand, Subject
 
@@ -39,10 +40,17 @@ class Reaching:
     Attributes:
         trials: finished reaches.
         efficiency: of each successful one: straight distance over the distance travelled.
+        paths: (L, 2) metres of each, the cursor from the go to the end.
     """
 
     trials: tuple[TrialRecord, ...]
     efficiency: tuple[float, ...]
+    paths: tuple[Array, ...] = ()
+
+    def shown(self) -> Reaches:
+        """For a report."""
+        targets = np.array([t.target for t in self.trials]).reshape(-1, 2)
+        return Reaches(self.paths, targets, tuple(t.success for t in self.trials))
 
     def summary(self) -> dict[str, float]:
         """trials, successes, success_rate, time_to_target_s (median, p25, p75), path_efficiency
@@ -74,19 +82,24 @@ class Trace:
     def add(self, cursor: Array) -> None:
         self._at.append(np.array(cursor, dtype=np.float64))
 
+    def path(self, trial: TrialRecord) -> Array:
+        """(L, 2) from the go until the target was acquired, else the trial's end."""
+        end = trial.acquired if trial.success else trial.stop
+        a, b = (round(t / self._step) for t in (trial.go, end))
+        return np.array(self._at[a : b + 1]).reshape(-1, 2)
+
     def efficiency(self, trial: TrialRecord) -> float:
         """Straight over travelled between go and acquired; NaN for a failed trial."""
-        if not trial.success:
+        path = self.path(trial)
+        if not trial.success or len(path) < 2:
             return float("nan")
-        a, b = (round(t / self._step) for t in (trial.go, trial.acquired))
-        path = np.array(self._at[a : b + 1])
-        travelled = float(np.hypot(*np.diff(path, axis=0).T).sum()) if len(path) > 1 else 0.0
-        straight = float(np.hypot(*(path[-1] - path[0]))) if len(path) else 0.0
-        return straight / travelled if travelled > 0 else float("nan")
+        travelled = float(np.hypot(*np.diff(path, axis=0).T).sum())
+        return float(np.hypot(*(path[-1] - path[0]))) / travelled if travelled > 0 else float("nan")
 
     def reaching(self, trials: list[TrialRecord]) -> Reaching:
         values = (self.efficiency(t) for t in trials)
-        return Reaching(tuple(trials), tuple(v for v in values if np.isfinite(v)))
+        known = tuple(v for v in values if np.isfinite(v))
+        return Reaching(tuple(trials), known, tuple(self.path(t) for t in trials))
 
 
 def unit_columns(model_units: tuple[str, ...], units: int) -> NDArray[np.int64]:
@@ -119,12 +132,14 @@ class LoopLog:
         stream: the answers, and their times.
         held: bins whose answer was not there by the deadline: an older velocity moved the cursor.
         velocities: (bins, 2), m/s, that moved the cursor.
+        counts: (bins, N), what was sent.
     """
 
     stream: StreamLog
     held: int = 0
     bins: int = 0
     velocities: list[Array] = field(default_factory=list[Array])
+    counts: list[NDArray[np.int64]] = field(default_factory=list[NDArray[np.int64]])
 
     @property
     def statuses(self) -> dict[str, int]:
@@ -161,7 +176,7 @@ def run_loop(
     width = subject.bin_width
     limit = int(trials * MAX_TRIAL_S / width)
     opened = session.opened
-    log = LoopLog(StreamLog(limit, opened.latents, len(opened.kinematic_names)))
+    log = LoopLog(StreamLog(limit, opened.latents, len(opened.kinematic_names), len(columns)))
     stream, trace = log.stream, Trace(width)
     scale = np.array(metres_per_second(opened.kinematic_units), dtype=np.float64)
     cursor, velocity = np.zeros(2), np.zeros(2)
@@ -173,6 +188,7 @@ def run_loop(
         if len(task.trials) >= trials:
             break
         counts = subject.step(cursor, cue.target, go=cue.go).counts[columns]
+        log.counts.append(np.asarray(counts, dtype=np.int64))
         intended = time.monotonic_ns()
         if speed is not None:
             intended = stream.started_ns + round(index * width / speed * 1e9)

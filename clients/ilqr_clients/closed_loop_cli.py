@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.live import Live
 from rich.text import Text
 
@@ -29,7 +32,14 @@ from ilqr_clients.stream import CROSSING
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT, check_writable, write_whole
 from ilqr_vae.protocol.clock import ClockTrack
-from ilqr_vae.report import distribution
+from ilqr_vae.report import (
+    Reaches,
+    ReportData,
+    add_cursor,
+    check_html,
+    distribution,
+    render_html,
+)
 from ilqr_vae.report.data import plain
 from ilqr_vae.report.table import number
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES, CentreOut
@@ -68,6 +78,50 @@ def summary_line(name: str, reaching: Reaching) -> str:
     )
 
 
+def report_of(
+    model: Model,
+    log: LoopLog,
+    cursor: dict[str, Reaches],
+    *,
+    latency: dict[str, NDArray[np.float64]],
+    now: dict[str, Any],
+) -> ReportData:
+    """The run as a report; ``now`` is its JSON form."""
+    rows, stream = slice(0, log.bins), log.stream
+    ours = now["decoder"]
+    return ReportData(
+        title="Closed loop with a simulated subject",
+        kind="closed-loop",
+        bin_width=model.bin_width,
+        start=0.0,
+        counts=np.array(log.counts[: log.bins]).reshape(log.bins, len(model.unit_names)),
+        status=tuple(stream.status[rows]),
+        latents=stream.latent[rows],
+        latents_std=stream.latent_std[rows],
+        rates=stream.rates[rows].astype(np.float64),
+        learning=model.learning,
+        bits_per_spike=now["bits_per_spike"],
+        unit_names=model.unit_names,
+        names=model.kinematic_names,
+        units=model.kinematic_units,
+        decoded=stream.kinematics[rows],
+        decoded_std=stream.kinematics_std[rows],
+        latency_ms=latency,
+        deadline_ms=now["deadline_ms"],
+        cursor=cursor,
+        radius=CentreOut(now["seed"]).radius,
+        facts={
+            "reaches that succeed": f"{ours['successes']} of {ours['trials']}",
+            "median time to target": f"{number(ours['time_to_target_s'], 2)} s",
+            "bins moved by an older velocity": str(log.held),
+        },
+        provenance={
+            "model": model.model_id,
+            "command": shlex.join(["ilqr-vae", "closed-loop", *sys.argv[2:]]),
+        },
+    )
+
+
 @app.command("closed-loop", epilog=EXAMPLE)
 def closed_loop(
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
@@ -88,6 +142,13 @@ def closed_loop(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
     ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained page here.")
+    ] = None,
+    add_to: Annotated[
+        Path | None,
+        typer.Option(help="Put the cursor's paths into this page, which replay or evaluate wrote."),
+    ] = None,
     session: Annotated[str | None, typer.Option(help="Session name; default a fresh one.")] = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
@@ -100,6 +161,8 @@ def closed_loop(
     """
     pace = parse_speed(speed)
     check_writable(json_file, "--json")
+    check_html(html_file, "--html")
+    check_html(add_to, "--add-to")
     screen = console(stderr=True)
     drawn = time.monotonic()
     try:
@@ -179,6 +242,12 @@ def closed_loop(
     }
     if json_file is not None:
         write_whole(json_file, json.dumps(plain(result), indent=2) + "\n")
+    cursor = {"decoder": reaching.shown(), "own hand": hand.shown(), "chance": chance.shown()}
+    if html_file is not None:
+        data = report_of(model, log, cursor, latency=log.stream.latency_ms(rows, clock), now=result)
+        write_whole(html_file, render_html(data))
+    if add_to is not None:
+        add_cursor(add_to, cursor, CentreOut(seed).radius)
     out = console(soft_wrap=True, stderr=json_file == STDOUT)
     out.print(f"Closed loop, {len(reaching.trials)} reaches, {log.bins} bins", style="bold")
     for name, each in (("decoder", reaching), ("chance", chance), ("own hand", hand)):

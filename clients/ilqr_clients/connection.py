@@ -46,6 +46,13 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
     scores: dict[str, float] = msgspec.field(default_factory=dict[str, float])
     provenance: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    history: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def learning(self) -> dict[str, tuple[tuple[int, float], ...]]:
+        """(step, score) of the validations while training, by the score's name."""
+        name = "causal R2" if "r2" in self.scores else "bits per spike"
+        return {f"{name}, validation": self.history} if self.history else {}
 
 
 def model_of(described: messages.Described) -> Model:

@@ -180,6 +180,8 @@ def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
         status=tuple(log.status[rows]),
         latents=log.latent[rows],
         latents_std=log.latent_std[rows],
+        rates=log.rates[rows].astype(np.float64),
+        learning=run.model.learning,
         bits_per_spike=bits,
         unit_names=run.recording.unit_names,
         names=names,

@@ -45,6 +45,8 @@ def _nan(*shape: int) -> Array:
 class StreamLog:
     """What was sent and what came back for T bins; NaN, 0 or "" where nothing did.
 
+    ``units`` is how many units' rates are kept.
+
     Values are the first answer's for each bin, the one a subject would have had; ``revised`` holds
     the answers that superseded one. Times are ns: ``intended``, ``sent`` and ``arrived`` of this
     client's clock, the others of the service's. ``unbridged`` counts the bins of gaps too long for
@@ -54,6 +56,7 @@ class StreamLog:
     n_bins: int
     latents: int
     channels: int
+    units: int = 0
     intended: Times = field(init=False)
     sent: Times = field(init=False)
     arrived: Times = field(init=False)
@@ -68,6 +71,7 @@ class StreamLog:
     kinematics_std: Array = field(init=False)
     bits: Array = field(init=False)
     spikes: Array = field(init=False)
+    rates: NDArray[np.float32] = field(init=False)
     status: list[str] = field(init=False)
     solver: Counter[str] = field(default_factory=Counter[str])
     revised: dict[int, Answer] = field(default_factory=dict[int, Answer])
@@ -93,6 +97,7 @@ class StreamLog:
         self.latent, self.latent_std = _nan(n, self.latents), _nan(n, self.latents)
         self.kinematics, self.kinematics_std = _nan(n, self.channels), _nan(n, self.channels)
         self.bits, self.spikes = _nan(n), _nan(n)
+        self.rates = np.full((n, self.units), np.nan, dtype=np.float32)
         self.status = [""] * n
 
     def take(self, answer: Answer) -> None:
@@ -117,6 +122,7 @@ class StreamLog:
         self.latent[i], self.latent_std[i] = answer.latent, answer.latent_std
         self.kinematics[i], self.kinematics_std[i] = answer.kinematics, answer.kinematics_std
         self.bits[i], self.spikes[i] = answer.bits, answer.spikes
+        self.rates[i] = answer.rates[: self.units]
 
     def latency_ms(self, rows: slice, clock: ClockTrack | None = None) -> dict[str, Array]:
         """Milliseconds by stage for ``rows``; NaN for bins never sent or never answered.
@@ -183,7 +189,9 @@ def stream(
         SessionEndedError: the session is not open any more.
         RequestRefusedError: a bin was refused for another reason than being beyond the credits.
     """
-    log = StreamLog(len(counts), session.opened.latents, len(session.opened.kinematic_names))
+    opened = session.opened
+    channels = len(opened.kinematic_names)
+    log = StreamLog(len(counts), opened.latents, channels, counts.shape[1])
 
     def note(error: ServiceError) -> None:
         if not isinstance(error, RequestRefusedError) or error.field != "credits":

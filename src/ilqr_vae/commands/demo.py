@@ -113,6 +113,7 @@ class Chain:
                     "Close the loop: the subject moves a cursor with what is decoded",
                     *("closed-loop", "--to", ready.ingest, "--trials", str(reaches)),
                     *("--units", str(units), "--speed", "max", "--json", self.loop),
+                    *("--add-to", self.page),
                 )
         self.console.print()
         self.console.print("service stopped")

@@ -9,17 +9,19 @@ scores need numpy and scipy alone; ``render_html`` needs the extra ``report`` (m
 """
 
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
-from ilqr_vae.report.data import ReportData, distribution
-from ilqr_vae.report.outputs import Outputs, check_html, render_html, to_json
+from ilqr_vae.report.data import Reaches, ReportData, distribution
+from ilqr_vae.report.outputs import Outputs, add_cursor, check_html, render_html, to_json
 from ilqr_vae.report.table import Table
 from ilqr_vae.scoring.score import Scores, calibration, score_decodes
 
 __all__ = [
     "STDOUT",
     "Outputs",
+    "Reaches",
     "ReportData",
     "Scores",
     "Table",
+    "add_cursor",
     "calibration",
     "check_folder",
     "check_html",

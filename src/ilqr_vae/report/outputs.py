@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.report.analyses import psths, residuals, summary, triggered_inputs
-from ilqr_vae.report.data import SCHEMA, ReportData, distribution, plain
+from ilqr_vae.report.data import SCHEMA, Reaches, ReportData, distribution, plain
 
 
 def check_html(path: Path | None, field: str) -> None:
@@ -39,6 +40,25 @@ def render_html(data: ReportData) -> str:
     from ilqr_vae.report.page import render
 
     return render(data)
+
+
+def add_cursor(path: Path, cursor: Mapping[str, Reaches], radius: float) -> None:
+    """Put the section of a closed loop into a report's page.
+
+    Args:
+        cursor: reaches, by what moved the cursor.
+        radius: metres, of a target.
+
+    Raises:
+        ConfigError: the file cannot be read or written, or is no report without such a section.
+    """
+    from ilqr_vae.report.page import with_cursor
+
+    try:
+        page = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("report", expected="a page that replay wrote", got=str(error)) from error
+    write_whole(path, with_cursor(page, cursor, radius))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

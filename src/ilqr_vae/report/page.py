@@ -67,7 +67,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[ReportData], figures.Drawn | None]], .
     ("Learning curves", "What was followed while the model was trained.", figures.learning),
 )
 _CURSOR = (
-    "Closed loop: the cursor's way",
+    "Closed loop: paths of the cursor",
     "From the go to the end of each reach. Colour is the direction of the target; a failed reach "
     "is grey. Targets are circles.",
 )
