@@ -14,7 +14,7 @@ import torch
 from ilqr_vae.inference import ilqr
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import threads
-from ilqr_vae.streaming.graphs import Graphs, padded_size, record_plainly
+from ilqr_vae.streaming.graphs import Graphs, padded_size
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 from ilqr_vae.streaming.state import Estimate, HorizonState
 from kernel_rig import Stream, assert_identical, assert_same
@@ -112,7 +112,7 @@ def test_a_recorded_step_of_any_batch_is_the_step() -> None:
     """Padding and bookkeeping of CUDA graphs, with a recorder that runs the step on the CPU."""
     stream = Stream()
     est = stream.estimator
-    graphs = est.graphs(record_plainly)
+    graphs = est.graphs(lambda step, inputs: lambda: step(inputs))
     state = est.init(3)
     for t in range(8):
         if t == 5:

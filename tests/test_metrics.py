@@ -68,7 +68,7 @@ def test_r2_is_one_minus_sse_over_sst_averaged_over_axes() -> None:
     truth = np.array([[0.0, 0.0], [2.0, 4.0]])
     guess = np.array([[0.0, 1.0], [1.0, 4.0]])
     assert metrics.r2_per_axis(truth, guess) == pytest.approx([1 - 1 / 2, 1 - 1 / 8])
-    assert metrics.velocity_r2(truth, guess) == pytest.approx(0.6875)
+    assert metrics.r2(truth, guess) == pytest.approx(0.6875)
     assert metrics.r2(truth, truth) == 1.0
     assert np.isnan(metrics.r2_per_axis(np.ones(4), np.ones(4))).all()
     # a channel that varies by rounding alone says nothing, and spoils nothing

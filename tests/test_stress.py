@@ -63,7 +63,6 @@ def test_losses_and_shares_of_them() -> None:
     found = Stress(StressPlan(), 4, rows)
     assert rows[0].loss == pytest.approx(0.05)
     assert found.share(rows[1]) == pytest.approx(0.05 / 0.4)
-    assert found.of_gru("x") == pytest.approx(0.5)  # of what serves the GRU best
     assert np.isnan(found.share(rows[3]))  # one that loses nothing
     assert [cell[-1] for cell in found.table().rows] == ["", "0.12", "0.50", "nan"]
 

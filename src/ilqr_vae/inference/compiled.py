@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import iteration, threads
 from ilqr_vae.kernels.cpu.dynamics import FAMILIES, pack_weights
 from ilqr_vae.kernels.cpu.observations import pack_channels
@@ -38,6 +37,7 @@ from ilqr_vae.model.likelihoods import (
     SoftplusPoisson,
 )
 from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost, StudentPrior
+from ilqr_vae.model.rollout import wanted
 
 _log = logging.getLogger(__name__)
 
@@ -67,13 +67,6 @@ def unsupported(
         if type(model.group(name)) not in likelihoods:
             return f"the likelihood {model.group(name).family!r}"
     return None
-
-
-def wanted(like: Tensor) -> bool:
-    """Whether tensors like this one are for compiled code."""
-    device, dtype = like.device.type, like.dtype
-    usual = device == "cpu" and dtype in (torch.float32, torch.float64)
-    return usual and backend.current() != "reference"
 
 
 def usable(model: Model, names: Iterable[str], like: Tensor) -> bool:

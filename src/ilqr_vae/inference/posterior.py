@@ -59,7 +59,7 @@ Sampler: TypeAlias = Callable[[int], Draw]
 """Number of samples per trial -> a ``Draw`` of them."""
 
 
-def _log_q(e: Tensor, entropy: Tensor) -> Tensor:
+def log_q(e: Tensor, entropy: Tensor) -> Tensor:
     """Log density of a sample made of standard normals e, from the factor's entropy."""
     return 0.5 * (e.shape[-1] - (e * e).sum(-1)) - entropy
 
@@ -152,7 +152,7 @@ class Kronecker(nn.Module):
             z0_entropy = (self.initial_log_scale.sum() + self.n * half).expand(batch)
             logdet = logdet + self.initial_log_scale.sum()
         entropy = logdet + 0.5 * (T * m + self.n) * (1 + LOG_2PI)
-        u_log_q = _log_q(e, u_entropy)
+        u_log_q = log_q(e, u_entropy)
         if self.lead:
             du, u_var, u_entropy, u_log_q = (
                 x[:, self.lead :] for x in (du, u_var, u_entropy, u_log_q)
@@ -165,7 +165,7 @@ class Kronecker(nn.Module):
             entropy=entropy.expand(batch),
             z0_entropy=z0_entropy,
             u_entropy=u_entropy,
-            z0_log_q=_log_q(e0, z0_entropy),
+            z0_log_q=log_q(e0, z0_entropy),
             u_log_q=u_log_q,
         )
 
@@ -233,8 +233,8 @@ class Laplace:
             entropy=z0_entropy + u_entropy.sum(-1),
             z0_entropy=z0_entropy,
             u_entropy=u_entropy,
-            z0_log_q=_log_q(first(e0), z0_entropy),
-            u_log_q=_log_q(first(e), u_entropy),
+            z0_log_q=log_q(first(e0), z0_entropy),
+            u_log_q=log_q(first(e), u_entropy),
         )
 
     def sampler(self, generator: torch.Generator | None = None) -> Sampler:

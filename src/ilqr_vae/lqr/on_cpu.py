@@ -29,15 +29,7 @@ from ilqr_vae.lqr.problem import (
 def solve_cpu(
     problem: LQRProblem, *, free_initial: bool, regularisation: Tensor | float = 0.0
 ) -> LQRSolution:
-    """Solve a batch of LQR problems; the same contract as `solve_reference`, without gradients.
-
-    Args:
-        problem: the batch, float32 or float64 on the CPU.
-        free_initial: whether dz_0 is optimised (else it is zero).
-        regularisation: Levenberg damping, (B,) or a number.
-
-    Returns:
-        The solution, detached; problems that are not well posed have ``ok`` False and zeros.
+    """`solve_reference` without gradients, for float32 or float64 on the CPU.
 
     Raises:
         ShapeError: tensors that do not fit each other, on another device or of another dtype.

@@ -37,15 +37,7 @@ def _fitting(n: int, m: int, dtype: torch.dtype) -> ModuleType | None:
 def solve_gpu(
     problem: LQRProblem, *, free_initial: bool, regularisation: Tensor | float = 0.0
 ) -> LQRSolution:
-    """Solve a batch of LQR problems on their device.
-
-    Args:
-        problem: the batch, float32 or float64.
-        free_initial: whether dz_0 is optimised (else it is zero).
-        regularisation: Levenberg damping, (B,) or a number.
-
-    Returns:
-        The solution, detached; problems that are not well posed have ``ok`` False and zeros.
+    """`solve_reference` without gradients, for float32 or float64 on the problem's device.
 
     Raises:
         ShapeError: tensors that do not fit each other, or of another dtype.

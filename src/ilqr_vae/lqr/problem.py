@@ -56,8 +56,6 @@ States: TypeAlias = Float[Tensor, "B T+1 n"]
 Transitions: TypeAlias = Float[Tensor, "B T n"]
 #: An input, or a gradient with respect to it, at each of the T steps.
 Inputs: TypeAlias = Float[Tensor, "B T m"]
-#: A symmetric n x n matrix (curvature, covariance) of one state per problem.
-StateMatrix: TypeAlias = Float[Tensor, "B n n"]
 #: A symmetric n x n matrix (curvature, covariance) at each of the T + 1 times.
 StateMatrices: TypeAlias = Float[Tensor, "B T+1 n n"]
 #: A covariance of each of T1 = T + 1 states.

@@ -11,44 +11,41 @@ tested against the loop.
 
 from __future__ import annotations
 
-import functools
-import logging
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ilqr_vae.kernels import backend
+from ilqr_vae.kernels.cpu import dynamics as kernels
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.kernels.gpu import launch
 from ilqr_vae.model.dynamics import Dynamics, Linear, Weights
 
-log = logging.getLogger(__name__)
+
+class _Policy(NamedTuple):
+    """u = u_ref + alpha k + K (z - z_ref), per trajectory; see ``closed_loop``."""
+
+    z_ref: Tensor
+    u_ref: Tensor
+    K: Tensor
+    k: Tensor
+    alpha: Tensor
 
 
-@functools.cache
-def _compiled() -> Any:
-    """The kernel module, or None (said once) where numba is not installed."""
-    try:
-        from ilqr_vae.kernels.cpu import dynamics
-    except ImportError as missing:
-        log.warning("compiled rollouts are off (%s): using the torch loop", missing)
-        return None
-    return dynamics
+def wanted(like: Tensor) -> bool:
+    """Whether tensors like this one are for the CPU's compiled code."""
+    usual = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+    return usual and backend.current() != "reference"
 
 
-def _kernels_for(dynamics: Dynamics, like: Tensor) -> Any:
-    if like.device.type != "cpu" or backend.current() == "reference":
-        return None
-    if like.dtype not in (torch.float32, torch.float64):
-        return None
-    compiled = _compiled()
-    return compiled if compiled is not None and dynamics.kernel in compiled.FAMILIES else None
+def _usable(dynamics: Dynamics, like: Tensor) -> bool:
+    return dynamics.kernel in kernels.FAMILIES and wanted(like)
 
 
-def _gpu_kernels_for(dynamics: Dynamics, m: int, like: Tensor) -> Any:
+def _gpu_kernels_for(dynamics: Dynamics, m: int, like: Tensor) -> ModuleType | None:
     if dynamics.kernel not in launch.FAMILIES:
         return None
     return _gpu_kernels(like.shape[-1], m, like)
@@ -98,28 +95,20 @@ def closed_loop(
     Returns:
         z (B, T+1, n) and the inputs used (B, T, m).
     """
+    policy = _Policy(z_ref, u_ref, K, k, alpha)
     on_gpu = _gpu_kernels_for(dynamics, u_ref.shape[-1], z0)
     if on_gpu is not None:
-        return _gpu_closed_loop(on_gpu, dynamics, w, True, z0, z_ref, u_ref, K, k, alpha)
-    kernels = _kernels_for(dynamics, z0)
-    if kernels is None or z0.shape[0] != u_ref.shape[0]:
-        return closed_loop_reference(dynamics, w, z0, z_ref, u_ref, K, k, alpha)
-    return _run(kernels, dynamics, w, True, z0, z_ref, u_ref, K, k, alpha)
+        return _gpu_closed_loop(on_gpu, dynamics, w, True, z0, policy)
+    if not _usable(dynamics, z0) or z0.shape[0] != u_ref.shape[0]:
+        return closed_loop_reference(dynamics, w, z0, *policy)
+    return _run(dynamics, w, True, z0, policy)
 
 
 def _run(
-    kernels: Any,
-    dynamics: Dynamics,
-    w: Weights,
-    closed: bool,
-    z0: Tensor,
-    z_ref: Tensor,
-    u_ref: Tensor,
-    K: Tensor,
-    k: Tensor,
-    alpha: Tensor,
+    dynamics: Dynamics, w: Weights, closed: bool, z0: Tensor, policy: _Policy
 ) -> tuple[Tensor, Tensor]:
-    B, T, m = u_ref.shape
+    """Compiled, on the CPU; unless ``closed``, z_ref, K, k and alpha are not read."""
+    B, T, m = policy.u_ref.shape
     n = z0.shape[1]
     z, u = z0.new_empty(B, T + 1, n), z0.new_empty(B, T, m)
     weights = kernels.pack_weights(dynamics.kernel, _arrays(*w))
@@ -131,7 +120,7 @@ def _run(
             kernels.FAMILIES[dynamics.kernel],
             weights,
             closed,
-            *_arrays(z0, z_ref, u_ref, K, k, alpha),
+            *_arrays(z0, *policy),
             z.numpy(),
             u.numpy(),
         ),
@@ -144,24 +133,24 @@ def _run(
 def _open_loop(dynamics: Dynamics, w: Weights, z0: Tensor, u: Tensor) -> Tensor:
     on_gpu = _gpu_kernels_for(dynamics, u.shape[-1], z0)
     if on_gpu is not None:
-        return _gpu_closed_loop(on_gpu, dynamics, w, False, z0, z0, u, z0, z0, z0)[0]
-    kernels = _kernels_for(dynamics, z0)
-    if kernels is None:
+        return _gpu_closed_loop(on_gpu, dynamics, w, False, z0, _Policy(z0, u, z0, z0, z0))[0]
+    if not _usable(dynamics, z0):
         z, zs = z0, [z0]
         for t in range(u.shape[1]):
             z = dynamics.step(w, z, u[:, t])
             zs.append(z)
         return torch.stack(zs, 1)
     none = z0.new_zeros(1, 1, 1)
-    return _run(kernels, dynamics, w, False, z0, none, u, none[None], none, none[0, 0])[0]
+    policy = _Policy(none, u, none[None], none, none[0, 0])
+    return _run(dynamics, w, False, z0, policy)[0]
 
 
 def jacobians(
     dynamics: Dynamics, w: Weights, z: Float[Tensor, "B T1 n"], u: Float[Tensor, "B T m"]
 ) -> tuple[Float[Tensor, "B T n n"], Float[Tensor, "B T n m"]]:
     """A_k = df/dz and B_k = df/du at (z_k, u_k); no gradient on the fast path."""
-    kernels = _kernels_for(dynamics, z)
-    if kernels is None or (torch.is_grad_enabled() and any(t.requires_grad for t in (*w, z, u))):
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*w, z, u))
+    if wanted or not _usable(dynamics, z):
         return dynamics.jacobians(w, z[:, :-1], u)
     B, T, m = u.shape
     n = z.shape[2]
@@ -180,12 +169,11 @@ def jacobians(
 
 def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[Tensor, "B T1 n"]:
     """lam_T = gz_T, lam_k = gz_k + A_k' lam_{k+1}."""
-    compiled = _compiled() if A.device.type == "cpu" and backend.current() != "reference" else None
-    if compiled is not None and A.dtype in (torch.float32, torch.float64):
+    if wanted(A):
         lam = torch.empty_like(gz, memory_format=torch.contiguous_format)
         given = _arrays(A, gz)
         threads.share_out(
-            compiled.adjoint,
+            kernels.adjoint,
             A.shape[0],
             A[0].numel(),
             (*given, lam.numpy()),
@@ -254,21 +242,17 @@ def _gpu_closed_loop(
     w: Weights,
     closed: bool,
     z0: Tensor,
-    z_ref: Tensor,
-    u_ref: Tensor,
-    K: Tensor,
-    k: Tensor,
-    alpha: Tensor,
+    policy: _Policy,
 ) -> tuple[Tensor, Tensor]:
-    """As `rollout.closed_loop`; where not ``closed``, z_ref, K, k and alpha are not read."""
-    laws, T, m = u_ref.shape
+    """As ``_run``, on a GPU."""
+    laws, T, m = policy.u_ref.shape
     B, n = z0.shape
     z, u = z0.new_empty(B, T + 1, n), z0.new_empty(B, T, m)
     w = tuple(t.detach().contiguous() for t in w)
     state, drive = w[0], w[-1]
     gated = not isinstance(dynamics, Linear)
     state_bias, hidden, hidden_bias = w[1:4] if gated else (state,) * 3
-    given = [t.detach().contiguous() for t in (z0, z_ref, u_ref, K, k, alpha)]
+    given = [t.detach().contiguous() for t in (z0, *policy)]
     if B:
         code.closed_loop[(B,)](
             state, state_bias, hidden, hidden_bias, drive, *given, z, u, T, n, m, laws,

@@ -98,12 +98,6 @@ def join(sessions: Mapping[str, Recording], split: SplitSpec) -> Recording:
     )
 
 
-def units_of(name: str, joined: Recording) -> tuple[str, ...]:
-    """The session's own names of its units in a joined recording (or in a selection of one)."""
-    prefix = name + SEPARATOR
-    return tuple(u.removeprefix(prefix) for u in joined.unit_names if u.startswith(prefix))
-
-
 def _alike(first_name: str, first: Recording, name: str, other: Recording) -> None:
     for field, mine, theirs in (
         ("bin_width", f"{first.bin_width:.10g} s", f"{other.bin_width:.10g} s"),

@@ -200,6 +200,12 @@ class Recording:
         whole = np.broadcast_to(self.valid[:, None], self.counts.shape)
         return whole if self.observed is None else whole & self.observed
 
+    def mean_counts(self, start: int, stop: int) -> NDArray[np.float64]:
+        """(N,), each unit's mean count over the bins of [start, stop) in which it was observed."""
+        seen = self.mask()[start:stop]
+        spikes = np.where(seen, self.counts[start:stop], 0).sum(0, dtype=np.float64)
+        return spikes / np.maximum(seen.sum(0), 1)
+
     def slice(self, start: int, stop: int) -> Recording:
         """Bins [start, stop) as a recording of its own; trials wholly inside are kept, shifted."""
         trials = self.trials

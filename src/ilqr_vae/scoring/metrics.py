@@ -131,10 +131,6 @@ def r2(truth: NDArray[Any], prediction: NDArray[Any]) -> float:
     return float(each[known].mean()) if known.any() else float("nan")
 
 
-velocity_r2 = r2
-"""The R2 of decoded velocity against the truth on the same bins: (T, D) each."""
-
-
 class RidgeScore(NamedTuple):
     """``r2`` on the scored bins and the penalty ``alpha`` the grid search chose."""
 

@@ -148,9 +148,8 @@ def _wiener_of(recording: Recording, split: SplitSpec, history: int) -> WienerFi
     spaced, place = spaced_out(recording, history)
     assert spaced.kinematics is not None  # the caller has looked
     counts = spaced.counts.astype(np.float64)
-    counts[~spaced.mask()] = 0.0
-    mean = counts.sum(axis=0) / np.maximum(spaced.mask().sum(axis=0), 1)
-    counts = np.where(spaced.mask(), counts, mean)  # as the filter takes bins it has not seen
+    # as the filter takes bins it has not seen
+    counts = np.where(spaced.mask(), counts, spaced.mean_counts(0, len(spaced)))
     return WienerFilter.fit(
         counts,
         spaced.kinematics,

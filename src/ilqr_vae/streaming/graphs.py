@@ -57,11 +57,6 @@ def record_cuda(step: Step, inputs: Tensors) -> Replay:
     return replay
 
 
-def record_plainly(step: Step, inputs: Tensors) -> Replay:
-    """``record_cuda`` without a recorder: runs the step anew, on any device."""
-    return lambda: step(inputs)
-
-
 @dataclass(frozen=True)
 class _Recorded:
     inputs: Tensors

@@ -47,6 +47,7 @@ from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.priors import GaussianPrior, InitialCost
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape, read_window
+from ilqr_vae.model.rollout import wanted
 from ilqr_vae.streaming.bounds import TrainingRange, bounds_of, check_bin
 from ilqr_vae.streaming.compiled import Estimator, Rows, States
 from ilqr_vae.streaming.graphs import Graphs, Record, record_cuda
@@ -293,7 +294,7 @@ class MovingHorizon:
 
     def compiled(self, like: Tensor) -> Estimator | None:
         """The compiled step; None where this model, or tensors like this one, have none."""
-        if self._packed is None or like.dtype != self.mean_rate.dtype or not solver.wanted(like):
+        if self._packed is None or like.dtype != self.mean_rate.dtype or not wanted(like):
             if not solver.usable(self.model, ("spikes",), like):
                 return None
             about = (self.readout, self.mean_rate, self.bounds, self._initial)

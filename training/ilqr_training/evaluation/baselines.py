@@ -105,13 +105,6 @@ def filled(counts: NDArray[Any], missing: Flags, filling: Filling, mean: Array) 
     return np.where(last >= 0, np.take_along_axis(x, np.maximum(last, 0), axis=0), 0.0)
 
 
-def _mean_counts(recording: Recording, split: SplitSpec) -> Array:
-    """(N,) over the training part."""
-    part = slice(*split.span("train", recording))
-    seen = recording.mask()[part]
-    return (recording.counts[part] * seen).sum(0) / np.maximum(seen.sum(0), 1)
-
-
 def _wiener(recording: Recording, split: SplitSpec) -> Baseline:
     fitted = fit_wiener(recording, split)
 
@@ -143,9 +136,9 @@ def _kalman(recording: Recording, split: SplitSpec) -> Baseline:
     if recording.kinematics is None:
         raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
     truth = np.nan_to_num(recording.kinematics)
-    D, mean = truth.shape[1], _mean_counts(recording, split)
-    counts = np.where(recording.mask(), recording.counts, mean)
     train, validation = split.span("train", recording), split.span("validation", recording)
+    D, mean = truth.shape[1], recording.mean_counts(*train)
+    counts = np.where(recording.mask(), recording.counts, mean)
     both = (min(train[0], validation[0]), max(train[1], validation[1]))
     states = _states(recording, truth)
     # no step of the state leads from one segment to the next
@@ -184,7 +177,7 @@ def _gru(recording: Recording, split: SplitSpec, seed: int, progress: Progress) 
         return gru.decode(recording, counts, bins)
 
     fillings: tuple[Filling, ...] = ("zeros", "last value")
-    mean = _mean_counts(recording, split)
+    mean = recording.mean_counts(*split.span("train", recording))
     return Baseline(GRU, gru.validation_r2, "zeros", fillings, recording, mean, decode)
 
 

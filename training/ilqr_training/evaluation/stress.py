@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_training.evaluation.baselines import GRU, Baseline, Filling
+from ilqr_training.evaluation.baselines import Baseline, Filling
 from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.progress import SILENT, Progress
@@ -126,11 +126,6 @@ class Stress:
         """Our loss under the row's condition as a share of its own; NaN where it loses nothing."""
         (ours,) = self.of(row.condition, OURS)
         return ours.loss / row.loss if row.loss > 0 else float("nan")
-
-    def of_gru(self, condition: str) -> float:
-        """Our loss as a share of the GRU's with what serves it best; NaN without a GRU."""
-        found = self.of(condition, GRU)
-        return self.share(min(found, key=lambda row: row.loss)) if found else float("nan")
 
     def to_json(self) -> dict[str, Any]:
         """Numbers alone, ready for ``json.dumps`` once NaN is taken care of."""

@@ -204,20 +204,11 @@ def fit(
         TrainingError: a bound or gradient that is not finite.
     """
     began = time.monotonic()
-    loop = LoopConfig(
-        steps=config.steps,
-        batch=min(config.batch, trials.count),
-        chunk=trials.chunk,
-        learning_rate=config.learning_rate,
-        clip=config.clip,
-        kl_warmup=config.kl_warmup,
-        posterior=config.posterior,
-        exact_gradient=config.exact_gradient,
-        iterations=config.iterations,
-        tolerance=config.tolerance,
-        seed=seed,
-        dtype=config.dtype,
-    )
+    own: dict[str, Any] = msgspec.structs.asdict(config) | {
+        "batch": min(config.batch, trials.count)
+    }
+    shared = {name: own[name] for name in LoopConfig.__struct_fields__ if name in own}
+    loop = LoopConfig(chunk=trials.chunk, seed=seed, **shared)
     run = start(model, trials, loop, scale_rate=config.scale_rate)
     run.condition = tuple(model.groups)
     run.rate = config.rate

@@ -31,7 +31,7 @@ from ilqr_training.fit.loop import Report, Run
 from ilqr_vae.artifact import GroupSpec
 from ilqr_vae.files import OpenShare, PositiveFloat, PositiveInt
 from ilqr_vae.inference import elbo, prediction
-from ilqr_vae.inference.posterior import Draw
+from ilqr_vae.inference.posterior import Draw, log_q
 from ilqr_vae.inference.problem import SolverConfig
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
@@ -98,8 +98,8 @@ def draw_of(z0_log: Tensor, u_log: Tensor, generator: torch.Generator, samples: 
         entropy=z0_entropy + u_entropy.sum(-1),
         z0_entropy=z0_entropy,
         u_entropy=u_entropy,
-        z0_log_q=0.5 * (e0.shape[-1] - (e0**2).sum(-1)) - z0_entropy,
-        u_log_q=0.5 * (e.shape[-1] - (e**2).sum(-1)) - u_entropy,
+        z0_log_q=log_q(e0, z0_entropy),
+        u_log_q=log_q(e, u_entropy),
     )
 
 

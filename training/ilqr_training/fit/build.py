@@ -49,16 +49,16 @@ def model_spec(config: ModelConfig, data: Prepared) -> ModelSpec:
 def build_model(config: ModelConfig, data: Prepared) -> Model:
     """A fresh model whose rates start at the training part's."""
     model = build(model_spec(config, data))
-    a, b = data.train
-    seen = data.recording.mask()[a:b]
-    counts = np.where(seen, data.recording.counts[a:b], 0).astype(np.float64)
-    bins = np.maximum(seen.sum(0), 1)
-    mean = counts.sum(0) / bins
+    mean = data.recording.mean_counts(*data.train)
     spikes = model.group("spikes")
     spikes.start_at(torch.as_tensor(mean))
     with torch.no_grad():
         spikes.C.mul_(0.5)
         if isinstance(spikes, Gaussian):
-            variance = np.maximum((counts**2).sum(0) / bins - mean**2, 1e-6)
+            part = slice(*data.train)
+            seen = data.recording.mask()[part]
+            squares = np.where(seen, data.recording.counts[part].astype(np.float64) ** 2, 0.0)
+            variance = squares.sum(0) / np.maximum(seen.sum(0), 1) - mean**2
+            variance = np.maximum(variance, 1e-6)
             spikes.log_scale.copy_(torch.as_tensor(0.5 * np.log(variance)))
     return model

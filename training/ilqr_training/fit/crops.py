@@ -58,9 +58,7 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
             got=f"{train[1] - train[0]} and {validation[1] - validation[0]} "
             f"({T} bins of {recording.bin_width:g} s)",
         )
-    seen = recording.mask()[train[0] : train[1]]
-    spikes = np.where(seen, recording.counts[train[0] : train[1]], 0).sum(0, dtype=np.float64)
-    rates = spikes / np.maximum(seen.sum(0), 1) / recording.bin_width
+    rates = recording.mean_counts(*train) / recording.bin_width
     keep = (rates >= spec.min_rate) & (rates > 0)
     if not keep.any():
         raise RecordingError(

@@ -45,14 +45,6 @@ class Validation:
     seen: TrainingRange
 
 
-def mean_rate(data: Prepared) -> torch.Tensor:
-    """(N,) expected counts per bin over the training part, float64."""
-    a, b = data.train
-    seen = data.recording.mask()[a:b]
-    spikes = np.where(seen, data.recording.counts[a:b], 0).sum(0, dtype=np.float64)
-    return torch.as_tensor(spikes / np.maximum(seen.sum(0), 1))
-
-
 def _seen(data: Prepared, latents: NDArray[np.float64]) -> TrainingRange:
     """What the training part showed, its causal latents among it."""
     recording, part = data.recording, slice(*data.train)
@@ -85,7 +77,8 @@ def estimator_of(
             units=data.recording.counts.shape[1],
         ).double()
     double = copy.deepcopy(model).double().cpu()
-    return MovingHorizon(double, blank, mean_rate(data), config.estimator)
+    mean_rate = torch.as_tensor(data.recording.mean_counts(*data.train))
+    return MovingHorizon(double, blank, mean_rate, config.estimator)
 
 
 def validate(
