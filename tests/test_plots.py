@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks import robustness
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from ilqr_vae import plots
 from ilqr_vae.arrays import Inference
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.scoring.score import OURS
 
 T, N = 120, 7
 rng = np.random.default_rng(0)
@@ -125,3 +128,25 @@ def test_what_does_not_fit_is_refused(draw: Callable[[], Figure], said: str) -> 
 
 def test_a_notebook_shows_a_figure() -> None:
     assert plots.raster(COUNTS, **BIN)._repr_png_().startswith(b"\x89PNG")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_bars_of_robustness_are_those_of_the_page() -> None:
+    """docs/robustness.png is drawn from the table of docs/decoding.md."""
+    page = (Path(__file__).parent.parent / "docs" / "decoding.md").read_text()
+    found = robustness.of_page(page)
+    assert list(found) == ["25 % of units silent", "10 % of bins lost", "30 % of bins lost"]
+    for losses in found.values():
+        assert list(losses) == [OURS, robustness.UNTOLD, robustness.TOLD]
+        assert all(f"{loss:g}" in page for loss in losses.values())
+    rows = [
+        {"condition": c, "decoder": d, "given": g, "loss": {"mean": m}}
+        for c, d, g, m in (
+            ("nothing wrong, units watched", OURS, "what it believes", 0.0),
+            ("25 % of units silent, unannounced", OURS, "what it believes", 0.1),
+            ("25 % of units silent, unannounced", "GRU", "zeros", 0.5),
+            ("25 % of units silent, announced", OURS, "the mask", 0.09),
+            ("25 % of units silent, announced", "GRU", "mean counts", 0.2),
+        )
+    ]
+    told = {OURS: 0.1, robustness.UNTOLD: 0.5, robustness.TOLD: 0.2}
+    assert robustness.of_result({"stress": rows}) == {"25 % of units silent": told}

@@ -16,6 +16,7 @@ from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec, Trials
 from ilqr_vae.report import Reaches, ReportData, add_cursor, figures, render_html, to_json
 from ilqr_vae.report.analyses import MOVEMENT, TARGET, onsets, psths, residuals, triggered_inputs
+from ilqr_vae.report.outputs import picture_of
 from ilqr_vae.scoring.bootstrap import interval, pieces, r2_draws
 from ilqr_vae.scoring.score import OURS, WIENER, coverage_by_speed, score_decodes
 
@@ -353,6 +354,7 @@ def test_the_section_of_a_closed_loop_goes_into_a_report(tmp_path: Path) -> None
     assert text.index("Residuals over") < text.index("paths of the cursor") < text.index("Scores")
     with pytest.raises(ConfigError, match="without a section of a closed loop"):
         add_cursor(page, cursor, 0.02)
+    assert (picture_of(data) or b"").startswith(b"\x89PNG")
     page.write_text("<html>no report</html>")
     with pytest.raises(ConfigError, match="a page that replay or evaluate wrote"):
         add_cursor(page, cursor, 0.02)

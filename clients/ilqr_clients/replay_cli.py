@@ -151,6 +151,9 @@ def replay(
     arrays_file: Annotated[
         Path | None, typer.Option("--arrays", help="Write every answer here (.npz).")
     ] = None,
+    picture_file: Annotated[
+        Path | None, typer.Option("--picture", help="Write a picture of the run here (.png).")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -178,7 +181,12 @@ def replay(
         )
     pace = parse_speed(speed)
     chosen = parse_span(span)
-    outputs = Outputs(json_file=json_file, html_file=html_file, arrays_file=arrays_file)
+    outputs = Outputs(
+        json_file=json_file,
+        html_file=html_file,
+        arrays_file=arrays_file,
+        picture_file=picture_file,
+    )
     outputs.check()
     screen = console(stderr=True)
     try:

@@ -40,12 +40,12 @@ class Chain:
         self.recording = recording or out / "session.nwb"
         self.model, self.log = out / "model.safetensors", out / "service.log"
         self.report, self.page = out / "report.json", out / "report.html"
-        self.loop = out / "closed-loop.json"
+        self.loop, self.picture = out / "closed-loop.json", out / "demo.png"
         self._number = itertools.count(1)
 
     def clear(self) -> None:
         """Remove the results of an earlier run: what is there later is this one's."""
-        for path in (self.report, self.page, self.loop):
+        for path in (self.report, self.page, self.loop, self.picture):
             path.unlink(missing_ok=True)
 
     def make_folder(self) -> None:
@@ -107,6 +107,7 @@ class Chain:
                 f"Stream the held-out part through it, bin by bin, {pace}",
                 *("replay", self.recording, "--to", ready.ingest, "--speed", speed),
                 *("--span", "test", "--json", self.report, "--html", self.page),
+                *("--picture", self.picture),
             )
             if reaches:
                 self.step(
@@ -126,7 +127,7 @@ class Chain:
         self.console.print(f"{report['title']}, held-out part", style="bold")
         self.console.print(summary(report, loop))
         self.console.print()
-        for path in (self.page, self.report, self.loop, self.model, self.log):
+        for path in (self.page, self.picture, self.report, self.loop, self.model, self.log):
             if path.exists():
                 self.console.print(f"  {path}", soft_wrap=True)
 

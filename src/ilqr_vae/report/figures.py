@@ -328,3 +328,38 @@ def cursor_paths(cursor: Mapping[str, Reaches], radius: float) -> Drawn | None:
             figure.axes[0].set_title(title)
         made.append(figure)
     return Drawn(panels=_panels("cursor", made))
+
+
+def picture(data: ReportData) -> Figure | None:
+    """The run at a glance: decoded over the truth, and reaches. None where nothing is decoded."""
+    if data.decoded is None or not data.names:
+        return None
+    n, shown = min(len(data.names), 2), excerpt(data)
+    ranges, angles = _reaches(data)
+    widths = (2, 1) if ranges else (1,)
+    with style():
+        made = blank((10.4, 3.7))
+        parts = made.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
+        axes = parts[0].subplots(n, 1, sharex=True, squeeze=False)[:, 0]
+    plots.decode(
+        data.decoded[shown, :n],
+        None if data.decoded_std is None else data.decoded_std[shown, :n],
+        None if data.truth is None else data.truth[shown, :n],
+        bin_width=data.bin_width,
+        start=float(data.time[shown.start]),
+        names=data.names[:n],
+        units=data.units[:n],
+        axes=list(axes),
+    )
+    if ranges:
+        with style():
+            ax = parts[1].subplots()
+        plots.paths(
+            paths_of(data.decoded, ranges, data.bin_width),
+            unit=data.units[0].strip().removesuffix("/s").strip(),
+            colours=[hue(float(angle)) for angle in angles],
+            ax=ax,
+        )
+        with style():
+            ax.set_title("decoded reaches, by measured direction")
+    return made

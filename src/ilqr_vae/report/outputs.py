@@ -42,6 +42,17 @@ def render_html(data: ReportData) -> str:
     return render(data)
 
 
+def picture_of(data: ReportData) -> bytes | None:
+    """A PNG of the run at a glance; None where nothing is decoded. Needs the extra ``report``."""
+    from ilqr_vae.report.figures import picture
+
+    made, buffer = picture(data), io.BytesIO()
+    if made is None:
+        return None
+    made.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
 def add_cursor(path: Path, cursor: Mapping[str, Reaches], radius: float) -> None:
     """Put the section of a closed loop into a report's page.
 
@@ -63,15 +74,17 @@ def add_cursor(path: Path, cursor: Mapping[str, Reaches], radius: float) -> None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """Where ``--json``, ``--html`` and ``--arrays`` go; None for not asked for."""
+    """Where ``--json``, ``--html``, ``--arrays`` and ``--picture`` go; None for not asked for."""
 
     json_file: Path | None
     html_file: Path | None
     arrays_file: Path | None
+    picture_file: Path | None = None
 
     def check(self) -> None:
         """Refuse what could not be written, before the work begins. Raises ConfigError."""
         check_html(self.html_file, "--html")
+        check_html(self.picture_file, "--picture")
         for option, path in {"--json": self.json_file, "--arrays": self.arrays_file}.items():
             check_writable(path, option)
 
@@ -90,6 +103,8 @@ class Outputs:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, allow_pickle=False, **arrays)
             made.append((self.arrays_file, buffer.getvalue()))
+        if self.picture_file is not None and (png := picture_of(report)) is not None:
+            made.append((self.picture_file, png))
         for path, content in made:
             write_whole(path, content)
 
