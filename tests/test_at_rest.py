@@ -62,8 +62,8 @@ def test_a_session_that_rests_is_refused_before_all_are_trained(
     assert not (tmp_path / "m.safetensors").exists()
 
 
-def test_check_looks_at_no_recording_that_is_still_to_be_made(tmp_path: Path) -> None:
-    assert train(tmp_path, tmp_path / "later.nwb", "--check") == 0
+def test_a_check_of_a_recording_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert train(tmp_path, tmp_path / "later.nwb", "--check") == 2
 
 
 def test_a_channel_that_never_moves_is_trained_and_said(

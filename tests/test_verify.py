@@ -70,6 +70,28 @@ def test_a_journal_run_again_gives_the_same_bits(journal: Path, model_file: Path
     assert {0, 1} <= revisions
 
 
+def test_inspect_shows_the_sessions_of_a_journal(
+    journal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(journal), "--json", str(tmp_path / "j.json")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "sessions 2 in 3 runs" in text
+    assert "a, epoch 1 run" in text
+    found = json.loads((tmp_path / "j.json").read_text())
+    runs = {(run["session"], run["epoch"]): run for run in found["runs"]}
+    first, later = runs["a", 0], runs["a", 1]
+    assert first["bins"] == sum(i % 13 != 5 for i in range(150))
+    assert first["first"] == 0
+    assert sum(first["statuses"].values()) == first["last"] + 1
+    assert first["statuses"]["missing"] > 0
+    assert runs["b", 0]["statuses"]["late"] > 0
+    assert later["bins"] == 30
+    assert {run["end"] for run in runs.values()} == {"closed"}
+    assert list(found["models"]) == [first["model"]]
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", str(tmp_path / "empty")]) == 2
+
+
 def test_verify_says_where_another_model_differs(
     journal: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,7 @@ def write_config(path: Path, settings: TrainConfig, **sections: dict[str, Any]) 
     def table(name: str, values: dict[str, Any]) -> None:
         lines.append(f"[{name}]" if name else "")
         for key, value in values.items():
-            if not isinstance(value, dict):
+            if not isinstance(value, dict) and value is not None:
                 lines.append(f"{key} = {msgspec.json.encode(value).decode()}")
         for key, value in values.items():
             if isinstance(value, dict):

@@ -23,7 +23,7 @@ SUMMARIES = {
     "simulate": "simulate a realistic reaching session and write it as NWB",
     "train": "fit a model to a recording and write it as one .safetensors file",
     "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
-    "inspect": "show what is inside a model file",
+    "inspect": "show what is inside a model, a recording or a journal",
     "experiment": "run one of the paper's experiments on simulated data",
     "serve": "load a model and answer spike bins over ZeroMQ",
     "replay": "stream a recording through a running service and report decodes and latency",

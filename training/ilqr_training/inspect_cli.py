@@ -1,59 +1,108 @@
-"""``ilqr-vae inspect``: what is inside a model file."""
+"""``ilqr-vae inspect``: what is inside a model file, a recording, or a service's journal."""
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from rich.table import Table
 
-from ilqr_vae.artifact import Manifest, read_manifest
-from ilqr_vae.files import STDOUT, check_writable, write_whole
+from ilqr_vae.commands.inspect import Section, lines_of, recording_sections
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import STDOUT, check_writable, read_toml, write_whole
+from ilqr_vae.recordings import RecordingSpec
+from ilqr_vae.recordings.contents import contents_of
+from ilqr_vae.report.table import WIDTH
 from ilqr_vae.terminal import console
+
+if TYPE_CHECKING:  # torch is needed for models alone
+    from ilqr_vae.artifact import Manifest
+
+GROUP = "ilqr_vae.inspect"
+"""Entry points of what other packages can look into; the value is called with the path."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
-def _table(manifest: Manifest) -> Table:
-    table = Table(title=f"model {manifest.model_id}", show_header=False)
+class _Config(msgspec.Struct):
+    """The part of a training configuration that says how to read a recording."""
+
+    data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
+
+
+def model_sections(manifest: Manifest) -> list[Section]:
+    """A model file's manifest."""
     spec = manifest.model
     groups = ", ".join(f"{k} ({g.family}, {g.channels})" for k, g in spec.groups.items())
-    decodes = ", ".join(
-        f"{n} [{u}]"
-        for n, u in zip(manifest.kinematic_names, manifest.kinematic_units, strict=True)
-    )
-    rows = {
-        "schema": str(manifest.schema),
-        "sha256": manifest.sha256,
+    channels = zip(manifest.kinematic_names, manifest.kinematic_units, strict=True)
+    units = ", ".join(manifest.unit_names[:6]) + (", ..." if len(manifest.unit_names) > 6 else "")
+    model = {
         "dynamics": f"{spec.dynamics}, n = {spec.latents}, m = {spec.inputs}, {spec.prior} inputs",
         "observations": groups,
-        "decodes": decodes or "nothing: latents and rates only",
+        "decodes": ", ".join(f"{n} [{u}]" for n, u in channels) or "latents and rates only",
         "bin width": f"{manifest.bin_width * 1e3:g} ms",
-        "units": f"{len(manifest.unit_names)}: {', '.join(manifest.unit_names[:6])}"
-        + (" ..." if len(manifest.unit_names) > 6 else ""),
-        "estimator": f"horizon {manifest.horizon.horizon} bins, "
-        f"{manifest.horizon.iterations} iterations a bin",
+        "units": f"{len(manifest.unit_names)}: {units}",
+        "estimator": f"horizon {manifest.horizon.horizon} bins, {manifest.horizon.iterations} "
+        "iterations a bin",
+        "schema": str(manifest.schema),
+        "sha256": manifest.sha256,
     }
-    rows |= {f"score {k}": f"{v:.4f}" for k, v in manifest.measured.items()}
-    rows |= dict(manifest.provenance)
-    rows |= {f"warning {w.name}": w.text for w in manifest.warnings}
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+    scores = {k: f"{v:.4f}" for k, v in manifest.measured.items()}
+    warnings = {w.name: w.text for w in manifest.warnings}
+    sections = {
+        f"model {manifest.model_id}": model,
+        "Scores": scores,
+        "Where it came from": dict(manifest.provenance),
+        "Warnings of its recording": warnings,
+    }
+    return [Section(title, tuple(rows.items())) for title, rows in sections.items() if rows]
 
 
-@app.command(epilog="Example: ilqr-vae inspect reach.safetensors --json manifest.json")
+def _looked_into(path: Path, config: Path | None) -> tuple[Any, list[Section]]:
+    """What is there, for JSON, and as sections."""
+    if path.is_dir():
+        found = next(iter(entry_points(group=GROUP, name="journal")), None)
+        if found is None:
+            raise ConfigError("path", expected="a file; no package reads folders", got=str(path))
+        return found.load()(path)
+    if path.suffix.lower() not in (".nwb", ".mat", ".h5", ".hdf5"):
+        from ilqr_vae.artifact import read_manifest
+
+        manifest = read_manifest(path)
+        return manifest, model_sections(manifest)
+    spec = RecordingSpec() if config is None else read_toml(config, _Config).data
+    contents = contents_of(path, spec)
+    return contents, recording_sections(contents)
+
+
+@app.command(epilog="Example: ilqr-vae inspect session.nwb --config mine.toml")
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A model file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A model (.safetensors), a recording (.nwb, .mat, .h5) or a journal's folder."
+        ),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML whose \\[data] says how to read a recording."),
+    ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the whole manifest here; - is stdout.")
+        Path | None, typer.Option("--json", help="Write everything here; - is standard output.")
     ] = None,
 ) -> None:
-    """Check a model file and show what it is: shapes, units, scores, where it came from."""
+    """Show what is inside a model, a recording or a journal.
+
+    Of a model: shapes, units, scores, where it came from; the file is checked. Of a recording: its
+    units, series and trials, and what would be read with the defaults or with --config, and why. Of
+    a journal: its sessions, models and answers. Exit codes: 0 shown, 2 not readable.
+    """
     check_writable(json_file, "--json")
-    manifest = read_manifest(model)
+    found, sections = _looked_into(path, config)
     if json_file is not None:
-        write_whole(json_file, msgspec.json.format(msgspec.json.encode(manifest)).decode() + "\n")
-    console(soft_wrap=True, stderr=json_file == STDOUT).print(_table(manifest))
+        write_whole(json_file, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+    screen = console(soft_wrap=True, stderr=json_file == STDOUT)
+    for line in lines_of(sections, min(screen.width, WIDTH)):
+        screen.print(line)

@@ -11,17 +11,17 @@ import typer
 
 from ilqr_training.config import TrainConfig, load_config, overridden
 from ilqr_training.evaluation.baselines import fit_baselines, names_of
-from ilqr_training.fit.crops import prepare
 from ilqr_training.fit.curves import log_folder
 from ilqr_training.fit.joint import session_path, train_sessions
-from ilqr_training.fit.train import Trained, checkpoint_path, describe, train
+from ilqr_training.fit.train import Trained, checkpoint_path, train
 from ilqr_training.options import JsonFile, Steps, Threads, use_threads
+from ilqr_training.plan import Plan, plan_of, sections_of
 from ilqr_vae.artifact import Manifest
+from ilqr_vae.commands.inspect import lines_of
 from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.progress import Bar
-from ilqr_vae.recordings import load_recording
 from ilqr_vae.report import Table
 from ilqr_vae.report.table import WIDTH, shown
 from ilqr_vae.scoring.score import OURS
@@ -35,14 +35,14 @@ EXAMPLE = "Example: ilqr-vae train configs/demo.toml --recording reach.nwb --out
 @app.command(epilog=EXAMPLE)
 def train_command(
     config: Annotated[Path, typer.Argument(help="TOML with overrides; see configs/.")],
+    out: Annotated[Path, typer.Option(help="The model file to write (.safetensors).")],
     recording: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             help="A .nwb, .mat or .h5 recording. Several: their dynamics are shared, and each "
-            "session gets a model file of its own units beside --out."
+            "session gets a model file of its own units beside --out. Needed, except with --check."
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="The model file to write (.safetensors).")],
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")
     ] = False,
@@ -71,7 +71,11 @@ def train_command(
     ] = False,
     check_only: Annotated[
         bool,
-        typer.Option("--check", help="Check the configuration and the recordings, and end."),
+        typer.Option(
+            "--check",
+            help="Say what training would do, and end. Without --recording the configuration alone "
+            "is checked.",
+        ),
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -86,15 +90,18 @@ def train_command(
         load_config(config), seed=seed, steps=steps, device=device, fraction=fraction
     )
     device_of(settings.training.device)
-    if check_only:
-        for path in recording:
-            if path.exists():  # one that is still to be made cannot be looked at
-                _look(path, settings, alone=len(recording) == 1)
+    if check_only and not recording:
+        console().print("The configuration is right. Without --recording nothing else is checked.")
         return
+    if not recording:
+        raise ConfigError("--recording", expected="a .nwb, .mat or .h5 file", got="none")
     check_writable(out, "--out")
     check_writable(json_file, "--json")
     events = log_dir or log_folder(out)
     check_folder(events, "--log-dir")
+    if check_only:
+        _say_plan(plan_of(settings, recording), json_file)
+        return
     use_threads(threads)
     began = time.monotonic()
     own: dict[str, Manifest] = {}
@@ -141,11 +148,12 @@ def train_command(
         screen.print(f"wrote {session_path(out, name)} (model {manifest.model_id}): {own_scores}")
 
 
-def _look(path: Path, settings: TrainConfig, *, alone: bool) -> None:
-    """Read a recording and say what it holds, as training would. Raises RecordingError."""
-    chunk = settings.training.chunk if alone else 1
-    data = prepare(load_recording(path, settings.data), settings.data, chunk=chunk)
-    describe(settings, data, Bar())
+def _say_plan(plan: Plan, json_file: Path | None) -> None:
+    if json_file is not None:
+        write_whole(json_file, msgspec.json.format(msgspec.json.encode(plan)).decode() + "\n")
+    screen = console(soft_wrap=True, stderr=json_file == STDOUT)
+    for line in lines_of(sections_of(plan), min(screen.width, WIDTH)):
+        screen.print(line)
 
 
 def _baselines(done: Trained, settings: TrainConfig, gru: bool, bar: Bar) -> dict[str, float]:

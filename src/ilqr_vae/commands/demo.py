@@ -81,11 +81,12 @@ class Chain:
         run("train", [str(a) for a in (*self._training(config, steps), "--check")])
 
     def train(self, config: Path, steps: int | None) -> None:
-        self.step("Train on its first part", *self._training(config, steps))
+        words = (*self._training(config, steps), "--recording", self.recording)
+        self.step("Train on its first part", *words)
 
     def _training(self, config: Path, steps: int | None) -> list[str | Path]:
         return [
-            *("train", config, "--recording", self.recording, "--out", self.model),
+            *("train", config, "--out", self.model),
             "--no-baselines",  # the replay's report has one
             *(() if steps is None else ("--steps", str(steps))),
         ]

@@ -70,6 +70,18 @@ class File:
         except _H5PY:  # a link to a file or an object that is not there
             return None
 
+    def datasets(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Path, type and shape of every dataset."""
+        found: list[tuple[str, str, tuple[int, ...]]] = []
+
+        def add(name: str, node: Any) -> None:
+            if isinstance(node, self._h5py.Dataset):
+                found.append((name, str(node.dtype), tuple(node.shape or ())))
+
+        with guarded(self.path, self.expected):
+            self.root.visititems(add)
+        return found
+
     def is_group(self, node: Any) -> bool:
         return isinstance(node, self._h5py.Group)
 

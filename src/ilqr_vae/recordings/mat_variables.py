@@ -6,7 +6,8 @@ import struct
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,20 @@ def read_variables(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
     Args:
         wanted: names by the setting that asks for them, for errors.
     """
+    names = {part for name in wanted.values() for part in (name, name.split(".")[0])}
+    with _opened(path, sorted(names)) as tree:
+        return tree.all(wanted)
+
+
+def variables_of(path: Path) -> list[tuple[str, str]]:
+    """Every variable of a file, and what it is in words."""
+    with _opened(path, None) as tree:
+        return [(n, described(tree.value(tree.child(None, n)))) for n in tree.children(None)]
+
+
+@contextmanager
+def _opened(path: Path, names: list[str] | None) -> Generator[_Tree]:
+    """The variables of these names, of all without any."""
     with path.open("rb") as file:
         head = file.read(1024)
     # A version 7.3 file is HDF5 behind a block of 512 bytes; Octave and others leave that out.
@@ -65,19 +80,19 @@ def read_variables(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
         from ilqr_vae.recordings.h5 import File
 
         with closing(File(path, "a MAT file of version 7.3")) as opened:
-            return _V73(opened, path.name).all(wanted)
+            yield _V73(opened, path.name)
+        return
     try:
         _check_elements(path, head)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of variables that are not asked for
             present = [str(name) for name, _, _ in io.whosmat(path)]
-            first = {name.split(".")[0] for name in wanted.values()}
-            found = io.loadmat(path, variable_names=[*first, *wanted.values()])
+            found = io.loadmat(path, variable_names=names)
     except _UNREADABLE as error:
         raise RecordingError(
             "recording", expected="a MAT file (version 5 or 7.3)", got=f"{path.name}: {error}"
         ) from error
-    return _V5(present, found, path.name).all(wanted)
+    yield _V5(present, found, path.name)
 
 
 def _check_elements(path: Path, head: bytes) -> None:

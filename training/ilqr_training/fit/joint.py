@@ -29,6 +29,21 @@ def session_path(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}-{name}{out.suffix}")
 
 
+def load_sessions(config: TrainConfig, recordings: list[Path]) -> dict[str, Recording]:
+    """The recordings by the names of their sessions, each looked at as training will.
+
+    Raises:
+        RecordingError: two files of one name, or one that cannot be read or trained on.
+    """
+    names = [path.stem for path in recordings]
+    if len(set(names)) < len(names):
+        raise RecordingError("--recording", expected="files of different names", got=str(names))
+    sessions = {p.stem: load_recording(p, config.data) for p in recordings}
+    for recording in sessions.values():  # each has a readout of its own
+        prepare(recording, config.data, chunk=1)
+    return sessions
+
+
 def train_sessions(
     config: TrainConfig,
     recordings: list[Path],
@@ -52,12 +67,7 @@ def train_sessions(
         RecordingError: two files of one name, sessions that differ in bin width or kinematics, or
             one of which no unit is left. ConfigError, TrainingError: see their places.
     """
-    names = [path.stem for path in recordings]
-    if len(set(names)) < len(names):
-        raise RecordingError("--recording", expected="files of different names", got=str(names))
-    sessions = {p.stem: load_recording(p, config.data) for p in recordings}
-    for recording in sessions.values():  # each has a readout of its own: looked at before training
-        prepare(recording, config.data, chunk=1)
+    sessions = load_sessions(config, recordings)
     joined = join(sessions, config.data.split)
     # what is left out of each session is left out already
     done = train_on(

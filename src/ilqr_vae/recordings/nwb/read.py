@@ -48,13 +48,13 @@ def read_nwb(path: str | Path, spec: RecordingSpec) -> Recording:
             pynwb is not installed.
     """
     path = existing_file(path)
-    with _open(path) as (nwb, series):
+    with opened(path) as (nwb, series):
         session, spec = _session(nwb, series, spec)
     return replace(recording_of(session, spec), name=path.name, sha256=sha256_of(path))
 
 
 @contextmanager
-def _open(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
+def opened(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
     """The file's contents, and every time series in it by its path."""
     try:
         import pynwb

@@ -114,11 +114,11 @@ _FIRST = re.compile(
 
 RANKS = (
     "a velocity",
-    "a position of a limb or of the body",
-    "of several channels",
-    "of one channel",
-    "of a cursor",
-    "of eyes, reward, feedback, a stimulus or the like",
+    "a position of limb or body",
+    "several channels",
+    "one channel",
+    "a cursor",
+    "eyes, reward, feedback, a stimulus or the like",
 )
 """Kinds of series in the order in which they are decoded where none is named."""
 
@@ -169,12 +169,19 @@ def _is_behaviour(path: str, item: Any) -> bool:
     return _spatial(item) or (plain and (inside is not None or likeliest(path, item)[0] == 0))
 
 
+def behaviour(series: dict[str, Any], binned: Any = None) -> dict[str, int]:
+    """Paths of the series that could be decoded, likeliest first, with their places in
+    ``RANKS``."""
+    usual = [p for p, s in series.items() if s is not binned and _is_behaviour(p, s)]
+    return {
+        p: likeliest(p, series[p])[0] for p in sorted(usual, key=lambda p: likeliest(p, series[p]))
+    }
+
+
 def _chosen(series: dict[str, Any], nwb: NwbSpec, binned: Any) -> dict[str, Any]:
     """The series to decode by path: one, or all of a container; empty where there is none."""
     if not nwb.kinematics:
-        usual = [p for p, s in series.items() if s is not binned and _is_behaviour(p, s)]
-        usual.sort(key=lambda p: likeliest(p, series[p]))
-        return {path: series[path] for path in usual[:1]}
+        return {path: series[path] for path in list(behaviour(series, binned))[:1]}
     wanted = nwb.kinematics.strip("/")
     folder = [path for path in series if f"/{wanted}/" in f"/{path.rpartition('/')[0]}/"]
     single = [path for path in series if f"/{path}".endswith(f"/{wanted}")]
@@ -237,13 +244,12 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
         return Kinematics(None, warnings=(RecordingWarning("kinematics-none", text),))
     path = next(iter(chosen)) if len(chosen) == 1 else nwb.kinematics.strip("/")
     notes: tuple[str, ...] = ()
-    left = [p for p in others if p not in chosen and _is_behaviour(p, others[p])]
+    found = behaviour(series, binned)
+    left = [p for p in found if p not in chosen]
     if left and not nwb.kinematics:
-        kind = RANKS[likeliest(path, chosen[path])[0]]
-        left.sort(key=lambda p: likeliest(p, others[p]))
         notes = (
-            f"Kinematics are {path} ({kind}); left are {', '.join(left)} (data.nwb.kinematics "
-            "chooses).",
+            f"Kinematics are {path} ({RANKS[found[path]]}); left are {', '.join(left)} "
+            "(data.nwb.kinematics chooses).",
         )
     read = {place: _values(place, item) for place, item in chosen.items()}
     parts = {place: values for place, (values, _) in read.items()}

@@ -75,7 +75,7 @@ def spikes_of(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Units:
     rows, notes = selected_units(
         spec.units, lambda name: unit_labels(units, name, f"data.units.{name}"), len(units)
     )
-    pieces = _ragged(units, "spike_times", "units.spike_times", rows)
+    pieces = ragged(units, "spike_times", "units.spike_times", rows)
     known = [np.isfinite(t) for t in pieces]
     lost, total = sum(int((~k).sum()) for k in known), sum(len(k) for k in known)
     if lost > FEW_LOST * total or any(np.isinf(t).any() for t in pieces):
@@ -114,7 +114,7 @@ def _spike_trials(
         )
     ids = {int(each): row for row, each in enumerate(contents(trials.id.data, "trials.id"))}
     made: list[NDArray[np.int64]] = []
-    for numbers, kept in zip(_ragged(units, column, f"units.{column}", rows), known, strict=True):
+    for numbers, kept in zip(ragged(units, column, f"units.{column}", rows), known, strict=True):
         wrong = [n for n in np.unique(numbers).tolist() if n not in ids]
         if numbers.shape != kept.shape or wrong:
             got = f"{wrong[0]:g}" if wrong else f"{len(numbers)} for {len(kept)} spikes"
@@ -171,14 +171,14 @@ def _electrodes(units: Any) -> tuple[Any, list[NDArray[np.int64]]] | None:
         return None
     every = np.arange(len(units))
     pieces = (
-        _ragged(units, "electrodes", "units.electrodes", every)
+        ragged(units, "electrodes", "units.electrodes", every)
         if hasattr(node, "target")
         else [flat[i : i + 1] for i in every]
     )
     return region.table, [np.asarray(p, dtype=np.int64) for p in pieces]
 
 
-def _ragged(
+def ragged(
     table: Any, column: str, field: str, rows: NDArray[np.int64]
 ) -> list[NDArray[np.float64]]:
     """These rows of a ragged column of numbers. Raises RecordingError: its index is not one."""
@@ -233,7 +233,7 @@ def _observed(units: Any, rows: NDArray[np.int64]) -> list[NDArray[np.float64]] 
     if "obs_intervals" not in units.colnames:
         return None
     field = "units.obs_intervals"
-    pieces = _ragged(units, "obs_intervals", field, rows)
+    pieces = ragged(units, "obs_intervals", field, rows)
     if any(p.shape[1:] != (2,) or np.isnan(p).any() or (p[:, 1] < p[:, 0]).any() for p in pieces):
         raise RecordingError(field, expected="(start, stop) pairs", got="some that are not")
     return [np.ascontiguousarray(p) for p in pieces]

@@ -1,0 +1,166 @@
+"""What is in a journal: its sessions, the models they ran on, and how they were answered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ilqr_service.journal.records import (
+    Answered,
+    Closed,
+    Deployed,
+    Header,
+    Opened,
+    Queued,
+    segments,
+)
+from ilqr_service.journal.verify import stream
+from ilqr_vae.commands.inspect import Section
+from ilqr_vae.errors import JournalError
+from ilqr_vae.protocol import messages
+
+
+class Run(msgspec.Struct):
+    """A session's run, from its opening to its end.
+
+    Attributes:
+        session, epoch, run: its name, and its number in the session and in the journal.
+        model, user: what it ran on last, and who fed it.
+        bin_ms, units: as it was opened.
+        bins, first, last: how many were taken, and the lowest and highest index answered.
+        began, ended: UTC of the first and the last answer; "" where there is none.
+        statuses: of the newest answer of each bin.
+        end: why it ended; "" where the journal does not say.
+    """
+
+    session: str
+    epoch: int
+    run: int
+    model: str
+    user: str
+    bin_ms: float
+    units: int
+    bins: int = 0
+    first: int | None = None
+    last: int | None = None
+    began: str = ""
+    ended: str = ""
+    statuses: dict[str, int] = {}
+    end: str = ""
+
+
+class Contents(msgspec.Struct):
+    """A journal. ``damage``: a line for everything that is odd about its files."""
+
+    folder: str
+    segments: int
+    megabytes: float
+    lost: int
+    versions: dict[str, str]
+    models: dict[str, str]
+    runs: list[Run]
+    damage: list[str]
+
+
+def contents_of(folder: Path) -> Contents:
+    """Read a journal through once. Raises JournalError: no journal, or not of this version."""
+    paths, damage = segments(folder), list[str]()
+    if not paths:
+        expected = "a journal's folder, with files NUMBER.journal"
+        raise JournalError("journal", expected=expected, got=str(folder))
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    made = Contents(str(folder), len(paths), size, 0, {}, {}, [], damage)
+    runs: dict[int, Run] = {}
+    newest: dict[int, dict[int, tuple[int, str]]] = {}
+    taken: dict[int, set[int]] = {}
+    header: Header | None = None
+    for record in stream(folder, damage):
+        match record:
+            case Header():
+                header, made.lost, made.versions = record, record.lost, record.versions
+                made.models |= {name: _model(each) for name, each in record.manifests.items()}
+            case Deployed():
+                made.models[record.model] = _model(record.manifest)
+            case Opened():
+                asked = record.request
+                units, width = len(asked.units), asked.bin_width_ns / 1e6
+                begun = Run(
+                    asked.session, asked.epoch, record.run, record.model, record.user, width, units
+                )
+                runs.setdefault(record.run, begun).model = record.model
+            case Queued() if record.work.run in runs:
+                run = runs[record.work.run]
+                if record.work.counts is not None:  # segments begin with works of the one before
+                    taken.setdefault(run.run, set()).add(record.work.index)
+                run.model = record.work.swap or run.model
+            case Answered() if record.run in runs:
+                result = messages.decode_published(record.frame)
+                if isinstance(result, messages.Result):
+                    _answered(runs[record.run], result, newest.setdefault(record.run, {}), header)
+            case Closed() if record.run in runs:
+                runs[record.run].end = record.what
+            case _:
+                pass
+    for number, run in runs.items():
+        run.bins = len(taken.get(number, ()))
+        run.statuses = dict(Counter(status for _, status in newest.get(number, {}).values()))
+    made.runs = list(runs.values())
+    return made
+
+
+def _answered(
+    run: Run, result: messages.Result, newest: dict[int, tuple[int, str]], header: Header | None
+) -> None:
+    if newest.get(result.index, (-1, ""))[0] < result.revision:
+        newest[result.index] = result.revision, result.status
+    run.first = result.index if run.first is None else min(run.first, result.index)
+    run.last = result.index if run.last is None else max(run.last, result.index)
+    if header is not None:
+        at = (header.at_ns + result.received_ns - header.clock_ns) / 1e9
+        run.ended = f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}"
+        run.began = run.began or run.ended
+
+
+def _model(manifest: dict[str, Any]) -> str:
+    units, width = len(manifest.get("unit_names", ())), float(manifest.get("bin_width", 0.0))
+    decodes = ", ".join(manifest.get("kinematic_names", ())) or "latents and rates only"
+    return f"{units} units, {width * 1e3:g} ms bins; decodes {decodes}"
+
+
+def look(folder: Path) -> tuple[Contents, list[Section]]:
+    """A journal's contents, and as ``ilqr-vae inspect`` shows them. Raises JournalError."""
+    found = contents_of(folder)
+    about = {
+        "segments": f"{found.segments}, {found.megabytes:.3g} MB",
+        "sessions": f"{len({run.session for run in found.runs})} in {len(found.runs)} runs",
+        "lost": f"{found.lost} records could not be written",
+        "written by": ", ".join(f"{k} {v}" for k, v in found.versions.items()),
+    }
+    sections = [Section(f"journal {found.folder}", tuple(about.items()))]
+    sections.append(Section("Models", tuple(found.models.items())))
+    sections.append(Section("Runs", tuple((_name(run), _said(run)) for run in found.runs)))
+    sections.append(Section("Damage", tuple(("skipped", line) for line in found.damage)))
+    return found, [section for section in sections if section.rows]
+
+
+def _name(run: Run) -> str:
+    return f"{run.session}, epoch {run.epoch}"
+
+
+def _said(run: Run) -> str:
+    statuses = ", ".join(f"{n} {status}" for status, n in sorted(run.statuses.items()))
+    parts = [
+        f"run {run.run}",
+        f"model {run.model}",
+        f"{run.units} units, {run.bin_ms:g} ms",
+        f"{run.bins} bins taken" + (f", {run.first} to {run.last} answered" if statuses else ""),
+        statuses,
+        f"{run.began} to {run.ended} UTC" if run.began else "",
+        f"fed by {run.user}" if run.user else "",
+        run.end or "open or cut off at the end",
+    ]
+    return "; ".join(part for part in parts if part)
