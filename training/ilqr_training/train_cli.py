@@ -11,9 +11,10 @@ import typer
 
 from ilqr_training.config import TrainConfig, load_config, overridden
 from ilqr_training.evaluation.baselines import fit_baselines, names_of
+from ilqr_training.fit.crops import Prepared
 from ilqr_training.fit.curves import log_folder
 from ilqr_training.fit.joint import session_path, train_sessions
-from ilqr_training.fit.train import Trained, checkpoint_path, train
+from ilqr_training.fit.train import checkpoint_path, train
 from ilqr_training.options import JsonFile, Steps, Threads, use_threads
 from ilqr_training.plan import Plan, plan_of, sections_of
 from ilqr_vae.artifact import Manifest
@@ -105,16 +106,28 @@ def train_command(
     use_threads(threads)
     began = time.monotonic()
     own: dict[str, Manifest] = {}
+    beside: dict[str, float] = {}
     try:
         with Bar() as bar:
+
+            def before(data: Prepared) -> None:
+                beside.update(_baselines(data, settings, gru, bar) if baselines else {})
+
             if len(recording) == 1:
-                done = train(settings, recording[0], out, bar, resume=resume, log_dir=events)
+                done = train(
+                    settings,
+                    recording[0],
+                    out,
+                    bar,
+                    resume=resume,
+                    log_dir=events,
+                    before=before,
+                )
             else:
                 done, own = train_sessions(
                     settings, recording, out, bar, resume=resume, log_dir=events
                 )
             seconds = time.monotonic() - began
-            beside = _baselines(done, settings, gru, bar) if baselines and not own else {}
     except KeyboardInterrupt:
         kept = checkpoint_path(out)
         hint = f"; continue with --resume ({kept.name})" if kept.exists() else ""
@@ -156,13 +169,13 @@ def _say_plan(plan: Plan, json_file: Path | None) -> None:
         screen.print(line)
 
 
-def _baselines(done: Trained, settings: TrainConfig, gru: bool, bar: Bar) -> dict[str, float]:
+def _baselines(data: Prepared, settings: TrainConfig, gru: bool, bar: Bar) -> dict[str, float]:
     """What baselines score on the validation part, mean R2 by name."""
-    if done.data.recording.kinematics is None:
+    if data.recording.kinematics is None:
         return {}
     try:
         fitted = fit_baselines(
-            done.data.recording,
+            data.recording,
             settings.data.split,
             names_of(gru),
             seed=settings.training.seed,

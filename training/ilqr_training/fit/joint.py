@@ -71,7 +71,13 @@ def train_sessions(
     joined = join(sessions, config.data.split)
     # what is left out of each session is left out already
     done = train_on(
-        with_fraction(config, 1.0), joined, out, progress, resume=resume, log_dir=log_dir
+        with_fraction(config, 1.0),
+        joined,
+        out,
+        progress,
+        resume=resume,
+        log_dir=log_dir,
+        afterwards=len(recordings),
     )
     joint = load_artifact(out)
     made: dict[str, Manifest] = {}

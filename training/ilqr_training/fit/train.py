@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +25,8 @@ from ilqr_training.fit.crops import Crops, Prepared, prepare
 from ilqr_training.fit.log import TrainingLog
 from ilqr_training.fit.loop import Report, Run, gradient_step, start
 from ilqr_training.fit.memory import estimate, refuse_hopeless
+from ilqr_training.fit.pace import Pace
+from ilqr_training.fit.pace import shown as duration
 from ilqr_training.fit.validate import Validation, validate
 from ilqr_vae.artifact import Manifest, save_artifact
 from ilqr_vae.errors import ConfigError, TrainingError
@@ -69,31 +73,6 @@ def _identity(config: TrainConfig, recording: Recording) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-class _Pace:
-    """Time until the last step at the pace so far, validations included.
-
-    Counted from the first step of this call, which compiles.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self._steps, self._first = steps, (0.0, 0)
-
-    def begin(self, step: int) -> None:
-        if not self._first[1]:
-            self._first = time.monotonic(), step
-
-    def left(self, step: int) -> str:
-        began, first = self._first
-        if step <= first or step >= self._steps:
-            return ""
-        seconds = (time.monotonic() - began) / (step - first) * (self._steps - step)
-        if seconds < 90:
-            return f"; {seconds:.0f} s left at most"
-        minutes = seconds / 60
-        left = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-        return f"; {left} left at most"
-
-
 def train(
     config: TrainConfig,
     recording_path: Path,
@@ -102,6 +81,7 @@ def train(
     *,
     resume: bool = False,
     log_dir: Path | None = None,
+    before: Callable[[Prepared], object] | None = None,
 ) -> Trained:
     """Fit a model to a recording and write it.
 
@@ -110,6 +90,7 @@ def train(
         progress: receives steps, validations and what is known of the recording.
         resume: continue from the checkpoint beside ``out`` if there is one.
         log_dir: TensorBoard events, or None.
+        before: called with the prepared recording before the first step.
 
     Raises:
         RecordingError: the recording cannot be read, or a part of it is too short.
@@ -118,7 +99,7 @@ def train(
             could not be written (the message says where it was saved instead).
     """
     recording = load_recording(recording_path, config.data)
-    return train_on(config, recording, out, progress, resume=resume, log_dir=log_dir)
+    return train_on(config, recording, out, progress, resume=resume, log_dir=log_dir, before=before)
 
 
 def train_on(
@@ -129,8 +110,15 @@ def train_on(
     *,
     resume: bool = False,
     log_dir: Path | None = None,
+    before: Callable[[Prepared], object] | None = None,
+    afterwards: int = 0,
 ) -> Trained:
-    """``train``, on a recording that is read already."""
+    """``train``, on a recording that is read already.
+
+    Args:
+        before: called with the prepared recording before the first step.
+        afterwards: thorough validations that the caller does afterwards, for the time left.
+    """
     began = time.monotonic()
     loop = config.training
     data = prepare(recording, config.data, chunk=loop.chunk)
@@ -144,21 +132,29 @@ def train_on(
     checkpoint, identity = checkpoint_path(out), _identity(config, recording)
     if resume and checkpoint.exists():
         load_checkpoint(checkpoint, identity, run, stopping)
-    log, pace, newest = TrainingLog(log_dir, run.step + 1, progress), _Pace(loop.steps), ""
+    if before is not None:
+        before(data)
+    log, newest = TrainingLog(log_dir, run.step + 1, progress), ""
+    pace = Pace(model, data, config, afterwards=afterwards)
+    quarters = {-(-loop.steps * k // 4) for k in (1, 2, 3)}
     reports: list[Report] = []
     stopped = stopping.over(loop.patience)
     try:
         while not stopped and run.step < loop.steps:
-            report = gradient_step(run, loop)
+            with pace.step():
+                report = gradient_step(run, loop)
             reports.append(report)
-            pace.begin(report.step)
             log.add("train", {k: v for k, v in vars(report).items() if k != "step"}, report.step)
-            note = f"bound {report.bound:.1f} nats/bin, KL {report.kl:.2f}{newest}"
+            left = _left(pace, report.step)
+            note = f"{left}bound {report.bound:.1f} nats/bin, KL {report.kl:.2f}{newest}"
             progress("training", report.step, loop.steps, note)
             due = loop.validate_every and report.step % loop.validate_every == 0
             if not due and report.step < loop.steps:
+                if report.step in quarters:
+                    progress.log(f"step {report.step}: {left.removesuffix('; ')}")
                 continue
-            found = validate(model, data, config, thorough=False, progress=progress)
+            with pace.validation():
+                found = validate(model, data, config, thorough=False, progress=progress)
             best = stopping.offer(report.step, found.score, model)
             shown = {
                 k: v for k, v in found.scores.items() if k != "coverage_90"
@@ -167,7 +163,9 @@ def train_on(
             newest = f", R2 {shown['r2']:.3f}" if "r2" in shown else ""
             progress.log(
                 f"step {report.step}: {_scores(shown)} on the validation part"
-                f"{'  (best so far)' if best else ''}{pace.left(report.step)}"
+                f"{'  (best so far)' if best else ''}; {_left(pace, report.step)}".removesuffix(
+                    "; "
+                )
             )
             _save_checkpoint(checkpoint, identity, run, stopping, progress)
             stopped = stopping.over(loop.patience)
@@ -195,6 +193,12 @@ def train_on(
         tuple(reports),
         data,
     )
+
+
+def _left(pace: Pace, step: int) -> str:
+    """The time that is left of the whole run, and a semicolon; "" where it is not known yet."""
+    seconds = pace.left(step)
+    return "" if math.isnan(seconds) else f"about {duration(seconds)} left in all; "
 
 
 def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:

@@ -26,6 +26,12 @@ LOST_BINS = 10_000
 """Of each part, in a pass with lost bins; more would cost memory and hardly add."""
 
 
+_STREAMS = {True: (16, 1), False: (48, 24)}
+"""Pieces that the training and the validation part are cut into, thorough or not."""
+
+_LOST_STREAMS, _RUN_IN = 16, 40
+
+
 @dataclass(frozen=True)
 class Validation:
     """Scores on the validation part, and the readout they are of.
@@ -96,12 +102,13 @@ def validate(
             parallel pieces, quick enough to do while training.
     """
     estimator = estimator_of(model, data, config, thorough=thorough)
+    streams = _STREAMS[thorough]
     train = causal_pass(
         estimator,
         data.recording,
         *data.train,
-        streams=16 if thorough else 48,
-        run_in=40,
+        streams=streams[0],
+        run_in=_RUN_IN,
         progress=progress,
         what="latents, training",
     )
@@ -109,8 +116,8 @@ def validate(
         estimator,
         data.recording,
         *data.validation,
-        streams=1 if thorough else 24,
-        run_in=data.validation[0] - warmup_start(data.validation[0]) if thorough else 40,
+        streams=streams[1],
+        run_in=_run_in(data, thorough),
         progress=progress,
         what="latents, validation",
     )
@@ -127,13 +134,31 @@ def validate(
             span = _latest(getattr(data, name))
             causals.append(
                 causal_pass(
-                    estimator, data.recording, *span, streams=16, run_in=40, dropped=lost,
+                    estimator, data.recording, *span, streams=_LOST_STREAMS, run_in=_RUN_IN,
+                    dropped=lost,
                     progress=progress, what="latents, bins lost",
                 )
             )  # fmt: skip
-    fitted = _decode(parts, k, data, model.n, reads, config.training.seed, quick=not thorough)
+    seed = config.training.seed
+    fitted = _decode(parts, k, data, model.n, reads, seed, progress, quick=not thorough)
     score = fitted[1]["r2"]
     return Validation(score, scores | fitted[1], fitted[0], estimator.mean_rate, seen)
+
+
+def _run_in(data: Prepared, thorough: bool) -> int:
+    """Bins before the validation part that its pass streams first."""
+    begin = data.validation[0]
+    return begin - warmup_start(begin) if thorough else _RUN_IN
+
+
+def planned_passes(data: Prepared, config: TrainConfig, *, thorough: bool) -> list[tuple[int, int]]:
+    """The causal passes of a validation: (bins of each stream, streams)."""
+    spans = [data.train, data.validation]
+    plan = list(zip(spans, _STREAMS[thorough], (_RUN_IN, _run_in(data, thorough)), strict=True))
+    if data.recording.kinematics is not None:
+        for _ in _reads(config, thorough).lost:
+            plan += [(_latest(span), _LOST_STREAMS, _RUN_IN) for span in spans]
+    return [(-(-(b - a) // streams) + lead, streams) for (a, b), streams, lead in plan]
 
 
 def _latest(span: tuple[int, int]) -> tuple[int, int]:
@@ -153,6 +178,7 @@ def _decode(
     n: int,
     reads: ReadoutConfig,
     seed: int,
+    progress: Progress,
     *,
     quick: bool,
 ) -> tuple[KinematicReadout, dict[str, float]]:
@@ -172,6 +198,7 @@ def _decode(
         reads,
         seed=seed,
         quick=quick,
+        progress=progress,
     )
     each = zip(data.recording.kinematic_names, r2_per_axis(fit.truth, fit.decoded), strict=True)
     # a channel at rest has no R2, and one that never moves is always covered

@@ -22,6 +22,7 @@ from ilqr_training.readout.causal import Causal
 from ilqr_training.readout.hidden import Maps, fit_hidden
 from ilqr_training.readout.recurrent import Recurrent, Windows, fit_recurrent
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings.split import varies
 from ilqr_vae.scoring.metrics import r2
 
@@ -207,6 +208,7 @@ def fit_readout(
     *,
     seed: int = 0,
     quick: bool = False,
+    progress: Progress = SILENT,
 ) -> ReadoutFit:
     """The readout that does best on the held-out part among those the configuration allows.
 
@@ -217,6 +219,7 @@ def fit_readout(
         n: latents. units: N.
         seed: of the layers' starts and dropout.
         quick: the linear map alone.
+        progress: receives the gradient steps of the layers.
     """
     reads = _Reads(n, units, config, seed)
     one, other = Bins.together(train), held[0]
@@ -233,7 +236,7 @@ def fit_readout(
     score, _, choice, maps = max(scored, key=lambda s: (s[0], -s[1]))
     recurrent = None
     if config.hidden and not quick:
-        deep = fit_hidden(table.x, table.y, maps, config, seed, units=units)
+        deep = fit_hidden(table.x, table.y, maps, config, seed, units=units, progress=progress)
         for share in SHARES:
             found = r2(truth, deep.share(share)(in_table))
             if found > score:
@@ -241,7 +244,8 @@ def fit_readout(
                 choice = replace(choice, hidden=len(deep.c), share=share)
     if config.recurrent and not quick and one.recalled is not None:
         direct, seen = maps(in_table), reads.windows(other)
-        for steps, layer in fit_recurrent(reads.windows(one), table.y, config, seed):
+        made = fit_recurrent(reads.windows(one), table.y, config, seed, progress=progress)
+        for steps, layer in made:
             alone = layer(seen)
             for part in SHARES[:-1]:
                 found = r2(truth, (1 - part) * direct + part * alone)
@@ -254,7 +258,7 @@ def fit_readout(
     trained = _module(maps, recurrent, table, (n, units), shape, choice)
     seen = other.everything(F, bool(choice.steps))
     decoded, std = calibrate(trained, seen, other.y, other.covariance)
-    readout = _again(Bins.together([*train, *held]), choice, reads, shape)
+    readout = _again(Bins.together([*train, *held]), choice, reads, shape, progress)
     for name in ("gain", "variance", "kappa"):
         getattr(readout, name).copy_(getattr(trained, name))
     return ReadoutFit(readout, score, other.y, decoded, std, str(choice))
@@ -291,17 +295,21 @@ class _Reads:
         )
 
 
-def _again(bins: Bins, choice: _Choice, reads: _Reads, shape: ReadoutShape) -> KinematicReadout:
+def _again(
+    bins: Bins, choice: _Choice, reads: _Reads, shape: ReadoutShape, progress: Progress
+) -> KinematicReadout:
     """What was chosen, fitted on all bins; without intervals."""
     config, seed = reads.config, reads.seed
     table = _Table.of(bins.x, bins.y, reads.latents)
     (maps,) = _ridges(table, reads.latents, [choice])
     if choice.hidden:
-        maps = fit_hidden(table.x, table.y, maps, config, seed, units=reads.units)
+        maps = fit_hidden(
+            table.x, table.y, maps, config, seed, units=reads.units, progress=progress
+        )
         maps = maps.share(choice.share)
     recurrent = None
     if choice.steps:
-        made = fit_recurrent(reads.windows(bins), table.y, config, seed)
+        made = fit_recurrent(reads.windows(bins), table.y, config, seed, progress=progress)
         recurrent = next(layer for steps, layer in made if steps == choice.steps)
     return _module(maps, recurrent, table, (reads.n, reads.units), shape, choice)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_training.config import ReadoutConfig
+from ilqr_vae.progress import SILENT, Progress
 
 Array = NDArray[np.float64]
 
@@ -62,7 +63,14 @@ def dropped(values: Tensor, share: float, g: torch.Generator) -> Tensor:
 
 
 def fit_hidden(
-    x: Array, y: Array, start: Maps, config: ReadoutConfig, seed: int, *, units: int = 0
+    x: Array,
+    y: Array,
+    start: Maps,
+    config: ReadoutConfig,
+    seed: int,
+    *,
+    units: int = 0,
+    progress: Progress = SILENT,
 ) -> Maps:
     """``start`` with ``config.members`` hidden layers of ``config.hidden`` units, averaged.
 
@@ -72,6 +80,7 @@ def fit_hidden(
         units: whose unexplained spikes the last ``config.residuals * units`` features are, bin by
             bin; zero if none are.
         seed: of starts, order and dropout; the same seed gives the same layer.
+        progress: receives the gradient steps.
     """
     xs, ys = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=torch.float32)
     W, b = (torch.as_tensor(t, dtype=torch.float32) for t in (start.W, start.b))
@@ -92,7 +101,7 @@ def fit_hidden(
         return torch.cat([values[..., : F - spikes], silent], -1)
 
     batches = _batches(T, M, g)
-    for _ in range(config.steps):
+    for step in range(1, config.steps + 1):
         rows = next(batches)
         seen = dropped(silence(xs[rows]) if spikes else xs[rows], config.dropout / 2, g)
         active = dropped(torch.baddbmm(c, seen, U.mT).relu(), config.dropout, g)
@@ -103,6 +112,7 @@ def fit_hidden(
         loss.backward()
         optimiser.step()
         schedule.step()
+        progress("readout, hidden layers", step, config.steps)
     made = [t.detach().double().numpy() for t in (U, c, O)]
     return Maps(
         W=start.W,

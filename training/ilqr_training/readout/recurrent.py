@@ -19,6 +19,7 @@ from torch import Tensor
 from ilqr_training.config import ReadoutConfig
 from ilqr_training.readout.hidden import dropped
 from ilqr_vae.model.readout import Cell, run
+from ilqr_vae.progress import SILENT, Progress
 
 Array = NDArray[np.float64]
 
@@ -73,13 +74,19 @@ class Recurrent:
 
 
 def fit_recurrent(
-    windows: Windows, y: Array, config: ReadoutConfig, seed: int
+    windows: Windows,
+    y: Array,
+    config: ReadoutConfig,
+    seed: int,
+    *,
+    progress: Progress = SILENT,
 ) -> Iterator[tuple[int, Recurrent]]:
     """The layer after each part of its training, with the gradient steps taken so far.
 
     Args:
         y: (T, D) standardised targets.
         seed: of start, order and dropout; the same seed gives the same layers.
+        progress: receives the gradient steps.
     """
     g = torch.Generator().manual_seed(seed)
     z, counts = torch.as_tensor(windows.z, dtype=torch.float32), torch.as_tensor(windows.counts)
@@ -119,6 +126,7 @@ def fit_recurrent(
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
         schedule.step()
+        progress("readout, recurrent layer", step, steps)
         if step in looks:
             made = [t.detach().double() for t in parameters]
             yield step, scale.undone(Cell(*made[:6]), made[6].numpy(), made[7].numpy())

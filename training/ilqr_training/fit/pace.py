@@ -1,0 +1,197 @@
+"""How long the rest of a training run will take: all of it, to the written model file.
+
+What is left to do is known from the settings: gradient steps, validations, and the final validation
+with its passes over the recording and its readout fits. What each costs is measured: passes and
+readout fits once, on a few bins and a few steps, before the first gradient step; gradient steps and
+validations as they are done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+
+from ilqr_training.config import ReadoutConfig, TrainConfig
+from ilqr_training.fit.crops import Prepared
+from ilqr_training.fit.validate import estimator_of, planned_passes
+from ilqr_training.readout.causal import causal_pass
+from ilqr_training.readout.hidden import Maps, fit_hidden
+from ilqr_training.readout.recurrent import CHECKPOINTS, Windows, fit_recurrent
+from ilqr_vae.model.generative import Model
+
+_RECENT = 50
+_BINS, _STREAMS = 12, 16
+_PROBED = 10
+_FORWARD = 0.4
+"""What a row costs that a layer only decodes, as a share of one that it learns from."""
+
+Clock = Callable[[], float]
+
+
+def shown(seconds: float) -> str:
+    """A duration for people, to two figures or so."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What the parts of a run take, in seconds.
+
+    Attributes:
+        bin: a bin of a causal pass, whatever the number of its streams; ``stream``: each stream's.
+        hidden, recurrent: a gradient step of the layers of the readout; 0 for none.
+    """
+
+    bin: float
+    stream: float
+    hidden: float = 0.0
+    recurrent: float = 0.0
+
+    def passes(self, planned: list[tuple[int, int]]) -> float:
+        """Of causal passes, given as (bins a stream, streams)."""
+        return sum(bins * (self.bin + self.stream * streams) for bins, streams in planned)
+
+
+def _timed(do: Callable[[], object], clock: Clock) -> float:
+    """Seconds of the second call: what is compiled or set up at the first is not counted."""
+    do()
+    began = clock()
+    do()
+    return clock() - began
+
+
+def measure(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -> Costs:
+    """Measure what passes and readout fits cost, on a few bins and steps.
+
+    Changes nothing, random numbers included.
+    """
+    with torch.random.fork_rng():
+        return _measured(model, data, config, clock)
+
+
+def _measured(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -> Costs:
+    estimator = estimator_of(model, data, config)
+    start, stop = data.train
+
+    def seconds_a_bin(streams: int) -> float:
+        bins = min(_BINS * streams, stop - start)
+
+        def run() -> object:
+            return causal_pass(
+                estimator, data.recording, start, start + bins, streams=streams, run_in=0
+            )
+
+        return _timed(run, clock) / max(1, -(-bins // streams))
+
+    one, many = seconds_a_bin(1), seconds_a_bin(_STREAMS)
+    stream = max(0.0, (many - one) / (_STREAMS - 1))
+    costs = Costs(bin=max(0.0, one - stream), stream=stream)
+    if data.recording.kinematics is None:
+        return costs
+    reads = config.readout.within(config.estimator.horizon)
+    hidden, recurrent = _layers(reads, model.n, data, clock)
+    return Costs(bin=costs.bin, stream=costs.stream, hidden=hidden, recurrent=recurrent)
+
+
+def _layers(reads: ReadoutConfig, n: int, data: Prepared, clock: Clock) -> tuple[float, float]:
+    """Seconds of a gradient step of the hidden and of the recurrent layers, on made-up rows."""
+    assert data.recording.kinematics is not None
+    units, channels = data.recording.n_units, data.recording.kinematics.shape[1]
+    rng = np.random.default_rng(0)
+    rows, features = 1024, (reads.lags + 1) * n + reads.residuals * units
+    y = rng.normal(size=(rows, channels))
+    few = replace(reads, steps=_PROBED, recurrent_steps=_PROBED)
+    hidden = recurrent = 0.0
+    if reads.hidden:
+        x = rng.normal(size=(rows, features))
+        linear = Maps.linear(np.zeros((channels, features)), np.zeros(channels))
+        fit = _timed(lambda: fit_hidden(x, y, linear, few, 0, units=units), clock)
+        hidden = fit / _PROBED
+    if reads.recurrent and reads.lags:
+        windows = Windows(
+            rng.normal(size=(rows, n)),
+            np.full(rows, reads.lags),
+            rng.normal(size=(rows, reads.lags, units)).astype(np.float32),
+        )
+        fit = _timed(lambda: list(fit_recurrent(windows, y, few, 0)), clock)
+        recurrent = fit / _PROBED
+    return hidden, recurrent
+
+
+class Pace:
+    """Time until the model file is written.
+
+    Args:
+        model, data, config: of the run.
+        afterwards: thorough validations that follow the run's own, each of a part of its bins.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Prepared,
+        config: TrainConfig,
+        *,
+        afterwards: int = 0,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._data, self._config, self._clock = data, config, clock
+        self._afterwards = afterwards
+        self._costs = measure(model, data, config, clock)
+        self._steps: deque[float] = deque(maxlen=_RECENT)
+        self._validations: deque[float] = deque(maxlen=3)
+        self._done = 0
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """Time a gradient step. The first of a run sets things up and is not counted."""
+        began = self._clock()
+        yield
+        self._done += 1
+        if self._done > 1:
+            self._steps.append(self._clock() - began)
+
+    @contextmanager
+    def validation(self) -> Generator[None]:
+        """Time a validation."""
+        began = self._clock()
+        yield
+        self._validations.append(self._clock() - began)
+
+    def left(self, step: int) -> float:
+        """Seconds left after so many gradient steps; NaN before any was timed."""
+        loop = self._config.training
+        if not self._steps:
+            return float("nan")
+        a_step = sum(self._steps) / len(self._steps)
+        every = loop.validate_every or loop.steps
+        ahead = -(-loop.steps // every) - step // every
+        quick = self._costs.passes(planned_passes(self._data, self._config, thorough=False))
+        if self._validations:
+            quick = sum(self._validations) / len(self._validations)
+        return (loop.steps - step) * a_step + ahead * quick + self._final(quick)
+
+    def _final(self, quick: float) -> float:
+        """The thorough validation at the end, its readout fitted twice."""
+        costs = self._costs
+        passes = costs.passes(planned_passes(self._data, self._config, thorough=True))
+        fits = 0.0
+        if self._data.recording.kinematics is not None:
+            reads, batch = self._config.readout, 256
+            a, b = self._data.validation
+            looks = _FORWARD * CHECKPOINTS * (b - a) / batch
+            fits = 2 * costs.hidden * reads.steps
+            fits += costs.recurrent * (2 * reads.recurrent_steps + looks)
+            plain = costs.passes(planned_passes(self._data, self._config, thorough=False))
+            fits += 2 * max(0.0, quick - plain)  # the linear map, as in a quick validation
+        return passes + fits + (passes + self._afterwards * fits if self._afterwards else 0.0)
