@@ -24,7 +24,7 @@ RUN pip install -c constraints.txt ".[engine]"
 COPY configs ./configs
 
 RUN useradd --create-home --uid 10001 ilqr \
-    && install -d -o ilqr -g ilqr "${NUMBA_CACHE_DIR}"
+    && install -d -o ilqr -g ilqr "${NUMBA_CACHE_DIR}" /journal
 USER ilqr
 
 # Ready means: warmed up and answering bins. The first start compiles the kernels, for minutes on a slow machine.

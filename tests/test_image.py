@@ -124,7 +124,8 @@ def status(pid: int) -> str:
 
 def test_compose_runs_what_the_image_is_made_for() -> None:
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    assert set(services) == {"service", "prometheus", "grafana"}
+    assert set(services) == {"service", "gpu", "prometheus", "grafana"}
+    assert services["gpu"]["profiles"] == ["gpu"]
     service = services["service"]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert services["prometheus"]["depends_on"]["service"]["condition"] == "service_healthy"

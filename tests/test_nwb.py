@@ -345,5 +345,5 @@ for attempt in (lambda: load_recording(sys.argv[1]), lambda: write_nwb(sys.argv[
         check=True,
         timeout=60,
     )
-    said = "expected the package 'pynwb' (pip install 'ilqr-vae[nwb]'), got not installed"
+    said = "expected the package 'pynwb' (pip install '.[nwb]'), got not installed"
     assert done.stdout.splitlines() == [f"recording: {said}", f"out: {said}"]

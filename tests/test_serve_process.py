@@ -57,7 +57,15 @@ def test_http(service: Service, feeder: Feeder) -> None:
     assert float(values["ilqr_gap_total"]) >= 1
     assert float(values["ilqr_ready"]) == 1
     for stage in ("wire_in", "queue", "solve", "publish", "total"):
-        assert f'ilqr_{stage}_seconds_bucket{{le="0.05"}}' in values
+        assert f'ilqr_latency_seconds_bucket{{le="0.05",stage="{stage}"}}' in values
+    assert "_created" not in text
+    assert 'ilqr_build_info{ilqr_vae="' in text
+    gauges = {"ilqr_ready", "ilqr_sessions"}  # go up and down
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    assert {kinds[name] for name in gauges} == {"gauge"}
+    assert kinds["ilqr_latency_seconds"] == "histogram"
+    for name in ("journal_bytes", "journal_lost_records", "bins", "refused", "gap", "iterations"):
+        assert kinds[f"ilqr_{name}_total"] == "counter"
     assert "http" not in text.replace("http_", "")  # no session's name anywhere
     assert service.telemetry.summary()["latency_ms"]["total"]["max"] > 0
 

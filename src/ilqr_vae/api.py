@@ -372,7 +372,7 @@ def train(recording: str | Path | Recording, *, out: str | Path, **settings: Any
     except ModuleNotFoundError as missing:
         raise ConfigError(
             "train",
-            expected="the trainer, pip install 'ilqr-vae[engine]'",
+            expected="the trainer, pip install '.[engine]'",
             got=f"no module {missing.name!r}",
         ) from missing
     trainer.train(recording, out=out, **settings)

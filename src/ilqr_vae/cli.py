@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as missing:
         print(
             f"error: {verb}: expected the package {missing.name!r} to be installed, got none; "
-            "try: pip install 'ilqr-vae[engine]'",
+            "try: pip install '.[engine]'",
             file=sys.stderr,
         )
         return 2

@@ -1,4 +1,4 @@
-"""Times of one stage of a bin as a Prometheus histogram, at the cost of an append.
+"""Times of the stages of a bin as a Prometheus histogram, at the cost of an append.
 
 What comes is put aside and counted in bulk, when somebody asks or once a second.
 """
@@ -15,17 +15,15 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 
-class Stage(Collector):
+class Durations:
     """Durations in nanoseconds.
 
     Args:
-        name: of the metric.
-        text: what it is.
-        edges: of its buckets, seconds, rising.
+        edges: of the buckets, seconds, rising.
     """
 
-    def __init__(self, name: str, text: str, edges: tuple[float, ...]) -> None:
-        self._name, self._text, self._edges = name, text, edges
+    def __init__(self, edges: tuple[float, ...]) -> None:
+        self._edges = edges
         self._counts = np.zeros(len(edges) + 1, dtype=np.int64)
         self._sum = self._longest = 0.0
         self._aside: deque[int] = deque()
@@ -47,18 +45,13 @@ class Stage(Collector):
             self._sum += float(seconds.sum())
             self._longest = max(self._longest, float(seconds.max()))
 
-    def describe(self) -> Iterable[Metric]:
-        """The metric without numbers."""
-        return [HistogramMetricFamily(self._name, self._text)]
-
-    def collect(self) -> Iterable[Metric]:
-        """The metric as Prometheus takes it."""
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """How many were at most each edge, as Prometheus takes it, and the sum in seconds."""
         self.settle()
         with self._lock:
             counts, total = np.cumsum(self._counts).tolist(), self._sum
         names = [*map(floatToGoString, self._edges), "+Inf"]
-        buckets = list(zip(names, counts, strict=True))
-        return [HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=total)]
+        return list(zip(names, counts, strict=True)), total
 
     def summary(self, quantiles: Mapping[str, float]) -> dict[str, float]:
         """How many there were, the longest in milliseconds, and an upper bound of each quantile:
@@ -75,3 +68,29 @@ class Stage(Collector):
             edge = edges[int(np.searchsorted(below, q * n))]
             found[name] = round(min(edge, longest) * 1e3, 4)
         return found | {"max": round(longest * 1e3, 4)}
+
+
+class Histogram(Collector):
+    """A Prometheus histogram of durations.
+
+    Args:
+        name: of the metric.
+        text: what it is.
+        durations: by the value of the label ``stage``; "" alone for a metric without labels.
+    """
+
+    def __init__(self, name: str, text: str, durations: Mapping[str, Durations]) -> None:
+        self._name, self._text, self._durations = name, text, durations
+
+    def describe(self) -> Iterable[Metric]:
+        """The metric without numbers."""
+        return [HistogramMetricFamily(self._name, self._text)]
+
+    def collect(self) -> Iterable[Metric]:
+        """The metric as Prometheus takes it."""
+        labels = [] if "" in self._durations else ["stage"]
+        family = HistogramMetricFamily(self._name, self._text, labels=labels)
+        for stage, durations in self._durations.items():
+            buckets, total = durations.buckets()
+            family.add_metric([stage] if labels else [], buckets, total)
+        return [family]

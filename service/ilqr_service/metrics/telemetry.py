@@ -5,26 +5,35 @@ share of bins answered within a bin is a count and no estimate. No label grows w
 What comes is put aside, and counted when somebody asks or once a second: a counter's lock and
 label for each bin would cost more than its bookkeeping in the session table.
 
-Stages of a bin: ``wire_in`` (source to arrival: from the feeder's clock to this one, by the offset
-that the feeder states with the bin; its uncertainty is a histogram beside it, and bins of feeders
-that state none are counted and left out), ``queue`` (arrival to solve), ``solve``, ``publish`` (end
+Stages of a bin, the label ``stage`` of ``ilqr_latency_seconds``: ``wire_in`` (source to arrival:
+from the feeder's clock to this one, by the offset that the feeder states with the bin; its
+uncertainty is a histogram beside it, and bins of feeders that state none are counted and left out),
+``queue`` (arrival to solve), ``solve``, ``publish`` (end
 of solve to the socket), ``total`` (arrival to the socket).
 """
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from itertools import cycle
 from typing import Any, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Info,
+    disable_created_metrics,
+)
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from ilqr_service.metrics.histogram import Stage
+from ilqr_service.metrics.histogram import Durations, Histogram
 from ilqr_vae.protocol import messages
 
 STAGES = ("wire_in", "queue", "solve", "publish", "total")
@@ -119,17 +128,17 @@ class Telemetry:
     """
 
     def __init__(self, bin_width: float) -> None:
+        disable_created_metrics()  # a series of start times beside each counter is of no use here
         self.registry = CollectorRegistry(auto_describe=True)
         r = self.registry
         r.register(_First(self._settle_events))
-        self._stages = {
-            stage: Stage(
-                f"ilqr_{stage}_seconds", f"time a bin spent in stage {stage}", edges(bin_width)
-            )
-            for stage in STAGES
-        }
-        for stage in self._stages.values():
-            r.register(stage)
+        versions = {name: version(name) for name in ("ilqr-vae", "torch", "numba")}
+        Info("ilqr_build", "what the service runs", registry=r).info(
+            {name.replace("-", "_"): number for name, number in versions.items()}
+            | {"python": platform.python_version()}
+        )
+        self._stages = {stage: Durations(edges(bin_width)) for stage in STAGES}
+        r.register(Histogram("ilqr_latency_seconds", "time of a bin, by stage", self._stages))
         bins = Counter("ilqr_bins", "bins answered, by status", ["status"], registry=r)
         self._bins = {status: bins.labels(status) for status in get_args(messages.Status)}
         self._refused = Counter(
@@ -149,16 +158,21 @@ class Telemetry:
         )
         self._masked = Gauge("ilqr_masked_units", "units masked, over all sessions", registry=r)
         self._journal_ok = Gauge("ilqr_journal_ok", "0 while the journal fails", registry=r)
-        self._journal_lost = Gauge("ilqr_journal_lost_records", "records not written", registry=r)
-        self._journal_bytes = Gauge("ilqr_journal_bytes", "bytes written", registry=r)
+        self._journal = {
+            name: Counter(f"ilqr_journal_{name}", text, registry=r)
+            for name, text in (("lost_records", "records not written"), ("bytes", "bytes written"))
+        }
+        self._journal_told = dict.fromkeys(self._journal, 0)
         self._journal_ok.set(1)
         self._recent = (0.0, 0.0)
-        self._uncertainty = Stage(
-            "ilqr_wire_in_uncertainty_seconds",
-            "how far wire_in may be off, from the offset between the clocks; 0 on one clock",
-            (0.0, *edges(bin_width)),
+        self._uncertainty = Durations((0.0, *edges(bin_width)))
+        r.register(
+            Histogram(
+                "ilqr_wire_in_uncertainty_seconds",
+                "how far wire_in may be off, from the offset between the clocks; 0 on one clock",
+                {"": self._uncertainty},
+            )
         )
-        r.register(self._uncertainty)
         self._turns = cycle([*self._stages.values(), self._uncertainty])
         self._iterations = Counter("ilqr_iterations", "iLQR iterations done", registry=r)
         self._done = self._counted = 0
@@ -233,8 +247,9 @@ class Telemetry:
 
     def journal(self, ok: bool, lost: int, written: int) -> None:
         self._journal_ok.set(ok)
-        self._journal_lost.set(lost)
-        self._journal_bytes.set(written)
+        for name, total in (("lost_records", lost), ("bytes", written)):
+            self._journal[name].inc(max(0, total - self._journal_told[name]))
+            self._journal_told[name] = total
 
     def ready(self, ready: bool) -> None:
         self._ready.set(ready)

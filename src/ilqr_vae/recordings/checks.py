@@ -271,6 +271,6 @@ def missing_extra(field: str, package: str, extra: str) -> RecordingError:
     """The error for a reader whose package is not installed."""
     return RecordingError(
         field,
-        expected=f"the package {package!r} (pip install 'ilqr-vae[{extra}]')",
+        expected=f"the package {package!r} (pip install '.[{extra}]')",
         got="not installed",
     )

@@ -30,7 +30,7 @@ def check_html(path: Path | None, field: str) -> None:
     if path is not None and missing:
         raise ConfigError(
             field,
-            expected="the extra 'report' (pip install 'ilqr-vae[report]')",
+            expected="the extra 'report' (pip install '.[report]')",
             got=f"no {missing[0]}",
         )
 

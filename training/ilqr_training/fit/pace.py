@@ -27,7 +27,7 @@ from ilqr_training.readout.recurrent import CHECKPOINTS, Windows, fit_recurrent
 from ilqr_vae.model.generative import Model
 
 _RECENT = 50
-_BINS, _STREAMS = 12, 16
+_BINS, _STREAMS = 16, 16
 _PROBED = 10
 _FORWARD = 0.4
 """What a row costs that a layer only decodes, as a share of one that it learns from."""
@@ -39,6 +39,8 @@ def shown(seconds: float) -> str:
     """A duration for people, to two figures or so."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
@@ -82,15 +84,16 @@ def _measured(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -
     estimator = estimator_of(model, data, config)
     start, stop = data.train
 
+    def seconds(bins: int, streams: int) -> float:
+        until = min(start + bins * streams, stop)
+        return _timed(
+            lambda: causal_pass(estimator, data.recording, start, until, streams=streams, run_in=0),
+            clock,
+        )
+
     def seconds_a_bin(streams: int) -> float:
-        bins = min(_BINS * streams, stop - start)
-
-        def run() -> object:
-            return causal_pass(
-                estimator, data.recording, start, start + bins, streams=streams, run_in=0
-            )
-
-        return _timed(run, clock) / max(1, -(-bins // streams))
+        """Without what a pass costs however short it is."""
+        return max(0.0, seconds(3 * _BINS, streams) - seconds(_BINS, streams)) / (2 * _BINS)
 
     one, many = seconds_a_bin(1), seconds_a_bin(_STREAMS)
     stream = max(0.0, (many - one) / (_STREAMS - 1))
@@ -178,7 +181,7 @@ class Pace:
         ahead = -(-loop.steps // every) - step // every
         quick = self._costs.passes(planned_passes(self._data, self._config, thorough=False))
         if self._validations:
-            quick = sum(self._validations) / len(self._validations)
+            quick = min(self._validations)  # the first one may have loaded or compiled things
         return (loop.steps - step) * a_step + ahead * quick + self._final(quick)
 
     def _final(self, quick: float) -> float:
