@@ -104,7 +104,7 @@ from ilqr_vae.errors import ConfigError
 try:
     ilqr_vae.train("r.mat", out="m.safetensors")
 except ConfigError as error:
-    assert "pip install 'ilqr-vae[engine]'" in str(error), error
+    assert "pip install '.[engine]'" in str(error), error
 else:
     raise AssertionError
 """
