@@ -17,11 +17,13 @@ class KnownClock:
 
     Attributes:
         offset: the best of those measured, at this moment.
+        also_ns: how far off this client's times are themselves, where they are of another clock.
     """
 
     def __init__(self, timer: Clock, offset: ClockOffset | None) -> None:
         self.timer = timer
         self.offset = offset
+        self.also_ns = 0
         self._probed_ns = timer.now_ns()
 
     def stated(self, now_ns: int) -> messages.Offset | None:
@@ -30,7 +32,7 @@ class KnownClock:
         return (
             None
             if clock is None
-            else messages.Offset(clock.offset_ns, clock.uncertainty_at(now_ns))
+            else messages.Offset(clock.offset_ns, clock.uncertainty_at(now_ns) + self.also_ns)
         )
 
     def probe(self, now_ns: int) -> messages.Probe | None:

@@ -101,6 +101,10 @@ class SpikeSession(Session):
         self._next_bin = closed.stop
         return closed.stop
 
+    def skip_batch(self) -> None:
+        """Spikes since the last batch are lost: bins from there to the next batch are missing."""
+        self._next_batch += 1
+
     def _resend(self, opened: messages.Opened, frames: list[bytes]) -> None:
         for index, frame in self._sent:
             if index >= (opened.next_batch or 0):

@@ -1,0 +1,167 @@
+"""Streams of the lab streaming layer: found by name, found again when they are gone."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.protocol.clock import Clock
+
+_CLOCK_S, _CORRECT_S, _FIRST_S, _POLL_S = 5.0, 0.1, 5.0, 0.01
+
+Say = Callable[[str], None]
+
+
+def load_pylsl() -> Any:
+    """The package. Raises ConfigError: it is not installed, or its library is not found."""
+    try:
+        import pylsl
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ConfigError(
+            "bridge lsl",
+            expected="the package pylsl; try: pip install 'ilqr-vae[lsl]'",
+            got=str(error) or "none",
+        ) from error
+    return pylsl
+
+
+def lsl_minus_ours_s(pylsl: Any, clock: Clock) -> tuple[float, float]:
+    """LSL's clock on this machine minus ours, and how far off that may be; seconds."""
+    spans: list[tuple[int, float, int]] = []
+    for _ in range(5):
+        spans.append((clock.now_ns(), float(pylsl.local_clock()), clock.now_ns()))
+    before, there, after = min(spans, key=lambda s: s[2] - s[0])
+    return there - (before + after) / 2e9, (after - before) / 2e9
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples as they came: values (S, C) or S rows of text, stamps (S,) in seconds by the
+    source's clock."""
+
+    values: Any
+    stamps: NDArray[np.float64]
+
+
+class NamedStream:
+    """The stream of a name, whoever offers it.
+
+    A source that goes away is noticed at once, by an inlet that is not to recover. What it sent
+    before is still given; then the stream is looked for again.
+
+    Args:
+        pylsl: the package.
+        name: the stream's.
+        say: is told what happens to the stream.
+
+    Attributes:
+        info: of the stream that is, or was last, read; None before the first.
+        correction_s, uncertainty_s: add the first to a stamp to have the time by LSL's clock on
+            this machine, which may be off by the second.
+        found: how often a source was found.
+    """
+
+    def __init__(self, pylsl: Any, name: str, say: Say) -> None:
+        self.name = name
+        self.info: Any = None
+        self.correction_s = self.uncertainty_s = 0.0
+        self.found = 0
+        self._pylsl, self._say = pylsl, say
+        self._inlet: Any = None
+        self._watch: Any = None
+        self._resolver: Any = None
+        self._gone = self._corrected = 0.0
+
+    def look(self, timeout: float) -> bool:
+        """Look for the stream, unless it is there. Returns whether it is."""
+        if self._inlet is not None:
+            return True
+        if self._resolver is None:  # anew after each source: it knows none that is gone
+            self._resolver = self._pylsl.ContinuousResolver("name", self.name)
+        end = time.monotonic() + timeout
+        while not (found := self._resolver.results()):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_POLL_S)
+        self._resolver = None
+        self._take(max(found, key=lambda info: info.created_at()))
+        return self._inlet is not None
+
+    def _take(self, info: Any) -> None:
+        try:
+            inlet = self._pylsl.StreamInlet(info, recover=True)
+            inlet.open_stream(_FIRST_S)
+            full = inlet.info(_FIRST_S)
+            watch = self._pylsl.StreamInlet(info, max_buflen=1, recover=False)
+            watch.open_stream(_FIRST_S)
+        except (self._pylsl.util.LostError, self._pylsl.util.TimeoutError):
+            return  # it is gone again
+        before, self.info = self.info, full
+        self._inlet, self._watch = inlet, watch
+        self.found += 1
+        self._correct(_FIRST_S)
+        back = f", back after {time.monotonic() - self._gone:.1f} s" if self._gone else ""
+        channels = full.channel_count()
+        self._say(
+            f"stream {self.name!r} of {full.hostname()}{back}: {channels} channels, clock "
+            f"{self.correction_s * 1e3:+.3f} ms ± {self.uncertainty_s * 1e3:.3f} ms"
+        )
+        if before is not None and before.channel_count() != channels:
+            self._say(f"stream {self.name!r} had {before.channel_count()} channels before")
+
+    def labels(self) -> list[str]:
+        """Names of the channels; empty where the stream does not say."""
+        named = None if self.info is None else self.info.get_channel_labels()
+        return [label or "" for label in named] if named else []
+
+    def pull(self, timeout: float) -> Samples | None:
+        """What has come, waiting for the first; None if nothing has."""
+        if self._inlet is None:
+            return None
+        lost = self._lost()
+        text = self.info.channel_format() == self._pylsl.cf_string
+        values, stamps = self._inlet.pull_chunk(
+            0.0 if lost else timeout, 4096, min_samples=1, as_numpy=not text
+        )
+        if len(stamps):
+            if not lost and time.monotonic() - self._corrected > _CLOCK_S:
+                self._correct(_CORRECT_S)
+            return Samples(values, np.asarray(stamps, np.float64))
+        if lost:
+            self._say(f"stream {self.name!r} is gone")
+            self._inlet, self._gone = None, time.monotonic()
+        return None
+
+    def _lost(self) -> bool:
+        """Whether the source has gone away."""
+        if self._watch is not None:
+            try:
+                self._watch.pull_chunk(0.0)
+            except self._pylsl.util.LostError:
+                self._watch = None
+        return self._watch is None
+
+    def _correct(self, timeout: float) -> None:
+        """Measure the clock's offset again; the one before stays where it cannot be had."""
+        from pylsl.lib import lib
+
+        measure = lib.lsl_time_correction_ex
+        measure.restype = ctypes.c_double
+        remote, uncertainty, error = ctypes.c_double(), ctypes.c_double(), ctypes.c_int()
+        correction = measure(
+            self._inlet.obj,
+            ctypes.byref(remote),
+            ctypes.byref(uncertainty),
+            ctypes.c_double(timeout),
+            ctypes.byref(error),
+        )
+        self._corrected = time.monotonic()
+        if error.value == 0:
+            self.correction_s, self.uncertainty_s = float(correction), uncertainty.value
