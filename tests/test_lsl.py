@@ -256,9 +256,12 @@ def _spikes_through_lsl(service: Service) -> None:
         until("spikes", lambda: bridge.tally["samples"] == 4)
         del source
         until("gone", lambda: any("is gone" in line for line in said))
-        time.sleep(0.6)  # at least one whole bin passes without the source
+        gone = time.monotonic()
+        until("two bins without the source", lambda: time.monotonic() > gone + 0.6)
         source = outlet("units", 1, kind=pylsl.cf_int32)
         until("back", lambda: bridge.tally["found"] == 2)
+        sent = bridge.tally["batches"]
+        until("batches of the new source", lambda: bridge.tally["batches"] > sent + 1)
         assert source.wait_for_consumers(WAIT_S)
         last = int((time.monotonic_ns() - origin) // 250_000_000) + 1
         push(last, [2, 2])
