@@ -13,20 +13,22 @@ import pytest
 
 from feeder import Feeder, bin_, numbers, open_, spikes
 from ilqr_service.journal import journal as journal_module
+from ilqr_service.journal.live import Live, follow
 from ilqr_service.journal.records import (
     MAGIC,
     Header,
     Opened,
     Queued,
+    Snapshot,
     frame,
     records,
     segments,
     survey,
 )
-from ilqr_service.journal.resume import open_runs
+from ilqr_service.journal.resume import model_of, models_of, open_runs
 from ilqr_service.journal.verify import verify
 from ilqr_service.journal.writer import Writer
-from ilqr_service.solving.run import pack_work
+from ilqr_service.solving.run import PackedRun, pack_work
 from ilqr_service.work import Solve, Swap, Work
 from ilqr_vae.cli import main
 from ilqr_vae.errors import JournalError, ServiceError
@@ -322,6 +324,23 @@ def test_a_bin_whose_record_is_damaged_counts_as_missing_until_it_comes_again(
         np.testing.assert_array_equal(numbers(result), expected[result.index])
     verdict = verify(folder, [model_file])
     assert verdict.identical == verdict.answers > 0
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["snapshot", "works alone"])
+def test_a_run_whose_swap_is_lost_goes_on_with_the_model_of_what_followed(kept: bool) -> None:
+    runs: dict[int, Live] = {}
+    state = PackedRun(run=0, model="new", serial=2, state=(), watch=(), works=())
+    for record in (
+        Opened(run=0, slot="main", model="old", user="", request=open_("s")),
+        *(
+            Queued(work=pack_work(Solve(run=0, index=i, serial=s, counts=None, model=m)))
+            for s, i, m in ((0, 0, "old"), (2, 1, "new"))
+        ),
+        *([Snapshot(packed=state)] if kept else []),
+    ):
+        follow(runs, record, frame(record))
+    assert model_of(runs[0]) == "new"
+    assert "new" in models_of(runs[0])
 
 
 Place = tuple[int, int, str]  # serial, index, kind

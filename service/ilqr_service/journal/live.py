@@ -61,7 +61,8 @@ class Live:
         elif isinstance(record, Snapshot):
             self.snapshot = framed
             done = [s for s in self.works if s <= record.packed.serial]
-            self.opened = advance(self.opened, [self.works.pop(s)[1] for s in done])
+            at = advance(self.opened, [self.works.pop(s)[1] for s in done])
+            self.opened = replace(at, model=record.packed.model)
 
 
 def run_of(record: Record) -> int | None:
@@ -91,10 +92,12 @@ def follow(runs: dict[int, Live], record: Record, framed: bytes) -> None:
 def advance(opened: Opened, works: list[Queued]) -> Opened:
     """Where a run stands after these works, in order."""
     next_index, base, serial = opened.next_index, opened.base, opened.serial
+    model = opened.model
     missing = set(opened.missing)
     for record in works:
         work = record.work
         serial = work.serial + 1
+        model = work.swap or work.model or model  # the record of a swap may be lost
         if work.swap:
             continue
         if work.restart:
@@ -105,7 +108,6 @@ def advance(opened: Opened, works: list[Queued]) -> Opened:
         else:
             missing.discard(work.index)
     kept = tuple(sorted(i for i in missing if i >= next_index - 1024))
-    model = next((w.work.swap for w in reversed(works) if w.work.swap), opened.model)
     return replace(
         opened,
         again=True,
