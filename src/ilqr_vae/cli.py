@@ -34,6 +34,7 @@ SUMMARIES = {
     "models": "list, load, swap or roll back the models of a running service",
     "load": "load a running service with many sessions and faults, and report latency",
     "monitor": "watch a running service live in the terminal",
+    "dashboard": "show a running service live in a browser",
     "closed-loop": "let a simulated subject reach for targets through a running service",
 }
 
