@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ilqr_clients.closed_loop import metres_per_second
+from ilqr_clients.sdk import Model
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import (
     BehaviourSeries,
@@ -136,14 +137,14 @@ def test_a_file_in_other_units_is_read_in_the_models(tmp_path: Path) -> None:
         return write_nwb(tmp_path / f"{scale:g}.nwb", spikes, series=(series,))
 
     def read(path: Path) -> Recording:
-        return load_matching(
-            path,
-            RecordingSpec(bin_width=0.05),
+        model = Model(
+            model_id="m",
             bin_width=0.05,
             unit_names=("unit0", "unit1", "unit2"),
             kinematic_names=("vx", "vy"),
             kinematic_units=("m/s", "m/s"),
         )
+        return load_matching(path, RecordingSpec(bin_width=0.05), model)
 
     in_cm, in_m = read(written("cm/s", 100.0)), read(written("m/s", 1.0))
     np.testing.assert_allclose(in_cm.kinematics, in_m.kinematics, rtol=1e-9)

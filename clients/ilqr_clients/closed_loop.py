@@ -1,9 +1,9 @@
 """A simulated subject reaches for targets with a cursor that the service's decodes move.
 
-Lock-step: each bin the subject sees cursor and target and fires; the counts go to the service; the
-decoded velocity that is there by the deadline moves the cursor. One that is not there in time
-leaves the newest velocity known as it is, and is counted. A loop that runs ahead of its answers
-waits where it has used up its credits.
+The loop runs in lock-step. In each bin the subject sees cursor and target and fires, the counts go
+to the service, and the decoded velocity moves the cursor. If the decode does not arrive by the
+deadline, the cursor keeps its last velocity and the bin is counted. A loop that runs ahead of its
+answers waits once it has used up its credits.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Array = NDArray[np.float64]
 WORKSPACE = 0.20
 """Metres from the centre at which the cursor stops."""
 MAX_TRIAL_S = 12.0
-"""Longest a trial lasts on average before the run is ended."""
+"""Seconds per trial, on average, after which the run ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reaching:
-    """How a series of reaches went.
+    """Results of a series of reaches.
 
     Attributes:
         trials: finished reaches.
-        efficiency: of each successful one: straight distance over the distance travelled.
+        efficiency: straight distance over distance travelled, of each successful reach.
         paths: (L, 2) metres of each, the cursor from the go to the end.
     """
 
@@ -53,8 +53,9 @@ class Reaching:
         return Reaches(self.paths, targets, tuple(t.success for t in self.trials))
 
     def summary(self) -> dict[str, float]:
-        """trials, successes, success_rate, time_to_target_s (median, p25, p75), path_efficiency
-        (median), the last two of the successful ones, NaN where there is none."""
+        """Return trials, successes, success_rate, time_to_target_s (median, p25, p75) and
+        path_efficiency (median). The last two are of the successful reaches, NaN if there are none.
+        """
         times = [t.acquired - t.go for t in self.trials if t.success]
         quartiles = np.percentile(times, [25, 50, 75]) if times else np.full(3, np.nan)
         return {
@@ -73,7 +74,7 @@ class Reaching:
 
 
 class Trace:
-    """The cursor over time, for path efficiency: one position each ``step`` seconds."""
+    """Positions of the cursor, one every ``step`` seconds, for the path efficiency."""
 
     def __init__(self, step: float) -> None:
         self._step = step
@@ -89,7 +90,7 @@ class Trace:
         return np.array(self._at[a : b + 1]).reshape(-1, 2)
 
     def efficiency(self, trial: TrialRecord) -> float:
-        """Straight over travelled between go and acquired; NaN for a failed trial."""
+        """Straight distance over distance travelled from go to acquired; NaN for a failed trial."""
         path = self.path(trial)
         if not trial.success or len(path) < 2:
             return float("nan")
@@ -103,35 +104,36 @@ class Trace:
 
 
 def unit_columns(model_units: tuple[str, ...], units: int) -> NDArray[np.int64]:
-    """Which of the subject's units the model's are.
+    """Return the index of each of the model's units among the subject's.
 
     Raises:
         ConfigError: a unit of the model is not the simulated subject's.
     """
     index = {f"unit{i:03d}": i for i in range(units)}
-    strange = [name for name in model_units if name not in index]
-    if strange:
+    unknown = [name for name in model_units if name not in index]
+    if unknown:
         raise ConfigError(
             "model",
             expected=f"one trained on the simulated subject ({units} units, unit000 ...)",
-            got=f"unit {strange[0]!r}",
+            got=f"unit {unknown[0]!r}",
         )
     return np.array([index[name] for name in model_units], dtype=np.int64)
 
 
 def metres_per_second(units: tuple[str, ...]) -> list[float | None]:
-    """What the first two channels are multiplied by to be in m/s; None for no velocity."""
+    """Return the factors that convert the first two channels to m/s; None for no velocity."""
     return [conversion(unit, "m/s") for unit in units[:2]]
 
 
 @dataclass(slots=True)
 class LoopLog:
-    """Counts, in bins, and what was decoded.
+    """Log of a closed loop.
 
     Attributes:
-        stream: the answers, and their times.
-        held: bins whose answer was not there by the deadline: an older velocity moved the cursor.
-        velocities: (bins, 2), m/s, that moved the cursor.
+        stream: the answers and their times.
+        held: number of bins whose answer missed the deadline, so that an older velocity was kept.
+        bins: number of bins sent.
+        velocities: (bins, 2), m/s, applied to the cursor.
         counts: (bins, N), what was sent.
     """
 
@@ -158,15 +160,15 @@ def run_loop(
     patience: float,
     watch: Callable[[LoopLog, CentreOut], Any] | None = None,
 ) -> tuple[Reaching, LoopLog]:
-    """Reach ``trials`` times, or for as long as ``MAX_TRIAL_S`` a trial allows.
+    """Run ``trials`` reaches, or stop after ``MAX_TRIAL_S`` per trial.
 
     Args:
         session: open; its first two kinematic channels are velocities (``metres_per_second``).
-        subject, task: fresh.
-        columns: the subject's units in the order of the session's.
-        deadline: seconds from a bin's send until its answer must be there.
-        speed: multiple of real time, or None for the next bin as soon as one is answered.
-        patience: seconds without any answer, while some are due, after which to give up.
+        subject, task: not used before.
+        columns: index of each of the session's units among the subject's.
+        deadline: seconds from a bin's send to its answer.
+        speed: multiple of real time; None sends the next bin as soon as one is answered.
+        patience: seconds without any answer, while some are due, before giving up.
 
     Raises:
         ServiceUnreachableError, AnswerTimeoutError: no answer for ``patience`` seconds.
@@ -193,7 +195,7 @@ def run_loop(
         if speed is not None:
             intended = stream.started_ns + round(index * width / speed * 1e9)
             _listen(session, stream, until_ns=intended, index=-1)
-        _wait_for_room(session, stream, patience)
+        _wait_for_credit(session, stream, patience)
         stream.intended[index] = intended
         stream.sent[index] = session.send(index, counts, source_ns=intended)
         log.bins = index + 1
@@ -217,17 +219,17 @@ def run_loop(
 
 
 def _listen(session: Session, log: StreamLog, *, until_ns: int, index: int) -> None:
-    """Take answers until the time, or until ``index`` is answered; at least once."""
+    """Receive answers until the given time or until ``index`` is answered; at least once."""
     while True:
         left = (until_ns - time.monotonic_ns()) / 1e9
-        # Polling counts in whole milliseconds; the last one is spent looking.
+        # Polls have a resolution of one millisecond; below that, poll without waiting.
         _take(session, log, left if left >= 0.001 else 0.0)
         if left <= 0 or (index >= 0 and log.status[index]):
             return
 
 
-def _wait_for_room(session: Session, log: StreamLog, patience: float) -> None:
-    """Take answers until the service would take another bin; beyond its credits it refuses one."""
+def _wait_for_credit(session: Session, log: StreamLog, patience: float) -> None:
+    """Receive answers until the session has a credit; the service refuses bins beyond them."""
     heard_ns = time.monotonic_ns()
     while session.credits <= 0:
         answered = log.answered
@@ -240,7 +242,7 @@ def _wait_for_room(session: Session, log: StreamLog, patience: float) -> None:
 
 
 def _take(session: Session, log: StreamLog, wait: float) -> None:
-    """Note what comes, waiting up to ``wait`` seconds for the first of it. Raises ServiceError."""
+    """Record all answers, waiting up to ``wait`` seconds for the first. Raises ServiceError."""
     for answer in session.receive(wait):
         log.take(answer)
     if session.refused:
@@ -256,10 +258,7 @@ def _silent(session: Session, patience: float) -> AnswerTimeoutError:
 def without_decoder(
     velocities: list[Array], task: CentreOut, *, trials: int, width: float, seed: int
 ) -> Reaching:
-    """The control: the same velocities in another order, in half-second pieces, move the cursor.
-
-    What a cursor that moves alike but knows nothing of the target reaches by chance.
-    """
+    """Control for chance: the same velocities, shuffled in half-second pieces, move the cursor."""
     trace, cursor = Trace(width), np.zeros(2)
     if not velocities:
         return trace.reaching([])
@@ -279,7 +278,7 @@ def without_decoder(
 
 
 def own_hand(subject: Subject, task: CentreOut, *, trials: int) -> Reaching:
-    """The ceiling: the same subject and task with the subject's own hand."""
+    """Upper bound: the same subject and task with the subject's own hand as cursor."""
     hand, trace = Hand(), Trace(TICK)
     for _ in range(int(trials * MAX_TRIAL_S / TICK)):
         trace.add(hand.position)

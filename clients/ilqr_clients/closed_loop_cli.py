@@ -52,7 +52,7 @@ EXAMPLE = "Example: ilqr-vae closed-loop --to tcp://127.0.0.1:5555 --trials 24 -
 
 
 def check_velocity(model: Model) -> None:
-    """Raises ConfigError where the model's first two channels are no velocities."""
+    """Raise ConfigError unless the model's first two channels are velocities."""
     if len(model.kinematic_units) < 2 or None in metres_per_second(model.kinematic_units):
         raise ConfigError(
             "model.kinematic_units",
@@ -62,7 +62,7 @@ def check_velocity(model: Model) -> None:
 
 
 def summary_line(name: str, reaching: Reaching) -> str:
-    """One line of the table; no time and no efficiency of fewer than ``FEWEST_SUCCESSES``."""
+    """One line of the table; times and efficiency only from ``FEWEST_SUCCESSES`` successes on."""
     s = reaching.summary()
     time_taken = efficiency = "-"
     if s["successes"] >= FEWEST_SUCCESSES:
@@ -125,7 +125,7 @@ def report_of(
 @app.command("closed-loop", epilog=EXAMPLE)
 def closed_loop(
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
-    trials: Annotated[int, typer.Option(min=1, help="Reaches.")] = 24,
+    trials: Annotated[int, typer.Option(min=1, help="Number of reaches.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Of the targets and this run's noise.")] = 0,
     subject: Annotated[
         int,
@@ -137,7 +137,7 @@ def closed_loop(
     ] = "1",
     deadline_ms: Annotated[
         float | None,
-        typer.Option(help="A later answer leaves the velocity; default the bin width."),
+        typer.Option(help="Answers after this are not used in time; default the bin width."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
@@ -154,10 +154,10 @@ def closed_loop(
         float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
     ] = 5.0,
 ) -> None:
-    """A simulated subject does a centre-out task whose cursor the service's decodes move.
+    """Run a centre-out task in which the service's decodes move a simulated subject's cursor.
 
-    Beside it: the same cursor movements in another order (chance), and the subject's own hand
-    (ceiling). Exit codes: 0 done, 2 wrong input or model, 3 no service or it refused.
+    For comparison: the same cursor movements in shuffled order (chance) and the subject's own hand
+    (upper bound). Exit codes: 0 done, 2 wrong input or model, 3 no service or it refused.
     """
     pace = parse_speed(speed)
     check_writable(json_file, "--json")

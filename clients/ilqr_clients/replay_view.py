@@ -1,4 +1,4 @@
-"""The terminal view of a running replay. Drawn only where it does not delay a bin."""
+"""The terminal view of a running replay, drawn only while no bin has to wait for it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLES = {
 
 
 def status_text(statuses: dict[str, int]) -> Text:
-    """Coloured ``ok 120  missing 4``; ``-`` where there are none."""
+    """Return coloured text such as ``ok 120  missing 4``; ``-`` if there are none."""
     parts = [
         Text.assemble((visible(k), STYLES.get(k, "white")), f" {v}")
         for k, v in statuses.items()
@@ -39,16 +39,17 @@ def status_text(statuses: dict[str, int]) -> Text:
 
 
 class LiveReplay(Closing):
-    """A ``watch`` for ``replay.stream``: a rich table, at most four times a second.
+    """A ``watch`` for ``stream.stream``: a table, redrawn at most four times a second.
 
-    Drawing waits for a pause before the next send that is longer than drawing takes; with none for
-    a second it draws all the same, or the table would freeze at high speeds.
+    It is drawn while the next send is further away than drawing takes, and at least once a second,
+    so that it does not freeze at high speeds.
 
     Args:
-        total: bins in the stream; those before ``warm_up`` are not scored.
-        truth: (T, D) of the whole stream, or None; ``scored`` (T,) says where it counts.
+        total: bins in the stream; the first ``warm_up`` are not scored.
+        truth: (T, D) kinematics of the whole stream, or None; ``scored`` (T,) marks the bins that
+            count.
         names: of the D channels.
-        enabled: False draws nothing.
+        enabled: if false, nothing is drawn.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class LiveReplay(Closing):
         return self
 
     def close(self) -> None:
-        """Leave the table as it was last drawn."""
+        """Stop drawing; the last table stays on the screen."""
         if self._live is not None:
             self._live.stop()
 
@@ -90,7 +91,7 @@ class LiveReplay(Closing):
         self._cost = 0.5 * self._cost + 0.5 * (self._drawn - now)
 
     def table(self, log: StreamLog) -> Table:
-        """The table as it stands."""
+        """Return the current table."""
         table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2))
         table.add_column(style="bold")
         table.add_column()

@@ -1,4 +1,4 @@
-"""Which bins of a recording a replay streams, and which of them it scores."""
+"""The bins of a recording that a replay streams, and those of them that it scores."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from ilqr_vae.recordings.trials import in_course
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A span of a recording as it ran.
+    """A span of a recording in its original course.
 
     Attributes:
-        recording: as it ran, the model's units alone; ``scored`` within the span.
+        recording: the whole course, only the model's units; ``scored`` within the span.
         span: its name.
-        start, stop: half-open range of bins that holds it.
-        inside: bool (T,), the bins that are of the span. A span of trials has others between them:
-            they are streamed, since a stream runs on, and not scored.
-        learnt_from: what baselines are fitted on, and ``split`` is of.
-        notes: sentences a reader should know.
+        start, stop: half-open range of bins that contains the span.
+        inside: bool (T,), bins of the span. Bins between its trials are streamed but not scored.
+        learnt_from: the recording that baselines are fitted on and ``split`` refers to.
+        notes: sentences for the report.
     """
 
     recording: Recording
@@ -39,32 +38,20 @@ class Part:
     notes: tuple[str, ...] = ()
 
 
-def read_for(model: Model, path: Path, spec: RecordingSpec) -> Recording:
-    """The recording, the model's units alone. Raises RecordingError."""
-    return load_matching(
-        path,
-        spec,
-        bin_width=model.bin_width,
-        unit_names=model.unit_names,
-        kinematic_names=model.kinematic_names,
-        kinematic_units=model.kinematic_units,
-    )
-
-
 def part_of(model: Model, path: Path, spec: RecordingSpec, span: Span) -> Part:
-    """A span of a recording, to be streamed: of its trials where the model was trained on trials.
+    """Return a span of a recording for streaming, by trials if the model was trained on trials.
 
     Raises:
         RecordingError: the recording cannot be read for the model, or the span has no bin.
     """
     ran = spec.as_it_ran()
-    course = read_for(model, path, ran)
+    course = load_matching(path, ran, model)
     notes: tuple[str, ...] = ()
     if spec.mode == "trials":
         try:
-            windows = read_for(model, path, spec)
+            windows = load_matching(path, spec, model)
         except RecordingError as error:
-            notes = (f"The {span} span is by time, for want of trials as in training: {error}.",)
+            notes = (f"The {span} span is by time, as it has no trials as in training: {error}.",)
         else:
             return _of_trials(course, windows, spec, span)
     start, stop = ran.split.occupied(span, course)

@@ -1,7 +1,7 @@
-"""Stream a recording through a session: clocked open-loop, or as fast as credits allow.
+"""Stream a recording through a session: open loop at a given speed, or as fast as credits allow.
 
-At a given speed the send times are fixed beforehand (bin k leaves at start + k * bin width / speed)
-and latency counts from them, so a feeder that falls behind shows it instead of hiding it.
+At a given speed the send times are fixed beforehand (bin k is sent at start + k * bin width /
+speed) and latency counts from them, so that a feeder that falls behind shows in the latencies.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
 IN_FLIGHT = 4
-"""Bins unanswered at full speed, where the service grants as many: enough to keep it busy, few
-enough that they do not wait long in its queue."""
+"""Most unanswered bins at full speed: enough to keep the service busy, without a long queue."""
 
 CROSSING: tuple[str, ...] = ("wire_in", "wire_out")
-"""Stages that go from one clock to the other: no better known than the offset between them."""
+"""Stages between the two clocks, known only as well as the offset between them."""
 
 _RESET = re.compile(r"reset: bins (\d+) to (\d+) did not come")
 """The service's notice of a gap beyond its limit, whose bins it does not answer."""
 
 PATIENCE_S = 10.0
-"""How long nothing may come back while answers are due."""
+"""Seconds without any answer, while some are due, before giving up."""
 
 
 def _nan(*shape: int) -> Array:
@@ -43,14 +42,13 @@ def _nan(*shape: int) -> Array:
 
 @dataclass(slots=True)
 class StreamLog:
-    """What was sent and what came back for T bins; NaN, 0 or "" where nothing did.
+    """Bins sent and answers received, for T bins; NaN, 0 or "" if a bin has no answer.
 
-    ``units`` is how many units' rates are kept.
-
-    Values are the first answer's for each bin, the one a subject would have had; ``revised`` holds
-    the answers that superseded one. Times are ns: ``intended``, ``sent`` and ``arrived`` of this
-    client's clock, the others of the service's. ``unbridged`` counts the bins of gaps too long for
-    the service, which have no answers.
+    ``units`` is the number of units whose rates are kept. Values are those of each bin's first
+    answer, which a closed loop would have used; ``revised`` holds later answers for a bin. Times
+    are in ns: ``intended``, ``sent`` and ``arrived`` by this client's clock, the others by the
+    service's. ``unbridged`` counts the bins of gaps that are too long for the service, which have
+    no answers.
     """
 
     n_bins: int
@@ -83,16 +81,8 @@ class StreamLog:
 
     def __post_init__(self) -> None:
         n = self.n_bins
-        for name in (
-            "intended",
-            "sent",
-            "arrived",
-            "received",
-            "solve_start",
-            "solve_end",
-            "published",
-            "iterations",
-        ):
+        times = ("received", "solve_start", "solve_end", "published")
+        for name in ("intended", "sent", "arrived", *times, "iterations"):
             setattr(self, name, np.zeros(n, dtype=np.int64))
         self.latent, self.latent_std = _nan(n, self.latents), _nan(n, self.latents)
         self.kinematics, self.kinematics_std = _nan(n, self.channels), _nan(n, self.channels)
@@ -101,7 +91,7 @@ class StreamLog:
         self.status = [""] * n
 
     def take(self, answer: Answer) -> None:
-        """Note one answer."""
+        """Record one answer."""
         i = answer.index
         if not 0 <= i < self.n_bins:
             return
@@ -125,12 +115,12 @@ class StreamLog:
         self.rates[i] = answer.rates[: self.units]
 
     def latency_ms(self, rows: slice, clock: ClockTrack | None = None) -> dict[str, Array]:
-        """Milliseconds by stage for ``rows``; NaN for bins never sent or never answered.
+        """Return milliseconds by stage for ``rows``; NaN for bins not sent or not answered.
 
-        feeder: intended to sent. wire: both ways, from differences within each clock, so no offset
-        enters. queue: arrival to solve. solve. publish: solve to published. total: intended send
-        to arrival here. With ``clock`` also its two ways, which go from one clock to the other:
-        wire_in: sent to received. wire_out: published to arrived.
+        feeder: intended to sent. queue: received to solve. solve. publish: solve to published.
+        wire: both ways together, from differences within each clock, without their offset. total:
+        intended send to arrival. With ``clock`` also each way, across the two clocks: wire_in: sent
+        to received. wire_out: published to arrived.
         """
         known = (self.sent[rows] > 0) & (self.arrived[rows] > 0)
 
@@ -155,7 +145,7 @@ class StreamLog:
         return stages
 
     def bits_per_spike(self, rows: slice | NDArray[np.int64]) -> float:
-        """Of those bins that came, one step ahead; NaN where there was no spike."""
+        """Return the one-step-ahead bits per spike of the bins answered; NaN without spikes."""
         known = np.isfinite(self.bits[rows])
         spikes = float(self.spikes[rows][known].sum())
         return float(self.bits[rows][known].sum()) / spikes if spikes else float("nan")
@@ -174,20 +164,19 @@ def stream(
     """Send T bins and collect their answers.
 
     Args:
-        session: open, nothing sent yet.
+        session: open, without any bins sent.
         counts: (T, N).
-        mask: bool (T, N), True where a count is data; a bin goes out with its row of it where not
-            every unit was observed. None means all.
-        dropped: bool (T,); these are never sent. None means none.
+        mask: bool (T, N), True where observed; None means everywhere.
+        dropped: bool (T,), bins that are not sent; None means none.
         interval: seconds between sends; None means as fast as credits allow.
-        watch: called with the log and the seconds that are free until the next send; once more with
-            infinity at the end.
-        patience: seconds without any answer, while some are due, after which to give up.
+        watch: called with the log and the seconds left until the next send; at the end once more,
+            with infinity.
+        patience: seconds without any answer, while some are due, before giving up.
 
     Raises:
         ServiceUnreachableError, AnswerTimeoutError: no answer for ``patience`` seconds.
         SessionEndedError: the session is not open any more.
-        RequestRefusedError: a bin was refused for another reason than being beyond the credits.
+        RequestRefusedError: a bin was refused, other than for lack of credits.
     """
     opened = session.opened
     channels = len(opened.kinematic_names)
@@ -196,7 +185,7 @@ def stream(
     def note(error: ServiceError) -> None:
         if not isinstance(error, RequestRefusedError) or error.field != "credits":
             raise error
-        log.refused += 1  # for overload, which is part of a run
+        log.refused += 1  # overload does not end a run
 
     before, session.on_error = session.on_error, note
     try:
@@ -229,8 +218,8 @@ def _stream(
         if position < len(to_send):
             index = int(to_send[position])
             intended = now if interval is None else first_ns + index * step_ns
-            room = session.credits > 0 and position - sent_answers < IN_FLIGHT
-            if room if interval is None else now >= intended:
+            free = session.credits > 0 and position - sent_answers < IN_FLIGHT
+            if free if interval is None else now >= intended:
                 seen = None if mask is None or mask[index].all() else mask[index]
                 log.intended[index] = intended
                 log.sent[index] = session.send(index, counts[index], mask=seen, source_ns=intended)
@@ -238,7 +227,7 @@ def _stream(
                 wait = 0.0
             elif interval is not None:
                 wait = min(0.05, (intended - now) / 1e9)
-        # Polling counts in whole milliseconds; the last one before a send is spent looking.
+        # Polls have a resolution of one millisecond; below that, poll without waiting.
         refused = log.refused
         answers = session.receive(wait if wait >= 0.001 else 0.0)
         for answer in answers:
@@ -256,7 +245,7 @@ def _stream(
             news_ns = now
         elif now - news_ns > patience * 1e9:
             if log.refused and position == len(to_send):
-                break  # refused at the very end: no later bin shows the gap, so no answer is due
+                break  # the last bins were refused, and no later bin reveals the gap
             raise AnswerTimeoutError(
                 f"service at {session.endpoint}",
                 expected=f"an answer within {patience:g} s",

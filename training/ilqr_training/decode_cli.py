@@ -1,4 +1,4 @@
-"""``ilqr-vae experiment decode``: recipe and baselines on a recording, several seeds, one table."""
+"""``ilqr-vae experiment decode``: a model and baselines on a recording over several seeds."""
 
 from __future__ import annotations
 
@@ -38,35 +38,38 @@ EXAMPLE = (
 
 
 def decode(
-    config: Annotated[Path, typer.Argument(help="TOML of the recipe, as for train.")],
+    config: Annotated[Path, typer.Argument(help="Training configuration (TOML), as for train.")],
     recording: RecordingFile,
     out: Annotated[
-        Path, typer.Option(help="Folder of models and pieces; run again, it goes on from there.")
+        Path,
+        typer.Option(
+            help="Folder for models and partial results; a second run continues from them."
+        ),
     ],
     seeds: Annotated[
-        int, typer.Option(help="How many, from the config's on.")
+        int, typer.Option(help="Number of seeds, counted from the config's.")
     ] = ComparisonPlan.seeds,
     span: Annotated[
         str,
         typer.Option(
-            help="validation: a nested split, the test part cut off first. test: once, at the end."
+            help="validation: a nested split without the test part. test: for the final run."
         ),
     ] = ComparisonPlan.span,
     fraction: Annotated[
-        float, typer.Option(help="Share of the recording to learn from where it is little; 0: not.")
+        float, typer.Option(help="Share of the recording in the small training part; 0 for none.")
     ] = ComparisonPlan.fraction,
     held_out: Annotated[
-        float, typer.Option(help="Share of the units held out in co-smoothing; 0: none.")
+        float, typer.Option(help="Share of units held out in co-smoothing; 0 for none.")
     ] = ComparisonPlan.held_out,
     silent: Silent = StressPlan.silent,
     lost: Lost = None,
     draws: Draws = StressPlan.draws,
-    gru: Annotated[bool, typer.Option(help="Whether to fit GRUs, which takes minutes.")] = True,
+    gru: Annotated[bool, typer.Option(help="Fit GRUs too, which takes minutes.")] = True,
     steps: Steps = None,
     json_file: JsonFile = None,
     threads: Threads = None,
 ) -> None:
-    """Train the recipe and its baselines on a recording, several seeds, and compare them."""
+    """Train a model and its baselines on a recording with several seeds, and compare them."""
     if span not in ("validation", "test"):
         raise ConfigError("--span", expected="validation or test", got=repr(span))
     shares = StressPlan.lost if lost is None else tuple(lost)

@@ -17,11 +17,11 @@ from ilqr_training.evaluation.stress import StressPlan, under_stress
 from ilqr_training.fit.curves import learning_curves
 from ilqr_training.options import Draws, JsonFile, Lost, RecordingFile, Silent, use_threads
 from ilqr_training.readout.causal import causal_pass
-from ilqr_vae.artifact import Artifact, load_artifact
+from ilqr_vae.artifact import load_artifact
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT
 from ilqr_vae.progress import Bar
-from ilqr_vae.recordings import Recording, load_matching
+from ilqr_vae.recordings import load_matching
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, Table
 from ilqr_vae.scoring.score import WIENER, score_decodes
@@ -33,23 +33,10 @@ EXAMPLE = (
 )
 
 
-def read_for(artifact: Artifact, path: Path) -> Recording:
-    """The recording as the model was trained on one, its units alone. Raises RecordingError."""
-    manifest = artifact.manifest
-    return load_matching(
-        path,
-        manifest.data,
-        bin_width=manifest.bin_width,
-        unit_names=manifest.unit_names,
-        kinematic_names=manifest.kinematic_names,
-        kinematic_units=manifest.kinematic_units,
-    )
-
-
 def decodes_of(
     baselines: dict[str, Baseline], bins: tuple[int, int], drops: NDArray[np.bool_]
 ) -> dict[str, NDArray[np.float64]]:
-    """What ``score_decodes`` does not fit itself; ``drops`` (T,) are the bins left out."""
+    """Decodes of all baselines but the Wiener filter; ``drops`` (T,) marks the bins left out."""
     missing = drops[:, None]
     decodes = {
         name: b.decode(bins, missing=missing) for name, b in baselines.items() if name != WIENER
@@ -69,7 +56,7 @@ def evaluate(
         float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out.")
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of what is drawn: bins left out, and draws of --stress.")
+        int, typer.Option(min=0, help="Seed of the bins left out and of --stress.")
     ] = 0,
     json_file: JsonFile = None,
     html_file: Annotated[
@@ -79,16 +66,15 @@ def evaluate(
         Path | None, typer.Option("--arrays", help="Write every answer here (.npz).")
     ] = None,
     rivals: Annotated[
-        bool, typer.Option(help="Fit and score a Kalman filter and a GRU too; takes minutes.")
+        bool,
+        typer.Option(help="Also fit and score a Kalman filter and a GRU, which takes minutes."),
     ] = False,
     gru: Annotated[
-        bool, typer.Option(help="Whether the GRU, which takes the minutes, is among them.")
+        bool, typer.Option(help="Include the GRU, which takes most of that time.")
     ] = True,
     stress: Annotated[
         bool,
-        typer.Option(
-            "--stress", help="Score all of them with units silent and with bins lost too."
-        ),
+        typer.Option("--stress", help="Also score all decoders with silent units and lost bins."),
     ] = False,
     silent: Silent = StressPlan.silent,
     lost: Lost = None,
@@ -112,8 +98,8 @@ def evaluate(
     plan = plan.checked()
     use_threads(None)
     artifact = load_artifact(model)
-    read = read_for(artifact, recording)
-    split = artifact.manifest.data.split
+    data, split = artifact.manifest.data, artifact.manifest.data.split
+    read = load_matching(recording, data, artifact.manifest)
     decodes = read.kinematics is not None and bool(artifact.manifest.kinematic_names)
     if stress and not decodes:
         raise ConfigError("--stress", expected="kinematics to decode", got="none")

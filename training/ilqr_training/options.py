@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the threads they compute with."""
+"""Options shared by several verbs, and the number of threads."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Steps = Annotated[int | None, typer.Option(help="Gradient steps, instead of the 
 Silent = Annotated[float, typer.Option(help="Under stress: share of units that fall silent.")]
 Lost = Annotated[
     list[float] | None,
-    typer.Option(help="Under stress: share of bins lost; several times; default 0.1 and 0.3."),
+    typer.Option(help="Under stress: share of bins lost; repeatable; default 0.1 and 0.3."),
 ]
-Draws = Annotated[int, typer.Option(help="Under stress: draws averaged, of units and of bins.")]
+Draws = Annotated[int, typer.Option(help="Under stress: number of random draws averaged.")]
 
 
 def use_threads(count: int | None) -> None:
@@ -29,7 +29,7 @@ def use_threads(count: int | None) -> None:
     The batched torch operations here are small, and two pools of threads on the same cores slow
     each other by an order of magnitude on a busy machine.
     """
-    import torch  # here: a verb that computes nothing with it starts without it
+    import torch  # imported late: verbs that do not need it start faster
 
     from ilqr_vae.kernels.cpu import threads
 

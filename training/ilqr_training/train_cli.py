@@ -47,17 +47,17 @@ def train_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the config's.")] = None,
     steps: Steps = None,
     fraction: Annotated[
         float | None,
         typer.Option(
-            help="Learn from this first share of the recording alone, what is chosen included; "
-            "the test part stays the same. Instead of the config's."
+            help="Train and validate on this first share of the recording only; the test part "
+            "stays the same. Overrides the config's."
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Instead of the config's: cpu, cuda, cuda:N or auto.")
+        str | None, typer.Option(help="Overrides the config's: cpu, cuda, cuda:N or auto.")
     ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="TensorBoard events; default beside --out.")
@@ -65,16 +65,16 @@ def train_command(
     threads: Threads = None,
     baselines: Annotated[
         bool,
-        typer.Option(help="Fit a Wiener and a Kalman filter too, and show their scores beside."),
+        typer.Option(help="Also fit a Wiener and a Kalman filter and show their scores."),
     ] = True,
     gru: Annotated[
-        bool, typer.Option("--gru", help="A GRU among those baselines; takes minutes.")
+        bool, typer.Option("--gru", help="Also fit a GRU, which takes minutes.")
     ] = False,
     check_only: Annotated[
         bool,
         typer.Option(
             "--check",
-            help="Say what training would do, and end. Without --recording the configuration alone "
+            help="Show what training would do, then exit. Without --recording only the config "
             "is checked.",
         ),
     ] = False,
@@ -92,7 +92,7 @@ def train_command(
     )
     device_of(settings.training.device)
     if check_only and not recording:
-        console().print("The configuration is right. Without --recording nothing else is checked.")
+        console().print("The configuration is valid. Without --recording nothing else is checked.")
         return
     if not recording:
         raise ConfigError("--recording", expected="a .nwb, .mat or .h5 file", got="none")
@@ -170,7 +170,7 @@ def _say_plan(plan: Plan, json_file: Path | None) -> None:
 
 
 def _baselines(data: Prepared, settings: TrainConfig, gru: bool, bar: Bar) -> dict[str, float]:
-    """What baselines score on the validation part, mean R2 by name."""
+    """Return the baselines' mean R2 on the validation part by name."""
     if data.recording.kinematics is None:
         return {}
     try:

@@ -1,7 +1,7 @@
 """The torch side of the Triton iteration: one launch for the quadratic model, one for the search.
 
-Nothing is looked at, so nothing is waited for. Where the kernels cannot stand in for a model's
-families, torch does the same operation by operation, after one line in the log.
+It does one iteration of ``inference.ilqr``, with the same letters, and never waits for the device.
+For models without kernels torch does the same operation by operation, after one line in the log.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What a trained model says about data: posteriors, samples, forecasts, whole long sequences.
+"""Inference with a trained model: posteriors, samples, forecasts, long sequences.
 
-``infer`` solves for the optimum and attaches a posterior; everything else is made from its answer.
-Nothing here carries gradients.
+``infer`` finds the optimum (z_0*, u*) of the cost J (``inference.ilqr``) and a Gaussian posterior
+q(z_0, u | o) around it (``inference.posterior``); samples, rates, bounds and forecasts derive from
+that. B trials of T bins, N channels, n latents, m inputs, K samples or steps. Nothing here carries
+gradients.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ilqr_vae.model.likelihoods import Observations, Observed
 from ilqr_vae.model.priors import InitialCost
 
 SOLVER = ilqr.SolverConfig(iterations=100, tolerance=1e-8)
-"""How hard inference tries unless told otherwise."""
+"""Default settings of the solver."""
 
 
 @dataclass(frozen=True)

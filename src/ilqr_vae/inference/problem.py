@@ -1,4 +1,7 @@
-"""What an iLQR solve is given and what it returns: problem, settings, state, status."""
+"""Arguments and results of an iLQR solve; ``inference.ilqr`` states the problem.
+
+B problems of T steps; z (B, T+1, n) states, u (B, T, m) inputs, J (B,) the cost.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from ilqr_vae.model.priors import InitialCost
 
 
 class Status(IntEnum):
-    """Why a solve ended. ``explain`` says it in words."""
+    """Why a solve ended; ``explain`` is a sentence."""
 
     RUNNING = 0
     CONVERGED = 1
@@ -36,7 +39,7 @@ class Status(IntEnum):
         return {
             Status.RUNNING: "the solve has not ended",
             Status.CONVERGED: "the expected decrease fell below the tolerance",
-            Status.ITERATION_LIMIT: "the iteration budget was used up first",
+            Status.ITERATION_LIMIT: "the maximum number of iterations was reached first",
             Status.STALLED: "no step lowered the cost, at any regularisation",
             Status.NOT_FINITE: "the cost or its model is not finite: NaN in the data, or dynamics "
             "that explode",
@@ -46,7 +49,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """How hard to try.
+    """Settings of the solver.
 
     Attributes:
         iterations: at most this many.
@@ -69,7 +72,7 @@ class SolverConfig:
 
 @dataclass(frozen=True)
 class State:
-    """Where a batch of solves stands.
+    """State of a batch of solves.
 
     Attributes:
         z, u: current trajectory.

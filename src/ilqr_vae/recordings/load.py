@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -63,42 +63,46 @@ def load_recording(
     return replace(recording, warnings=recording.warnings + still) if still else recording
 
 
-def load_matching(
-    path: str | Path,
-    spec: RecordingSpec,
-    *,
-    bin_width: float,
-    unit_names: tuple[str, ...],
-    kinematic_names: tuple[str, ...],
-    kinematic_units: tuple[str, ...] = (),
-) -> Recording:
-    """Read a recording for a trained model: its units alone, in its order, movement in its units.
+class Decoder(Protocol):
+    """What a recording must match to be decoded: a model, which decodes nothing without names."""
+
+    @property
+    def bin_width(self) -> float: ...
+    @property
+    def unit_names(self) -> tuple[str, ...]: ...
+    @property
+    def kinematic_names(self) -> tuple[str, ...]: ...
+    @property
+    def kinematic_units(self) -> tuple[str, ...]: ...
+
+
+def load_matching(path: str | Path, spec: RecordingSpec, model: Decoder) -> Recording:
+    """Read a recording for a trained model: only its units, in its order, movement in its units.
 
     Args:
         spec: how to read it.
-        bin_width, unit_names, kinematic_names, kinematic_units: the model's; no names: it decodes
-            nothing.
+        model: the model's manifest, or a client's part of it.
 
     Raises:
         RecordingError: it cannot be read, has another bin width, lacks a unit, or its kinematics
             are not those the model decodes or have units that do not convert into the model's.
     """
     if spec.bin_width is None:
-        spec = msgspec.structs.replace(spec, bin_width=bin_width)
+        spec = msgspec.structs.replace(spec, bin_width=model.bin_width)
     recording = load_recording(path, spec)
-    if abs(recording.bin_width - bin_width) > 1e-9:
+    if abs(recording.bin_width - model.bin_width) > 1e-9:
         raise RecordingError(
             "recording.bin_width",
-            expected=f"the model's {bin_width:.10g} s",
+            expected=f"the model's {model.bin_width:.10g} s",
             got=f"{recording.bin_width:.10g} s",
         )
-    decoded = kinematic_names and recording.kinematics is not None
-    if decoded and recording.kinematic_names != kinematic_names:
+    decoded = model.kinematic_names and recording.kinematics is not None
+    if decoded and recording.kinematic_names != model.kinematic_names:
         raise RecordingError(
             "recording.kinematics",
-            expected=f"the channels the model decodes, {', '.join(kinematic_names)}",
+            expected=f"the channels the model decodes, {', '.join(model.kinematic_names)}",
             got=", ".join(recording.kinematic_names),
         )
-    if decoded and kinematic_units:
-        recording = in_units(recording, kinematic_units, "the model")
-    return recording.select_units(unit_names)
+    if decoded and model.kinematic_units:
+        recording = in_units(recording, model.kinematic_units, "the model")
+    return recording.select_units(model.unit_names)

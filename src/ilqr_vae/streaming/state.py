@@ -1,6 +1,7 @@
 """The state of the moving-horizon estimator's streams, and its estimates.
 
-A batch of S streams side by side; H bins in a window, N units, n latents, m inputs.
+Each of S streams has a window of H bins of N units, with n latents and m inputs, and an arrival
+cost 1/2 (z - mean)' precision (z - mean) on the window's first state; see ``streaming.horizon``.
 """
 
 from __future__ import annotations

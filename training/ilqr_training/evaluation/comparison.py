@@ -1,12 +1,11 @@
-"""The whole comparison on one recording: recipe and baselines, several seeds, under stress too.
+"""The comparison on one recording: a model and baselines, several seeds, also under stress.
 
-For each seed the recipe is trained on the full training part and on a share of it, and is held
-against a Wiener filter, a Kalman filter and a GRU of that seed, on the same bins: R2, coverage of
-the 90 % interval, units silent and bins lost, co-smoothing, training time.
+For each seed the model is trained on the full training part and on a share of it, and compared
+with a Wiener filter, a Kalman filter and a GRU of that seed on the same bins: R2, coverage of the
+90 % interval, silent units and lost bins, co-smoothing, training time.
 
-It takes long, so it is done in pieces, a file each in one folder; a piece that is there, of the
-same configuration, recording and span, is not done again. A model half trained goes on from its
-checkpoint.
+It takes hours, so each result is a file in one folder. A result of the same configuration,
+recording and span is not computed again; a half-trained model continues from its checkpoint.
 
 The span ``validation`` takes a nested split (``recordings.split``): the test part is cut off
 before anything is fitted, and the validation part stands for it. The span ``test`` is for the end.
@@ -67,7 +66,7 @@ class ComparisonPlan:
     gru: bool = True
 
     def checked(self) -> ComparisonPlan:
-        """Itself. Raises ConfigError naming the option that is out of range."""
+        """Return itself. Raises ConfigError naming the option that is out of range."""
         if self.seeds < 1:
             raise ConfigError("--seeds", expected="1 or more", got=str(self.seeds))
         for name, value in (("--fraction", self.fraction), ("--held-out", self.held_out)):
@@ -197,7 +196,7 @@ class _Run:
 
 
 def identity_of(config: TrainConfig, recording: Recording, plan: ComparisonPlan) -> str:
-    """Of the pieces that belong in one table. Of the code it holds the version alone."""
+    """Digest of everything the results of one table share; of the code, only the version."""
     said = msgspec.json.encode([config, recording.sha256, len(recording), version("ilqr-vae")])
     asked = repr(replace(plan, seeds=1)).encode()
     return hashlib.sha256(said + asked).hexdigest()[:16]

@@ -1,16 +1,14 @@
-"""How much R2 decoders lose when units fall silent or bins are lost, on the same bins and draws.
+"""R2 that decoders lose when units fall silent or bins are lost, on the same bins and draws.
 
 Units fall silent at the first bin of the span: their counts are zero from there on.
 
-- *unannounced*: without notice. The model watches its units as the service does (``UnitWatch``) and
-  masks those it finds dead, after some delay; the baselines are given the zeros.
-- *announced*: the model is given the mask. The baselines take no mask: they are given zeros and, in
-  rows of their own, each unit's mean count, which hurts least.
+- *unannounced*: the model watches its units as the service does (``UnitWatch``) and masks those it
+  finds dead after some delay; the baselines receive the zeros.
+- *announced*: the model receives a mask. The baselines accept none: they receive zeros and, in
+  separate rows, each unit's mean count, which hurts least.
 
-Bins are lost one by one. The model is given missing bins and predicts; the Kalman filter skips its
-update; the other baselines are given zeros, the last value or the mean, a row each.
-
-Nothing is fitted again.
+Bins are lost independently. The model predicts them, the Kalman filter skips its update, and the
+other baselines receive zeros, the last value or the mean, a row each. Nothing is refitted.
 """
 
 from __future__ import annotations
@@ -57,7 +55,7 @@ class StressPlan:
     seed: int = 0
 
     def checked(self) -> StressPlan:
-        """Itself. Raises ConfigError naming the option that is out of range."""
+        """Return itself. Raises ConfigError naming the option that is out of range."""
         if not 0 <= self.silent < 1:
             raise ConfigError("--silent", expected="0 or more, below 1", got=str(self.silent))
         for share in self.lost:
@@ -70,7 +68,7 @@ class StressPlan:
 
 
 def silent_units(n_units: int, share: float, seed: int) -> NDArray[np.int64]:
-    """Which units fall silent: that share of them, rounded, drawn by the seed."""
+    """Draw the units that fall silent: ``share`` of them, rounded."""
     number = round(share * n_units)
     return np.sort(np.random.default_rng(seed).choice(n_units, number, replace=False))
 
@@ -80,11 +78,11 @@ class Row:
     """One decoder under one condition.
 
     Attributes:
-        condition: what goes wrong.
-        decoder: whose decodes.
-        given: what stands where something is missing.
+        condition: the fault.
+        decoder: name of the decoder.
+        given: its replacement for missing counts.
         r2: mean R2 of each draw.
-        clean: mean R2 where nothing goes wrong.
+        clean: mean R2 without a fault.
     """
 
     condition: str
@@ -111,7 +109,7 @@ class Stress:
         plan: as asked.
         units: of the model.
         rows: in the order of the table.
-        watched: how the silent units were noticed, by name.
+        watched: statistics of the detection of silent units, by name.
     """
 
     plan: StressPlan
@@ -128,7 +126,7 @@ class Stress:
         return ours.loss / row.loss if row.loss > 0 else float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers alone, ready for ``json.dumps`` once NaN is taken care of."""
+        """Return plain numbers for JSON; NaN is not replaced."""
         return {
             "silent": self.plan.silent,
             "lost": list(self.plan.lost),

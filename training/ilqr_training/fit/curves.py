@@ -1,4 +1,4 @@
-"""What was followed while a model was trained: from the model file, and from the log beside it."""
+"""Learning curves of a model, from the model file and from the log beside it."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _own(
     done: Trained,
     progress: Progress,
 ) -> Manifest:
-    """The session's rows of the joint model, with a readout of its own fitted on its own parts."""
+    """Write the session's rows of the joint model with a readout fitted on its own parts."""
     prefix = name + SEPARATOR
     kept = [i for i, unit in enumerate(joint.manifest.unit_names) if unit.startswith(prefix)]
     if not kept:

@@ -1,4 +1,4 @@
-"""How much memory a training run will need, checked before it starts."""
+"""An estimate of the memory that a training run needs, checked before it starts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, data: Prepared) -> Estimate:
-    """For a recording that is read; right to within a factor of two of what was measured."""
+    """Estimate the memory of a run; measurements agree within a factor of two."""
     recording, loop = data.recording, config.training
     n, m, N = config.model.latents, config.model.inputs, recording.n_units
     D = 0 if recording.kinematics is None else recording.kinematics.shape[1]

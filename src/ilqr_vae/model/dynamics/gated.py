@@ -1,4 +1,9 @@
-"""Minimal gated units: one gate decides how far each unit moves."""
+"""Minimal gated units: one gate f in (0, 1)^n decides how far each unit moves towards h,
+
+    z_{k+1} = (1 - f) . z_k + f . h
+
+with f and h functions of z_k and u_k, see the classes. A and B are the Jacobians in z and u.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Spike counts: Poisson observations with an exponential or a softplus link."""
+"""Spike counts: Poisson observations with an exponential or a softplus link.
+
+With a = C z + b, a count o of a channel has
+
+    rate(a) = gain (link(a) + floor),   -log p(o | a) = rate - o log rate + log o!
+
+The exponential link goes on linearly above a rate limit, so that a poor iterate does not overflow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gaussian observations, C z + b + noise."""
+"""Gaussian observations: o = a + sigma e with a = C z + b and e ~ N(0, I).
+
+-log p(o | a) = 1/2 ((o - a) / sigma)^2 + log sigma + 1/2 log(2 pi)   per channel
+"""
 
 from __future__ import annotations
 
