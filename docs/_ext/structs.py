@@ -40,7 +40,7 @@ def sections(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str
         made = field.default
         if made is msgspec.NODEFAULT:
             made = field.default_factory()  # pyright: ignore[reportCallIssue]
-        said = msgspec.json.encode(made).decode()
+        said = "none" if made is None else msgspec.json.encode(made).decode()
         values, unit = spelled(hints[field.name])
         own.append(Key(field.name, said, unit or "–", values, meanings.get(field.name, "")))
     if own:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ilqr_vae.errors import ConfigError, ServiceError
-from ilqr_vae.files import read_toml, to_struct
+from ilqr_vae.files import read_toml, to_struct, unit
 
 _DAY_S = 86_400.0
 
@@ -60,27 +60,27 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     results: str = "tcp://127.0.0.1:5556"
     http: str = "127.0.0.1:9464"
     device: str = "auto"
-    threads: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=4096), unit("threads")] = 0
     iterations: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
-    horizon: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
-    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=3_600_000)] = 0.0
-    credits: Annotated[int, msgspec.Meta(gt=0, le=100_000)] = 64
-    gap_limit: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 100
-    max_sessions: Annotated[int, msgspec.Meta(gt=0, le=100_000)] = 256
-    idle_s: Annotated[float, msgspec.Meta(gt=0, le=365 * _DAY_S)] = 600.0
-    drain_s: Annotated[float, msgspec.Meta(ge=0, le=_DAY_S)] = 5.0
-    max_message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1 << 30)] = 1 << 20
-    results_queue: Annotated[int, msgspec.Meta(gt=0, le=10_000_000)] = 10_000
+    horizon: Annotated[int, msgspec.Meta(ge=0, le=10_000), unit("bins")] = 0
+    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=3_600_000), unit("ms")] = 0.0
+    credits: Annotated[int, msgspec.Meta(gt=0, le=100_000), unit("bins")] = 64
+    gap_limit: Annotated[int, msgspec.Meta(ge=0, le=100_000), unit("bins")] = 100
+    max_sessions: Annotated[int, msgspec.Meta(gt=0, le=100_000), unit("sessions")] = 256
+    idle_s: Annotated[float, msgspec.Meta(gt=0, le=365 * _DAY_S), unit("s")] = 600.0
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=_DAY_S), unit("s")] = 5.0
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1 << 30), unit("bytes")] = 1 << 20
+    results_queue: Annotated[int, msgspec.Meta(gt=0, le=10_000_000), unit("results")] = 10_000
     log: Literal["plain", "json"] = "plain"
     journal: str = ""
     journal_sync: Literal["always", "interval", "never"] = "interval"
-    journal_segment_mb: Annotated[float, msgspec.Meta(ge=0.001, le=1e6)] = 256.0
-    journal_keep: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
-    snapshot_every: Annotated[int, msgspec.Meta(gt=0, le=64)] = 50
+    journal_segment_mb: Annotated[float, msgspec.Meta(ge=0.001, le=1e6), unit("MB")] = 256.0
+    journal_keep: Annotated[int, msgspec.Meta(ge=0, le=1_000_000), unit("files")] = 0
+    snapshot_every: Annotated[int, msgspec.Meta(gt=0, le=64), unit("bins")] = 50
     keys: str = ""
-    control_rate: Annotated[float, msgspec.Meta(ge=0.001, le=1e9)] = 1000.0
+    control_rate: Annotated[float, msgspec.Meta(ge=0.001, le=1e9), unit("requests/s")] = 1000.0
     models: str = ""
-    keep_warm_ms: Annotated[float, msgspec.Meta(ge=0, le=_DAY_S * 1e3)] = 200.0
+    keep_warm_ms: Annotated[float, msgspec.Meta(ge=0, le=_DAY_S * 1e3), unit("ms")] = 200.0
     cpus: str = ""
     realtime: Annotated[int, msgspec.Meta(ge=0, le=99)] = 0
     lock_memory: bool = False

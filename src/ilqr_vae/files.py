@@ -31,6 +31,12 @@ OpenShare = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 ShareBelowOne = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 ShareAboveZero = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
+
+def unit(name: str) -> msgspec.Meta:
+    """The unit of a setting, stated with its type for the reference of all keys."""
+    return msgspec.Meta(extra={"unit": name})
+
+
 STDOUT = Path("-")
 """As an output path: standard output."""
 

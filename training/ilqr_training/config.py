@@ -17,6 +17,7 @@ from ilqr_vae.files import (
     ShareBelowOne,
     read_toml,
     to_struct,
+    unit,
 )
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.model.dynamics.base import ACTIVATIONS
@@ -51,7 +52,7 @@ class ModelConfig(DynamicsOptions, frozen=True, forbid_unknown_fields=True, kw_o
     likelihood: Literal["poisson", "gaussian"] = "poisson"
     link: Literal["exp", "softplus"] = "exp"
     gain: bool = False
-    floor: NonNegativeFloat = 0.0
+    floor: Annotated[NonNegativeFloat, unit("spikes/bin")] = 0.0
     kinematics: bool = True
 
     @property
@@ -81,17 +82,17 @@ class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     steps: PositiveInt = 1000
     batch: PositiveInt = 32
-    chunk: PositiveInt = 40
+    chunk: Annotated[PositiveInt, unit("bins")] = 40
     learning_rate: PositiveFloat = 0.01
-    decay: PositiveFloat = 150.0
+    decay: Annotated[PositiveFloat, unit("steps")] = 150.0
     clip: PositiveFloat = 5.0
-    kl_warmup: NonNegativeInt = 100
+    kl_warmup: Annotated[NonNegativeInt, unit("steps")] = 100
     kinematic_weight: NonNegativeFloat = 1.0
     posterior: Literal["kronecker", "laplace"] = "kronecker"
     exact_gradient: bool = False
     iterations: PositiveInt = 8
     tolerance: PositiveFloat = 1e-4
-    validate_every: NonNegativeInt = 100
+    validate_every: Annotated[NonNegativeInt, unit("steps")] = 100
     patience: NonNegativeInt = 4
     seed: NonNegativeInt = 0
     dtype: Literal["float32", "float64"] = "float32"
@@ -118,8 +119,8 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
     """
 
-    lags: NonNegativeInt = 9
-    residuals: NonNegativeInt = 4
+    lags: Annotated[NonNegativeInt, unit("bins")] = 9
+    residuals: Annotated[NonNegativeInt, unit("bins")] = 4
     hidden: NonNegativeInt = 128
     members: PositiveInt = 4
     steps: PositiveInt = 2000

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from ilqr_vae.files import FiniteFloat, NonNegativeFloat, PositiveFloat
+from ilqr_vae.files import FiniteFloat, NonNegativeFloat, PositiveFloat, unit
 from ilqr_vae.recordings.split import SplitSpec
 
 Label = str | int | float | bool
@@ -104,7 +104,7 @@ class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     kinematic_rows: tuple[int, ...] = ()
     kinematic_names: tuple[str, ...] = ()
     kinematic_units: tuple[str, ...] = ()
-    rate: NonNegativeFloat = 0.0
+    rate: Annotated[NonNegativeFloat, unit("Hz")] = 0.0
     stamps: Literal["start", "end"] = "start"
     scored: str = ""
     trials: bool = True
@@ -161,7 +161,7 @@ class TrialSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """
 
     event: str = ""
-    window: tuple[FiniteFloat, FiniteFloat] = (0.0, 0.0)
+    window: Annotated[tuple[FiniteFloat, FiniteFloat], unit("s")] = (0.0, 0.0)
     condition: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
     relative: bool = False
@@ -191,11 +191,11 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         split: by time, or by the file's labels.
     """
 
-    bin_width: PositiveFloat | None = None
-    min_rate: NonNegativeFloat = 0.0
+    bin_width: Annotated[PositiveFloat | None, unit("s")] = None
+    min_rate: Annotated[NonNegativeFloat, unit("Hz")] = 0.0
     units: dict[str, Label | tuple[Label, ...]] = msgspec.field(default_factory=_any_unit)
     mode: Literal["continuous", "trials"] = "continuous"
-    lag: FiniteFloat = 0.0
+    lag: Annotated[FiniteFloat, unit("s")] = 0.0
     differentiate: bool = False
     clocks: ClockSpec = msgspec.field(default_factory=ClockSpec)
     mat: MatSpec = msgspec.field(default_factory=MatSpec)

@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ilqr_vae.files import unit
 from ilqr_vae.inference import compiled as solver
 from ilqr_vae.inference import ilqr
 from ilqr_vae.inference.on_gpu import iteration
@@ -63,7 +64,7 @@ class HorizonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         tolerance: relative expected decrease below which a solve ends.
     """
 
-    horizon: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
+    horizon: Annotated[int, msgspec.Meta(ge=1, le=10_000), unit("bins")] = 10
     iterations: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 2
     tolerance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-10
 
