@@ -32,7 +32,9 @@ def config(
     )
 
 
-def write_config(path: Path, settings: TrainConfig, **sections: dict[str, Any]) -> Path:
+def write_config(
+    path: Path, settings: TrainConfig | dict[str, Any], **sections: dict[str, Any]
+) -> Path:
     """The same as a file; ``sections`` change or add keys, known or not."""
     content: dict[str, Any] = msgspec.to_builtins(settings)
     for name, keys in sections.items():

@@ -32,7 +32,8 @@ class ModelConfig(DynamicsOptions, frozen=True, forbid_unknown_fields=True, kw_o
     Attributes:
         latents, inputs: n and m.
         dynamics: family (``ilqr_vae.model.dynamics``).
-        prior: of the inputs; nu: degrees of freedom at which the Student prior starts.
+        prior: of the inputs.
+        nu: degrees of freedom at which the Student prior starts.
         initial_mean: learn the mean of z_0; else it is zero, as in the paper.
         likelihood: of the counts. With "gaussian" and linear dynamics the estimator is the Kalman
             filter.

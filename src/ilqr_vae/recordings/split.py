@@ -65,6 +65,13 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     first ``fraction`` of all bins, divided as they would be without it, and what lies between them
     and the test part is left out. The test part stays what it is. So whatever is chosen is chosen
     within that share too, by every decoder alike. Trials stay whole.
+
+    Attributes:
+        train: where the training part ends, as a share of the bins or trials.
+        validation: where the validation part ends; the test part is the rest.
+        column: column of the trials table with the labels; "" splits by time.
+        train_labels, validation_labels, test_labels: labels of each part.
+        fraction: share of the recording that training and validation part are taken from.
     """
 
     train: OpenShare = 0.60
