@@ -116,7 +116,7 @@ def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Walk]:
 def test_the_readme(walk: Walk) -> None:
     assert main(["simulate", "--out", "session.nwb", "--minutes", "1", "--units", "20"]) == 0
     walk.page(ROOT / "README.md")
-    assert {"demo", "train", "serve", "replay"} <= set(walk.ran)
+    assert {"demo", "inspect", "train", "serve", "replay"} <= set(walk.ran)
     assert Path("report.html").exists()
 
 
