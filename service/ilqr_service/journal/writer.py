@@ -45,6 +45,8 @@ from ilqr_vae.errors import JournalError, ServiceError
 _RETRY_S = 1.0
 _SYNC_S = 1.0
 _INSPECT_S = 0.1
+_RETIRED = 2
+"""Segments that may wait for their fsync; then the newest grows until the disk has caught up."""
 _ALARM_S, _LOSS_ALARM_S = 2.0, 3.0
 """The alarm lasts at least so long, so that a fault that is over at once is seen: where records
 could not be written, and where records that were written are gone."""
@@ -150,7 +152,8 @@ class Writer:
             self.lost += added
             return
         self._records += added
-        if self._size - self._repeated > self._segment_bytes:
+        full = self._size - self._repeated > self._segment_bytes
+        if full and len(self._retired) < _RETIRED:
             self._inspect()  # for the last time: it is not looked at again
             self._begin()
 
