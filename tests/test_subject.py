@@ -12,28 +12,10 @@ from ilqr_training.simulate_cli import write_session
 from ilqr_vae import cli
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import NwbSpec, RecordingSpec, load_recording
-from ilqr_vae.recordings.binning import bin_spikes, bins_of, resample
-from ilqr_vae.recordings.recording import Recording, Trials
 from ilqr_vae.scoring.baselines import WienerFilter
 from ilqr_vae.scoring.metrics import r2
 from ilqr_vae.simulated.centre_out import REACH, CentreOut, target_position
 from ilqr_vae.simulated.subject import LATENTS, Session, Subject, simulate_session
-
-
-def binned(session: Session, width: float = 0.05) -> Recording:
-    """What reading the session's NWB file gives."""
-    n_bins = int(bins_of(np.array([session.duration]), 0.0, width)[0])
-    starts = bins_of(np.array([t.start for t in session.trials]), 0.0, width)
-    stops = bins_of(np.array([t.stop for t in session.trials]), 0.0, width)
-    return Recording(
-        counts=bin_spikes(session.spike_times, 0.0, width, n_bins),
-        bin_width=width,
-        unit_names=session.unit_names,
-        kinematics=resample(session.velocity, session.times, 0.0, width, n_bins),
-        kinematic_names=("vx", "vy"),
-        kinematic_units=("m/s", "m/s"),
-        trials=Trials(starts, stops, tuple(f"target{t.target_index}" for t in session.trials)),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +25,7 @@ def session() -> Session:
 
 @pytest.fixture(scope="module")
 def wiener(session: Session) -> WienerFilter:
-    recording = binned(session)
+    recording = session.to_recording()
     assert recording.kinematics is not None
     a, b = round(0.6 * len(recording)), round(0.75 * len(recording))
     return WienerFilter.fit(recording.counts, recording.kinematics, train=(0, a), validation=(a, b))
@@ -73,7 +55,7 @@ def test_rates_and_movements_are_realistic(session: Session) -> None:
 def test_a_wiener_filter_finds_it_neither_trivial_nor_hopeless(
     session: Session, wiener: WienerFilter
 ) -> None:
-    recording = binned(session)
+    recording = session.to_recording()
     assert recording.kinematics is not None
     b = round(0.75 * len(recording))
     assert 0.65 < r2(recording.kinematics[b:], wiener.predict(recording.counts, b)) < 0.88
@@ -166,7 +148,7 @@ def test_what_makes_no_session_is_named() -> None:
 def test_written_and_read_back_it_is_the_same_recording(tmp_path: Path) -> None:
     session = simulate_session(6, minutes=0.5, units=12)
     path = write_session(tmp_path / "s.nwb", session)
-    read, made = load_recording(path), binned(session)
+    read, made = load_recording(path), session.to_recording()
     assert np.array_equal(read.counts, made.counts)
     assert read.kinematics is not None
     assert made.kinematics is not None

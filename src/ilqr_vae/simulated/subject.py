@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.progress import SILENT, Progress
+from ilqr_vae.recordings.binning import bin_spikes, bins_of, resample
+from ilqr_vae.recordings.recording import Recording, Trials
 from ilqr_vae.simulated.centre_out import REACH, CentreOut, TrialRecord
 
 Array = NDArray[np.float64]
@@ -271,6 +273,22 @@ class Session:
     trials: tuple[TrialRecord, ...]
     duration: float
     seed: int
+
+    def to_recording(self, bin_width: float = 0.05) -> Recording:
+        """Binned, with hand velocity (vx, vy, m/s): what reading its NWB file gives."""
+        n_bins = int(bins_of(np.array([self.duration]), 0.0, bin_width)[0])
+        starts = bins_of(np.array([t.start for t in self.trials]), 0.0, bin_width)
+        stops = bins_of(np.array([t.stop for t in self.trials]), 0.0, bin_width)
+        return Recording(
+            counts=bin_spikes(self.spike_times, 0.0, bin_width, n_bins),
+            bin_width=bin_width,
+            unit_names=self.unit_names,
+            kinematics=resample(self.velocity, self.times, 0.0, bin_width, n_bins),
+            kinematic_names=("vx", "vy"),
+            kinematic_units=("m/s", "m/s"),
+            trials=Trials(starts, stops, tuple(f"target{t.target_index}" for t in self.trials)),
+            name=f"simulated, seed {self.seed}",
+        )
 
 
 def simulate_session(
