@@ -24,7 +24,7 @@ from ilqr_clients.answer import Answer
 from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_service.journal.records import Answered, Opened, records, segments
 from ilqr_service.journal.verify import numbers, verify
-from ilqr_vae.errors import RequestRefusedError
+from ilqr_vae.errors import RequestRefusedError, ServiceError
 from ilqr_vae.protocol import messages
 from process import Served, free_port, offline, served
 from rig import BIN_S, make_model
@@ -88,12 +88,19 @@ class Stream:
             resume=not first,
             answered=self.newest,
             patience=PATIENCE_S,
+            on_error=self.went_wrong,
             **self.options,
         )
         assert self.session.opened.resumed is not first
         self.late.clear()
         self.next = self.session.opened.next_index
         assert self.next > self.newest
+
+    @staticmethod
+    def went_wrong(error: ServiceError) -> None:
+        """Refusals of bins are expected; they are on the session."""
+        if not isinstance(error, RequestRefusedError):
+            raise error
 
     def leave(self) -> None:
         self.notices += self.open.notices
