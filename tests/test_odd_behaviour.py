@@ -288,3 +288,40 @@ def test_no_content_of_a_dataset_is_more_than_one_line(
     except RecordingError as error:
         said = str(error)
     assert len(said.splitlines()) == 1
+
+
+def test_values_that_stand_for_lost_samples_are_named(tmp_path: Path) -> None:
+    lost = np.where(np.arange(len(TIME))[:, None] % 50 == 0, [-9999.0, 0.0], MOVEMENT)
+    made = read(tmp_path, moved(file(), data=lost))
+    assert named(made) == ["kinematics-sentinel"]
+    assert "120 of 6000 samples of hand_vel_x" in made.warnings[0].text
+
+
+def test_a_stated_rate_that_the_stamps_contradict_is_named(tmp_path: Path) -> None:
+    made = read(tmp_path, moved(file(), timestamps=TIME), nwb=NwbSpec(rate=150.0))
+    assert "rate-contradicts" in named(made)
+
+
+def test_units_of_measure_that_the_file_contradicts_are_named(tmp_path: Path) -> None:
+    made = read(tmp_path, moved(file()), nwb=NwbSpec(kinematic_units=("cm/s", "meters/second")))
+    assert named(made) == ["units-contradict"]
+    assert "hand_vel_x is in m/s by the file and in cm/s" in made.warnings[0].text
+    assert "hand_vel_y" not in made.warnings[0].text
+    assert not read(
+        tmp_path, moved(file(), unit="n/a"), nwb=NwbSpec(kinematic_units=("m", "m"))
+    ).warnings
+
+
+def test_some_channels_alone_are_decoded_and_keep_what_the_file_says(tmp_path: Path) -> None:
+    made = read(tmp_path, moved(file()), nwb=NwbSpec(kinematic_rows=(1,)))
+    assert made.kinematic_names == ("hand_vel_y",)
+    assert made.kinematic_units == ("m/s",)
+    with pytest.raises(RecordingError, match=r"data.nwb.kinematic_rows: expected different rows"):
+        read(tmp_path, moved(file()), nwb=NwbSpec(kinematic_rows=(1, 1)))
+
+
+def test_a_few_events_outside_of_their_trials_are_named(tmp_path: Path) -> None:
+    go = np.where(np.arange(12) % 4 == 1, 0.0, START + 1)
+    spec = {"mode": "trials", "trials": TrialSpec(event="go_time", window=(-0.5, 1.0))}
+    made = read(tmp_path, trials(moved(file()), START, START + 4, go_time=go), **spec)
+    assert "event-outside" in named(made)

@@ -111,6 +111,42 @@ def mat(tmp_path: Path, spikes: list[Array], **variables: Any) -> Path:
     return tmp_path / "a.mat"
 
 
+@pytest.mark.parametrize(
+    ("counts", "width", "said"),
+    [
+        (20, 0.05, "counts-multiples"),
+        (1, 9.0, "spike-rate"),
+        (1, 50.0, "w: expected one number of seconds, above zero and at most 10"),
+        (1, 0.0, "w: expected one number of seconds"),
+    ],
+)
+def test_counts_that_are_rates_and_widths_that_are_not_seconds(
+    tmp_path: Path, counts: int, width: float, said: str
+) -> None:
+    made = counts * np.random.default_rng(0).poisson(0.4, (UNITS, 1200))
+    io.savemat(tmp_path / "a.mat", {"spikes": made, "w": width})
+    spec = RecordingSpec(mat=MatSpec(bin_width="w"))
+    if said.startswith("w:"):
+        with pytest.raises(RecordingError, match=said):
+            load_recording(tmp_path / "a.mat", spec)
+    else:
+        read_back = load_recording(tmp_path / "a.mat", spec)
+        assert named(read_back) == [said]
+        assert read_back.bin_width == width
+
+
+def test_units_with_the_same_spikes_are_named(tmp_path: Path) -> None:
+    assert named(read(tmp_path, moved(file([SPIKES[0], SPIKES[0], *SPIKES[2:]])))) == [
+        "units-coincide"
+    ]
+
+
+def test_trials_longer_than_the_recording_are_refused(tmp_path: Path) -> None:
+    nwb = trials(moved(file()), 1000 * np.arange(12.0), 1000 * np.arange(12.0) + 900)
+    with pytest.raises(RecordingError, match=r"trials.stop_time: expected trials shorter"):
+        read(tmp_path, nwb, mode="trials")
+
+
 def test_an_empty_cell_does_not_rename_the_units_after_it(tmp_path: Path) -> None:
     spec = RecordingSpec(mat=MatSpec(spike_times="st"))
     gone = [t if i != 2 else np.zeros(0) for i, t in enumerate(SPIKES)]

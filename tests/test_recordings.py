@@ -278,3 +278,35 @@ def test_gaps_are_filled_and_long_ones_marked() -> None:
     holed[40:180] = np.nan
     with pytest.raises(RecordingError, match="hand: expected gaps above 1 s in at most half"):
         fill_gaps(holed, 0.05, "hand")
+
+
+@pytest.mark.parametrize("write", [mat5, mat73])
+def test_conditions_may_be_text(tmp_path: Path, write: Any) -> None:
+    if write is mat5:
+        cells = np.array(["left", "right", "left"], dtype=object)
+        path = mat5(tmp_path / "a.mat", kind=cells)
+        letters = mat5(tmp_path / "b.mat", kind=np.array(["left", "right", "left"]))
+        paths = [path, letters]
+    else:
+        path = mat73(tmp_path / "a.mat")
+        with h5py.File(path, "r+") as file:
+            made = file.create_dataset("kind", (3, 1), dtype=h5py.ref_dtype)
+            for i, text in enumerate(["left", "right", "left"]):
+                codes = np.array([[ord(c)] for c in text], dtype=np.uint16)
+                cell = file.create_dataset(f"#refs#/{i}", data=codes)
+                cell.attrs["MATLAB_class"] = np.bytes_("char")
+                made[i, 0] = cell.ref
+        paths = [path]
+    mat = msgspec.structs.replace(MAT, trial_conditions="kind")
+    for each in paths:
+        trials = load_recording(each, RecordingSpec(bin_width=0.05, mat=mat)).trials
+        assert trials is not None
+        assert trials.condition == ("left", "right", "left")
+
+
+@pytest.mark.parametrize("events", [("starts", "starts"), ("go", "go_time")])
+def test_an_event_listed_twice_is_refused(tmp_path: Path, events: tuple[str, ...]) -> None:
+    path = mat5(tmp_path / "a.mat", go=[2, 9, 15], go_time=[2, 9, 15])
+    mat = msgspec.structs.replace(MAT, trial_events=events)
+    with pytest.raises(RecordingError, match=r"data.mat.trial_events.*: expected unique names"):
+        load_recording(path, RecordingSpec(bin_width=0.05, mat=mat))

@@ -109,7 +109,7 @@ def stated_width(spec: RecordingSpec, kind: str) -> RecordingSpec:
     if spec.bin_width is None:
         raise RecordingError(
             "data.bin_width",
-            expected=f"the width of the counts' bins in seconds, which a {kind} file does not say"
+            expected=f"the width of the counts' bins in seconds, which {kind} files do not say"
             + (" (or data.mat.bin_width, the variable that does)" if kind == "MAT" else ""),
             got="none",
         )

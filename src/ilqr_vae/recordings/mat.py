@@ -22,15 +22,18 @@ from ilqr_vae.recordings.checks import (
     whole_counts,
 )
 from ilqr_vae.recordings.mat_variables import Cells, described, read_variables
-from ilqr_vae.recordings.plausible import usable_stamps
 from ilqr_vae.recordings.recording import Recording, RecordingWarning
 from ilqr_vae.recordings.session import Moving, Session
 from ilqr_vae.recordings.spec import MatSpec, RecordingSpec
+from ilqr_vae.recordings.stamps import usable_stamps
 from ilqr_vae.recordings.trials import Table
 from ilqr_vae.recordings.unbinned import recording_of
 from ilqr_vae.recordings.units import labels_of, selected_units
 
 Array = NDArray[np.float64]
+
+_LONGEST_BIN = 10.0
+"""Seconds that a file may state: more are milliseconds or hertz."""
 
 
 def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
@@ -84,10 +87,9 @@ def _binned(variables: dict[str, Any], spec: RecordingSpec) -> tuple[Session, Re
     counts = _counts(variables[mat.spikes], mat)
     if mat.bin_width:
         stated = _vector(variables[mat.bin_width], mat.bin_width)
-        if stated.size != 1 or not 0 < stated[0] < np.inf:
-            raise RecordingError(
-                mat.bin_width, expected="one number of seconds above zero", got=f"{stated[:3]}"
-            )
+        if stated.size != 1 or not 0 < stated[0] <= _LONGEST_BIN:
+            expected = f"one number of seconds, above zero and at most {_LONGEST_BIN:g}"
+            raise RecordingError(mat.bin_width, expected=expected, got=f"{stated[:3]}")
         if spec.bin_width is not None:
             same_bin_width(float(stated[0]), spec.width, mat.bin_width)
         spec = msgspec.structs.replace(spec, bin_width=float(stated[0]))

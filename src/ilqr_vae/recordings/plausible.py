@@ -7,7 +7,6 @@ reader of times passes through here (``unbinned.recording_of``), and every recor
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +25,6 @@ SURELY = 20.0
 """A stretch in which this many spikes are expected and none comes was not recorded (exp(-20))."""
 USUAL_RATES = (0.05, 500.0)
 """Hz, mean of the units that fire: outside, the times are hardly seconds."""
-LOST_SAMPLES = 0.01
-"""Share of samples without a usable time that may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ def check_spikes(
         return []
     first = min(float(t.min()) for t in times if len(t))
     last = max(float(t.max()) for t in times if len(t))
-    found = _order(times, field, first, last, against)
+    found = [*_order(times, field, first, last, against), *_alike(times)]
     if total < FEWEST_SPIKES or last <= first:
         return found
     if all(bool((t == np.floor(t)).all()) for t in times):
@@ -82,6 +79,34 @@ def check_spikes(
     if against is None or against.end <= against.begin:
         return found
     return found + _spans(times, field, (first, last), against, slow=per_unit < 2 * low)
+
+
+def _alike(times: Sequence[NDArray[Any]]) -> list[RecordingWarning]:
+    """Units with the very same spikes as another."""
+    long = [t.tobytes() for t in times if len(t) >= FEWEST_SPIKES]
+    n = len(long) - len(set(long))
+    if not n:
+        return []
+    text = f"{n} units have exactly the spikes of another: each is counted as a unit of its own."
+    return [RecordingWarning("units-coincide", text)]
+
+
+def check_values(values: Array, names: Sequence[str], field: str) -> list[RecordingWarning]:
+    """Look at behaviour (K, D), NaN where missing: a value far from all others that comes again and
+    again, such as -9999, stands for a lost sample (``kinematics-sentinel``)."""
+    found: list[RecordingWarning] = []
+    for name, column in zip(names, values.T, strict=True):
+        known = column[np.isfinite(column)]
+        for end in (known.min(initial=np.inf), known.max(initial=-np.inf)):
+            rest = known[known != end]
+            n = len(known) - len(rest)
+            if n < 3 or not len(rest) or np.ptp(rest) == 0:
+                continue
+            if np.abs(rest - end).min() > 5 * np.ptp(rest):
+                text = f"{n} of {len(known)} samples of {name} ({field}) are {end:g}, far from all "
+                text += f"others ({rest.min():g} to {rest.max():g}): do they stand for lost ones?"
+                found.append(RecordingWarning("kinematics-sentinel", text))
+    return found
 
 
 def _order(
@@ -170,6 +195,7 @@ def silences(recording: Recording) -> Recording:
     spiking = np.flatnonzero(each)
     if not len(spiking):
         return recording
+    found += _counts(recording, each)
     per_bin = float(each.sum()) / max(int(recording.valid[spiking[0] : spiking[-1] + 1].sum()), 1)
     least = max(SURELY / per_bin, 1.0 / width)
     position = np.flatnonzero(each[seen])  # among the valid bins
@@ -201,6 +227,27 @@ def silences(recording: Recording) -> Recording:
             )
         )
     return replace(recording, valid=valid, scored=recording.scored & valid, warnings=tuple(found))
+
+
+def _counts(recording: Recording, each: NDArray[np.int64]) -> list[RecordingWarning]:
+    """What is odd about counts as such; ``each`` bin's sum is (T,)."""
+    found: list[RecordingWarning] = []
+    firing = int(np.count_nonzero(recording.counts.any(axis=0)))
+    seconds = recording.bin_width * max(int(recording.valid.sum()), 1)
+    per_unit = float(each.sum()) / seconds / max(firing, 1)
+    low, high = USUAL_RATES
+    told = {warning.name for warning in recording.warnings}
+    enough = each.sum() >= FEWEST_SPIKES
+    if enough and not low <= per_unit <= high and not told & {"spike-rate", "spikes-outside"}:
+        text = f"The units fire {per_unit:.2g} times a second on average: are these counts, and is "
+        text += f"a bin {recording.bin_width:g} s long?"
+        found.append(RecordingWarning("spike-rate", text))
+    values = np.flatnonzero(np.bincount(recording.counts.ravel(), minlength=2)[1:]) + 1
+    common = int(np.gcd.reduce(values)) if len(values) > 1 else 1
+    if common > 1:
+        text = f"All counts are multiples of {common}: are they spikes a bin, or rates?"
+        found.append(RecordingWarning("counts-multiples", text))
+    return found
 
 
 def check_trials(
@@ -244,6 +291,13 @@ def check_trials(
             "converts other units)",
             got=f"{n} trials from {start.min():g} to {stop.max():g} s",
         )
+    if needed and float(np.median(stop - start)) > 2 * (end - begin):
+        raise RecordingError(
+            "trials.stop_time",
+            expected=f"trials shorter than the recording, {begin:g} to {end:g} s "
+            "(data.clocks.trials converts other units)",
+            got=f"half of {n} trials longer than {float(np.median(stop - start)):g} s",
+        )
     odd(
         "trials-outside",
         outside,
@@ -267,19 +321,19 @@ def check_trials(
 
 def check_event(name: str, when: Array, start: Array, stop: Array) -> RecordingWarning | None:
     """What is odd about an event's times, one a trial, seconds: ``event-relative`` where they are
-    seconds from their trials' starts, ``event-outside`` where half lie outside their trials."""
+    seconds from their trials' starts, ``event-outside`` where some lie outside their trials."""
     known = np.isfinite(when) & np.isfinite(start) & np.isfinite(stop) & (stop > start)
     when, start, stop = when[known], start[known], stop[known]
     if not len(when):
         return None
-    slack = np.maximum(stop - start, 1.0)
+    slack = np.maximum(0.5 * (stop - start), 1.0)
     outside = (when < start - slack) | (when > stop + slack)
     n = int(outside.sum())
-    if 2 * n < len(when):
+    if not n:
         return None
     within = (when[outside] >= -1e-6) & (when[outside] <= (stop - start)[outside] + 1e-6)
     said = f"{n} of {len(when)} times of {name} lie outside of their trials"
-    if within.mean() > 0.9:
+    if within.mean() > 0.9 and 2 * n >= len(when):
         return RecordingWarning(
             "event-relative",
             f"{said}: they look like seconds from each trial's start (data.trials.relative).",
@@ -318,58 +372,3 @@ def check_windows(begin: Array, length: Array) -> list[RecordingWarning]:
             )
         ]
     return []
-
-
-def usable_stamps(
-    times: NDArray[Any], n: int, field: str
-) -> tuple[Array, NDArray[np.int64], tuple[RecordingWarning, ...]]:
-    """Times of ``n`` samples that increase, and which samples have one.
-
-    Samples whose time is not finite, or not after the one before it, are left out where they are
-    few (``LOST_SAMPLES``, or two).
-
-    Raises:
-        RecordingError: another number or shape of times, or more that cannot be used.
-    """
-    raw = np.asarray(times)
-    shape = "x".join(map(str, raw.shape))
-    if raw.dtype.kind not in "iuf" or raw.size != n or max(raw.shape, default=0) != n:
-        what = f"{shape or 'one'} of {raw.dtype}"
-        raise RecordingError(field, expected=f"{n} times in seconds, one a sample", got=what)
-    flat = raw.ravel().astype(np.float64)
-    rows = np.flatnonzero(np.isfinite(flat))
-    lost, allowed = n - len(rows), max(LOST_SAMPLES * n, min(2, n - 2))
-    found: list[RecordingWarning] = []
-    if lost > allowed:
-        raise RecordingError(field, expected="finite seconds", got=f"{lost} of {n} that are not")
-    if lost:
-        text = f"{lost} of {n} samples of {field} have no finite time: left out."
-        found.append(RecordingWarning("stamps-missing", text))
-    back = np.flatnonzero(np.diff(flat[rows]) <= 0)
-    if len(back):
-        at = rows[back[0]], rows[back[0] + 1]
-        kept = rows[_increasing(flat[rows])]
-        text = (
-            f"{len(rows) - len(kept)} of {n} times of {field} do not increase, the first from "
-            f"{flat[at[0]]:.10g} to {flat[at[1]]:.10g} s at sample {at[1]}"
-        )
-        if len(rows) - len(kept) > allowed:
-            raise RecordingError(field, expected="increasing seconds", got=text)
-        found.append(RecordingWarning("stamps-order", f"{text}: these samples are left out."))
-        rows = kept
-    return flat[rows], rows, tuple(found)
-
-
-def _increasing(values: Array) -> NDArray[np.int64]:
-    """Indices of a longest strictly increasing subsequence."""
-    ends: list[float] = []
-    last: list[int] = []
-    previous = np.full(len(values), -1, dtype=np.int64)
-    for i, value in enumerate(values.tolist()):
-        k = bisect_left(ends, value)
-        previous[i] = last[k - 1] if k else -1
-        ends[k : k + 1], last[k : k + 1] = [value], [i]
-    chain = [last[-1]]
-    while previous[chain[-1]] >= 0:
-        chain.append(int(previous[chain[-1]]))
-    return np.array(chain[::-1], dtype=np.int64)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.binning import full_turn
-from ilqr_vae.recordings.plausible import Reference, check_spikes, check_trials
+from ilqr_vae.recordings.plausible import Reference, check_spikes, check_trials, check_values
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.trials import Table
@@ -216,6 +216,7 @@ def plausible(session: Session, spec: RecordingSpec) -> Session:
     moving, table = session.moving, session.table
     against = None
     if moving is not None:
+        found += check_values(moving.values, moving.names, moving.path)
         against = Reference(moving.path, *_recorded(session, float(moving.times[0]), moving.end))
     elif table is not None and np.isfinite(table.stop).any():
         start, stop = float(np.nanmin(table.start)), float(np.nanmax(table.stop))

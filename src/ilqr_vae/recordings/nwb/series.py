@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import MAX_GAP_SECONDS, channels_of, name_words
-from ilqr_vae.recordings.plausible import usable_stamps
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.session import Moving
 from ilqr_vae.recordings.spec import NwbSpec, RecordingSpec
+from ilqr_vae.recordings.stamps import usable_stamps
 
 
 def find(series: dict[str, Any], wanted: str, field: str) -> Any:
@@ -73,10 +73,22 @@ def _kinematic_clock(
         return times * scale + offset, np.arange(n), interval * scale, ()
     raw = contents(item.timestamps, field)
     if rate and raw.size == n and raw.dtype.kind in "iuf":
-        return *_at_rate(raw.ravel() * scale + offset, rate, field), 1.0 / rate, ()
+        stamps = raw.ravel() * scale + offset
+        return *_at_rate(stamps, rate, field), 1.0 / rate, _contradicted(stamps, rate, field)
     times, rows, odd = usable_stamps(raw, n, field)
     times = times * scale + offset
     return times, rows, float(np.median(np.diff(times))) if len(times) > 1 else 0.0, odd
+
+
+def _contradicted(
+    stamps: NDArray[np.float64], rate: float, field: str
+) -> tuple[RecordingWarning, ...]:
+    """A warning where stamps come at another rate than the one stated."""
+    steps = np.diff(stamps[np.isfinite(stamps)])
+    if not len(steps) or abs(float(np.median(steps)) * rate - 1.0) < 0.2:
+        return ()
+    text = f"{field} come every {float(np.median(steps)):g} s; data.nwb.rate says {1 / rate:g} s."
+    return (RecordingWarning("rate-contradicts", text),)
 
 
 def _at_rate(
@@ -229,7 +241,7 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
 
     Raises:
         RecordingError: it is not there, is not numbers, its parts have different clocks, its times
-            are not usable (``plausible.usable_stamps``), or names or units given do not fit its
+            are not usable (``stamps.usable_stamps``), or names or units given do not fit its
             channels.
     """
     nwb, others = spec.nwb, {path: s for path, s in series.items() if s is not binned}
