@@ -13,6 +13,7 @@ import pytest
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import (
     ClockSpec,
+    NwbSpec,
     RecordingSpec,
     TrialSpec,
     load_recording,
