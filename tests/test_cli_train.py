@@ -311,6 +311,8 @@ def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_unknown_verbs_and_missing_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "error: verb: expected one of" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "got 'trian' (did you mean 'train'?)" in capsys.readouterr().err
     for verb in ("train", "evaluate", "inspect"):
         assert main([verb]) == 2
     assert main(["--help"]) == main([]) == main(["--version"]) == 0

@@ -26,7 +26,8 @@ from ilqr_training.fit.build import build_model
 from ilqr_training.config import LoopConfig, ModelConfig, ReadoutConfig, TrainConfig
 from ilqr_training.fit.crops import Crops
 from ilqr_training.fit.loop import gradient_step, start
-from ilqr_training.fit.memory import estimate, resident
+from ilqr_training.fit.memory import estimate
+from ilqr_vae.machine import peak_memory
 from ilqr_training.fit.validate import validate
 from ilqr_vae.streaming.horizon import HorizonConfig
 
@@ -42,7 +43,7 @@ said = estimate(settings, data)
 model = build_model(settings.model, data)
 gradient_step(start(model, Crops(data, model, 60, 0), settings.training), settings.training)
 validate(model, data, settings, thorough=True)
-print(said.peak, resident())
+print(said.peak, peak_memory())
 """
 
 

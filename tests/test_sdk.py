@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.monitor import Snapshot
+from ilqr_clients.monitor import Monitor, Snapshot, view
 from ilqr_clients.sdk import ServiceClient, Session, model_of, reachable
 from ilqr_service.server import Service
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ProtocolError, ServiceError, ShapeError
 from ilqr_vae.protocol import messages
+from ilqr_vae.terminal import console
 from rig import BIN_S, make_model, serving
 
 UNITS = tuple(f"unit{i}" for i in range(5))
@@ -313,6 +315,34 @@ def test_the_monitors_json_has_null_for_what_an_answer_lacks(client: ServiceClie
     (seen,) = json.loads(json.dumps(shown.to_json(), allow_nan=False))["sessions"]
     assert seen["newest"]["kinematics_std"] == {"vx": None, "vy": None}
     assert seen["newest"]["kinematics"]["vx"] == pytest.approx(answer.kinematics[0])
+
+
+def test_the_monitor_takes_no_resent_answer_for_a_fresh_one(client: ServiceClient) -> None:
+    with open_(client, "idle") as session, Monitor(client.endpoint, timeout=10.0) as monitor:
+        session.step(0, counts(1)[0], 20.0)
+        monitor.snapshot()  # subscribes, and is sent the last answer again
+
+        def newest() -> dict[str, Any]:
+            monitor.listen(0.2)
+            shown = monitor.snapshot().to_json()["sessions"]
+            return next(s["newest"] or {} for s in shown if s["session"] == "idle")
+
+        end = time.monotonic() + 20.0
+        while not (seen := newest()) and time.monotonic() < end:
+            pass
+        assert (seen["index"], seen["wire_out"]) == (0, None)
+        assert "out" not in shown_text(monitor).partition("newest answer")[2].partition("\n")[0]
+        session.step(1, counts(1)[0], 20.0)
+        while (seen := newest())["index"] < 1 and time.monotonic() < end:
+            pass
+        assert seen["wire_out"]["ms"] >= 0
+
+
+def shown_text(monitor: Monitor) -> str:
+    screen = console(width=80)
+    with screen.capture() as captured:
+        screen.print(view(monitor.snapshot()))
+    return captured.get()
 
 
 def test_the_monitor_says_that_no_service_is_there(

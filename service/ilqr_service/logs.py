@@ -71,7 +71,7 @@ def configure(kind: Literal["plain", "json"], level: int = logging.INFO) -> None
     """Send the service's log to stderr, and nowhere else."""
     try:
         handler: logging.Handler = StderrHandler(sys.stderr.fileno())
-    except (OSError, AttributeError):  # stderr is closed, or no file
+    except (OSError, AttributeError):  # stderr is closed, or no file; or there is no select.poll
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if kind == "json" else PlainFormatter())
     LOGGER.handlers[:] = [handler]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import signal
 import sys
 import threading
@@ -23,6 +22,8 @@ from ilqr_service.settings import ServiceSettings, load_settings
 from ilqr_service.solving.engine import Engine
 from ilqr_vae.errors import ConfigError, IlqrVaeError, ServiceError
 from ilqr_vae.files import write_whole
+from ilqr_vae.machine import address_space, file_limits, raise_file_limit
+from ilqr_vae.terminal import STOP_SIGNALS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -164,18 +165,17 @@ def _check_limits() -> None:
     """Take as many file descriptors as the system allows: each client needs two.
 
     Raises ServiceError: too few to serve anybody, or too little address space."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most != resource.RLIM_INFINITY and most < _DESCRIPTORS:
+    _, most = file_limits()
+    if most < _DESCRIPTORS:
         raise ServiceError(
-            "file descriptors", expected=f"at least {_DESCRIPTORS} (ulimit -n)", got=str(most)
+            "file descriptors", expected=f"at least {_DESCRIPTORS} (ulimit -n)", got=f"{most:g}"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if space != resource.RLIM_INFINITY and space < _ADDRESSES_MB << 20:
+    raise_file_limit()
+    if (space := address_space()) < _ADDRESSES_MB << 20:
         raise ServiceError(
             "address space",
             expected=f"at least {_ADDRESSES_MB} MB (ulimit -v)",
-            got=f"{space >> 20} MB",
+            got=f"{space / 2**20:.0f} MB",
         )
 
 
@@ -184,10 +184,11 @@ def _stop_on_signals() -> Generator[threading.Event]:
     """An event that SIGINT, SIGTERM and SIGHUP set; they do nothing else meanwhile. Under nohup
     SIGHUP stays ignored."""
     stop = threading.Event()
+    hung_up = getattr(signal, "SIGHUP", None)  # Windows has none
     before = {
         number: signal.signal(number, lambda *_: stop.set())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP
+        for number in STOP_SIGNALS
+        if number != hung_up or signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         yield stop

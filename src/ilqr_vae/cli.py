@@ -10,7 +10,11 @@ refused, is not reachable or cannot start; 4 training cannot go on; 130 interrup
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points, version
+from inspect import getdoc
+
+import typer
 
 from ilqr_vae.errors import IlqrVaeError
 from ilqr_vae.terminal import any_encoding, visible
@@ -48,6 +52,13 @@ def _help(verbs: dict[str, EntryPoint]) -> str:
     return "\n".join(lines)
 
 
+def _rewrap(app: typer.Typer) -> None:
+    """Leave the breaking of lines of help to the terminal's width: keep paragraphs alone."""
+    for command in app.registered_commands:
+        text = command.help or getdoc(command.callback) or ""
+        command.help = "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (see the module's docstring)."""
     any_encoding()
@@ -61,7 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, rest = args[0], args[1:]
     if verb not in verbs:
-        print(f"error: verb: expected one of {', '.join(verbs)}, got {verb!r}", file=sys.stderr)
+        near = get_close_matches(verb, verbs, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        print(
+            f"error: verb: expected one of {', '.join(verbs)}, got {verb!r}{hint}",
+            file=sys.stderr,
+        )
         return 2
     try:
         app = verbs[verb].load()
@@ -75,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ImportError, OSError, MemoryError) as error:
         print(f"error: {verb}: expected its libraries to load, got {error}", file=sys.stderr)
         return 3
+    _rewrap(app)
     try:
         app(args=rest, prog_name=f"ilqr-vae {verb}")
     except IlqrVaeError as error:

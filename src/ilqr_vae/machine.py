@@ -1,15 +1,55 @@
-"""What this process may use of the machine: memory and cores, within its container's limits."""
+"""What this process may use of the machine: memory and cores, within its container's limits; and
+the limits of a process, where the system has any."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
 _ROOT = Path("/")
+
+
+def file_limits() -> tuple[float, float]:
+    """Files that this process may have open, now and at most; infinite where nothing limits it."""
+    if resource is None:
+        return math.inf, math.inf
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    return math.inf if now == unlimited else now, math.inf if most == unlimited else most
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many files open as the system allows it."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def address_space() -> float:
+    """Bytes of addresses that this process may use; infinite where nothing limits it."""
+    if resource is None:
+        return math.inf
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return math.inf if space == resource.RLIM_INFINITY else space
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    if resource is None:
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))  # Windows has the former
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_memory(root: Path = _ROOT) -> int:

@@ -8,11 +8,17 @@ the project is made here, where none of that happens; styles are given beside th
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""The signals that ask a process to stop, on this system."""
 
 
 def visible(text: str) -> str:

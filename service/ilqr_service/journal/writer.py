@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import threading
 import time
@@ -181,6 +180,10 @@ class Writer:
         """
         if self._folder_fd >= 0 and _same(self._folder, self._folder_fd):
             return
+        try:
+            import fcntl
+        except ModuleNotFoundError as error:
+            raise OSError("a journal needs locks of folders, which Windows has not") from error
         self._folder.mkdir(exist_ok=True)
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         lock = -1

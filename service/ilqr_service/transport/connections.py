@@ -7,7 +7,6 @@ bytes that wait to be read by it or from it, frames and handshakes in one turn o
 from __future__ import annotations
 
 import contextlib
-import resource
 import selectors
 import socket
 import time
@@ -19,6 +18,7 @@ from ilqr_service.transport.doors import Connection, Door, bound
 from ilqr_service.transport.security import Gate
 from ilqr_service.transport.zmtp import Incoming, Peer, Violation
 from ilqr_vae.errors import ServiceError
+from ilqr_vae.machine import file_limits
 
 _READ_BYTES = 1 << 16
 _TURN_MESSAGES = 256
@@ -382,5 +382,4 @@ class Connections:
 
 def _descriptors() -> int:
     """How many files this process may have open, as far as they are of use here."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, _DESCRIPTORS)
+    return int(min(file_limits()[0], _DESCRIPTORS))

@@ -14,11 +14,10 @@ from typing import Any, BinaryIO
 import msgspec
 
 from ilqr_vae.errors import IlqrVaeError
+from ilqr_vae.terminal import STOP_SIGNALS
 
 STOP_S = 15.0
 """How long a child that was asked to stop may take before it is killed."""
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StepError(IlqrVaeError):
@@ -50,11 +49,11 @@ def interruptible() -> Generator[None]:
     """
 
     def handle(number: int, _: FrameType | None) -> None:
-        for each in _SIGNALS:
+        for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -69,7 +68,7 @@ def _deferred_signals() -> Generator[None]:
     Around the start of a child: interrupted inside ``Popen`` it would run on unnoticed.
     """
     came: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in _SIGNALS}
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in STOP_SIGNALS}
     try:
         yield
     finally:

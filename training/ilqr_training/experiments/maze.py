@@ -27,10 +27,10 @@ from ilqr_training.experiments.driver import (
 )
 from ilqr_training.experiments.generators import duffing_trials, spiking
 from ilqr_training.fit.loop import Report, Run
-from ilqr_training.fit.memory import resident
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.files import PositiveInt
 from ilqr_vae.kernels.backend import device_of
+from ilqr_vae.machine import peak_memory
 from ilqr_vae.model.dynamics import DynamicsOptions
 from ilqr_vae.progress import Progress
 
@@ -104,7 +104,7 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory so far: a GPU's allocated, else this process's resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resident()
+    return peak_memory()
 
 
 def maze_size(config: MazeConfig, seed: int, progress: Progress) -> Outcome:

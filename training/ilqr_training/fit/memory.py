@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -13,7 +11,7 @@ from ilqr_training.fit.crops import Prepared
 from ilqr_training.fit.validate import LOST_BINS
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.kernels.backend import device_of
-from ilqr_vae.machine import available_memory
+from ilqr_vae.machine import available_memory, peak_memory
 
 GIB = 2**30
 HOPELESS = 4
@@ -95,7 +93,7 @@ def estimate(config: TrainConfig, data: Prepared) -> Estimate:
     fit = 8 * (bins * 3 * features + 3 * features**2)
     streams = 8 * _STREAMS * config.estimator.horizon * (4 * block + 3 * N)
     return Estimate(
-        now=resident(),
+        now=peak_memory(),
         data=word * train * (N + D + n + m + 2),
         step=step,
         validation=int(_COPIES * kept) + fit + streams,
@@ -133,9 +131,3 @@ def _on_host(config: TrainConfig, data: Prepared) -> Estimate:
     """The estimate without what a gradient step takes elsewhere."""
     made = estimate(config, data)
     return made if device_of(config.training.device).type == "cpu" else replace(made, step=0)
-
-
-def resident() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
