@@ -16,7 +16,13 @@ import torch
 
 from ilqr_training.experiment_cli import settings_of
 from ilqr_training.experiments import NAMES, find
-from ilqr_training.experiments.driver import FitConfig, NetConfig, Trials, network, observed_of
+from ilqr_training.experiments.driver import (
+    FitConfig,
+    NetConfig,
+    TrialBatches,
+    network,
+    observed_of,
+)
 from ilqr_training.experiments.generators import (
     LinearSystem,
     duffing_trials,
@@ -280,7 +286,7 @@ def test_trials_pass_through_every_one_before_repeating() -> None:
         seed=0,
         dtype="float64",
     )
-    trials = Trials(model, observed_of(model, np.zeros((6, 4, 1))), 0)
+    trials = TrialBatches(model, observed_of(model, np.zeros((6, 4, 1))), 0)
     seen = torch.cat([trials.draw(3), trials.draw(3)])
     assert sorted(seen.tolist()) == list(range(6))
     z, u = torch.randn(2, 5, 2).double(), torch.randn(2, 4, 1).double()

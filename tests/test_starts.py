@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ilqr_training.config import LoopConfig
-from ilqr_training.experiments.driver import NetConfig, Trials, network, observed_of
+from ilqr_training.experiments.driver import NetConfig, TrialBatches, network, observed_of
 from ilqr_training.experiments.generators import (
     LinearData,
     LinearSystem,
@@ -131,7 +131,7 @@ def test_scales_have_a_learning_rate_of_their_own() -> None:
     values = np.random.default_rng(0).normal(size=(3, 5, 2))
     model = _model("linear", 2, latents=2, inputs=2)
     loop = LoopConfig(steps=1, batch=3, chunk=5, kl_warmup=1, posterior="laplace")
-    trials = Trials(model, observed_of(model, values), 0)
+    trials = TrialBatches(model, observed_of(model, values), 0)
     run = start(model, trials, loop, scale_rate=10.0)
     run.condition = ("observations",)
     run.rate = lambda step: 1e-3

@@ -13,9 +13,9 @@ import torch
 from ilqr_training.evaluation.baselines import KALMAN, fit_baselines
 from ilqr_training.evaluation.stress import (
     CLEAN,
-    Row,
     Stress,
     StressPlan,
+    StressRow,
     silent_units,
     under_stress,
 )
@@ -55,10 +55,10 @@ def test_the_seed_decides_which_units() -> None:
 
 def test_losses_and_shares_of_them() -> None:
     rows = (
-        Row("x", OURS, "", (0.8, 0.9), 0.9),
-        Row("x", "GRU", "zeros", (0.3, 0.5), 0.8),
-        Row("x", "GRU", "mean counts", (0.7, 0.7), 0.8),
-        Row("x", WIENER, "zeros", (0.9,), 0.8),
+        StressRow("x", OURS, "", (0.8, 0.9), 0.9),
+        StressRow("x", "GRU", "zeros", (0.3, 0.5), 0.8),
+        StressRow("x", "GRU", "mean counts", (0.7, 0.7), 0.8),
+        StressRow("x", WIENER, "zeros", (0.9,), 0.8),
     )
     found = Stress(StressPlan(), 4, rows)
     assert rows[0].loss == pytest.approx(0.05)

@@ -81,7 +81,7 @@ def usable(model: Model, names: Iterable[str], like: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackedModel:
     """A model as the kernels take it: (family, weights, channels, prior), the groups' order, and n,
     m and N."""
 
@@ -115,7 +115,7 @@ def _channels(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tup
     )
 
 
-def plan(model: Model, w: Weights, names: Iterable[str]) -> Plan:
+def plan(model: Model, w: Weights, names: Iterable[str]) -> PackedModel:
     """Pack a model that is ``usable``."""
     family = model.dynamics.kernel
     # Poisson channels come first
@@ -133,10 +133,10 @@ def plan(model: Model, w: Weights, names: Iterable[str]) -> Plan:
         channels = _channels([model.group(name) for name in order], model.n, dtype)
     weights = pack_weights(family, tuple(array(t) for t in w))
     N = int(channels[5].shape[1])
-    return Plan((FAMILIES[family], weights, channels, prior), order, (model.n, model.m, N))
+    return PackedModel((FAMILIES[family], weights, channels, prior), order, (model.n, model.m, N))
 
 
-def observations(plan: Plan, observed: Observations) -> tuple[Array, Array]:
+def observations(plan: PackedModel, observed: Observations) -> tuple[Array, Array]:
     """Values and masks (B, T, N) of a plan's groups side by side."""
     groups = [observed[name] for name in plan.names]
     if len(groups) == 1:
@@ -173,14 +173,14 @@ class Inputs(NamedTuple):
     start: tuple[Array, Array]
 
 
-class Work:
+class SolveArrays:
     """Arrays of one batch of solves: state, what iterations keep, and what they report.
 
     Attributes:
         batch: how many of them are solved; may be set to fewer than were made.
     """
 
-    def __init__(self, plan: Plan, batch: int, steps: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, plan: PackedModel, batch: int, steps: int, dtype: np.dtype[Any]) -> None:
         n, m, N = plan.sizes
         self.batch, self.steps, self.dtype = batch, steps, dtype
         T = steps
@@ -228,15 +228,15 @@ class Work:
         return LQRProblem(A=A, B=B, Q=Q, q=q, R=R, r=r), solution
 
 
-def cost_of_iteration(plan: Plan, steps: int) -> int:
+def cost_of_iteration(plan: PackedModel, steps: int) -> int:
     """Multiply-adds of one iteration, roughly."""
     n, m, N = plan.sizes
     return steps * (2 * n * n * n + n * (n + m) ** 2 + N * n * (n // 2 + 3) + 20 * N)
 
 
 def run(
-    plan: Plan,
-    work: Work,
+    plan: PackedModel,
+    work: SolveArrays,
     limit: int,
     entry: int,
     inputs: Inputs,
@@ -277,8 +277,8 @@ Stopped = Callable[[NDArray[np.int64]], bool]
 
 
 def iterate(
-    packed: Plan,
-    work: Work,
+    packed: PackedModel,
+    work: SolveArrays,
     entry: int,
     inputs: Inputs,
     options: Options,
@@ -301,11 +301,11 @@ def iterate(
 
 def prepare(
     model: Model, w: Weights, observed: Observations, batch: int, steps: int
-) -> tuple[Plan, Work, tuple[Array, Array]]:
+) -> tuple[PackedModel, SolveArrays, tuple[Array, Array]]:
     """Pack a model and its data, and make the work arrays of a batch of solves."""
     packed = plan(model, w, observed)
     data = observations(packed, observed)
-    return packed, Work(packed, batch, steps, data[0].dtype), data
+    return packed, SolveArrays(packed, batch, steps, data[0].dtype), data
 
 
 def solve(
@@ -316,7 +316,7 @@ def solve(
     start: tuple[Tensor, Tensor],
     options: Options,
     stopped: Stopped | None,
-) -> Work:
+) -> SolveArrays:
     """Solve a batch from (z0, u); see ``iterate``."""
     z0, u = start
     packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])

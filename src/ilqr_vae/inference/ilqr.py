@@ -132,7 +132,7 @@ def options(config: SolverConfig) -> compiled.Options:
     )
 
 
-def _outcome(work: compiled.Work) -> tuple[State, Info]:
+def _outcome(work: compiled.SolveArrays) -> tuple[State, Info]:
     quadratic, lqr = work.lqr()
     state = State(*(torch.from_numpy(x) for x in work.state))
     return state, Info(quadratic, lqr, torch.from_numpy(work.taken))

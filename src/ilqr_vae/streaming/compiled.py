@@ -19,9 +19,9 @@ from ilqr_vae.inference import compiled
 from ilqr_vae.inference.compiled import (
     Array,
     Options,
-    Plan,
+    PackedModel,
+    SolveArrays,
     Stopped,
-    Work,
     cost_of_iteration,
 )
 from ilqr_vae.kernels.cpu import arguments, threads
@@ -48,10 +48,10 @@ class _Workspace:
     """Work arrays for a batch of up to ``streams`` streams: a power of two, so that batches of all
     sizes share a few sets."""
 
-    def __init__(self, plan: Plan, streams: int, horizon: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, plan: PackedModel, streams: int, horizon: int, dtype: np.dtype[Any]) -> None:
         n, m, _ = plan.sizes
         self.size = streams
-        self.work = work = Work(plan, streams, horizon, dtype)
+        self.work = work = SolveArrays(plan, streams, horizon, dtype)
         z0 = np.empty((streams, n), dtype)
         z = np.empty((streams, horizon + 1, n), dtype)
         u = np.empty((streams, horizon, m), dtype)

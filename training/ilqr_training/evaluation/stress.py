@@ -74,7 +74,7 @@ def silent_units(n_units: int, share: float, seed: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Row:
+class StressRow:
     """One decoder under one condition.
 
     Attributes:
@@ -114,13 +114,13 @@ class Stress:
 
     plan: StressPlan
     units: int
-    rows: tuple[Row, ...]
+    rows: tuple[StressRow, ...]
     watched: dict[str, float] = field(default_factory=dict[str, float])
 
-    def of(self, condition: str, decoder: str) -> tuple[Row, ...]:
+    def of(self, condition: str, decoder: str) -> tuple[StressRow, ...]:
         return tuple(r for r in self.rows if r.condition == condition and r.decoder == decoder)
 
-    def share(self, row: Row) -> float:
+    def share(self, row: StressRow) -> float:
         """Our loss under the row's condition as a share of its own; NaN where it loses nothing."""
         (ours,) = self.of(row.condition, OURS)
         return ours.loss / row.loss if row.loss > 0 else float("nan")
@@ -210,15 +210,15 @@ class _Bench:
             self.estimator, recording, start, stop, run_in=run_in, dropped=dropped, watch=watch
         )
 
-    def row(self, condition: str, decoder: str, given: str, scores: list[float]) -> Row:
+    def row(self, condition: str, decoder: str, given: str, scores: list[float]) -> StressRow:
         clean = self.clean.setdefault(decoder, scores[0])
-        return Row(condition, decoder, given, tuple(scores), clean)
+        return StressRow(condition, decoder, given, tuple(scores), clean)
 
     def others(
         self, condition: str, given: dict[Filling, str], made: list[tuple[NDArray[Any], Flags]]
-    ) -> list[Row]:
+    ) -> list[StressRow]:
         """The baselines' rows: counts and what of them is missing, a pair a draw."""
-        rows: list[Row] = []
+        rows: list[StressRow] = []
         for baseline in self.baselines:
             for filling, words in given.items():
                 if filling not in (*baseline.fillings, "mean"):
@@ -277,7 +277,7 @@ def under_stress(
 
 def _silent(
     bench: _Bench, plan: StressPlan, ours: Callable[..., Causal]
-) -> tuple[list[Row], dict[str, float]]:
+) -> tuple[list[StressRow], dict[str, float]]:
     recording, (start, stop) = bench.recording, bench.bins
     condition = f"{100 * plan.silent:g} % of units silent"
     units = [
@@ -335,7 +335,9 @@ class _Noticed:
         return _Noticed(np.where(found.all(0), 0, since), int(masked[:, others].any(0).sum()))
 
 
-def _lost(bench: _Bench, plan: StressPlan, share: float, ours: Callable[..., Causal]) -> list[Row]:
+def _lost(
+    bench: _Bench, plan: StressPlan, share: float, ours: Callable[..., Causal]
+) -> list[StressRow]:
     recording, (_, stop) = bench.recording, bench.bins
     said = f"{100 * share:g} % of bins lost"
     made: list[tuple[NDArray[Any], Flags]] = []

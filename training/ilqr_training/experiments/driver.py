@@ -93,7 +93,7 @@ def observed_of(
     return {group: Observed(v * seen, seen)}
 
 
-class Trials:
+class TrialBatches:
     """Whole trials as ``loop.Batches``, each starting warm from its own last solution."""
 
     def __init__(
@@ -187,7 +187,7 @@ class Fit:
 
 def fit(
     model: Model,
-    trials: Trials,
+    trials: TrialBatches,
     config: FitConfig,
     seed: int,
     progress: Progress,

@@ -20,7 +20,7 @@ from ilqr_training.experiments.driver import (
     FitConfig,
     NetConfig,
     Outcome,
-    Trials,
+    TrialBatches,
     fit,
     network,
     observed_of,
@@ -116,7 +116,7 @@ class Gap(msgspec.Struct, frozen=True):
 
 
 def _of_ilqr(
-    model: Model, observed: dict[str, Observed], trials: Trials, config: GapConfig, step: int
+    model: Model, observed: dict[str, Observed], trials: TrialBatches, config: GapConfig, step: int
 ) -> Gap:
     # from where training's own solves ended: the Student's cost is not convex, and inputs that
     # start at zero may be held there
@@ -156,7 +156,7 @@ def _train_encoder(
     encoder = Encoder(values.shape[-1], model.n, model.m, config.hidden).to(model.initial.mean)
     parameters = [p for p in (*model.parameters(), *encoder.parameters()) if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, how.learning_rate)
-    trials = Trials(model, observed, seed)
+    trials = TrialBatches(model, observed, seed)
     generator = torch.Generator().manual_seed(seed)
     batch = min(how.batch, trials.count)
     gaps: list[Gap] = []
@@ -206,7 +206,7 @@ def inference_gap(config: GapConfig, seed: int, progress: Progress) -> Outcome:
         if report.step % max(1, config.fit.steps // config.checks) == 0:
             ours.append(_of_ilqr(run.model, observed, trials, config, report.step))
 
-    trials = Trials(model, observed, seed)
+    trials = TrialBatches(model, observed, seed)
     fit(model, trials, config.fit, seed, progress, what="iLQR", after=check)
     theirs = _train_encoder(fresh(), values, config, seed, progress)
     figures: dict[str, Any] = {

@@ -15,7 +15,7 @@ from ilqr_training.experiments.driver import (
     FitConfig,
     NetConfig,
     Outcome,
-    Trials,
+    TrialBatches,
     fit,
     network,
     observed_of,
@@ -83,7 +83,7 @@ def long_trial(config: LongConfig, seed: int, progress: Progress) -> Outcome:
     values, live = padded(
         [torch.as_tensor(x[:k]).to(like) for x, k in zip(made, lengths, strict=True)]
     )
-    trials = Trials(model, {"observations": values}, seed, live=live)
+    trials = TrialBatches(model, {"observations": values}, seed, live=live)
     f = fit(model, trials, config.fit, seed, progress, what="chunks of mixed lengths")
     model = model.double()
     generator = torch.Generator().manual_seed(seed)
@@ -203,7 +203,7 @@ def missing_data(config: MissingConfig, seed: int, progress: Progress) -> Outcom
     for name, mask in (("masked", seen), ("unmasked", np.ones_like(seen))):
         model = poisson_network(config.net, made.counts, seed=seed, dtype=config.fit.dtype)
         observed = observed_of(model, made.counts, mask)
-        f = fit(model, Trials(model, observed, seed), config.fit, seed, progress, what=name)
+        f = fit(model, TrialBatches(model, observed, seed), config.fit, seed, progress, what=name)
         posterior = prediction.infer(model, observed, solver=_SOLVER)
         rates = posterior.rates()["observations"].detach().double().numpy()
         for part, where in parts.items():

@@ -16,7 +16,7 @@ from ilqr_training.experiments.driver import (
     FitConfig,
     NetConfig,
     Outcome,
-    Trials,
+    TrialBatches,
     fit,
     network,
     observed_of,
@@ -77,7 +77,7 @@ def _fit_linear(
     *,
     free: bool = True,
     regress: bool = False,
-) -> tuple[Fit, Trials]:
+) -> tuple[Fit, TrialBatches]:
     group = GroupSpec(family="gaussian", channels=values.shape[-1])
     model = network(net, group, seed=seed, dtype=how.dtype)
     if regress:
@@ -88,7 +88,7 @@ def _fit_linear(
         with torch.no_grad():
             model.dynamics.input.zero_()
         model.dynamics.input.requires_grad_(False)
-    trials = Trials(model, observed_of(model, values), seed)
+    trials = TrialBatches(model, observed_of(model, values), seed)
     return fit(model, trials, how, seed, progress, what=what), trials
 
 

@@ -20,7 +20,7 @@ from ilqr_training.experiments.driver import (
     FitConfig,
     NetConfig,
     Outcome,
-    Trials,
+    TrialBatches,
     fit,
     observed_of,
     poisson_network,
@@ -124,7 +124,7 @@ def maze_size(config: MazeConfig, seed: int, progress: Progress) -> Outcome:
     def after(run: Run, report: Report) -> None:
         clock.append(time.monotonic())
 
-    trials = Trials(model, observed_of(model, counts), seed)
+    trials = TrialBatches(model, observed_of(model, counts), seed)
     f = fit(model, trials, config.fit, seed, progress, after=after)
     each = np.diff(clock)
     later = each[1:] if len(each) > 1 else each  # the first step compiles

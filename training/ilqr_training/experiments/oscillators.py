@@ -14,7 +14,7 @@ from ilqr_training.experiments.driver import (
     FitConfig,
     NetConfig,
     Outcome,
-    Trials,
+    TrialBatches,
     fit,
     network,
     observed_of,
@@ -142,7 +142,7 @@ def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> Outcome:
     bounds: list[float] = []
     for bins, how in ((p.bins, p.fit) for p in config.pieces):
         windows = train[:, : config.bins // bins * bins].reshape(-1, bins, 3)
-        trials = Trials(model, observed_of(model, windows), seed)
+        trials = TrialBatches(model, observed_of(model, windows), seed)
         bounds += fit(model, trials, how, seed, progress, what=f"windows of {bins} bins").bounds
     trained = time.monotonic() - began[0]
     observed = observed_of(model, values)
@@ -217,7 +217,7 @@ def duffing(config: DuffingConfig, seed: int, progress: Progress) -> Outcome:
     )
     model = poisson_network(config.net, made.counts, seed=seed, dtype=config.fit.dtype)
     train, test = made.counts[: config.trials], made.counts[config.trials :]
-    f = fit(model, Trials(model, observed_of(model, train), seed), config.fit, seed, progress)
+    f = fit(model, TrialBatches(model, observed_of(model, train), seed), config.fit, seed, progress)
     posterior = prediction.infer(
         model,
         observed_of(model, test),
