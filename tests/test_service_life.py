@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
 from ilqr_service.serve_cli import await_ready
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
+from ilqr_service.transport.connections import Received
 from ilqr_vae.protocol import messages
 from process import offline
 from rig import serving
@@ -114,3 +117,37 @@ def test_a_silent_session_ends_with_a_notice_and_its_feeder_is_told(model_file: 
         assert feeder.ask(bin_("dozing", 1, spikes(1)[0]), messages.Refused).field == "session"
         feeder.ask(open_("dozing", units=UNITS), messages.Opened)  # name and epoch are free again
     assert service.telemetry.counts()["idle"] >= 1
+
+
+def test_bins_that_came_while_the_service_was_held_up_are_not_called_missing(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may be stopped after it looked at its sockets and before it looks at the time."""
+    counts, newest, grace_ns = spikes(20), 7, 500_000_000
+    held, release = threading.Event(), threading.Event()
+    with (
+        serving(model_file) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        poll, bins = service._connections.poll, 0
+
+        def stopped(timeout_s: float) -> list[Received]:
+            nonlocal bins
+            came = poll(timeout_s)
+            if bins > newest and not held.is_set():
+                held.set()
+                assert release.wait(WAIT_S)
+            bins += sum(b"counts" in received.message.body for received in came)
+            return came
+
+        monkeypatch.setattr(service._connections, "poll", stopped)
+        feeder.subscribe("s")
+        feeder.ask(open_("s", clocked=True, grace_ns=grace_ns), messages.Opened)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(newest + 1)))
+        assert held.wait(WAIT_S)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(newest + 1, 20)))
+        time.sleep(0.8)  # the fault itself: the time of bins 8 to 12 passes
+        release.set()
+        results = feeder.results(20)
+    assert [(r.index, r.revision) for r in results] == [(i, 0) for i in range(20)]
+    assert "missing" not in {r.status for r in results}
