@@ -23,7 +23,7 @@ from ilqr_service.solving import engine as engine_module
 from ilqr_service.solving import slots as slots_module
 from ilqr_service.solving import warm_up as warm_up_module
 from ilqr_service.solving.engine import Engine
-from ilqr_service.solving.engines import Engines
+from ilqr_service.solving.engines import Engines, Shadow
 from ilqr_service.solving.slots import Slots
 from ilqr_service.work import NO_SOLVE, Solve
 from ilqr_vae.artifact import load_artifact
@@ -277,6 +277,33 @@ def test_compiling_is_not_held_against_a_model(
     monkeypatch.setattr(engine._stepper, "_given", compiling)
     assert warm_up_module.warm_up(engine).steps > engine.model_info.horizon
     assert compiled == {0, NO_SOLVE}
+
+
+def test_a_session_that_runs_on_its_slots_shadow_already_is_left_alone(models: Path) -> None:
+    """As after a restart, where its slot serves the model that it was started with again."""
+    options = ServiceSettings(device="cpu")
+    first, other, alone = (Engine.load(models / f"{n}.safetensors", options) for n in "abb")
+    engines = Engines(first)
+    engines.engines[other.model_info.model] = other
+    engines.shadows["main"] = Shadow(other)
+    for i, row in enumerate(spikes(12)):
+        work = Solve(
+            run=0,
+            index=i,
+            serial=i,
+            counts=row.astype(float),
+            restart=i == 0,
+            slot="main",
+            model=other.model_info.model,
+        )
+        (answer,), (expected,) = engines.solve([work]), alone.solve([work])
+        engines.between()
+        np.testing.assert_array_equal(answer.latent, expected.latent)
+    assert [w.index for w in other.window(0)] == [w.index for w in alone.window(0)]
+    table = SessionTable(first.model_info, Limits(deadline_ns=1))
+    table.receive(b"me", open_("s"), 0)
+    assert table.swap("main", other.model_info).work
+    assert not table.swap("main", other.model_info).work
 
 
 def test_slots_that_serve_one_model_have_a_shadow_and_a_score_each(models: Path) -> None:

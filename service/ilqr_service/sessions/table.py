@@ -309,10 +309,15 @@ class SessionTable:
         return effects
 
     def swap(self, slot: str, model_info: EngineInfo) -> Effects:
-        """Serve a slot by another model, each of its sessions from its next bin on."""
+        """Serve a slot by another model, each of its sessions from its next bin on.
+
+        A session that outlived a restart may run on that model already, and goes on as it is.
+        """
         self.slots[slot] = model_info
         effects = Effects()
-        for session in (s for s in self if s.slot == slot):
+        for session in self:
+            if session.slot != slot or session.model_info.model == model_info.model:
+                continue
             effects.work.append(session.swap(model_info))
             what = f"model: {model_info.model} from bin {session.next_index}"
             effects.published.append(session.notice(what))

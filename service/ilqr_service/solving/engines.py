@@ -108,7 +108,9 @@ class Engines:
             return []
         answers = engine.solve(step)
         for work, answer in zip(step, answers, strict=False):
-            if isinstance(work, Solve) and work.slot in self.shadows:
+            shadow = self.shadows.get(work.slot)
+            # after a restart a session may run on the very model that shadows another in its slot
+            if isinstance(work, Solve) and shadow is not None and shadow.engine is not engine:
                 self._pending.append((work, answer))
         return answers
 
