@@ -1,6 +1,6 @@
 """Everything at once for a long time: four sessions, three models, and one mishap after another.
 
-What is random is drawn from a seed. CHAOS=full makes hundreds of mishaps, which takes some ten
+What is random is drawn from a seed. CHAOS=full makes hundreds of mishaps, which takes four or more
 minutes; SOAK_ROUNDS and SOAK_SEED take other numbers.
 """
 
