@@ -269,6 +269,8 @@ class TrainedModel:
             return np.zeros((B, T, 0)), np.zeros((B, T, 0))
         like, H = self.artifact.mean_rate, self.artifact.manifest.horizon.horizon
         y, seen = (torch.as_tensor(x).to(like) for x in (counts, mask))
+        y, seen = readout.read(Observed(y, seen))
+        expects = readout.expects(self.artifact.model.group("spikes"))
         parts: list[tuple[Tensor, Tensor]] = []
         for a in range(0, T, _BINS_AT_ONCE):
             bins = torch.arange(a, min(T, a + _BINS_AT_ONCE), device=like.device)
@@ -281,7 +283,7 @@ class TrainedModel:
                 z.flatten(0, 1),
                 y[:, held].flatten(0, 1),
                 seen[:, held].flatten(0, 1),
-                self.artifact.model.group("spikes").mean,
+                expects.mean,
             )
             parts.append(readout(x.unflatten(0, (B, len(bins))), covariance[:, bins]))
         mean, std = (torch.cat(part, 1) for part in zip(*parts, strict=True))

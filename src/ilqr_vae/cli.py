@@ -26,6 +26,7 @@ SUMMARIES = {
     "demo": "all of it in one go: simulate, train, serve, replay, report",
     "simulate": "simulate a realistic reaching session and write it as NWB",
     "train": "fit a model to a recording and write it as one .safetensors file",
+    "adapt": "fit a model to other units of the same brain, without labels",
     "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
     "inspect": "show what is inside a model, a recording or a journal",
     "experiment": "run one of the paper's experiments on simulated data",

@@ -90,7 +90,8 @@ class PackedModel:
     sizes: tuple[int, int, int]
 
 
-def _channels(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def channels_of(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Groups side by side, as the kernels take them."""
     empty = torch.zeros(0, n, dtype=dtype)
     C = torch.cat([empty, *(f.C.detach() for f in families)])
     b = torch.cat([empty[:, 0], *(f.b.detach() for f in families)])
@@ -130,7 +131,7 @@ def plan(model: Model, w: Weights, names: Iterable[str]) -> PackedModel:
             constant = float(scale.double().sum()) + 0.5 * m * math.log(math.pi * nu)
             constant += math.lgamma(0.5 * nu) - math.lgamma(0.5 * (nu + m))
         prior = (array(model.prior.mean), array(torch.exp(-2 * scale)), constant, nu)
-        channels = _channels([model.group(name) for name in order], model.n, dtype)
+        channels = channels_of([model.group(name) for name in order], model.n, dtype)
     weights = pack_weights(family, tuple(array(t) for t in w))
     N = int(channels[5].shape[1])
     return PackedModel((FAMILIES[family], weights, channels, prior), order, (model.n, model.m, N))

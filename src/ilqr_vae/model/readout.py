@@ -26,10 +26,16 @@ latents expect there: rates(z_{t-k}). It begins from the state before the oldest
 what lies further back comes through the latents, and it has no memory of its own: what was late,
 revised or taken up again needs nothing of it. A window that holds fewer bins begins from its first
 state and runs over those it holds. (Cho et al. 2014, with the reset gate as in torch.nn.GRU.)
+
+A readout was fitted to the model's units. When the rows of a model are adapted to other units, the
+readout keeps rows of its own, those that it was fitted with. Of a unit whose row held it reads the
+counts times a factor, since a unit may fire at another level than before. It sees all others as
+missing, so that it reads of them what the latents expect of the unit that was there.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
@@ -37,6 +43,8 @@ import msgspec
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from ilqr_vae.model.likelihoods import Counts, Likelihood, Observed
 
 
 class Cell(NamedTuple):
@@ -88,12 +96,14 @@ class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         residuals: K, bins whose unexplained spikes it reads; zero for none.
         hidden: units of the layer beside the linear map; zero for none.
         recurrent: units of the layer that runs over the last L bins; zero for none.
+        own_rows: whether it holds rows of its own, see the module's docstring.
     """
 
     lags: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     residuals: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     hidden: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     recurrent: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    own_rows: bool = False
 
     def direct(self, n: int, units: int) -> int:
         """Length of x, F."""
@@ -162,6 +172,8 @@ class KinematicReadout(nn.Module):
         W: (D, F); b: (D,); in the recording's kinematic units.
         U: (h, F); c: (h,); O: (D, h).
         C: (D, g); and the recurrent layer's weights, as in ``Cell``.
+        rows: (N, n + 1) C and b, log_gain: (N,), of its own rows.
+        reads: (N,) factors of the counts it reads; zero for a unit that is missing to it.
         variance: (D,) tau^2.
         gain: (D,) multiplier of the propagated latent variance.
         kappa: (D,) of the decode's mean square.
@@ -180,6 +192,9 @@ class KinematicReadout(nn.Module):
     p: Tensor
     G: Tensor
     g: Tensor
+    rows: Tensor
+    log_gain: Tensor
+    reads: Tensor
     variance: Tensor
     gain: Tensor
     kappa: Tensor
@@ -196,6 +211,8 @@ class KinematicReadout(nn.Module):
         if g := self.shape.recurrent:
             sizes |= {"C": (D, g), "A": (g, n), "a": (g,), "P": (3 * g, units), "p": (3 * g,)}
             sizes |= {"G": (3 * g, g), "g": (3 * g,)}
+        if self.shape.own_rows:
+            sizes |= {"rows": (units, n + 1), "log_gain": (units,), "reads": (units,)}
         for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(size))
         for name, value in (
@@ -211,6 +228,23 @@ class KinematicReadout(nn.Module):
     def cell(self) -> Cell:
         """The recurrent layer, where there is one."""
         return Cell(self.A, self.a, self.P, self.p, self.G, self.g)
+
+    def expects(self, spikes: Likelihood) -> Likelihood:
+        """The observation model whose rates it reads where a unit is missing."""
+        if not self.shape.own_rows:
+            return spikes
+        own = copy.deepcopy(spikes).requires_grad_(False)
+        own.C.copy_(self.rows[:, :-1])
+        own.b.copy_(self.rows[:, -1])
+        if isinstance(own, Counts) and own.log_gain is not None:
+            own.log_gain.copy_(self.log_gain)
+        return own
+
+    def read(self, o: Observed) -> Observed:
+        """The counts and mask that it reads."""
+        if not self.shape.own_rows:
+            return o
+        return Observed(o.values * self.reads, o.mask * (self.reads > 0))
 
     def mean(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch D"]:
         """The decode of all that is read."""

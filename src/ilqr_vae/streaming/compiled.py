@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ilqr_vae.inference import compiled
@@ -30,6 +31,7 @@ from ilqr_vae.kernels.cpu.arguments import Estimates, Fixed, Streams
 from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.dynamics import Weights
 from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.streaming.bounds import Bounds
 from ilqr_vae.streaming.state import HorizonState
@@ -109,6 +111,7 @@ class Estimator:
             maps,
             tuple(array(t.to(mean_rate.dtype).contiguous()) for t in layer),
             tuple(array(t.to(mean_rate.dtype)) for t in spread),
+            self._reads(model, used, mean_rate),
         )
         precision = model.initial.cost(1).precision[0]
         fixed = Fixed(
@@ -122,6 +125,16 @@ class Estimator:
         )
         self.fixed = (*fixed[:-2], tuple(fixed.bounds), tuple(fixed.initial))  # see ``step``
         self._spare: dict[int, list[_Workspace]] = {}
+
+    def _reads(self, model: Model, readout: KinematicReadout, mean_rate: Tensor) -> tuple[Any, ...]:
+        """The channels whose rates the readout reads, and the factors of its counts."""
+        spikes = model.group("spikes")
+        own = readout.expects(spikes)
+        channels = self.plan.arrays[2]
+        if own is not spikes:
+            channels = compiled.channels_of([own], model.n, mean_rate.dtype)
+        ones = torch.ones_like(mean_rate)
+        return channels, array(readout.read(Observed(ones, ones)).values)
 
     def _take(self, streams: int) -> _Workspace:
         size = 1 << max(0, streams - 1).bit_length()

@@ -47,7 +47,7 @@ from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.priors import GaussianPrior, InitialCost
-from ilqr_vae.model.readout import KinematicReadout, ReadoutShape, read_window
+from ilqr_vae.model.readout import KinematicReadout, read_window
 from ilqr_vae.model.rollout import wanted
 from ilqr_vae.streaming.bounds import TrainingRange, bounds_of, check_bin
 from ilqr_vae.streaming.compiled import Estimator, Rows, States
@@ -113,6 +113,8 @@ class MovingHorizon:
         self.mean_rate = mean_rate
         self.config = config
         self.spikes = model.group("spikes")
+        self._blank = KinematicReadout(model.n, 0)
+        self._expects = (readout or self._blank).expects(self.spikes)
         self._w = tuple(t.contiguous() for t in model.dynamics.weights())
         self._solver = ilqr.SolverConfig(iterations=config.iterations, tolerance=config.tolerance)
         self.bounds = bounds_of(model, readout, mean_rate, seen)
@@ -375,8 +377,9 @@ class MovingHorizon:
         iterations: Tensor,
         status: Tensor,
     ) -> Estimate:
-        shape = ReadoutShape() if self.readout is None else self.readout.shape
-        window = read_window(shape, s.age, s.z, s.counts, s.mask, self.spikes.mean)
+        readout = self._blank if self.readout is None else self.readout
+        read = readout.read(Observed(s.counts, s.mask))
+        window = read_window(readout.shape, s.age, s.z, *read, self._expects.mean)
         z = window[:, : self.model.n]
         if self.readout is None:
             kinematics = kinematics_std = z.new_zeros(len(z), 0)

@@ -16,9 +16,15 @@ from ilqr_vae.kernels.cpu.panels import exp_inplace, whole
 
 
 @part
-def _features(b, channels, sizes, after, window, scratch):
+def _features(b, reads, sizes, after, window, scratch):
     """Write what the readout reads of stream ``b``: latents, unexplained spikes, and for a
-    recurrent layer the bins held and their counts."""
+    recurrent layer the bins held and their counts.
+
+    Args:
+        reads: the channels it takes rates of, and (N,) factors of the counts that it reads, zero
+            for a unit that is missing to it.
+    """
+    channels, factor = reads
     lags, residuals, recurrent = sizes
     age, z, counts, mask = after.age, after.z, after.counts, after.mask
     n, N = z.shape[2], counts.shape[2]
@@ -49,7 +55,9 @@ def _features(b, channels, sizes, after, window, scratch):
             at[0, i] = z[b, slot, i]
         observations.expected(channels, at, expected)
         for i in range(N):
-            seen, there = counts[b, slot - 1, i], mask[b, slot - 1, i]
+            seen, there = counts[b, slot - 1, i] * factor[i], mask[b, slot - 1, i]
+            if factor[i] == zero:
+                there = zero
             if k < residuals:
                 window[b, left + i] = there * (seen - expected[0, i])
             if recurrent and k < lags:
@@ -176,13 +184,13 @@ def answer(b, channels, bounds, readout, after, estimates, scratch):
 
     Args:
         readout: ((L, K, g), (W, b, U', U of z, c, O), (C, A, a, P', p, G', g), (variance, gain,
-            kappa, centre, spread)).
+            kappa, centre, spread), what ``_features`` reads).
     """
-    sizes, maps, layer, spread = readout
+    sizes, maps, layer, spread, reads = readout
     window, z, kinematics = estimates.window, after.z, estimates.kinematics
     newest = after.age[b]
     n, N = z.shape[2], estimates.rates.shape[1]
-    _features(b, channels, sizes, after, window, scratch)
+    _features(b, reads, sizes, after, window, scratch)
     lags, residuals, recurrent = sizes
     h, end = carve(scratch, 0, 1, whole(recurrent))
     if recurrent:

@@ -1,0 +1,114 @@
+"""``ilqr-vae adapt``: a model file for other units of the same brain, without labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from ilqr_training.adaptation.adapt import Adaptation, adapt
+from ilqr_training.adaptation.units import Verdict
+from ilqr_training.options import JsonFile, RecordingFile, Threads, use_threads
+from ilqr_vae.artifact import Artifact, load_artifact, save_artifact
+from ilqr_vae.errors import ConfigError, RecordingError, TrainingError
+from ilqr_vae.files import STDOUT, check_writable, write_whole
+from ilqr_vae.progress import Bar
+from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.terminal import console
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+EXAMPLE = (
+    "Example: ilqr-vae adapt monday.safetensors --recording tuesday.nwb --seconds 0 300 "
+    "--out tuesday.safetensors"
+)
+
+
+def _recording(
+    artifact: Artifact, path: Path, seconds: tuple[float, float]
+) -> tuple[Recording, tuple[int, int]]:
+    """The units to stream from now on, and the bins to fit on."""
+    manifest = artifact.manifest
+    read = load_recording(path, manifest.data.as_it_ran())
+    if abs(read.bin_width - manifest.bin_width) > 1e-9:
+        raise RecordingError(
+            "recording.bin_width",
+            expected=f"the model's {manifest.bin_width:.10g} s",
+            got=f"{read.bin_width:.10g} s",
+        )
+    start, stop = (round(s / manifest.bin_width) for s in seconds)
+    stop = len(read) if stop == 0 else stop
+    if not 0 <= start < stop <= len(read):
+        raise ConfigError(
+            "--seconds",
+            expected=f"a start and a later end within {len(read) * read.bin_width:g} s",
+            got=f"{seconds[0]:g} and {seconds[1]:g}",
+        )
+    part, seen = slice(start, stop), read.mask()
+    fired = np.where(seen[part], read.counts[part], 0).sum(0)
+    rate = fired / np.maximum(seen[part].sum(0), 1) / read.bin_width
+    known = set(manifest.unit_names)
+    names = [
+        name
+        for name, hz in zip(read.unit_names, rate, strict=True)
+        if name in known or hz >= max(manifest.data.min_rate, 1e-9)
+    ]
+    return read.select_units(tuple(names)), (start, stop)
+
+
+def _told(made: Adaptation) -> list[str]:
+    lines = [f"{made.count(verdict):>5} units: {verdict.value}" for verdict in Verdict]
+    if made.gone:
+        lines.append(f"{len(made.gone):>5} units of the model are not in the recording")
+    was, now = made.bits
+    lines.append(f"bits a bin predicted beyond mean rates, on bins not fitted on: {was:.3f} by the")
+    lines.append(f"model as it was, {now:.3f} by the adapted one")
+    return lines
+
+
+@app.command(epilog=EXAMPLE)
+def run(
+    model: Annotated[Path, typer.Argument(help="A model file.")],
+    recording: RecordingFile,
+    out: Annotated[Path, typer.Option(help="Write the adapted model file here.")],
+    seconds: Annotated[
+        tuple[float, float],
+        typer.Option(help="Start and end of what to fit on; an end of 0 is that of the recording."),
+    ] = (0.0, 0.0),
+    seed: Annotated[int, typer.Option(min=0, help="Of folds and draws.")] = 0,
+    json_file: JsonFile = None,
+    threads: Threads = None,
+) -> None:
+    """Fit a model's observation rows to the units of a new recording, without labels.
+
+    Dynamics, priors and readout stay. Units that still fit hold the latents in place; the others
+    are learnt anew from them. The last quarter of the bins decides: a candidate that does not
+    predict them better than the model as it was is refused (exit code 4), and nothing is written.
+    """
+    check_writable(out, "--out")
+    check_writable(json_file, "--json")
+    use_threads(threads)
+    artifact = load_artifact(model)
+    read, bins = _recording(artifact, recording, seconds)
+    with Bar() as bar:
+        made = adapt(artifact, read, bins, seed=seed, progress=bar)
+    if json_file is not None:
+        numbers = {
+            "units": {name: verdict.name.lower() for name, verdict in made.verdicts.items()},
+            "gone": list(made.gone),
+            "bits_before": made.bits[0],
+            "bits_after": made.bits[1],
+            "outside": made.outside,
+            "refused": made.refused,
+        }
+        write_whole(json_file, json.dumps(numbers, indent=1) + "\n")
+    if json_file != STDOUT:
+        for line in _told(made):
+            console(soft_wrap=True).print(line, markup=False, highlight=False)
+    if made.refused:
+        raise TrainingError("adapt", expected="rows that fit", got=f"none: {made.refused}")
+    a = made.artifact
+    save_artifact(out, a.manifest, a.model, a.readout, a.mean_rate, a.seen)

@@ -1,0 +1,1 @@
+"""Units that come, go and change: a model file for another day, without labels."""

@@ -1,0 +1,233 @@
+"""The E-step and the evidence: which units still fit, and the rows of those that do not.
+
+Unit i's latents are inferred from the other units, in folds, so that no unit speaks for itself.
+With draws z of these latents, and y the unit's counts,
+
+    old_i   = max_c sum_t log p(y_ti | C_i z_t + b_i + c)       the row as it was, at another level
+    none_i  = max_c sum_t log p(y_ti | c)                       a constant rate
+
+A unit is an *anchor* if old_i > none_i. Latents are inferred from the anchors alone, which decides
+again; three rounds suffice. Anchors hold the latent frame: C of theirs is kept, or fitted again
+near its old value where that predicts the other half of the bins better. The rows of all other
+units are fitted under a prior of the size of the model's own rows, and used where they predict the
+other half of the bins better than a constant rate does; then latents are inferred with them too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ilqr_training.adaptation.rows import RowPrior, fit_rows, log_p
+from ilqr_vae.inference import prediction
+from ilqr_vae.inference.problem import SolverConfig
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Counts, Observed
+from ilqr_vae.progress import SILENT, Progress
+
+_SOLVER = SolverConfig(iterations=30, tolerance=1e-6)
+_CHUNK = 40
+_DRAWS = 4
+_FOLDS = 4
+_ROUNDS = 3
+_SURE = 3.0  # nats by which a new row must beat what it replaces
+_NEAR = 0.15  # of the rows' own spread: how far an anchor's row is expected to have moved
+_LEVEL = 0.5  # how far a log rate is expected to have moved
+_ANY_LEVEL = 3.0
+
+
+class Verdict(Enum):
+    """What was done with a unit; the values are for people."""
+
+    KEPT = "row kept"
+    MOVED = "row fitted again, near the old one"
+    LEARNT = "row learnt anew"
+    UNUSED = "not predicted by the others: not used"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of N units.
+
+    Attributes:
+        w: (N, n + 1), C and b.
+        verdicts: one a unit.
+    """
+
+    w: Float[Tensor, "N F"]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def anchors(self) -> Bool[Tensor, " N"]:
+        """Units whose row is the old one, or near it."""
+        return torch.tensor([v in (Verdict.KEPT, Verdict.MOVED) for v in self.verdicts])
+
+
+def family_of(spikes: Counts, units: Tensor) -> Counts:
+    """The family of these units alone."""
+    part = copy.deepcopy(spikes)
+    for name, value in spikes.named_parameters():
+        setattr(part, name, nn.Parameter(value.detach()[units]))
+    return part
+
+
+def with_rows(model: Model, w: Float[Tensor, "N F"]) -> Model:
+    """A copy of the model with these rows."""
+    made = copy.deepcopy(model)
+    spikes = made.group("spikes")
+    with torch.no_grad():
+        spikes.C.copy_(w[:, :-1])
+        spikes.b.copy_(w[:, -1])
+    return made
+
+
+class _Bins:
+    """Counts of some bins, and the latents that others than the unit itself give."""
+
+    def __init__(self, model: Model, y: Tensor, mask: Tensor, generator: torch.Generator) -> None:
+        self.model, self.y, self.mask, self.generator = model, y, mask, generator
+        spikes = model.group("spikes")
+        assert isinstance(spikes, Counts)
+        self.spikes, self.N = spikes, y.shape[1]
+        mean = ((y * mask).sum(0) + 0.5) / (mask.sum(0) + 1)
+        level = copy.deepcopy(spikes)
+        level.start_at(mean)
+        self.constant = level.b.detach()
+
+    def latents(self, w: Tensor, used: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Units of each fold, and draws (K, T, n) of the latents that the other folds' units give.
+
+        Args:
+            used: (N,) one for units that latents are inferred from, else zero.
+        """
+        order = torch.randperm(self.N, generator=self.generator)
+        folds = [order[f::_FOLDS].sort().values for f in range(min(_FOLDS, self.N))]
+        mask = (self.mask * used).repeat(len(folds), 1, 1)
+        for f, units in enumerate(folds):
+            mask[f, :, units] = 0
+        observed = {"spikes": Observed(self.y.repeat(len(folds), 1, 1), mask)}
+        found = prediction.infer_long(
+            with_rows(self.model, w), observed, chunk=_CHUNK, solver=_SOLVER, check=False
+        )
+        assert found.laplace is not None
+        z, covariance = found.z[:, 1:], found.laplace.z_cov[:, 1:]
+        factor = torch.linalg.cholesky_ex(covariance)[0].nan_to_num()
+        noise = torch.randn(_DRAWS, *z.shape, 1, generator=self.generator, dtype=z.dtype)
+        draws = z + (factor @ noise).squeeze(-1)
+        return [(units, draws[:, f]) for f, units in enumerate(folds)]
+
+    def evidence(self, units: Tensor, a: Tensor, bins: slice = slice(None)) -> Tensor:
+        """log p of the units' counts given affine arguments (K, T, N), over a constant's."""
+        y, mask = self.y[bins][:, units], self.mask[bins][:, units]
+        family = family_of(self.spikes, units)
+        gained = log_p(family, a, y.expand_as(a)).mean(0)
+        gained = gained - log_p(family, self.constant[units].expand_as(y), y)
+        return (gained * mask).sum(0)
+
+    def level(self, units: Tensor, a: Tensor) -> Tensor:
+        """The constant that, added to affine arguments, makes the counts most likely."""
+        y, mask = self.y[:, units], self.mask[:, units]
+        family, c = family_of(self.spikes, units), a.new_zeros(len(units))
+        tight = 1 / _ANY_LEVEL**2
+        for _ in range(20):
+            slope, curve = family.derivatives(a + c, y.expand_as(a))
+            down = (slope.mean(0) * mask).sum(0) + tight * c
+            c = c - (down / ((curve.mean(0) * mask).sum(0) + tight)).clamp(-1, 1)
+        return c
+
+    def fit(self, units: Tensor, z: Tensor, prior: RowPrior, bins: slice = slice(None)) -> Tensor:
+        """Rows of the units."""
+        y, mask = self.y[bins][:, units], self.mask[bins][:, units]
+        return fit_rows(family_of(self.spikes, units), z[:, bins], y, mask, prior)
+
+    def crossed(
+        self, units: Tensor, z: Tensor, rows: Callable[[slice], Tensor]
+    ) -> Float[Tensor, " units"]:
+        """Evidence of rows fitted on each half of the bins, on the other half."""
+        half = len(self.y) // 2
+        total = z.new_zeros(len(units))
+        for fitted, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+            total += self.evidence(units, affine(z[:, other], rows(fitted)), other)
+        return total
+
+
+def affine(z: Float[Tensor, "K T n"], w: Float[Tensor, "N F"]) -> Float[Tensor, "K T N"]:
+    """C z + b."""
+    return z @ w[:, :-1].mT + w[:, -1]
+
+
+def refit(
+    model: Model,
+    known: Bool[Tensor, " N"],
+    y: Float[Tensor, "T N"],
+    mask: Float[Tensor, "T N"],
+    *,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Rows:
+    """The rows of all units, by a few rounds of expectation and maximisation.
+
+    Args:
+        model: float64; the group "spikes" has N units.
+        known: units whose rows the model has learnt; the others' are ignored.
+        y: counts. mask: one where observed, else zero.
+        seed: of folds and draws.
+    """
+    bins = _Bins(model, y, mask, torch.Generator().manual_seed(seed))
+    spikes = bins.spikes
+    n = spikes.C.shape[1]
+    first = torch.cat([spikes.C, spikes.b.unsqueeze(1)], 1).detach()
+    spread = first[known, :n].mT @ first[known, :n] / max(1, int(known.sum()))
+    spread = spread + 1e-6 * spread.diagonal().mean().clamp(min=1e-12) * torch.eye(n).to(spread)
+    size = torch.linalg.inv(spread)
+    fires = (y * mask).sum(0) > 0
+    anchor, w = known & fires, first.clone()
+    for done in range(_ROUNDS):
+        progress("adapt", done, 2 * _ROUNDS, "which units still fit")
+        used = anchor
+        anchor = torch.zeros_like(known)
+        moved = w.clone()
+        for units, z in bins.latents(w, used.to(y)):
+            a = affine(z, w[units])
+            level = bins.level(units, a)
+            moved[units, n] += level
+            anchor[units] = bins.evidence(units, a + level) > 0
+        w, anchor = moved, anchor & known & fires
+
+    near = RowPrior.of(torch.cat([first[:, :n], w[:, n:]], 1), size / _NEAR**2, _LEVEL)
+    blank = torch.cat([torch.zeros_like(first[:, :n]), bins.constant.unsqueeze(1)], 1)
+    anywhere = RowPrior.of(blank, size, _ANY_LEVEL)
+    prior = near.where(anchor, anywhere)
+    before = torch.where(anchor.unsqueeze(1), first, blank)
+    w, used, better = prior.mean, anchor, torch.zeros_like(anchor)
+    for done in range(_ROUNDS):
+        progress("adapt", _ROUNDS + done, 2 * _ROUNDS, "rows of the others")
+        fitted, better = w.clone(), torch.zeros_like(anchor)
+        for units, z in bins.latents(w, used.to(y)):
+            own = prior.of_units(units)
+
+            def on(
+                part: slice, units: Tensor = units, z: Tensor = z, own: RowPrior = own
+            ) -> Tensor:
+                return bins.fit(units, z, own, part)
+
+            fitted[units] = bins.fit(units, z, own)
+            stays = bins.evidence(units, affine(z, before[units]))
+            better[units] = bins.crossed(units, z, on) > stays + _SURE
+        w = torch.where((better & fires).unsqueeze(1), fitted, before)
+        used = (anchor | better) & fires
+    progress("adapt", 2 * _ROUNDS, 2 * _ROUNDS, "rows of the others")
+    verdicts = {
+        (True, False): Verdict.KEPT,
+        (True, True): Verdict.MOVED,
+        (False, True): Verdict.LEARNT,
+        (False, False): Verdict.UNUSED,
+    }
+    pairs = zip(anchor.tolist(), (better & fires).tolist(), strict=True)
+    return Rows(w, tuple(verdicts[pair] for pair in pairs))
