@@ -70,6 +70,7 @@ def log_p(
     return spikes.evidence(spikes.expected(a), torch.ones_like(a), y)
 
 
+@torch.no_grad()
 def fit_rows(
     spikes: Counts,
     z: Float[Tensor, "K T n"],

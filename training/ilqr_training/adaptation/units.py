@@ -162,6 +162,7 @@ def affine(z: Float[Tensor, "K T n"], w: Float[Tensor, "N F"]) -> Float[Tensor, 
     return z @ w[:, :-1].mT + w[:, -1]
 
 
+@torch.no_grad()
 def refit(
     model: Model,
     known: Bool[Tensor, " N"],
