@@ -44,6 +44,23 @@ def test_every_verb_has_a_summary_and_help(capsys: pytest.CaptureFixture[str]) -
         assert summary in said
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("ilqr-vae s", {"serve", "simulate"}), ("ilqr-vae replay --sp", {"--speed", "--span"})],
+)
+def test_a_shell_completes_verbs_and_options(
+    typed: str,
+    offered: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("_ILQR_VAE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert main([]) == 0
+    assert set(capsys.readouterr().out.split()) == offered
+
+
 def commands(text: str) -> list[list[str]]:
     """The ``ilqr-vae`` command lines in a text's indented or fenced blocks, words split."""
     lines = re.findall(r"^ilqr-vae (.+)$", text, re.MULTILINE)

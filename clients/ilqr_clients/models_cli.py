@@ -19,7 +19,7 @@ ACTIONS = ("list", "load", "shadow", "swap", "rollback")
 def models(
     action: Annotated[str, typer.Argument(help=", ".join(ACTIONS))] = "list",
     path: Annotated[
-        str, typer.Argument(help="for load and shadow: a file in the service's model folder")
+        str, typer.Argument(help="For load and shadow: a file in the service's model folder.")
     ] = "",
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
     slot: Annotated[str, typer.Option(help="Default the service's first.")] = "",

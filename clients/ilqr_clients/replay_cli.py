@@ -124,7 +124,9 @@ def replay(
     speed: Annotated[
         str, typer.Option(help="Multiple of real time, or max: as fast as the service takes them.")
     ] = "1",
-    span: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    span: Annotated[
+        str, typer.Option(help="Part of the recording: train, validation, test or all.")
+    ] = "test",
     drop: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out, 0 to 0.99.")
     ] = 0.0,

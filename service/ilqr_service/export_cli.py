@@ -9,6 +9,7 @@ import typer
 
 from ilqr_service.journal.export import choose, runs_of, write
 from ilqr_vae.files import check_writable
+from ilqr_vae.progress import Bar
 from ilqr_vae.recordings.nwb.write import SubjectInfo
 from ilqr_vae.terminal import console
 
@@ -17,18 +18,22 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def export(
-    journal: Annotated[Path, typer.Argument(help="a service's journal folder")],
-    out: Annotated[Path, typer.Option(help="the .nwb file to write")],
-    session: Annotated[str | None, typer.Option(help="needed where there are several")] = None,
-    epoch: Annotated[int | None, typer.Option(help="needed where there are several")] = None,
-    run: Annotated[int | None, typer.Option(help="its number; where names are not enough")] = None,
-    subject: Annotated[str, typer.Option(help="who was recorded")] = "",
-    species: Annotated[str, typer.Option(help="Latin binomial")] = "",
-    sex: Annotated[str, typer.Option(help="M, F, O or U")] = "U",
-    age: Annotated[str, typer.Option(help="ISO 8601, e.g. P8Y")] = "",
-    experimenter: Annotated[str, typer.Option(help="Last, First")] = "",
-    institution: Annotated[str, typer.Option(help="where")] = "",
-    force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
+    journal: Annotated[Path, typer.Argument(help="A service's journal folder.")],
+    out: Annotated[Path, typer.Option(help="The .nwb file to write.")],
+    session: Annotated[str | None, typer.Option(help="Needed where there are several.")] = None,
+    epoch: Annotated[int | None, typer.Option(help="Needed where there are several.")] = None,
+    run: Annotated[
+        int | None, typer.Option(help="The session's run number, where names are not enough.")
+    ] = None,
+    subject: Annotated[str, typer.Option(help="Who was recorded.")] = "",
+    species: Annotated[str, typer.Option(help="The subject's species, a Latin binomial.")] = "",
+    sex: Annotated[str, typer.Option(help="The subject's sex: M, F, O or U.")] = "U",
+    age: Annotated[
+        str, typer.Option(help="The subject's age as an ISO 8601 duration, e.g. P8Y.")
+    ] = "",
+    experimenter: Annotated[str, typer.Option(help="Who recorded: Last, First.")] = "",
+    institution: Annotated[str, typer.Option(help="Where it was recorded.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a session as NWB: its bins, the answers, the model's manifest and the settings.
 
@@ -36,7 +41,8 @@ def export(
     """
     check_writable(out, "--out")
     damage: list[str] = []
-    runs, manifests = runs_of(journal, damage)
+    with Bar() as bar:
+        runs, manifests = runs_of(journal, damage, bar)
     for line in damage:
         console(stderr=True, soft_wrap=True).print(f"warning: {line}")
     chosen = choose(runs, session, epoch, run)

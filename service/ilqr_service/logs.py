@@ -94,3 +94,22 @@ def error(message: str, **data: Any) -> None:
 def exception(message: str, **data: Any) -> None:
     """With the traceback of the exception being handled."""
     LOGGER.exception(message, extra={"data": data})
+
+
+class Paced:
+    """Lines that whoever can reach the service causes: so many at once, then one a second."""
+
+    def __init__(self, at_once: int = 20) -> None:
+        self._room, self._most, self._at, self._left_out = float(at_once), at_once, 0.0, 0
+
+    def info(self, message: str, **data: Any) -> None:
+        now = time.monotonic()
+        passed, self._at = now - self._at, now
+        self._room = min(self._most, self._room + passed)
+        if self._room < 1:
+            self._left_out += 1
+            return
+        self._room -= 1
+        if self._left_out:
+            data["lines_left_out"], self._left_out = self._left_out, 0
+        info(message, **data)

@@ -39,48 +39,58 @@ _ADDRESSES_MB = 1200
 
 @app.command()
 def serve(
-    model: Annotated[Path, typer.Argument(help="model file (.safetensors)")],
+    model: Annotated[Path, typer.Argument(help="A model file (.safetensors).")],
     ingest: Annotated[
-        str | None, typer.Option(help="address for feeders; tcp://127.0.0.1:* takes a free port")
+        str | None, typer.Option(help="Address for feeders; tcp://127.0.0.1:* takes a free port.")
     ] = None,
-    results: Annotated[str | None, typer.Option(help="address for subscribers")] = None,
+    results: Annotated[str | None, typer.Option(help="Address for subscribers.")] = None,
     http: Annotated[
         str | None, typer.Option(help='HOST:PORT of /metrics, /healthz, /readyz; "" for none')
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="that share the bins solved together; 0 is all cores")
+    device: Annotated[
+        str | None, typer.Option(help="Device to compute on: auto, cpu, cuda or cuda:N.")
     ] = None,
-    iterations: Annotated[int | None, typer.Option(help="per bin; 0 is the model's own")] = None,
-    horizon: Annotated[int | None, typer.Option(help="bins; 0 is the model's own")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that share the bins solved together; 0 is all cores."),
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Iterations per bin; 0 is the model's own.")
+    ] = None,
+    horizon: Annotated[
+        int | None, typer.Option(help="Bins in the window; 0 is the model's own.")
+    ] = None,
     deadline_ms: Annotated[
-        float | None, typer.Option(help="for sessions that state none; 0 is the bin width")
+        float | None,
+        typer.Option(help="Of sessions that state none, milliseconds; 0 is the bin width."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="settings in TOML; options here override it")
+        Path | None, typer.Option(help="Settings in TOML; options here override it.")
     ] = None,
     ready_file: Annotated[
         str | None,
-        typer.Option(help='once ready, write the addresses here as one JSON line; "-" is stdout'),
+        typer.Option(help='Once ready, write the addresses here as one JSON line; "-" is stdout.'),
     ] = None,
-    log: Annotated[str | None, typer.Option(help="plain or json, to stderr")] = None,
+    log: Annotated[
+        str | None, typer.Option(help="Format of the log on stderr: plain or json.")
+    ] = None,
     slot: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FILE: a further model, for sessions that ask for it; repeatable"),
+        typer.Option(help="NAME=FILE: a further model, for sessions that ask for it; repeatable."),
     ] = None,
     journal: Annotated[
         str | None,
-        typer.Option(help="folder to record everything in; sessions resume from it"),
+        typer.Option(help="Folder to record everything in; sessions resume from it."),
     ] = None,
     keys: Annotated[
-        str | None, typer.Option(help="folder of ilqr-vae keys; needed beyond loopback")
+        str | None, typer.Option(help="Folder of ilqr-vae keys; needed beyond loopback.")
     ] = None,
-    cpus: Annotated[str | None, typer.Option(help="cores for the two threads, e.g. 2-3")] = None,
+    cpus: Annotated[str | None, typer.Option(help="Cores for the two threads, e.g. 2-3.")] = None,
     realtime: Annotated[
-        int | None, typer.Option(help="SCHED_FIFO priority of the two threads; 0 is none")
+        int | None, typer.Option(help="SCHED_FIFO priority of the two threads; 0 is none.")
     ] = None,
     lock_memory: Annotated[
-        bool | None, typer.Option("--lock-memory", help="keep all memory out of swap")
+        bool | None, typer.Option("--lock-memory", help="Keep all memory out of swap.")
     ] = None,
 ) -> None:
     """Load a model and answer spike bins over ZeroMQ until SIGINT, SIGTERM or SIGHUP.

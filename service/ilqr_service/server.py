@@ -42,6 +42,7 @@ _REPLIES_BYTES = 1 << 20  # that may wait for one that does not read them
 _REPLIES = 10_000
 _HELD_UP_S = 0.5
 _STALL_S = 5.0
+_LIFE = ("opened", "reconnected", "resumed", "restarted", "closed", "idle", "shutdown")
 
 
 class Service:
@@ -100,6 +101,7 @@ class Service:
         )
         self._hygiene = hygiene or Hygiene(settings)
         self.telemetry.registry.register(self._hygiene.metrics)
+        self._lives = logs.Paced()
         self._gate = Gate(Path(settings.keys)) if settings.keys else None
         self._journal = Journal(settings, slots, engines, self._table)
         self._connections = Connections(self._gate)
@@ -365,6 +367,8 @@ class Service:
             for message, frame in zip(effects.published, effects.frames, strict=True):
                 event = isinstance(message, messages.Event)
                 self._publisher.publish(messages.topic_of(message), frame, exact=event)
+                if isinstance(message, messages.Notice) and message.what.startswith(_LIFE):
+                    self._lives.info(f"session {message.what}", session=message.session)
                 if isinstance(message, messages.Result) and message.revision == 0:
                     self.telemetry.observe(message)
             for owner, reply in effects.replies:

@@ -13,6 +13,7 @@ import typer
 from ilqr_service.journal.verify import Verdict, verify
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT, check_writable, write_whole
+from ilqr_vae.progress import Bar
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -20,13 +21,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command("verify")
 def command(
-    journal: Annotated[Path, typer.Argument(help="a service's journal folder")],
-    model: Annotated[list[Path], typer.Option(help="a model file it served; repeat for several")],
+    journal: Annotated[Path, typer.Argument(help="A service's journal folder.")],
+    model: Annotated[list[Path], typer.Option(help="A model file it served; repeat for several.")],
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="largest difference allowed; 0 is bit for bit")
+        float, typer.Option(min=0.0, help="Largest difference allowed; 0 is bit for bit.")
     ] = 0.0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the numbers here; - is stdout")
+        Path | None, typer.Option("--json", help="Write the numbers here; - is standard output.")
     ] = None,
 ) -> None:
     """Run everything a service took once more, offline, and compare with what it answered.
@@ -41,7 +42,8 @@ def command(
         raise ConfigError("--tolerance", expected="a finite number", got=str(tolerance))
     check_writable(json_file, "--json")
     torch.set_num_threads(1)
-    verdict = verify(journal, model)
+    with Bar() as bar:
+        verdict = verify(journal, model, bar)
     # a difference that is infinite is null there: JSON has no such number
     text = msgspec.json.format(msgspec.json.encode(verdict), indent=2).decode()
     if json_file is not None:

@@ -9,17 +9,22 @@ refused, is not reachable or cannot start; 4 training cannot go on; 130 interrup
 
 from __future__ import annotations
 
+import os
 import sys
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points, version
 from inspect import getdoc
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from ilqr_vae.errors import IlqrVaeError
 from ilqr_vae.terminal import any_encoding, visible
 
 GROUP = "ilqr_vae.verbs"
+COMPLETING = "_ILQR_VAE_COMPLETE"
 
 # One line a verb, here so that --help need not import the packages that hold them.
 SUMMARIES = {
@@ -50,6 +55,7 @@ def _help(verbs: dict[str, EntryPoint]) -> str:
     order = [v for v in SUMMARIES if v in verbs] + sorted(set(verbs) - set(SUMMARIES))
     lines += [f"  {name:<{width}}  {SUMMARIES.get(name, '')}".rstrip() for name in order]
     lines += ["", "ilqr-vae VERB --help says what a verb takes, with an example."]
+    lines += ["ilqr-vae --install-completion lets your shell complete verbs and options."]
     return "\n".join(lines)
 
 
@@ -60,11 +66,39 @@ def _rewrap(app: typer.Typer) -> None:
         command.help = "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
+def _completion(verbs: dict[str, EntryPoint]) -> int:
+    """Answer the shell, or install what asks: typer's completion over all verbs.
+
+    A verb's own module is imported only once the verb is typed.
+    """
+
+    class Verbs(TyperGroup):
+        def list_commands(self, ctx: Any) -> list[str]:
+            return sorted(verbs)
+
+        def get_command(self, ctx: Any, cmd_name: str) -> Any:
+            return TyperCommand(cmd_name, short_help=SUMMARIES.get(cmd_name, ""))
+
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            found = verbs.get(args[0])
+            return args[0], None if found is None else get_command(found.load()), args[1:]
+
+    app = typer.Typer(cls=Verbs, add_completion=True)
+    app.callback()(lambda: None)
+    try:
+        app(prog_name="ilqr-vae")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (see the module's docstring)."""
     any_encoding()
     args = list(sys.argv[1:] if argv is None else argv)
     verbs = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if COMPLETING in os.environ or args[:1] in (["--install-completion"], ["--show-completion"]):
+        return _completion(verbs)
     if not args or args[0] in {"-h", "--help", "help"}:
         print(_help(verbs))
         return 0

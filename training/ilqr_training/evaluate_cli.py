@@ -51,7 +51,9 @@ def decodes_of(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model file.")],
     recording: RecordingFile,
-    span: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    span: Annotated[
+        str, typer.Option(help="Part of the recording: train, validation, test or all.")
+    ] = "test",
     drop: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out.")
     ] = 0.0,

@@ -23,6 +23,7 @@ from ilqr_service.journal.verify import stream
 from ilqr_service.solving.run import unpack_work
 from ilqr_service.work import Swap, Work
 from ilqr_vae.errors import RecordingError
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.protocol import messages
 from ilqr_vae.recordings.nwb.write import SubjectInfo, write_whole_nwb
 
@@ -63,13 +64,15 @@ class Recorded:
         return [((at - self.start_ns) / 1e9, e) for at, e in sorted(timed, key=lambda t: t[0])]
 
 
-def runs_of(folder: Path, damage: list[str] | None = None) -> tuple[list[Recorded], dict[str, Any]]:
+def runs_of(
+    folder: Path, damage: list[str] | None = None, progress: Progress = SILENT
+) -> tuple[list[Recorded], dict[str, Any]]:
     """All runs, oldest first, and the manifests by model id; ``damage`` is given a line for
-    everything in the journal that is odd. Raises JournalError."""
+    everything in the journal that is odd, ``progress`` the segments read. Raises JournalError."""
     runs: dict[int, Recorded] = {}
     manifests: dict[str, Any] = {}
     header: Header | None = None
-    for record in stream(folder, damage):
+    for record in stream(folder, damage, progress):
         match record:
             case Header():
                 header = record

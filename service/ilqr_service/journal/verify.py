@@ -35,6 +35,7 @@ from ilqr_service.solving.run import unpack_work
 from ilqr_service.work import Answer, Solve, Work, budget_of
 from ilqr_vae.artifact import read_manifest
 from ilqr_vae.errors import JournalError
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.protocol import messages
 
 
@@ -80,21 +81,30 @@ class _Run:
     frames: list[Answered] = field(default_factory=list[Answered])
 
 
-def stream(folder: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
-    """All good records, oldest first; ``damage`` is given a line for everything that is odd.
+def stream(
+    folder: Path,
+    damage: list[str] | None = None,
+    progress: Progress = SILENT,
+    what: str = "journal read",
+) -> Iterator[AnyRecord]:
+    """All good records, oldest first; ``damage`` is given a line for everything that is odd, and
+    ``progress`` the segments read.
 
     Raises JournalError."""
     paths, odd = survey(folder)
     if damage is not None:
         damage += odd
-    for path in paths:
+    for done, path in enumerate(paths):
+        progress(what, done, len(paths))
         yield from records(path, damage)
+    progress(what, len(paths), len(paths))
 
 
-def models_named(folder: Path) -> set[str]:
-    """Ids of the models that anything in a journal runs on. Raises JournalError."""
+def named_and_answered(folder: Path, progress: Progress = SILENT) -> tuple[set[str], int]:
+    """Ids of the models that a journal needs, and how many answers it has. Raises JournalError."""
     named: set[str] = set()
-    for record in stream(folder):
+    answers = 0
+    for record in stream(folder, progress=progress):
         match record:
             case Opened():
                 named.add(record.model)
@@ -102,9 +112,11 @@ def models_named(folder: Path) -> set[str]:
                 named.add(record.packed.model)
             case Queued():
                 named |= {record.work.model, record.work.swap}
+            case Answered():
+                answers += 1
             case _:
                 pass
-    return named - {""}
+    return named - {""}, answers
 
 
 def settings_of(header: Header) -> ServiceSettings:
@@ -275,12 +287,13 @@ class Verifier:
                 verdict.first = f"session {name} epoch {result.epoch} bin {result.index}"
 
 
-def verify(folder: Path, models: list[Path]) -> Verdict:
+def verify(folder: Path, models: list[Path], progress: Progress = SILENT) -> Verdict:
     """Compare a whole journal.
 
     Args:
         folder: the journal.
         models: files of the models it names; at least one.
+        progress: is given the answers compared.
 
     Raises:
         ArtifactError, ConfigError: a model file or device that cannot be used.
@@ -288,14 +301,19 @@ def verify(folder: Path, models: list[Path]) -> Verdict:
     """
     if not segments(folder):
         raise JournalError("journal", expected="a folder with segments", got=str(folder))
-    needed = models_named(folder) - {read_manifest(path).model_id for path in models}
+    named, answers = named_and_answered(folder, progress)
+    needed = named - {read_manifest(path).model_id for path in models}
     if needed:  # before hours of solving
         raise JournalError(
             "model", expected=f"files of {', '.join(sorted(needed))} too", got="not given"
         )
     verifier = Verifier(models)
+    done = 0
     for record in stream(folder, verifier.verdict.damaged):
         verifier.follow(record)
+        if isinstance(record, Answered):
+            done += 1
+            progress("answers compared", done, answers)
     if not verifier.served:
         raise JournalError("journal", expected="records", got=f"none in {folder}")
     return verifier.verdict

@@ -16,12 +16,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def keys(
-    folder: Annotated[Path, typer.Argument(help="where the keys are; made where it is not there")],
-    name: Annotated[str | None, typer.Argument(help="of a client; without, list them")] = None,
-    role: Annotated[
-        list[str] | None, typer.Option(help="feed, read or control; repeat for several")
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the keys; it is made if it does not exist.")
+    ],
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a client; without it, the keys are listed.")
     ] = None,
-    revoke: Annotated[bool, typer.Option("--revoke", help="let NAME in no more")] = False,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="What the client may do: feed, read or control; repeat for several."),
+    ] = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Let NAME in no more.")] = False,
 ) -> None:
     """Make a client's key, list who is let in, or let one in no more.
 
