@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def test_the_whole_chain(config: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     assert json.loads((out / "closed-loop.json").read_text())["kind"] == "closed-loop"
     page = (out / "report.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert "<script" not in page
+    assert "Content-Security-Policy" in page
+    assert not re.search(r"(src|href)=.https?:", page)
     said = " ".join(capfd.readouterr().out.split())
     for verb in ("simulate", "train", "serve", "replay", "closed-loop"):
         assert f"$ ilqr-vae {verb} " in said

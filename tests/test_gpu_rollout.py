@@ -31,14 +31,17 @@ def test_closed_loop_is_the_reference(
     # three trajectories a law
     given[0] = torch.cat([given[0], 0.5 * given[0], -given[0]])
     given[5] = torch.cat([given[5], 0.5 * given[5], 0 * given[5]])
-    z, u = rollouts._gpu_closed_loop(code, model.dynamics, w, True, *given)
+    z, u = rollouts._gpu_closed_loop(
+        code, model.dynamics, w, True, given[0], rollouts._Policy(*given[1:])
+    )
     z_, u_ = closed_loop_reference(model.dynamics, w, *given)
     assert z.dtype == u.dtype == dtype
     scale = 1 + float(z_.abs().max()) + float(u_.abs().max())
     torch.testing.assert_close(z, z_, rtol=0, atol=tolerance * scale)
     torch.testing.assert_close(u, u_, rtol=0, atol=tolerance * scale)
     z0 = given[0][:B]
-    z, u = rollouts._gpu_closed_loop(code, model.dynamics, w, False, z0, z0, given[2], z0, z0, z0)
+    free = rollouts._Policy(z0, given[2], z0, z0, z0)
+    z, u = rollouts._gpu_closed_loop(code, model.dynamics, w, False, z0, free)
     z_ = rollout(model.dynamics, w, z0, given[2])
     torch.testing.assert_close(z, z_, rtol=0, atol=tolerance * scale)
     assert torch.equal(u, given[2])

@@ -51,6 +51,7 @@ class Bar:
             bars.TextColumn("{task.fields[note]}", markup=False, table_column=cut),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,  # else it ends with an empty line in a file
             expand=True,
         )
         self._tasks: dict[str, bars.TaskID] = {}

@@ -33,6 +33,7 @@ _FITTED = 0.75
 _RUN_IN = 100
 _LEAST_BINS = 400
 _ANCHORS = 0.2
+_SHIFT = 0.35  # of a log rate
 _OUTSIDE = 0.1
 
 
@@ -249,8 +250,10 @@ def _readout(
         own, own_gain = units.rows(old.rows, own), units.rows(old.log_gain, own_gain)
     new.rows.copy_(own)
     new.log_gain.copy_(own_gain)
-    # the counts of a unit that fires at another level are brought back to the old one
-    level = (own[:, -1] - rows.w[:, -1]).exp() * (rows.anchors & known)
+    # A unit that fires at another level is missing too: its counts, brought back to the old level,
+    # were tried, and decode worse where rows change as well.
+    shift = own[:, -1] - rows.w[:, -1]
+    level = (shift.abs() < _SHIFT) * (rows.anchors & known).to(own)
     new.reads.copy_(level * (units.rows(was, torch.zeros(()).to(own)) > 0))
     return new
 
