@@ -244,7 +244,7 @@ def test_a_full_disk_stops_no_answer_and_is_told(service: Served) -> None:
             feeder.send(*(bin_("disk", i, counts[i]) for i in range(40, 80)))
             results += feeder.results(40)
             assert metric(service, "ilqr_journal_ok", 0.0) == 0.0
-            assert metric(service, "ilqr_journal_lost_records_total", None) > 0
+            assert metric(service, "ilqr_journal_lost_total", None) > 0
         finally:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
         index = 80

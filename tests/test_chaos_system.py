@@ -95,7 +95,7 @@ def test_a_disk_without_space_stops_no_answer_and_the_journal_goes_on_when_there
         feed(60)  # answered all the same
         full = metrics(service)
         assert (full["ilqr_journal_ok"], full["ilqr_ready"]) == (0.0, 1.0)
-        assert full["ilqr_journal_lost_records_total"] > 0
+        assert full["ilqr_journal_lost_total"] > 0
         ballast.unlink()
         while metrics(service)["ilqr_journal_ok"] == 0.0 and len(results) < 3_900:
             feed(5)

@@ -13,6 +13,7 @@ import pytest
 
 from feeder import Feeder, bin_, numbers, open_, spikes
 from ilqr_service.journal import journal as journal_module
+from ilqr_service.journal import writer as writer_module
 from ilqr_service.journal.live import Live, follow
 from ilqr_service.journal.records import (
     MAGIC,
@@ -45,6 +46,12 @@ def header(lost: int) -> Header:
 
 def queued(serial: int) -> Queued:
     return Queued(work=pack_work(Solve(run=0, index=serial, counts=np.ones(7), serial=serial)))
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each segment is followed by the next one, however long the disk takes."""
+    monkeypatch.setattr(writer_module, "_RETIRED", 1000)
 
 
 class Kept:
@@ -119,6 +126,7 @@ def test_a_segment_that_somebody_else_harms_is_noticed_and_another_begun(
     assert len({survey(tmp_path)[0][-1], path}) == 2
 
 
+@pytest.mark.usefixtures("quick_disk")
 def test_what_is_no_segment_is_left_alone_with_a_word(tmp_path: Path) -> None:
     """At the start, at a rotation, and where old segments are removed."""
     tmp_path.joinpath("backup.journal").write_text("mine")
@@ -140,6 +148,7 @@ def test_what_is_no_segment_is_left_alone_with_a_word(tmp_path: Path) -> None:
     assert kept.works()[-1] == 4
 
 
+@pytest.mark.usefixtures("quick_disk")
 def test_a_copy_under_another_number_is_not_used_and_not_removed(tmp_path: Path) -> None:
     Kept(tmp_path).writer.close()
     shutil.copy(tmp_path / "00000001.journal", tmp_path / "99999999.journal")
@@ -381,6 +390,7 @@ def test_what_a_lost_record_of_a_bin_was_is_seen_from_the_next(
     assert all(w.counts is None for w in new)
 
 
+@pytest.mark.usefixtures("quick_disk")
 def test_segments_are_in_the_order_of_their_headers(tmp_path: Path) -> None:
     kept = Kept(tmp_path, segment_bytes=1)
     for _ in range(3):

@@ -64,7 +64,7 @@ def test_http(service: Service, feeder: Feeder) -> None:
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     assert {kinds[name] for name in gauges} == {"gauge"}
     assert kinds["ilqr_latency_seconds"] == "histogram"
-    for name in ("journal_bytes", "journal_lost_records", "bins", "refused", "gap", "iterations"):
+    for name in ("journal_bytes", "journal_lost", "bins", "refused", "gap", "iterations"):
         assert kinds[f"ilqr_{name}_total"] == "counter"
     assert "http" not in text.replace("http_", "")  # no session's name anywhere
     assert service.telemetry.summary()["latency_ms"]["total"]["max"] > 0

@@ -160,8 +160,11 @@ class Telemetry:
         self._journal_ok = Gauge("ilqr_journal_ok", "0 while the journal fails", registry=r)
         self._journal = {
             name: Counter(f"ilqr_journal_{name}", text, registry=r)
-            for name, text in (("lost_records", "records not written"), ("bytes", "bytes written"))
+            for name, text in (("lost", "records not written"), ("bytes", "bytes written"))
         }
+        self._lost_records = Gauge(
+            "ilqr_journal_lost_records", "as ilqr_journal_lost_total, its earlier name", registry=r
+        )
         self._journal_told = dict.fromkeys(self._journal, 0)
         self._journal_ok.set(1)
         self._recent = (0.0, 0.0)
@@ -247,7 +250,8 @@ class Telemetry:
 
     def journal(self, ok: bool, lost: int, written: int) -> None:
         self._journal_ok.set(ok)
-        for name, total in (("lost_records", lost), ("bytes", written)):
+        self._lost_records.set(lost)
+        for name, total in (("lost", lost), ("bytes", written)):
             self._journal[name].inc(max(0, total - self._journal_told[name]))
             self._journal_told[name] = total
 
