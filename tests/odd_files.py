@@ -9,6 +9,8 @@ from typing import Any
 import h5py
 import numpy as np
 import pynwb
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ilqr_vae.recordings import (
@@ -28,6 +30,14 @@ def trains(seed: int = 0, rate: float = 12.0) -> list[Array]:
     rng = np.random.default_rng(seed)
     return [np.sort(rng.uniform(0, SECONDS, rng.poisson(rate * SECONDS))) for _ in range(UNITS)]
 
+
+FEW = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 SPIKES = trains()
 START = 5.0 * np.arange(12)
@@ -86,3 +96,20 @@ def named(recording: Recording) -> list[str]:
 
 def plain(tmp_path: Path) -> Recording:
     return read(tmp_path, moved(file()))
+
+
+Damage = tuple[list[tuple[int, bytes]], int]
+
+
+def damages(size: int) -> st.SearchStrategy[Damage]:
+    """Of a file of so many bytes: what to write where, and how much of it to keep."""
+    change = st.tuples(st.integers(0, size - 1), st.binary(min_size=1, max_size=4))
+    return st.tuples(st.lists(change, max_size=6), st.integers(0, size))
+
+
+def spoilt(whole: bytes, damage: Damage) -> bytes:
+    """A file's bytes with the changes, and half of the time without its end."""
+    (changes, kept), raw = damage, bytearray(whole)
+    for at, new in changes:
+        raw[at : at + len(new)] = new
+    return bytes(raw[: max(kept, 200)]) if kept % 2 else bytes(raw)

@@ -9,12 +9,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import io, sparse
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import Hdf5Spec, MatSpec, Recording, RecordingSpec, load_recording
+from odd_files import FEW, Damage, damages, spoilt
 
 RNG = np.random.default_rng(0)
 COUNTS = RNG.poisson(2.0, (3, 40))
@@ -273,14 +274,6 @@ def test_a_name_no_file_can_have_is_named(suffix: str) -> None:
 
 # ---- any bytes, any damage ---------------------------------------------------------------------
 
-FEW = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
 
 def good_file(path: Path) -> tuple[Path, RecordingSpec]:
     """A file of the kind its suffix says, and how to read it."""
@@ -305,17 +298,9 @@ def test_damaged_files_end_in_an_error(name: str, tmp_path: Path) -> None:
     whole = path.read_bytes()
 
     @FEW
-    @given(
-        st.lists(
-            st.tuples(st.integers(0, len(whole) - 1), st.binary(min_size=1, max_size=4)), max_size=6
-        ),
-        st.integers(0, len(whole)),
-    )
-    def damaged(changes: list[tuple[int, bytes]], kept: int) -> None:
-        raw = bytearray(whole)
-        for at, new in changes:
-            raw[at : at + len(new)] = new
-        path.write_bytes(bytes(raw[: max(kept, 200)]) if kept % 2 else bytes(raw))
+    @given(damages(len(whole)))
+    def damaged(damage: Damage) -> None:
+        path.write_bytes(spoilt(whole, damage))
         with_error(lambda: load_recording(path, spec))
 
     damaged()

@@ -9,20 +9,13 @@ import h5py
 import numpy as np
 import pynwb
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import ClockSpec, NwbSpec, RecordingSpec, TrialSpec, load_recording
-from odd_files import SPIKES, START, TIME, file, moved, saved, trials
+from odd_files import FEW, SPIKES, START, TIME, Damage, damages, file, moved, saved, spoilt, trials
 
-FEW = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 SPECS = (
     RecordingSpec(),
     RecordingSpec(
@@ -143,17 +136,9 @@ def test_any_bytes_are_read_or_named(tmp_path: Path, places: tuple[bytes, list[s
     whole, path = places[0], tmp_path / "a.nwb"
 
     @FEW
-    @given(
-        st.lists(
-            st.tuples(st.integers(0, len(whole) - 1), st.binary(min_size=1, max_size=4)), max_size=6
-        ),
-        st.integers(0, len(whole)),
-    )
-    def damaged(changes: list[tuple[int, bytes]], kept: int) -> None:
-        raw = bytearray(whole)
-        for at, new in changes:
-            raw[at : at + len(new)] = new
-        path.write_bytes(bytes(raw[: max(kept, 200)]) if kept % 2 else bytes(raw))
+    @given(damages(len(whole)))
+    def damaged(damage: Damage) -> None:
+        path.write_bytes(spoilt(whole, damage))
         read_or_named(path)
 
     damaged()

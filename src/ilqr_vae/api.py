@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ilqr_vae.arrays import Array, Inference, Samples, StreamAnswer, checked
 from ilqr_vae.artifact import Artifact, load_artifact
-from ilqr_vae.errors import ConfigError, RecordingError, ShapeError
+from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.inference import prediction
 from ilqr_vae.inference.problem import SolverConfig, Status
 from ilqr_vae.model.likelihoods import Counts, Observed
@@ -152,12 +152,7 @@ class TrainedModel:
         return checked(counts, mask, self.unit_names, whole=whole, ndim=ndim, field=field)
 
     def _given(self, recording: Recording) -> tuple[Array, Array]:
-        if abs(recording.bin_width - self.bin_width) > 1e-9:
-            raise RecordingError(
-                "recording.bin_width",
-                expected=f"the model's {self.bin_width:g} s",
-                got=f"{recording.bin_width:g} s",
-            )
+        recording.require_bin_width(self.bin_width)
         ours = recording.select_units(self.unit_names)
         return ours.counts.astype(np.float64), ours.mask().astype(np.float64)
 
@@ -269,7 +264,7 @@ class TrainedModel:
             return np.zeros((B, T, 0)), np.zeros((B, T, 0))
         like, H = self.artifact.mean_rate, self.artifact.manifest.horizon.horizon
         y, seen = (torch.as_tensor(x).to(like) for x in (counts, mask))
-        y, seen = readout.read(Observed(y, seen))
+        seen = readout.believed(seen)
         expects = readout.expects(self.artifact.model.group("spikes"))
         parts: list[tuple[Tensor, Tensor]] = []
         for a in range(0, T, _BINS_AT_ONCE):

@@ -6,17 +6,16 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from ilqr_training.adaptation.adapt import Adaptation, adapt
 from ilqr_training.adaptation.units import Verdict
 from ilqr_training.options import JsonFile, RecordingFile, Threads, use_threads
 from ilqr_vae.artifact import Artifact, load_artifact, save_artifact
-from ilqr_vae.errors import ConfigError, RecordingError, TrainingError
+from ilqr_vae.errors import ConfigError, TrainingError
 from ilqr_vae.files import STDOUT, check_writable, write_whole
 from ilqr_vae.progress import Bar
-from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.recordings import Recording, load_at
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -32,13 +31,7 @@ def _recording(
 ) -> tuple[Recording, tuple[int, int]]:
     """The units to stream from now on, and the bins to fit on."""
     manifest = artifact.manifest
-    read = load_recording(path, manifest.data.as_it_ran())
-    if abs(read.bin_width - manifest.bin_width) > 1e-9:
-        raise RecordingError(
-            "recording.bin_width",
-            expected=f"the model's {manifest.bin_width:.10g} s",
-            got=f"{read.bin_width:.10g} s",
-        )
+    read = load_at(path, manifest.data.as_it_ran(), manifest.bin_width)
     start, stop = (round(s / manifest.bin_width) for s in seconds)
     stop = len(read) if stop == 0 else stop
     if not 0 <= start < stop <= len(read):
@@ -47,9 +40,7 @@ def _recording(
             expected=f"a start and a later end within {len(read) * read.bin_width:g} s",
             got=f"{seconds[0]:g} and {seconds[1]:g}",
         )
-    part, seen = slice(start, stop), read.mask()
-    fired = np.where(seen[part], read.counts[part], 0).sum(0)
-    rate = fired / np.maximum(seen[part].sum(0), 1) / read.bin_width
+    rate = read.mean_counts(start, stop) / read.bin_width
     known = set(manifest.unit_names)
     names = [
         name

@@ -28,9 +28,9 @@ revised or taken up again needs nothing of it. A window that holds fewer bins be
 state and runs over those it holds. (Cho et al. 2014, with the reset gate as in torch.nn.GRU.)
 
 A readout was fitted to the model's units. When the rows of a model are adapted to other units, the
-readout keeps rows of its own, those that it was fitted with. Of a unit whose row held it reads the
-counts times a factor, since a unit may fire at another level than before. It sees all others as
-missing, so that it reads of them what the latents expect of the unit that was there.
+readout keeps rows of its own, those that it was fitted with, and a list of the units it still
+reads: it sees all others as missing, so that it reads of them what the latents expect of the unit
+that was there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ilqr_vae.model.likelihoods import Counts, Likelihood, Observed
+from ilqr_vae.model.likelihoods import Counts, Likelihood
 
 
 class Cell(NamedTuple):
@@ -173,7 +173,7 @@ class KinematicReadout(nn.Module):
         U: (h, F); c: (h,); O: (D, h).
         C: (D, g); and the recurrent layer's weights, as in ``Cell``.
         rows: (N, n + 1) C and b, log_gain: (N,), of its own rows.
-        reads: (N,) factors of the counts it reads; zero for a unit that is missing to it.
+        reads: (N,) one for a unit that it reads, zero for one that is missing to it.
         variance: (D,) tau^2.
         gain: (D,) multiplier of the propagated latent variance.
         kappa: (D,) of the decode's mean square.
@@ -240,11 +240,9 @@ class KinematicReadout(nn.Module):
             own.log_gain.copy_(self.log_gain)
         return own
 
-    def read(self, o: Observed) -> Observed:
-        """The counts and mask that it reads."""
-        if not self.shape.own_rows:
-            return o
-        return Observed(o.values * self.reads, o.mask * (self.reads > 0))
+    def believed(self, mask: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
+        """The mask without the units that it does not read."""
+        return mask * self.reads if self.shape.own_rows else mask
 
     def mean(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch D"]:
         """The decode of all that is read."""

@@ -135,6 +135,35 @@ def _largest(values: Array, number: int) -> NDArray[np.intp]:
     return order[variance[order] >= 0]
 
 
+def _series_of(
+    of: Inference | ArrayLike,
+    std: ArrayLike | None,
+    name: str,
+    letter: str,
+    time: tuple[float, float],
+    shown: int,
+    ax: Axes | None,
+) -> Figure:
+    """``latents`` and ``inputs``: the field ``name`` of a result, or an array in its place.
+
+    Args:
+        time: bin width and start.
+    """
+    values = series(of, name)
+    deviation = spread(of, std, name, values)
+    order = _largest(values, shown)
+    ax = axes_of(ax, WIDE)
+    _stacked(
+        ax,
+        values[:, order],
+        None if deviation is None else deviation[:, order],
+        seconds(len(values), *time),
+        [f"{letter}{k}" for k in order],
+        name.removesuffix("s"),
+    )
+    return figure_of(ax)
+
+
 @styled
 def latents(
     latents: Inference | ArrayLike,
@@ -156,19 +185,7 @@ def latents(
     Raises:
         ShapeError: arrays of other shapes.
     """
-    z = series(latents, "latents")
-    deviation = spread(latents, std, "latents", z)
-    order = _largest(z, shown)
-    ax = axes_of(ax, WIDE)
-    _stacked(
-        ax,
-        z[:, order],
-        None if deviation is None else deviation[:, order],
-        seconds(len(z), bin_width, start),
-        [f"z{k}" for k in order],
-        "latent",
-    )
-    return figure_of(ax)
+    return _series_of(latents, std, "latents", "z", (bin_width, start), shown, ax)
 
 
 @styled
@@ -191,19 +208,7 @@ def inputs(
     Raises:
         ShapeError: arrays of other shapes.
     """
-    u = series(inputs, "inputs")
-    deviation = spread(inputs, std, "inputs", u)
-    order = _largest(u, shown)
-    ax = axes_of(ax, WIDE)
-    _stacked(
-        ax,
-        u[:, order],
-        None if deviation is None else deviation[:, order],
-        seconds(len(u), bin_width, start),
-        [f"u{k}" for k in order],
-        "input",
-    )
-    return figure_of(ax)
+    return _series_of(inputs, std, "inputs", "u", (bin_width, start), shown, ax)
 
 
 @styled

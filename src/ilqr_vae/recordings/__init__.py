@@ -3,7 +3,7 @@
 >>> recording = load_recording(path, spec)      # doctest: +SKIP
 """
 
-from ilqr_vae.recordings.load import load_matching, load_recording
+from ilqr_vae.recordings.load import load_at, load_matching, load_recording
 from ilqr_vae.recordings.nwb.write import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
 from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
 from ilqr_vae.recordings.spec import ClockSpec, Hdf5Spec, MatSpec, NwbSpec, RecordingSpec, TrialSpec
@@ -23,6 +23,7 @@ __all__ = [
     "TrialSpec",
     "TrialTable",
     "Trials",
+    "load_at",
     "load_matching",
     "load_recording",
     "write_nwb",

@@ -76,6 +76,15 @@ class Decoder(Protocol):
     def kinematic_units(self) -> tuple[str, ...]: ...
 
 
+def load_at(path: str | Path, spec: RecordingSpec, bin_width: float) -> Recording:
+    """Read a recording at a model's bin width. Raises RecordingError: it has another one."""
+    if spec.bin_width is None:
+        spec = msgspec.structs.replace(spec, bin_width=bin_width)
+    recording = load_recording(path, spec)
+    recording.require_bin_width(bin_width)
+    return recording
+
+
 def load_matching(path: str | Path, spec: RecordingSpec, model: Decoder) -> Recording:
     """Read a recording for a trained model: only its units, in its order, movement in its units.
 
@@ -87,15 +96,7 @@ def load_matching(path: str | Path, spec: RecordingSpec, model: Decoder) -> Reco
         RecordingError: it cannot be read, has another bin width, lacks a unit, or its kinematics
             are not those the model decodes or have units that do not convert into the model's.
     """
-    if spec.bin_width is None:
-        spec = msgspec.structs.replace(spec, bin_width=model.bin_width)
-    recording = load_recording(path, spec)
-    if abs(recording.bin_width - model.bin_width) > 1e-9:
-        raise RecordingError(
-            "recording.bin_width",
-            expected=f"the model's {model.bin_width:.10g} s",
-            got=f"{recording.bin_width:.10g} s",
-        )
+    recording = load_at(path, spec, model.bin_width)
     decoded = model.kinematic_names and recording.kinematics is not None
     if decoded and recording.kinematic_names != model.kinematic_names:
         raise RecordingError(

@@ -200,6 +200,15 @@ class Recording:
         whole = np.broadcast_to(self.valid[:, None], self.counts.shape)
         return whole if self.observed is None else whole & self.observed
 
+    def require_bin_width(self, seconds: float) -> None:
+        """Raises RecordingError: the bins are not as wide as a model's."""
+        if abs(self.bin_width - seconds) > 1e-9:
+            raise RecordingError(
+                "recording.bin_width",
+                expected=f"the model's {seconds:.10g} s",
+                got=f"{self.bin_width:.10g} s",
+            )
+
     def mean_counts(self, start: int, stop: int) -> NDArray[np.float64]:
         """(N,), each unit's mean count over the bins of [start, stop) in which it was observed."""
         seen = self.mask()[start:stop]

@@ -31,7 +31,6 @@ from ilqr_vae.kernels.cpu.arguments import Estimates, Fixed, Streams
 from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.dynamics import Weights
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.streaming.bounds import Bounds
 from ilqr_vae.streaming.state import HorizonState
@@ -127,14 +126,13 @@ class Estimator:
         self._spare: dict[int, list[_Workspace]] = {}
 
     def _reads(self, model: Model, readout: KinematicReadout, mean_rate: Tensor) -> tuple[Any, ...]:
-        """The channels whose rates the readout reads, and the factors of its counts."""
+        """The channels whose rates the readout reads, and which units it reads."""
         spikes = model.group("spikes")
         own = readout.expects(spikes)
         channels = self.plan.arrays[2]
         if own is not spikes:
             channels = compiled.channels_of([own], model.n, mean_rate.dtype)
-        ones = torch.ones_like(mean_rate)
-        return channels, array(readout.read(Observed(ones, ones)).values)
+        return channels, array(readout.believed(torch.ones_like(mean_rate)))
 
     def _take(self, streams: int) -> _Workspace:
         size = 1 << max(0, streams - 1).bit_length()

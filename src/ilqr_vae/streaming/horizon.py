@@ -378,8 +378,8 @@ class MovingHorizon:
         status: Tensor,
     ) -> Estimate:
         readout = self._blank if self.readout is None else self.readout
-        read = readout.read(Observed(s.counts, s.mask))
-        window = read_window(readout.shape, s.age, s.z, *read, self._expects.mean)
+        mask = readout.believed(s.mask)
+        window = read_window(readout.shape, s.age, s.z, s.counts, mask, self._expects.mean)
         z = window[:, : self.model.n]
         if self.readout is None:
             kinematics = kinematics_std = z.new_zeros(len(z), 0)

@@ -115,15 +115,14 @@ def adapt(
 
     def fitted(stop: int) -> tuple[Artifact, Rows]:
         part = slice(bins[0], stop)
-        mean = _mean_rates(recording, part)
-        model = _model(artifact, units, mean)
+        model = _model(artifact, units, recording.mean_counts(bins[0], stop))
         y = torch.as_tensor(recording.counts[part].astype(np.float64))
         mask = torch.as_tensor(recording.mask()[part].astype(np.float64))
         rows = refit(model, units.known, y, mask, seed=seed, progress=progress)
         return _adapted(artifact, model, units, rows, recording, part), rows
 
     candidate, rows = fitted(middle)
-    before = _model(artifact, units, _mean_rates(recording, slice(bins[0], middle)))
+    before = _model(artifact, units, recording.mean_counts(bins[0], middle))
     bits, latents = _judged(before, candidate, recording, (middle, bins[1]), progress)
     outside = 0.0
     if artifact.seen is not None:
@@ -145,13 +144,7 @@ def adapt(
     return Adaptation(candidate, verdicts, gone, bits, outside, refused)
 
 
-def _mean_rates(recording: Recording, part: slice) -> Tensor:
-    seen = recording.mask()[part]
-    spikes = np.where(seen, recording.counts[part], 0).sum(0, dtype=np.float64)
-    return torch.as_tensor(spikes / np.maximum(seen.sum(0), 1))
-
-
-def _model(artifact: Artifact, units: _Units, mean: Tensor) -> Model:
+def _model(artifact: Artifact, units: _Units, mean: NDArray[np.float64]) -> Model:
     """The model of the recording's units: the rows it knows, and constant rates."""
     model = build(_spec(artifact, len(units.here))).double()
     old, new = artifact.model.group("spikes"), model.group("spikes")
@@ -162,7 +155,7 @@ def _model(artifact: Artifact, units: _Units, mean: Tensor) -> Model:
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.zero_()
-        new.start_at(mean)
+        new.start_at(torch.as_tensor(mean))
         for name, parameter in new.named_parameters():
             parameter.copy_(units.rows(old.get_parameter(name), parameter))
     return model
@@ -189,7 +182,7 @@ def _adapted(
     with torch.no_grad():
         spikes.C.copy_(rows.w[:, :-1])
         spikes.b.copy_(rows.w[:, -1])
-    mean = _mean_rates(recording, part)
+    mean = torch.as_tensor(recording.mean_counts(part.start, part.stop))
     seen = artifact.seen
     if seen is not None:
         highest = highest_counts(recording.counts[part], recording.mask()[part])
@@ -253,8 +246,8 @@ def _readout(
     # A unit that fires at another level is missing too: its counts, brought back to the old level,
     # were tried, and decode worse where rows change as well.
     shift = own[:, -1] - rows.w[:, -1]
-    level = (shift.abs() < _SHIFT) * (rows.anchors & known).to(own)
-    new.reads.copy_(level * (units.rows(was, torch.zeros(()).to(own)) > 0))
+    read = (shift.abs() < _SHIFT) & rows.anchors & known
+    new.reads.copy_(read * units.rows(was, torch.zeros(()).to(own)))
     return new
 
 

@@ -21,10 +21,9 @@ def _features(b, reads, sizes, after, window, scratch):
     recurrent layer the bins held and their counts.
 
     Args:
-        reads: the channels it takes rates of, and (N,) factors of the counts that it reads, zero
-            for a unit that is missing to it.
+        reads: the channels it takes rates of, and (N,) one for units that it reads, else zero.
     """
-    channels, factor = reads
+    channels, believed = reads
     lags, residuals, recurrent = sizes
     age, z, counts, mask = after.age, after.z, after.counts, after.mask
     n, N = z.shape[2], counts.shape[2]
@@ -55,9 +54,7 @@ def _features(b, reads, sizes, after, window, scratch):
             at[0, i] = z[b, slot, i]
         observations.expected(channels, at, expected)
         for i in range(N):
-            seen, there = counts[b, slot - 1, i] * factor[i], mask[b, slot - 1, i]
-            if factor[i] == zero:
-                there = zero
+            seen, there = counts[b, slot - 1, i], mask[b, slot - 1, i] * believed[i]
             if k < residuals:
                 window[b, left + i] = there * (seen - expected[0, i])
             if recurrent and k < lags:
