@@ -136,7 +136,7 @@ def test_a_browser_sees_bins_faults_and_a_restart(model: Path, tmp_path: Path) -
             browser.value("document.getElementById('pause').click()")
             feed(session, range(64, 66))
             browser.wait("live.newest().i === 65")
-            assert browser.value(f"{text('numbers')}").startswith("bin 63")
+            browser.wait(f"{text('numbers')}.startsWith('bin 63')")
             browser.value("document.getElementById('pause').click()")
             browser.wait(f"{text('numbers')}.startsWith('bin 65')")
             for width in (1400, 390):
@@ -144,6 +144,11 @@ def test_a_browser_sees_bins_faults_and_a_restart(model: Path, tmp_path: Path) -
                 browser.wait(f"innerWidth === {width}")
                 assert browser.value("document.documentElement.scrollWidth") <= width
                 browser.picture(tmp_path / f"live-{width}.png")
+            for width in ("0", "10px", "100%"):  # as while the page is laid out
+                script = "document.querySelectorAll('canvas').forEach(c => c.style.width = '{}')"
+                frames = browser.value("live.frames()")
+                browser.value(script.format(width) + "; dispatchEvent(new Event('resize'))")
+                browser.wait(f"live.frames() > {frames}")
             service.kill()
             browser.wait(f"{text('service')}.includes('no answer')")
         with (

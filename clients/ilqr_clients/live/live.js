@@ -118,11 +118,12 @@
   function path2d(id, points, ellipse, labels) {
     const [c, w, h, ratio] = context(id);
     const known = points.filter((p) => p && p[0] !== null && p[1] !== null);
-    if (!known.length) return;
+    const room = Math.min(w, h) / 2 - 14 * ratio;
+    if (!known.length || room <= 0) return; // a canvas has next to no size while the page is laid out
     const xs = known.map((p) => p[0]), ys = known.map((p) => p[1]);
     const mid = (v) => (Math.min(...v) + Math.max(...v)) / 2;
     const reach = 1.2 * Math.max(Math.max(...xs) - Math.min(...xs), Math.max(...ys) - Math.min(...ys), 1e-9) / 2 + (ellipse ? Math.max(ellipse[0], ellipse[1]) : 0);
-    const scale = (Math.min(w, h) / 2 - 14 * ratio) / reach, cx = mid(xs), cy = mid(ys);
+    const scale = room / reach, cx = mid(xs), cy = mid(ys);
     const X = (x) => w / 2 + (x - cx) * scale, Y = (y) => h / 2 - (y - cy) * scale;
     c.strokeStyle = css("--grid"); c.lineWidth = ratio;
     c.beginPath(); c.moveTo(X(0), 0); c.lineTo(X(0), h); c.moveTo(0, Y(0)); c.lineTo(w, Y(0)); c.stroke();
@@ -260,7 +261,7 @@
     save(new Blob([head.join(",") + "\n" + rows.join("\n") + "\n"], { type: "text/csv" }), (session || "live") + ".csv");
   });
   el("png").addEventListener("click", () => {
-    const all = [...document.querySelectorAll("main canvas")], w = Math.max(...all.map((c) => c.width));
+    const all = [...document.querySelectorAll("main canvas")].filter((one) => one.width && one.height), w = Math.max(...all.map((c) => c.width));
     const sheet = document.createElement("canvas");
     sheet.width = w; sheet.height = all.reduce((s, c) => s + c.height + 12, 0);
     const c = sheet.getContext("2d");
