@@ -178,6 +178,7 @@ def test_a_session_is_its_users_in_every_way_in(service: Service, folder: Path) 
         "\0",
         "x = " + "[" * 10_000,
         "[x" + ".x" * 1000 + "]",
+        "[x" + ".x" * 20_000 + "]",
         "x = " + "1" * 10_000,
         "#" * (2 << 20),
         Path.mkdir,

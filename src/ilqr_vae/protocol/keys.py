@@ -7,6 +7,7 @@ Files with a secret are readable by their owner alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -28,6 +29,8 @@ SERVER, AUTHORIZED = "server.key", "authorized.toml"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 VARIABLE = "ILQR_VAE_KEY"
 _MOST_BYTES = 1 << 20
+_MOST_DOTS = 1000
+"""In one line of the allow-list: TOML takes a time quadratic in the parts of a dotted key."""
 T = TypeVar("T")
 
 
@@ -150,6 +153,11 @@ def read_authorized(folder: Path) -> Authorized:
         raise ConfigError(
             f"keys {AUTHORIZED}", expected=f"a file of at most {_MOST_BYTES} bytes", got=got
         )
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if sum(line.count(b".") ** 2 for line in file) > _MOST_DOTS**2:
+            raise ConfigError(
+                f"keys {AUTHORIZED}", expected="keys of a few parts", got="keys of thousands"
+            )
     return _read(path, Authorized)
 
 
