@@ -14,7 +14,8 @@ from scipy import io
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
-from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, save_artifact
+from ilqr_vae.artifact import Artifact, GroupSpec, Manifest, ModelSpec, build, save_artifact
+from ilqr_vae.model.generative import Model
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import MatSpec, RecordingSpec, SplitSpec
 from ilqr_vae.streaming.horizon import HorizonConfig
@@ -57,6 +58,7 @@ def make_model(
     horizon: int = 5,
     bin_width: float = BIN_S,
     kinematic_unit: str = "m/s",
+    members: int = 1,
 ) -> Path:
     """A tiny model file that was never trained but answers: 4 latents."""
     shapes = ModelSpec(
@@ -65,13 +67,16 @@ def make_model(
         inputs=2,
         groups={"spikes": GroupSpec(family="poisson", channels=n_units)},
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = build(shapes)
-        readout = None
-        if kinematics:
-            readout = KinematicReadout(4, 2)
-            readout.W = torch.randn(2, 4, dtype=torch.float64) * 0.1
+    made: list[tuple[Model, KinematicReadout | None]] = []
+    for member in range(members):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 100 * member)
+            model = build(shapes)
+            readout = None
+            if kinematics:
+                readout = KinematicReadout(4, 2)
+                readout.W = torch.randn(2, 4, dtype=torch.float64) * 0.1
+        made.append((model, readout))
     manifest = Manifest(
         bin_width=bin_width,
         unit_names=names or tuple(f"unit{i}" for i in range(n_units)),
@@ -82,7 +87,9 @@ def make_model(
         model=shapes,
         readout=ReadoutShape() if kinematics else None,
     )
-    save_artifact(path, manifest, model, readout, torch.ones(n_units, dtype=torch.float64))
+    rate = torch.ones(n_units, dtype=torch.float64)
+    others = [Artifact(manifest, *one, rate) for one in made[1:]]
+    save_artifact(path, manifest, *made[0], rate, others=others)
     return path
 
 

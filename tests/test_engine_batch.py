@@ -35,10 +35,12 @@ H = 5
 RUNS = 6
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one model", "an ensemble"])
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
     path = tmp_path_factory.mktemp("batch") / "m.safetensors"
-    make_model(path, n_units=N, names=UNITS, horizon=H)
+    make_model(path, n_units=N, names=UNITS, horizon=H, members=request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threads, "WORTH_A_THREAD", 1)  # small as the model is, share it out
         yield Engine.load(path, ServiceSettings(device="cpu", iterations=3))
@@ -269,10 +271,10 @@ def test_a_pool_grows_and_keeps_what_it_holds(engine: Engine) -> None:
     pool = Pool(like, 64)
     rows = [pool.put(state(k))[0] for k in range(300)]
     assert (len(pool), pool.capacity >= 300) == (300, True)
-    assert pool.get(rows).z[:, 0, 0].tolist() == [float(k) for k in range(300)]
+    assert pool.get(rows).z.flatten(1)[:, 0].tolist() == [float(k) for k in range(300)]
     del rows[:100]
     assert len(pool) == 200
-    assert pool.get(rows[:1]).z[0, 0, 0] == 100.0
+    assert pool.get(rows[:1]).z.flatten()[0] == 100.0
 
 
 def cost_of(start: float, each: float) -> Cost:

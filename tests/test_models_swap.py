@@ -41,7 +41,7 @@ pytestmark = pytest.mark.chaos
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_model(folder / "a.safetensors", n_units=7, names=UNITS)
-    make_model(folder / "b.safetensors", n_units=7, names=UNITS, seed=1)
+    make_model(folder / "b.safetensors", n_units=7, names=UNITS, seed=1, members=2)
     make_model(folder / "units.safetensors", n_units=7, names=tuple(reversed(UNITS)), seed=2)
     make_model(folder / "width.safetensors", n_units=7, names=UNITS, seed=3, bin_width=0.02)
     make_model(folder / "same.safetensors", n_units=7, names=tuple(reversed(UNITS)))

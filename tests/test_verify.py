@@ -20,6 +20,12 @@ from ilqr_vae.protocol import messages
 from rig import make_model, serving
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids=["one model", "an ensemble"])
+def model_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m.safetensors"
+    return make_model(path, n_units=7, names=UNITS, members=request.param)
+
+
 @pytest.fixture(scope="module")
 def journal(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a service that met gaps, late bins, masks, deadlines and two epochs, in small files."""

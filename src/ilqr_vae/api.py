@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -25,6 +26,7 @@ from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.inference import prediction
 from ilqr_vae.inference.problem import SolverConfig, Status
+from ilqr_vae.model.intervals import stated
 from ilqr_vae.model.likelihoods import Counts, Observed
 from ilqr_vae.model.readout import read_window
 from ilqr_vae.recordings import Recording
@@ -88,12 +90,17 @@ class Stream:
 class TrainedModel:
     """A trained model; ``load`` and ``train`` return one.
 
+    Of an ensemble latents, inputs and samples are the first member's; rates and kinematics are
+    means over the members, with the variance between them.
+
     Attributes:
         artifact: the model file's contents as the rest of the library takes them.
+        members: of an ensemble each as a model of its own; else none.
     """
 
     def __init__(self, artifact: Artifact, name: str = "") -> None:
         self.artifact, self._name = artifact, name
+        self.members = tuple(TrainedModel(a) for a in artifact.members) if artifact.others else ()
 
     @property
     def unit_names(self) -> tuple[str, ...]:
@@ -137,11 +144,12 @@ class TrainedModel:
             for name, unit in zip(m.kinematic_names, m.kinematic_units, strict=True)
         )
         measured = {k: v for k, v in m.measured.items() if k != "iterations"}
+        of = f", {len(self.members)} members" if self.members else ""
         scores = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
         return (
             f"<TrainedModel {self._name or m.model_id}: {len(m.unit_names)} units, "
             f"{m.bin_width * 1e3:g} ms bins, {spec.dynamics} with {m.latents} latents and "
-            f"{m.inputs} inputs; decodes {decodes or 'nothing'}; {scores or 'no scores'}>"
+            f"{m.inputs} inputs{of}; decodes {decodes or 'nothing'}; {scores or 'no scores'}>"
         )
 
     def checked(
@@ -230,7 +238,9 @@ class TrainedModel:
     def _infer(
         self, counts: Array, mask: Array, start: tuple[Array, Array] | None = None
     ) -> Inference:
-        """Of a batch (B, T, N)."""
+        """Of a batch (B, T, N); ``start`` is of this one model."""
+        if self.members:
+            return self._combined([member._infer(counts, mask) for member in self.members])
         found = self._solve(counts, mask, start)
         assert found.laplace is not None
         z, covariance = found.z[:, 1:], found.laplace.z_cov[:, 1:]
@@ -254,6 +264,12 @@ class TrainedModel:
             mask=mask,
         )
 
+    def _combined(self, members: list[Inference]) -> Inference:
+        """The members' posteriors as one."""
+        whole = Inference.of_members(members)
+        std = stated(self.artifact.intervals, whole.kinematics, whole.kinematics_std)
+        return replace(whole, kinematics_std=std)
+
     def _decode(
         self, found: prediction.Inferred, covariance: Tensor, counts: Array, mask: Array
     ) -> tuple[Array, Array]:
@@ -261,7 +277,7 @@ class TrainedModel:
         B, T, _ = counts.shape
         readout = self.artifact.readout
         if readout is None:
-            return np.zeros((B, T, 0)), np.zeros((B, T, 0))
+            return (np.zeros((B, T, 0)),) * 2
         like, H = self.artifact.mean_rate, self.artifact.manifest.horizon.horizon
         y, seen = (torch.as_tensor(x).to(like) for x in (counts, mask))
         seen = readout.believed(seen)
@@ -280,7 +296,8 @@ class TrainedModel:
                 seen[:, held].flatten(0, 1),
                 expects.mean,
             )
-            parts.append(readout(x.unflatten(0, (B, len(bins))), covariance[:, bins]))
+            mean, std = readout(x.unflatten(0, (B, len(bins))), covariance[:, bins])
+            parts.append((mean, stated(self.artifact.intervals, mean, std)))
         mean, std = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return _numpy(mean), _numpy(std)
 
@@ -290,8 +307,7 @@ class TrainedModel:
         Inputs are at the prior's mean; the covariance grows by what the prior allows them.
 
         Args:
-            inferred: from ``infer``.
-            bins: how many.
+            inferred: from ``infer``; bins: how many.
 
         Returns:
             as ``infer``, of ``bins`` bins.
@@ -303,6 +319,9 @@ class TrainedModel:
             raise ShapeError("bins", expected="at least 1", got=str(bins))
         if not isinstance(inferred, Inference):
             return [self.forecast(r, bins) for r in inferred]  # pyright: ignore[reportReturnType]
+        if self.members:
+            pairs = zip(self.members, inferred.members, strict=True)
+            return self._combined([m.forecast(r, bins) for m, r in pairs])  # pyright: ignore[reportReturnType]
         r = inferred.batch()
         counts, mask, u = (
             np.concatenate([x, np.zeros((len(x), bins, x.shape[-1]))], 1)
@@ -318,11 +337,10 @@ class TrainedModel:
         self, inferred: Sequence[Inference], samples: int, seed: int = 0
     ) -> list[Samples]: ...
     def sample(self, inferred: Any, samples: int, seed: int = 0) -> Samples | list[Samples]:
-        """Draws from the posterior.
+        """Draws from the posterior; of an ensemble from the first member's.
 
         Args:
-            inferred: from ``infer``.
-            samples: K, for each trial.
+            inferred: from ``infer``; samples: K, for each trial.
             seed: the same seed draws the same.
 
         Raises:
@@ -332,6 +350,8 @@ class TrainedModel:
             raise ShapeError("samples", expected="at least 1", got=str(samples))
         if not isinstance(inferred, Inference):
             return [self.sample(r, samples, seed + i) for i, r in enumerate(inferred)]
+        if self.members:
+            return self.members[0].sample(inferred, samples, seed)
         r = inferred.batch()
         found = self._solve(r.counts, r.mask, (r.initial, r.inputs), seed)
         generator = torch.Generator(found.z.device).manual_seed(seed + 1)

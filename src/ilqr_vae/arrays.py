@@ -5,7 +5,7 @@ Notation: T bins, N units, n latents, m inputs, D kinematic channels, B trials. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,6 +18,15 @@ Array = NDArray[np.float64]
 
 MAX_COUNT = 65_535
 """Most spikes of one unit in one bin, here, in recordings and on the wire."""
+
+
+def mixture(means: Sequence[Array], stds: Sequence[Array]) -> tuple[Array, Array]:
+    """Mean and standard deviation of an equal mixture: the mean variance, and the variance of the
+    means."""
+    each = np.stack(means)
+    mean = each.mean(0)
+    variance = (np.stack(stds) ** 2).mean(0) + ((each - mean) ** 2).mean(0)
+    return mean, np.sqrt(variance)
 
 
 class _Shown:
@@ -44,6 +53,8 @@ class Inference(_Shown):
         status: why the solve ended, e.g. "converged" (``ilqr_vae.inference.problem.Status``); B of
             them for B trials.
         counts, mask: (T, N), what was conditioned on.
+        members: of an ensemble each member's own posterior, the first one's being this one's
+            latents; of one model, none.
     """
 
     latents: Array
@@ -58,6 +69,7 @@ class Inference(_Shown):
     status: Any
     counts: Array = field(repr=False)
     mask: Array = field(repr=False)
+    members: tuple[Inference, ...] = field(default=(), repr=False)
 
     @property
     def latents_std(self) -> Array:
@@ -72,25 +84,47 @@ class Inference(_Shown):
         """Whether there is an axis of trials."""
         return self.latents.ndim == 3
 
+    @staticmethod
+    def of_members(members: Sequence[Inference]) -> Inference:
+        """The first member's posterior, with the rates and kinematics of all."""
+        rates, rates_std = mixture([r.rates for r in members], [r.rates_std for r in members])
+        mean, std = mixture([r.kinematics for r in members], [r.kinematics_std for r in members])
+        return replace(
+            members[0],
+            rates=rates,
+            rates_std=rates_std,
+            kinematics=mean,
+            kinematics_std=std,
+            members=tuple(members),
+        )
+
     def bins(self, which: slice) -> Inference:
         """Some of the bins of every trial."""
         axis = (slice(None),) * self.batched
         return self._changed(
-            lambda name, x: x if name in ("initial", "status") else x[(*axis, which)]
+            lambda name, x: x if name in ("initial", "status") else x[(*axis, which)],
+            lambda member: member.bins(which),
         )
 
     def trial(self, i: int) -> Inference:
         """One trial of a batch."""
-        return self._changed(lambda name, x: str(x[i]) if name == "status" else x[i])
+        return self._changed(
+            lambda name, x: str(x[i]) if name == "status" else x[i],
+            lambda member: member.trial(i),
+        )
 
     def batch(self) -> Inference:
         """As a batch, of one trial where it is none."""
-        return self if self.batched else self._changed(lambda _, x: np.asarray(x)[None])
+        if self.batched:
+            return self
+        return self._changed(lambda _, x: np.asarray(x)[None], Inference.batch)
 
-    def _changed(self, change: Callable[[str, Any], Any]) -> Inference:
-        return replace(
-            self, **{f.name: change(f.name, getattr(self, f.name)) for f in fields(self)}
-        )
+    def _changed(
+        self, change: Callable[[str, Any], Any], of_member: Callable[[Inference], Inference]
+    ) -> Inference:
+        names = [f.name for f in fields(self) if f.name != "members"]
+        changed = {name: change(name, getattr(self, name)) for name in names}
+        return replace(self, **changed, members=tuple(map(of_member, self.members)))
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,18 +1,21 @@
 """The model file: one .safetensors file with a manifest inside. No pickle, nothing executable.
 
 Tensors: ``model.*`` (the generative model), ``readout.*`` (where there are kinematics),
-``mean_rate``, and ``seen.*`` (what the training part showed; files without it load). The manifest
-is JSON in the file's metadata under ``ilqr_vae``. It carries a hash of all tensors, and its own
-hash stands beside it; both are checked on load: a file with a flipped bit is refused. Written
-atomically.
+``mean_rate``, ``seen.*`` (what the training part showed) and ``intervals.*`` (the deviations' scale
+by speed); files without the last two load. Of an ensemble these are the first member's, and
+``member.1.model.*``, ``member.1.readout.*``, ``member.1.seen.*`` are the second's, and so on;
+``mean_rate`` and ``intervals.*`` are of all.
+
+The manifest is JSON in the file's metadata under ``ilqr_vae``. It carries a hash of all tensors,
+and its own hash stands beside it; both are checked on load: a file with a flipped bit is refused.
+Written atomically.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,57 +27,33 @@ from torch import Tensor, nn
 
 from ilqr_vae.errors import ArtifactError, ConfigError
 from ilqr_vae.files import write_whole
-from ilqr_vae.model.dynamics import FAMILIES, DynamicsOptions
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import LIKELIHOODS, Counts, Likelihood, Poisson
-from ilqr_vae.model.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
+from ilqr_vae.model.intervals import SpeedScale
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
+from ilqr_vae.model.spec import GroupSpec as GroupSpec
+from ilqr_vae.model.spec import ModelSpec as ModelSpec
+from ilqr_vae.model.spec import build as build
 from ilqr_vae.recordings import RecordingSpec, RecordingWarning
 from ilqr_vae.streaming.bounds import TrainingRange
+from ilqr_vae.streaming.ensemble import EnsembleHorizon, Horizon
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
-SCHEMA = 3
+SCHEMA = 4
+"""Written where a file has more than one member, or intervals scaled by speed."""
+SINGLE_SCHEMA = 3
+"""Written else, and read by versions that know neither."""
 KEY = "ilqr_vae"
 MANIFEST_SHA256 = "ilqr_vae.sha256"
 
 
-class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One observation group.
+class MemberSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a further member of an ensemble has of its own.
 
     Attributes:
-        family: name of the likelihood.
-        channels: how many.
-        log_rate_max: poisson: where the exp link goes linear.
-        gain, floor: of the Poisson families, see ``likelihoods.Counts``.
+        readout: what its readout reads, None without kinematics.
     """
 
-    family: str
-    channels: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
-    log_rate_max: Annotated[float, msgspec.Meta(ge=-100, le=100)] = 6.0
-    gain: bool = False
-    floor: float = 0.0
-
-
-class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What it takes to build a model of the right shape before its tensors are loaded.
-
-    Attributes:
-        dynamics, prior: family names.
-        latents, inputs: n and m.
-        groups: the observation groups.
-        options: choices within the dynamics family.
-        nu: of a fresh Student prior.
-        initial_mean: whether the mean of z_0 is learned; else zero, as surrogate bins have it.
-    """
-
-    dynamics: str
-    prior: str = "gaussian"
-    latents: Annotated[int, msgspec.Meta(ge=1, le=2048)]
-    inputs: Annotated[int, msgspec.Meta(ge=1, le=2048)]
-    groups: dict[str, GroupSpec]
-    options: DynamicsOptions = DynamicsOptions()
-    nu: float = 5.0
-    initial_mean: bool = True
+    readout: ReadoutShape | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -91,6 +70,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         horizon: the estimator's settings.
         model: shapes and families.
         readout: what the readout reads, None without kinematics.
+        members: of an ensemble those after the first.
         scores: causal validation scores; ``coverage_90`` among them is none (``measured``).
         provenance: recording name and hash, versions, seed, time.
         config: the whole training configuration.
@@ -109,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     horizon: HorizonConfig
     model: ModelSpec
     readout: ReadoutShape | None = None
+    members: tuple[MemberSpec, ...] = ()
     scores: dict[str, float] = msgspec.field(default_factory=dict)
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     config: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -130,40 +111,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return {name: score for name, score in self.scores.items() if name != "coverage_90"}
 
 
-def build(spec: ModelSpec) -> Model:
-    """A model of these shapes with fresh parameters. Raises ArtifactError: an unknown family."""
-    for field, name, known in (
-        ("model.dynamics", spec.dynamics, FAMILIES),
-        ("model.prior", spec.prior, INPUT_PRIORS),
-        *((f"model.groups.{k}", g.family, LIKELIHOODS) for k, g in spec.groups.items()),
-    ):
-        if name not in known:
-            raise ArtifactError(field, expected=f"one of {', '.join(known)}", got=repr(name))
-    groups: dict[str, Likelihood] = {}
-    for name, g in spec.groups.items():
-        kind = LIKELIHOODS[g.family]
-        given: dict[str, Any] = {"log_rate_max": g.log_rate_max} if kind is Poisson else {}
-        if issubclass(kind, Counts):
-            if not 0 <= g.floor < math.inf:
-                field = f"model.groups.{name}.floor"
-                raise ArtifactError(field, expected="zero or more", got=f"{g.floor:g}")
-            given |= {"gain": g.gain, "floor": g.floor}
-        groups[name] = kind(spec.latents, g.channels, **given)
-    prior: InputPrior
-    if spec.prior == StudentPrior.family:
-        if not spec.nu > 2:
-            raise ArtifactError("model.nu", expected="above 2", got=f"{spec.nu:g}")
-        prior = StudentPrior(spec.inputs, nu=spec.nu)
-    else:
-        prior = INPUT_PRIORS[spec.prior](spec.inputs)
-    return Model(
-        FAMILIES[spec.dynamics].from_options(spec.latents, spec.inputs, spec.options),
-        prior,
-        InitialPrior(spec.latents, learn_mean=spec.initial_mean),
-        groups,
-    )
-
-
 @dataclass(frozen=True)
 class Artifact:
     """A loaded model file.
@@ -172,6 +119,8 @@ class Artifact:
         manifest: see ``Manifest``.
         model, readout, mean_rate: on the device and in the dtype asked for.
         seen: what the training part showed, None where the file does not say.
+        intervals: scale of the kinematics' deviations by speed; None leaves them as they are.
+        others: the members of an ensemble after the first.
     """
 
     manifest: Manifest
@@ -179,10 +128,17 @@ class Artifact:
     readout: KinematicReadout | None
     mean_rate: Tensor
     seen: TrainingRange | None = None
+    intervals: SpeedScale | None = None
+    others: tuple[Artifact, ...] = ()
 
-    def estimator(
-        self, *, iterations: int | None = None, horizon: int | None = None
-    ) -> MovingHorizon:
+    @property
+    def members(self) -> tuple[Artifact, ...]:
+        """Each member as a model of its own, its intervals not scaled; itself for one model."""
+        if not self.others:
+            return (self,)
+        return (replace(self, intervals=None, others=()), *self.others)
+
+    def estimator(self, *, iterations: int | None = None, horizon: int | None = None) -> Horizon:
         """The moving-horizon estimator, with the file's settings unless overridden.
 
         Raises:
@@ -195,28 +151,36 @@ class Artifact:
             iterations=config.iterations if iterations is None else iterations,
             horizon=config.horizon if horizon is None else horizon,
         )
-        shape = self.manifest.readout or ReadoutShape()
-        least = max(1, shape.lags, shape.residuals)
+        shapes = [m.manifest.readout or ReadoutShape() for m in self.members]
+        least = max(1, *(max(shape.lags, shape.residuals) for shape in shapes))
         if config.iterations < 1:
             raise ConfigError("iterations", expected="at least 1", got=str(config.iterations))
         if config.horizon < least:
             raise ConfigError("horizon", expected=f"at least {least}", got=str(config.horizon))
-        return MovingHorizon(self.model, self.readout, self.mean_rate, config, self.seen)
+        scale = None if self.others else self.intervals
+        made = [
+            MovingHorizon(m.model, m.readout, m.mean_rate, config, m.seen, scale)
+            for m in self.members
+        ]
+        return EnsembleHorizon(made, self.intervals) if self.others else made[0]
 
 
-def _tensors(
-    model: Model,
-    readout: KinematicReadout | None,
-    mean_rate: Tensor,
-    seen: TrainingRange | None,
-) -> dict[str, Tensor]:
-    named = {f"model.{k}": v for k, v in model.state_dict().items()}
-    if readout is not None:
-        named |= {f"readout.{k}": v for k, v in readout.state_dict().items()}
-    named["mean_rate"] = mean_rate
-    if seen is not None:
-        named |= {f"seen.{k}": v for k, v in seen._asdict().items()}
+def _tensors(artifact: Artifact) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {"mean_rate": artifact.mean_rate}
+    for i, member in enumerate(artifact.members):
+        prefix = _prefix(i)
+        named |= {f"{prefix}model.{k}": v for k, v in member.model.state_dict().items()}
+        if member.readout is not None:
+            named |= {f"{prefix}readout.{k}": v for k, v in member.readout.state_dict().items()}
+        if member.seen is not None:
+            named |= {f"{prefix}seen.{k}": v for k, v in member.seen._asdict().items()}
+    if artifact.intervals is not None:
+        named |= {f"intervals.{k}": v for k, v in artifact.intervals._asdict().items()}
     return {k: v.detach().cpu().contiguous() for k, v in sorted(named.items())}
+
+
+def _prefix(member: int) -> str:
+    return f"member.{member}." if member else ""
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -249,22 +213,41 @@ def save_artifact(
     readout: KinematicReadout | None,
     mean_rate: Tensor,
     seen: TrainingRange | None = None,
+    intervals: SpeedScale | None = None,
+    others: Sequence[Artifact] = (),
 ) -> Manifest:
     """Write a model file; returns the manifest with its hash.
+
+    Args:
+        others: members of an ensemble after the first, whose model, readout and training range are
+            written.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     path = Path(path)
-    tensors = _tensors(model, readout, mean_rate, seen)
-    manifest = msgspec.structs.replace(manifest, sha256=_digest(tensors))
-    written = msgspec.json.decode(msgspec.json.encode(manifest))
-    manifest = msgspec.structs.replace(manifest, model_id=_identity(written))
-    text = msgspec.json.encode(manifest)
+    made = Artifact(manifest, model, readout, mean_rate, seen, intervals, tuple(others))
+    tensors = _tensors(made)
+    manifest = msgspec.structs.replace(
+        manifest,
+        schema=SCHEMA if others or intervals is not None else SINGLE_SCHEMA,
+        sha256=_digest(tensors),
+        members=tuple(MemberSpec(readout=other.manifest.readout) for other in others),
+    )
+    manifest = msgspec.structs.replace(manifest, model_id=_identity(_written(manifest)))
+    text = msgspec.json.encode(_written(manifest))
     hashed = {KEY: text.decode(), MANIFEST_SHA256: hashlib.sha256(text).hexdigest()}
     blob = save(tensors, metadata=hashed)
     write_whole(path, blob, f"model file {path.name}")
     return manifest
+
+
+def _written(manifest: Manifest) -> dict[str, Any]:
+    """As the file has it. A file of one member has none of what versions before did not know."""
+    made: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(manifest))
+    if not manifest.members:
+        del made["members"]
+    return made
 
 
 def _refuse(path: Path, expected: str, got: str) -> ArtifactError:
@@ -283,8 +266,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
     try:
         raw = msgspec.json.decode(metadata[KEY])
         schema = raw.get("schema") if isinstance(raw, dict) else None
-        if schema != SCHEMA:
-            expected = f"schema version {SCHEMA} (as this version's ilqr-vae train writes)"
+        if schema not in (SINGLE_SCHEMA, SCHEMA):
+            expected = f"schema version {SCHEMA} or {SINGLE_SCHEMA} (what this ilqr-vae reads; "
+            expected += "for a later one install a newer ilqr-vae)"
             raise _refuse(path, expected, str(schema))
         if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(MANIFEST_SHA256):
             raise _refuse(path, "the manifest that was written", "one that differs from its hash")
@@ -311,17 +295,43 @@ def _load_into(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefix
     module.load_state_dict(part)
 
 
-def _seen(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> TrainingRange | None:
-    names = [name for name in tensors if name.startswith("seen.")]
-    if not names:
-        return None
+def _seen(
+    path: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: str
+) -> TrainingRange | None:
     units, channels = len(manifest.unit_names), len(manifest.kinematic_names)
     sizes = ((units,), (2, manifest.latents), (2, channels))
-    expected = {f"seen.{k}": v for k, v in zip(TrainingRange._fields, sizes, strict=True)}
-    got = {name: tuple(tensors[name].shape) for name in names}
+    found = _optional(path, f"{prefix}seen.", TrainingRange._fields, sizes, tensors)
+    return None if found is None else TrainingRange(*found)
+
+
+def _intervals(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> SpeedScale | None:
+    channels, knots = len(manifest.kinematic_names), tensors.get("intervals.knots")
+    count = 0 if knots is None else knots.numel()
+    sizes = ((channels,), (count,), (count, channels))
+    found = _optional(path, "intervals.", SpeedScale._fields, sizes, tensors)
+    if found is None:
+        return None
+    made = SpeedScale(*found)
+    if count < 2 or not bool((made.knots.diff() > 0).all() and (made.factors > 0).all()):
+        raise _refuse(path, "intervals of increasing knots, positive factors", "others")
+    return made
+
+
+def _optional(
+    path: Path,
+    prefix: str,
+    names: tuple[str, ...],
+    sizes: tuple[tuple[int, ...], ...],
+    tensors: dict[str, Tensor],
+) -> list[Tensor] | None:
+    """The tensors of these names, None where there is none that begins so."""
+    got = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith(prefix)}
+    if not got:
+        return None
+    expected = {f"{prefix}{name}": size for name, size in zip(names, sizes, strict=True)}
     if got != expected:
-        raise _refuse(path, f"training ranges of shapes {expected}", str(got))
-    return TrainingRange(*(tensors[f"seen.{name}"] for name in TrainingRange._fields))
+        raise _refuse(path, f"{prefix}* of shapes {expected}", str(got))
+    return [tensors[f"{prefix}{name}"] for name in names]
 
 
 def load_artifact(
@@ -334,8 +344,8 @@ def load_artifact(
         dtype: to compute in; streaming and offline scores use float64.
 
     Raises:
-        ArtifactError: not there, not safetensors, no manifest, another schema, shapes that differ
-            from the manifest's, values that are not finite, or a hash or id that does not match.
+        ArtifactError: not a model file, another schema, shapes that differ from the manifest's,
+            values that are not finite, or a hash or id that does not match.
     """
     path = Path(path)
     tensors, manifest = _read(path)
@@ -350,19 +360,41 @@ def load_artifact(
     if spikes is None or spikes.channels != units:
         got = "none" if spikes is None else f"one of {spikes.channels}"
         raise _refuse(path, f"a group of spikes of the {units} named units", got)
+    if "mean_rate" not in tensors or tensors["mean_rate"].shape != (units,):
+        raise _refuse(path, f"mean_rate of {units} units", "another shape")
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    first = _member(path, manifest, tensors, 0, where)
+    others = [
+        _member(path, msgspec.structs.replace(manifest, readout=own.readout), tensors, i, where)
+        for i, own in enumerate(manifest.members, 1)
+    ]
+    return replace(first, intervals=_intervals(path, manifest, tensors), others=tuple(others))
+
+
+def _member(
+    path: Path,
+    manifest: Manifest,
+    tensors: dict[str, Tensor],
+    index: int,
+    where: dict[str, Any],
+) -> Artifact:
+    """A member as a model of its own.
+
+    Args:
+        manifest: with its readout's shape.
+        where: device and dtype.
+    """
+    prefix, units = _prefix(index), len(manifest.unit_names)
     model = build(manifest.model).double()  # a file may hold float64, which float32 would round
-    _load_into(path, model, tensors, "model.")
+    _load_into(path, model, tensors, f"{prefix}model.")
     readout = None
     if manifest.readout is not None:
         channels = len(manifest.kinematic_names)
         readout = KinematicReadout(manifest.latents, channels, manifest.readout, units=units)
-        _load_into(path, readout, tensors, "readout.")
+        _load_into(path, readout, tensors, f"{prefix}readout.")
         # the buffers are stored in float64, and float32 ones would round them
         for name, _ in list(readout.named_buffers()):
-            setattr(readout, name, tensors[f"readout.{name}"])
-        readout = readout.to(device=device, dtype=dtype)
-    if "mean_rate" not in tensors or tensors["mean_rate"].shape != (units,):
-        raise _refuse(path, f"mean_rate of {units} units", "another shape")
-    mean_rate = tensors["mean_rate"].to(device=device, dtype=dtype)
-    seen = _seen(path, manifest, tensors)
-    return Artifact(manifest, model.to(device=device, dtype=dtype), readout, mean_rate, seen)
+            setattr(readout, name, tensors[f"{prefix}readout.{name}"])
+        readout = readout.to(**where)
+    mean_rate, seen = tensors["mean_rate"].to(**where), _seen(path, manifest, tensors, prefix)
+    return Artifact(manifest, model.to(**where), readout, mean_rate, seen)

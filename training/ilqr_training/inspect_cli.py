@@ -40,6 +40,7 @@ def model_sections(manifest: Manifest) -> list[Section]:
     units = ", ".join(manifest.unit_names[:6]) + (", ..." if len(manifest.unit_names) > 6 else "")
     model = {
         "dynamics": f"{spec.dynamics}, n = {spec.latents}, m = {spec.inputs}, {spec.prior} inputs",
+        "members": f"{1 + len(manifest.members)}, averaged" if manifest.members else "1",
         "observations": groups,
         "decodes": ", ".join(f"{n} [{u}]" for n, u in channels) or "latents and rates only",
         "bin width": f"{manifest.bin_width * 1e3:g} ms",

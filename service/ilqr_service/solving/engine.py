@@ -35,7 +35,7 @@ from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.machine import available_memory
-from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
 NOBODY = -1
@@ -44,7 +44,7 @@ _RUN_SHARE = 0.25
 """Of the memory that is available, what one run may take."""
 
 
-def _check_memory(estimator: MovingHorizon, horizon: int) -> None:
+def _check_memory(estimator: Horizon, horizon: int) -> None:
     """Raises ServiceError where one run would take too much memory."""
     state = sum(t.nbytes for t in estimator.init(batch=1).tensors())
     needed, most = (horizon + 2) * state, int(_RUN_SHARE * available_memory())

@@ -22,7 +22,7 @@ from ilqr_vae.inference.compiled import Array
 from ilqr_vae.inference.problem import Status
 from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
 from ilqr_vae.streaming.compiled import Rows, States
-from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.state import Estimate, HorizonState
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
@@ -66,7 +66,7 @@ class Stepper:
 
     def __init__(
         self,
-        estimator: MovingHorizon,
+        estimator: Horizon,
         model_info: EngineInfo,
         streams: int,
         *,
@@ -205,7 +205,9 @@ class Stepper:
         z_std = _doubles(np.sqrt(e.z_cov.diagonal(axis1=1, axis2=2)))
         rates, kinematics = _doubles(e.rates), _doubles(e.kinematics)
         kinematics_std = _doubles(e.kinematics_std)
-        finite: list[bool] = np.isfinite(z).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
+        # z is of the first member alone, rates and kinematics are of all
+        sound = [np.isfinite(x).all(-1) for x in (z, rates, kinematics)]
+        finite: list[bool] = np.logical_and.reduce(sound).tolist()
         scalars = [v.tolist() for v in e[Estimates._fields.index("bits") :]]
         answers = [
             Answer(

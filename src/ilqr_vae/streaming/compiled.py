@@ -31,9 +31,10 @@ from ilqr_vae.kernels.cpu.arguments import Estimates, Fixed, Streams
 from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.dynamics import Weights
 from ilqr_vae.model.generative import Model
+from ilqr_vae.model.intervals import SpeedScale, stated
 from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.streaming.bounds import Bounds
-from ilqr_vae.streaming.state import HorizonState
+from ilqr_vae.streaming.state import Estimate, HorizonState
 
 #: Sets of work arrays kept per size, beside one for each thread.
 _SPARE = 2
@@ -81,6 +82,7 @@ class Estimator:
         bounds: what is believable.
         initial: the state of one stream that begins.
         options: of the solves.
+        intervals: scales the stated deviations of the kinematics; None leaves them as they are.
     """
 
     def __init__(
@@ -92,9 +94,11 @@ class Estimator:
         bounds: Bounds,
         initial: HorizonState,
         options: Options,
+        intervals: SpeedScale | None = None,
     ) -> None:
         self.plan = compiled.plan(model, w, ("spikes",))
         self.horizon, self.options = horizon, options = initial.u.shape[1], options
+        self.intervals = intervals
         n, m, N = self.plan.sizes
         self.dtype = array(mean_rate).dtype
         used = KinematicReadout(n, 0) if readout is None else readout
@@ -134,14 +138,14 @@ class Estimator:
             channels = compiled.channels_of([own], model.n, mean_rate.dtype)
         return channels, array(readout.believed(torch.ones_like(mean_rate)))
 
-    def _take(self, streams: int) -> _Workspace:
+    def take(self, streams: int) -> _Workspace:
         size = 1 << max(0, streams - 1).bit_length()
         spare = self._spare.get(size)
         made = spare.pop() if spare else _Workspace(self.plan, size, self.horizon, self.dtype)
         made.work.batch = streams
         return made
 
-    def _put(self, workspace: _Workspace) -> None:
+    def put(self, workspace: _Workspace) -> None:
         spare = self._spare.setdefault(workspace.size, [])
         if len(spare) < _SPARE + threads.count():
             spare.append(workspace)
@@ -149,52 +153,21 @@ class Estimator:
     def step(
         self, states: States, rows: Rows, counts: Array, mask: Array, stopped: Stopped | None
     ) -> Estimates:
-        """One bin of each stream.
-
-        Args:
-            states: read, and written.
-            rows: of the streams in both; no row written is one that is read.
-            counts, mask: (S, N).
-            stopped: asked between iterations with the statuses, which it may change; True ends.
-        """
-        S = len(counts)
-        estimates = self._empty(S)
-        before, after = (tuple(state) for state in states)
-        given = (self.fixed, self.readout, (before, after), rows, (counts, mask), tuple(estimates))
-        limit = self.options.iterations
-
-        def run(parts: int, iterations: int, spaces: Sequence[_Workspace], *, shared: bool) -> None:
-            self._run(
-                kernels.step,
-                [(parts, iterations, *given, space.arrays, shared) for space in spaces],
-            )
-
-        workers = self._workers(S)
-        if stopped is None:
-            spaces = [self._take(1) for _ in range(workers)]
-            run(kernels.WHOLE, limit, spaces, shared=False)
-        else:
-            spaces = [self._take(S)]
-            run(kernels.ENTER | kernels.SOLVE, 1, spaces * workers, shared=True)
-            for _ in range(1, limit):
-                if stopped(spaces[0].work.status):
-                    break
-                run(kernels.SOLVE, 1, spaces * workers, shared=True)
-            run(kernels.LEAVE, 0, spaces * workers, shared=True)
-        for space in spaces:
-            self._put(space)
-        return estimates
+        """One bin of each stream; see ``step_together``."""
+        return step_together((self,), (states,), (rows,), (counts, mask), stopped)[0]
 
     def predict_only(self, states: States, rows: Rows, counts: Array, mask: Array) -> Estimates:
-        """``step`` without a solve: the windows hold the bins, the answers are predictions of
-        unknown covariance."""
-        estimates = self._empty(len(counts))
-        before, after = (tuple(state) for state in states)
-        given = (self.fixed, self.readout, (before, after), rows, (counts, mask), tuple(estimates))
-        self._run(kernels.predict_only, [given] * self._workers(len(counts)))
-        return estimates
+        """``step`` without a solve; see ``predict_together``."""
+        return predict_together((self,), (states,), (rows,), (counts, mask))[0]
 
-    def _empty(self, streams: int) -> Estimates:
+    def given(
+        self, states: States, rows: Rows, bins: tuple[Array, Array], estimates: Estimates
+    ) -> tuple[Any, ...]:
+        """Arguments of the kernels."""
+        before, after = (tuple(state) for state in states)
+        return self.fixed, self.readout, (before, after), rows, bins, tuple(estimates)
+
+    def empty(self, streams: int) -> Estimates:
         n, _, N = self.plan.sizes
         shapes = ((self.features,), (n, n), (N,), (self.channels,), (self.channels,), (), ())
         return Estimates(
@@ -203,15 +176,130 @@ class Estimator:
             *(np.empty(streams, np.bool_) for _ in range(2)),
         )
 
-    def _workers(self, streams: int) -> int:
-        cost = cost_of_iteration(self.plan, self.horizon)
-        return threads.worth(streams, self.options.iterations * cost)
+    @property
+    def cost(self) -> int:
+        """Multiply-adds of a stream's step, roughly."""
+        return self.options.iterations * cost_of_iteration(self.plan, self.horizon)
 
-    def _run(self, kernel: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-        """The kernel once in each of as many threads, on one queue."""
-        queue = np.zeros(1, np.int64)
 
-        def call(kernel: Callable[..., None], given: tuple[Any, ...]) -> None:
-            kernel(queue, *given, threads.scratch(self.dtype, self.scratch_size))
+def step_together(
+    members: Sequence[Estimator],
+    states: Sequence[States],
+    rows: Sequence[Rows],
+    bins: tuple[Array, Array],
+    stopped: Stopped | None,
+) -> list[Estimates]:
+    """One bin of each stream, by each member.
 
-        threads.together([partial(call, kernel, given) for given in arguments])
+    The members' solves are iterated side by side, so that what ends one after so many iterations
+    ends all of them after as many.
+
+    Args:
+        members: with the same options.
+        states: of each member; read, and written.
+        rows: of the streams in both, for each member; no row written is one that is read.
+        bins: counts and mask, (S, N).
+        stopped: asked between iterations with the statuses, (members, S), which it may change;
+            True ends.
+    """
+    S, limit = len(bins[0]), members[0].options.iterations
+    estimates = [member.empty(S) for member in members]
+    given = [
+        member.given(state, row, bins, estimate)
+        for member, state, row, estimate in zip(members, states, rows, estimates, strict=True)
+    ]
+    workers = _workers(members, S)
+    if stopped is None:
+        spaces = [[member.take(1) for _ in range(workers)] for member in members]
+        _run(
+            kernels.step,
+            members,
+            [
+                [(kernels.WHOLE, limit, *args, space.arrays, False) for space in own]
+                for args, own in zip(given, spaces, strict=True)
+            ],
+        )
+    else:
+        spaces = [[member.take(S)] for member in members]
+
+        def run(parts: int, iterations: int) -> None:
+            calls = [
+                [(parts, iterations, *args, space.arrays, True)] * workers
+                for args, (space,) in zip(given, spaces, strict=True)
+            ]
+            _run(kernels.step, members, calls)
+
+        run(kernels.ENTER | kernels.SOLVE, 1)
+        for _ in range(1, limit):
+            statuses = np.stack([space.work.status for (space,) in spaces])
+            ended = stopped(statuses)
+            for (space,), status in zip(spaces, statuses, strict=True):
+                space.work.status[:] = status
+            if ended:
+                break
+            run(kernels.SOLVE, 1)
+        run(kernels.LEAVE, 0)
+    for member, own in zip(members, spaces, strict=True):
+        for space in own:
+            member.put(space)
+    return _scaled(members, estimates)
+
+
+def predict_together(
+    members: Sequence[Estimator],
+    states: Sequence[States],
+    rows: Sequence[Rows],
+    bins: tuple[Array, Array],
+) -> list[Estimates]:
+    """``step_together`` without a solve: the windows hold the bins, the answers are predictions of
+    unknown covariance."""
+    S = len(bins[0])
+    estimates = [member.empty(S) for member in members]
+    given = [
+        [member.given(state, row, bins, estimate)] * _workers(members, S)
+        for member, state, row, estimate in zip(members, states, rows, estimates, strict=True)
+    ]
+    _run(kernels.predict_only, members, given)
+    return _scaled(members, estimates)
+
+
+def _scaled(members: Sequence[Estimator], estimates: list[Estimates]) -> list[Estimates]:
+    """With the deviations that are stated."""
+    return [
+        e._replace(kinematics_std=stated(member.intervals, e.kinematics, e.kinematics_std))
+        for member, e in zip(members, estimates, strict=True)
+    ]
+
+
+def _workers(members: Sequence[Estimator], streams: int) -> int:
+    return threads.worth(len(members) * streams, members[0].cost)
+
+
+def _run(
+    kernel: Callable[..., None],
+    members: Sequence[Estimator],
+    arguments: Sequence[Sequence[tuple[Any, ...]]],
+) -> None:
+    """The kernel of each member, in as many threads as it has arguments; each member's streams are
+    one queue, and each thread begins with another member's."""
+    queues = [np.zeros(1, np.int64) for _ in members]
+
+    def call(worker: int) -> None:
+        for i in range(len(members)):
+            k = (i + worker) % len(members)
+            buffer = threads.scratch(members[k].dtype, members[k].scratch_size)
+            kernel(queues[k], *arguments[k][worker], buffer)
+
+    threads.together([partial(call, worker) for worker in range(len(arguments[0]))])
+
+
+def on_tensors(
+    state: HorizonState, n: int, step: Callable[[States, Rows], Estimates]
+) -> tuple[HorizonState, Estimate]:
+    """A compiled step on a state's tensors; n latents."""
+    before = Streams(*(array(t) for t in state.tensors()))
+    after = Streams(*(np.empty_like(x) for x in before))
+    rows = np.arange(len(before.age))
+    made = [torch.from_numpy(x) for x in step((before, after), (rows, rows))]
+    moved = HorizonState(*(torch.from_numpy(x) for x in after))
+    return moved, Estimate(made[0][:, :n], *made)

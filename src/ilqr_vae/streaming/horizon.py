@@ -26,12 +26,10 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Annotated, NamedTuple
 
 import msgspec
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -41,16 +39,16 @@ from ilqr_vae.inference import compiled as solver
 from ilqr_vae.inference import ilqr
 from ilqr_vae.inference.on_gpu import iteration
 from ilqr_vae.kernels import backend
-from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
 from ilqr_vae.lqr import marginal_covariance, solve_lqr
 from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.generative import Model
+from ilqr_vae.model.intervals import SpeedScale, stated
 from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.priors import GaussianPrior, InitialCost
 from ilqr_vae.model.readout import KinematicReadout, read_window
 from ilqr_vae.model.rollout import wanted
 from ilqr_vae.streaming.bounds import TrainingRange, bounds_of, check_bin
-from ilqr_vae.streaming.compiled import Estimator, Rows, States
+from ilqr_vae.streaming.compiled import Estimator, on_tensors
 from ilqr_vae.streaming.graphs import Graphs, Record, record_cuda
 from ilqr_vae.streaming.state import Estimate, HorizonState
 
@@ -95,6 +93,7 @@ class MovingHorizon:
         mean_rate: (N,) mean counts per bin over the training part, which ``bits`` compares with.
         config: horizon and iterations.
         seen: what the training part showed; None gives wider bounds.
+        intervals: scales the stated deviations of the kinematics; None leaves them as they are.
 
     Attributes:
         bounds: what is believable.
@@ -107,10 +106,12 @@ class MovingHorizon:
         mean_rate: Float[Tensor, " N"],
         config: HorizonConfig,
         seen: TrainingRange | None = None,
+        intervals: SpeedScale | None = None,
     ) -> None:
         self.model = model = copy.deepcopy(model).requires_grad_(False).eval()
         self.readout = readout
         self.mean_rate = mean_rate
+        self.intervals = intervals
         self.config = config
         self.spikes = model.group("spikes")
         self._blank = KinematicReadout(model.n, 0)
@@ -203,8 +204,7 @@ class MovingHorizon:
         )
         if not sync_free and bool(full.all()):
             return moved
-        pairs = zip(moved.tensors(), s.tensors(), strict=True)
-        return HorizonState(*(ilqr.where(full, new, old) for new, old in pairs))
+        return s.replaced(full, moved)
 
     @torch.no_grad()
     def step(
@@ -233,18 +233,7 @@ class MovingHorizon:
                 return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
         given = array(counts), array(mask), ilqr.stopping(stop)
-        return self._compiled(state, lambda s, rows: compiled.step(s, rows, *given))
-
-    def _compiled(
-        self, state: HorizonState, step: Callable[[States, Rows], Estimates]
-    ) -> tuple[HorizonState, Estimate]:
-        """A compiled step on a state's tensors."""
-        before = Streams(*(array(t) for t in state.tensors()))
-        after = Streams(*(np.empty_like(x) for x in before))
-        rows = np.arange(len(before.age))
-        made = [torch.from_numpy(x) for x in step((before, after), (rows, rows))]
-        moved = HorizonState(*(torch.from_numpy(x) for x in after))
-        return moved, Estimate(made[0][:, : self.model.n], *made)
+        return on_tensors(state, self.model.n, lambda s, rows: compiled.step(s, rows, *given))
 
     @torch.no_grad()
     def predict_only(
@@ -264,7 +253,9 @@ class MovingHorizon:
         compiled = self.compiled(state.z)
         if compiled is not None:
             given = array(counts), array(mask)
-            return self._compiled(state, lambda s, rows: compiled.predict_only(s, rows, *given))
+            return on_tensors(
+                state, self.model.n, lambda s, rows: compiled.predict_only(s, rows, *given)
+            )
         after, entered = self._enter(state, counts, mask, absorbs=False)
         unknown = torch.full_like(after.precision, torch.nan)
         none = torch.zeros_like(after.age)  # no iterations; RUNNING
@@ -301,7 +292,8 @@ class MovingHorizon:
             if not solver.usable(self.model, ("spikes",), like):
                 return None
             about = (self.readout, self.mean_rate, self.bounds, self._initial)
-            self._packed = Estimator(self.model, self._w, *about, ilqr.options(self._solver))
+            options = ilqr.options(self._solver)
+            self._packed = Estimator(self.model, self._w, *about, options, self.intervals)
         return self._packed
 
     @torch.no_grad()
@@ -353,8 +345,7 @@ class MovingHorizon:
         """The window with the new bin in it."""
         restarted = self.bounds.lost(state.mean, state.z, state.u)
         if sync_free or bool(restarted.any()):
-            pairs = zip(self._initial.tensors(), state.tensors(), strict=True)
-            state = HorizonState(*(ilqr.where(restarted, new, old) for new, old in pairs))
+            state = state.replaced(restarted, self._initial)
         finite, within = counts.isfinite(), counts.abs() <= self.bounds.counts
         used = mask * (finite & within)
         ignored = ((mask > 0) & finite & ~within).sum(-1)
@@ -385,6 +376,7 @@ class MovingHorizon:
             kinematics = kinematics_std = z.new_zeros(len(z), 0)
         else:
             kinematics, kinematics_std = self.readout(window, Sigma)
+            kinematics_std = stated(self.intervals, kinematics, kinematics_std)
         rates, counts, used = self.spikes.mean(z), entered.counts, entered.used
         gain = self.spikes.evidence(entered.predicted, self.mean_rate, counts)
         blind = (entered.ignored > 0) & (used == 0).all(-1)

@@ -2,6 +2,7 @@
 
 Each of S streams has a window of H bins of N units, with n latents and m inputs, and an arrival
 cost 1/2 (z - mean)' precision (z - mean) on the window's first state; see ``streaming.horizon``.
+An ensemble of K members has a state of each: (S, K) in place of S (``streaming.ensemble``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from ilqr_vae.inference.problem import where
 
 
 @dataclass(frozen=True)
@@ -26,21 +29,31 @@ class HorizonState:
         counts, mask: the window's data; mask is one where observed.
     """
 
-    age: Int[Tensor, " S"]
-    mean: Float[Tensor, "S n"]
-    precision: Float[Tensor, "S n n"]
-    z: Float[Tensor, "S H1 n"]
-    u: Float[Tensor, "S H m"]
-    counts: Float[Tensor, "S H N"]
-    mask: Float[Tensor, "S H N"]
+    age: Int[Tensor, "*S"]
+    mean: Float[Tensor, "*S n"]
+    precision: Float[Tensor, "*S n n"]
+    z: Float[Tensor, "*S H1 n"]
+    u: Float[Tensor, "*S H m"]
+    counts: Float[Tensor, "*S H N"]
+    mask: Float[Tensor, "*S H N"]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields, in order."""
         return (self.age, self.mean, self.precision, self.z, self.u, self.counts, self.mask)
 
+    @property
+    def published(self) -> HorizonState:
+        """Of the first member of an ensemble, whose latents are published; itself for one model."""
+        return HorizonState(*(t[:, 0] for t in self.tensors())) if self.age.ndim == 2 else self
+
     def __getitem__(self, i: int) -> HorizonState:
         """One stream, as a batch of one."""
         return HorizonState(*(t[i : i + 1] for t in self.tensors()))
+
+    def replaced(self, which: Bool[Tensor, " S"], new: HorizonState) -> HorizonState:
+        """The new state of some streams, this one of the others."""
+        pairs = zip(new.tensors(), self.tensors(), strict=True)
+        return HorizonState(*(where(which, a, b) for a, b in pairs))
 
     @staticmethod
     def stack(states: Sequence[HorizonState]) -> HorizonState:

@@ -30,7 +30,7 @@ from ilqr_vae.report import Table
 from ilqr_vae.report.table import once
 from ilqr_vae.scoring.metrics import r2
 from ilqr_vae.scoring.score import OURS
-from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.ensemble import Horizon
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -185,7 +185,7 @@ class _Bench:
 
     def __init__(
         self,
-        estimator: MovingHorizon,
+        estimator: Horizon,
         recording: Recording,
         bins: tuple[int, int],
         baselines: tuple[Baseline, ...],
@@ -232,7 +232,7 @@ class _Bench:
 
 
 def under_stress(
-    estimator: MovingHorizon,
+    estimator: Horizon,
     recording: Recording,
     bins: tuple[int, int],
     baselines: tuple[Baseline, ...],

@@ -18,7 +18,7 @@ from ilqr_training.readout.restarts import INPUT_DELAY, delayed_inputs, moved_ba
 from ilqr_vae.inference.problem import Status
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
-from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
 
@@ -71,7 +71,7 @@ class Causal:
 
 
 def causal_pass(
-    estimator: MovingHorizon,
+    estimator: Horizon,
     recording: Recording,
     start: int,
     stop: int,
@@ -145,7 +145,7 @@ def causal_pass(
             kept.setdefault("recalled", []).append(answer.window[:, direct:].float())
         for name in ("z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
             kept.setdefault(name, []).append(getattr(answer, name))
-        kept.setdefault("inputs", []).append(delayed_inputs(state, delay))
+        kept.setdefault("inputs", []).append(delayed_inputs(state.published, delay))
         tally += torch.bincount(answer.status.cpu(), minlength=len(Status))
         iterations += int(answer.iterations.sum())
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.state import HorizonState
 
 INPUT_DELAY = 5
@@ -37,9 +37,7 @@ def moved_back(inputs: NDArray[np.float64], delay: int) -> NDArray[np.float64]:
     return made
 
 
-def restarted(
-    estimator: MovingHorizon, state: HorizonState, rows: NDArray[np.bool_]
-) -> HorizonState:
+def restarted(estimator: Horizon, state: HorizonState, rows: NDArray[np.bool_]) -> HorizonState:
     """The state with the streams ``rows`` (S,) as they are before their first bin."""
     if not rows.any():
         return state

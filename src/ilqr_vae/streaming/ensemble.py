@@ -1,0 +1,220 @@
+"""Several models streamed as one: the mean of what they decode, and the spread between them.
+
+K members, trained from different seeds on one recording, each with its own state (``HorizonState``
+with (S, K) in place of S). With y_k and s_k the decodes of the members and their stated deviations,
+
+    y = 1/K sum_k y_k,      s^2 = 1/K sum_k s_k^2 + 1/K sum_k (y_k - y)^2.
+
+Rates are means as well. The members' latents have coordinates of their own: those of the first are
+published. ``bits`` is the log-likelihood of the members' equal mixture: log2 of the mean of the
+likelihoods that each gave the newest bin, one step ahead, over the mean rates' likelihood.
+
+Of the solves, the most iterations are told and the status that weighs most (``_WEIGHT``). An answer
+is beyond what training showed, or restarted, where it is so for any member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ilqr_vae.arrays import mixture
+from ilqr_vae.inference import ilqr
+from ilqr_vae.inference.compiled import Array, Stopped
+from ilqr_vae.inference.problem import Status
+from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
+from ilqr_vae.lqr.on_cpu import array
+from ilqr_vae.model.intervals import SpeedScale, stated
+from ilqr_vae.streaming.bounds import check_bin
+from ilqr_vae.streaming.compiled import (
+    Estimator,
+    Rows,
+    States,
+    on_tensors,
+    predict_together,
+    step_together,
+)
+from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.state import Estimate, HorizonState
+
+_WEIGHT = np.empty(len(Status), dtype=np.int64)
+"""Of a member's status among the others'. STOPPED comes first: how often a solve was iterated is
+what a replay needs."""
+_WEIGHT[
+    [
+        Status.CONVERGED,
+        Status.RUNNING,
+        Status.ITERATION_LIMIT,
+        Status.STALLED,
+        Status.NOT_FINITE,
+        Status.STOPPED,
+    ]
+] = np.arange(len(Status))
+
+
+def combined(members: Sequence[Estimates], intervals: SpeedScale | None) -> Estimates:
+    """The ensemble's estimates from those of its members."""
+    mean, std = mixture([e.kinematics for e in members], [e.kinematics_std for e in members])
+    bits = np.stack([e.bits for e in members])
+    most = bits.max(0)
+    statuses = np.stack([e.status for e in members])
+    worst = _WEIGHT[statuses].argmax(0)
+    return members[0]._replace(
+        rates=np.stack([e.rates for e in members]).mean(0),
+        kinematics=mean,
+        kinematics_std=stated(intervals, mean, std),
+        bits=most + np.log2(np.exp2(bits - most).mean(0)),
+        iterations=np.stack([e.iterations for e in members]).max(0),
+        status=np.take_along_axis(statuses, worst[None], 0)[0],
+        ignored=np.stack([e.ignored for e in members]).max(0),
+        beyond=np.stack([e.beyond for e in members]).any(0),
+        restarted=np.stack([e.restarted for e in members]).any(0),
+    )
+
+
+class CompiledEnsemble:
+    """The members' compiled steps as one; see ``compiled.Estimator``.
+
+    Args:
+        members: with the same options.
+        intervals: of the combined decode.
+    """
+
+    def __init__(self, members: Sequence[Estimator], intervals: SpeedScale | None) -> None:
+        self._members, self._intervals = tuple(members), intervals
+
+    def step(
+        self, states: States, rows: Rows, counts: Array, mask: Array, stopped: Stopped | None
+    ) -> Estimates:
+        """One bin of each stream; ``stopped`` is given the statuses (K, S)."""
+        given = (*self._apart(states, rows), (counts, mask), stopped)
+        return combined(step_together(self._members, *given), self._intervals)
+
+    def predict_only(self, states: States, rows: Rows, counts: Array, mask: Array) -> Estimates:
+        """``step`` without a solve."""
+        given = (*self._apart(states, rows), (counts, mask))
+        return combined(predict_together(self._members, *given), self._intervals)
+
+    def _apart(self, states: States, rows: Rows) -> tuple[list[States], list[Rows]]:
+        """The states, which all members share, and each member's rows in them."""
+        before, after = (Streams(*(x.reshape(-1, *x.shape[2:]) for x in s)) for s in states)
+        K = len(self._members)
+        return [(before, after)] * K, [(K * rows[0] + k, K * rows[1] + k) for k in range(K)]
+
+
+class _Recorded:
+    """What a stop said after each iteration, for one member after another: what ends the solve of
+    one after so many iterations ends the others' after as many."""
+
+    def __init__(self, stop: ilqr.Stop) -> None:
+        self._stop, self._said = stop, list[Any]()
+
+    def of_member(self) -> ilqr.Stop:
+        """The same answers from the first on."""
+        asked = 0
+
+        def stop() -> Any:
+            nonlocal asked
+            if asked == len(self._said):
+                self._said.append(self._stop())
+            asked += 1
+            return self._said[asked - 1]
+
+        return stop
+
+
+class EnsembleHorizon:
+    """The members' estimators as one, with the methods of ``MovingHorizon``.
+
+    Args:
+        members: of the same units, sizes and horizon.
+        intervals: of the combined decode; None states s as it is.
+
+    Attributes:
+        model, readout, bounds, spikes: of the first member.
+        mean_rate, config: of all.
+    """
+
+    def __init__(
+        self, members: Sequence[MovingHorizon], intervals: SpeedScale | None = None
+    ) -> None:
+        self.members, self.intervals = tuple(members), intervals
+        first = self.members[0]
+        self.model, self.readout, self.config = first.model, first.readout, first.config
+        self.spikes, self.mean_rate, self.bounds = first.spikes, first.mean_rate, first.bounds
+
+    def init(self, batch: int = 1) -> HorizonState:
+        """Streams that begin."""
+        return _together([member.init(batch) for member in self.members])
+
+    def compiled(self, like: Tensor) -> CompiledEnsemble | None:
+        """The compiled step; None where a member has none."""
+        made = [member.compiled(like) for member in self.members]
+        found = [one for one in made if one is not None]
+        return CompiledEnsemble(found, self.intervals) if len(found) == len(made) else None
+
+    @torch.no_grad()
+    def step(
+        self,
+        state: HorizonState,
+        counts: Float[Tensor, "S N"],
+        mask: Float[Tensor, "S N"],
+        stop: ilqr.Stop | None = None,
+    ) -> tuple[HorizonState, Estimate]:
+        """Take one bin of each stream; see ``MovingHorizon.step``."""
+        check_bin(self.spikes, counts, mask)
+        compiled = self.compiled(state.z)
+        if compiled is None:
+            recorded = None if stop is None else _Recorded(stop)
+            return self._one_by_one(
+                state,
+                lambda m, s: m.step(s, counts, mask, recorded and recorded.of_member()),
+            )
+        given = array(counts), array(mask), ilqr.stopping(stop)
+        return on_tensors(state, self.model.n, lambda s, rows: compiled.step(s, rows, *given))
+
+    @torch.no_grad()
+    def predict_only(
+        self, state: HorizonState, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]
+    ) -> tuple[HorizonState, Estimate]:
+        """Take one bin of each stream without a solve; see ``MovingHorizon.predict_only``."""
+        check_bin(self.spikes, counts, mask)
+        compiled = self.compiled(state.z)
+        if compiled is None:
+            return self._one_by_one(state, lambda m, s: m.predict_only(s, counts, mask))
+        given = array(counts), array(mask)
+        return on_tensors(
+            state, self.model.n, lambda s, rows: compiled.predict_only(s, rows, *given)
+        )
+
+    def _one_by_one(
+        self,
+        state: HorizonState,
+        step: Callable[[MovingHorizon, HorizonState], tuple[HorizonState, Estimate]],
+    ) -> tuple[HorizonState, Estimate]:
+        """A step of each member that has no compiled one."""
+        made = [
+            step(member, HorizonState(*(t[:, k] for t in state.tensors())))
+            for k, member in enumerate(self.members)
+        ]
+        estimates = [
+            Estimates(*(getattr(e, name).cpu().numpy() for name in Estimates._fields))
+            for _, e in made
+        ]
+        found = [torch.as_tensor(x).to(state.z.device) for x in combined(estimates, self.intervals)]
+        return _together([s for s, _ in made]), Estimate(found[0][:, : self.model.n], *found)
+
+
+def _together(states: Sequence[HorizonState]) -> HorizonState:
+    """The members' states as one."""
+    fields = zip(*(state.tensors() for state in states), strict=True)
+    return HorizonState(*(torch.stack(same, 1) for same in fields))
+
+
+Horizon: TypeAlias = MovingHorizon | EnsembleHorizon
+"""The estimator of a model file."""
