@@ -9,7 +9,7 @@ answers waits once it has used up its credits.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_clients.sdk import Session, refusal
-from ilqr_clients.stream import StreamLog
+from ilqr_clients.steering import Steering
+from ilqr_clients.stream import MOST_BINS, StreamLog
 from ilqr_vae.errors import AnswerTimeoutError, ConfigError
 from ilqr_vae.recordings.physical_units import conversion
 from ilqr_vae.report import Reaches
@@ -26,6 +27,9 @@ from ilqr_vae.simulated.centre_out import CentreOut, TrialRecord
 from ilqr_vae.simulated.subject import TICK, Hand, Subject
 
 Array = NDArray[np.float64]
+
+ENDLESS = MOST_BINS
+"""Trials that no run finishes."""
 
 WORKSPACE = 0.20
 """Metres from the centre at which the cursor stops."""
@@ -159,6 +163,7 @@ def run_loop(
     speed: float | None,
     patience: float,
     watch: Callable[[LoopLog, CentreOut], Any] | None = None,
+    steering: Steering | None = None,
 ) -> tuple[Reaching, LoopLog]:
     """Run ``trials`` reaches, or stop after ``MAX_TRIAL_S`` per trial.
 
@@ -169,6 +174,7 @@ def run_loop(
         deadline: seconds from a bin's send to its answer.
         speed: multiple of real time; None sends the next bin as soon as one is answered.
         patience: seconds without any answer, while some are due, before giving up.
+        steering: what goes wrong with the bins, and who steers; it is told cursor and target.
 
     Raises:
         ServiceUnreachableError, AnswerTimeoutError: no answer for ``patience`` seconds.
@@ -176,46 +182,83 @@ def run_loop(
         RequestRefusedError: a bin was refused.
     """
     width = subject.bin_width
-    limit = int(trials * MAX_TRIAL_S / width)
+    limit = min(int(trials * MAX_TRIAL_S / width), MOST_BINS)
+    steering = steering or Steering(len(columns), width, kind="closed-loop")
     opened = session.opened
-    log = LoopLog(StreamLog(limit, opened.latents, len(opened.kinematic_names), len(columns)))
+    log = LoopLog(
+        StreamLog(min(limit, 4096), opened.latents, len(opened.kinematic_names), len(columns))
+    )
     stream, trace = log.stream, Trace(width)
     scale = np.array(metres_per_second(opened.kinematic_units), dtype=np.float64)
     cursor, velocity = np.zeros(2), np.zeros(2)
     stream.started_ns = time.monotonic_ns()
     heard_ns, newest = stream.started_ns, -1
+    begun_ns = stream.started_ns
+    waiting: deque[Array] = deque()  # velocities that come later
     for index in range(limit):
+        begun_ns += _paused(session, stream, steering, index)
         trace.add(cursor)
         cue = task.step(cursor, width)
         if len(task.trials) >= trials:
             break
-        counts = subject.step(cursor, cue.target, go=cue.go).counts[columns]
+        bin = subject.step(cursor, cue.target, go=cue.go)
+        given = steering.disturb(index, bin.counts[columns], None)
+        others = steering.decode(None) if given is None else steering.decode(*given)
+        counts = np.zeros(len(columns), dtype=np.int64) if given is None else given[0]
         log.counts.append(np.asarray(counts, dtype=np.int64))
         intended = time.monotonic_ns()
         if speed is not None:
-            intended = stream.started_ns + round(index * width / speed * 1e9)
+            intended = begun_ns + round(index * width / speed * 1e9)
             _listen(session, stream, until_ns=intended, index=-1)
-        _wait_for_credit(session, stream, patience)
-        stream.intended[index] = intended
-        stream.sent[index] = session.send(index, counts, source_ns=intended)
         log.bins = index + 1
-        _listen(session, stream, until_ns=intended + round(deadline * 1e9), index=index)
+        stream.grow(index)
+        if given is not None:
+            _wait_for_credit(session, stream, patience)
+            stream.intended[index] = intended
+            stream.sent[index] = session.send(index, counts, source_ns=intended)
+            _listen(session, stream, until_ns=intended + round(deadline * 1e9), index=index)
         now = time.monotonic_ns()
         while newest < index and stream.status[newest + 1]:
             newest, heard_ns = newest + 1, now
             decoded = stream.kinematics[newest, :2]
             if np.isfinite(decoded).all():
                 velocity = decoded * scale
-        if newest < index:
+        if newest < index and given is not None:
             log.held += 1
             if now - heard_ns > patience * 1e9:
                 raise _silent(session, patience)
-        log.velocities.append(velocity)
-        cursor = np.clip(cursor + velocity * width, -WORKSPACE, WORKSPACE)
+        chosen = others.get(steering.decoder)
+        waiting.append(velocity if chosen is None else chosen[:2] * scale)
+        late = round(steering.settings.latency / width)
+        while len(waiting) > 1 + late:
+            waiting.popleft()
+        used = waiting[0] if len(waiting) > late else np.zeros(2)
+        log.velocities.append(used)
+        steering.tell(
+            index,
+            truth=bin.intended / scale,
+            decoders=others or None,
+            cursor=cursor,
+            target=cue.target,
+            go=cue.go,
+            radius=task.radius,
+        )
+        cursor = np.clip(cursor + used * width, -WORKSPACE, WORKSPACE)
         if watch is not None:
             watch(log, task)
     stream.ended_ns = time.monotonic_ns()
     return trace.reaching(task.trials[:trials]), log
+
+
+def _paused(session: Session, log: StreamLog, steering: Steering, index: int) -> int:
+    """Begin what changes with a bin, and wait while it is paused; how many ns that took."""
+    began, took, pauses = time.monotonic_ns(), 0, 0
+    while True:
+        pauses += sum(round((change.pause or 0) * 1e9) for change in steering.begin(index))
+        if not steering.paused and took >= pauses:
+            return took
+        _take(session, log, 0.05)
+        took = time.monotonic_ns() - began
 
 
 def _listen(session: Session, log: StreamLog, *, until_ns: int, index: int) -> None:

@@ -7,6 +7,7 @@ import secrets
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ilqr_clients.closed_loop import (
+    ENDLESS,
     LoopLog,
     Reaching,
     metres_per_second,
@@ -25,9 +27,10 @@ from ilqr_clients.closed_loop import (
     unit_columns,
     without_decoder,
 )
-from ilqr_clients.replay_cli import parse_deadline, parse_speed
+from ilqr_clients.replay_cli import parse_deadline, parse_speed, rivals_of, said, script_of
 from ilqr_clients.replay_view import status_text
 from ilqr_clients.sdk import Model, ServiceClient, model_of
+from ilqr_clients.steering import OURS, Conductor, Steering
 from ilqr_clients.stream import CROSSING
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT, check_writable, write_whole
@@ -43,6 +46,7 @@ from ilqr_vae.report import (
 from ilqr_vae.report.data import plain
 from ilqr_vae.report.table import number
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES, CentreOut
+from ilqr_vae.simulated.disturbance import Change
 from ilqr_vae.simulated.subject import Subject
 from ilqr_vae.terminal import console
 
@@ -125,7 +129,7 @@ def report_of(
 @app.command("closed-loop", epilog=EXAMPLE)
 def closed_loop(
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
-    trials: Annotated[int, typer.Option(min=1, help="Number of reaches.")] = 24,
+    trials: Annotated[int, typer.Option(min=0, help="Number of reaches; 0 until Ctrl-C.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Of the targets and this run's noise.")] = 0,
     subject: Annotated[
         int,
@@ -149,6 +153,20 @@ def closed_loop(
         Path | None,
         typer.Option(help="Put the cursor's paths into this page, which replay or evaluate wrote."),
     ] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="TOML of what goes wrong when, as for replay.")
+    ] = None,
+    steer: Annotated[
+        str | None,
+        typer.Option(help="Take such changes while it runs: an address to bind, as for replay."),
+    ] = None,
+    rivals: Annotated[
+        Path | None,
+        typer.Option(help="A GRU and a Kalman filter (of train --rivals) that may steer instead."),
+    ] = None,
+    decoder: Annotated[
+        str, typer.Option(help="Who steers: iLQR-VAE, GRU or Kalman filter.")
+    ] = OURS,
     session: Annotated[str | None, typer.Option(help="Session name; default a fresh one.")] = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
@@ -163,6 +181,8 @@ def closed_loop(
     check_writable(json_file, "--json")
     check_html(html_file, "--html")
     check_html(add_to, "--add-to")
+    publishes = pace is not None or steer is not None
+    chosen = () if decoder == OURS else (Change(decoder=decoder),)
     screen = console(stderr=True)
     drawn = time.monotonic()
     try:
@@ -171,6 +191,14 @@ def closed_loop(
             check_velocity(model)
             columns = unit_columns(model.unit_names, units)
             deadline = parse_deadline(deadline_ms, model.bin_width)
+            steering = Steering(
+                len(columns),
+                model.bin_width,
+                kind="closed-loop",
+                seed=seed,
+                changes=(*script_of(script), *chosen),
+                decoders=rivals_of(rivals, model),
+            )
             before = service.clock()
             with (
                 service.open(
@@ -181,6 +209,7 @@ def closed_loop(
                     patience=timeout,
                 ) as opened,
                 Live(console=screen, auto_refresh=False, transient=True) as live,
+                Conductor.of(opened, steering, control=steer) if publishes else nullcontext(),
             ):
 
                 def watch(log: LoopLog, task: CentreOut) -> None:
@@ -189,7 +218,7 @@ def closed_loop(
                         return
                     drawn = time.monotonic()
                     hits = sum(t.success for t in task.trials)
-                    so_far = f"reaches {len(task.trials)} of {trials}, {hits} successful   "
+                    so_far = f"reaches {len(task.trials)} of {trials or '-'}, {hits} successful   "
                     live.update(
                         Text.assemble(
                             f"{so_far}bins {log.bins}   ",
@@ -203,12 +232,13 @@ def closed_loop(
                     opened,
                     Subject(subject, units=units, bin_width=model.bin_width, run=seed + 1),
                     CentreOut(seed),
-                    trials=trials,
+                    trials=trials or ENDLESS,
                     columns=columns,
                     deadline=deadline,
                     speed=pace,
                     patience=timeout,
                     watch=watch,
+                    steering=steering,
                 )
                 clock = ClockTrack(before, service.clock())
     except KeyboardInterrupt:
@@ -228,6 +258,8 @@ def closed_loop(
         "subject": subject,
         "seed": seed,
         "speed": pace,
+        "steered_by": steering.decoder,
+        "changes": [said(change) for change in steering.applied],
         "bins": log.bins,
         "simulated_s": log.bins * width,
         "decoder": reaching.summary(),

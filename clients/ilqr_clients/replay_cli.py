@@ -5,8 +5,10 @@ from __future__ import annotations
 import secrets
 import shlex
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -14,17 +16,21 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ilqr_clients.player import Player, as_played
 from ilqr_clients.replay_report import Ending, Run, arrays_of, report_of
 from ilqr_clients.replay_view import LiveReplay, status_text
 from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
 from ilqr_clients.span import part_of
-from ilqr_clients.stream import stream
+from ilqr_clients.steering import Conductor, Steering
+from ilqr_clients.stream import StreamLog, stream_from
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT, read_toml
 from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, ReportData, distribution
 from ilqr_vae.report.table import number
+from ilqr_vae.scoring.online import OnlineDecoder, Rivals
+from ilqr_vae.simulated.disturbance import Change, Script
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -79,6 +85,27 @@ def spec_from(config: Path | None, model: Model) -> RecordingSpec:
     return model.data if config is None else read_toml(config, _Config).data
 
 
+def rivals_of(path: Path | None, model: Model) -> dict[str, OnlineDecoder]:
+    """Decoders beside the model, by name. Raises ConfigError: not a file of them, or of another
+    recording."""
+    if path is None:
+        return {}
+    read = Rivals.load(path)
+    read.require(model.unit_names, model.kinematic_names)
+    return read.decoders()
+
+
+def script_of(path: Path | None) -> tuple[Change, ...]:
+    """The changes of a script. Raises ConfigError."""
+    return () if path is None else read_toml(path, Script, "--script").change
+
+
+def said(change: Change) -> dict[str, Any]:
+    """What a change changes, and when."""
+    fields = msgspec.to_builtins(change)
+    return {name: value for name, value in fields.items() if value is not None and value != ""}
+
+
 def _summary(screen: Console, data: ReportData) -> None:
     screen.print(f"{data.title}, {len(data.counts)} bins", style="bold")
     if data.scores is not None:
@@ -115,6 +142,18 @@ def _ending(service: ServiceClient, session: Session) -> Ending:
     return Ending(clock=service.clock(), flagged=flagged, unit_notices=said)
 
 
+def _as_played(run: Run, log: StreamLog, player: Player, steering: Steering) -> Run:
+    """The run as it was steered, where it was."""
+    played = player.played
+    others = {name: np.array(values) for name, values in played.decoders.items()}
+    if not steering.applied and len(played.rows) == run.stop - run.first:
+        return replace(run, others=others)
+    part, dropped = as_played(run.part, run.first, played)
+    log.grow(part.stop - 1)
+    changes = tuple(said(change) for change in steering.applied)
+    return replace(run, part=part, first=0, dropped=dropped, others=others, changes=changes)
+
+
 @app.command(epilog=EXAMPLE)
 def replay(
     recording: Annotated[
@@ -130,7 +169,30 @@ def replay(
     drop: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out, 0 to 0.99.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of which bins are left out.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of which bins are left out and of what --script does.")
+    ] = 0,
+    script: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML of what goes wrong when: units silent or swapped, drift, noise, bins "
+            "dropped, latency, pauses and jumps."
+        ),
+    ] = None,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Begin again at the end of the span, until Ctrl-C.")
+    ] = False,
+    steer: Annotated[
+        str | None,
+        typer.Option(
+            help="Take such changes while it runs, from the live page for one: an address to bind, "
+            "e.g. tcp://127.0.0.1:*."
+        ),
+    ] = None,
+    rivals: Annotated[
+        Path | None,
+        typer.Option(help="Decode with a GRU and a Kalman filter too (of train --rivals)."),
+    ] = None,
     deadline_ms: Annotated[
         float | None,
         typer.Option(help="From a bin's arrival to its answer; default the bin width."),
@@ -190,6 +252,7 @@ def replay(
         picture_file=picture_file,
     )
     outputs.check()
+    publishes = pace is not None or steer is not None  # nobody can watch as fast as possible
     screen = console(stderr=True)
     try:
         with ServiceClient(to, timeout=timeout) as service:
@@ -210,14 +273,32 @@ def replay(
                 device=described.device,
                 command=shlex.join(["ilqr-vae", "replay", *sys.argv[2:]]),
             )
+            played_part = read.slice(first, stop)
+            steering = Steering(
+                read.n_units,
+                read.bin_width,
+                kind="replay",
+                seed=seed,
+                changes=script_of(script),
+                decoders=rivals_of(rivals, model),
+                length=(stop - first) * read.bin_width,
+                loop=loop,
+            )
+            player = Player(
+                played_part,
+                steering,
+                None if pace is None else read.bin_width / pace,
+                run.dropped,
+            )
             live = LiveReplay(
                 screen,
                 total=stop - first,
                 warm_up=start - first,
-                truth=None if read.kinematics is None else read.kinematics[first:stop],
-                scored=read.scored[first:stop],
+                truth=played_part.kinematics,
+                scored=played_part.scored,
                 names=model.kinematic_names,
                 enabled=screen.is_terminal,
+                rows=player.played.rows,
             )
             with (
                 service.open(
@@ -229,21 +310,15 @@ def replay(
                     watch_units=watch_units,
                     patience=timeout,
                 ) as opened,
+                Conductor.of(opened, steering, control=steer) if publishes else nullcontext(),
                 live,
             ):
-                log = stream(
-                    opened,
-                    read.counts[first:stop],
-                    mask=read.mask()[first:stop],
-                    dropped=run.dropped,
-                    interval=None if pace is None else read.bin_width / pace,
-                    watch=live,
-                    patience=timeout,
-                )
+                log = stream_from(opened, player, stop - first, watch=live, patience=timeout)
                 ending = _ending(service, opened)
     except KeyboardInterrupt:
         screen.print("interrupted: nothing written")
         raise typer.Exit(130) from None
+    run = _as_played(run, log, player, steering)
     data = report_of(run, log, ending)
     outputs.write(data, arrays_of(run, log))
     _summary(console(soft_wrap=True, stderr=json_file == STDOUT), data)

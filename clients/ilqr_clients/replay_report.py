@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +31,8 @@ class Run:
         dropped: bool (stop - first,), bins never sent.
         speed: multiple of real time, or None for as fast as possible.
         deadline: seconds.
+        others: (stop - first, D) decodes of rivals of the same bins, by name.
+        changes: that were made while it ran, as JSON; see ``ilqr_vae.simulated.disturbance``.
         clock: the service's clock before the first bin.
     """
 
@@ -44,6 +46,8 @@ class Run:
     clock: ClockOffset
     device: str
     command: str
+    others: dict[str, NDArray[np.float64]] = field(default_factory=dict[str, Any])
+    changes: tuple[dict[str, Any], ...] = ()
 
     @property
     def recording(self) -> Recording:
@@ -82,6 +86,7 @@ def _scores(run: Run, log: StreamLog) -> Scores | None:
         std=log.kinematics_std[run.rows],
         seen=~run.dropped[run.rows],
         fit_on=run.part.learnt_from,
+        others={name: values[run.rows] for name, values in run.others.items()},
     )
 
 
@@ -95,6 +100,13 @@ def _notes(run: Run, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
             f"{dropped} bins were left out on purpose; the Wiener filter was given the training "
             "mean there."
         )
+    if run.changes:
+        said = "; ".join(
+            " ".join(f"{name} {value}" for name, value in change.items())
+            for change in run.changes[:_SHOWN]
+        )
+        more = len(run.changes) - _SHOWN
+        notes.append(f"Changed on purpose: {said}{f'; and {more} more' if more > 0 else ''}.")
     if log.refused:
         notes.append(
             f"{log.refused} bins came faster than the service takes them; it refused them."
@@ -245,6 +257,7 @@ def _extra(run: Run, log: StreamLog, elapsed: float) -> dict[str, Any]:
         "solver": dict(log.solver),
         "iterations": distribution(log.iterations[log.iterations > 0]),
         "session": run.session,
+        "changes": list(run.changes),
     }
 
 

@@ -49,6 +49,7 @@ class LiveReplay(Closing):
         truth: (T, D) kinematics of the whole stream, or None; ``scored`` (T,) marks the bins that
             count.
         names: of the D channels.
+        rows: the row of ``truth`` of each bin so far; None where they are the same.
         enabled: if false, nothing is drawn.
     """
 
@@ -62,7 +63,9 @@ class LiveReplay(Closing):
         scored: NDArray[np.bool_],
         names: tuple[str, ...],
         enabled: bool,
+        rows: list[int] | None = None,
     ) -> None:
+        self._rows = rows
         self._total, self._warm_up, self._truth, self._names = total, warm_up, truth, names
         self._scored = scored
         self._live = Live(console=console, auto_refresh=False) if enabled else None
@@ -104,9 +107,13 @@ class LiveReplay(Closing):
         table.add_row("statuses", status_text(Counter(s for s in log.status if s)))
         rows = slice(self._warm_up, None)
         if self._truth is not None and self._names:
-            known = np.isfinite(log.kinematics[rows]).all(axis=1) & self._scored[rows]
+            bins = np.arange(len(self._truth)) if self._rows is None else np.array(self._rows)
+            bins = bins[: log.n_bins].astype(np.int64)
+            decoded = log.kinematics[: len(bins)]
+            known = np.isfinite(decoded).all(axis=1) & self._scored[bins]
+            known[: self._warm_up] = False
             if known.sum() > 1:
-                pair = self._truth[rows][known], log.kinematics[rows][known]
+                pair = self._truth[bins][known], decoded[known]
                 each = r2_per_axis(*pair)
                 text = "  ".join(
                     f"{n} {number(float(v))}" for n, v in zip(self._names, each, strict=True)

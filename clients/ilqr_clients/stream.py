@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,19 @@ _RESET = re.compile(r"reset: bins (\d+) to (\d+) did not come")
 
 PATIENCE_S = 10.0
 """Seconds without any answer, while some are due, before giving up."""
+
+
+MOST_BINS = 72_000
+"""Bins that a log grows to: an hour at 20 a second."""
+
+_TIMES = (
+    *("intended", "sent", "arrived", "received", "solve_start", "solve_end", "published"),
+    "iterations",
+)
+_ARRAYS = (
+    *_TIMES,
+    *("latent", "latent_std", "kinematics", "kinematics_std", "bits", "spikes", "rates"),
+)
 
 
 def _nan(*shape: int) -> Array:
@@ -81,8 +94,7 @@ class StreamLog:
 
     def __post_init__(self) -> None:
         n = self.n_bins
-        times = ("received", "solve_start", "solve_end", "published")
-        for name in ("intended", "sent", "arrived", *times, "iterations"):
+        for name in _TIMES:
             setattr(self, name, np.zeros(n, dtype=np.int64))
         self.latent, self.latent_std = _nan(n, self.latents), _nan(n, self.latents)
         self.kinematics, self.kinematics_std = _nan(n, self.channels), _nan(n, self.channels)
@@ -90,10 +102,26 @@ class StreamLog:
         self.rates = np.full((n, self.units), np.nan, dtype=np.float32)
         self.status = [""] * n
 
+    def grow(self, index: int) -> None:
+        """Make room for a bin, up to ``MOST_BINS``; what is later is not kept."""
+        if index < self.n_bins or self.n_bins >= MOST_BINS:
+            return
+        before = self.n_bins
+        self.n_bins = min(MOST_BINS, max(2 * before, index + 1))
+        kept = {name: getattr(self, name) for name in _ARRAYS}
+        status = self.status
+        self.__post_init__()
+        self.status[:before] = status
+        for name, values in kept.items():
+            getattr(self, name)[:before] = values
+
     def take(self, answer: Answer) -> None:
         """Record one answer."""
         i = answer.index
-        if not 0 <= i < self.n_bins:
+        if i < 0:
+            return
+        if i >= self.n_bins:
+            self.answered += answer.revision == 0
             return
         if self.status[i]:
             known = self.revised.get(i)
@@ -151,6 +179,84 @@ class StreamLog:
         return float(self.bits[rows][known].sum()) / spikes if spikes else float("nan")
 
 
+@dataclass(frozen=True, slots=True)
+class NextBin:
+    """A bin that is to be sent.
+
+    Attributes:
+        index: its number in the stream.
+        counts, mask: (N,); no mask is all observed.
+        intended_ns: when it was complete, by this client's clock.
+        due_ns: when it is to be sent; None as soon as there are credits.
+    """
+
+    index: int
+    counts: NDArray[Any]
+    mask: NDArray[np.bool_] | None
+    intended_ns: int
+    due_ns: int | None
+
+
+class Source(Protocol):
+    """Where a stream's bins come from.
+
+    Attributes:
+        ended: there is no further bin.
+    """
+
+    @property
+    def ended(self) -> bool: ...
+
+    def next(self, now_ns: int) -> NextBin | None:
+        """The next bin, the same until it is sent; None where there is none now."""
+        ...
+
+    def sent(self) -> None:
+        """The bin that ``next`` returned has been sent."""
+        ...
+
+
+class Planned:
+    """The bins of an array, one after another; see ``stream``."""
+
+    def __init__(
+        self,
+        counts: NDArray[Any],
+        mask: NDArray[np.bool_] | None = None,
+        dropped: NDArray[np.bool_] | None = None,
+        interval: float | None = None,
+    ) -> None:
+        self._counts, self._mask = counts, mask
+        self._to_send = np.arange(len(counts)) if dropped is None else np.flatnonzero(~dropped)
+        self._step_ns = None if interval is None else round(interval * 1e9)
+        self._position = 0
+        self._first_ns: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._position >= len(self._to_send)
+
+    def next(self, now_ns: int) -> NextBin | None:
+        if self.ended:
+            return None
+        if self._first_ns is None:
+            self._first_ns = now_ns + min(self._step_ns or 0, 50_000_000)
+        index = int(self._to_send[self._position])
+        mask = None if self._mask is None else seen(self._mask[index])
+        if self._step_ns is None:
+            return NextBin(index, self._counts[index], mask, now_ns, None)
+        due = self._first_ns + index * self._step_ns
+        return NextBin(index, self._counts[index], mask, due, due)
+
+    def sent(self) -> None:
+        self._position += 1
+
+
+def seen(mask: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """A mask as it is sent: None where all were observed."""
+    return None if mask.all() else mask
+
+
 def stream(
     session: Session,
     counts: NDArray[Any],
@@ -169,6 +275,28 @@ def stream(
         mask: bool (T, N), True where observed; None means everywhere.
         dropped: bool (T,), bins that are not sent; None means none.
         interval: seconds between sends; None means as fast as credits allow.
+        watch, patience: as for ``stream_from``.
+
+    Raises:
+        As ``stream_from``.
+    """
+    source = Planned(counts, mask, dropped, interval)
+    return stream_from(session, source, len(counts), watch=watch, patience=patience)
+
+
+def stream_from(
+    session: Session,
+    source: Source,
+    n_bins: int,
+    *,
+    watch: Callable[[StreamLog, float], None] | None = None,
+    patience: float = PATIENCE_S,
+) -> StreamLog:
+    """Send what a source has, until it has ended, and collect the answers.
+
+    Args:
+        session: open, without any bins sent.
+        n_bins: to make room for in the log, which grows where there are more.
         watch: called with the log and the seconds left until the next send; at the end once more,
             with infinity.
         patience: seconds without any answer, while some are due, before giving up.
@@ -179,8 +307,8 @@ def stream(
         RequestRefusedError: a bin was refused, other than for lack of credits.
     """
     opened = session.opened
-    channels = len(opened.kinematic_names)
-    log = StreamLog(len(counts), opened.latents, channels, counts.shape[1])
+    units = len(session.request.units)
+    log = StreamLog(n_bins, opened.latents, len(opened.kinematic_names), units)
 
     def note(error: ServiceError) -> None:
         if not isinstance(error, RequestRefusedError) or error.field != "credits":
@@ -189,7 +317,7 @@ def stream(
 
     before, session.on_error = session.on_error, note
     try:
-        _stream(session, log, counts, mask, dropped, interval, watch, patience)
+        _stream(session, log, source, watch, patience)
     finally:
         session.on_error = before
     return log
@@ -198,35 +326,28 @@ def stream(
 def _stream(
     session: Session,
     log: StreamLog,
-    counts: NDArray[Any],
-    mask: NDArray[np.bool_] | None,
-    dropped: NDArray[np.bool_] | None,
-    interval: float | None,
+    source: Source,
     watch: Callable[[StreamLog, float], None] | None,
     patience: float,
 ) -> None:
-    to_send = np.arange(len(counts)) if dropped is None else np.flatnonzero(~dropped)
-    log.started_ns = session.timer.now_ns()
-    step_ns = 0 if interval is None else round(interval * 1e9)
-    first_ns = log.started_ns + min(step_ns, 50_000_000)
-    news_ns = log.started_ns
-    due = int(to_send[-1]) + 1 if len(to_send) else 0
-    position = sent_answers = notices = 0
-    while position < len(to_send) or log.answered < due:
+    log.started_ns = news_ns = session.timer.now_ns()
+    due = position = sent_answers = notices = 0
+    while not source.ended or log.answered < due:
         now = session.timer.now_ns()
         wait = 0.05
-        if position < len(to_send):
-            index = int(to_send[position])
-            intended = now if interval is None else first_ns + index * step_ns
+        if (bin := source.next(now)) is not None:
             free = session.credits > 0 and position - sent_answers < IN_FLIGHT
-            if free if interval is None else now >= intended:
-                seen = None if mask is None or mask[index].all() else mask[index]
-                log.intended[index] = intended
-                log.sent[index] = session.send(index, counts[index], mask=seen, source_ns=intended)
+            if free if bin.due_ns is None else now >= bin.due_ns:
+                sent = session.send(bin.index, bin.counts, mask=bin.mask, source_ns=bin.intended_ns)
+                source.sent()
+                log.grow(bin.index)
+                if bin.index < log.n_bins:
+                    log.intended[bin.index], log.sent[bin.index] = bin.intended_ns, sent
+                due = bin.index + 1 - log.unbridged
                 position += 1
                 wait = 0.0
-            elif interval is not None:
-                wait = min(0.05, (intended - now) / 1e9)
+            elif bin.due_ns is not None:
+                wait = min(0.05, (bin.due_ns - now) / 1e9)
         # Polls have a resolution of one millisecond; below that, poll without waiting.
         refused = log.refused
         answers = session.receive(wait if wait >= 0.001 else 0.0)
@@ -241,10 +362,10 @@ def _stream(
                 due -= unbridged
         notices = len(session.notices)
         now = session.timer.now_ns()
-        if answers or (log.answered >= position and position < len(to_send)):
+        if answers or (log.answered >= position and not source.ended):
             news_ns = now
         elif now - news_ns > patience * 1e9:
-            if log.refused and position == len(to_send):
+            if log.refused and source.ended:
                 break  # the last bins were refused, and no later bin reveals the gap
             raise AnswerTimeoutError(
                 f"service at {session.endpoint}",

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from ilqr_training.config import TrainConfig, load_config, overridden
-from ilqr_training.evaluation.baselines import fit_baselines, names_of
+from ilqr_training.evaluation.baselines import fit_baselines, fit_rivals, names_of
 from ilqr_training.fit.crops import Prepared
 from ilqr_training.fit.curves import log_folder
 from ilqr_training.fit.joint import session_path, train_sessions
@@ -29,6 +29,9 @@ from ilqr_vae.scoring.score import OURS
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+_RIVAL_STEPS = 600
+"""Of the rivals' GRU at most: seconds."""
 
 EXAMPLE = "Example: ilqr-vae train configs/demo.toml --recording reach.nwb --out reach.safetensors"
 
@@ -70,6 +73,13 @@ def train_command(
     gru: Annotated[
         bool, typer.Option("--gru", help="Also fit a GRU, which takes minutes.")
     ] = False,
+    rivals: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also fit a Kalman filter and a small GRU and write them here (.npz), to decode "
+            "beside the model in replay and closed-loop."
+        ),
+    ] = None,
     check_only: Annotated[
         bool,
         typer.Option(
@@ -98,6 +108,9 @@ def train_command(
         raise ConfigError("--recording", expected="a .nwb, .mat or .h5 file", got="none")
     check_writable(out, "--out")
     check_writable(json_file, "--json")
+    check_writable(rivals, "--rivals")
+    if rivals is not None and len(recording) != 1:
+        raise ConfigError("--rivals", expected="one --recording", got=str(len(recording)))
     events = log_dir or log_folder(out)
     check_folder(events, "--log-dir")
     if check_only:
@@ -112,6 +125,8 @@ def train_command(
 
             def before(data: Prepared) -> None:
                 beside.update(_baselines(data, settings, gru, bar) if baselines else {})
+                if rivals is not None:
+                    _save_rivals(data, settings, rivals, bar)
 
             if len(recording) == 1:
                 done = train(
@@ -185,6 +200,20 @@ def _baselines(data: Prepared, settings: TrainConfig, gru: bool, bar: Bar) -> di
         bar.log(f"no baselines: {error}")
         return {}
     return {name: baseline.validation_r2 for name, baseline in fitted.items()}
+
+
+def _save_rivals(data: Prepared, settings: TrainConfig, path: Path, bar: Bar) -> None:
+    if data.recording.kinematics is None:
+        bar.log("no rivals: the recording has no kinematics")
+        return
+    fitted = fit_rivals(
+        data.recording,
+        settings.data.split,
+        steps=min(settings.training.steps, _RIVAL_STEPS),
+        seed=settings.training.seed,
+        progress=bar,
+    )
+    fitted.save(path)
 
 
 def _table(ours: float, beside: dict[str, float]) -> Table:

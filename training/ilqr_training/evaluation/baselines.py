@@ -14,13 +14,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_training.evaluation.gru import GRUDecoder
+from ilqr_training.evaluation.gru import GRUConfig, GRUDecoder
 from ilqr_training.readout.restarts import reaching
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.scoring.baselines import KalmanFilter
 from ilqr_vae.scoring.metrics import r2
+from ilqr_vae.scoring.online import GRU as GRU
+from ilqr_vae.scoring.online import KALMAN as KALMAN
+from ilqr_vae.scoring.online import Rivals
 from ilqr_vae.scoring.score import WIENER, fit_wiener, wiener_decodes
 
 Array = NDArray[np.float64]
@@ -28,7 +31,6 @@ Flags = NDArray[np.bool_]
 Filling = Literal["zeros", "last value", "mean", "no update"]
 Decode = Callable[[Array, tuple[int, int], Flags], Array]
 
-KALMAN, GRU = "Kalman filter", "GRU"
 _LONGEST_LAG_S = 0.2
 
 
@@ -131,8 +133,18 @@ def _delayed(recording: Recording, values: NDArray[Any], lag: int) -> NDArray[An
     return made
 
 
-def _kalman(recording: Recording, split: SplitSpec) -> Baseline:
-    """Position and velocity as its state; its lag chosen."""
+@dataclass(frozen=True)
+class _Kalman:
+    """Position and velocity as the filter's state; its lag chosen."""
+
+    best: KalmanFilter
+    lag: int
+    validation_r2: float
+    mean: Array
+    decoded: Callable[[KalmanFilter, Array, tuple[int, int], Flags], Array]
+
+
+def _fit_kalman(recording: Recording, split: SplitSpec) -> _Kalman:
     if recording.kinematics is None:
         raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
     truth = np.nan_to_num(recording.kinematics)
@@ -162,12 +174,19 @@ def _kalman(recording: Recording, split: SplitSpec) -> Baseline:
         tried.append((r2(truth[slice(*validation)][scored], found), -lag))
     score, minus = max(tried)
     best = KalmanFilter.fit(_delayed(recording, counts, -minus), states, train=both, valid=valid)
+    return _Kalman(best, -minus, score, mean, decoded)
+
+
+def _kalman(recording: Recording, split: SplitSpec) -> Baseline:
+    fitted = _fit_kalman(recording, split)
 
     def decode(given: Array, bins: tuple[int, int], seen: Flags) -> Array:
-        x, came = (_delayed(recording, v, -minus) for v in (given, seen))
-        return decoded(best, x, bins, came)
+        x, came = (_delayed(recording, v, fitted.lag) for v in (given, seen))
+        return fitted.decoded(fitted.best, x, bins, came)
 
-    return Baseline(KALMAN, score, "no update", ("no update", "mean"), recording, mean, decode)
+    fillings: tuple[Filling, ...] = ("no update", "mean")
+    score, mean = fitted.validation_r2, fitted.mean
+    return Baseline(KALMAN, score, "no update", fillings, recording, mean, decode)
 
 
 def _gru(recording: Recording, split: SplitSpec, seed: int, progress: Progress) -> Baseline:
@@ -210,3 +229,35 @@ def fit_baselines(
         fitted[name] = fits[name]()
     progress("baselines", len(names), len(names))
     return fitted
+
+
+def fit_rivals(
+    recording: Recording,
+    split: SplitSpec,
+    *,
+    steps: int,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Rivals:
+    """A Kalman filter and a GRU that decode bin by bin without torch.
+
+    The GRU is of one size, so that it is fitted in seconds.
+
+    Args:
+        recording: all of it, with kinematics.
+        steps: gradient steps of the GRU.
+
+    Raises:
+        ShapeError: no kinematics, or a part without a bin to fit or choose on.
+    """
+    kalman = _fit_kalman(recording, split)
+    candidate = GRUConfig(hidden=64, dropout=0.3, steps=steps, schedule=steps)
+    gru = GRUDecoder.fit(recording, split, seed=seed, grid=(candidate,), progress=progress)
+    return Rivals(
+        bin_width=recording.bin_width,
+        unit_names=recording.unit_names,
+        kinematic_names=recording.kinematic_names,
+        kalman=kalman.best,
+        lag=kalman.lag,
+        gru=gru.weights(),
+    )

@@ -26,6 +26,7 @@ from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.recordings.split import varies
 from ilqr_vae.scoring.metrics import r2
+from ilqr_vae.scoring.online import GRUWeights
 
 Array = NDArray[np.float64]
 
@@ -117,6 +118,22 @@ class GRUDecoder:
         both = (min(train[0], validation[0]), max(train[1], validation[1]))
         again = _fit(table, chosen.config, seed, both, None, say(sum(c.steps for c in grid)))
         return replace(again, validation_r2=chosen.validation_r2)
+
+    def weights(self) -> GRUWeights:
+        """For decoding without torch."""
+        net = {name: t.double().numpy() for name, t in self._net.state_dict().items()}
+        return GRUWeights(
+            inputs=net["gru.weight_ih_l0"],
+            recurrent=net["gru.weight_hh_l0"],
+            input_bias=net["gru.bias_ih_l0"],
+            recurrent_bias=net["gru.bias_hh_l0"],
+            out=net["out.weight"],
+            out_bias=net["out.bias"],
+            x_mean=self._x[0],
+            x_std=self._x[1],
+            y_mean=self._y[0],
+            y_std=self._y[1],
+        )
 
     def decode(self, recording: Recording, counts: Array, bins: tuple[int, int]) -> Array:
         """Decodes (stop - start, D) of bins [start, stop), causally, from their segment's start on.

@@ -1,0 +1,174 @@
+"""Play a span of a recording as it is steered: the source of a replay that a person can steer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_clients.span import Part
+from ilqr_clients.steering import Steering
+from ilqr_clients.stream import MOST_BINS, NextBin, seen
+from ilqr_vae.recordings import Recording
+from ilqr_vae.simulated.disturbance import Counts, Mask
+
+Array = NDArray[np.float64]
+
+
+@dataclass
+class Played:
+    """What was played, for the bins of a stream; at most ``MOST_BINS``.
+
+    Attributes:
+        rows: of the recording.
+        counts: (N,) as they were sent, zeros where nothing was.
+        mask: (N,), True where observed; all False where nothing was sent.
+        decoders: (D,) by each rival.
+    """
+
+    rows: list[int] = field(default_factory=list[int])
+    counts: list[NDArray[np.uint16]] = field(default_factory=list["NDArray[np.uint16]"])
+    mask: list[NDArray[np.bool_]] = field(default_factory=list["NDArray[np.bool_]"])
+    decoders: dict[str, list[Array]] = field(default_factory=dict[str, "list[Array]"])
+
+    def add(self, row: int, given: tuple[Counts, Mask | None] | None, units: int) -> None:
+        """One bin: of which row it is, and what was sent."""
+        counts, mask = given or (np.zeros(units, dtype=np.uint16), np.zeros(units, dtype=bool))
+        self.rows.append(row)
+        self.counts.append(counts)
+        self.mask.append(np.ones(units, dtype=bool) if mask is None else mask)
+
+
+class Player:
+    """Bins of a recording, disturbed, in the order and at the times that its steering says.
+
+    Args:
+        recording: the bins to play, all of them.
+        steering: what is to be done with them.
+        interval: seconds between bins; None as fast as credits allow.
+        dropped: bool (T,), bins of the stream that are not sent in any case.
+
+    Attributes:
+        played: so far.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        steering: Steering,
+        interval: float | None,
+        dropped: Mask | None = None,
+    ) -> None:
+        self._recording, self._steering, self._dropped = recording, steering, dropped
+        self._mask = recording.mask()
+        self._step_ns = None if interval is None else round(interval * 1e9)
+        self._row = self._index = 0
+        self._base_ns: int | None = None
+        self._paused_ns: int | None = None
+        self._sent_ns = 0
+        self._upcoming: NextBin | None = None
+        self.played = Played()
+
+    @property
+    def ended(self) -> bool:
+        at_end = self._row >= len(self._recording) and not self._steering.loop
+        return at_end and self._upcoming is None and not self._steering.paused
+
+    def sent(self) -> None:
+        self._upcoming = None
+
+    def next(self, now_ns: int) -> NextBin | None:
+        if self._base_ns is None:
+            self._base_ns = now_ns + min(self._step_ns or 0, 50_000_000)
+        while self._upcoming is None and not self._changed(now_ns):
+            if self._row >= len(self._recording):
+                if not self._steering.loop:
+                    return None
+                self._row = 0
+            self._upcoming = self._made(now_ns)
+        return self._upcoming
+
+    def _changed(self, now_ns: int) -> bool:
+        """Begin what is to change with the next bin; True while nothing is to be sent."""
+        width = self._recording.bin_width
+        assert self._base_ns is not None
+        for change in self._steering.begin(self._index):
+            if change.seek is not None:
+                last = len(self._recording) - 1
+                self._row = int(np.clip(round(change.seek / width), 0, last))
+            if change.pause and self._step_ns is not None:
+                self._base_ns += round(change.pause * 1e9)
+        if self._steering.paused:
+            self._paused_ns = self._paused_ns or now_ns
+        elif self._paused_ns is not None:
+            self._base_ns += now_ns - self._paused_ns
+            self._paused_ns = None
+        return self._steering.paused
+
+    def _made(self, now_ns: int) -> NextBin | None:
+        """The bin of the row that is next; None if it is dropped."""
+        row, index = self._row, self._index
+        self._row, self._index = row + 1, index + 1
+        mask = seen(self._mask[row])
+        steering = self._steering
+        lost = self._dropped is not None and index < len(self._dropped) and self._dropped[index]
+        given = None if lost else steering.disturb(index, self._recording.counts[row], mask)
+        others = steering.decode(None) if given is None else steering.decode(*given)
+        delay = steering.settings.latency
+        later = min(row + round(delay / self._recording.bin_width), len(self._recording) - 1)
+        truth = self._recording.kinematics
+        steering.tell(
+            index,
+            position=row * self._recording.bin_width,
+            truth=None if truth is None else truth[later],
+            decoders=others or None,
+        )
+        if len(self.played.rows) < MOST_BINS:
+            self.played.add(row, given, self._recording.n_units)
+            for name, decoded in others.items():
+                self.played.decoders.setdefault(name, []).append(decoded)
+        if given is None:
+            return None
+        if self._step_ns is None:
+            return NextBin(index, given[0], given[1], now_ns, None)
+        assert self._base_ns is not None
+        intended = self._base_ns + index * self._step_ns
+        self._sent_ns = max(self._sent_ns, intended + round(delay * 1e9))
+        return NextBin(index, given[0], given[1], intended, self._sent_ns)
+
+
+def as_played(part: Part, first: int, played: Played) -> tuple[Part, NDArray[np.bool_]]:
+    """The span as it was played, for a report: a recording of the bins that were streamed.
+
+    Args:
+        part: that was played.
+        first: bin of its recording that was played first.
+        played: rows count from ``first``.
+
+    Returns:
+        The part, which begins where the first bin that is to be scored was played; and which of its
+        recording's bins were not sent (T,).
+    """
+    recording, rows = part.recording, np.array(played.rows) + first
+    jumps = np.flatnonzero(np.diff(rows) != 1) + 1
+    in_order = recording.slice(int(rows[0]), int(rows[0]) + len(rows)) if not len(jumps) else None
+    mask = np.array(played.mask)
+    came = np.array([bool(row.any()) for row in played.mask])
+    streamed = replace(
+        recording,
+        counts=np.array(played.counts),
+        kinematics=None if recording.kinematics is None else recording.kinematics[rows],
+        start_time=recording.start_time + int(rows[0]) * recording.bin_width,
+        trials=None if in_order is None else in_order.trials,
+        valid=recording.valid[rows],
+        scored=recording.scored[rows],
+        observed=mask,
+        breaks=jumps if in_order is None else in_order.breaks,
+        bounds=None,
+    )
+    inside = part.inside[rows]
+    start = int(np.argmax(inside)) if inside.any() else 0
+    changed: dict[str, Any] = {"recording": streamed, "inside": inside, "start": start}
+    return replace(part, **changed, stop=len(rows)), ~came
