@@ -277,7 +277,7 @@ class TrainedModel:
         B, T, _ = counts.shape
         readout = self.artifact.readout
         if readout is None:
-            return (np.zeros((B, T, 0)),) * 2
+            return (none := np.zeros((B, T, 0))), none
         like, H = self.artifact.mean_rate, self.artifact.manifest.horizon.horizon
         y, seen = (torch.as_tensor(x).to(like) for x in (counts, mask))
         seen = readout.believed(seen)
