@@ -18,6 +18,7 @@ from ilqr_service.server import Service
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.protocol import messages
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
+from ray_rig import two_nodes
 from rig import make_model, serving
 
 torch.set_num_threads(1)
@@ -48,6 +49,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         for _ in range(3):
             state, _ = estimator.step(state, ones.expand(2, 4), ones.expand(2, 4))
         estimator.predict_only(state, ones.expand(2, 4), ones.expand(2, 4))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a Ray cluster of two nodes."""
+    with two_nodes() as cluster:
+        yield cluster.address
 
 
 @pytest.fixture(scope="module")

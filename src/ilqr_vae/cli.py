@@ -3,8 +3,9 @@
 Each package registers its verbs under the entry-point group ``ilqr_vae.verbs``; an entry is a
 ``typer.Typer`` application holding one command. ``ilqr-vae replay`` therefore never imports torch.
 
-Exit codes: 0 done; 1 a journal's answers differ; 2 the input or usage is wrong; 3 the service
-refused, is not reachable or cannot start; 4 training cannot go on; 130 interrupted.
+Exit codes: 0 done; 1 a journal's answers differ, or recordings of an archive failed; 2 the input or
+usage is wrong; 3 the service refused, is not reachable or cannot start; 4 training cannot go on;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SUMMARIES = {
     "train": "fit a model to a recording and write it as one .safetensors file",
     "adapt": "fit a model to other units of the same brain, without labels",
     "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
+    "archive": "train on, evaluate or decode every recording of a folder, side by side on Ray",
     "inspect": "show what is inside a model, a recording or a journal",
     "experiment": "run one of the paper's experiments on simulated data",
     "serve": "load a model and answer spike bins over ZeroMQ",

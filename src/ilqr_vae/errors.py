@@ -6,6 +6,8 @@ stream (a solve that stopped early, a late bin, a gap) is a status in a result, 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class IlqrVaeError(Exception):
     """Base of every error this project raises on purpose.
@@ -24,6 +26,18 @@ class IlqrVaeError(Exception):
         self.expected = expected
         self.got = got
         super().__init__(f"{field}: expected {expected}, got {got}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross from one process to another."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[IlqrVaeError], args: tuple[str, ...], attributes: dict[str, Any]
+) -> IlqrVaeError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(IlqrVaeError):

@@ -15,6 +15,8 @@ JsonFile = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default one per core.")]
 Steps = Annotated[int | None, typer.Option(help="Gradient steps, instead of the config's.")]
+Cpus = Annotated[int, typer.Option(min=1, help="Cores of each task.")]
+Gpus = Annotated[float, typer.Option(min=0.0, help="GPUs of each task, or a share of one.")]
 Silent = Annotated[float, typer.Option(help="Under stress: share of units that fall silent.")]
 Lost = Annotated[
     list[float] | None,

@@ -17,6 +17,7 @@ from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.report.analyses import psths, residuals, summary, triggered_inputs
 from ilqr_vae.report.data import SCHEMA, Reaches, ReportData, distribution, plain
+from ilqr_vae.report.table import Table
 
 
 def check_html(path: Path | None, field: str) -> None:
@@ -40,6 +41,13 @@ def render_html(data: ReportData) -> str:
     from ilqr_vae.report.page import render
 
     return render(data)
+
+
+def render_tables(title: str, facts: Mapping[str, str], tables: tuple[Table, ...]) -> str:
+    """A page of tables. Needs the extra ``report``: see ``check_html``."""
+    from ilqr_vae.report.page import render_tables
+
+    return render_tables(title, facts, tables, {})
 
 
 def picture_of(data: ReportData) -> bytes | None:

@@ -207,6 +207,18 @@ def render(data: ReportData) -> str:
     )
 
 
+def render_tables(
+    title: str,
+    facts: Mapping[str, str],
+    tables: tuple[Table, ...],
+    drawn: Mapping[str, tuple[str, figures.Drawn]],
+) -> str:
+    """A page of tables, below figures by their titles, each with a sentence on it."""
+    shown = [_figure(name, text, figure) for name, (text, figure) in drawn.items()]
+    template = _environment().get_template("summary.html.j2")
+    return template.render(title=title, facts=facts, tables=tables, figures=shown)
+
+
 def with_cursor(page: str, cursor: Mapping[str, Reaches], radius: float) -> str:
     """A report's page with the section of a closed loop put after its figures.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -14,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from ilqr_training.fit.curves import Curves
-from ilqr_training.readout.causal import Causal
+from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_vae.artifact import Artifact
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import Span, warmup_start
 from ilqr_vae.report import ReportData, Table
 from ilqr_vae.report.table import WIDTH, number, shown
-from ilqr_vae.scoring.score import OURS, WIENER, Scores
+from ilqr_vae.scoring.score import OURS, WIENER, Scores, score_decodes
 from ilqr_vae.terminal import console
 
 FITTED_HERE = (
@@ -136,6 +137,27 @@ class EvaluationReport:
             "bits": result.bits,
             "spikes": result.spikes,
         }
+
+
+def evaluated(artifact: Artifact, read: Recording, span: Span) -> EvaluationReport:
+    """The causal decodes of a span of a recording, every bin of it, with their scores.
+
+    Raises:
+        RecordingError: the recording is too short for the span.
+    """
+    manifest = artifact.manifest
+    split = manifest.data.split
+    start, stop = bins = split.occupied(span, read)
+    began = time.monotonic()
+    run_in = start - warmup_start(start)
+    result = causal_pass(artifact.estimator(), read, start, stop, run_in=run_in)
+    seconds, scores = time.monotonic() - began, None
+    if read.kinematics is not None and manifest.kinematic_names:
+        scores = score_decodes(
+            read, split, bins=bins, decoded=result.kinematics, std=result.kinematics_std
+        )
+    drops = np.zeros(len(read), dtype=bool)
+    return EvaluationReport(artifact, read, span, bins, result, scores, drops, seconds, {})
 
 
 def show(report: ReportData) -> None:

@@ -1,0 +1,1 @@
+"""Many trainings and evaluations at once, scheduled by Ray: sweeps and archives."""
