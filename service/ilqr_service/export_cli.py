@@ -8,9 +8,17 @@ from typing import Annotated
 import typer
 
 from ilqr_service.journal.export import choose, runs_of, write
+from ilqr_vae.commands.about import (
+    Age,
+    Experimenter,
+    Institution,
+    Sex,
+    Species,
+    Subject,
+    about,
+)
 from ilqr_vae.files import check_writable
 from ilqr_vae.progress import Bar
-from ilqr_vae.recordings.nwb.write import SubjectInfo
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -25,14 +33,12 @@ def export(
     run: Annotated[
         int | None, typer.Option(help="The session's run number, where names are not enough.")
     ] = None,
-    subject: Annotated[str, typer.Option(help="Who was recorded.")] = "",
-    species: Annotated[str, typer.Option(help="The subject's species, a Latin binomial.")] = "",
-    sex: Annotated[str, typer.Option(help="The subject's sex: M, F, O or U.")] = "U",
-    age: Annotated[
-        str, typer.Option(help="The subject's age as an ISO 8601 duration, e.g. P8Y.")
-    ] = "",
-    experimenter: Annotated[str, typer.Option(help="Who recorded: Last, First.")] = "",
-    institution: Annotated[str, typer.Option(help="Where it was recorded.")] = "",
+    subject: Subject = "",
+    species: Species = "",
+    sex: Sex = "U",
+    age: Age = "",
+    experimenter: Experimenter = "",
+    institution: Institution = "",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a session as NWB: its bins, the answers, the model's manifest and the settings.
@@ -46,14 +52,12 @@ def export(
     for line in damage:
         console(stderr=True, soft_wrap=True).print(f"warning: {line}")
     chosen = choose(runs, session, epoch, run)
-    who = None
-    if subject:
-        who = SubjectInfo(subject, species, sex, age, "recorded subject")
+    said = about(subject, species, sex, age, experimenter, institution)
     write(
         out,
         chosen,
         manifests,
-        subject=who,
+        subject=said.subject,
         experimenter=experimenter,
         institution=institution,
         force=force,

@@ -7,7 +7,9 @@ import os
 import re
 import secrets
 import shutil
+import struct
 import sys
+import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -41,6 +43,9 @@ STDOUT = Path("-")
 """As an output path: standard output."""
 
 MIB = 2**20
+
+FRAME = struct.Struct("<II")
+"""Before each record of an append-only file: its length, and the CRC-32 of it."""
 
 
 def check_writable(path: Path | None, field: str) -> None:
@@ -141,6 +146,23 @@ def write_whole(path: Path, content: str | bytes, field: str = "", *, mode: int 
     else:
         with replacing(path, field, mode=mode) as part:
             part.write_bytes(raw)
+
+
+def framed(payload: bytes) -> bytes:
+    """A record of an append-only file, with its length and checksum."""
+    return FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def frame_at(data: bytes, at: int, longest: int) -> bytes | None:
+    """The record whose frame begins at ``at``; None where it is cut short, longer than ``longest``,
+    or its checksum is wrong."""
+    if at + FRAME.size > len(data):
+        return None
+    length, check = FRAME.unpack_from(data, at)
+    payload = data[at + FRAME.size : at + FRAME.size + length]
+    # a length of 0 is no record: a file may end in zeros after the machine lost power
+    good = 0 < length <= longest and len(payload) == length and zlib.crc32(payload) == check
+    return payload if good else None
 
 
 def read_toml(path: Path, kind: type[T], field: str = "config") -> T:

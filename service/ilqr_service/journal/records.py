@@ -11,8 +11,6 @@ from __future__ import annotations
 import itertools
 import re
 import stat
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ import msgspec
 
 from ilqr_service.solving.run import PackedRun, PackedWork
 from ilqr_vae.errors import JournalError
+from ilqr_vae.files import FRAME, frame_at, framed
 from ilqr_vae.protocol import messages
 
 MAGIC = b"ilqr-journal-1\n\n"
 SUFFIX = ".journal"
 MAX_RECORD = 1 << 28
 _ANY_VERSION = b"ilqr-journal-"
-_HEAD = struct.Struct("<II")
 _NAME = re.compile(r"\d{1,18}\.journal")
 
 
@@ -174,19 +172,7 @@ _RECORD = re.compile(
 
 def frame(record: Record) -> bytes:
     """A record as it is written."""
-    payload = _encoder.encode(record)
-    return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
-
-
-def _frame_at(data: bytes, at: int) -> bytes | None:
-    """The payload of the frame at ``at``; None where it is cut short or its checksum is wrong."""
-    if at + _HEAD.size > len(data):
-        return None
-    length, check = _HEAD.unpack_from(data, at)
-    payload = data[at + _HEAD.size : at + _HEAD.size + length]
-    # a length of 0 is no record: a file may end in zeros after the machine lost power
-    good = 0 < length <= MAX_RECORD and len(payload) == length and zlib.crc32(payload) == check
-    return payload if good else None
+    return framed(_encoder.encode(record))
 
 
 def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
@@ -209,10 +195,12 @@ def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
     if not at and data.startswith(_ANY_VERSION):
         raise JournalError("journal", expected="a journal of this version", got=path.name)
     while at < len(data):
-        payload = _frame_at(data, at)
+        payload = frame_at(data, at, MAX_RECORD)
         if payload is None:
-            starts = (match.start() - _HEAD.size for match in _RECORD.finditer(data, at + 1))
-            good = next((k for k in starts if k > at and _frame_at(data, k) is not None), None)
+            starts = (match.start() - FRAME.size for match in _RECORD.finditer(data, at + 1))
+            good = next(
+                (k for k in starts if k > at and frame_at(data, k, MAX_RECORD) is not None), None
+            )
             where = f"bytes {at} to {len(data) if good is None else good}"
             if damage is not None:
                 what = "cut short" if good is None else "damaged"
@@ -227,7 +215,7 @@ def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
             raise JournalError(
                 f"journal {path.name}", expected="records of this version", got=str(error)
             ) from error
-        at += _HEAD.size + len(payload)
+        at += FRAME.size + len(payload)
 
 
 def number(path: Path) -> int:
@@ -284,10 +272,10 @@ def _stated(path: Path) -> tuple[int, int]:
     """A segment's number and that of the one before by its header, else by its name. Raises
     OSError."""
     with path.open("rb") as file:
-        start = file.read(len(MAGIC) + _HEAD.size)
-        if len(start) == len(MAGIC) + _HEAD.size and start.startswith(MAGIC):
-            length, _ = _HEAD.unpack_from(start, len(MAGIC))
-            payload = _frame_at(start[len(MAGIC) :] + file.read(min(length, 1 << 24)), 0)
+        start = file.read(len(MAGIC) + FRAME.size)
+        if len(start) == len(MAGIC) + FRAME.size and start.startswith(MAGIC):
+            length, _ = FRAME.unpack_from(start, len(MAGIC))
+            payload = frame_at(start[len(MAGIC) :] + file.read(min(length, 1 << 24)), 0, MAX_RECORD)
             try:
                 record = None if payload is None else _decoder.decode(payload)
             except msgspec.MsgspecError:

@@ -1,0 +1,25 @@
+"""Options that say who was recorded, by whom and where: for every verb that writes NWB."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ilqr_vae.recordings.nwb.write import SubjectInfo
+from ilqr_vae.report.decoded import About
+
+Subject = Annotated[str, typer.Option(help="Who was recorded.")]
+Species = Annotated[str, typer.Option(help="The subject's species, a Latin binomial.")]
+Sex = Annotated[str, typer.Option(help="The subject's sex: M, F, O or U.")]
+Age = Annotated[str, typer.Option(help="The subject's age as an ISO 8601 duration, e.g. P8Y.")]
+Experimenter = Annotated[str, typer.Option(help="Who recorded: Last, First.")]
+Institution = Annotated[str, typer.Option(help="Where it was recorded.")]
+
+
+def about(
+    subject: str, species: str, sex: str, age: str, experimenter: str, institution: str
+) -> About:
+    """What the options say."""
+    who = SubjectInfo(subject, species, sex, age, "recorded subject") if subject else None
+    return About(who, experimenter, institution)
