@@ -1,0 +1,323 @@
+"""What all bridges share: one session, fed with what a source has, opened again when it is lost.
+
+A bridge pulls from its source and hands on bins or spikes. What came twice, late or not at all,
+what cannot be used, and clocks that were set are said as they are noticed, and counted.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_clients.answer import Answer
+from ilqr_clients.bridges.stamps import StampIndex
+from ilqr_clients.connection import Closing, Model, model_of
+from ilqr_clients.sdk import ServiceClient
+from ilqr_clients.session import Session
+from ilqr_clients.spike_session import SpikeSession
+from ilqr_vae.errors import RequestRefusedError, ServiceError, ShapeError
+
+STATUSES = ("ok", "degraded", "late", "missing", "extrapolated")
+"""What a stream of decodes counts its statuses by, from 0."""
+
+AGAIN_S = 1.0
+_CREDIT_S, _LOOK_S = 0.05, 0.2
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """A sample that is a bin.
+
+    Attributes:
+        values: (C,) counts; NaN was not observed.
+        stamp_s: by the source's clock.
+        at_ns: by this client's clock.
+        number: what the source counts it by; None where it does not.
+    """
+
+    values: NDArray[np.float64]
+    stamp_s: float
+    at_ns: int
+    number: int | None = None
+
+
+class Bridge(Closing):
+    """Feeds one session from one source.
+
+    Args:
+        endpoint: the service's address.
+        session: the session's name.
+        say: is told what happens, a line each.
+        options: of ``ServiceClient.open``.
+
+    Attributes:
+        tally: how many ``samples`` came; ``bins`` or ``batches`` were sent, ``refused``,
+            ``answers`` came, ``markers`` were passed on; how many bins did not come (``gap``), or
+            messages (``lost``); samples that came ``late``, ``repeated``, or could not be used
+            (``unusable``); clock ``steps``; times that a source was ``found``; ``sessions_lost``.
+
+    Raises:
+        ServiceError: the service is not reachable.
+    """
+
+    def __init__(
+        self, endpoint: str, session: str, *, say: Say = lambda _: None, **options: Any
+    ) -> None:
+        self.tally: Counter[str] = Counter()
+        self.say = say
+        self.name = session
+        self._session: Session | SpikeSession | None = None
+        self._options = {"clocked": True, "on_error": self._wrong} | options
+        self.client = ServiceClient(endpoint)
+        self.clock = self.client.timer
+        try:
+            self.model: Model = model_of(self.client.describe())
+        except ServiceError:
+            self.client.close()
+            raise
+        self._error: ServiceError | None = None
+        self._place = StampIndex(self.model.bin_width)
+        self._first: int | None = None
+        self._seen: dict[int, None] = {}
+        self.newest = (-1, 0.0)
+        self._source_ns = -(2**62)
+        self._gone = False
+
+    def close(self) -> None:
+        """End the session."""
+        if self._session is not None:
+            self._session.close()
+        self.client.close()
+
+    # ---- what a bridge has to say ----------------------------------------------------------------
+
+    @abstractmethod
+    def here(self, timeout: float) -> bool:
+        """Look for the source, unless it is there. Returns whether it is."""
+
+    @abstractmethod
+    def spiking(self) -> bool:
+        """Whether the source, which is there, sends spikes and not bins."""
+
+    @abstractmethod
+    def pull(self) -> Any:
+        """What has come, waiting for the first about a quarter of a bin; None if nothing has."""
+
+    @abstractmethod
+    def hand_on(self, came: Any) -> None:
+        """Send what was pulled to the session, which is open. Raises ServiceError."""
+
+    def answer(self, session: Session | SpikeSession, answer: Answer) -> None:
+        """Give an answer to whoever wants it."""
+
+    # ---- the session -----------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Feed until ``stop`` is set. A source, session or service that is gone is waited for."""
+        while not stop.is_set():
+            try:
+                self._turn()
+            except ServiceError as error:
+                self.say(f"the session is gone: {error}")
+                self.tally["sessions_lost"] += 1
+                if self._session is not None:
+                    self._session.abandon()
+                    self._session = None
+                stop.wait(AGAIN_S)
+
+    def _wrong(self, error: ServiceError) -> None:
+        """What the session reports: a message that was refused costs itself."""
+        if isinstance(error, RequestRefusedError):
+            self.tally["refused"] += 1
+            self.say(str(error))
+        else:
+            self._error = error
+
+    def _turn(self) -> None:
+        here = self.here(_LOOK_S)
+        came = self.pull()
+        if self._session is None and here:
+            self.open()
+        if self._session is None:
+            return
+        if isinstance(self._session, SpikeSession) and self.away(not here):
+            came = None
+        if came is not None:
+            self.hand_on(came)
+        self.answers(0.0)
+
+    def open(self) -> None:
+        """Open the session. Raises ServiceError."""
+        model, now = self.model, self.clock.now_ns()
+        options: dict[str, Any] = {"units": model.unit_names, "bin_width": model.bin_width}
+        options |= self._options
+        if self.spiking():
+            self._session = self.client.open_spikes(
+                self.name, origin_ns=self.origin(now), **options
+            )
+        else:
+            self._session = self.client.open(self.name, **options)
+        self._place = StampIndex(model.bin_width)
+        self._first, self._seen, self.newest = None, {}, (-1, 0.0)
+        self._source_ns, self._error, self._gone = -(2**62), None, False
+        self.opened(self._session)
+        epoch = self._session.opened.epoch
+        self.say(f"session {self.name!r}, epoch {epoch}: {model.model_id}")
+
+    def origin(self, now_ns: int) -> int:
+        """When bin 0 of a session of spikes begins, by this client's clock."""
+        return now_ns
+
+    def opened(self, session: Session | SpikeSession) -> None:
+        """The session is open."""
+
+    def answers(self, timeout: float) -> list[Answer]:
+        """Take the answers that have come. Raises ServiceError: the session is gone."""
+        session = self._session
+        assert session is not None
+        came = session.receive(timeout)
+        for answer in came:
+            self.tally["answers"] += 1
+            self.answer(session, answer)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return came
+
+    # ---- bins ------------------------------------------------------------------------------------
+
+    def columns(
+        self, labels: Sequence[str], channels: int, counter: int | None = None
+    ) -> list[int]:
+        """Positions of the units in a sample: by name where all have one, else all channels."""
+        place = {label: k for k, label in enumerate(labels)}
+        if all(name in place for name in self.model.unit_names):
+            return [place[name] for name in self.model.unit_names]
+        return [k for k in range(channels) if k != counter]
+
+    def send_bin(self, sample: Bin) -> None:
+        """Number a bin and send it. Raises ServiceError: the session is gone."""
+        self.tally["samples"] += 1
+        index = self._index(sample)
+        if index is None:
+            return
+        session = self._session
+        assert session is not None
+        observed = np.isfinite(sample.values)
+        mask = None if observed.all() else observed
+        newest = index > self.newest[0]
+        source_ns = max(self._source_ns, sample.at_ns) if newest else sample.at_ns
+        for _ in range(round(session.patience / _CREDIT_S)):
+            if session.credits > 0:
+                break
+            self.answers(_CREDIT_S)
+        try:
+            counts = np.where(observed, sample.values, 0)
+            session.send(index, counts, mask=mask, source_ns=source_ns)
+        except ShapeError as error:
+            if not self.tally["unusable"]:
+                self.say(f"samples that cannot be used: {error}")
+            self.tally["unusable"] += 1
+            return
+        self.tally["bins"] += 1
+        if newest:
+            self._source_ns, self.newest = source_ns, (index, sample.stamp_s)
+
+    def _index(self, sample: Bin) -> int | None:
+        """The bin of a sample; None where it has come."""
+        placed = self._place.place(sample.stamp_s, self.clock.now_ns() / 1e9)
+        if placed.kind == "step":
+            self.tally["steps"] += 1
+            self.say(f"the clock of the stream was set; it goes on with bin {placed.index}")
+        if sample.number is not None:
+            return self._counted(sample.number, placed.index, stepped=placed.kind == "step")
+        if placed.kind == "repeated":
+            self.tally["repeated"] += 1
+            return None
+        if placed.kind == "late":
+            self.tally["late"] += 1
+        elif placed.skipped and placed.kind == "gap":
+            self._missed(placed.index, placed.skipped)
+        return placed.index
+
+    def _counted(self, number: int, by_stamp: int, *, stepped: bool) -> int | None:
+        """The bin of a sample that the source counts; a source that began to count anew goes on
+        where its stamp says."""
+        newest = self.newest[0]
+        if self._first is None:
+            self._first = number - self.first_of(number)
+        index = number - self._first
+        if stepped and index <= newest:
+            index = max(by_stamp, newest + 1)
+            self._first, self._seen = number - index, {}
+        if index in self._seen:
+            self.tally["repeated"] += 1
+            return None
+        if index < newest:
+            self.tally["late"] += 1
+        elif index > newest + 1 and self._seen:
+            self._missed(index, index - newest - 1)
+        self._seen[index] = None
+        if len(self._seen) > 4096:
+            del self._seen[next(iter(self._seen))]
+        return index if index >= 0 else None
+
+    def first_of(self, number: int) -> int:
+        """The bin of the first sample, which has this number."""
+        return 0
+
+    def _missed(self, index: int, skipped: int) -> None:
+        self.tally["gap"] += skipped
+        self.say(f"bins {index - skipped} to {index - 1} did not come")
+
+    # ---- spikes ----------------------------------------------------------------------------------
+
+    def away(self, gone: bool) -> bool:
+        """Note whether the source of spikes is gone: its bins are missing, and so are those until
+        the first batch after it is back."""
+        if self._gone and not gone:
+            assert isinstance(self._session, SpikeSession)
+            self._session.skip_batch()
+        self._gone = gone
+        return gone
+
+    def send_spikes(
+        self,
+        times_ns: NDArray[np.int64],
+        units: NDArray[np.int64],
+        *,
+        now_ns: int,
+        until_ns: int | None = None,
+    ) -> None:
+        """Send a batch of spikes, also an empty one.
+
+        Args:
+            times_ns, units: (S,) by this client's clock, and positions of units in the model.
+            now_ns: how far the source has come.
+            until_ns: no earlier spike will come; default ``now_ns`` less the grace.
+
+        Raises:
+            ServiceError: the session is gone.
+        """
+        session = self._session
+        assert isinstance(session, SpikeSession)
+        known = (units >= 0) & (units < len(self.model.unit_names))
+        self.tally["samples"] += len(units)
+        if unusable := int((~known).sum()):
+            if not self.tally["unusable"]:
+                self.say(f"spikes of no unit of the model, the first of {units[~known][0]}")
+            self.tally["unusable"] += unusable
+        times, units = times_ns[known], units[known]
+        now = max(self._source_ns, now_ns, int(times.max(initial=self._source_ns)))
+        self._source_ns = now
+        session.send_spikes(times, units, source_ns=now, until_ns=until_ns)
+        self.tally["batches"] += 1
