@@ -156,6 +156,17 @@ DOWNSTREAM: list[m.Message] = [
 ]
 
 PUBLISHED: list[m.Message] = [
+    m.Detail(session="rat-7", epoch=1, index=3),
+    m.Detail(
+        session="rat-7",
+        epoch=1,
+        index=4,
+        revision=1,
+        counts=_COUNTS,
+        mask=m.pack(np.array([1, 0, 1]), "u1"),
+        inputs=_TWO,
+        input_delay=5,
+    ),
     m.Notice(session="rat-7", epoch=1, what="opened"),
     m.Result(
         session="rat-7",

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 import zmq
 from nwbinspector import inspect_nwbfile
 from pynwb import NWBHDF5IO
 
 from ilqr_clients.sdk import ServiceClient, model_of
 from ilqr_service.journal.export import choose, runs_of, write
+from ilqr_vae.artifact import load_artifact
 from ilqr_vae.errors import RequestRefusedError
 from ilqr_vae.protocol import messages
 from ilqr_vae.recordings.nwb.write import SubjectInfo
@@ -116,3 +119,35 @@ def test_events_reach_listeners_and_become_trials_in_an_export(tmp_path: Path) -
     assert trials["reward"][0] == 1.5
     assert np.isnan(trials["reward"][1])
     assert [str(m) for m in inspect_nwbfile(nwbfile_path=out) if m.importance.value >= 2] == []
+
+
+def test_details_go_to_those_alone_who_subscribed_to_them() -> None:
+    counts = np.array([[1, 0, 2, 0, 3], [0, 1, 0, 65_535, 0]])
+    mask = np.array([True, False, True, True, True])
+    with TemporaryDirectory() as folder:
+        model = make_model(Path(folder) / "m.safetensors", n_units=5)
+        with serving(model) as service, ServiceClient(service.ingest) as client:
+            served = model_of(client.describe())
+            options: dict[str, Any] = {"units": served.unit_names, "bin_width": served.bin_width}
+            with client.open("rat", **options) as session:
+                session.step(0, counts[0])
+                assert service._publisher._last.keys() == {b"rat\x00"}  # nobody asked
+            with client.open("rat", hear_details=True, **options) as session:
+                for index in range(6):
+                    session.step(index, counts[0])
+                session.step(7, counts[1], mask=mask)
+                while len(session.details) < 8:
+                    session.receive(0.1)
+                first, *_, fifth, missing, last = session.details
+                estimator = load_artifact(model, device="cpu").estimator()
+                state, ones = estimator.init(batch=1), torch.ones(1, 5, dtype=torch.float64)
+                for _ in range(6):
+                    state, _ = estimator.step(state, torch.tensor(counts[:1]).double(), ones)
+    assert first.inputs is None
+    assert fifth.inputs is not None
+    assert last.mask is not None
+    np.testing.assert_array_equal(messages.unpack(first.counts, "counts"), counts[0])
+    assert (fifth.index, fifth.input_delay) == (5, 4)  # as far back as the window reaches
+    np.testing.assert_array_equal(messages.unpack(fifth.inputs, "inputs"), state.u[0, 0])
+    assert (missing.index, missing.counts, missing.mask) == (6, None, None)
+    np.testing.assert_array_equal(messages.unpack(last.mask, "mask"), mask)

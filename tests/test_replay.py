@@ -79,6 +79,9 @@ def test_any_speed_gives_the_offline_decodes_with_bins_dropped(rig: Rig, tmp_pat
     np.testing.assert_allclose(one["kinematics"], offline.kinematics, rtol=0, atol=1e-6)
     np.testing.assert_allclose(one["kinematics_std"], offline.kinematics_std, rtol=0, atol=1e-6)
     np.testing.assert_allclose(one["bits"], offline.bits, rtol=0, atol=1e-6)
+    known = np.isfinite(offline.inputs)  # not of the last bins
+    np.testing.assert_allclose(one["inputs"][known], offline.inputs[known], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(np.isfinite(one["inputs"]), known)
 
 
 def test_the_report_says_what_was_asked_of_it(

@@ -54,7 +54,7 @@ class Channel(Closing):
         key: of a service that has keys.
         timer: this client's clock; default the machine's.
         clock: the service's against it.
-        hear_events: subscribe to the session's events too.
+        hear_events, hear_details: subscribe to the session's events and details too.
         on_error: called with what ``send`` and ``receive`` would raise of the service, and with
             every refused bin, instead; they then go on. What it raises is raised. ``step`` raises.
 
@@ -65,6 +65,7 @@ class Channel(Closing):
         refused: refusals of single messages, oldest first. Those of bins beyond the credits and
             of bins too late are part of a stream: ``send`` and ``receive`` do not raise them.
         events: of the experiment, as published, oldest first; if they are heard.
+        details: of the answers, oldest first; if they are heard. Whoever hears them empties it.
 
     Raises:
         ServiceUnreachableError: no answer within ``timeout``.
@@ -83,6 +84,7 @@ class Channel(Closing):
         timer: Clock | None = None,
         clock: ClockOffset | None = None,
         hear_events: bool = False,
+        hear_details: bool = False,
         on_error: OnError | None = None,
     ) -> None:
         self.endpoint = endpoint
@@ -95,6 +97,7 @@ class Channel(Closing):
         self.notices: list[str] = []
         self.refused: list[messages.Refused] = []
         self.events: list[messages.Event] = []
+        self.details: list[messages.Detail] = []
         self.closed: messages.Closed | None = None
         self._opened: messages.Opened | None = None
         self._confirmed = self._end_reported = False
@@ -105,7 +108,13 @@ class Channel(Closing):
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._topic = Topic(
-                self._context, results, request.session, key, self.timer, events=hear_events
+                self._context,
+                results,
+                request.session,
+                key,
+                self.timer,
+                events=hear_events,
+                details=hear_details,
             )
             self._dealer = connect(self._context, zmq.DEALER, endpoint, key)
             self._watched = Watched(self._dealer)
@@ -210,6 +219,9 @@ class Channel(Closing):
                 continue
             if isinstance(message, messages.Event):
                 self.events.append(message)
+                continue
+            if isinstance(message, messages.Detail):
+                self.details.append(message)
                 continue
             if isinstance(message, messages.Result):
                 self._result(message, arrived)

@@ -37,7 +37,7 @@ class Topic:
         session: its name.
         key: of a service that has keys.
         timer: the clock of the arrival times.
-        events: subscribe to the session's events too.
+        events, details: subscribe to the session's events and details too.
     """
 
     def __init__(
@@ -49,11 +49,14 @@ class Topic:
         timer: Clock,
         *,
         events: bool = False,
+        details: bool = False,
     ) -> None:
         self.socket = connect(context, zmq.SUB, address, key)
         self.socket.setsockopt(zmq.SUBSCRIBE, messages.topic(session))
         if events:
             self.socket.setsockopt(zmq.SUBSCRIBE, messages.event_topic(session))
+        if details:
+            self.socket.setsockopt(zmq.SUBSCRIBE, messages.detail_topic(session))
         self._timer, self._addresses = timer, {address}
         self._revisions: dict[int, int] = {}
 

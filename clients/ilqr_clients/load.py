@@ -361,7 +361,7 @@ class Generator(Closing):
         return bool(came or replies)
 
     def _published(self, message: messages.Published | None, arrived: int) -> None:
-        if message is None or isinstance(message, messages.Event):
+        if message is None or isinstance(message, messages.Event | messages.Detail):
             return
         out = self.outcome
         self._seen.add(message.session)

@@ -309,6 +309,7 @@ def replay(
                     anytime=anytime,
                     watch_units=watch_units,
                     patience=timeout,
+                    hear_details=True,
                 ) as opened,
                 Conductor.of(opened, steering, control=steer) if publishes else nullcontext(),
                 live,

@@ -193,6 +193,7 @@ def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
         latents=log.latent[rows],
         latents_std=log.latent_std[rows],
         rates=log.rates[rows].astype(np.float64),
+        inputs=log.inputs_of(rows),
         learning=run.model.learning,
         bits_per_spike=bits,
         unit_names=run.recording.unit_names,
@@ -261,6 +262,11 @@ def _extra(run: Run, log: StreamLog, elapsed: float) -> dict[str, Any]:
     }
 
 
+def _inputs(log: StreamLog, rows: slice) -> NDArray[np.float64]:
+    found = log.inputs_of(rows)
+    return np.empty((len(log.status[rows]), 0)) if found is None else found
+
+
 def arrays_of(run: Run, log: StreamLog) -> dict[str, NDArray[Any]]:
     """What the scored bins were answered, for comparing runs: first answers, NaN for none."""
     rows = run.rows
@@ -273,5 +279,6 @@ def arrays_of(run: Run, log: StreamLog) -> dict[str, NDArray[Any]]:
         "latents_std": log.latent_std[rows],
         "bits": log.bits[rows],
         "spikes": log.spikes[rows],
+        "inputs": _inputs(log, rows),
         "iterations": log.iterations[rows],
     }

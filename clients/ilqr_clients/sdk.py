@@ -186,6 +186,7 @@ class ServiceClient(Closing):
         patience: float = PATIENCE_S,
         origin_ns: int | None = None,
         hear_events: bool = False,
+        hear_details: bool = False,
         on_error: OnError | None = None,
     ) -> Session:
         """Open a session and its results.
@@ -208,6 +209,7 @@ class ServiceClient(Closing):
             patience: seconds that the session waits for an answer that is due; see ``Session``.
             origin_ns: for spikes; see ``open_spikes``.
             hear_events: keep the session's events in ``Session.events``.
+            hear_details: keep counts as they were used and inferred inputs in ``Session.details``.
             on_error: called with what the session's ``send`` and ``receive`` would raise of the
                 service, instead; see ``Session``.
 
@@ -247,6 +249,7 @@ class ServiceClient(Closing):
             timer=self.timer,
             clock=self.clock(),
             hear_events=hear_events,
+            hear_details=hear_details,
             on_error=on_error,
         )
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ilqr_clients.answer import Answer
 from ilqr_clients.sdk import Session
 from ilqr_vae.errors import AnswerTimeoutError, RequestRefusedError, ServiceError
+from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import ClockTrack
 
 Array = NDArray[np.float64]
@@ -58,7 +59,8 @@ class StreamLog:
     """Bins sent and answers received, for T bins; NaN, 0 or "" if a bin has no answer.
 
     ``units`` is the number of units whose rates are kept. Values are those of each bin's first
-    answer, which a closed loop would have used; ``revised`` holds later answers for a bin. Times
+    answer, which a closed loop would have used; ``revised`` holds later answers for a bin, and
+    ``inputs`` what was inferred of the dynamics' inputs, where details are heard. Times
     are in ns: ``intended``, ``sent`` and ``arrived`` by this client's clock, the others by the
     service's. ``unbridged`` counts the bins of gaps that are too long for the service, which have
     no answers.
@@ -86,6 +88,7 @@ class StreamLog:
     status: list[str] = field(init=False)
     solver: Counter[str] = field(default_factory=Counter[str])
     revised: dict[int, Answer] = field(default_factory=dict[int, Answer])
+    inputs: dict[int, Array] = field(default_factory=dict[int, Array])
     answered: int = 0
     refused: int = 0
     unbridged: int = 0
@@ -141,6 +144,22 @@ class StreamLog:
         self.kinematics[i], self.kinematics_std[i] = answer.kinematics, answer.kinematics_std
         self.bits[i], self.spikes[i] = answer.bits, answer.spikes
         self.rates[i] = answer.rates[: self.units]
+
+    def take_details(self, details: list[messages.Detail]) -> None:
+        for detail in details:
+            of = detail.index - detail.input_delay
+            if detail.revision == 0 and detail.inputs is not None and 0 <= of < self.n_bins:
+                self.inputs[of] = messages.unpack(detail.inputs, "inputs")
+
+    def inputs_of(self, rows: slice) -> Array | None:
+        """(T, m), NaN where none is known; None where none is at all."""
+        if not self.inputs:
+            return None
+        some = next(iter(self.inputs.values()))
+        out = _nan(self.n_bins, len(some))
+        for index, values in self.inputs.items():
+            out[index] = values
+        return out[rows]
 
     def latency_ms(self, rows: slice, clock: ClockTrack | None = None) -> dict[str, Array]:
         """Return milliseconds by stage for ``rows``; NaN for bins not sent or not answered.
@@ -355,6 +374,8 @@ def _stream(
             log.take(answer)
             sent_answers += answer.revision == 0 and answer.status != "missing"
         sent_answers += log.refused - refused
+        log.take_details(session.details)
+        session.details.clear()
         for what in session.notices[notices:]:
             if (gap := _RESET.match(what)) is not None:
                 unbridged = int(gap[2]) - int(gap[1]) + 1

@@ -364,6 +364,11 @@ class Service:
                 self._solver.overran(run)
             for message in effects.again:
                 self._publisher.publish(messages.topic_of(message), messages.encode(message))
+            for session, revision, answer in effects.detailed:
+                topic = messages.detail_topic(session.name)
+                if self._publisher.subscribed(topic):
+                    frame = messages.encode(session.detail(revision, answer))
+                    self._publisher.publish(topic, frame, exact=True)
             for message, frame in zip(effects.published, effects.frames, strict=True):
                 event = isinstance(message, messages.Event)
                 self._publisher.publish(messages.topic_of(message), frame, exact=event)

@@ -161,6 +161,9 @@ class Answer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
         flagged: ``NAME:reason`` of all masked units, None where they are not watched.
         beyond: the answer is beyond what training showed (``ilqr_vae.streaming.bounds``).
         restarted: the estimate began anew with this bin, its state being lost.
+        inputs: (m,), of the dynamics, ``input_delay`` bins before this one; None where nothing was
+            solved or its window does not reach so far back.
+        used: bool (N,), the units that were used; None means all.
     """
 
     work: Solve | Insert
@@ -173,6 +176,9 @@ class Answer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
     flagged: tuple[str, ...] | None = None
     beyond: bool = False
     restarted: bool = False
+    inputs: Vector | None = None
+    input_delay: int = 0
+    used: NDArray[np.bool_] | None = None
 
 
 def status_of(answer: Answer, published_ns: int) -> Status:

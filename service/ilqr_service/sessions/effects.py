@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from ilqr_service.work import Work
+from ilqr_service.work import Answer, Work
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -36,6 +36,7 @@ class Effects(msgspec.Struct):
         ended: runs that end here and why, for the journal.
         again: results published before, to be published again as they were.
         published: results, notices and events for subscribers.
+        detailed: sessions, revisions and answers, for those who subscribe to details.
         replies: messages by feeder.
         served: slot, model and manifest of models that serve from here on, for the journal.
         events: what to count; ``refused:REASON`` for refusals.
@@ -51,6 +52,7 @@ class Effects(msgspec.Struct):
     ended: list[tuple[int, str]] = _list()
     again: list[messages.Result] = _list()
     published: list[messages.Published] = _list()
+    detailed: list[tuple[Session, int, Answer]] = _list()
     replies: list[tuple[bytes, messages.Message]] = _list()
     events: dict[str, int] = msgspec.field(default_factory=_events)
     served: list[tuple[str, str, dict[str, Any]]] = _list()

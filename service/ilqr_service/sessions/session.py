@@ -299,6 +299,20 @@ class Session:
             **{name: getattr(answer, name) for name in _SCALARS},
         )
 
+    def detail(self, revision: int, answer: Answer) -> messages.Detail:
+        """What an answer was inferred from."""
+        work, used, inputs = answer.work, answer.used, answer.inputs
+        return messages.Detail(
+            session=self.name,
+            epoch=self.epoch,
+            index=work.index,
+            revision=revision,
+            counts=None if work.counts is None else messages.pack(work.counts, "<u2"),
+            mask=None if used is None or work.missing else messages.pack(used, "u1"),
+            inputs=None if inputs is None else _packed(inputs),
+            input_delay=answer.input_delay,
+        )
+
     def publish(self, answer: Answer, published_ns: int, effects: Effects) -> None:
         """Account for an answer and add it, with what it says of units, to what goes out."""
         work = answer.work
@@ -325,6 +339,7 @@ class Session:
         result = self.result(answer, revision, status, published_ns)
         self.recent.append(result)
         effects.published.append(result)
+        effects.detailed.append((self, revision, answer))
         for flag in answer.flags:
             effects.published.append(self.notice(flag))
             effects.events["unit_changes"] += 1

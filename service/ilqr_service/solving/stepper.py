@@ -23,7 +23,7 @@ from ilqr_vae.inference.problem import Status
 from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
 from ilqr_vae.streaming.compiled import Rows, States
 from ilqr_vae.streaming.ensemble import Horizon
-from ilqr_vae.streaming.state import Estimate, HorizonState
+from ilqr_vae.streaming.state import INPUT_DELAY, Estimate, HorizonState
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
 Clock = Callable[[], int]
@@ -82,6 +82,7 @@ class Stepper:
         self._number = torch.empty(0, dtype=like.dtype).numpy().dtype
         # the steps on arrays as they are: tensors around each would cost as much as a tenth of it
         self._compiled = estimator.compiled(like)
+        self._delay = min(INPUT_DELAY, model_info.horizon - 1)
         self._limits = estimator.bounds.counts.cpu().numpy()
         self.separate = self._compiled is not None
 
@@ -111,7 +112,7 @@ class Stepper:
         else:
             rows, to = self._rows(states)
             estimate = self._compiled.step(*to, *given, ilqr.stopping(stop))
-        answers, finite = self._answers(works, given, estimate, started)
+        answers, finite = self._answers(works, given, estimate, started, self._inputs(rows))
         return [Stepped(*one) for one in zip(rows, answers, finite, strict=True)]
 
     def _rows(self, states: Sequence[Row]) -> tuple[list[Row], tuple[States, Rows]]:
@@ -127,6 +128,21 @@ class Stepper:
         return self.pool.put(after), Estimates(
             *(getattr(estimate, name).detach().cpu().numpy() for name in names)
         )
+
+    def _inputs(self, rows: Sequence[Row]) -> Array:
+        """(S, m), of the bin ``_delay`` before each stream's newest, NaN where there is none; of an
+        ensemble's first member."""
+        if self._device.type != "cpu":
+            state = self.pool.get(rows).published
+            age, u = state.age.cpu().numpy(), state.u.cpu().numpy()
+        else:
+            arrays, at = Streams(*self.pool.views()), np.array([row.at for row in rows])
+            age, u = arrays.age[at], arrays.u[at]
+            if age.ndim == 2:
+                age, u = age[:, 0], u[:, 0]
+        slot = age - 1 - self._delay
+        picked = _doubles(u[np.arange(len(rows)), np.maximum(slot, 0)])
+        return np.where(slot[:, None] < 0, np.nan, picked)
 
     def _moved(self, counts: Array, mask: Array) -> tuple[torch.Tensor, torch.Tensor]:
         """To where the model is."""
@@ -146,7 +162,7 @@ class Stepper:
         else:
             rows, to = self._rows(states)
             estimate = self._compiled.predict_only(*to, *given)
-        answers, finite = self._answers(works, given, estimate, started)
+        answers, finite = self._answers(works, given, estimate, started, None)
         return [
             Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good)
             for row, answer, good in zip(rows, answers, finite, strict=True)
@@ -197,8 +213,9 @@ class Stepper:
         given: tuple[Array, Array],
         estimates: Estimates,
         started: int,
+        inputs: Array | None,
     ) -> tuple[list[Answer], list[bool]]:
-        """The answers, and which are finite; ``given`` are counts and mask."""
+        """The answers, and which are finite; ``given`` are counts and mask, ``inputs`` (S, m)."""
         e, ended = estimates, self._clock()
         z = _doubles(e.window[:, : self._facts.latents])
         # torch would let the interpreter go
@@ -208,6 +225,8 @@ class Stepper:
         # z is of the first member alone, rates and kinematics are of all
         sound = [np.isfinite(x).all(-1) for x in (z, rates, kinematics)]
         finite: list[bool] = np.logical_and.reduce(sound).tolist()
+        known = None if inputs is None else np.isfinite(inputs).all(-1)
+        every: list[bool] = (given[1] > 0).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
         scalars = [v.tolist() for v in e[Estimates._fields.index("bits") :]]
         answers = [
             Answer(
@@ -228,6 +247,9 @@ class Stepper:
                 ignored=self._ignored(given[0][i], given[1][i]) if ignored else (),
                 beyond=beyond,
                 restarted=restarted,
+                inputs=None if inputs is None or known is None or not known[i] else inputs[i],
+                input_delay=self._delay,
+                used=None if every[i] else given[1][i] > 0,
             )
             for i, (
                 work,

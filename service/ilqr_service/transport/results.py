@@ -63,6 +63,10 @@ class Publisher:
         for connection in told:
             self._connections.send(connection, frame, topic)
 
+    def subscribed(self, topic: bytes) -> bool:
+        """Whether anybody has named the whole topic."""
+        return topic in self._subscribers
+
     def remember(self, topic: bytes, frame: bytes) -> None:
         """Keep as the last message of the topic."""
         self._last.pop(topic, None)  # so that the newest topics are last
@@ -102,7 +106,7 @@ class Publisher:
         """What a new subscriber of a topic is sent."""
         if topic in self._last:
             return self._last[topic]
-        name = topic.rstrip(b"\x00\x01").decode("utf-8", "replace")
+        name = topic.rstrip(b"\x00\x01\x02").decode("utf-8", "replace")
         return messages.encode(messages.Notice(session=name, epoch=0, what="subscribed"))
 
     def _remove(self, connection: Connection, topic: bytes) -> None:

@@ -64,6 +64,7 @@ from ilqr_vae.protocol.requests import SessionList as SessionList
 from ilqr_vae.protocol.requests import Sessions as Sessions
 from ilqr_vae.protocol.requests import Swap as Swap
 from ilqr_vae.protocol.results import VECTORS as VECTORS
+from ilqr_vae.protocol.results import Detail as Detail
 from ilqr_vae.protocol.results import Notice as Notice
 from ilqr_vae.protocol.results import Result as Result
 
@@ -73,7 +74,7 @@ Upstream = Feed | Describe | Sessions | Probe | Models | Control
 Downstream = (
     Opened | Credit | Noted | Closed | Refused | Described | SessionList | Probed | ModelList
 )
-Published = Result | Notice | Event
+Published = Result | Notice | Event | Detail
 
 _encoder = msgspec.msgpack.Encoder()
 _upstream = msgspec.msgpack.Decoder(Upstream)
@@ -146,10 +147,20 @@ def event_topic(session: str) -> bytes:
     return session.encode() + b"\x01"
 
 
+def detail_topic(session: str) -> bytes:
+    """Topic of a session's details, for those who subscribe to just this."""
+    return session.encode() + b"\x02"
+
+
 def topic_of(message: Published) -> bytes:
     """What a message is published under."""
-    named = event_topic if isinstance(message, Event) else topic
-    return named(message.session)
+    match message:
+        case Event():
+            return event_topic(message.session)
+        case Detail():
+            return detail_topic(message.session)
+        case _:
+            return topic(message.session)
 
 
 _TYPES = {

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ilqr_vae.inference.problem import where
 
+INPUT_DELAY = 5
+"""Bins after which an input is reported: a bin alone tells little of its own."""
+
 
 @dataclass(frozen=True)
 class HorizonState:

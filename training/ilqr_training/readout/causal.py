@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ilqr_training.readout.restarts import INPUT_DELAY, delayed_inputs, moved_back, restarted
+from ilqr_training.readout.restarts import delayed_inputs, moved_back, restarted
 from ilqr_vae.inference.problem import Status
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
 from ilqr_vae.streaming.ensemble import Horizon
+from ilqr_vae.streaming.state import INPUT_DELAY
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
 

@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.state import HorizonState
 
-INPUT_DELAY = 5
-"""Bins after which an input is reported."""
-
 
 def reaching(segments: list[tuple[int, int]], bins: tuple[int, int]) -> list[tuple[int, int]]:
     """Segments that reach into the bins [start, stop), each from its own start, cut at stop."""
