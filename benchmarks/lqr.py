@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.rivals import cpp, jax_side
+from benchmarks.rivals import cpp, hpipm_side, jax_side
 from benchmarks.rows import Row, absent, quantiles, row, timed
 from ilqr_vae.kernels.cpu import threads
-from ilqr_vae.lqr import LQRProblem, solve_lqr
+from ilqr_vae.lqr import LQRProblem, on_cpu, solve_lqr
 from ilqr_vae.machine import cores
 
 SIZES = [(20, 5, 50), (32, 8, 64), (64, 16, 64)]
@@ -19,13 +19,10 @@ BATCHES = [1, 64]
 def operations(n: int, m: int, T: int) -> int:
     """Floating-point operations of one solution, a multiplication and an addition each one.
 
-    Per step V [B | A]; B' of that, half of its symmetric part; half of A' V A; the elimination of
-    Quu, L Qux, W' W, the gains; and the step itself. What no method of this recursion avoids.
+    Of the square-root form of the recursion, the least of the known ones: per step the triangular
+    product L' [B | A], the symmetric square of that, and a Cholesky decomposition of size n + m.
     """
-    products = n * n * (n + m) + m * n * (n + (m + 1) // 2) + n * n * (n + 1) // 2
-    gains = m**3 // 2 + n * m * m + m * n * (n + 1) // 2
-    step = n * (n + m) + m * n + n * n
-    return 2 * T * (products + gains + step)
+    return round(T * (7 / 3 * n**3 + 4 * n**2 * m + 2 * n * m**2 + m**3 / 3))
 
 
 def problem_of(batch: int, n: int, m: int, T: int) -> LQRProblem:
@@ -49,24 +46,42 @@ def problem_of(batch: int, n: int, m: int, T: int) -> LQRProblem:
     )
 
 
-def _ours(problem: LQRProblem, truth: Tensor, seconds: float, common: Row) -> list[Row]:
+def _float64(problem: LQRProblem, truth: Tensor, seconds: float, common: Row) -> list[Row]:
+    """Ours and HPIPM, in turns."""
+
+    def whole() -> Tensor:
+        return solve_lqr(problem, free_initial=True, backend="cpu").dz
+
+    solve, solution = on_cpu.prepared(problem, free_initial=True)
+    solve()
+    ours = {"ilqr-vae cpu": whole, "ilqr-vae cpu, solve alone": solve}
+    spent, errors, why = hpipm_side.in_turns(problem, truth.numpy(), ours, seconds)
+    error = float((solution.dz - truth).abs().max() / truth.abs().max())
+    rows = [
+        row("lqr", name, dtype="float64", error=errors.get(name, error), **common)
+        | quantiles(found)
+        for name, found in spent.items()
+    ]
+    return rows + ([absent("lqr", "HPIPM, PIQP", why, dtype="float64", **common)] if why else [])
+
+
+def _others(problem: LQRProblem, truth: Tensor, seconds: float, common: Row) -> list[Row]:
+    single = LQRProblem(**{k: v.float() for k, v in problem.tensors().items()})
     rows: list[Row] = []
-    for dtype in (torch.float64, torch.float32):
-        cast = LQRProblem(**{k: v.to(dtype) for k, v in problem.tensors().items()})
-        name = str(dtype).removeprefix("torch.")
-        for backend, label in (("cpu", "ilqr-vae cpu"), ("reference", "torch eager reference")):
-            if backend == "reference" and dtype == torch.float32:
-                continue
+    for dtype, given, backend, label in (
+        ("float64", problem, "reference", "torch eager reference"),
+        ("float32", single, "cpu", "ilqr-vae cpu"),
+    ):
 
-            def one(cast: LQRProblem = cast, backend: str = backend) -> Tensor:
-                return solve_lqr(cast, free_initial=True, backend=backend).dz  # pyright: ignore[reportArgumentType]
+        def one(given: LQRProblem = given, backend: str = backend) -> Tensor:
+            return solve_lqr(given, free_initial=True, backend=backend).dz  # pyright: ignore[reportArgumentType]
 
-            error = float((one().double() - truth).abs().max() / truth.abs().max())
-            least = 3 if backend == "reference" else 5
-            rows.append(
-                row("lqr", label, dtype=name, error=error, **common)
-                | timed(one, seconds=seconds, least=least)
-            )
+        error = float((one().double() - truth).abs().max() / truth.abs().max())
+        least = 3 if backend == "reference" else 5
+        rows.append(
+            row("lqr", label, dtype=dtype, error=error, **common)
+            | timed(one, seconds=seconds, least=least)
+        )
     return rows
 
 
@@ -84,13 +99,15 @@ def run(quick: bool) -> list[Row]:
     threads.use(cores())
     rows: list[Row] = []
     seconds = 0.3 if quick else 3.0
-    jax_side.beside(_compile, 40.0 if quick else 600.0)
+    patience = 40.0 if quick else 600.0
+    jax_side.ENVIRONMENT.beside(lambda: hpipm_side.ENVIRONMENT.beside(_compile, patience), patience)
     for n, m, T in SIZES[:2] if quick else SIZES:
         for batch in BATCHES[:1] if quick else BATCHES:
             problem = problem_of(batch, n, m, T)
             truth = solve_lqr(problem, free_initial=True, backend="reference").dz
             common = {"n": n, "m": m, "T": T, "batch": batch, "device": "cpu"}
-            rows += _ours(problem, truth, seconds, common)
+            rows += _float64(problem, truth, 2 * seconds, common)
+            rows += _others(problem, truth, seconds, common)
             if batch == 1:
                 rows.append(_cpp(problem, truth, common, 300 if quick else 3000))
             found = jax_side.solve_lqr(problem, truth.numpy(), seconds)
@@ -106,7 +123,12 @@ def run(quick: bool) -> list[Row]:
         if "median_us" in one:
             work = one["batch"] * operations(one["n"], one["m"], one["T"])
             one["gflops"] = round(work / one["median_us"] / 1e3, 1)
-    return rows + _products(seconds)
+    products = _products(seconds)
+    best = {one["dtype"]: one["gflops"] for one in products}
+    for one in rows:
+        if "gflops" in one:
+            one["share_of_product"] = round(one["gflops"] / best[one["dtype"]], 2)
+    return rows + products
 
 
 def _products(seconds: float, size: int = 1024) -> list[Row]:

@@ -18,9 +18,10 @@ TITLES = {
 NOTES = {
     "lqr": "One call, tensors in, tensors out; `error` is of dz against the float64 reference. "
     "diffilqrax is given the initial state that the others have to find, which is less work. "
-    "`GFLOP/s`: the operations that the recursion cannot do without (`lqr.operations`) over the "
-    "median; beside them what one core reaches in a product of large matrices. A time that would "
-    "need more than that of one core cannot be had from it.",
+    "`solve alone`: everything is where the solver wants it, before and after; HPIPM's matrices in "
+    "its own layout; it and PIQP run on one core, in turns with ours, and solve a batch in a row. "
+    "`GFLOP/s`: the operations of the square-root recursion (`lqr.operations`) over the median; "
+    "`share of product`: that over what one core reaches in a product of large matrices.",
     "stream": "One moving-horizon step, two iterations, the window full. `parts`: moving the "
     "window, solving, answering, and Python around them.",
     "train": "One gradient step of 32 crops of 40 bins (made-up data), solves warm. "
@@ -43,7 +44,7 @@ COLUMNS = {
     "dtype": "dtype", "axis": "size", "exponent": "exponent", "iterations": "iterations",
     "min_us": "min µs", "median_us": "median µs", "p99_us": "p99 µs", "p999_us": "p99.9 µs",
     "max_us": "max µs", "samples": "samples", "error": "error",
-    "gflops": "GFLOP/s", "parts_us": "parts µs",
+    "gflops": "GFLOP/s", "share_of_product": "share of product", "parts_us": "parts µs",
     "bound": "bound", "seconds_to_bound": "s to bound", "solve_p99_us": "solve p99 µs",
     "beside_solve_median_us": "beside solve median µs",
     "beside_solve_p99_us": "beside solve p99 µs",

@@ -68,7 +68,7 @@ def run(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     loop = LoopConfig(steps=100_000)
     common = _common(loop)
-    jax_side.beside(lambda: _warm(loop), 40.0 if quick else 600.0)
+    jax_side.ENVIRONMENT.beside(lambda: _warm(loop), 40.0 if quick else 600.0)
     rows: list[Row] = []
     ours: tuple[list[float], list[Report]] | None = None
     policies = [cores()] if quick else [1, cores()]

@@ -8,6 +8,7 @@ threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -33,6 +34,19 @@ def solve_cpu(
 
     Raises:
         ShapeError: tensors that do not fit each other, on another device or of another dtype.
+    """
+    solve, solution = prepared(problem, free_initial=free_initial, regularisation=regularisation)
+    solve()
+    return solution
+
+
+def prepared(
+    problem: LQRProblem, *, free_initial: bool, regularisation: Tensor | float = 0.0
+) -> tuple[Callable[[], None], LQRSolution]:
+    """A call that solves the problem as it then is, and the solution that it writes.
+
+    Raises:
+        ShapeError: see ``solve_cpu``.
     """
     batch, steps, n, m = problem.sizes()
     A = problem.A
@@ -65,9 +79,12 @@ def solve_cpu(
         ok,
     )
     work, need = steps * n * (n + m) ** 2, lqr.scratch_size(n, m)
-    threads.share_out(lqr.solve, batch, work, arguments, dtype=dtype, scratch_size=need)
     tensor = torch.from_numpy
-    return LQRSolution(
+
+    def solve() -> None:
+        threads.share_out(lqr.solve, batch, work, arguments, dtype=dtype, scratch_size=need)
+
+    return solve, LQRSolution(
         dz=tensor(dz),
         du=tensor(du),
         K=tensor(K),

@@ -1,0 +1,77 @@
+"""A Python of their own for rivals: what they need does not come into the project's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+#: Names a Python that has the rivals; else environments are made below ``HOME``, once.
+VARIABLE = "ILQR_VAE_RIVALS"
+HOME = Path.home() / ".cache"
+
+
+@dataclass
+class Environment:
+    """Packages that a rival needs.
+
+    Attributes:
+        folder: of the environment that is made where no Python at hand has them.
+        packages: as pip is given them; modules: what can then be imported.
+    """
+
+    folder: str
+    packages: tuple[str, ...]
+    modules: tuple[str, ...]
+    _found: tuple[str | None, str] | None = field(default=None, init=False)
+    _until: float | None = field(default=None, init=False)
+    _finding: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def _complete(self, python: str) -> bool:
+        wanted = "import " + ", ".join(self.modules)
+        ran = subprocess.run([python, "-c", wanted], capture_output=True, check=False)
+        return ran.returncode == 0
+
+    def python(self) -> tuple[str | None, str]:
+        """(a Python with the packages, or None, and why not); installs them at the first call."""
+        with self._finding:
+            if self._found is None:
+                self._found = self._find()
+            return self._found
+
+    def _find(self) -> tuple[str | None, str]:
+        home = HOME / self.folder
+        made = str(home / "bin" / "python")
+        for candidate in (os.environ.get(VARIABLE), sys.executable, made):
+            if candidate and Path(candidate).exists() and self._complete(candidate):
+                return candidate, ""
+        left = 600.0 if self._until is None else max(1.0, self._until - time.monotonic())
+        try:
+            venv.create(home, with_pip=True)
+            pip = [made, "-m", "pip", "install", "-q", *self.packages]
+            ran = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=left)
+        except subprocess.TimeoutExpired as error:
+            return None, f"not installed within {error.timeout:.0f} s"
+        except (OSError, subprocess.SubprocessError) as error:
+            return None, f"cannot be installed: {str(error)[:200]}"
+        if ran.returncode != 0 or not self._complete(made):
+            return None, f"does not install: {(ran.stderr.strip().splitlines() or ['?'])[-1][:200]}"
+        return made, ""
+
+    def beside(self, work: Callable[[], object], patience: float) -> None:
+        """Do other work, and find or install the packages meanwhile.
+
+        Args:
+            patience: seconds that it may take in all; what is not installed by then is not there.
+        """
+        self._until = time.monotonic() + patience
+        finding = threading.Thread(target=self.python, daemon=True)
+        finding.start()
+        work()
+        finding.join()
