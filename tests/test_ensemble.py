@@ -11,11 +11,14 @@ from safetensors import safe_open
 
 import ilqr_vae
 from feeder import UNITS
+from ilqr_training.fit.joint import train_sessions
 from ilqr_vae.artifact import KEY, SCHEMA, SINGLE_SCHEMA, load_artifact, save_artifact
-from ilqr_vae.errors import ArtifactError
+from ilqr_vae.errors import ArtifactError, ConfigError, TrainingError
 from ilqr_vae.kernels import backend
-from ilqr_vae.model.intervals import SpeedScale
-from rig import make_model
+from ilqr_vae.model.intervals import SpeedScale, stated
+from ilqr_vae.scoring.metrics import interval_coverage, r2
+from rig import make_model, write_recording
+from tiny import config, fit
 
 COUNTS = np.random.default_rng(0).poisson(1.0, (14, len(UNITS)))
 SCALE = SpeedScale(
@@ -106,3 +109,39 @@ def test_a_file_of_one_model_is_as_it_was_and_a_damaged_ensemble_is_refused(
         save_artifact(out, a.manifest, a.model, a.readout, a.mean_rate, intervals=bad)
         with pytest.raises(ArtifactError, match="intervals"):
             load_artifact(out)
+
+
+def test_members_are_trained_side_by_side_into_one_file(tmp_path: Path) -> None:
+    recording = write_recording(tmp_path / "r.mat", n_units=5)
+    out = tmp_path / "m.safetensors"
+    done, progress = fit(recording, out, config(steps=4, members=2))
+    alone, _ = fit(recording, tmp_path / "one.safetensors", config(steps=4))
+    whole, one = load_artifact(out), load_artifact(tmp_path / "one.safetensors")
+    assert len(whole.members) == 2
+    assert done.manifest.provenance["seed"] == "5, 10012"
+    assert any(line.startswith("member 2: ") for line in progress.lines)
+    # the first member is what a run of one gives
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+    assert not torch.equal(whole.model.group("spikes").C, whole.others[0].model.group("spikes").C)
+    held, own = done.validation.held_out, alone.validation.held_out
+    assert held is not None
+    assert own is not None
+    assert not np.array_equal(held.decoded, own.decoded)
+    assert done.manifest.scores["r2"] == pytest.approx(r2(held.truth, held.decoded))
+    if whole.intervals is not None:
+        std = stated(whole.intervals, held.decoded, held.std)
+        assert interval_coverage(held.truth, held.decoded, std) == pytest.approx(0.9, abs=0.02)
+    assert sorted(p.name for p in tmp_path.glob("m.*")) == ["m.safetensors"]
+    with pytest.raises(ConfigError, match=r"training\.members: expected 1 with several"):
+        train_sessions(config(members=2), [recording, recording], out)
+
+
+def test_an_error_of_a_member_is_the_run_s(tmp_path: Path) -> None:
+    recording = write_recording(tmp_path / "r.mat", n_units=5)
+    out = tmp_path / "m.safetensors"
+    (tmp_path / "m.safetensors.member-2.checkpoint").write_bytes(b"no checkpoint")
+    settings = config(steps=2, members=2)
+    with pytest.raises(TrainingError, match="expected a readable checkpoint"):
+        fit(recording, out, settings, resume=True)
+    assert not out.exists()

@@ -77,6 +77,9 @@ class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         validate_every: steps between causal validations (zero: only at the end).
         patience: validations without a better score before stopping.
         seed: of everything drawn.
+        members: models trained from different seeds, which one model file holds and which are
+            streamed as one: their mean is decoded. More decode better, and cost as many times the
+            training and the solve of one.
         dtype: of training; the streaming estimator is float64 in any case.
         device: of the gradient steps: cpu, cuda, cuda:N or auto (cuda where torch sees one).
     """
@@ -96,6 +99,7 @@ class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     validate_every: Annotated[NonNegativeInt, unit("steps")] = 100
     patience: NonNegativeInt = 4
     seed: NonNegativeInt = 0
+    members: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
 

@@ -10,6 +10,7 @@ import numpy as np
 from ilqr_training.config import TrainConfig, with_fraction
 from ilqr_training.fit.crops import Prepared, prepare
 from ilqr_training.fit.joint import load_sessions
+from ilqr_training.fit.members import side_by_side
 from ilqr_training.fit.memory import GIB, estimate, refuse_hopeless
 from ilqr_vae.commands.inspect import Section
 from ilqr_vae.kernels.backend import device_of
@@ -74,7 +75,7 @@ def plan_of(config: TrainConfig, recordings: list[Path]) -> Plan:
         notes=list(r.notes),
         settings=config,
         device=str(device_of(config.training.device)),
-        memory=needed.peak,
+        memory=needed.peak * side_by_side(config),
         free=needed.available,
     )
 
@@ -108,6 +109,7 @@ def sections_of(plan: Plan) -> list[Section]:
         "training": f"at most {loop.steps} steps of {loop.batch} crops of {loop.chunk} bins, a "
         f"validation every {loop.validate_every or loop.steps}, seed {loop.seed}, {loop.dtype} on "
         f"{plan.device}",
+        "members": f"{loop.members}, {side_by_side(plan.settings)} at a time",
         "memory": f"about {plan.memory / GIB:.1f} GiB at most; {plan.free / GIB:.1f} GiB are free",
         "time": "known after the first steps, and shown then",
     }

@@ -143,6 +143,9 @@ def to_json(data: ReportData) -> dict[str, Any]:
             "coverage_90_by_speed": {}
             if scores is None or scores.by_speed is None
             else asdict(scores.by_speed),
+            "coverage_90_by_decoded_speed": {}
+            if scores is None or scores.by_decoded_speed is None
+            else asdict(scores.by_decoded_speed),
             "statuses": data.statuses,
             "latency_ms": {
                 k: distribution(v) | _bound(data, k) for k, v in data.latency_ms.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +30,21 @@ WIENER = "Wiener filter"
 
 @dataclass(frozen=True, slots=True)
 class BySpeed:
-    """How much of the truth the 90 % interval covers, by quarter of the bins, slowest first.
+    """How honest the deviations are, by quarter of the bins, slowest first.
 
     Quarters that end at one speed, as where the hand mostly rests, are one.
 
     Attributes:
         upto: the speed that each quarter ends at, increasing.
-        coverage: in each.
+        coverage: of the 90 % interval, in each.
         what: what speed is here, with its unit.
+        ratio: stated over actual error in each, root mean squares.
     """
 
     upto: tuple[float, ...]
     coverage: tuple[float, ...]
     what: str
+    ratio: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class Scores:
         n: bins scored.
         nominal, actual: calibration: share of true values inside the central interval of each
             nominal level; empty without a standard deviation.
-        by_speed: calibration by speed, or None without a standard deviation.
+        by_speed, by_decoded_speed: calibration by true and by decoded speed, or None without a
+            standard deviation.
         wiener: (T, D) its decodes of all the bins, or None where it could not be fitted.
         notes: sentences a reader should know.
         intervals: by decoder: ``r2``, the 95 % bootstrap interval of its mean R2, and for others
@@ -70,6 +73,7 @@ class Scores:
     actual: tuple[float, ...]
     wiener: Array | None
     by_speed: BySpeed | None = None
+    by_decoded_speed: BySpeed | None = None
     notes: tuple[str, ...] = ()
     intervals: dict[str, dict[str, tuple[float, float]]] = field(
         default_factory=dict[str, dict[str, tuple[float, float]]]
@@ -90,9 +94,13 @@ def calibration(
 
 
 def coverage_by_speed(
-    truth: Array, decoded: Array, std: Array, units: tuple[str, ...] = ()
+    truth: Array,
+    decoded: Array,
+    std: Array,
+    units: tuple[str, ...] = (),
+    of: Literal["true", "decoded"] = "true",
 ) -> BySpeed:
-    """Coverage of the 90 % interval in each quarter of the bins by the size of the true kinematics.
+    """Coverage of the 90 % interval in each quarter of the bins by the size of the kinematics.
 
     Size is the Euclidean norm over channels; of channels whose units differ, each in its own
     standard deviations.
@@ -100,18 +108,33 @@ def coverage_by_speed(
     Args:
         truth, decoded, std: (T, D), finite, ``std`` >= 0.
         units: of the channels.
+        of: the kinematics whose size it is.
     """
-    alike = len(set(units)) == 1
-    scale = 1.0 if alike else truth.std(axis=0) + 1e-300
-    speed = np.linalg.norm(truth / scale, axis=1)
+    alike, scale = len(set(units)) == 1, speed_unit(truth, units)
+    speed = np.linalg.norm((decoded if of == "decoded" else truth) / scale, axis=1)
     edges = np.unique(np.quantile(speed, (0.25, 0.5, 0.75, 1.0), method="higher"))
     band = np.searchsorted(edges, speed)  # bins of one speed are in one band
     parts = [np.flatnonzero(band == i) for i in range(len(edges))]
+    sizes = [
+        (float(np.sqrt((x[part] ** 2).mean())) for x in (std, truth - decoded)) for part in parts
+    ]
     return BySpeed(
         tuple(float(edge) for edge in edges),
         tuple(calibration(truth[part], decoded[part], std[part], (0.9,))[0] for part in parts),
-        f"size of the true kinematics ({units[0] if alike else 'standard deviations'})",
+        f"size of the {of} kinematics ({units[0] if alike else 'standard deviations'})",
+        tuple(stated / actual if actual else np.nan for stated, actual in sizes),
     )
+
+
+def speed_unit(kinematics: Array, units: tuple[str, ...]) -> Array:
+    """(D,) what channels are divided by in a speed: nothing where their units are the same, else
+    their standard deviations.
+
+    Args:
+        kinematics: (T, D), finite.
+    """
+    one = np.ones(kinematics.shape[1])
+    return one if len(set(units)) == 1 else kinematics.std(axis=0) + 1e-300
 
 
 def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, float]:
@@ -229,12 +252,14 @@ def score_decodes(
     live = varies(truth_all) if varies(truth_all).any() else np.ones(len(names), dtype=bool)
     actual: tuple[float, ...] = ()
     by_speed: BySpeed | None = None
+    by_decoded: BySpeed | None = None
     if std is not None:
         seen_here = truth[rows][:, live], decoded[rows][:, live], std[rows][:, live]
         actual = calibration(*seen_here)
         methods[OURS]["coverage_90"] = actual[LEVELS.index(0.9)]
         units = tuple(np.array(recording.kinematic_units)[live].tolist())
         by_speed = coverage_by_speed(*seen_here, units)
+        by_decoded = coverage_by_speed(*seen_here, units, "decoded")
     wiener: Array | None = None
     if baseline:
         try:
@@ -270,6 +295,7 @@ def score_decodes(
         actual=actual,
         wiener=wiener,
         by_speed=by_speed,
+        by_decoded_speed=by_decoded,
         notes=notes,
         intervals=intervals,
         resampled=resampled,

@@ -14,6 +14,7 @@ import torch
 
 from ilqr_training.config import TrainConfig, with_fraction
 from ilqr_training.fit.crops import prepare
+from ilqr_training.fit.members import refuse_sessions
 from ilqr_training.fit.train import Trained, manifest_of, save_model, train_on
 from ilqr_training.fit.validate import validate
 from ilqr_vae.artifact import Artifact, Manifest, ModelSpec, build, load_artifact
@@ -67,6 +68,7 @@ def train_sessions(
         RecordingError: two files of one name, sessions that differ in bin width or kinematics, or
             one of which no unit is left. ConfigError, TrainingError: see their places.
     """
+    refuse_sessions(config)
     sessions = load_sessions(config, recordings)
     joined = join(sessions, config.data.split)
     # what is left out of each session is left out already

@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,11 +24,19 @@ from ilqr_training.fit.checkpoint import EarlyStopping, load_checkpoint, save_ch
 from ilqr_training.fit.crops import Crops, Prepared, prepare
 from ilqr_training.fit.log import TrainingLog
 from ilqr_training.fit.loop import Report, Run, gradient_step, start
+from ilqr_training.fit.members import (
+    jobs_of,
+    mean_of,
+    remove,
+    seeds_of,
+    side_by_side,
+    train_members,
+)
 from ilqr_training.fit.memory import estimate, refuse_hopeless
 from ilqr_training.fit.pace import Pace
 from ilqr_training.fit.pace import shown as duration
-from ilqr_training.fit.validate import Validation, validate
-from ilqr_vae.artifact import Manifest, save_artifact
+from ilqr_training.fit.validate import Validation, scored, validate
+from ilqr_vae.artifact import Artifact, Manifest, load_artifact, save_artifact
 from ilqr_vae.errors import ConfigError, TrainingError
 from ilqr_vae.files import check_space
 from ilqr_vae.kernels.backend import device_of
@@ -52,6 +60,7 @@ class Trained:
         history: (step, validation score).
         reports: every gradient step of this call.
         data: what it was trained on.
+        validation: of the parameters kept; of an ensemble the first member's.
     """
 
     manifest: Manifest
@@ -61,6 +70,7 @@ class Trained:
     history: tuple[tuple[int, float], ...]
     reports: tuple[Report, ...]
     data: Prepared
+    validation: Validation
 
 
 def checkpoint_path(out: Path) -> Path:
@@ -119,6 +129,8 @@ def train_on(
         before: called with the prepared recording before the first step.
         afterwards: thorough validations that the caller does afterwards, for the time left.
     """
+    if config.training.members > 1:
+        return _ensemble(config, recording, out, progress, resume, log_dir, before)
     began = time.monotonic()
     loop = config.training
     data = prepare(recording, config.data, chunk=loop.chunk)
@@ -192,7 +204,62 @@ def train_on(
         tuple(stopping.history),
         tuple(reports),
         data,
+        final,
     )
+
+
+def _ensemble(
+    config: TrainConfig,
+    recording: Recording,
+    out: Path,
+    progress: Progress,
+    resume: bool,
+    log_dir: Path | None,
+    before: Callable[[Prepared], object] | None,
+) -> Trained:
+    """``train_on`` of several members; see ``fit.members``."""
+    began = time.monotonic()
+    data = prepare(recording, config.data, chunk=config.training.chunk)
+    if before is not None:
+        before(data)
+    jobs = jobs_of(config, recording, out, log_dir, _identity(config, recording), resume=resume)
+    train_members(jobs, side_by_side(config), progress)
+    first, *others = (load_artifact(job.out) for job in jobs)
+    held, each = mean_of(jobs), [first.manifest, *(other.manifest for other in others)]
+    intervals, decoded = (None, dict[str, float]()) if held is None else scored(held, data)
+    final = Validation(
+        decoded.get("r2", first.manifest.scores["bits_per_spike"]),
+        first.manifest.scores | decoded,
+        first.readout,
+        first.mean_rate,
+        first.seen,
+        intervals,
+        held,
+    )
+
+    def said(values: Iterable[object]) -> str:
+        return ", ".join(map(str, values))
+
+    provenance = {
+        "seed": said(seeds_of(config)),
+        "steps": said(m.provenance["steps"] for m in each),
+        "best_step": said(m.provenance["best_step"] for m in each),
+        "scores_on": "validation bins, causal, newest bin; kinematics of all members, the rest of "
+        "the first",
+    }
+    if held is not None:
+        provenance["members_r2"] = said(f"{m.scores['r2']:.4f}" for m in each)
+    manifest = msgspec.structs.replace(
+        first.manifest,
+        scores=final.scores,
+        provenance=first.manifest.provenance | provenance,
+        config=msgspec.to_builtins(config),
+    )
+    manifest = save_model(out, manifest, first.model, final, others)
+    remove(jobs)
+    steps, best = (int(first.manifest.provenance[name]) for name in ("steps", "best_step"))
+    seconds = time.monotonic() - began
+    return Trained(manifest, seconds, steps, best, manifest.history, (), data, final)
 
 
 def _left(pace: Pace, step: int) -> str:
@@ -239,23 +306,32 @@ def _save_checkpoint(
         progress.log(f"warning: step {run.step}: {error}; {kept}, training goes on")
 
 
-def save_model(out: Path, manifest: Manifest, model: Model, final: Validation) -> Manifest:
+def save_model(
+    out: Path,
+    manifest: Manifest,
+    model: Model,
+    final: Validation,
+    others: Sequence[Artifact] = (),
+) -> Manifest:
     """Write the model file; returns the manifest with its hash.
+
+    Args:
+        others: of an ensemble the members after the first.
 
     Raises:
         TrainingError: it cannot be written there. The model is then saved in a temporary folder or
             the home folder if one of them can be written; the message says where.
     """
+    written = (final.readout, final.mean_rate, final.seen, final.intervals, others)
     try:
-        return save_artifact(out, manifest, model, final.readout, final.mean_rate, final.seen)
+        return save_artifact(out, manifest, model, *written)
     except ConfigError as error:
         rescued = "not saved elsewhere either"
         for parent in (None, Path.home()):
             with suppress(ConfigError, OSError):
                 folder = Path(tempfile.mkdtemp(prefix="ilqr-vae-", dir=parent))
                 try:
-                    made = (final.readout, final.mean_rate, final.seen)
-                    save_artifact(folder / out.name, manifest, model, *made)
+                    save_artifact(folder / out.name, manifest, model, *written)
                 except ConfigError:
                     folder.rmdir()
                     raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ from numpy.typing import NDArray
 from ilqr_training.config import ReadoutConfig, TrainConfig
 from ilqr_training.fit.crops import Prepared
 from ilqr_training.readout.causal import Causal, causal_pass
-from ilqr_training.readout.fit import Bins, fit_readout
+from ilqr_training.readout.fit import Bins, ReadoutFit, fit_readout
+from ilqr_training.readout.intervals import fit_intervals
 from ilqr_vae.model.generative import Model
+from ilqr_vae.model.intervals import SpeedScale, stated
 from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings.split import warmup_start
-from ilqr_vae.scoring.metrics import interval_coverage, r2_per_axis
+from ilqr_vae.scoring.metrics import interval_coverage, r2, r2_per_axis
+from ilqr_vae.scoring.score import speed_unit
 from ilqr_vae.streaming.bounds import TrainingRange, highest_counts
 from ilqr_vae.streaming.horizon import MovingHorizon
 
@@ -42,13 +46,41 @@ class Validation:
         readout: None without kinematics.
         mean_rate: (N,) of the training part.
         seen: what the training part showed.
+        intervals: scale of the deviations by speed, or None.
+        held_out: decodes of the validation part, None without kinematics.
     """
 
     score: float
     scores: dict[str, float]
     readout: KinematicReadout | None
     mean_rate: torch.Tensor
-    seen: TrainingRange
+    seen: TrainingRange | None
+    intervals: SpeedScale | None = None
+    held_out: HeldOut | None = None
+
+
+class HeldOut(NamedTuple):
+    """Decodes of bins that the readout was not fitted on, (T, D) each: the truth, the decodes, and
+    their deviations before they are scaled by speed."""
+
+    truth: NDArray[np.float64]
+    decoded: NDArray[np.float64]
+    std: NDArray[np.float64]
+
+
+def scored(held: HeldOut, data: Prepared) -> tuple[SpeedScale | None, dict[str, float]]:
+    """The scale of the deviations by speed, and scores with it."""
+    r, k = data.recording, held.truth
+    unit = speed_unit(k, r.kinematic_units)
+    intervals = fit_intervals(*held, unit, r.bin_width)
+    std = stated(intervals, held.decoded, held.std)
+    each = zip(r.kinematic_names, r2_per_axis(k, held.decoded), strict=True)
+    # a channel at rest has no R2, and one that never moves is always covered
+    scores = {"r2": r2(k, held.decoded)}
+    scores |= {f"r2.{n}": float(v) for n, v in each if np.isfinite(v)}
+    some = data.kinematic_scale > 0
+    scores["coverage_90"] = interval_coverage(k[:, some], held.decoded[:, some], std[:, some], 0.9)
+    return intervals, scores
 
 
 def _seen(data: Prepared, latents: NDArray[np.float64]) -> TrainingRange:
@@ -140,9 +172,13 @@ def validate(
                 )
             )  # fmt: skip
     seed = config.training.seed
-    fitted = _decode(parts, k, data, model.n, reads, seed, progress, quick=not thorough)
-    score = fitted[1]["r2"]
-    return Validation(score, scores | fitted[1], fitted[0], estimator.mean_rate, seen)
+    fit = _decode(parts, k, data, model.n, reads, seed, progress, quick=not thorough)
+    held_out = HeldOut(fit.truth, fit.decoded, fit.std)
+    intervals, decoded = scored(held_out, data)
+    scores |= decoded
+    return Validation(
+        fit.score, scores, fit.readout, estimator.mean_rate, seen, intervals, held_out
+    )
 
 
 def _run_in(data: Prepared, thorough: bool) -> int:
@@ -181,7 +217,7 @@ def _decode(
     progress: Progress,
     *,
     quick: bool,
-) -> tuple[KinematicReadout, dict[str, float]]:
+) -> ReadoutFit:
     valid = data.recording.scored
     bins: dict[str, list[Bins]] = {}
     for name, causals in parts.items():
@@ -190,7 +226,7 @@ def _decode(
             rows = slice(*(_latest(span) if i else span))
             made = Bins.of(causal.rows(valid[rows]), k[rows][valid[rows]])
             bins.setdefault(name, []).append(made)
-    fit = fit_readout(
+    return fit_readout(
         bins["train"],
         bins["validation"],
         n,
@@ -200,11 +236,3 @@ def _decode(
         quick=quick,
         progress=progress,
     )
-    each = zip(data.recording.kinematic_names, r2_per_axis(fit.truth, fit.decoded), strict=True)
-    # a channel at rest has no R2, and one that never moves is always covered
-    scores = {"r2": fit.score} | {f"r2.{n}": float(v) for n, v in each if np.isfinite(v)}
-    some = data.kinematic_scale > 0
-    scores["coverage_90"] = interval_coverage(
-        fit.truth[:, some], fit.decoded[:, some], fit.std[:, some], 0.9
-    )
-    return fit.readout, scores

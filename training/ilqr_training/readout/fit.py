@@ -20,6 +20,7 @@ from scipy.stats import norm
 from ilqr_training.config import ReadoutConfig
 from ilqr_training.readout.causal import Causal
 from ilqr_training.readout.hidden import Maps, fit_hidden
+from ilqr_training.readout.intervals import LEVEL
 from ilqr_training.readout.recurrent import Recurrent, Windows, fit_recurrent
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.progress import SILENT, Progress
@@ -31,9 +32,6 @@ Array = NDArray[np.float64]
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of what the hidden layer adds to the linear map, and of the recurrent layer's decode in the mean
 with theirs (not all of it), tried on the held-out part beside none of it."""
-
-LEVEL = 0.9
-"""Nominal coverage of the intervals; on the held-out part it is exact by construction."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""Training an ensemble: its members side by side, then one model file.
+
+Each member is trained in a process of its own, with its own seed, as a model file and the decodes
+of the validation part beside ``--out``. What is there already, of the same configuration and
+recording, is used again with ``--resume``. The intervals of the whole are scaled on the members'
+mean decode of the validation part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ilqr_training.config import TrainConfig
+from ilqr_training.fit.validate import HeldOut
+from ilqr_vae import errors
+from ilqr_vae.arrays import mixture
+from ilqr_vae.errors import ConfigError, IlqrVaeError, TrainingError
+from ilqr_vae.kernels.backend import device_of
+from ilqr_vae.machine import cores
+from ilqr_vae.progress import Progress
+from ilqr_vae.recordings import Recording
+
+_SEEDS_APART = 10_007
+"""Between the seeds of two members, so that runs of neighbouring seeds share no member."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One member's training.
+
+    Attributes:
+        config: of one member, with its seed.
+        out: where its model file is written.
+        log_dir: TensorBoard events, or None.
+        threads: of the kernels.
+        identity: of configuration and recording.
+        resume: from its checkpoint.
+    """
+
+    config: TrainConfig
+    recording: Recording
+    out: Path
+    log_dir: Path | None
+    threads: int
+    identity: str
+    resume: bool
+
+    @property
+    def decodes(self) -> Path:
+        """Where the decodes of the validation part are written."""
+        return self.out.with_name(self.out.name + ".npz")
+
+    @property
+    def done(self) -> bool:
+        """Whether its results are there."""
+        if not (self.out.exists() and self.decodes.exists()):
+            return False
+        with np.load(self.decodes) as held:
+            return str(held["identity"]) == self.identity
+
+
+def seeds_of(config: TrainConfig) -> list[int]:
+    """The members' seeds; the first member's is that of a run of one."""
+    return [config.training.seed + _SEEDS_APART * i for i in range(config.training.members)]
+
+
+def side_by_side(config: TrainConfig) -> int:
+    """How many members are trained at once: one a core; one on a GPU."""
+    on_cpu = device_of(config.training.device).type == "cpu"
+    return min(config.training.members, cores()) if on_cpu else 1
+
+
+def jobs_of(
+    config: TrainConfig,
+    recording: Recording,
+    out: Path,
+    log_dir: Path | None,
+    identity: str,
+    *,
+    resume: bool,
+) -> list[Job]:
+    """The members' jobs; the first one's events lie where those of a run of one would."""
+    threads = max(1, cores() // side_by_side(config))
+    made: list[Job] = []
+    for i, seed in enumerate(seeds_of(config), 1):
+        loop = msgspec.structs.replace(config.training, members=1, seed=seed)
+        own = msgspec.structs.replace(config, training=loop)
+        logs = log_dir if log_dir is None or i == 1 else log_dir / f"member-{i}"
+        path = out.with_name(f"{out.name}.member-{i}")
+        made.append(Job(own, recording, path, logs, threads, f"{identity}-{seed}", resume))
+    return made
+
+
+def train_members(jobs: Sequence[Job], at_once: int, progress: Progress) -> None:
+    """Run the jobs that are not done.
+
+    Raises:
+        IlqrVaeError: what the first member that failed raised; the others are stopped.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+    failed = threading.Event()
+
+    def work(numbered: tuple[int, Job]) -> None:
+        number, job = numbered
+        if failed.is_set() or (job.resume and job.done):
+            return
+        job.decodes.unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from ilqr_training.fit.members import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        running.append(process)
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            pickle.dump(job, pipe)
+        try:
+            _follow(process, f"member {number}", progress)
+        except IlqrVaeError:
+            failed.set()
+            for other in running:
+                other.terminate()
+            raise
+
+    progress.log(f"{len(jobs)} members, {at_once} at a time")
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(work, numbered) for numbered in enumerate(jobs, 1)]
+        try:
+            # the first to fail is told, not those that were stopped for it
+            errors_ = [e for f in futures if (e := f.exception()) is not None]
+        finally:
+            failed.set()
+            for process in running:
+                process.terminate()
+                process.wait()
+    for error in sorted(errors_, key=lambda e: isinstance(e, _Stopped)):
+        raise error
+
+
+class _Stopped(TrainingError):
+    """A member ended without a result or a reason."""
+
+
+def _follow(process: subprocess.Popen[bytes], name: str, progress: Progress) -> None:
+    """Pass on what a member says until it ends. Raises what it raised."""
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            said: dict[str, Any] = json.loads(line)
+            if "log" in said:
+                progress.log(f"{name}: {said['log']}")
+            elif "error" in said:
+                kind = getattr(errors, said["error"], TrainingError)
+                raise kind(said["field"], expected=said["expected"], got=said["got"])
+            else:
+                progress(f"{name}: {said['what']}", said["done"], said["of"], said["note"])
+    if process.wait() != 0:
+        raise _Stopped(name, expected="a training run that ends", got=f"exit {process.returncode}")
+
+
+def mean_of(jobs: Sequence[Job]) -> HeldOut | None:
+    """The members' decodes of the validation part as one; None without kinematics."""
+    parts: list[HeldOut] = []
+    for job in jobs:
+        with np.load(job.decodes) as held:
+            parts.append(HeldOut(*(held[name] for name in HeldOut._fields)))
+    if not parts[0].truth.size:
+        return None
+    return HeldOut(parts[0].truth, *mixture([p.decoded for p in parts], [p.std for p in parts]))
+
+
+def remove(jobs: Sequence[Job]) -> None:
+    """What the members left beside the model file."""
+    for job in jobs:
+        job.out.unlink(missing_ok=True)
+        job.decodes.unlink(missing_ok=True)
+
+
+class _Pipe:
+    """Progress as lines of JSON."""
+
+    def __init__(self) -> None:
+        self._to = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)  # whatever else prints must not be in between
+        self._last: tuple[str, int] = ("", -1)
+
+    def __call__(self, what: str, done: int, of: int, note: str = "") -> None:
+        if (what, 100 * done // max(of, 1)) != self._last or done >= of:
+            self._last = (what, 100 * done // max(of, 1))
+            self.say(what=what, done=done, of=of, note=note)
+
+    def log(self, line: str) -> None:
+        self.say(log=line)
+
+    def say(self, **fields: Any) -> None:
+        self._to.write(json.dumps(fields) + "\n")
+
+
+def main() -> None:
+    """Train the member whose job comes through standard input."""
+    from ilqr_training.fit.train import train_on
+    from ilqr_training.options import use_threads
+
+    pipe = _Pipe()
+    job: Job = pickle.load(sys.stdin.buffer)
+    use_threads(job.threads)
+    try:
+        done = train_on(
+            job.config, job.recording, job.out, pipe, resume=job.resume, log_dir=job.log_dir
+        )
+    except IlqrVaeError as error:
+        kind = type(error).__name__
+        pipe.say(error=kind, field=error.field, expected=error.expected, got=error.got)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    none = np.zeros((0, 0))
+    held = done.validation.held_out or HeldOut(none, none, none)
+    with job.decodes.open("wb") as file:
+        np.savez(
+            file,
+            identity=np.array(job.identity),
+            truth=held.truth,
+            decoded=held.decoded,
+            std=held.std,
+        )
+
+
+def refuse_sessions(config: TrainConfig) -> None:
+    """Raises ConfigError: an ensemble of several recordings' shared dynamics."""
+    if config.training.members > 1:
+        raise ConfigError(
+            "training.members",
+            expected="1 with several recordings",
+            got=str(config.training.members),
+        )
