@@ -225,7 +225,9 @@ class Stepper:
         # z is of the first member alone, rates and kinematics are of all
         sound = [np.isfinite(x).all(-1) for x in (z, rates, kinematics)]
         finite: list[bool] = np.logical_and.reduce(sound).tolist()
-        known = None if inputs is None else np.isfinite(inputs).all(-1)
+        known: list[bool] = [False] * len(z)
+        if inputs is not None:
+            known = np.isfinite(inputs).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
         every: list[bool] = (given[1] > 0).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
         scalars = [v.tolist() for v in e[Estimates._fields.index("bits") :]]
         answers = [
@@ -247,7 +249,7 @@ class Stepper:
                 ignored=self._ignored(given[0][i], given[1][i]) if ignored else (),
                 beyond=beyond,
                 restarted=restarted,
-                inputs=None if inputs is None or known is None or not known[i] else inputs[i],
+                inputs=inputs[i] if inputs is not None and known[i] else None,
                 input_delay=self._delay,
                 used=None if every[i] else given[1][i] > 0,
             )
