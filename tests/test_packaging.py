@@ -46,7 +46,10 @@ def test_every_verb_has_a_summary_and_help(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("ilqr-vae s", {"serve", "simulate"}), ("ilqr-vae replay --sp", {"--speed", "--span"})],
+    [
+        ("ilqr-vae s", {"serve", "simulate", "sweep"}),
+        ("ilqr-vae replay --sp", {"--speed", "--span"}),
+    ],
 )
 def test_a_shell_completes_verbs_and_options(
     typed: str,

@@ -61,6 +61,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "rates": lambda: plots.rates(INFERRED, **BIN),
     "reliability": lambda: plots.reliability([0.1, 0.9], [0.2, 0.8]),
     "residuals": lambda: plots.residuals([0.0, 1.0], STD[:2], STD[:2], **NAMED),
+    "trials": lambda: plots.trials(
+        {"a": [1.0, 2.0], "b": ["x", "y"]}, [0.2, 0.1], [[(1, 0.2)], []]
+    ),
 }
 
 

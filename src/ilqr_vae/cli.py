@@ -34,6 +34,7 @@ SUMMARIES = {
     "train": "fit a model to a recording and write it as one .safetensors file",
     "adapt": "fit a model to other units of the same brain, without labels",
     "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
+    "sweep": "search over settings and seeds for the model that scores best, side by side on Ray",
     "archive": "train on, evaluate or decode every recording of a folder, side by side on Ray",
     "inspect": "show what is inside a model, a recording or a journal",
     "experiment": "run one of the paper's experiments on simulated data",

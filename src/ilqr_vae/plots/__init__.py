@@ -11,7 +11,15 @@ is given, else into a new figure, and returns the figure. Needs the extra ``repo
 
 from ilqr_vae.plots.in_trials import averages, input_size, latent_plane, paths, psth
 from ilqr_vae.plots.over_time import decode, inputs, latents, raster, rates, residuals
-from ilqr_vae.plots.summaries import agreement, bars, calibration, latency, learning, reliability
+from ilqr_vae.plots.summaries import (
+    agreement,
+    bars,
+    calibration,
+    latency,
+    learning,
+    reliability,
+    trials,
+)
 
 __all__ = [
     "agreement",
@@ -31,4 +39,5 @@ __all__ = [
     "rates",
     "reliability",
     "residuals",
+    "trials",
 ]

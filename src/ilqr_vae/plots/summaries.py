@@ -24,6 +24,7 @@ from ilqr_vae.plots.style import (
     WIDE,
     alike,
     axes_of,
+    blank,
     figure_of,
     legend,
     quantity,
@@ -195,6 +196,45 @@ def learning(
     ax.set_xlabel("gradient step")
     ax.set_ylabel(short(name, 40))
     return figure_of(ax)
+
+
+@styled
+def trials(
+    values: Mapping[str, Sequence[object]],
+    scores: ArrayLike,
+    curves: Sequence[Sequence[tuple[int, float]]] = (),
+    *,
+    name: str = "score",
+    logarithmic: Sequence[str] = (),
+) -> Figure:
+    """The trials of a search: how each learned, and its score over each key that was searched.
+
+    Args:
+        values: of each searched key, one a trial.
+        scores: (K,), higher is better.
+        curves: (validations, score) of each trial.
+        name: of the score.
+        logarithmic: keys that are drawn over their logarithm.
+    """
+    y = np.asarray(scores, dtype=np.float64)
+    best = int(np.argmax(y)) if y.size else -1
+    width, height = PANEL
+    figure = blank((width * (len(values) + 1), height))
+    panels = figure.subplots(1, len(values) + 1, squeeze=False)
+    for k, curve in enumerate(curves):
+        points = np.array(curve, dtype=np.float64).reshape(-1, 2)
+        own = {"color": BLUE, "lw": 1.6, "zorder": 3} if k == best else {"color": GREY, "lw": 0.8}
+        panels[0, 0].plot(*points.T, **own)
+    panels[0, 0].set_xlabel("validations")
+    panels[0, 0].set_ylabel(short(name, 40))
+    colours = [BLUE if k == best else GREY for k in range(len(y))]
+    for ax, (key, drawn) in zip(panels[0, 1:], values.items(), strict=True):
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in drawn)
+        ax.scatter(list(drawn) if numbers else list(map(str, drawn)), y, c=colours, s=16)
+        if numbers and key in logarithmic:
+            ax.set_xscale("log")
+        ax.set_xlabel(short(key, 40))
+    return figure
 
 
 @styled

@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -122,12 +122,17 @@ def train_on(
     log_dir: Path | None = None,
     before: Callable[[Prepared], object] | None = None,
     afterwards: int = 0,
+    validated: Callable[[int, Mapping[str, float]], object] | None = None,
+    identity: str = "",
 ) -> Trained:
     """``train``, on a recording that is read already.
 
     Args:
         before: called with the prepared recording before the first step.
         afterwards: thorough validations that the caller does afterwards, for the time left.
+        validated: called with the step and the scores of each validation while training, once the
+            checkpoint is written.
+        identity: names the run in its checkpoint; default the configuration and the recording.
     """
     if config.training.members > 1:
         return _ensemble(config, recording, out, progress, resume, log_dir, before)
@@ -141,7 +146,7 @@ def train_on(
     run = start(model, Crops(data, model, loop.chunk, loop.seed), loop)
     check_space(out.absolute().parent, _output_bytes(run), "--out")
     stopping = EarlyStopping()
-    checkpoint, identity = checkpoint_path(out), _identity(config, recording)
+    checkpoint, identity = checkpoint_path(out), identity or _identity(config, recording)
     if resume and checkpoint.exists():
         load_checkpoint(checkpoint, identity, run, stopping)
     if before is not None:
@@ -180,6 +185,8 @@ def train_on(
                 )
             )
             _save_checkpoint(checkpoint, identity, run, stopping, progress)
+            if validated is not None:
+                validated(report.step, found.scores)
             stopped = stopping.over(loop.patience)
     finally:
         log.close()
