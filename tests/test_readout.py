@@ -14,8 +14,11 @@ from ilqr_training.config import ReadoutConfig
 from ilqr_training.readout.causal import Causal
 from ilqr_training.readout.fit import Bins, ReadoutFit, calibrate
 from ilqr_training.readout.fit import fit_readout as fit_bins
+from ilqr_training.readout.intervals import fit_intervals
+from ilqr_vae.model.intervals import stated
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.scoring.metrics import interval_coverage
+from ilqr_vae.scoring.score import coverage_by_speed
 
 N, D, UNITS = 3, 2, 4
 SHAPE = ReadoutShape(lags=2, residuals=1, hidden=5)
@@ -201,3 +204,33 @@ def test_errors_of_zero_and_certain_latents_are_no_special_case() -> None:
             assert bool((values >= 0).all())
             assert bool(values.isfinite().all())
     assert bool((made.variance > 0).all())
+
+
+@pytest.mark.parametrize("rests_at_zero", [False, True], ids=["noise at rest", "exactly at rest"])
+def test_intervals_hold_at_every_speed_though_the_hand_rests_most_of_the_time(
+    rests_at_zero: bool,
+) -> None:
+    """A stated deviation of one size, errors of another at rest, in slow and in fast movement."""
+    rng = np.random.default_rng(0)
+    T = 6000
+    speed = np.where(rng.random(T) < 0.7, 0.0, rng.uniform(1.0, 9.0, T))
+    angle = rng.uniform(0, 2 * np.pi, T)
+    decoded = speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    if not rests_at_zero:
+        decoded += 0.1 * rng.normal(size=(T, 2))
+    actual = np.select([speed == 0, speed < 5], [0.4, 2.0], 1.0)[:, None]
+    truth = decoded + actual * rng.normal(size=(T, 2))
+    half, std, units = slice(0, T // 2), np.full((T, 2), 1.5), ("m/s", "m/s")
+    scale = fit_intervals(truth[half], decoded[half], std[half], np.ones(2), 0.05)
+    assert scale is not None
+    assert (scale.knots.diff() > 0).all()
+    later = slice(T // 2, T)
+    said = stated(scale, decoded, std)
+    by = coverage_by_speed(truth[later], decoded[later], said[later], units, "decoded")
+    assert len(by.ratio) == (3 if rests_at_zero else 4)
+    assert 0.8 < min(by.ratio) <= max(by.ratio) < 1.25
+    assert 0.84 < min(by.coverage) <= max(by.coverage) < 0.96
+    before = coverage_by_speed(truth[later], decoded[later], std[later], units, "decoded")
+    assert max(before.ratio) > 2
+    # too few bins to tell speeds apart
+    assert fit_intervals(truth[:30], decoded[:30], std[:30], np.ones(2), 0.05) is None

@@ -116,7 +116,7 @@ def coverage_by_speed(
     band = np.searchsorted(edges, speed)  # bins of one speed are in one band
     parts = [np.flatnonzero(band == i) for i in range(len(edges))]
     sizes = [
-        (float(np.sqrt((x[part] ** 2).mean())) for x in (std, truth - decoded)) for part in parts
+        [float(np.sqrt((x[part] ** 2).mean())) for x in (std, truth - decoded)] for part in parts
     ]
     return BySpeed(
         tuple(float(edge) for edge in edges),
