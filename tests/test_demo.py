@@ -58,7 +58,7 @@ def test_the_whole_chain(config: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     report = json.loads((out / "report.json").read_text())
     assert report["bins"] == 150
     assert report["speed"] is None
-    assert set(report["scores"]) == {"iLQR-VAE", "Wiener filter"}
+    assert set(report["scores"]) == {"iLQR-VAE", "Wiener filter", "Kalman filter", "GRU"}
     assert report["latency_ms"]["total"]["n"] > 0
     assert json.loads((out / "closed-loop.json").read_text())["kind"] == "closed-loop"
     page = (out / "report.html").read_text()
@@ -66,6 +66,8 @@ def test_the_whole_chain(config: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     assert "Content-Security-Policy" in page
     assert not re.search(r"(src|href)=.https?:", page)
     said = " ".join(capfd.readouterr().out.split())
+    address = re.search(r"let things go wrong: (http://127\.0\.0\.1:\d+/)", said)
+    assert address  # and no longer there: no_orphans
     for verb in ("simulate", "train", "serve", "replay", "closed-loop"):
         assert f"$ ilqr-vae {verb} " in said
     summary = said.partition("service stopped")[2]

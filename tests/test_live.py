@@ -6,23 +6,28 @@ import asyncio
 import json
 import subprocess
 import sys
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from starlette.types import ASGIApp
 
 from browser import Browser, needs_chromium
 from feeder import WAIT_S
 from ilqr_clients.live.app import application
-from ilqr_clients.live.feed import KEPT_BINS, Channel, LiveFeed
+from ilqr_clients.live.feed import KEPT, Channel, LiveFeed, Run
 from ilqr_clients.sdk import ServiceClient, Session
+from ilqr_training.evaluation.baselines import fit_rivals
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.recordings import load_recording
 from process import ENVIRONMENT, free_port, served
-from rig import BIN_S, make_model
+from rig import BIN_S, SPLIT, make_model, serving, spec, write_recording
 
 N_UNITS = 5
 NAMES = tuple(f"u{i}" for i in range(N_UNITS))
@@ -36,10 +41,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def page(endpoint: str) -> Iterator[str]:
+def page(endpoint: str, *options: str, http: str = "127.0.0.1:0") -> Iterator[str]:
     """``ilqr-vae dashboard`` as a process; its address."""
     code = "from ilqr_clients.dashboard_cli import app; app()"
-    command = [sys.executable, "-u", "-c", code, "--to", endpoint, "--http", "127.0.0.1:0"]
+    command = [sys.executable, "-u", "-c", code, "--to", endpoint, "--http", http, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT)
     assert process.stdout is not None
     try:
@@ -49,6 +54,20 @@ def page(endpoint: str) -> Iterator[str]:
         process.terminate()
         assert process.wait(WAIT_S) is not None
         process.stdout.close()
+
+
+@contextmanager
+def verb(name: str, *options: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A verb as a process, stopped at the end."""
+    command = [sys.executable, "-m", "ilqr_vae.cli", name, *map(str, options)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(WAIT_S)
 
 
 def feed(session: Session, bins: range) -> None:
@@ -99,14 +118,108 @@ def test_nothing_is_shown_without_the_token_or_by_another_name() -> None:
     assert answered({"method": "POST"})[0] == 405  # there is nothing to change
 
 
+def posted(app: ASGIApp, body: bytes, **headers: str) -> int:
+    """The status that the application answers a request to steer with."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(dict(message))
+
+    named = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/steer", "raw_path": b"/steer"}
+    asyncio.run(
+        app(scope | {"root_path": "", "query_string": b"", "headers": named}, receive, send)
+    )
+    return sent[0]["status"]
+
+
+def test_only_this_page_steers_and_only_where_it_may() -> None:
+    body = json.dumps({"session": "s", "change": {"silent": 0.5}}).encode()
+    json_type = {"content_type": "application/json", "host": "127.0.0.1:1"}
+    mine, others = {"origin": "http://127.0.0.1:1"}, {"origin": "http://evil.example"}
+    app = application(LiveFeed("tcp://127.0.0.1:1", what_if=True))
+    assert posted(app, body, **json_type, **mine) == 409  # no such session
+    assert posted(app, body, **json_type, **others) == 403
+    assert posted(app, body, content_type="text/plain", host="127.0.0.1:1") == 415
+    assert posted(app, b"[" * 9000, **json_type) == 413
+    assert posted(app, b"{]", **json_type) == 409
+    read_only = application(LiveFeed("tcp://127.0.0.1:1"))
+    assert posted(read_only, body, **json_type, **mine) == 405
+    run = {"kind": "replay", "paused": False, "loop": False, "position": 0.0, "length": 1.0}
+    run |= {"decoder": "", "decoders": [], "disturbance": {}, "secret": "s"}
+    feed = LiveFeed("tcp://127.0.0.1:1", what_if=True)
+    elsewhere = Run(**(run | {"address": "tcp://192.0.2.1:1"}))
+    feed.channels["s"] = Channel(run=(elsewhere, time.monotonic()))
+    with pytest.raises(ConfigError, match="a run on this machine"):
+        feed.steer("s", {})
+
+
+def test_alarms_have_numbers_that_a_browser_tells_apart() -> None:
+    feed = LiveFeed("tcp://127.0.0.1:1")
+    for k in range(3):
+        feed._alarm("notice", str(k))
+    assert len({float(one["n"]) for one in feed.alarms}) == 3
+
+
+@needs_chromium
+def test_a_person_steers_a_closed_loop_from_a_page_with_a_token(tmp_path: Path) -> None:
+    names = tuple(f"unit{i:03d}" for i in range(N_UNITS))
+    model = make_model(tmp_path / "m.safetensors", n_units=N_UNITS, names=names)
+    recording = load_recording(write_recording(tmp_path / "r.mat", n_units=N_UNITS), spec())
+    rivals = replace(fit_rivals(recording, SPLIT, steps=2), unit_names=names)
+    rivals.save(tmp_path / "rivals.npz")
+    options = ("--units", N_UNITS, "--trials", 0, "--rivals", tmp_path / "rivals.npz")
+    with (
+        serving(model) as service,
+        page(service.ingest, "--what-if", http="0.0.0.0:0") as address,
+        Browser() as browser,
+        Browser() as other,
+        verb("closed-loop", "--to", service.ingest, "--steer", "tcp://127.0.0.1:*", *options),
+    ):
+        assert "?token=" in address
+        address = address.replace("0.0.0.0", "127.0.0.1")
+        for one in (browser, other):
+            one.size(1400, 1400)
+            one.open(address)
+            one.wait("window.live && live.bins() > 20 && !document.getElementById('whatif').hidden")
+        browser.wait("document.getElementById('score-rows').children.length === 3")
+        for name in ("truth", "cursor", "target", "c", "u"):
+            browser.wait(f"live.state().bins.some((b) => b.{name})")
+        assert browser.value("live.csv()").startswith('bin,status,"vx","vx std","vy",')
+        move = "{{ const s = document.getElementById('{}'); s.value = '{}'; {} }}"
+        fire = "s.dispatchEvent(new Event('{}', {{ bubbles: true }}))"
+        browser.value(move.format("if-silent", 60, fire.format("input")))
+        silent = "live.state().state.sessions[0].run.disturbance.silent"
+        other.wait(f"{silent} === 0.6")
+        browser.value(move.format("run-decoder", "GRU", fire.format("change")))
+        other.wait("document.getElementById('run-decoder').value === 'GRU'")
+        browser.value(move.format("sort", "direction", fire.format("change")))
+        browser.value("document.getElementById('run-reset').click()")
+        other.wait(f"{silent} === 0")
+        for width in (1400, 390):
+            browser.size(width, 1400)
+            browser.wait(f"innerWidth === {width}")
+            assert browser.value("document.documentElement.scrollWidth") <= width
+        every = "[...document.querySelectorAll('input, select, button, canvas')]"
+        named = "(e.labels && e.labels.length) || e.textContent.trim()"
+        named += " || e.closest('[role=img]')?.ariaLabel"
+        assert browser.value(f"{every}.filter((e) => !({named})).map((e) => e.id)") == []
+        assert browser.problems == other.problems == []
+
+
 def test_a_slow_viewer_misses_the_oldest_and_costs_no_memory() -> None:
     channel = Channel()
-    for i in range(KEPT_BINS + 10):
+    for i in range(KEPT + 10):
         channel.add({"i": i})
     entries, position = channel.after(0)
-    assert (len(entries), entries[0]["i"], position) == (KEPT_BINS, 10, KEPT_BINS + 10)
+    assert (len(entries), json.loads(entries[0])["i"], position) == (KEPT, 10, KEPT + 10)
     assert channel.after(position) == ([], position)
-    assert channel.after(position - 3)[0] == [{"i": KEPT_BINS + 7 + k} for k in range(3)]
+    some, position = channel.after(position - 3, 2)
+    assert [json.loads(one)["i"] for one in some] == [KEPT + 7, KEPT + 8]
+    assert position == KEPT + 9
 
 
 @needs_chromium
@@ -125,10 +238,12 @@ def test_a_browser_sees_bins_faults_and_a_restart(model: Path, tmp_path: Path) -
             browser.wait("live.bins() >= 1")
             feed(session, range(1, 60))
             browser.wait("live.newest().i === 59 && live.frames() > 1")
-            browser.wait(f"{text('numbers')}.startsWith('bin 59')")
+            browser.wait(f"{text('numbers')}.includes('bin 59')")
             with urllib.request.urlopen(f"{address}stream?session=rat-7") as other:
                 piece = json.loads(other.readline().removeprefix(b"data: "))
-            assert [one["i"] for one in piece["bins"]][-59:] == list(range(1, 60))
+            bins = [one["b"]["i"] for one in piece["log"] if "b" in one]
+            assert bins[-59:] == list(range(1, 60))
+            browser.wait("live.newest().c && live.newest().c.length === 5")  # its counts
             session.step(63, np.ones(N_UNITS), timeout=WAIT_S)
             browser.wait(
                 "document.getElementById('alarms').textContent.includes('missing from bin 60')"
@@ -136,9 +251,9 @@ def test_a_browser_sees_bins_faults_and_a_restart(model: Path, tmp_path: Path) -
             browser.value("document.getElementById('pause').click()")
             feed(session, range(64, 66))
             browser.wait("live.newest().i === 65")
-            browser.wait(f"{text('numbers')}.startsWith('bin 63')")
+            browser.wait(f"{text('numbers')}.includes('bin 63')")
             browser.value("document.getElementById('pause').click()")
-            browser.wait(f"{text('numbers')}.startsWith('bin 65')")
+            browser.wait(f"{text('numbers')}.includes('bin 65')")
             for width in (1400, 390):
                 browser.size(width, 1400)
                 browser.wait(f"innerWidth === {width}")

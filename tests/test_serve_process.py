@@ -48,6 +48,9 @@ def test_http(service: Service, feeder: Feeder) -> None:
     feeder.ask(b"?", messages.Refused)
     assert get(service.http, "/healthz") == (200, "ok\n")
     assert get(service.http, "/readyz") == (200, "ok\n")
+    status, page = get(service.http, "/")
+    assert status == 200
+    assert "ilqr-vae dashboard --to" in page
     assert get(service.http, "/")[0] == 404
     status, text = get(service.http, "/metrics")
     assert status == 200

@@ -153,6 +153,9 @@ def closed_loop(
         Path | None,
         typer.Option(help="Put the cursor's paths into this page, which replay or evaluate wrote."),
     ] = None,
+    watch_units: Annotated[
+        bool, typer.Option("--watch-units", help="Mask units that misbehave, as for replay.")
+    ] = False,
     script: Annotated[
         Path | None, typer.Option(help="TOML of what goes wrong when, as for replay.")
     ] = None,
@@ -206,6 +209,7 @@ def closed_loop(
                     units=model.unit_names,
                     bin_width=model.bin_width,
                     deadline=deadline,
+                    watch_units=watch_units,
                     patience=timeout,
                 ) as opened,
                 Live(console=screen, auto_refresh=False, transient=True) as live,

@@ -66,9 +66,14 @@ def model_of(described: messages.Described) -> Model:
 
 
 def connect(
-    context: zmq.Context[Any], kind: int, endpoint: str, key: ClientKey | None = None
+    context: zmq.Context[Any],
+    kind: int,
+    endpoint: str,
+    key: ClientKey | None = None,
+    *,
+    keep: int = 0,
 ) -> zmq.Socket[bytes]:
-    """A connected socket that never lingers and keeps every message until it is read.
+    """A connected socket that never lingers and keeps every message until it is read, or ``keep``.
 
     It speaks with ``key``, or the one that the environment variable ``ILQR_VAE_KEY`` names.
 
@@ -78,7 +83,7 @@ def connect(
     """
     socket: zmq.Socket[bytes] = context.socket(kind)
     socket.linger = 0
-    socket.rcvhwm = 0
+    socket.rcvhwm = keep
     socket.sndhwm = 0
     key = key or key_from_environment()
     if key is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import webbrowser
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -43,6 +44,13 @@ def dashboard(
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in a browser.")
     ] = False,
+    what_if: Annotated[
+        bool,
+        typer.Option(
+            "--what-if",
+            help="Let viewers steer a replay or closed loop on this machine (its --steer).",
+        ),
+    ] = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the service.")] = 3.0,
 ) -> None:
     """Show a running service live in a browser: decodes, rates, latents, latency, alarms.
@@ -65,13 +73,13 @@ def dashboard(
     bound, host = _bound(http)
     inside = host in LOOPBACK
     token = "" if inside else secrets.token_urlsafe(18)
-    feed = LiveFeed(to, timeout=timeout)
+    feed = LiveFeed(to, timeout=timeout, what_if=what_if)
     page = application(feed, hosts=LOOPBACK if inside else frozenset(), token=token)
     name = f"[{host}]" if ":" in host else host
     address = f"http://{name}:{bound.getsockname()[1]}/{f'?token={token}' if token else ''}"
     console(soft_wrap=True).print(f"live page of {to}: {address}   (Ctrl-C ends)")
     if open_browser:
-        typer.launch(address)
+        webbrowser.open(address)
     feed.start()
     try:
         config = uvicorn.Config(

@@ -8,8 +8,10 @@ the project is made here, where none of that happens; styles are given beside th
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
+import webbrowser
 from typing import Any
 
 from rich.console import Console
@@ -52,3 +54,18 @@ def any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def has_browser() -> bool:
+    """Whether a person sits here who would see a page that is opened: a terminal, a display, and
+    no continuous integration."""
+    if os.environ.get("CI") or not (sys.stdout.isatty() and sys.stdin.isatty()):
+        return False
+    shown = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    if sys.platform.startswith("linux") and not any(os.environ.get(name) for name in shown):
+        return False
+    try:
+        webbrowser.get()
+    except webbrowser.Error:
+        return False
+    return True

@@ -206,13 +206,17 @@ def _save_rivals(data: Prepared, settings: TrainConfig, path: Path, bar: Bar) ->
     if data.recording.kinematics is None:
         bar.log("no rivals: the recording has no kinematics")
         return
-    fitted = fit_rivals(
-        data.recording,
-        settings.data.split,
-        steps=min(settings.training.steps, _RIVAL_STEPS),
-        seed=settings.training.seed,
-        progress=bar,
-    )
+    try:
+        fitted = fit_rivals(
+            data.recording,
+            settings.data.split,
+            steps=min(settings.training.steps, _RIVAL_STEPS),
+            seed=settings.training.seed,
+            progress=bar,
+        )
+    except ShapeError as error:
+        bar.log(f"no rivals: {error}")
+        return
     fitted.save(path)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -19,15 +20,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ilqr_clients.live.feed import LiveFeed
+from ilqr_vae.errors import IlqrVaeError
 
 FRAME_S = 1 / 30
 """Between two pieces of the stream: thirty pictures a second."""
 MOST_AT_ONCE = 2000
-"""Entries in one piece; a viewer that falls behind misses the oldest."""
+"""Entries in one piece."""
+_MOST_BODY = 4096
 
+SCRIPTS = ("live.js", "core.js", "charts.js", "planes.js", "units.js", "whatif.js")
 _TYPES = {
     "index.html": "text/html",
-    "live.js": "text/javascript",
+    **dict.fromkeys(SCRIPTS, "text/javascript"),
     "live.css": "text/css",
     "uPlot.iife.min.js": "text/javascript",
     "uPlot.min.css": "text/css",
@@ -48,14 +52,22 @@ def _content(name: str) -> bytes:
     return (files(package) / inside / name).read_bytes()
 
 
+class _Steer(msgspec.Struct):
+    """What a viewer asks of a run."""
+
+    session: str
+    change: dict[str, Any]
+
+
 class Guard:
-    """Refuses a request for another host, by another method, or without the token.
+    """Refuses a request for another host, from another page, or without the token.
 
     Args:
         app: what is guarded.
         hosts: names that this page may be asked for by; a page of another name that resolves to
             this address is not let in.
-        token: that every request must name as ``?token=``; "" for none.
+        token: that every request must name as ``?token=``, but those for the page's scripts and
+            styles, which are everybody's; "" for none.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: frozenset[str], token: str) -> None:
@@ -71,6 +83,11 @@ class Guard:
         host = request.headers.get("host", "").rsplit(":", 1)[0].strip("[]")
         if self._hosts and host not in self._hosts:
             return PlainTextResponse("host: expected this page's own\n", 400)
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host", ""):
+            return PlainTextResponse("origin: expected this page\n", 403)
+        if request.url.path.lstrip("/") in _TYPES and not request.url.path.endswith(".html"):
+            return None
         given = request.query_params.get("token", "")
         if self._token and not hmac.compare_digest(given.encode(), self._token.encode()):
             return PlainTextResponse("token: expected the one in the address printed\n", 403)
@@ -95,7 +112,23 @@ def application(feed: LiveFeed, *, hosts: frozenset[str] = frozenset(), token: s
         events = _events(feed, request.query_params.get("session", ""), request)
         return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
 
+    async def steer(request: Request) -> Response:
+        if request.headers.get("content-type", "").split(";")[0] != "application/json":
+            return PlainTextResponse("content-type: expected application/json\n", 415)
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > _MOST_BODY:
+                return PlainTextResponse("body: expected a small one\n", 413)
+        try:
+            asked = msgspec.json.decode(body, type=_Steer)
+            state = await asyncio.to_thread(feed.steer, asked.session, asked.change)
+        except (IlqrVaeError, msgspec.MsgspecError) as error:
+            return PlainTextResponse(f"{error}\n", 409, headers=_HEADERS)
+        return JSONResponse(state, headers=_HEADERS)
+
     routes = [
+        *([Route("/steer", steer, methods=["POST"])] if feed.what_if else []),
         Route("/", asset),
         Route("/state", state),
         Route("/stream", stream),
@@ -108,24 +141,26 @@ async def _events(feed: LiveFeed, session: str, request: Request) -> AsyncIterat
     """State when it changes, alarms as they come, and the session's answers."""
     position = alarm = 0
     told: dict[str, Any] = {}
-    epoch = -2
+    begun = -1
     while not await request.is_disconnected():
         with feed.lock:
             state = feed.state
             alarms = [one for one in feed.alarms if one["n"] > alarm]
             channel = feed.channels.get(session)
-            bins: list[dict[str, Any]] = []
+            entries: list[bytes] = []
             fresh = False
             if channel is not None:
-                fresh, epoch = channel.epoch != epoch, channel.epoch
-                bins, position = channel.after(0 if fresh else position)
+                fresh, begun = channel.begun != begun, channel.begun
+                entries, position = channel.after(0 if fresh else position, MOST_AT_ONCE)
         piece: dict[str, Any] = {}
         if state is not told:
             piece["state"] = told = state
         if alarms:
             piece["alarms"], alarm = alarms, alarms[-1]["n"]
-        if bins or fresh:
-            piece["bins"], piece["fresh"] = bins[-MOST_AT_ONCE:], fresh
+        if entries or fresh:
+            piece["fresh"] = fresh
+            piece["log"] = msgspec.Raw(b"[" + b",".join(entries) + b"]")
         if piece:
-            yield b"data: " + json.dumps(piece, separators=(",", ":")).encode() + b"\n\n"
-        await asyncio.sleep(FRAME_S)
+            yield b"data: " + msgspec.json.encode(piece) + b"\n\n"
+        if len(entries) < MOST_AT_ONCE:
+            await asyncio.sleep(FRAME_S)

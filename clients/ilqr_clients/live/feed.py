@@ -10,24 +10,68 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
+import msgspec
 import numpy as np
 import zmq
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.connection import connect, model_of, reachable
 from ilqr_clients.sdk import ServiceClient
-from ilqr_vae.errors import IlqrVaeError
+from ilqr_clients.steering import LOOPBACK, Remote
+from ilqr_vae.errors import ConfigError, IlqrVaeError
 from ilqr_vae.protocol import messages
 from ilqr_vae.report.data import plain
 
-KEPT_BINS = 6000
-"""Of each session: 5 minutes at 20 bins a second, 30 s at 200."""
+KEPT = 18_000
+"""Entries of each session, three a bin: 5 minutes at 20 bins a second, 30 s at 200."""
 KEPT_ALARMS = 200
 _ASK_S, _TURN_S = 1.0, 0.05
 _SHOWN_UNITS = 256
 _MOST_AT_ONCE = 1000
+_KEEP = 5000
+"""Messages that wait for this process; newer ones are lost to it, and to nobody else."""
+_REPEATED = 200
+"""Bins back that a service may publish again; what is older is of another run."""
+_STEERED_S = 5.0
+"""Seconds after its last word for which a run counts as one that can be steered."""
+
+Numbers = Annotated[list[float | None], msgspec.Meta(max_length=64)]
+Place = Annotated[list[float], msgspec.Meta(min_length=2, max_length=2)]
+
+
+class Row(msgspec.Struct, omit_defaults=True):
+    """One row of the event ``kinematics`` (docs/protocol.md)."""
+
+    bin: int
+    truth: Numbers | None = None
+    decoders: Annotated[dict[str, Numbers], msgspec.Meta(max_length=8)] | None = None
+    cursor: Place | None = None
+    target: Place | None = None
+    radius: float | None = None
+    go: bool | None = None
+
+
+class _Rows(msgspec.Struct):
+    rows: Annotated[list[Row], msgspec.Meta(max_length=1000)]
+
+
+class Run(msgspec.Struct):
+    """The event ``steering`` (docs/protocol.md)."""
+
+    address: str
+    secret: str
+    kind: str
+    paused: bool
+    loop: bool
+    position: float
+    length: float
+    decoder: str
+    decoders: list[str]
+    disturbance: dict[str, float]
 
 
 def shown(answer: Answer) -> dict[str, Any]:
@@ -60,29 +104,79 @@ def shown(answer: Answer) -> dict[str, Any]:
     }
 
 
+def detail_shown(detail: messages.Detail) -> dict[str, Any]:
+    """A detail as the page takes it: counts of the units shown, which of them were not used, and
+    the inputs of an earlier bin."""
+    shown: dict[str, Any] = {"i": detail.index, "ui": detail.index - detail.input_delay}
+    if detail.counts is not None:
+        counts = messages.unpack(detail.counts, "counts")[:_SHOWN_UNITS]
+        shown["c"] = counts.astype(int).tolist()
+    if detail.mask is not None:
+        unused = messages.unpack(detail.mask, "mask")[:_SHOWN_UNITS] == 0
+        shown["x"] = np.flatnonzero(unused).tolist()
+    if detail.inputs is not None:
+        shown["u"] = [float(f"{v:.4g}") for v in messages.unpack(detail.inputs, "inputs")]
+    return shown
+
+
+def _topics(session: str) -> tuple[bytes, ...]:
+    return (
+        messages.topic(session),
+        messages.event_topic(session),
+        messages.detail_topic(session),
+    )
+
+
 @dataclass
 class Channel:
     """One session's buffer.
 
     Attributes:
-        entries: the newest, at most ``KEPT_BINS``; written: how many there ever were.
-        epoch: of the session; status: of its newest answer.
+        entries: the newest, at most ``KEPT``, each as JSON; written: how many there ever were.
+        epoch: of the session; status: of its newest answer; newest: its bin.
+        begun: how often the buffer began anew.
+        run: what its feeder said of how it can be steered, and when.
     """
 
-    entries: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_BINS))
+    entries: deque[bytes] = field(default_factory=lambda: deque(maxlen=KEPT))
     written: int = 0
     epoch: int = -1
+    newest: int = -1
+    begun: int = 0
     status: str = "ok"
+    run: tuple[Run, float] | None = None
+
+    def begin(self, message: messages.Result | messages.Detail | messages.Event) -> None:
+        """Forget what is of another run of the session."""
+        again = (
+            isinstance(message, messages.Result)
+            and message.revision == 0
+            and message.index < max(1, self.newest - _REPEATED)
+            and self.newest > 0
+        )
+        if self.epoch != message.epoch or again:
+            self.entries.clear()
+            self.epoch, self.newest, self.status = message.epoch, -1, "ok"
+            self.begun += 1
+        if isinstance(message, messages.Result):
+            self.newest = max(self.newest, message.index)
 
     def add(self, entry: dict[str, Any]) -> None:
-        self.entries.append(entry)
+        self.entries.append(msgspec.json.encode(entry))
         self.written += 1
 
-    def after(self, position: int) -> tuple[list[dict[str, Any]], int]:
-        """The entries written after ``position``, and the position after them."""
+    def after(self, position: int, most: int = KEPT) -> tuple[list[bytes], int]:
+        """The entries written after ``position``, oldest first, and the position after them."""
         missing = min(len(self.entries), max(0, self.written - position))
         start = len(self.entries) - missing
-        return [self.entries[i] for i in range(start, len(self.entries))], self.written
+        found = list(islice(self.entries, start, start + most))
+        return found, self.written - missing + len(found)
+
+    def steered(self) -> Run | None:
+        """How it can be steered now, if it can."""
+        if self.run is None or time.monotonic() - self.run[1] > _STEERED_S:
+            return None
+        return self.run[0]
 
 
 class LiveFeed:
@@ -91,6 +185,7 @@ class LiveFeed:
     Args:
         endpoint: of the service.
         timeout: seconds that one request may take.
+        what_if: let viewers steer a run that can be steered on this machine.
 
     Attributes:
         lock: held while the rest is read or written.
@@ -99,13 +194,14 @@ class LiveFeed:
         alarms: what went wrong and what is news, oldest first.
     """
 
-    def __init__(self, endpoint: str, *, timeout: float = 3.0) -> None:
-        self.endpoint, self._timeout = endpoint, timeout
+    def __init__(self, endpoint: str, *, timeout: float = 3.0, what_if: bool = False) -> None:
+        self.endpoint, self._timeout, self.what_if = endpoint, timeout, what_if
         self.lock = threading.Lock()
         self.state: dict[str, Any] = {"endpoint": endpoint, "reachable": False, "sessions": []}
         self.channels: dict[str, Channel] = {}
         self.alarms: deque[dict[str, Any]] = deque(maxlen=KEPT_ALARMS)
-        self._numbered = time.time_ns()  # so that numbers grow over a restart of this process too
+        # so that numbers grow over a restart of this process too, and JavaScript can count them
+        self._numbered = time.time_ns() // 1_000_000
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-feed", daemon=True)
 
@@ -148,7 +244,8 @@ class LiveFeed:
         try:
             with ServiceClient(self.endpoint, timeout=self._timeout) as service:
                 described = service.describe()
-                socket = connect(context, zmq.SUB, reachable(described.results, self.endpoint))
+                results = reachable(described.results, self.endpoint)
+                socket = connect(context, zmq.SUB, results, keep=_KEEP)
                 listened: set[str] = set()
                 asked = 0.0
                 while not self._ended.is_set():
@@ -165,9 +262,11 @@ class LiveFeed:
         model = model_of(described)
         names = {info.session for info in sessions}
         for name in names - listened:
-            socket.setsockopt(zmq.SUBSCRIBE, messages.topic(name))
+            for topic in _topics(name):
+                socket.setsockopt(zmq.SUBSCRIBE, topic)
         for name in listened - names:
-            socket.setsockopt(zmq.UNSUBSCRIBE, messages.topic(name))
+            for topic in _topics(name):
+                socket.setsockopt(zmq.UNSUBSCRIBE, topic)
         listened.clear()
         listened.update(names)
         state = {
@@ -181,7 +280,12 @@ class LiveFeed:
             "units": list(model.kinematic_units),
             "unit_names": list(model.unit_names[:_SHOWN_UNITS]),
             "models": [
-                {"slot": m.slot, "model": m.model, "role": m.role, "bits": m.bits_per_spike}
+                {
+                    "slot": m.slot,
+                    "model": m.model,
+                    "role": m.role,
+                    "bits": m.bits_per_spike if m.bins else None,
+                }
                 for m in models
             ],
             "sessions": [
@@ -192,12 +296,54 @@ class LiveFeed:
                     "statuses": info.statuses,
                     "bits_per_spike": info.bits_per_spike,
                     "flagged": list(info.flagged),
+                    "run": self._shown_run(info.session),
                 }
                 for info in sorted(sessions, key=lambda s: s.session)
             ],
         }
         with self.lock:
             self.state = plain(state)
+
+    def _shown_run(self, session: str) -> dict[str, Any] | None:
+        """How a session can be steered, without its secret."""
+        channel = self.channels.get(session)
+        run = None if channel is None else channel.steered()
+        if run is None or not self.what_if:
+            return None
+        return {k: v for k, v in msgspec.to_builtins(run).items() if k not in ("address", "secret")}
+
+    def steer(self, session: str, change: dict[str, Any]) -> dict[str, Any]:
+        """Change a run; its state.
+
+        Raises:
+            ConfigError: it cannot be steered from here, or the change cannot be made.
+            ServiceUnreachableError: it does not answer.
+        """
+        with self.lock:
+            channel = self.channels.get(session)
+            run = None if channel is None or not self.what_if else channel.steered()
+        if run is None:
+            raise ConfigError("session", expected="one that can be steered", got=repr(session))
+        address = urlsplit(run.address)
+        if address.scheme != "tcp" or address.hostname not in LOOPBACK:
+            raise ConfigError("session", expected="a run on this machine", got=run.address)
+        with Remote(run.address, run.secret) as remote:
+            return remote.change(**change)
+
+    def _event(self, event: messages.Event, channel: Channel) -> None:
+        """Keep an event. One named as the page's own, but without its fields, is a plain one."""
+        try:
+            if event.name == "kinematics":
+                for row in msgspec.convert(event.payload, _Rows).rows:
+                    channel.add({"t": msgspec.to_builtins(row)})
+                return
+            if event.name == "steering":
+                channel.run = msgspec.convert(event.payload, Run), time.monotonic()
+                return
+        except msgspec.ValidationError:
+            pass
+        said = ", ".join(f"{k} {str(v)[:80]}" for k, v in list(event.payload.items())[:8])
+        channel.add({"e": {"i": event.bin, "name": event.name, "said": said, "at": time.time()}})
 
     def _take(self, socket: zmq.Socket[bytes], service: ServiceClient) -> None:
         for _ in range(_MOST_AT_ONCE):
@@ -206,18 +352,27 @@ class LiveFeed:
             except zmq.Again:
                 return
             message = messages.decode_published(frame)
+            if message is None:
+                continue
+            if isinstance(message, messages.Notice):
+                if message.what != "subscribed":
+                    self._alarm("notice", message.what, message.session)
+                continue
+            with self.lock:
+                channel = self.channels.setdefault(message.session, Channel())
+                channel.begin(message)
             if isinstance(message, messages.Result):
                 answer = Answer.of(message, service.timer.now_ns())
                 entry = shown(answer)
                 with self.lock:
-                    channel = self.channels.setdefault(message.session, Channel())
-                    if channel.epoch != message.epoch:
-                        channel.entries.clear()
-                        channel.epoch = message.epoch
                     before, channel.status = channel.status, answer.status
-                    channel.add(entry)
+                    channel.add({"b": entry})
                 if answer.status not in ("ok", before):  # the first of a row of them
                     what = f"{answer.status} from bin {answer.index} on"
                     self._alarm("status", what, message.session)
-            elif isinstance(message, messages.Notice) and message.what != "subscribed":
-                self._alarm("notice", message.what, message.session)
+            elif isinstance(message, messages.Detail):
+                with self.lock:
+                    channel.add({"d": detail_shown(message)})
+            else:
+                with self.lock:
+                    self._event(message, channel)

@@ -76,6 +76,26 @@ class _Server(ThreadingMixIn, WSGIServer):
             logs.info("a web request broke", peer=str(client_address), error=repr(sys.exception()))
 
 
+_PAGE_HEADERS = [
+    ("Content-Type", "text/html; charset=utf-8"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+]
+_PAGE = b"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>ilqr-vae service</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<h1>ilqr-vae service</h1>
+<ul>
+<li><a href="/metrics">/metrics</a>: for Prometheus
+<li><a href="/healthz">/healthz</a>: 200 while its threads are alive
+<li><a href="/readyz">/readyz</a>: 200 once bins are answered
+</ul>
+<p>To watch sessions live in a browser, run <code>ilqr-vae dashboard --to ADDRESS</code> with the
+service's ingest address; in a terminal, <code>ilqr-vae monitor --to ADDRESS</code>.
+</html>
+"""
+
+
 class _Server6(_Server):
     address_family = socket.AF_INET6
 
@@ -116,9 +136,12 @@ class Web:
             path = environ.get("PATH_INFO", "/")
             if path == "/metrics":
                 return metrics(environ, start)
+            if path == "/":
+                start("200 OK", _PAGE_HEADERS)
+                return [_PAGE]
             check = checks.get(path)
             if check is None:
-                status, body = "404 Not Found", "/metrics, /healthz, /readyz\n"
+                status, body = "404 Not Found", "/, /metrics, /healthz, /readyz\n"
             elif check():
                 status, body = "200 OK", "ok\n"
             else:

@@ -155,6 +155,24 @@ def serve_arguments(model: Path) -> list[str]:
     return ["serve", str(model), *where, "--ready-file", "-"]
 
 
+@contextmanager
+def live_page(ingest: str, *, show: bool) -> Generator[str]:
+    """``ilqr-vae dashboard`` for as long as the context lasts; yields its address, "" where it
+    cannot start. What becomes of it never stops the demo.
+
+    Args:
+        ingest: the service's address.
+        show: open it in a browser.
+    """
+    words = ["dashboard", "--to", ingest, "--http", "127.0.0.1:0", "--what-if"]
+    with _child(
+        [*words, *(["--open"] if show else [])], signal.SIGINT, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline().decode().split()
+        yield next((word for word in said if word.startswith("http://")), "")
+
+
 def _failed(code: int, log: Path, lines: int = 15) -> StepError:
     tail = log.read_text(errors="replace").splitlines()[-lines:]
     said = "".join(f"\n  {line}" for line in tail)

@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 import shlex
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +16,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ilqr_vae.commands.children import Interrupted, interruptible, run, serve_arguments, serving
+from ilqr_vae.commands.children import (
+    Interrupted,
+    interruptible,
+    live_page,
+    run,
+    serve_arguments,
+    serving,
+)
 from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.files import check_folder
 from ilqr_vae.recordings.checks import missing_extra
 from ilqr_vae.report.table import number
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES
-from ilqr_vae.terminal import console
+from ilqr_vae.terminal import console, has_browser
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -33,19 +42,30 @@ class Chain:
     Args:
         out: folder for everything made.
         recording: what is decoded; None to make one up.
+        live: show the live page, and fit rivals that decode beside the model on it.
+        stay: go on replaying at the end, until Ctrl-C.
     """
 
-    def __init__(self, console: Console, out: Path, recording: Path | None) -> None:
-        self.console, self.out = console, out
+    def __init__(
+        self,
+        console: Console,
+        out: Path,
+        recording: Path | None,
+        *,
+        live: bool = False,
+        stay: bool = False,
+    ) -> None:
+        self.console, self.out, self.live, self.stay = console, out, live, stay
         self.recording = recording or out / "session.nwb"
         self.model, self.log = out / "model.safetensors", out / "service.log"
         self.report, self.page = out / "report.json", out / "report.html"
         self.loop, self.picture = out / "closed-loop.json", out / "demo.png"
+        self.rivals = out / "rivals.npz"
         self._number = itertools.count(1)
 
     def clear(self) -> None:
         """Remove the results of an earlier run: what is there later is this one's."""
-        for path in (self.report, self.page, self.loop, self.picture):
+        for path in (self.report, self.page, self.loop, self.picture, self.rivals):
             path.unlink(missing_ok=True)
 
     def make_folder(self) -> None:
@@ -88,6 +108,7 @@ class Chain:
         return [
             *("train", config, "--out", self.model),
             "--no-baselines",  # the replay's report has one
+            *(("--rivals", self.rivals) if self.live else ()),
             *(() if steps is None else ("--steps", str(steps))),
         ]
 
@@ -103,22 +124,46 @@ class Chain:
                 f"{ready.pid}",
                 soft_wrap=True,
             )
-            pace = "as fast as it answers" if speed == "max" else f"at {speed} x real time"
-            self.step(
-                f"Stream the held-out part through it, bin by bin, {pace}",
-                *("replay", self.recording, "--to", ready.ingest, "--speed", speed),
-                *("--span", "test", "--json", self.report, "--html", self.page),
-                *("--picture", self.picture),
-            )
-            if reaches:
-                self.step(
-                    "Close the loop: the subject moves a cursor with what is decoded",
-                    *("closed-loop", "--to", ready.ingest, "--trials", str(reaches)),
-                    *("--units", str(units), "--speed", "max", "--json", self.loop),
-                    *("--add-to", self.page),
-                )
+            with self._page(ready.ingest) as seen:
+                self._stream(ready.ingest, speed, units, reaches, seen=seen)
         self.console.print()
         self.console.print("service stopped")
+
+    @contextmanager
+    def _page(self, ingest: str) -> Generator[bool]:
+        """The live page, if there is to be one; whether somebody sees it."""
+        if not self.live:
+            yield False
+            return
+        seen = has_browser()
+        with live_page(ingest, show=seen) as address:
+            self.console.print(f"watch it live, and let things go wrong: {address}", soft_wrap=True)
+            yield seen and bool(address)
+
+    def _stream(self, ingest: str, speed: str, units: int, reaches: int, *, seen: bool) -> None:
+        steered: list[str | Path] = []
+        if self.live:
+            steered = ["--watch-units", "--steer", "tcp://127.0.0.1:*"]
+            steered += ["--rivals", self.rivals] if self.rivals.exists() else []
+        pace = "as fast as it answers" if speed == "max" else f"at {speed} x real time"
+        replay = ("replay", self.recording, "--to", ingest)
+        self.step(
+            f"Stream the held-out part through it, bin by bin, {pace}",
+            *(*replay, "--speed", speed, "--span", "test"),
+            *("--json", self.report, "--html", self.page, "--picture", self.picture),
+            *steered,
+        )
+        if reaches:
+            self.step(
+                "Close the loop: the subject moves a cursor with what is decoded",
+                *("closed-loop", "--to", ingest, "--trials", str(reaches)),
+                *("--units", str(units), "--speed", "4" if seen else "max"),
+                *("--json", self.loop, "--add-to", self.page, *steered),
+            )
+        if self.stay:
+            self.conclude()
+            what = "Replay it again and again, until Ctrl-C"
+            self.step(what, *replay, "--span", "test", "--loop", *steered)
 
     def conclude(self) -> None:
         """The results once more, and where they are."""
@@ -217,6 +262,13 @@ def demo(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Gradient steps, instead of the config's.")
     ] = None,
+    live: Annotated[
+        bool, typer.Option(help="Show it live on a page, opened in a browser if there is one.")
+    ] = True,
+    stay: Annotated[
+        bool,
+        typer.Option("--stay", help="At the end go on replaying, to play with it, until Ctrl-C."),
+    ] = False,
 ) -> None:
     """Simulate (or take your recording), train, serve, replay the held-out part, report.
 
@@ -226,7 +278,10 @@ def demo(
     """
     _check(config, recording, out, speed)
     screen = console()
-    chain = Chain(screen, out, recording)
+    if live and any(find_spec(name) is None for name in ("starlette", "uvicorn")):
+        screen.print("no live page: it needs the extra 'live' (pip install 'ilqr-vae[live]')")
+        live = False
+    chain = Chain(screen, out, recording, live=live, stay=stay)
     try:
         with interruptible():
             chain.clear()
