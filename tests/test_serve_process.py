@@ -51,7 +51,7 @@ def test_http(service: Service, feeder: Feeder) -> None:
     status, page = get(service.http, "/")
     assert status == 200
     assert "ilqr-vae dashboard --to" in page
-    assert get(service.http, "/")[0] == 404
+    assert get(service.http, "/nothing")[0] == 404
     status, text = get(service.http, "/metrics")
     assert status == 200
     values = dict(re.findall(r"^(ilqr_\S+) (\S+)$", text, re.MULTILINE))

@@ -162,6 +162,8 @@ class Recorder(Closing):
                 self._write()
                 return False
             return self._finish(message.what)
+        if isinstance(message, messages.Detail):
+            return False
         ended = run is not None and self._is_of_another(run, message) and self._finish()
         if not ended or self._follow:
             assert self._log is not None
@@ -184,7 +186,7 @@ class Recorder(Closing):
     def _keep(self, message: messages.Published) -> None:
         """Add an answer or an event to its run, which begins with its first."""
         service = self._service
-        if service is None or isinstance(message, messages.Notice):
+        if service is None or isinstance(message, messages.Notice | messages.Detail):
             return
         if message.received_ns <= self._done_ns:
             return
