@@ -3,52 +3,91 @@
 from __future__ import annotations
 
 import threading
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
+from ilqr_clients.bridges.core import Bridge
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-KINDS = ("lsl",)
+
+
+def _lsl(*arguments: Any, markers: str, out: str, threshold: float, **options: Any) -> Bridge:
+    from ilqr_clients.bridges.lsl import LslBridge
+
+    return LslBridge(*arguments, markers=markers, out=out, **options)
+
+
+def _openephys(*arguments: Any, markers: str, out: str, threshold: float, **options: Any) -> Bridge:
+    from ilqr_clients.bridges.openephys import OpenEphysBridge
+
+    return OpenEphysBridge(*arguments, **options)
+
+
+def _synapse(*arguments: Any, markers: str, out: str, threshold: float, **options: Any) -> Bridge:
+    from ilqr_clients.bridges.synapse import SynapseBridge
+
+    return SynapseBridge(*arguments, threshold=threshold, **options)
+
+
+KINDS: dict[str, Callable[..., Bridge]] = {
+    "lsl": _lsl,
+    "openephys": _openephys,
+    "synapse": _synapse,
+}
 
 
 @app.command()
 def bridge(
     kind: Annotated[str, typer.Argument(help=", ".join(KINDS))],
-    stream: Annotated[str, typer.Option(help="Name of the stream of bins or spikes.")],
+    stream: Annotated[
+        str,
+        typer.Option(help="Name of the LSL stream; address of the Open Ephys plugin or the tap."),
+    ],
     session: Annotated[str, typer.Option(help="The session to feed.")],
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
-    markers: Annotated[str, typer.Option(help="A stream of markers; they become events.")] = "",
-    out: Annotated[
-        str, typer.Option(help="Name of the stream of decodes; default SESSION-decodes.")
+    markers: Annotated[
+        str, typer.Option(help="lsl: a stream of markers; they become events.")
     ] = "",
+    out: Annotated[
+        str, typer.Option(help="lsl: name of the stream of decodes; default SESSION-decodes.")
+    ] = "",
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=1.0, help="synapse: threshold of spikes in broadband data, in sd of the noise."
+        ),
+    ] = 4.5,
     duration: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds; default until Ctrl-C.")
     ] = None,
 ) -> None:
-    """Feed a session from a stream of the lab streaming layer, and stream the decodes out.
+    """Feed a session from a stream of the lab streaming layer, Open Ephys or Synapse.
 
-    A stream with a channel for each unit is one of bins, numbered by a channel bin_index or by
-    their stamps; one of a single channel is one of spikes, each sample a unit's position. A source
-    or a service that goes away is waited for. What was lost is said as it happens, and counted at
-    the end.
+    lsl: a stream with a channel for each unit is one of bins, numbered by a channel bin_index or by
+    their stamps; one of a single channel is one of spikes, each sample a unit's position. The
+    decodes are streamed out. openephys: spikes and TTL events of the ZMQ Interface plugin.
+    synapse: spike trains or broadband data of a tap.
 
-    Example: ilqr-vae bridge lsl --stream counts --session rat-7 --markers task
+    A source or a service that goes away is waited for. What was lost is said as it happens, and
+    counted at the end.
+
+    Example: ilqr-vae bridge openephys --stream tcp://127.0.0.1:5556 --session rat-7
     """
     if kind not in KINDS:
         raise ConfigError("kind", expected=f"one of {', '.join(KINDS)}", got=repr(kind))
-    from ilqr_clients.bridges.lsl import LslBridge
-
     screen, stop = console(stderr=True, soft_wrap=True), threading.Event()
     timer = threading.Timer(duration or 0.0, stop.set)
-    with LslBridge(
+    with KINDS[kind](
         to,
         stream,
         session,
         markers=markers,
         out=out or f"{session}-decodes",
+        threshold=threshold,
         say=lambda line: screen.print(line, markup=False),
     ) as running:
         if duration is not None:

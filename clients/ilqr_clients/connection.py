@@ -132,16 +132,21 @@ class Watched:
 
     Args:
         socket: connected.
+
+    Attributes:
+        times: how often it was connected, when ``connected`` was last read.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         self._events = socket.get_monitor_socket(events)
         self._connected = True
+        self.times = 0
 
     @property
     def connected(self) -> bool:
         while self._events.poll(0):
             event = recv_monitor_message(self._events)["event"]
             self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.times += self._connected
         return self._connected

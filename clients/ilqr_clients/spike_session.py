@@ -50,6 +50,7 @@ class SpikeSession(Session):
         *,
         until_ns: SupportsIndex | None = None,
         source_ns: SupportsIndex | None = None,
+        batch: SupportsIndex | None = None,
     ) -> int:
         """Send the spikes since the last call, or that there were none; never waits.
 
@@ -60,6 +61,8 @@ class SpikeSession(Session):
                 closed. Default ``source_ns`` less the grace.
             source_ns: now, by the clock of the spikes; default this client's clock. It must not
                 fall, and no spike may be later.
+            batch: number of a batch that was skipped, and has been found; ``source_ns`` is then
+                between those of the batches beside it.
 
         Returns:
             The first bin that is not closed.
@@ -77,7 +80,7 @@ class SpikeSession(Session):
         message = messages.Spikes(
             session=self.request.session,
             epoch=self.request.epoch,
-            index=self._next_batch,
+            index=self._next_batch if batch is None else whole("batch", batch),
             source_ns=source,
             times_ns=messages.pack(times, "<i8"),
             units=messages.pack(which, "<u4"),
@@ -90,7 +93,7 @@ class SpikeSession(Session):
         frame = messages.encode(message)
         self.send_raw(frame)
         self._sent.append((message.index, frame))
-        self._next_batch += 1
+        self._next_batch = max(self._next_batch, message.index + 1)
         width = self.request.bin_width_ns
         grace = self.request.grace_ns or width // 2
         until = source - grace if message.until_ns is None else message.until_ns
@@ -101,9 +104,14 @@ class SpikeSession(Session):
         self._next_bin = closed.stop
         return closed.stop
 
-    def skip_batch(self) -> None:
-        """Spikes since the last batch are lost: bins from there to the next batch are missing."""
+    def skip_batch(self) -> int:
+        """Spikes since the last batch are lost: bins from there to the next batch are missing.
+
+        Returns:
+            The number of the batch that is skipped.
+        """
         self._next_batch += 1
+        return self._next_batch - 1
 
     def _resend(self, opened: messages.Opened, frames: list[bytes]) -> None:
         for index, frame in self._sent:

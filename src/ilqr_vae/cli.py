@@ -43,7 +43,7 @@ SUMMARIES = {
     "verify": "run a service's journal again and compare every answer, bit for bit",
     "export": "write a session of a service's journal as NWB",
     "record": "write a session as NWB while it runs, from any machine that may read it",
-    "bridge": "feed a session from a stream of the lab streaming layer, and stream decodes out",
+    "bridge": "feed a session from the lab streaming layer, Open Ephys or Synapse",
     "keys": "make the keys of those a service lets in",
     "models": "list, load, swap or roll back the models of a running service",
     "load": "load a running service with many sessions and faults, and report latency",

@@ -6,6 +6,7 @@ what cannot be used, and clocks that were set are said as they are noticed, and 
 
 from __future__ import annotations
 
+import queue
 import threading
 from abc import abstractmethod
 from collections import Counter
@@ -89,8 +90,12 @@ class Bridge(Closing):
         self._first: int | None = None
         self._seen: dict[int, None] = {}
         self.newest = (-1, 0.0)
+        self._times_of: dict[int, int] = {}
         self._source_ns = -(2**62)
-        self._gone = False
+        self._gone = self._fresh = False
+        self._channels = 0
+        self._events: queue.Queue[tuple[str, dict[str, Any], int]] = queue.Queue()
+        self._stop = threading.Event()
 
     def close(self) -> None:
         """End the session."""
@@ -123,16 +128,23 @@ class Bridge(Closing):
 
     def run(self, stop: threading.Event) -> None:
         """Feed until ``stop`` is set. A source, session or service that is gone is waited for."""
-        while not stop.is_set():
-            try:
-                self._turn()
-            except ServiceError as error:
-                self.say(f"the session is gone: {error}")
-                self.tally["sessions_lost"] += 1
-                if self._session is not None:
-                    self._session.abandon()
-                    self._session = None
-                stop.wait(AGAIN_S)
+        self._stop = stop
+        teller = threading.Thread(target=self._tell, daemon=True)
+        teller.start()
+        try:
+            while not stop.is_set():
+                try:
+                    self._turn()
+                except ServiceError as error:
+                    self.say(f"the session is gone: {error}")
+                    self.tally["sessions_lost"] += 1
+                    if self._session is not None:
+                        self._session.abandon()
+                        self._session = None
+                    stop.wait(AGAIN_S)
+        finally:
+            stop.set()
+            teller.join()
 
     def _wrong(self, error: ServiceError) -> None:
         """What the session reports: a message that was refused costs itself."""
@@ -145,7 +157,7 @@ class Bridge(Closing):
     def _turn(self) -> None:
         here = self.here(_LOOK_S)
         came = self.pull()
-        if self._session is None and here:
+        if self._session is None and (here or self.here(0.0)):  # what came first is not lost
             self.open()
         if self._session is None:
             return
@@ -168,6 +180,7 @@ class Bridge(Closing):
             self._session = self.client.open(self.name, **options)
         self._place = StampIndex(model.bin_width)
         self._first, self._seen, self.newest = None, {}, (-1, 0.0)
+        self._times_of = {}
         self._source_ns, self._error, self._gone = -(2**62), None, False
         self.opened(self._session)
         epoch = self._session.opened.epoch
@@ -193,6 +206,38 @@ class Bridge(Closing):
             raise error
         return came
 
+    # ---- events --------------------------------------------------------------------------------
+
+    def event(self, name: str, payload: dict[str, Any], at_ns: int) -> None:
+        """Make what happened, by this client's clock, an event of the session; it is retried until
+        the service has it. From any thread."""
+        self._events.put((name.strip()[:64] or "marker", payload, at_ns))
+
+    def _tell(self) -> None:
+        with ServiceClient(self.client.endpoint) as client:
+            while not (self._stop.is_set() and self._events.empty()):
+                try:
+                    name, payload, at_ns = self._events.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    continue
+                while True:
+                    try:
+                        client.event(self.name, name, payload, time_ns=at_ns)
+                    except RequestRefusedError as error:
+                        if error.field != "session":
+                            self._wrong(error)
+                            break
+                        if self._stop.wait(AGAIN_S):
+                            break
+                        continue
+                    except ServiceError as error:
+                        self.say(f"marker {name!r} waits: {error}")
+                        if self._stop.wait(AGAIN_S):
+                            break
+                        continue
+                    self.tally["markers"] += 1
+                    break
+
     # ---- bins ------------------------------------------------------------------------------------
 
     def columns(
@@ -215,11 +260,8 @@ class Bridge(Closing):
         observed = np.isfinite(sample.values)
         mask = None if observed.all() else observed
         newest = index > self.newest[0]
-        source_ns = max(self._source_ns, sample.at_ns) if newest else sample.at_ns
-        for _ in range(round(session.patience / _CREDIT_S)):
-            if session.credits > 0:
-                break
-            self.answers(_CREDIT_S)
+        source_ns = self._ordered(index, sample.at_ns)
+        self._wait_for_credit(session)
         try:
             counts = np.where(observed, sample.values, 0)
             session.send(index, counts, mask=mask, source_ns=source_ns)
@@ -230,7 +272,34 @@ class Bridge(Closing):
             return
         self.tally["bins"] += 1
         if newest:
-            self._source_ns, self.newest = source_ns, (index, sample.stamp_s)
+            self.newest = index, sample.stamp_s
+
+    def _ordered(self, index: int, at_ns: int) -> int:
+        """The time of a bin, put between those of the bins before and after it."""
+        before = max((at for k, at in self._times_of.items() if k < index), default=at_ns)
+        after = min((at for k, at in self._times_of.items() if k > index), default=2**62)
+        self._times_of[index] = min(max(at_ns, before), after)
+        if len(self._times_of) > 128:
+            del self._times_of[min(self._times_of)]
+        return self._times_of[index]
+
+    def _wait_for_credit(self, session: Session | SpikeSession) -> None:
+        """A source that is faster than the service waits for it."""
+        for _ in range(round(session.patience / _CREDIT_S)):
+            if session.credits > 0 or self._stop.is_set():
+                return
+            self.answers(_CREDIT_S)
+
+    def count_channels(self, channels: int) -> None:
+        """Note how many channels the source has."""
+        if self._channels not in (0, channels):
+            self.say(f"the source has {channels} channels; it had {self._channels} channels before")
+        self._channels = channels
+
+    def began(self) -> None:
+        """A source was found: it may count anew."""
+        self.tally["found"] += 1
+        self._fresh = self.tally["found"] > 1
 
     def _index(self, sample: Bin) -> int | None:
         """The bin of a sample; None where it has come."""
@@ -256,9 +325,9 @@ class Bridge(Closing):
         if self._first is None:
             self._first = number - self.first_of(number)
         index = number - self._first
-        if stepped and index <= newest:
+        if (stepped or self._fresh) and index <= newest:
             index = max(by_stamp, newest + 1)
-            self._first, self._seen = number - index, {}
+            self._first, self._seen, self._fresh = number - index, {}, False
         if index in self._seen:
             self.tally["repeated"] += 1
             return None
@@ -290,6 +359,11 @@ class Bridge(Closing):
         self._gone = gone
         return gone
 
+    def skip(self) -> int:
+        """Messages of the source are lost; returns the batch that may still tell of them."""
+        assert isinstance(self._session, SpikeSession)
+        return self._session.skip_batch()
+
     def send_spikes(
         self,
         times_ns: NDArray[np.int64],
@@ -297,6 +371,8 @@ class Bridge(Closing):
         *,
         now_ns: int,
         until_ns: int | None = None,
+        batch: int | None = None,
+        after_ns: int = 0,
     ) -> None:
         """Send a batch of spikes, also an empty one.
 
@@ -304,6 +380,7 @@ class Bridge(Closing):
             times_ns, units: (S,) by this client's clock, and positions of units in the model.
             now_ns: how far the source has come.
             until_ns: no earlier spike will come; default ``now_ns`` less the grace.
+            batch, after_ns: number of a batch that was skipped, and how far the source was then.
 
         Raises:
             ServiceError: the session is gone.
@@ -317,6 +394,11 @@ class Bridge(Closing):
                 self.say(f"spikes of no unit of the model, the first of {units[~known][0]}")
             self.tally["unusable"] += unusable
         times, units = times_ns[known], units[known]
+        self._wait_for_credit(session)
+        if batch is not None:
+            at = int(times.max(initial=after_ns))
+            session.send_spikes(times, units, source_ns=at, until_ns=after_ns, batch=batch)
+            return
         now = max(self._source_ns, now_ns, int(times.max(initial=self._source_ns)))
         self._source_ns = now
         session.send_spikes(times, units, source_ns=now, until_ns=until_ns)

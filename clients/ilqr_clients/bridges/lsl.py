@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.bridges.core import AGAIN_S, STATUSES, Bin, Bridge
+from ilqr_clients.bridges.core import STATUSES, Bin, Bridge
 from ilqr_clients.bridges.lsl_streams import NamedStream, Samples, Say, load_pylsl, lsl_minus_ours_s
-from ilqr_clients.sdk import ServiceClient
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
-from ilqr_vae.errors import ServiceError
 
 _LOOK_S = 0.2
 
@@ -82,7 +80,8 @@ class LslBridge(Bridge):
 
     def here(self, timeout: float) -> bool:
         here = self.stream.look(timeout)
-        self.tally["found"] = self.stream.found
+        if self.stream.found > self.tally["found"]:
+            self.began()
         return here
 
     def spiking(self) -> bool:
@@ -131,26 +130,15 @@ class LslBridge(Bridge):
     def _pass_markers(self, stop: threading.Event) -> None:
         """Pass markers on as events, in a thread of its own."""
         stream = NamedStream(self._pylsl, self._markers, self.say)
-        with ServiceClient(self.client.endpoint) as client:
-            while not stop.is_set():
-                samples = stream.pull(0.1) if stream.look(_LOOK_S) else None
-                if samples is None:
-                    continue
+        while not stop.is_set():
+            samples = stream.pull(0.1) if stream.look(_LOOK_S) else None
+            if samples is not None:
                 offset, _ = lsl_minus_ours_s(self._pylsl, self.clock)
                 for row, stamp in zip(samples.values, samples.stamps.tolist(), strict=True):
                     at_ns = round((stamp + stream.correction_s - offset) * 1e9)
                     texts = [str(value) for value in row]
-                    name = (texts[0] if texts else "").strip()[:64] or "marker"
                     payload = {"stream": self._markers, "values": texts}
-                    while not stop.is_set():
-                        try:
-                            client.event(self.name, name, payload, time_ns=at_ns)
-                        except ServiceError as error:
-                            self.say(f"marker {name!r} waits: {error}")
-                            stop.wait(AGAIN_S)
-                            continue
-                        self.tally["markers"] += 1
-                        break
+                    self.event(texts[0] if texts else "", payload, at_ns)
 
     # ---- out -----------------------------------------------------------------------------------
 

@@ -1,10 +1,13 @@
-"""Bin numbers for samples that have a time stamp and no counter. Pure: no sockets, no clock."""
+"""Times and bin numbers of samples, by their stamps. Pure: no sockets, no clock."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 Kind = Literal["next", "gap", "late", "repeated", "step"]
 
@@ -84,3 +87,75 @@ class StampIndex:
         self._seen[stamp_s] = index
         if len(self._seen) > _REMEMBERED:
             self._seen.popitem(last=False)
+
+
+class SourceClock:
+    """A source's clock by this client's: a constant apart until one of them is set.
+
+    The constant is what the first stamp was off when it came. The edges of bins so stay where they
+    are on the source's clock; where that is set, they go on by the time that passed.
+    """
+
+    def __init__(self) -> None:
+        self.offset_ns: int | None = None
+        self._last = (0, 0)
+        self._again = False
+
+    def begin_again(self) -> None:
+        """Another source follows, whose clock may be any."""
+        self._again = True
+
+    def take(self, stamp_ns: int, arrived_ns: int) -> bool:
+        """Follow a stamp that arrived now. Returns whether the source's clock was set."""
+        if self.offset_ns is None:
+            self.offset_ns, self._last = arrived_ns - stamp_ns, (stamp_ns, arrived_ns)
+            return False
+        gained, passed = stamp_ns - self._last[0], max(0, arrived_ns - self._last[1])
+        slack_ns = round(_SLACK_S * 1e9)
+        stepped = self._again or gained < -slack_ns or gained > slack_ns + 2 * passed
+        self._again = False
+        if stepped:
+            self.offset_ns = self.ours_ns(self._last[0]) + passed - stamp_ns
+        if stepped or gained > 0:
+            self._last = (stamp_ns, arrived_ns)
+        return stepped
+
+    def ours_ns(self, stamp_ns: int) -> int:
+        """A stamp by this client's clock. One must have been taken."""
+        assert self.offset_ns is not None
+        return stamp_ns + self.offset_ns
+
+
+class Gather:
+    """Sums ``parts`` samples that a source counts to one bin.
+
+    A bin is given once all of its samples have come. One that lacks a sample is never given.
+
+    Attributes:
+        repeated: how many samples had come before.
+    """
+
+    def __init__(self, parts: int) -> None:
+        self.parts, self.repeated = parts, 0
+        self._done: OrderedDict[int, None] = OrderedDict()
+        self._open: dict[int, dict[int, NDArray[np.float64]]] = {}
+
+    def add(
+        self, number: int, values: NDArray[np.float64]
+    ) -> tuple[int, NDArray[np.float64]] | None:
+        """Take a sample; the bin's number and (C,) counts where it is the last one of a bin."""
+        at, part = divmod(number, self.parts)
+        if at in self._done or part in self._open.get(at, {}):
+            self.repeated += 1
+            return None
+        held = self._open.setdefault(at, {})
+        held[part] = values
+        while len(self._open) > _REMEMBERED:
+            del self._open[min(self._open)]
+        if len(held) < self.parts or len({each.shape for each in held.values()}) > 1:
+            return None
+        del self._open[at]
+        self._done[at] = None
+        if len(self._done) > _REMEMBERED:
+            self._done.popitem(last=False)
+        return at, np.sum([held[k] for k in sorted(held)], axis=0)

@@ -1,0 +1,179 @@
+"""An ezmsg unit: counts of spikes in, decodes out.
+
+>>> decoder = IlqrDecoder(IlqrSettings(endpoint="tcp://127.0.0.1:5555"))     # doctest: +SKIP
+
+``INPUT_SIGNAL`` takes an ``AxisArray`` with the dimensions ``time`` and ``ch``, whose samples are
+counts: bins of the model's width, or parts of them, which are summed. ``OUTPUT_SIGNAL`` gives one
+for each answer, with the dimensions ``time`` (one) and ``ch``: what is decoded, stamped with the
+bin's time; ``attrs`` holds index, revision, status, standard deviations and latents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import field
+from typing import Any
+
+import ezmsg.core as ez
+import numpy as np
+from ezmsg.util.messages.axisarray import AxisArray
+
+from ilqr_clients.answer import Answer
+from ilqr_clients.bridges.core import Bin, Bridge
+from ilqr_clients.bridges.stamps import Gather
+from ilqr_clients.session import Session
+from ilqr_clients.spike_session import SpikeSession
+
+
+class EzmsgBridge(Bridge):
+    """Feeds one session with arrays that are put in.
+
+    Attributes:
+        arrays: what is to be fed.
+        put: is called with each answer, and the stamp of its bin in seconds.
+    """
+
+    def __init__(self, endpoint: str, session: str, put: Any, **options: Any) -> None:
+        super().__init__(endpoint, session, **options)
+        self.arrays: queue.Queue[AxisArray] = queue.Queue()
+        self._put = put
+        self._gather = Gather(1)
+        self._started = False
+
+    def here(self, timeout: float) -> bool:
+        return self._started or not self.arrays.empty()
+
+    def spiking(self) -> bool:
+        return False
+
+    def pull(self) -> AxisArray | None:
+        try:
+            came = self.arrays.get(timeout=self.model.bin_width / 4)
+        except queue.Empty:
+            return None
+        self._started = True
+        return came
+
+    def hand_on(self, came: AxisArray) -> None:
+        time: Any = came.axes.get("time")
+        if "time" not in came.dims or len(came.dims) != 2 or not getattr(time, "gain", 0.0):
+            self._useless(f"an array of {came.dims}; expected time and ch, time with a gain")
+            return
+        parts = self.model.bin_width / time.gain
+        if round(parts) < 1 or abs(parts - round(parts)) > 1e-6:
+            self._useless(f"samples of {time.gain:g} s; a bin has {self.model.bin_width:g} s")
+            return
+        if self._gather.parts != round(parts):
+            self._gather = Gather(round(parts))
+        values = np.moveaxis(np.asarray(came.data, np.float64), came.dims.index("time"), 0)
+        self.count_channels(values.shape[1])
+        labels = [str(label) for label in getattr(came.axes.get("ch"), "data", ())]
+        columns, now = self.columns(labels, values.shape[1]), self.clock.now_ns()
+        for k, row in enumerate(values):
+            stamp = time.offset + k * time.gain
+            gathered = self._gather.add(round(stamp / time.gain), row)
+            if gathered is not None:
+                self.send_bin(Bin(gathered[1][columns], stamp, now))
+
+    def _useless(self, what: str) -> None:
+        if not self.tally["unusable"]:
+            self.say(what)
+        self.tally["unusable"] += 1
+
+    def answer(self, session: Session | SpikeSession, answer: Answer) -> None:
+        index, at = self.newest
+        self._put(answer, at + (answer.index - index) * self.model.bin_width)
+
+
+class IlqrSettings(ez.Settings):
+    """Where to decode.
+
+    Attributes:
+        endpoint: the service's address.
+        session: the session's name.
+        options: of ``ServiceClient.open``.
+    """
+
+    endpoint: str = "tcp://127.0.0.1:5555"
+    session: str = "ezmsg"
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class IlqrState(ez.State):
+    """The bridge and its thread."""
+
+    bridge: EzmsgBridge
+    answers: asyncio.Queue[tuple[Answer, float]]
+    stop: threading.Event
+    thread: threading.Thread
+
+
+class IlqrDecoder(ez.Unit):
+    """Decodes what comes in by a running service."""
+
+    SETTINGS = IlqrSettings
+    STATE = IlqrState
+    INPUT_SIGNAL = ez.InputStream(AxisArray)
+    OUTPUT_SIGNAL = ez.OutputStream(AxisArray)
+
+    async def initialize(self) -> None:
+        """Connect to the service. Raises ServiceError: it is not reachable."""
+        state: Any = self.STATE
+        settings: Any = self.SETTINGS
+        loop = asyncio.get_running_loop()
+        state.answers, state.stop = asyncio.Queue(), threading.Event()
+
+        def put(answer: Answer, at: float) -> None:
+            loop.call_soon_threadsafe(state.answers.put_nowait, (answer, at))
+
+        say = ez.logger.info
+        state.bridge = EzmsgBridge(
+            settings.endpoint, settings.session, put, say=say, **settings.options
+        )
+        state.thread = threading.Thread(target=state.bridge.run, args=(state.stop,), daemon=True)
+        state.thread.start()
+
+    async def shutdown(self) -> None:
+        """End the session."""
+        state: Any = self.STATE
+        if hasattr(state, "thread"):
+            state.stop.set()
+            await asyncio.to_thread(state.thread.join)
+            state.bridge.close()
+
+    @ez.subscriber(INPUT_SIGNAL)
+    async def take(self, message: AxisArray) -> None:
+        """Feed an array."""
+        state: Any = self.STATE
+        state.bridge.arrays.put(message)
+
+    @ez.publisher(OUTPUT_SIGNAL)
+    async def give(self) -> AsyncGenerator[Any]:
+        """Each answer as an array."""
+        state: Any = self.STATE
+        names = list(state.bridge.model.kinematic_names)
+        width = state.bridge.model.bin_width
+        while True:
+            answer, at = await state.answers.get()
+            yield (
+                self.OUTPUT_SIGNAL,
+                AxisArray(
+                    answer.kinematics[None],
+                    dims=["time", "ch"],
+                    axes={
+                        "time": AxisArray.LinearAxis(unit="s", gain=width, offset=at),
+                        "ch": AxisArray.CoordinateAxis(np.array(names), dims=["ch"]),
+                    },
+                    attrs={
+                        "index": answer.index,
+                        "revision": answer.revision,
+                        "status": answer.status,
+                        "kinematics_std": answer.kinematics_std,
+                        "latent": answer.latent,
+                        "latent_std": answer.latent_std,
+                    },
+                ),
+            )

@@ -1,0 +1,234 @@
+"""Open Ephys: spikes and TTL events of its ZMQ Interface plugin.
+
+Each message has an envelope, a JSON header and data. A spike names its electrode, and a sorted
+unit of it. A unit of the model is called ``electrode:sorted_id``, or as the electrode, whose sorted
+units are then taken together. Times are numbers of samples, so that bins have their edges on the
+clock of the acquisition. Continuous data, of one channel at least, says how far it has come. The
+bridge sends the heartbeat that the plugin expects, to the port after that of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from typing import Any, cast
+
+import numpy as np
+import zmq
+
+from ilqr_clients.bridges.core import Say
+from ilqr_clients.bridges.stamps import SourceClock
+from ilqr_clients.bridges.zmq_source import ZmqBridge
+
+_HEARTBEAT_S, _HOLES, _SEEN = 2.0, 64, 4096
+_RATE = 30000.0
+_NONE = np.zeros(0, np.int64)
+
+
+class OpenEphysBridge(ZmqBridge):
+    """Feeds one session with the spikes of one plugin.
+
+    Args:
+        endpoint: the service's address.
+        stream: of the plugin's data port, e.g. ``tcp://127.0.0.1:5556``.
+        session: the session's name.
+        rate: samples per second, until continuous data says so.
+        say: is told what happens, a line each.
+        options: of ``ServiceClient.open``.
+
+    Raises:
+        ConfigError: ``stream`` is no address with a port.
+        ServiceError: the service is not reachable.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        stream: str,
+        session: str,
+        *,
+        rate: float = _RATE,
+        say: Say = lambda _: None,
+        **options: Any,
+    ) -> None:
+        super().__init__(endpoint, stream, session, say=say, **options)
+        self._rate = rate
+        host, _, port = stream.rpartition(":")
+        self._beat = self.context.socket(zmq.DEALER)
+        self._beat.connect(f"{host}:{int(port) + 1}")
+        self._uuid, self._beaten = str(uuid.uuid4()), 0.0
+        self._units = {name: k for k, name in enumerate(self.model.unit_names)}
+        self._source = SourceClock()
+        self._last: int | None = None
+        self._known: dict[int, bytes] = {}
+        self._holes: dict[int, tuple[int, int]] = {}
+        self._times: list[int] = []
+        self._which: list[int] = []
+        self._now_ns = 0
+        self._until_ns: int | None = None
+        self._sent_ns, self._step_ns = 0, round(self.model.bin_width * 1e9)
+        self._odd: set[str] = set()
+
+    # ---- the plugin ----------------------------------------------------------------------------
+
+    def here(self, timeout: float) -> bool:
+        if time.monotonic() - self._beaten > _HEARTBEAT_S:
+            self._beaten = time.monotonic()
+            beat = {"application": "ilqr-vae", "uuid": self._uuid, "type": "heartbeat"}
+            with contextlib.suppress(zmq.Again):
+                self._beat.send_multipart([b"", json.dumps(beat).encode()], zmq.NOBLOCK)
+        while self._beat.poll(0):
+            self._beat.recv_multipart()
+        return super().here(timeout)
+
+    def spiking(self) -> bool:
+        return True
+
+    def pull(self) -> list[list[bytes]]:
+        came = super().pull()
+        if self._session is None:  # its origin is the first message
+            for frames in came:
+                if (stamp_ns := self._stamp(self._header(frames))) is not None:
+                    self._source = SourceClock()
+                    self._source.take(stamp_ns, self.clock.now_ns())
+                    self._now_ns = self._source.ours_ns(stamp_ns)
+                    return came
+        return came
+
+    def origin(self, now_ns: int) -> int:
+        return self._now_ns
+
+    def opened(self, session: Any) -> None:
+        self._last, self._until_ns = None, None
+        self._known, self._holes = {}, {}
+
+    # ---- its messages ----------------------------------------------------------------------------
+
+    def _header(self, frames: list[bytes]) -> dict[str, Any]:
+        """The header of a message; empty where it has none."""
+        try:
+            header = json.loads(frames[1].rstrip(b"\0"))
+        except (IndexError, ValueError):
+            return {}
+        return cast(dict[str, Any], header) if isinstance(header, dict) else {}
+
+    def _body(self, header: dict[str, Any]) -> dict[str, Any]:
+        body = header.get("content", header.get("spike"))
+        return cast(dict[str, Any], body) if isinstance(body, dict) else {}
+
+    def _stamp(self, header: dict[str, Any]) -> int | None:
+        """When it was, in ns of the acquisition's clock; None where it does not say."""
+        body = self._body(header)
+        if header.get("type") == "data" and (rate := body.get("sample_rate")):
+            self._rate = float(rate)
+        sample = body.get("timestamp", body.get("sample_num"))
+        return None if not isinstance(sample, int) else round(sample * 1e9 / self._rate)
+
+    def hand_on(self, came: list[list[bytes]]) -> None:
+        for frames in came:
+            self._message(frames)
+        self._flush()
+
+    def _message(self, frames: list[bytes]) -> None:
+        header = self._header(frames)
+        stamp_ns = self._stamp(header)
+        if stamp_ns is None:
+            self.tally["unusable"] += 1
+            return
+        number = header.get("message_num", header.get("message_no"))
+        hole = self._follow(number, frames[1]) if isinstance(number, int) else None
+        if hole == "repeated":
+            self.tally["repeated"] += 1
+            return
+        if not isinstance(hole, tuple) and self._source.take(stamp_ns, self.clock.now_ns()):
+            self.tally["steps"] += 1
+            self.say("the clock of the stream was set")
+        at_ns, body = self._source.ours_ns(stamp_ns), self._body(header)
+        if hole == "gap":  # what is lost was before this
+            self.send_spikes(_NONE, _NONE, now_ns=at_ns, until_ns=self._until_ns)
+        spikes: list[int] = []
+        if header.get("type") == "spike":
+            spikes = self._unit(body)
+        elif header.get("type") == "event":
+            self._event(body, frames[2] if len(frames) > 2 else b"", at_ns)
+        if isinstance(hole, tuple):
+            batch, after_ns = hole
+            times = np.full(len(spikes), at_ns, np.int64)
+            which = np.array(spikes, np.int64)
+            now = max(after_ns, at_ns)
+            self.send_spikes(times, which, now_ns=now, batch=batch, after_ns=after_ns)
+            return
+        if header.get("type") == "data":
+            samples = int(body.get("n_real_samples", body.get("num_samples", 0)))
+            if self._until_ns is not None and at_ns - self._sent_ns >= self._step_ns:
+                self._flush()  # so that no batch closes many bins
+            self._until_ns = max(self._until_ns or at_ns, at_ns)
+            self._now_ns = max(self._now_ns, at_ns + round(samples * 1e9 / self._rate))
+        self._times += [at_ns] * len(spikes)
+        self._which += spikes
+
+    def _follow(self, number: int, header: bytes) -> tuple[int, int] | str | None:
+        """Follow the messages' numbers: ``repeated``, the batch that was skipped where this one is
+        late, ``gap`` where others are lost, else None."""
+        last, again = self._last, self._known.get(number) == header
+        if again and not self._fresh:
+            return "repeated"
+        self._known[number] = header
+        if len(self._known) > _SEEN:
+            del self._known[next(iter(self._known))]
+        if last is not None and number <= last:
+            if number in self._holes:
+                self.tally["late"] += 1
+                return self._holes.pop(number)
+            self._known, self._holes, self._fresh = {number: header}, {}, False  # it counts anew
+            self._source.begin_again()
+        gap = last is not None and number > last + 1
+        if last is not None and gap:
+            self._lose(last + 1, number)
+        self._last = number
+        return "gap" if gap else None
+
+    def _lose(self, first: int, end: int) -> None:
+        """Messages did not come: what was in them is missing until they do."""
+        self.tally["lost"] += end - first
+        self.say(f"messages {first} to {end - 1} did not come")
+        self._flush()
+        after_ns = self._source_ns
+        for number in range(max(first, end - _HOLES), end):
+            self._holes[number] = self.skip(), after_ns
+        while len(self._holes) > _HOLES:
+            del self._holes[next(iter(self._holes))]
+
+    def _unit(self, body: dict[str, Any]) -> list[int]:
+        """The unit of a spike; empty where the model has none of its name."""
+        electrode = str(body.get("electrode", body.get("electrode_id", "")))
+        for name in (f"{electrode}:{body.get('sorted_id', 0)}", electrode):
+            if name in self._units:
+                return [self._units[name]]
+        self.tally["unusable"] += 1
+        if electrode not in self._odd:
+            self._odd.add(electrode)
+            self.say(f"spikes of electrode {electrode!r}, which is no unit of the model")
+        return []
+
+    def _event(self, body: dict[str, Any], data: bytes, at_ns: int) -> None:
+        about = {key: body[key] for key in ("stream", "source_node") if key in body}
+        if len(data) >= 10:
+            line, state, word = data[0], data[1], int.from_bytes(data[2:10], "little")
+            self.event("ttl", about | {"line": line, "state": state, "word": word}, at_ns)
+        elif "event_channel" in body:
+            line, state = body["event_channel"], body.get("event_id", 0)
+            self.event("ttl", about | {"line": line, "state": state}, at_ns)
+        else:
+            text = data.rstrip(b"\0").decode(errors="replace")
+            self.event(text or "message", about, at_ns)
+
+    def _flush(self) -> None:
+        """Send the spikes that came."""
+        self._sent_ns = self._until_ns or 0
+        now = self._now_ns if self._until_ns is not None else self.clock.now_ns()
+        times, which = np.array(self._times, np.int64), np.array(self._which, np.int64)
+        self._times, self._which = [], []
+        self.send_spikes(times, which, now_ns=now, until_ns=self._until_ns)

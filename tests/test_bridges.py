@@ -1,0 +1,429 @@
+"""Every bridge: the same recording gives the same decodes, and whatever its source does is said,
+counted, and costs nothing that came."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import ezmsg.core as ez
+import numpy as np
+import pytest
+import zmq
+from ezmsg.util.messages.axisarray import AxisArray
+
+from ilqr_clients.answer import Answer
+from ilqr_clients.bridges.core import Bridge
+from ilqr_clients.bridges.ezmsg_unit import IlqrDecoder, IlqrSettings
+from ilqr_clients.bridges.openephys import OpenEphysBridge
+from ilqr_clients.bridges.synapse import SynapseBridge, frame_types
+from ilqr_clients.sdk import ServiceClient, model_of
+from ilqr_service.server import Service
+from ilqr_vae.protocol import messages
+from rig import make_model, serving
+
+WAIT_S = 30.0
+UNITS, WIDTH_S, RATE = 5, 0.05, 20_000
+NAMES = tuple(f"unit{k}" for k in range(UNITS))
+
+
+def until(what: str, true: Callable[[], Any]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("bridges")
+    model = make_model(folder / "m.safetensors", n_units=UNITS, horizon=50, names=NAMES)
+    with serving(model) as running:
+        yield running
+
+
+class Published:
+    """A publisher on loopback that can go away and come back at its address."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self.number, self.address = 0, "tcp://127.0.0.1:*"
+        self.beats: list[dict[str, Any]] = []
+        self.start()
+
+    def start(self) -> None:
+        self._socket = self._context.socket(zmq.XPUB)
+        self._socket.linger = 1000
+        self._socket.sndhwm = 0
+        self._socket.bind(self.address)
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def wait(self) -> None:
+        """Until the bridge is subscribed."""
+        assert self._socket.poll(WAIT_S * 1e3)
+        assert self._socket.recv() == b"\x01"
+
+    def stop(self) -> None:
+        self._socket.close()
+
+    def restart(self) -> None:
+        self.number = 0
+        end = time.monotonic() + WAIT_S
+        while True:
+            try:
+                return self.start()
+            except zmq.ZMQError:
+                assert time.monotonic() < end
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def send(self, *frames: bytes) -> None:
+        self._socket.send_multipart(frames)
+
+
+class OpenEphys(Published):
+    """As the plugin's page says: envelope, JSON header, data."""
+
+    numbered = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = 1000
+
+    def message(self, kind: str, body: dict[str, Any], data: bytes) -> tuple[bytes, ...]:
+        self.number += 1
+        where = "spike" if kind == "spike" else "content"
+        header = {"message_num": self.number, "type": kind, where: {"stream": "probe"} | body}
+        envelope = {"data": b"DATA", "spike": b"EVENT", "event": b"EVENT"}[kind]
+        return envelope + b"\0", json.dumps(header).encode(), data
+
+    def bin(self, k: int, counts: Any, names: tuple[str, ...] = NAMES) -> list[tuple[bytes, ...]]:
+        """Spikes within a bin, and the continuous data after it."""
+        per_bin, made = round(RATE * WIDTH_S), []
+        at = self.begin + k * per_bin
+        for name, count in zip(names, counts, strict=True):
+            for spike in range(int(count)):
+                body = {"electrode": name, "sample_num": at + 7 + spike, "sorted_id": spike % 3}
+                made.append(self.message("spike", body, b"waveform"))
+        body = {"channel_num": 0, "num_samples": per_bin, "sample_rate": RATE}
+        made.append(self.message("data", body | {"sample_num": at + per_bin}, b"\0" * 8))
+        return made
+
+    def first(self) -> None:
+        body = {"channel_num": 0, "num_samples": 0, "sample_rate": RATE, "sample_num": self.begin}
+        self.send(*self.message("data", body, b""))
+
+    def bridge(self, service: Service, name: str, **options: Any) -> Bridge:
+        return OpenEphysBridge(service.ingest, self.address, name, **options)
+
+
+class Synapse(Published):
+    """Frames of spike trains, each half a bin."""
+
+    begin = 0
+
+    def bin(self, k: int, counts: Any, names: tuple[str, ...] = NAMES) -> list[tuple[bytes, ...]]:
+        made = []
+        for half in range(2):
+            part = np.asarray(counts) // 2 if half else np.asarray(counts) - np.asarray(counts) // 2
+            frame = frame_types()[0](
+                timestamp_ns=self.begin + (2 * k + half) * 25_000_000,
+                sequence_number=self.number,
+                bin_size_ms=25,
+                spike_counts=part.tolist(),
+                channel_ids=range(len(counts)),
+            )
+            self.number += 1
+            made.append((frame.SerializeToString(),))
+        return made
+
+    def first(self) -> None:
+        pass
+
+    def bridge(self, service: Service, name: str, **options: Any) -> Bridge:
+        return SynapseBridge(service.ingest, self.address, name, **options)
+
+
+@contextmanager
+def bridging(bridge: Bridge) -> Iterator[Bridge]:
+    stop = threading.Event()
+    thread = threading.Thread(target=bridge.run, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield bridge
+    finally:
+        stop.set()
+        thread.join(WAIT_S)
+        bridge.close()
+
+
+class Heard:
+    """The newest revision of each answer of a session."""
+
+    def __init__(self, service: Service, session: str) -> None:
+        self.rows: dict[int, Answer] = {}
+        self._client = ServiceClient(service.ingest)
+        self._listener = self._client.listen(session, wait=True)
+
+    def take(self) -> None:
+        for answer in self._listener.receive(0.02):
+            self.rows[answer.index] = answer
+
+    def upto(self, last: int) -> None:
+        until(f"bin {last} of {sorted(self.rows)[-3:]}", lambda: self.take() or last in self.rows)
+
+    def close(self) -> None:
+        self._listener.close()
+        self._client.close()
+
+
+def offline(service: Service, name: str, bins: dict[int, Any]) -> dict[int, Answer]:
+    """The same bins through the SDK; those that are not there are missing."""
+    with ServiceClient(service.ingest) as client:
+        model = model_of(client.describe())
+        options: dict[str, Any] = {"units": model.unit_names, "bin_width": model.bin_width}
+        answers: dict[int, Answer] = {}
+        with client.open(name, deadline=60.0, **options) as session:
+            for index in sorted(bins):
+                while session.credits <= 0:
+                    answers |= {a.index: a for a in session.receive(WAIT_S)}
+                session.send(index, bins[index])
+            while max(bins) not in answers:
+                answers |= {a.index: a for a in session.receive(WAIT_S)}
+    return answers
+
+
+def same(heard: dict[int, Answer], expected: dict[int, Answer]) -> None:
+    for index, answer in expected.items():
+        assert heard[index].status == answer.status, index
+        for name in messages.VECTORS:
+            assert np.array_equal(getattr(heard[index], name), getattr(answer, name)), (index, name)
+
+
+OPTIONS: dict[str, Any] = {"clocked": False, "deadline": 60.0}
+
+
+@pytest.mark.parametrize("kind", [OpenEphys, Synapse])
+def test_a_recording_through_a_publisher_decodes_as_through_the_sdk(
+    kind: type[Any], service: Service
+) -> None:
+    counts = np.random.default_rng(0).poisson(1.0, (120, UNITS))
+    name = kind.__name__
+    with (
+        closing(kind()) as source,
+        closing(Heard(service, name)) as heard,
+        bridging(source.bridge(service, name, **OPTIONS)) as bridge,
+    ):
+        source.wait()
+        source.first()
+        for k, row in enumerate(counts):
+            for frames in source.bin(k, row):
+                source.send(*frames)
+        for frames in source.bin(len(counts), counts[0]) if name == "OpenEphys" else ():
+            source.send(*frames)  # a bin is closed by the data of the next
+        heard.upto(len(counts) - 1)
+        assert bridge.tally["refused"] == bridge.tally["unusable"] == bridge.tally["gap"] == 0
+    same(heard.rows, offline(service, f"{name}-sdk", dict(enumerate(counts))))
+
+
+@pytest.mark.parametrize("kind", [OpenEphys, Synapse])
+def test_a_bridge_survives_what_its_source_does(kind: type[Any], service: Service) -> None:
+    counts = np.random.default_rng(1).poisson(1.0, (64, UNITS))
+    said: list[str] = []
+    name = f"odd-{kind.__name__}"
+    came: dict[int, Any] = {}
+
+    def send(k: int, index: int, *, again: bool = False) -> None:
+        for frames in source.bin(k, counts[index]):
+            for _ in range(1 + again):
+                source.send(*frames)
+        came[index] = counts[index]
+
+    with (
+        closing(kind()) as source,
+        closing(Heard(service, name)) as heard,
+        bridging(source.bridge(service, name, say=said.append, **OPTIONS)) as bridge,
+    ):
+        tally = bridge.tally
+        source.wait()
+        source.first()
+        for k in range(5):
+            send(k, k, again=k == 3)  # each message of bin 3 twice
+        until("repeated", lambda: tally["repeated"] >= 2)
+        # bin 6 comes before bin 5
+        fifth, sixth = source.bin(5, counts[5]), source.bin(6, counts[6])
+        for frames in (*sixth, *fifth):
+            source.send(*frames)
+        came |= {5: counts[5], 6: counts[6]}
+        until("late", lambda: tally["late"] >= 1)
+        send(7, 7)
+        send(8, 8)
+        heard.upto(7)
+        # bin 9 is lost on the way
+        source.bin(9, counts[9])
+        send(10, 10)
+        send(11, 11)
+        until("gap", lambda: tally["gap"] + tally["lost"] > 0)
+        assert any("did not come" in line for line in said)
+        heard.upto(10)
+        # a channel that the model does not have, and messages that are none
+        before = tally["unusable"]
+        for frames in source.bin(12, [1] * (UNITS + 1), (*NAMES, "other")):
+            source.send(*frames)
+        source.send(b"DATA", b"\xff\xfe{", b"")
+        until("unusable", lambda: tally["unusable"] >= before + 2)
+        # the source goes away and comes back, counting anew, and its clock is another
+        source.stop()
+        until("gone", lambda: any("is gone" in line for line in said))
+        source.begin += 10**6 if kind is OpenEphys else 10**13
+        source.restart()
+        source.wait()
+        source.first()
+        for k in range(20):
+            for frames in source.bin(k, counts[20 + k]):
+                source.send(*frames)
+        for k in range(20, 23):  # silence
+            for frames in source.bin(k, [0] * UNITS):
+                source.send(*frames)
+        until("back", lambda: tally["found"] == 2)
+        most = int(sum(map(sum, [*came.values(), *counts[20:40]]))) + UNITS
+        # the bins that the lost messages may have been of, and those of the restart, are not known
+        least = most - int(counts[10].sum() + counts[20:22].sum()) - UNITS
+        until(
+            "all spikes",
+            lambda: heard.take() or least <= sum(a.spikes for a in heard.rows.values()) <= most,
+        )
+        assert tally["steps"] == 1
+        assert any("clock of the stream was set" in line for line in said)
+        assert (tally["refused"], tally["sessions_lost"]) == (0, 0), said
+    known = {k: came[k] for k in range(9)}
+    same({k: heard.rows[k] for k in known}, offline(service, f"{name}-sdk", known))
+
+
+def test_a_recording_as_events_decodes_as_through_the_sdk(service: Service) -> None:
+    counts = np.random.default_rng(0).poisson(1.0, (120, UNITS))
+    with ServiceClient(service.ingest) as client:
+        model = model_of(client.describe())
+        options: dict[str, Any] = {"units": model.unit_names, "bin_width": model.bin_width}
+        width, answers = 50_000_000, dict[int, Answer]()
+        with client.open_spikes("events", origin_ns=0, deadline=60.0, **options) as session:
+            for k, row in enumerate(counts):
+                while session.credits <= 0:
+                    answers |= {a.index: a for a in session.receive(WAIT_S)}
+                units = np.repeat(np.arange(UNITS), row)
+                end = (k + 1) * width
+                session.send_spikes(k * width + np.arange(len(units)), units, source_ns=end)
+            session.send_spikes([], [], source_ns=end, until_ns=end)
+            while len(counts) - 1 not in answers:
+                answers |= {a.index: a for a in session.receive(WAIT_S)}
+    same(answers, offline(service, "events-sdk", dict(enumerate(counts))))
+
+
+class Rows(ez.Settings):
+    counts: Any
+    got: Any
+
+
+class Rig(ez.Unit):
+    """Sends counts as arrays of three bins each, and keeps what comes back."""
+
+    SETTINGS = Rows
+    OUT = ez.OutputStream(AxisArray)
+    IN = ez.InputStream(AxisArray)
+
+    @ez.publisher(OUT)
+    async def send(self) -> AsyncGenerator[Any]:
+        counts: Any = self.SETTINGS.counts
+        for first in range(0, len(counts), 3):
+            time_axis = AxisArray.LinearAxis(unit="s", gain=WIDTH_S, offset=7 + first * WIDTH_S)
+            channels = AxisArray.CoordinateAxis(np.array(NAMES[::-1]), dims=["ch"])
+            axes = {"time": time_axis, "ch": channels}
+            rows = counts[first : first + 3, ::-1].T.astype(float)
+            yield self.OUT, AxisArray(rows, dims=["ch", "time"], axes=axes)
+
+    @ez.subscriber(IN)
+    async def take(self, message: AxisArray) -> None:
+        got: Any = self.SETTINGS.got
+        got[message.attrs["index"]] = message
+        if len(got) == len(self.SETTINGS.counts):
+            raise ez.NormalTermination
+
+
+def test_a_recording_through_ezmsg_decodes_as_through_the_sdk(service: Service) -> None:
+    counts = np.random.default_rng(0).poisson(1.0, (30, UNITS))
+    got: dict[int, AxisArray] = {}
+    settings = IlqrSettings(endpoint=service.ingest, session="ezmsg", options=OPTIONS)
+    rig, decoder = Rig(Rows(counts, got)), IlqrDecoder(settings)
+    ez.run(
+        components={"RIG": rig, "DECODER": decoder},
+        connections=(
+            (rig.OUT, decoder.INPUT_SIGNAL),
+            (decoder.OUTPUT_SIGNAL, rig.IN),
+        ),
+        force_single_process=True,
+    )
+    expected = offline(service, "ezmsg-sdk", dict(enumerate(counts)))
+    for index, answer in expected.items():
+        message = got[index]
+        assert np.array_equal(message.data[0], answer.kinematics)
+        assert np.array_equal(message.attrs["latent"], answer.latent)
+        assert abs(message.axes["time"].offset - 7 - index * WIDTH_S) < 1e-9
+    assert list(got[0].axes["ch"].data) == ["vx", "vy"]
+
+
+def test_open_ephys_hears_heartbeats_and_its_ttl_events_become_events(service: Service) -> None:
+    with closing(OpenEphys()) as source:
+        host, _, port = source.address.rpartition(":")
+        beats: zmq.Socket[bytes] = source._context.socket(zmq.REP)
+        beats.bind(f"{host}:{int(port) + 1}")
+        with (
+            ServiceClient(service.ingest) as client,
+            bridging(source.bridge(service, "ttl", **OPTIONS)) as bridge,
+        ):
+            assert beats.poll(WAIT_S * 1e3)
+            assert json.loads(beats.recv())["type"] == "heartbeat"
+            beats.send(b"heartbeat received")
+            source.wait()
+            source.first()
+            until("open", lambda: any(s.session == "ttl" for s in client.sessions()))
+            data = bytes([3, 1]) + (5).to_bytes(8, "little")
+            body = {"type": 3, "sample_num": source.begin + 70, "source_node": 101}
+            source.send(*source.message("event", body, data))
+            until("the event", lambda: bridge.tally["markers"] == 1)
+            (session,) = [s for s in service._table if s.name == "ttl"]
+        assert len(session.noted) == 1
+
+
+def test_spikes_are_found_in_broadband_data(service: Service) -> None:
+    rng = np.random.default_rng(2)
+    samples = rng.normal(0, 10, (RATE * 3, UNITS)).round()
+    at = np.sort(rng.choice(np.arange(RATE + 500, RATE * 3 - 500, 100), 60, replace=False))
+    units = rng.integers(0, UNITS, 60)
+    for sample, unit in zip(at.tolist(), units.tolist(), strict=True):
+        samples[sample : sample + 8, unit] -= 300
+    with (
+        closing(Synapse()) as source,
+        closing(Heard(service, "broadband")) as heard,
+        bridging(
+            SynapseBridge(service.ingest, source.address, "broadband", threshold=8, **OPTIONS)
+        ),
+    ):
+        source.wait()
+        kind = frame_types()[1]
+        for k, row in enumerate(samples[:, :].astype(int).tolist()):
+            stamp = 10**12 + k * 50_000
+            frame = kind(timestamp_ns=stamp, sequence_number=k, frame_data=row, sample_rate_hz=RATE)
+            source.send(frame.SerializeToString())
+        heard.upto(58)
+        expected = np.bincount(at // round(RATE * WIDTH_S), minlength=60)
+        until(
+            "all spikes",
+            lambda: (
+                heard.take() or [heard.rows[k].spikes for k in range(59)] == list(expected[:59])
+            ),
+        )
