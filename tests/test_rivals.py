@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ilqr_training.evaluation.baselines import KALMAN, Filling, filled, fit_baselines
+from ilqr_training.evaluation import baselines
+from ilqr_training.evaluation.baselines import (
+    GRIDS,
+    GRU,
+    GRUS,
+    KALMAN,
+    LSTM,
+    TRANSFORMER,
+    Filling,
+    filled,
+    fit_baselines,
+    names_of,
+)
 from ilqr_training.evaluation.gru import GRUConfig, GRUDecoder
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.recordings import Recording, SplitSpec
@@ -21,6 +34,7 @@ Decode = Callable[[Recording, Array, tuple[int, int]], Array]
 
 SPLIT = SplitSpec(train=0.6, validation=0.8)
 QUICK = (GRUConfig(hidden=16, dropout=0.1, steps=60, schedule=60, rate=1e-2),)
+KINDS: tuple[Literal["gru", "lstm", "transformer"], ...] = ("gru", "lstm", "transformer")
 T, N, D = 600, 12, 2
 
 
@@ -45,12 +59,15 @@ def made(seed: int = 0, breaks: tuple[int, ...] = ()) -> Recording:
 def fits(recording: Recording) -> dict[str, Decode]:
     """Each decoder, as what decodes given counts."""
     rivals = fit_baselines(recording, SPLIT, (WIENER, KALMAN))
-    gru = GRUDecoder.fit(recording, SPLIT, grid=QUICK)
+    nets = {
+        kind: GRUDecoder.fit(recording, SPLIT, grid=(replace(QUICK[0], kind=kind),))
+        for kind in KINDS
+    }
 
     def of(name: str) -> Decode:
         return lambda _, counts, bins: rivals[name].decode(bins, counts=counts)
 
-    return {name: of(name) for name in rivals} | {"gru": gru.decode}
+    return {name: of(name) for name in rivals} | {kind: net.decode for kind, net in nets.items()}
 
 
 def test_each_decodes_better_than_chance_and_none_sees_the_future() -> None:
@@ -91,6 +108,24 @@ def test_each_begins_anew_where_the_recording_does() -> None:
         np.testing.assert_allclose(found, after, rtol=1e-5, atol=1e-5, err_msg=name)
         part = decode(recording, counts, (520, 600))
         np.testing.assert_allclose(part, found[20:], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_rivals_are_those_a_lab_would_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of five is that of the one and four more, and each says what it takes."""
+    monkeypatch.setattr(baselines, "GRID", (replace(QUICK[0], steps=20),))
+    quick = {name: (replace(grid[0], hidden=16, steps=20),) for name, grid in GRIDS.items()}
+    monkeypatch.setattr(baselines, "GRIDS", quick)
+    names = names_of(True, others=True)
+    fitted = fit_baselines(made(), SPLIT, names)
+    assert tuple(fitted) == names
+    decodes = {name: fitted[name].decode((480, 600)) for name in (GRU, GRUS, LSTM, TRANSFORMER)}
+    for name, decoded in decodes.items():
+        assert fitted[name].answer_seconds > 0
+        assert "16 units" in fitted[name].chosen
+        for other in decodes:
+            assert name == other or not np.array_equal(decoded, decodes[other])
+    assert fitted[GRUS].chosen.count(",") == fitted[GRU].chosen.count(",") + 4
+    assert fitted[GRUS].seconds > fitted[GRU].seconds
 
 
 def test_a_gru_learns_from_trials_of_varying_length() -> None:

@@ -1,4 +1,4 @@
-"""Baselines on the same bins: a Wiener filter, a Kalman filter and a GRU.
+"""Baselines on the same bins: a Wiener filter, a Kalman filter and networks.
 
 Each is fitted on the training part, what it may choose is chosen on the validation part, and what
 was chosen is fitted again on both, as the readout beside them is. None can mask a unit, and
@@ -7,14 +7,23 @@ only the Kalman filter can skip a bin: ``Filling`` says what replaces missing co
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_training.evaluation.gru import GRUConfig, GRUDecoder
+from ilqr_training.evaluation.gru import (
+    GRID,
+    LSTM_GRID,
+    TRANSFORMER_GRID,
+    GRUConfig,
+    GRUDecoder,
+)
 from ilqr_training.readout.restarts import reaching
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.progress import SILENT, Progress
@@ -34,9 +43,17 @@ Decode = Callable[[Array, tuple[int, int], Flags], Array]
 _LONGEST_LAG_S = 0.2
 
 
-def names_of(gru: bool) -> tuple[str, ...]:
-    """The baselines, with or without the GRU, which takes minutes to fit."""
-    return (WIENER, KALMAN, GRU) if gru else (WIENER, KALMAN)
+GRUS, LSTM, TRANSFORMER = "GRU, mean of five", "LSTM", "Transformer"
+GRIDS = {LSTM: LSTM_GRID, TRANSFORMER: TRANSFORMER_GRID}
+_AVERAGED, _SEEDS_APART = 5, 101
+
+
+def names_of(gru: bool, *, others: bool = False) -> tuple[str, ...]:
+    """The baselines: with or without the GRU, which takes minutes to fit, and the other networks,
+    which take several times that."""
+    if not gru:
+        return (WIENER, KALMAN)
+    return (WIENER, KALMAN, GRU, *((GRUS, LSTM, TRANSFORMER) if others else ()))
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,9 @@ class Baseline:
         validation_r2: mean R2 on the validation part, fitted on the training part alone.
         habit: what stands for a missing bin unless another filling is asked for.
         fillings: what may stand for one.
+        chosen: of a network what was chosen, for people.
+        seconds: fitting it took, all candidates and the last fit.
+        answer_seconds: decoding one more bin takes; NaN where it was not measured.
     """
 
     name: str
@@ -57,6 +77,9 @@ class Baseline:
     _recording: Recording
     _mean: Array
     _decode: Decode
+    chosen: str = ""
+    seconds: float = math.nan
+    answer_seconds: float = math.nan
 
     def decode(
         self,
@@ -189,15 +212,39 @@ def _kalman(recording: Recording, split: SplitSpec) -> Baseline:
     return Baseline(KALMAN, score, "no update", fillings, recording, mean, decode)
 
 
-def _gru(recording: Recording, split: SplitSpec, seed: int, progress: Progress) -> Baseline:
-    gru = GRUDecoder.fit(recording, split, seed=seed, progress=progress)
+def _networks(
+    name: str, made: Sequence[GRUDecoder], recording: Recording, split: SplitSpec
+) -> Baseline:
+    """The mean of some networks, or one of them."""
 
     def decode(counts: Array, bins: tuple[int, int], _: Flags) -> Array:
-        return gru.decode(recording, counts, bins)
+        return np.mean([one.decode(recording, counts, bins) for one in made], axis=0)
 
-    fillings: tuple[Filling, ...] = ("zeros", "last value")
-    mean = recording.mean_counts(*split.span("train", recording))
-    return Baseline(GRU, gru.validation_r2, "zeros", fillings, recording, mean, decode)
+    return Baseline(
+        name,
+        float(np.mean([one.validation_r2 for one in made])),
+        "zeros",
+        ("zeros", "last value"),
+        recording,
+        recording.mean_counts(*split.span("train", recording)),
+        decode,
+        chosen=f"{made[0].config.hidden} units, dropout {made[0].config.dropout:g}, "
+        f"{', '.join(str(one.config.steps) for one in made)} steps",
+        answer_seconds=sum(one.answer_seconds() for one in made),
+    )
+
+
+def _several(
+    first: GRUDecoder, recording: Recording, split: SplitSpec, seed: int
+) -> list[GRUDecoder]:
+    """The network and more of the same candidate from other seeds."""
+    return [
+        first,
+        *(
+            GRUDecoder.fit(recording, split, seed=seed + _SEEDS_APART * k, grid=(first.candidate,))
+            for k in range(1, _AVERAGED)
+        ),
+    ]
 
 
 def fit_baselines(
@@ -218,15 +265,30 @@ def fit_baselines(
     Raises:
         ShapeError: no kinematics, or a part without a bin to fit or choose on.
     """
+
+    @cache
+    def network(grid: tuple[GRUConfig, ...]) -> GRUDecoder:
+        return GRUDecoder.fit(recording, split, seed=seed, grid=grid, progress=progress)
+
+    def networks(name: str) -> Baseline:
+        made = [network(GRIDS.get(name, GRID))]
+        if name == GRUS:
+            made = _several(made[0], recording, split, seed)
+        return _networks(name, made, recording, split)
+
     fits: dict[str, Callable[[], Baseline]] = {
         WIENER: lambda: _wiener(recording, split),
         KALMAN: lambda: _kalman(recording, split),
-        GRU: lambda: _gru(recording, split, seed, progress),
     }
     fitted: dict[str, Baseline] = {}
     for i, name in enumerate(names):
         progress("baselines", i, len(names), name)
-        fitted[name] = fits[name]()
+        began = time.monotonic()
+        made = fits[name]() if name in fits else networks(name)
+        fitted[name] = replace(made, seconds=time.monotonic() - began)
+    if GRUS in fitted and GRU in fitted:  # the first of them was fitted for the one
+        whole = fitted[GRUS].seconds + fitted[GRU].seconds
+        fitted[GRUS] = replace(fitted[GRUS], seconds=whole)
     progress("baselines", len(names), len(names))
     return fitted
 

@@ -1,19 +1,23 @@
-"""A baseline that a lab might train instead: a causal GRU from spike counts to kinematics.
+"""Baselines that a lab might train instead: causal networks from spike counts to kinematics.
 
-    x_t = (counts_t - mean) / std,   h_t = GRU(x_t, h_{t-1}),   y_t = W h_t + b
+    x_t = (counts_t - mean) / std,   h_t = net(x_t, x_{t-1}, ...),   y_t = W h_t + b
 
-One pass over time, so bin t knows nothing later. Fitted on random crops of the training part with
-dropout on its inputs and its outputs and a cosine learning rate. Size, dropout (over ``GRID``) and
-the number of steps are chosen on the validation part; what was chosen is fitted again on both, as
-the other decoders are. Missing counts have to be replaced by something, since a GRU takes
-no mask. The state restarts where the recording does.
+The net is a GRU, an LSTM, or a transformer whose layers attend to the last ``_ATTENDED_S`` seconds,
+to older bins the less, by a learned slope. One pass over time, so bin t knows nothing later. Fitted
+on random crops of the training part with dropout on its inputs and its outputs and a cosine
+learning rate. Size, dropout (over ``GRID`` and its like) and the number of steps are chosen on the
+validation part; what was chosen is fitted again on both, as the other decoders are. Missing counts
+have to be replaced by something, since a network takes no mask. The state restarts where the
+recording does.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ from ilqr_vae.scoring.online import GRUWeights
 Array = NDArray[np.float64]
 
 _BATCH = 64
+_TIMED = 50
 _CROP_S, _CROP_BINS = 3.0, (60, 200)
 """Crops are this long, but of no fewer and no more bins; the error counts after a sixth of them."""
 
@@ -40,7 +45,8 @@ class GRUConfig:
     """One candidate.
 
     Attributes:
-        hidden: units.
+        kind: of network.
+        hidden: units; of a transformer its width.
         dropout: of inputs and outputs.
         steps: gradient steps at most.
         schedule: steps of the cosine that the learning rate follows.
@@ -48,6 +54,7 @@ class GRUConfig:
         decay: weight decay.
     """
 
+    kind: Literal["gru", "lstm", "transformer"] = "gru"
     hidden: int = 128
     dropout: float = 0.4
     steps: int = 1200
@@ -61,15 +68,61 @@ GRID: tuple[GRUConfig, ...] = tuple(
 )
 
 
+LSTM_GRID = tuple(replace(c, kind="lstm") for c in GRID)
+TRANSFORMER_GRID = tuple(
+    GRUConfig("transformer", hidden, dropout, rate=1e-3)
+    for hidden in (64, 128)
+    for dropout in (0.2, 0.4)
+)
+
+_ATTENDED_S, _ATTENDED_BINS = 1.0, (10, 40)
+"""What a layer of a transformer looks back on, and in bins at least and at most."""
+_LAYERS, _HEADS = 2, 4
+_BLOCK = 512
+"""Bins that a transformer decodes at once."""
+
+
 class _Net(nn.Module):
-    def __init__(self, units: int, channels: int, config: GRUConfig) -> None:
+    """Attributes: context, earlier bins that a decode depends on; 0 where a state carries them."""
+
+    def __init__(self, units: int, channels: int, config: GRUConfig, attended: int) -> None:
         super().__init__()
         self.drop = nn.Dropout(config.dropout)
-        self.gru = nn.GRU(units, config.hidden, batch_first=True)
+        self.context = 0
+        if config.kind == "gru":
+            self.gru = nn.GRU(units, config.hidden, batch_first=True)
+        elif config.kind == "lstm":
+            self.lstm = nn.LSTM(units, config.hidden, batch_first=True)
+        else:
+            self.transformer = _Transformer(units, config, attended)
+            self.context = _LAYERS * (attended - 1)
+        self.kind = config.kind
         self.out = nn.Linear(config.hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.drop(self.gru(self.drop(x))[0]))
+        x = self.drop(x)
+        if self.kind == "transformer":
+            return self.out(self.drop(self.transformer(x)))
+        layer = self.gru if self.kind == "gru" else self.lstm
+        return self.out(self.drop(layer(x)[0]))
+
+
+class _Transformer(nn.Module):
+    def __init__(self, units: int, config: GRUConfig, attended: int) -> None:
+        super().__init__()
+        width, self.attended = config.hidden, attended
+        self.inputs = nn.Linear(units, width)
+        self.slope = nn.Parameter(torch.tensor(2.0 / attended))
+        layer = nn.TransformerEncoderLayer(
+            width, _HEADS, 2 * width, config.dropout, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        back = torch.arange(x.shape[1]).unsqueeze(1) - torch.arange(x.shape[1])
+        seen = (back >= 0) & (back < self.attended)
+        bias = torch.where(seen, -self.slope * back, torch.full((), -torch.inf))
+        return self.layers(self.inputs(x), mask=bias)
 
 
 @dataclass(frozen=True)
@@ -79,6 +132,7 @@ class GRUDecoder:
     Attributes:
         config: the candidate chosen, with the number of steps chosen.
         validation_r2: its mean R2 on the validation part, before it was fitted on that too.
+        candidate: as it was in the grid.
     """
 
     config: GRUConfig
@@ -86,6 +140,7 @@ class GRUDecoder:
     _net: _Net
     _x: tuple[Array, Array]
     _y: tuple[Array, Array]
+    candidate: GRUConfig = GRUConfig()
 
     @staticmethod
     def fit(
@@ -109,7 +164,7 @@ class GRUDecoder:
         total, made = sum(c.steps for c in grid) + max(c.steps for c in grid), []
 
         def say(done: int) -> Callable[[int], None]:
-            return lambda step: progress("GRU", done + step, total)
+            return lambda step: progress(grid[0].kind, done + step, total)
 
         for i, config in enumerate(grid):
             before = sum(c.steps for c in grid[:i])
@@ -117,7 +172,21 @@ class GRUDecoder:
         chosen = max(made, key=lambda d: d.validation_r2)
         both = (min(train[0], validation[0]), max(train[1], validation[1]))
         again = _fit(table, chosen.config, seed, both, None, say(sum(c.steps for c in grid)))
-        return replace(again, validation_r2=chosen.validation_r2)
+        candidate = grid[made.index(chosen)]
+        return replace(again, validation_r2=chosen.validation_r2, candidate=candidate)
+
+    @torch.no_grad()
+    def answer_seconds(self) -> float:
+        """What decoding one more bin takes: the median of some runs. A transformer decodes it from
+        all the bins that it depends on."""
+        units = len(self._x[0])
+        x, took = torch.zeros(1, 1 + self._net.context, units), list[float]()
+        self._net.eval()
+        for _ in range(_TIMED):
+            began = time.perf_counter()
+            self._net(x)
+            took.append(time.perf_counter() - began)
+        return float(np.median(took))
 
     def weights(self) -> GRUWeights:
         """For decoding without torch."""
@@ -151,8 +220,15 @@ class GRUDecoder:
 def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]], bins: tuple[int, int]) -> Tensor:
     """(stop - start, D) of bins [start, stop), each segment among them from its own start on."""
     net.eval()
-    used = reaching(segments, bins)
-    return torch.cat([net(x[a:b].unsqueeze(0))[0][max(bins[0] - a, 0) :] for a, b in used])
+    parts: list[Tensor] = []
+    for a, b in reaching(segments, bins):
+        if not net.context:
+            parts.append(net(x[a:b].unsqueeze(0))[0][max(bins[0] - a, 0) :])
+            continue
+        for start in range(max(a, bins[0]), b, _BLOCK):
+            first = max(a, start - net.context)
+            parts.append(net(x[first : min(b, start + _BLOCK)].unsqueeze(0))[0][start - first :])
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -212,7 +288,8 @@ def _fit(
     """Train one candidate; without ``validation`` for all of ``config.steps``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = _Net(table.x.shape[1], table.y.shape[1], config)
+        attended = int(np.clip(round(_ATTENDED_S / table.bin_width), *_ATTENDED_BINS))
+        net = _Net(table.x.shape[1], table.y.shape[1], config, attended)
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.rate, weight_decay=config.decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.schedule)
         starts, length = table.crops(train)

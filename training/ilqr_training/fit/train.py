@@ -193,15 +193,13 @@ def train_on(
     progress("training", loop.steps, loop.steps)
     model.load_state_dict(stopping.best_model)
     final = validate(model, data, config, thorough=True, progress=progress)
-    manifest = save_model(
-        out,
-        msgspec.structs.replace(
-            manifest_of(config, data, final, run.step, stopping.best_step),
-            history=tuple(stopping.history),
-        ),
-        model,
-        final,
+    manifest = manifest_of(config, data, final, run.step, stopping.best_step)
+    manifest = msgspec.structs.replace(
+        manifest,
+        history=tuple(stopping.history),
+        provenance=manifest.provenance | _took(began),
     )
+    manifest = save_model(out, manifest, model, final)
     checkpoint.unlink(missing_ok=True)
     return Trained(
         manifest,
@@ -259,7 +257,7 @@ def _ensemble(
     manifest = msgspec.structs.replace(
         first.manifest,
         scores=final.scores,
-        provenance=first.manifest.provenance | provenance,
+        provenance=first.manifest.provenance | provenance | _took(began),
         config=msgspec.to_builtins(config),
     )
     manifest = save_model(out, manifest, first.model, final, others)
@@ -267,6 +265,11 @@ def _ensemble(
     steps, best = (int(first.manifest.provenance[name]) for name in ("steps", "best_step"))
     seconds = time.monotonic() - began
     return Trained(manifest, seconds, steps, best, manifest.history, (), data, final)
+
+
+def _took(began: float) -> dict[str, str]:
+    """For the provenance; of a run that was resumed, since then."""
+    return {"training_seconds": f"{time.monotonic() - began:.0f}"}
 
 
 def _left(pace: Pace, step: int) -> str:

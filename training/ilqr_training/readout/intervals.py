@@ -51,8 +51,8 @@ def _factor(error: Array, std: Array) -> float:
         return 0.0
     covering = float(np.quantile(np.abs(error) / std, LEVEL)) / norm.ppf(0.5 + LEVEL / 2)
     size = np.sqrt((error**2).mean() / (std**2).mean())
-    logs = np.log([max(covering, 1e-12), max(size, 1e-12)])
-    return float((1 - _SIZE) * logs[0] + _SIZE * logs[1])
+    logs = [float(np.log(max(x, 1e-12))) for x in (covering, size)]
+    return (1 - _SIZE) * logs[0] + _SIZE * logs[1]
 
 
 def fit_intervals(
