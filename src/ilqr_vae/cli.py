@@ -33,6 +33,7 @@ SUMMARIES = {
     "simulate": "simulate a realistic reaching session and write it as NWB",
     "train": "fit a model to a recording and write it as one .safetensors file",
     "adapt": "fit a model to other units of the same brain, without labels",
+    "follow": "keep a served model calibrated to the stream it decodes",
     "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
     "sweep": "search over settings and seeds for the model that scores best, side by side on Ray",
     "archive": "train on, evaluate or decode every recording of a folder, side by side on Ray",

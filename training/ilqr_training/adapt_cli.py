@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from ilqr_training.adaptation.adapt import Adaptation, adapt
 from ilqr_training.adaptation.units import Verdict
 from ilqr_training.options import JsonFile, RecordingFile, Threads, use_threads
 from ilqr_vae.artifact import Artifact, load_artifact, save_artifact
-from ilqr_vae.errors import ConfigError, TrainingError
+from ilqr_vae.errors import ConfigError, RecordingError, TrainingError
 from ilqr_vae.files import STDOUT, check_writable, write_whole
 from ilqr_vae.progress import Bar
 from ilqr_vae.recordings import Recording, load_at
@@ -26,12 +28,35 @@ EXAMPLE = (
 )
 
 
+def read_streamed(path: Path) -> Recording:
+    """Bins that `ilqr-vae follow` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mask = np.asarray(file["mask"], bool)
+            return Recording(
+                name=path.stem,
+                bin_width=float(file["bin_width"]),
+                counts=np.asarray(file["counts"], np.uint16),
+                unit_names=tuple(map(str, file["names"])),
+                valid=mask.any(1),
+                observed=mask,
+            )
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise RecordingError(
+            f"recording {path.name}", expected="bins that `follow` wrote", got=str(error)
+        ) from error
+
+
 def _recording(
     artifact: Artifact, path: Path, seconds: tuple[float, float]
 ) -> tuple[Recording, tuple[int, int]]:
     """The units to stream from now on, and the bins to fit on."""
     manifest = artifact.manifest
-    read = load_at(path, manifest.data.as_it_ran(), manifest.bin_width)
+    if path.suffix == ".npz":
+        read = read_streamed(path)
+        read.require_bin_width(manifest.bin_width)
+    else:
+        read = load_at(path, manifest.data.as_it_ran(), manifest.bin_width)
     start, stop = (round(s / manifest.bin_width) for s in seconds)
     stop = len(read) if stop == 0 else stop
     if not 0 <= start < stop <= len(read):

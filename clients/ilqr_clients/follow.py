@@ -1,0 +1,291 @@
+"""Keeps a served model calibrated to the stream it decodes, from outside of the service.
+
+It listens to a session's answers and to the counts they were inferred from, says once a minute how
+well the model predicts them, and now and then fits the rows of the units again: `ilqr-vae adapt`,
+in a process of its own. What that does not refuse runs in the service's shadow, on the same bins as
+the model that serves. Only if it predicts these better is it proposed, or swapped in, as the policy
+says; a model swapped in is rolled back if it then predicts worse than the one before it did.
+Each step is a request to the service, so the journal has it, and `verify` reproduces the run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from ilqr_clients.connection import model_of, reachable
+from ilqr_clients.listener import Topic
+from ilqr_clients.sdk import PATIENCE_S, ServiceClient
+from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.files import replacing
+from ilqr_vae.protocol import messages
+
+Policy = Literal["never", "propose", "automatic"]
+_TURN_S = 0.2
+
+
+class Verdict(Enum):
+    """How one attempt ended."""
+
+    REFUSED = "refused before it was tried"
+    DROPPED = "dropped: it predicts no better than the model that serves"
+    PROPOSED = "proposed: it waits in the shadow for `ilqr-vae models swap`"
+    SWAPPED = "swapped in"
+    ROLLED_BACK = "rolled back: it predicted worse once it served"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One candidate.
+
+    Attributes:
+        bits: per spike on the same bins, of the model that serves and of the candidate; None
+            before they were tried.
+        why: what `adapt` said, where it refused.
+    """
+
+    verdict: Verdict
+    bits: tuple[float, float] | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        bits = (
+            "" if self.bits is None else f" ({self.bits[0]:.3f} and {self.bits[1]:.3f} bits/spike)"
+        )
+        return self.verdict.value + bits + (f": {self.why}" if self.why else "")
+
+
+class Follower:
+    """Follows one session.
+
+    Args:
+        service: of a user that may read the session and, but for ``never``, control models.
+        session: to follow; its feeder may come and go.
+        model: the file that is served; candidates are written beside it, so that the service finds
+            them in its model folder.
+        policy: what becomes of a better candidate.
+        seconds: of stream to fit on; trial: of stream in the shadow.
+        say: takes what is to be told, a line each.
+
+    Raises:
+        ConfigError: a file that is not there, or times that are not positive.
+    """
+
+    def __init__(
+        self,
+        service: ServiceClient,
+        session: str,
+        model: Path,
+        *,
+        policy: Policy = "propose",
+        seconds: float = 90.0,
+        trial: float = 30.0,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        if not model.is_file():
+            raise ConfigError("model", expected="the model file that is served", got=str(model))
+        if not (seconds > 0 and trial > 0):
+            got = f"{seconds:g} and {trial:g}"
+            raise ConfigError("--seconds, --trial", expected="positive seconds", got=got)
+        described = service.describe()
+        self._service, self._session, self._policy, self._say = service, session, policy, say
+        self._served = model_of(described)
+        width = self._served.bin_width
+        self._fit, self._trial = round(seconds / width), max(1, round(trial / width))
+        self._minute = max(1, round(60 / width))
+        self._model = model
+        self._numbers: deque[tuple[float, int]] = deque(maxlen=self._minute)
+        self._bins: dict[int, tuple[NDArray[np.uint16], NDArray[np.bool_]] | None] = {}
+        self._epoch, self._heard, self._made = -1, 0, 0
+        self._context: zmq.Context[bytes] = zmq.Context()
+        address = reachable(described.results, service.endpoint)
+        key, timer = service.key, service.timer
+        self._topic = Topic(self._context, address, session, key, timer, details=True)
+
+    def close(self) -> None:
+        """End listening."""
+        self._context.destroy(linger=0)
+
+    @property
+    def index(self) -> float:
+        """Bits per spike predicted over the last minute, over what they were on held-out data when
+        the model was trained; NaN where either is not known."""
+        spikes = sum(n for _, n in self._numbers)
+        expected = self._served.scores.get("bits_per_spike", float("nan"))
+        return sum(b for b, _ in self._numbers) / spikes / expected if spikes else float("nan")
+
+    def listen(self, bins: int, until: Callable[[], bool] = lambda: False) -> int:
+        """Take answers until that many bins were heard, or ``until`` says so; returns how many.
+
+        Raises:
+            ServiceUnreachableError: the service is silent, and does not answer either.
+        """
+        begun, word = self._heard, time.monotonic()
+        while self._heard - begun < bins and not until():
+            if self._topic.socket.poll(int(1e3 * _TURN_S)):
+                word = time.monotonic()
+            elif time.monotonic() - word > PATIENCE_S:
+                self._service.describe()
+                word = time.monotonic()
+            for message, _ in self._topic.take():
+                match message:
+                    case messages.Detail():
+                        self._detail(message)
+                    case messages.Result():
+                        self._result(message)
+                    case _:
+                        pass
+        return self._heard - begun
+
+    def _detail(self, detail: messages.Detail) -> None:
+        if detail.epoch != self._epoch:  # of another run: bins of both are no stretch of time
+            self._epoch = detail.epoch
+            self._bins.clear()
+        if detail.counts is None:
+            self._bins[detail.index] = None
+        else:
+            counts = messages.unpack(detail.counts, "counts")
+            mask = np.ones(counts.shape, bool)
+            if detail.mask is not None:
+                mask = messages.unpack(detail.mask, "mask").astype(bool)
+            self._bins[detail.index] = counts.astype(np.uint16), mask
+        while len(self._bins) > self._fit:
+            del self._bins[min(self._bins)]
+
+    def _result(self, result: messages.Result) -> None:
+        if result.revision:
+            return
+        self._heard += 1
+        if np.isfinite(result.bits):
+            self._numbers.append((result.bits, result.spikes))
+        if self._heard % self._minute == 0:
+            self._say(f"index {self.index:.2f} (1: as well as on held-out data at training)")
+
+    def write_bins(self, path: Path) -> None:
+        """The bins kept, as `ilqr-vae adapt` reads them.
+
+        A unit that the service masked all along is given as it fired: it may be another one, and
+        its row may be learnt. One that was silent as well is missing.
+        """
+        first, last = min(self._bins), max(self._bins)
+        shape = last - first + 1, len(self._served.unit_names)
+        counts, mask = np.zeros(shape, np.uint16), np.zeros(shape, bool)
+        for index, found in self._bins.items():
+            if found is not None:
+                counts[index - first], mask[index - first] = found
+        came = np.array([self._bins.get(i) is not None for i in range(first, last + 1)])
+        strangers = (mask.sum(0) < came.sum() / 2) & (counts.sum(0) > 0)
+        mask |= came[:, None] & strangers
+        names = np.array(self._served.unit_names)
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, counts=counts, mask=mask, names=names, bin_width=self._served.bin_width)
+
+    def attempt(self) -> Attempt:
+        """Fit, try, and do what the policy says. Takes as long as the trial.
+
+        Raises:
+            ServiceError: the service refuses, or does not answer.
+        """
+        self._made += 1
+        name = f"{self._model.stem}.adapted-{time.strftime('%Y%m%d-%H%M%S')}-{self._made}"
+        made = self._model.with_name(name + self._model.suffix)
+        bins = made.with_suffix(".npz")
+        self.write_bins(bins)
+        try:
+            ran = self._adapt(bins, made)
+        finally:
+            bins.unlink(missing_ok=True)
+        if ran.returncode != 0:
+            why = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
+            return Attempt(Verdict.REFUSED, why=why.removeprefix("error: "))
+        attempt = self._tried(made)
+        if attempt.verdict in (Verdict.DROPPED, Verdict.ROLLED_BACK):
+            made.unlink(missing_ok=True)
+        elif attempt.verdict is Verdict.SWAPPED:
+            self._model = made
+        return attempt
+
+    def _adapt(self, bins: Path, made: Path) -> subprocess.CompletedProcess[str]:
+        """Waits, and goes on listening, so that nothing piles up."""
+        command = [sys.executable, "-m", "ilqr_vae.cli", "adapt", str(self._model)]
+        command += ["--recording", str(bins), "--out", str(made), "--threads", "1"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        ) as fitting:
+            try:
+                if hasattr(os, "setpriority"):
+                    os.setpriority(os.PRIO_PROCESS, fitting.pid, 10)
+                self.listen(sys.maxsize, until=lambda: fitting.poll() is not None)
+            except BaseException:
+                fitting.kill()
+                raise
+            _, errors = fitting.communicate()
+        return subprocess.CompletedProcess(command, fitting.returncode, "", errors)
+
+    def _tried(self, made: Path) -> Attempt:
+        self._service.load(made.name, shadow=True)
+        scores = self._scores("shadow", "serving")
+        while scores["shadow"].bins < self._trial:
+            self.listen(max(1, self._trial - scores["shadow"].bins))
+            scores = self._scores("shadow", "serving")
+        bits = scores["serving"].bits_per_spike, scores["shadow"].bits_per_spike
+        if not bits[1] > max(bits[0], 0.0):
+            self._service.roll_back()
+            return Attempt(Verdict.DROPPED, bits)
+        if self._policy != "automatic":
+            return Attempt(Verdict.PROPOSED, bits)
+        self._service.swap()
+        self._numbers.clear()
+        self.listen(self._trial)
+        spikes = sum(n for _, n in self._numbers)
+        now = sum(b for b, _ in self._numbers) / max(spikes, 1)
+        if spikes and now < bits[0]:
+            self._service.roll_back()
+            return Attempt(Verdict.ROLLED_BACK, (bits[0], now))
+        return Attempt(Verdict.SWAPPED, bits)
+
+    def _scores(self, *roles: str) -> dict[str, messages.ModelInfo]:
+        found = {info.role: info for info in self._service.models()}
+        if missing := [role for role in roles if role not in found]:
+            raise ServiceError(
+                "models", expected=f"a {missing[0]} one", got="none: somebody else changed them"
+            )
+        return found
+
+    def run(self, *, attempts: int | None = None, threshold: float = 1.0) -> list[Attempt]:
+        """Gather, and try whenever the index is below the threshold.
+
+        Args:
+            attempts: end after so many; None: never.
+            threshold: of the index; infinite to try each time.
+        """
+        made: list[Attempt] = []
+        while attempts is None or len(made) < attempts:
+            self.listen(max(self._fit - len(self._bins), 0) or self._trial)
+            below = not self.index > threshold
+            if len(self._bins) < self._fit or self._policy == "never" or not below:
+                continue
+            made.append(self.attempt())
+            self._say(str(made[-1]))
+            if made[-1].verdict is Verdict.PROPOSED:
+                break
+            if made[-1].verdict is not Verdict.SWAPPED:
+                self._bins.clear()  # no second try on what has just failed
+        return made

@@ -1,0 +1,64 @@
+"""``ilqr-vae follow``: keep a served model calibrated to the stream it decodes."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ilqr_clients.follow import Follower, Policy, Verdict
+from ilqr_clients.sdk import ServiceClient
+from ilqr_vae.errors import ServiceError
+from ilqr_vae.terminal import console
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(
+    epilog="Example: ilqr-vae follow rat-7 monday.safetensors --policy automatic --seconds 90"
+)
+def run(
+    session: Annotated[str, typer.Argument(help="The session to follow.")],
+    model: Annotated[Path, typer.Argument(help="The model file that is served, in its folder.")],
+    to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
+    policy: Annotated[
+        Policy,
+        typer.Option(
+            help="What becomes of a model that predicts the stream better: nothing is tried, it "
+            "waits in the shadow for a person to swap it in, or it is swapped in."
+        ),
+    ] = "propose",
+    seconds: Annotated[float, typer.Option(min=1, help="Of stream to fit on.")] = 90.0,
+    trial: Annotated[float, typer.Option(min=1, help="Seconds of stream in the shadow.")] = 30.0,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            help="Fit where the index is below: bits per spike of the last minute over those on "
+            "held-out data at training."
+        ),
+    ] = 0.8,
+    attempts: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
+) -> None:
+    """Fit the served model's units anew when they no longer predict the stream, without labels.
+
+    The fit runs in a process of its own, beside the stream. A candidate that `ilqr-vae adapt` does
+    not refuse runs in the service's shadow, and is used only if it predicts the same bins better
+    than the model that serves. One that then predicts worse is rolled back. Each step is in the
+    service's journal.
+    """
+    screen = console(soft_wrap=True)
+
+    def say(line: str) -> None:
+        screen.print(line, markup=False, highlight=False)
+
+    with (
+        ServiceClient(to) as service,
+        closing(
+            Follower(service, session, model, policy=policy, seconds=seconds, trial=trial, say=say)
+        ) as follower,
+    ):
+        made = follower.run(attempts=attempts, threshold=threshold)
+    if made and made[-1].verdict not in (Verdict.SWAPPED, Verdict.PROPOSED):
+        raise ServiceError("follow", expected="a better model", got=str(made[-1]))
