@@ -19,15 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
 from ilqr_clients.connection import model_of, reachable
-from ilqr_clients.listener import Topic
-from ilqr_clients.sdk import PATIENCE_S, ServiceClient
+from ilqr_clients.listener import PATIENCE_S, Topic
+from ilqr_clients.sdk import ServiceClient
 from ilqr_vae.errors import ConfigError, ServiceError
 from ilqr_vae.files import replacing
 from ilqr_vae.protocol import messages
@@ -109,7 +109,7 @@ class Follower:
         self._numbers: deque[tuple[float, int]] = deque(maxlen=self._minute)
         self._bins: dict[int, tuple[NDArray[np.uint16], NDArray[np.bool_]] | None] = {}
         self._epoch, self._heard, self._made = -1, 0, 0
-        self._context: zmq.Context[bytes] = zmq.Context()
+        self._context: zmq.Context[Any] = zmq.Context()
         address = reachable(described.results, service.endpoint)
         key, timer = service.key, service.timer
         self._topic = Topic(self._context, address, session, key, timer, details=True)

@@ -38,7 +38,7 @@ def read_streamed(path: Path) -> Recording:
                 bin_width=float(file["bin_width"]),
                 counts=np.asarray(file["counts"], np.uint16),
                 unit_names=tuple(map(str, file["names"])),
-                valid=mask.any(1),
+                valid=np.asarray(mask.any(1)),
                 observed=mask,
             )
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
