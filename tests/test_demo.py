@@ -16,6 +16,7 @@ import pytest
 
 from ilqr_vae.cli import main
 from ilqr_vae.commands.children import Interrupted, StepError, interruptible, run, serving
+from ilqr_vae.terminal import has_browser
 from rig import make_model
 
 TINY = """
@@ -191,3 +192,17 @@ def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="error: ") as failed, serving(broken, tmp_path / "log"):
         pass
     assert failed.value.exit_code == 2
+
+
+def test_no_browser_is_opened_where_nobody_sits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not has_browser()  # no terminal here
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("CI", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    assert not has_browser()
+    monkeypatch.setenv("BROWSER", "echo %s")
+    assert has_browser()
+    monkeypatch.setenv("CI", "1")
+    assert not has_browser()

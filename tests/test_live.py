@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.browser import Browser
 from starlette.types import ASGIApp
 
-from browser import Browser, needs_chromium
+from browser import needs_chromium
 from feeder import WAIT_S
 from ilqr_clients.live.app import application
 from ilqr_clients.live.feed import KEPT, Channel, LiveFeed, Run

@@ -213,7 +213,11 @@ def closed_loop(
                     patience=timeout,
                 ) as opened,
                 Live(console=screen, auto_refresh=False, transient=True) as live,
-                Conductor.of(opened, steering, control=steer) if publishes else nullcontext(),
+                (
+                    Conductor.of(opened, steering, control=steer, say=screen.print)
+                    if publishes
+                    else nullcontext()
+                ),
             ):
 
                 def watch(log: LoopLog, task: CentreOut) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import webbrowser
@@ -80,6 +81,8 @@ def dashboard(
     console(soft_wrap=True).print(f"live page of {to}: {address}   (Ctrl-C ends)")
     if open_browser:
         webbrowser.open(address)
+    if hasattr(os, "nice"):
+        os.nice(5)  # a service on this machine comes first
     feed.start()
     try:
         config = uvicorn.Config(

@@ -311,7 +311,11 @@ def replay(
                     patience=timeout,
                     hear_details=True,
                 ) as opened,
-                Conductor.of(opened, steering, control=steer) if publishes else nullcontext(),
+                (
+                    Conductor.of(opened, steering, control=steer, say=screen.print)
+                    if publishes
+                    else nullcontext()
+                ),
                 live,
             ):
                 log = stream_from(opened, player, stop - first, watch=live, patience=timeout)

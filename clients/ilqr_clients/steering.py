@@ -54,7 +54,6 @@ class Steering:
         decoders: that decode beside the service, by name.
         length: seconds of what is replayed; 0 where it has no end.
         loop: begin again at the end.
-        told: called with every change that begins, and its time.
 
     Attributes:
         decoder: who steers a closed loop.
@@ -73,13 +72,12 @@ class Steering:
         decoders: Mapping[str, OnlineDecoder] | None = None,
         length: float = 0.0,
         loop: bool = False,
-        told: Callable[[Change], None] | None = None,
     ) -> None:
         self.bin_width, self.kind, self.loop = bin_width, kind, loop
         self.decoders = dict(decoders or {})
         self.decoder, self.paused = OURS, False
         self.applied: list[Change] = []
-        self._length, self._told = length, told
+        self._length = length
         self._disturber = Disturber(units, bin_width, seed)
         scripted = tuple(changes)
         for change in scripted:
@@ -124,8 +122,6 @@ class Steering:
             self.paused = self.paused if change.paused is None else change.paused
             self.loop = self.loop if change.loop is None else change.loop
             self.decoder = change.decoder or self.decoder
-            if self._told is not None:
-                self._told(change)
         with self._lock:
             self._now = self._course.at(when)
         return begun
@@ -232,10 +228,20 @@ class Conductor(Closing):
         self._thread.start()
 
     @classmethod
-    def of(cls, session: Session, steering: Steering, *, control: str | None) -> Conductor:
-        """For an open session."""
+    def of(
+        cls,
+        session: Session,
+        steering: Steering,
+        *,
+        control: str | None,
+        say: Callable[[str], None],
+    ) -> Conductor:
+        """For an open session; ``say`` is told where it can be steered, if it can."""
         request = session.request
-        return cls(session.endpoint, request.session, request.token, steering, control=control)
+        made = cls(session.endpoint, request.session, request.token, steering, control=control)
+        if made.address:
+            say(f"it can be steered at {made.address}, secret {made.secret}")
+        return made
 
     def close(self) -> None:
         """End the thread and free the address."""
