@@ -17,6 +17,7 @@ from nwbinspector import inspect_nwbfile
 from pynwb import NWBHDF5IO
 
 from ilqr_clients.sdk import ServiceClient, model_of
+from ilqr_service.journal.contents import contents_of, look
 from ilqr_service.journal.export import choose, runs_of, write
 from ilqr_vae.artifact import load_artifact
 from ilqr_vae.errors import RequestRefusedError
@@ -95,6 +96,9 @@ def test_events_reach_listeners_and_become_trials_in_an_export(tmp_path: Path) -
     with serving(model, journal=str(crashed)) as service, ServiceClient(service.ingest) as client:
         (again,) = [s for s in service._table if s.name == "rat"]
         assert [number for _, number in again.noted] == [0, 1]
+    (run,) = contents_of(journal).runs
+    assert run.events == {"trial_start": 2, "trial_stop": 1}
+    assert "events: 2 trial_start, 1 trial_stop" in str(look(journal)[1])
     runs, manifests = runs_of(journal)
     who = SubjectInfo("rat", "Rattus norvegicus", "F", "P90D", "a rat")
     out = tmp_path / "out.nwb"

@@ -16,6 +16,7 @@ from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.plots.style import GRID, INK, MUTED
 from ilqr_vae.recordings import Recording, SplitSpec, Trials
 from ilqr_vae.report import ReportData, distribution, render_html, to_json
+from ilqr_vae.report.explorer import run_data
 from ilqr_vae.scoring.metrics import r2_per_axis
 from ilqr_vae.scoring.score import LEVELS, OURS, WIENER, calibration, score_decodes
 
@@ -98,6 +99,23 @@ def test_both_decoders_are_scored_on_the_same_answered_bins(recording: Recording
     wiener = r2_per_axis(data.truth[rows], data.baselines[WIENER][rows])
     assert data.scores.methods[WIENER]["r2"] == pytest.approx(wiener.mean())
     assert 0.5 < data.scores.methods[WIENER]["r2"] < ours["r2"]
+
+
+def test_events_are_marked_on_the_time_line(recording: Recording) -> None:
+    data = report(recording)
+    middle = data.start + len(data.counts) * data.bin_width / 2
+    data = replace(data, events=((middle, "reward <b>"), (-5.0, "before")))
+    found = run_data(data)
+    assert found is not None
+    starts = [t for t, name in found["events"] if name == "trial start"]
+    assert data.trials is not None
+    assert len(starts) == len(data.trials)
+    assert [round(middle, 4), "reward <b>"] in found["events"]
+    assert "before" not in [name for _, name in found["events"]]
+    page = render_html(data)
+    assert "reward &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert to_json(data)["events"][0] == {"seconds": middle, "name": "reward <b>"}
 
 
 def test_calibration_of_a_gaussian_is_its_nominal_level() -> None:

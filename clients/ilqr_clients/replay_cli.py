@@ -139,7 +139,8 @@ def _ending(service: ServiceClient, session: Session) -> Ending:
     name = session.request.session
     flagged = next((s.flagged for s in service.sessions() if s.session == name), ())
     said = tuple(n for n in session.notices if n.startswith("unit "))
-    return Ending(clock=service.clock(), flagged=flagged, unit_notices=said)
+    events = tuple((e.bin, e.name) for e in session.events if e.name != "kinematics")  # each bin's
+    return Ending(clock=service.clock(), flagged=flagged, unit_notices=said, events=events)
 
 
 def _as_played(run: Run, log: StreamLog, player: Player, steering: Steering) -> Run:
@@ -310,6 +311,7 @@ def replay(
                     watch_units=watch_units,
                     patience=timeout,
                     hear_details=True,
+                    hear_events=True,
                 ) as opened,
                 (
                     Conductor.of(opened, steering, control=steer, say=screen.print)

@@ -162,11 +162,13 @@ class Ending:
         clock: the service's clock after the last bin.
         flagged: ``NAME:why`` of the units that were masked then.
         unit_notices: what the service said of units on the way.
+        events: of the session: the bin it was at, counted from the first streamed, and its name.
     """
 
     clock: ClockOffset
     flagged: tuple[str, ...] = ()
     unit_notices: tuple[str, ...] = ()
+    events: tuple[tuple[int, str], ...] = ()
 
 
 def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
@@ -204,6 +206,10 @@ def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
         decoded_std=log.kinematics_std[rows] if names else None,
         baselines={} if scores is None or scores.wiener is None else {WIENER: scores.wiener},
         trials=part.trials,
+        events=tuple(
+            (part.start_time + (at - (run.start - run.first)) * part.bin_width, name)
+            for at, name in ending.events
+        ),
         scores=scores,
         latency_ms=latency,
         latency_uncertainty_ms=crossing,

@@ -13,6 +13,7 @@ from ilqr_service.journal.records import (
     Answered,
     Closed,
     Deployed,
+    Happened,
     Header,
     Opened,
     Queued,
@@ -22,6 +23,9 @@ from ilqr_service.journal.verify import stream
 from ilqr_vae.commands.inspect import Section
 from ilqr_vae.errors import JournalError
 from ilqr_vae.protocol import messages
+
+_NAMED = 12
+"""Most names of events that are shown of a run."""
 
 
 class Run(msgspec.Struct):
@@ -35,6 +39,7 @@ class Run(msgspec.Struct):
         began, ended: UTC of the first and the last answer; "" where there is none.
         statuses: of the newest answer of each bin.
         end: why it ended; "" where the journal does not say.
+        events: how many of each name.
     """
 
     session: str
@@ -51,6 +56,7 @@ class Run(msgspec.Struct):
     ended: str = ""
     statuses: dict[str, int] = {}
     end: str = ""
+    events: dict[str, int] = {}
 
 
 class Contents(msgspec.Struct):
@@ -77,6 +83,7 @@ def contents_of(folder: Path) -> Contents:
     runs: dict[int, Run] = {}
     newest: dict[int, dict[int, tuple[int, str]]] = {}
     taken: dict[int, set[int]] = {}
+    events: dict[int, dict[tuple[str, int], str]] = {}
     header: Header | None = None
     for record in stream(folder, damage):
         match record:
@@ -101,12 +108,16 @@ def contents_of(folder: Path) -> Contents:
                 result = messages.decode_published(record.frame)
                 if isinstance(result, messages.Result):
                     _answered(runs[record.run], result, newest.setdefault(record.run, {}), header)
+            case Happened() if record.run in runs:  # segments begin with those of the one before
+                event = record.event
+                events.setdefault(record.run, {})[event.source, event.index] = event.name
             case Closed() if record.run in runs:
                 runs[record.run].end = record.what
             case _:
                 pass
     for number, run in runs.items():
         run.bins = len(taken.get(number, ()))
+        run.events = dict(Counter(events.get(number, {}).values()).most_common())
         run.statuses = dict(Counter(status for _, status in newest.get(number, {}).values()))
     made.runs = list(runs.values())
     return made
@@ -153,12 +164,16 @@ def _name(run: Run) -> str:
 
 def _said(run: Run) -> str:
     statuses = ", ".join(f"{n} {status}" for status, n in sorted(run.statuses.items()))
+    names = list(run.events.items())
+    events = ", ".join(f"{n} {name}" for name, n in names[:_NAMED])
+    events += f" and {len(names) - _NAMED} other names" if len(names) > _NAMED else ""
     parts = [
         f"run {run.run}",
         f"model {run.model}",
         f"{run.units} units, {run.bin_ms:g} ms",
         f"{run.bins} bins taken" + (f", {run.first} to {run.last} answered" if statuses else ""),
         statuses,
+        f"events: {events}" if events else "",
         f"{run.began} to {run.ended} UTC" if run.began else "",
         f"fed by {run.user}" if run.user else "",
         run.end or "open or cut off at the end",

@@ -66,6 +66,7 @@ class ReportData:
         truth, decoded, decoded_std: (T, D) or None.
         baselines: (T, D) decodes of other decoders by name.
         trials: ranges of bins relative to the first, or None.
+        events: what happened while it ran: seconds on the recording's clock, and its name.
         scores: from ``score_decodes``, or None where there is no truth.
         latency_ms: milliseconds per bin (T,) by stage, e.g. solve, queue, wire, total.
         latency_uncertainty_ms: of the stages that go from one clock to another, how far they may
@@ -101,6 +102,7 @@ class ReportData:
     decoded_std: Array | None = None
     baselines: dict[str, Array] = field(default_factory=dict[str, Array])
     trials: Trials | None = None
+    events: tuple[tuple[float, str], ...] = ()
     scores: Scores | None = None
     latency_ms: dict[str, Array] = field(default_factory=dict[str, Array])
     latency_uncertainty_ms: dict[str, float] = field(default_factory=dict[str, float])
@@ -153,6 +155,18 @@ class ReportData:
     def statuses(self) -> dict[str, int]:
         """How many bins had each status; ``unanswered`` for none."""
         return dict(Counter(s or "unanswered" for s in self.status).most_common())
+
+    @property
+    def marks(self) -> list[tuple[float, str]]:
+        """Events of the run, and starts and events of its trials: seconds and name, rising."""
+        made = list(self.events)
+        if self.trials is not None:
+            named = {"trial start": self.trials.start} | dict(self.trials.events)
+            for name, bins in named.items():
+                at = self.start + np.asarray(bins, np.float64) * self.bin_width
+                made += [(t, name) for t in at[np.isfinite(at)].tolist()]
+        end = self.start + len(self.counts) * self.bin_width
+        return sorted((t, name) for t, name in made if self.start <= t < end)
 
 
 def plain(value: Any) -> Any:

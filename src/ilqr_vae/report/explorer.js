@@ -58,6 +58,30 @@
     u.ctx.restore();
   }
 
+  // Events are lines; the first chart names them where there is room.
+  function mark(row) {
+    return (u) => {
+      const shown = run.events.filter(([t]) => t >= u.scales.x.min && t <= u.scales.x.max);
+      u.ctx.save();
+      u.ctx.strokeStyle = u.ctx.fillStyle = colour("var(--soft)");
+      u.ctx.setLineDash([4, 4]);
+      u.ctx.font = 10 * devicePixelRatio + "px system-ui, sans-serif";
+      let free = -Infinity;
+      shown.forEach(([t, name]) => {
+        const x = Math.round(u.valToPos(t, "x", true));
+        u.ctx.beginPath();
+        u.ctx.moveTo(x, u.bbox.top);
+        u.ctx.lineTo(x, u.bbox.top + u.bbox.height);
+        u.ctx.stroke();
+        if (row === 0 && x > free) {
+          u.ctx.fillText(name, x + 3, u.bbox.top + 10 * devicePixelRatio);
+          free = x + 8 + u.ctx.measureText(name).width;
+        }
+      });
+      u.ctx.restore();
+    };
+  }
+
   function build() {
     const width = () => Math.max(220, place.clientWidth);
     const axis = { stroke: () => colour("var(--soft)"), grid: { stroke: () => colour("var(--grid)"), width: 1 },
@@ -85,7 +109,7 @@
                { ...axis, size: 52, space: 24 }],
         cursor: { sync: { key: "run" }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
         hooks: {
-          drawAxes: [shade],
+          drawAxes: [shade, mark(row)],
           setSelect: [(u) => {
             if (u.select.width < 4) return;
             show(u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x"));

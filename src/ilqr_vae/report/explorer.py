@@ -27,6 +27,7 @@ from ilqr_vae.terminal import visible
 
 MOST_NUMBERS = 200_000
 """Of all series together, two bytes each, so that a page stays below 2 MB."""
+MOST_EVENTS = 5000
 _MISSING, _GREATEST = -32768, 32767
 
 
@@ -118,7 +119,10 @@ def run_data(data: ReportData) -> dict[str, Any] | None:
             line |= _packed(line.pop("values")[shown])
     kinds = list(data.statuses)
     codes = np.array([kinds.index(s or "unanswered") for s in data.status[shown]], dtype="u1")
+    begin = data.start + first * data.bin_width
+    marks = [(t, name) for t, name in data.marks if begin <= t < begin + length * data.bin_width]
     return {
+        "events": [[round(t, 4), short(name, 24)] for t, name in marks[:MOST_EVENTS]],
         "start": data.start + first * data.bin_width,
         "step": data.bin_width,
         "bins": length,

@@ -99,8 +99,30 @@ def time_course(data: ReportData) -> Drawn | None:
             others=others,
             axes=axes,
         )
+        _mark(data, shown, axes)
 
-    return Drawn(*_both("course", n, 1.6, draw))
+    wide, narrow = _both("course", n, 1.6, draw)
+    names = sorted({name for _, name in _marks(data, shown)})
+    return Drawn(wide, narrow, text=f"Dashed lines: {', '.join(names)}." if names else "")
+
+
+def _marks(data: ReportData, shown: slice) -> list[tuple[float, str]]:
+    """The events within the bins shown."""
+    begin, end = data.time[shown.start], data.time[shown.stop - 1] + data.bin_width
+    return [(t, short(name, 24)) for t, name in data.marks if begin <= t < end]
+
+
+def _mark(data: ReportData, shown: slice, axes: Sequence[Axes]) -> None:
+    """A line for each event, named on the first axis where there is room."""
+    free = -np.inf
+    for t, name in _marks(data, shown):
+        for ax in axes:
+            ax.axvline(t, color=GREY, lw=0.6, ls=(0, (3, 3)), zorder=0)
+        if t >= free:
+            at = axes[0].get_xaxis_transform()
+            axes[0].text(t, 0.99, name, transform=at, va="top", fontsize=6, clip_on=True)
+            low, high = axes[0].get_xlim()
+            free = t + (high - low) * 0.012 * (len(name) + 2)
 
 
 def _reaches(data: ReportData) -> tuple[list[tuple[int, int]], Array]:

@@ -147,6 +147,7 @@ def to_json(data: ReportData) -> dict[str, Any]:
             if scores is None or scores.by_decoded_speed is None
             else asdict(scores.by_decoded_speed),
             "statuses": data.statuses,
+            "events": [{"seconds": t, "name": name} for t, name in data.events],
             "latency_ms": {
                 k: distribution(v) | _bound(data, k) for k, v in data.latency_ms.items()
             },
