@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from ilqr_vae.errors import ConfigError
 from ilqr_vae.kernels import backend
 from ilqr_vae.model.dynamics.linear import Linear
 from ilqr_vae.model.generative import Model
+from ilqr_vae.model.intervals import SpeedScale
 from ilqr_vae.model.likelihoods import Counts
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import MatSpec, Recording, RecordingSpec
@@ -215,6 +217,21 @@ def test_an_adapted_model_streams_and_is_saved(
     residuals = answer.window[0, 3 * LATENTS : 3 * LATENTS + 2 * N].view(2, N)
     assert not residuals[:, CHANGED].any()
     assert residuals[:, 1].all()
+
+
+def test_every_member_of_an_ensemble_is_adapted(
+    artifact: Artifact, changed: tuple[Tensor, Recording, Adaptation], tmp_path: Path
+) -> None:
+    _, recording, alone = changed
+    scale = SpeedScale(torch.ones(1), torch.tensor([0.0, 1.0]), torch.ones(2, 1))
+    a = adapt(replace(artifact, intervals=scale, others=(artifact,)), recording, BINS).artifact
+    given = (a.manifest, a.model, a.readout, a.mean_rate, a.seen, a.intervals, a.others)
+    save_artifact(tmp_path / "a", *given)
+    loaded = load_artifact(tmp_path / "a")
+    assert loaded.intervals is not None
+    for member in loaded.members:
+        for name, value in alone.artifact.model.state_dict().items():
+            assert torch.equal(member.model.state_dict()[name], value), name
 
 
 def test_units_come_and_go(artifact: Artifact) -> None:

@@ -16,6 +16,7 @@ from ilqr_vae.artifact import (
     KEY,
     MANIFEST_SHA256,
     SCHEMA,
+    SINGLE_SCHEMA,
     GroupSpec,
     Manifest,
     ModelSpec,
@@ -188,7 +189,9 @@ def test_what_is_no_model_file(tmp_path: Path) -> None:
 def test_another_schema_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     for schema in (SCHEMA + 1, 0):
-        write(path, schema=schema)
+        write(path)
+        text = msgspec.json.encode(read_manifest(path)).decode()
+        rewrite(path, text.replace(f'"schema":{SINGLE_SCHEMA}', f'"schema":{schema}'))
         with pytest.raises(
             ArtifactError, match=rf"expected schema version {SCHEMA} or .*newer.*, got {schema}"
         ):

@@ -70,7 +70,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         horizon: the estimator's settings.
         model: shapes and families.
         readout: what the readout reads, None without kinematics.
-        members: of an ensemble those after the first.
+        members: of an ensemble those after the first; not in the file of one model.
         scores: causal validation scores; ``coverage_90`` among them is none (``measured``).
         provenance: recording name and hash, versions, seed, time.
         config: the whole training configuration.
@@ -89,7 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     horizon: HorizonConfig
     model: ModelSpec
     readout: ReadoutShape | None = None
-    members: tuple[MemberSpec, ...] = ()
+    members: tuple[MemberSpec, ...] | msgspec.UnsetType = msgspec.UNSET
     scores: dict[str, float] = msgspec.field(default_factory=dict)
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     config: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -176,7 +176,8 @@ def _tensors(artifact: Artifact) -> dict[str, Tensor]:
             named |= {f"{prefix}seen.{k}": v for k, v in member.seen._asdict().items()}
     if artifact.intervals is not None:
         named |= {f"intervals.{k}": v for k, v in artifact.intervals._asdict().items()}
-    return {k: v.detach().cpu().contiguous() for k, v in sorted(named.items())}
+    # copies: members may share tensors, which safetensors refuses
+    return {k: v.detach().cpu().contiguous().clone() for k, v in sorted(named.items())}
 
 
 def _prefix(member: int) -> str:
@@ -219,8 +220,7 @@ def save_artifact(
     """Write a model file; returns the manifest with its hash.
 
     Args:
-        others: members of an ensemble after the first, whose model, readout and training range are
-            written.
+        others: members of an ensemble after the first.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -232,22 +232,15 @@ def save_artifact(
         manifest,
         schema=SCHEMA if others or intervals is not None else SINGLE_SCHEMA,
         sha256=_digest(tensors),
-        members=tuple(MemberSpec(readout=other.manifest.readout) for other in others),
+        members=tuple(MemberSpec(readout=m.manifest.readout) for m in others) or msgspec.UNSET,
     )
-    manifest = msgspec.structs.replace(manifest, model_id=_identity(_written(manifest)))
-    text = msgspec.json.encode(_written(manifest))
+    written = msgspec.json.decode(msgspec.json.encode(manifest))
+    manifest = msgspec.structs.replace(manifest, model_id=_identity(written))
+    text = msgspec.json.encode(manifest)
     hashed = {KEY: text.decode(), MANIFEST_SHA256: hashlib.sha256(text).hexdigest()}
     blob = save(tensors, metadata=hashed)
     write_whole(path, blob, f"model file {path.name}")
     return manifest
-
-
-def _written(manifest: Manifest) -> dict[str, Any]:
-    """As the file has it. A file of one member has none of what versions before did not know."""
-    made: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(manifest))
-    if not manifest.members:
-        del made["members"]
-    return made
 
 
 def _refuse(path: Path, expected: str, got: str) -> ArtifactError:
@@ -366,7 +359,7 @@ def load_artifact(
     first = _member(path, manifest, tensors, 0, where)
     others = [
         _member(path, msgspec.structs.replace(manifest, readout=own.readout), tensors, i, where)
-        for i, own in enumerate(manifest.members, 1)
+        for i, own in enumerate(manifest.members or (), 1)
     ]
     return replace(first, intervals=_intervals(path, manifest, tensors), others=tuple(others))
 

@@ -9,7 +9,7 @@ where training's did.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -91,7 +91,7 @@ def adapt(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Adaptation:
-    """Fit the rows of a recording's units on some of its bins.
+    """Fit the rows of a recording's units on some of its bins; of an ensemble each member's.
 
     Args:
         artifact: in float64 on the CPU; its spikes are counts.
@@ -103,6 +103,11 @@ def adapt(
     Raises:
         ConfigError: a model of spikes that are not counts; too few bins.
     """
+    if artifact.others:
+        return _together(
+            artifact,
+            [adapt(m, recording, bins, seed=seed, progress=progress) for m in artifact.members],
+        )
     spikes = artifact.model.group("spikes")
     if not isinstance(spikes, Counts):
         raise ConfigError("model.groups.spikes", expected="counts", got=spikes.family)
@@ -145,6 +150,23 @@ def adapt(
     verdicts = dict(zip(recording.unit_names, rows.verdicts, strict=True))
     gone = tuple(name for name in index if name not in verdicts)
     return Adaptation(candidate, verdicts, gone, bits, outside, refused)
+
+
+def _together(artifact: Artifact, members: list[Adaptation]) -> Adaptation:
+    """The members' adaptations as one: refused where one is, the verdicts the first one's."""
+    first, *others = members
+    before, after = np.mean([member.bits for member in members], axis=0).tolist()
+    return replace(
+        first,
+        artifact=replace(
+            first.artifact,
+            intervals=artifact.intervals,
+            others=tuple(other.artifact for other in others),
+        ),
+        bits=(before, after),
+        outside=max(member.outside for member in members),
+        refused=next((member.refused for member in members if member.refused), ""),
+    )
 
 
 def _model(artifact: Artifact, units: _Units, mean: NDArray[np.float64]) -> Model:
@@ -207,7 +229,7 @@ def _adapted(
             "adapted_on": f"{recording.name}, bins {part.start}:{part.stop}",
         },
     )
-    return Artifact(manifest, model, readout, mean, seen)
+    return Artifact(manifest, model, readout, mean, seen, artifact.intervals)
 
 
 def _readout(
