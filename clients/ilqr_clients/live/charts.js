@@ -90,7 +90,7 @@ export function draw(whole) {
     u.setData([time, ...columns]);
   };
   const of = (values, d) => (values && values[d] !== undefined ? values[d] : null);
-  const truth = view.some((b) => b.truth), others = rivals();
+  const others = rivals();
   charts.traces.forEach((u, d) => put(u, [
     ...[-1, 1, 0].map((k) => view.map((b) => (of(b.y, d) === null ? null : b.y[d] + k * Z90 * (b.s[d] || 0)))),
     ...(u.series.length > 4 + others.length ? [view.map((b) => of(b.truth, d))] : []),
@@ -102,7 +102,6 @@ export function draw(whole) {
   put(charts.latency[0], [...STAGES.map(([name]) => view.map((b) => b.ms[name])), view.map((b) => b.total), view.map(() => deadline)]);
   put(charts.drift[0], [thin(running(whole)), view.map(() => 0)]);
   statuses(view); spread(whole, deadline);
-  return truth;
 }
 
 function statuses(view) {

@@ -4,11 +4,11 @@ export const OURS = "iLQR-VAE";
 export const TONES = ["#2f7fe6", "#e0832a", "#2fa36b", "#9a6be0"];
 export const STATUS = { ok: "#2fa36b", degraded: "#e0832a", late: "#dd4b4b", missing: "#8b929c", extrapolated: "#9a6be0" };
 const OTHERS = ["#9a6be0", "#e0832a", "#2fa36b", "#c2497f"];
-const MOST = 6000, EARLY = 2000, EVENTS = 300;
+const MOST = 6000, EARLY = 2000;
 
 export const el = (id) => document.getElementById(id);
 export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-export const S = { state: null, session: "", bins: [], events: [], paused: false, frozen: [], dirty: true, frames: 0, newest: 0 };
+export const S = { state: null, session: "", bins: [], paused: false, frozen: [], dirty: true, frames: 0 };
 export const info = () => S.state && S.state.sessions.find((s) => s.session === S.session);
 export const width = () => (S.state && S.state.bin_width) || 0.05;
 
@@ -38,7 +38,7 @@ export function shown() {
 }
 
 function forget() {
-  S.bins = []; S.events = []; at = new Map(); early = new Map();
+  S.bins = []; at = new Map(); early = new Map();
 }
 
 function bin(one) {
@@ -68,8 +68,6 @@ function take(entry) {
     const { bin: i, ...values } = entry.t;
     more(i, values);
   } else if (entry.e) {
-    S.events.push(entry.e);
-    if (S.events.length > EVENTS) S.events.shift();
     hooks.alarm({ kind: "event", at: entry.e.at, what: entry.e.name + (entry.e.said ? ": " + entry.e.said : ""), session: "" });
   }
 }
@@ -85,7 +83,6 @@ export function connect(given) {
     for (const one of piece.alarms || []) if (one.n > alarmed) { alarmed = one.n; hooks.alarm(one); }
     if (piece.fresh) forget();
     (piece.log || []).forEach(take);
-    S.newest += (piece.log || []).length;
     S.dirty = true;
   };
   source.onerror = () => { el("service").textContent = "connection lost, trying again"; el("service").className = "gone"; };

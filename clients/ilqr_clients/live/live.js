@@ -92,7 +92,7 @@ function save(blob, ending) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-export function csv() {
+function csv() {
   const quote = (text) => '"' + String(text).replaceAll('"', '""') + '"', names = S.state.names, others = rivals(), truth = S.bins.some((b) => b.truth);
   const head = ["bin", "status", ...names.flatMap((n) => [quote(n), quote(n + " std")]), ...(truth ? names.map((n) => quote(n + " truth")) : []),
     ...others.flatMap((o) => names.map((n) => quote(n + " " + o))), "bits", "spikes", "total_ms", "solve_ms"];
