@@ -87,6 +87,7 @@ def latency(ingest: str, rounds: int, seconds: float, speed: float) -> dict[str,
             bins = round(seconds * speed / 0.05)
             load = Load(bins=bins, warm_up=round(speed / 0.05), speed=speed)
             with Generator(ingest, load, Faults()) as generator:
+                generator.open()
                 found = generator.run().stamps
             times[condition] += [(s.published - s.received) / 1e6 for s in found]
     quantiles = {
