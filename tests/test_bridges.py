@@ -231,16 +231,19 @@ def test_a_recording_through_a_publisher_decodes_as_through_the_sdk(
     same(heard.rows, offline(service, f"{name}-sdk", dict(enumerate(counts))))
 
 
+@pytest.mark.parametrize("again", [True, False], ids=["another clock", "from 0"])
 @pytest.mark.parametrize("kind", [OpenEphys, Synapse])
-def test_a_bridge_survives_what_its_source_does(kind: type[Any], service: Service) -> None:
+def test_a_bridge_survives_what_its_source_does(
+    kind: type[Any], again: bool, service: Service
+) -> None:
     counts = np.random.default_rng(1).poisson(1.0, (64, UNITS))
     said: list[str] = []
-    name = f"odd-{kind.__name__}"
+    name = f"odd-{kind.__name__}-{again:d}"
     came: dict[int, Any] = {}
 
-    def send(k: int, index: int, *, again: bool = False) -> None:
+    def send(k: int, index: int, *, twice: bool = False) -> None:
         for frames in source.bin(k, counts[index]):
-            for _ in range(1 + again):
+            for _ in range(1 + twice):
                 source.send(*frames)
         came[index] = counts[index]
 
@@ -253,7 +256,7 @@ def test_a_bridge_survives_what_its_source_does(kind: type[Any], service: Servic
         source.wait()
         source.first()
         for k in range(5):
-            send(k, k, again=k == 3)  # each message of bin 3 twice
+            send(k, k, twice=k == 3)  # each message of bin 3 twice
         until("repeated", lambda: tally["repeated"] >= 2)
         # bin 6 comes before bin 5
         fifth, sixth = source.bin(5, counts[5]), source.bin(6, counts[6])
@@ -271,6 +274,7 @@ def test_a_bridge_survives_what_its_source_does(kind: type[Any], service: Servic
         until("gap", lambda: tally["gap"] + tally["lost"] > 0)
         assert any("did not come" in line for line in said)
         heard.upto(10)
+        assert heard.rows[9].status == "missing"
         # a channel that the model does not have, and messages that are none
         before = tally["unusable"]
         for frames in source.bin(12, [1] * (UNITS + 1), (*NAMES, "other")):
@@ -280,7 +284,11 @@ def test_a_bridge_survives_what_its_source_does(kind: type[Any], service: Servic
         # the source goes away and comes back, counting anew, and its clock is another
         source.stop()
         until("gone", lambda: any("is gone" in line for line in said))
-        source.begin += 10**6 if kind is OpenEphys else 10**13
+        gone = time.monotonic()
+        until("some bins without the source", lambda: time.monotonic() > gone + 6 * WIDTH_S)
+        if again:
+            source.begin += 10**6 if kind is OpenEphys else 10**13
+        last = max(heard.rows)
         source.restart()
         source.wait()
         source.first()
@@ -301,6 +309,8 @@ def test_a_bridge_survives_what_its_source_does(kind: type[Any], service: Servic
         assert tally["steps"] == 1
         assert any("clock of the stream was set" in line for line in said)
         assert (tally["refused"], tally["sessions_lost"]) == (0, 0), said
+        missing = [k for k, a in heard.rows.items() if k > last and a.status == "missing"]
+        assert len(missing) >= 4, sorted(heard.rows)
     known = {k: came[k] for k in range(9)}
     same({k: heard.rows[k] for k in known}, offline(service, f"{name}-sdk", known))
 

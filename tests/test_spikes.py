@@ -238,6 +238,24 @@ def test_a_silent_feeder_is_lost_and_a_silent_brain_is_not() -> None:
     ]
 
 
+def test_bins_that_were_answered_meanwhile_do_not_come_at_once() -> None:
+    t = table(gap_limit=3)
+    t.receive(b"f", open_(origin_ns=ORIGIN, clocked=True, grace_ns=10 * MS), 0)
+    t.receive(b"f", spikes_(empty(0, 1)), 100 * MS)
+    meanwhile: list[Work] = []
+    while (due := t.next_due()) is not None and len(meanwhile) < 3:
+        meanwhile += t.tick(due).work
+    assert told(meanwhile) == [("Solve", k, None) for k in (1, 2, 3)]
+    now = 100 * MS + 5 * WIDTH
+    effects = t.receive(b"f", spikes_(empty(1, 6)), now)
+    zeros = [0, 0, 0]
+    assert told(effects.work) == [
+        *[("Insert", k, zeros) for k in (1, 2, 3)],
+        *[("Solve", k, zeros) for k in (4, 5)],
+    ]
+    assert effects.published == []
+
+
 def test_bins_and_spikes_are_not_mixed_and_bad_batches_cost_themselves() -> None:
     t = started(credits=2)
     assert refused(t.receive(b"f", bin_(0), 0)).field == "bin"

@@ -30,6 +30,7 @@ STATUSES = ("ok", "degraded", "late", "missing", "extrapolated")
 
 AGAIN_S = 1.0
 _CREDIT_S, _LOOK_S = 0.05, 0.2
+_NONE = np.zeros(0, np.int64)
 
 Say = Callable[[str], None]
 
@@ -93,6 +94,7 @@ class Bridge(Closing):
         self._times_of: dict[int, int] = {}
         self._source_ns = -(2**62)
         self._gone = self._fresh = False
+        self._lacking = False
         self._channels = 0
         self._events: queue.Queue[tuple[str, dict[str, Any], int]] = queue.Queue()
         self._stop = threading.Event()
@@ -180,7 +182,7 @@ class Bridge(Closing):
             self._session = self.client.open(self.name, **options)
         self._place = StampIndex(model.bin_width)
         self._first, self._seen, self.newest = None, {}, (-1, 0.0)
-        self._times_of = {}
+        self._times_of, self._lacking = {}, False
         self._source_ns, self._error, self._gone = -(2**62), None, False
         self.opened(self._session)
         epoch = self._session.opened.epoch
@@ -300,6 +302,8 @@ class Bridge(Closing):
         """A source was found: it may count anew."""
         self.tally["found"] += 1
         self._fresh = self.tally["found"] > 1
+        if self._fresh:
+            self._place.begin_again()
 
     def _index(self, sample: Bin) -> int | None:
         """The bin of a sample; None where it has come."""
@@ -355,13 +359,19 @@ class Bridge(Closing):
         the first batch after it is back."""
         if self._gone and not gone:
             assert isinstance(self._session, SpikeSession)
-            self._session.skip_batch()
+            self.skip()
         self._gone = gone
         return gone
+
+    def resume_at(self, at_ns: int, until_ns: int | None) -> None:
+        """The first that came after a loss is of this time: what is lost was before it."""
+        if self._lacking:
+            self.send_spikes(_NONE, _NONE, now_ns=at_ns, until_ns=until_ns)
 
     def skip(self) -> int:
         """Messages of the source are lost; returns the batch that may still tell of them."""
         assert isinstance(self._session, SpikeSession)
+        self._lacking = True
         return self._session.skip_batch()
 
     def send_spikes(
@@ -400,6 +410,6 @@ class Bridge(Closing):
             session.send_spikes(times, units, source_ns=at, until_ns=after_ns, batch=batch)
             return
         now = max(self._source_ns, now_ns, int(times.max(initial=self._source_ns)))
-        self._source_ns = now
+        self._source_ns, self._lacking = now, False
         session.send_spikes(times, units, source_ns=now, until_ns=until_ns)
         self.tally["batches"] += 1

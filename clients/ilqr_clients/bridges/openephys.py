@@ -24,7 +24,6 @@ from ilqr_clients.bridges.zmq_source import ZmqBridge
 
 _HEARTBEAT_S, _HOLES, _SEEN = 2.0, 64, 4096
 _RATE = 30000.0
-_NONE = np.zeros(0, np.int64)
 
 
 class OpenEphysBridge(ZmqBridge):
@@ -146,8 +145,8 @@ class OpenEphysBridge(ZmqBridge):
             self.tally["steps"] += 1
             self.say("the clock of the stream was set")
         at_ns, body = self._source.ours_ns(stamp_ns), self._body(header)
-        if hole == "gap":  # what is lost was before this
-            self.send_spikes(_NONE, _NONE, now_ns=at_ns, until_ns=self._until_ns)
+        if not isinstance(hole, tuple):
+            self.resume_at(at_ns, self._until_ns)
         spikes: list[int] = []
         if header.get("type") == "spike":
             spikes = self._unit(body)
@@ -171,7 +170,7 @@ class OpenEphysBridge(ZmqBridge):
 
     def _follow(self, number: int, header: bytes) -> tuple[int, int] | str | None:
         """Follow the messages' numbers: ``repeated``, the batch that was skipped where this one is
-        late, ``gap`` where others are lost, else None."""
+        late, else None."""
         last, again = self._last, self._known.get(number) == header
         if again and not self._fresh:
             return "repeated"
@@ -184,11 +183,10 @@ class OpenEphysBridge(ZmqBridge):
                 return self._holes.pop(number)
             self._known, self._holes, self._fresh = {number: header}, {}, False  # it counts anew
             self._source.begin_again()
-        gap = last is not None and number > last + 1
-        if last is not None and gap:
+        elif last is not None and number > last + 1:
             self._lose(last + 1, number)
         self._last = number
-        return "gap" if gap else None
+        return None
 
     def _lose(self, first: int, end: int) -> None:
         """Messages did not come: what was in them is missing until they do."""

@@ -49,15 +49,23 @@ class StampIndex:
         self._anchor: tuple[int, float] | None = None
         self._last = (0.0, 0.0)
         self._seen: OrderedDict[float, int] = OrderedDict()
+        self._again = False
+
+    def begin_again(self) -> None:
+        """Another source follows: a stamp that is not above the newest shows that its clock is
+        another."""
+        self._again = True
 
     def place(self, stamp_s: float, arrived_s: float) -> Placed:
         """Number the sample of a stamp that arrived now; both in seconds, on any two clocks."""
         if self._anchor is None:
             return self._keep(stamp_s, arrived_s, self._newest + 1, "next")
-        if stamp_s in self._seen:
-            return Placed(self._seen[stamp_s], "repeated")
         gained, passed = stamp_s - self._last[0], max(0.0, arrived_s - self._last[1])
-        if gained < -_SLACK_S or gained > _SLACK_S + 2 * passed:
+        stepped = self._again and gained <= 0
+        self._again = False
+        if stamp_s in self._seen and not stepped:
+            return Placed(self._seen[stamp_s], "repeated")
+        if stepped or gained < -_SLACK_S or gained > _SLACK_S + 2 * passed:
             self._seen.clear()
             self._anchor = None
             ahead = max(1, round(passed / self._width))

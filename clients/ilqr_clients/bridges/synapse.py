@@ -271,5 +271,6 @@ class SynapseBridge(ZmqBridge):
         values = np.array([frame.frame_data for frame in run], np.float64)
         samples, channels = self._detector.find(values)
         stamps = np.array([self._source.ours_ns(frame.timestamp_ns) for frame in run], np.int64)
+        self.resume_at(int(stamps[0]), None)
         until = int(stamps[-1]) + 1
         self.send_spikes(stamps[samples], channels, now_ns=until, until_ns=until)

@@ -103,10 +103,12 @@ class Intake:
         effects.fed.append((session.run, message))
         session.silent = 0
         closed = update.closed
-        if len(closed) > self._limits.gap_limit + 1:
-            closed = closed[-self._limits.gap_limit - 1 :]
+        unanswered = range(max(closed.start, session.next_index), closed.stop)
+        if len(unanswered) > self._limits.gap_limit + 1:
+            closed = unanswered[-self._limits.gap_limit - 1 :]
             self._reset(session, closed[0], "came at once", effects)
-        lost = [i for i in update.revised if i < session.next_index and not session.in_window(i)]
+        told = [i for i in (*update.revised, *closed) if binner.complete(i)]
+        lost = {i for i in told if i < session.next_index and not session.in_window(i)}
         if update.early:
             effects.events["early_spikes"] += update.early
         if update.lost or lost:
