@@ -107,22 +107,42 @@ class _Net(nn.Module):
         return self.out(self.drop(layer(x)[0]))
 
 
+class _Block(nn.Module):
+    """Attention and a layer of its own for each bin, both added to their input. Not torch's own
+    layer, which takes a mask of numbers for one of truth values where no gradient is needed."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.each = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+        )
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, _HEADS, -1)).permute(2, 0, 3, 1, 4)
+        read = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x + self.drop(self.out(read.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.each(self.between(x)))
+
+
 class _Transformer(nn.Module):
     def __init__(self, units: int, config: GRUConfig, attended: int) -> None:
         super().__init__()
         width, self.attended = config.hidden, attended
         self.inputs = nn.Linear(units, width)
         self.slope = nn.Parameter(torch.tensor(2.0 / attended))
-        layer = nn.TransformerEncoderLayer(
-            width, _HEADS, 2 * width, config.dropout, batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
+        self.blocks = nn.ModuleList(_Block(width, config.dropout) for _ in range(_LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
         back = torch.arange(x.shape[1]).unsqueeze(1) - torch.arange(x.shape[1])
         seen = (back >= 0) & (back < self.attended)
         bias = torch.where(seen, -self.slope * back, torch.full((), -torch.inf))
-        return self.layers(self.inputs(x), mask=bias)
+        x = self.inputs(x)
+        for block in self.blocks:
+            x = block(x, bias)
+        return x
 
 
 @dataclass(frozen=True)
