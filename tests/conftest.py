@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +53,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """The address of a Ray cluster of two nodes."""
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of two nodes, which this process is connected to."""
     with two_nodes() as cluster:
-        yield cluster.address
+        yield cluster
+
+
+@pytest.fixture
+def ray_cluster(nodes: Any) -> str:
+    """Its address."""
+    return str(nodes.address)
 
 
 @pytest.fixture(scope="module")

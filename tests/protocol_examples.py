@@ -128,6 +128,13 @@ DOWNSTREAM: list[m.Message] = [
         next_batch=105,
         ignored=("novelty",),
     ),
+    m.Moved(
+        session="rat-7",
+        epoch=1,
+        ingest="tcp://10.0.0.7:5555",
+        results="tcp://10.0.0.7:5556",
+        down_ns=1_800_000_000,
+    ),
     m.Credit(session="rat-7", epoch=1, index=7, credits=8),
     m.Noted(session="rat-7", epoch=1, source="task", index=3, received_ns=101, bin=8),
     m.Refused(field="index", expected="8 or above", got="7", session="rat-7", index=7),

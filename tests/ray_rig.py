@@ -12,6 +12,7 @@ import psutil
 from ilqr_vae.cluster import connected
 
 STORE = 80 << 20
+NODE = {"num_cpus": 2, "object_store_memory": STORE}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
@@ -24,22 +25,17 @@ QUIET = {
 def two_nodes() -> Iterator[Any]:
     """Ray's ``Cluster``, with two nodes of two cores each; nothing of it is left behind."""
     os.environ.update(QUIET)
-    before = {p.pid for p in psutil.process_iter()}
+    mine = psutil.Process()
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "object_store_memory": STORE}
-    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
     try:
-        cluster.add_node(**node)
+        cluster.add_node(**NODE)
         with connected(cluster.address):
             yield cluster
     finally:
         cluster.shutdown()
-        left = [
-            p
-            for p in psutil.process_iter(["name"])
-            if p.pid not in before and p.info["name"] in ("raylet", "gcs_server")
-        ]
-        gone, alive = psutil.wait_procs(left, timeout=20)
+        names = ("raylet", "gcs_server")
+        left = [p for p in mine.children(recursive=True) if p.name() in names]
+        _, alive = psutil.wait_procs(left, timeout=20)
         assert not alive, alive
-        del gone

@@ -48,7 +48,7 @@ sys.path.insert(0, TESTS)
 torch.set_num_threads(1)
 from ilqr_clients import ServiceClient
 from ilqr_service import logs
-from ilqr_service.serve_cli import _check_limits, _stop_on_signals
+from ilqr_service.serve_cli import _check_limits, stop_on_signals
 from ilqr_training.fit.train import train
 from ilqr_vae.errors import ServiceError
 import rig, tiny
@@ -58,7 +58,7 @@ model = folder / "m.safetensors"
 train(tiny.config(steps=2, validate_every=0), recording, model)
 logs.configure("plain")
 _check_limits()
-with _stop_on_signals(), rig.serving(model) as service, ServiceClient(service.ingest) as client:
+with stop_on_signals(), rig.serving(model) as service, ServiceClient(service.ingest) as client:
     units = [f"unit{i}" for i in range(5)]
     names = client.describe().manifest["unit_names"]
     with client.open("w", units=names, bin_width=rig.BIN_S) as session:

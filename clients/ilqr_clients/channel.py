@@ -100,6 +100,9 @@ class Channel(Closing):
         self.details: list[messages.Detail] = []
         self.closed: messages.Closed | None = None
         self._opened: messages.Opened | None = None
+        self._at, self._key = endpoint, key
+        self._front: zmq.Socket[bytes] | None = None  # of a fleet
+        self._moved = False
         self._confirmed = self._end_reported = False
         self._ended = ""
         self._refusals: list[messages.Refused] = []  # to be reported
@@ -132,6 +135,8 @@ class Channel(Closing):
         end, before = time.monotonic() + self.timeout, -1
         begins = ("opened", "resumed")
         while self._opened is None or not any(n.startswith(begins) for n in self.notices[before:]):
+            if self._moved:
+                before, self._moved = -1, False
             if self._confirmed and before < 0:
                 self.send_raw(messages.encode(self.request))
                 before = len(self.notices)
@@ -235,6 +240,14 @@ class Channel(Closing):
             except zmq.Again:
                 break
             self._reply(messages.decode_downstream(frame))
+        if self._front is not None:
+            while self._front.poll(0):
+                reply = messages.decode_downstream(self._front.recv())
+                if isinstance(reply, messages.Moved | messages.Refused):
+                    self._reply(reply)
+        if self._moved and self._opened is not None and self._confirmed:
+            self._moved = False
+            self._ask()
 
     def _result(self, result: messages.Result, arrived: int) -> None:
         index = result.index
@@ -256,11 +269,16 @@ class Channel(Closing):
                 self._opened = reply
                 self.credits, lost = self._outstanding.granted(reply)
                 self._resend(reply, lost)
+            case messages.Moved():
+                self._move(reply)
             case messages.Credit():
                 self.credits += reply.credits
             case messages.Closed():
                 self.closed = reply
                 self._ended = self._ended or reply.reason or "closed"
+            case messages.Refused(field="follow") if first and not self.request.follow:
+                self.request = replace(self.request, follow=True)
+                self.send_raw(messages.encode(self.request))
             case messages.Refused():
                 kind = "for good" if first else self._outstanding.refused(reply)
                 if kind == "for good":
@@ -275,6 +293,38 @@ class Channel(Closing):
                 self._topic.connect(reachable(reply.results, self.endpoint))
             case _:
                 pass
+
+    def _ask(self) -> None:
+        """Ask the service what it has of the session, and a fleet where it lives."""
+        answered = self._outstanding.asked(time.monotonic())
+        again = replace(self.request, resume=True, begin=False, answered=answered)
+        self.send_raw(messages.encode(again))
+        if self._front is None:
+            self.send_raw(messages.encode(messages.Describe()))
+        else:
+            self._front.send(messages.encode(again))
+
+    def _move(self, moved: messages.Moved) -> None:
+        """Go to the server of a fleet that has the session; it is opened or resumed there once it
+        has seen the subscription."""
+        address = reachable(moved.ingest, self.endpoint)
+        if address == self._at:
+            self._outstanding.not_yet()
+            return
+        self._at = address
+        self._watched.close()
+        if self._front is None:
+            self._front = self._dealer
+        else:
+            self._poller.unregister(self._dealer)
+            self._dealer.close()
+        self._dealer = connect(self._context, zmq.DEALER, self._at, self._key)
+        self._watched = Watched(self._dealer)
+        self._poller.register(self._dealer, zmq.POLLIN)
+        self._topic.move(reachable(moved.results, self.endpoint))
+        self._confirmed, self._moved = False, True
+        if moved.down_ns:
+            self.notices.append(f"moved: {self._at}, down {moved.down_ns / 1e9:.2f} s")
 
     def _report_refusals(self) -> None:
         """Raise the oldest refusal that was not reported, or hand all of them to ``on_error``."""
@@ -304,10 +354,7 @@ class Channel(Closing):
         heard = f"last heard of it {now - waiting.heard:.1f} s ago"
         match waiting.check(now):
             case "ask":
-                answered = waiting.asked(now)
-                again = replace(self.request, resume=True, begin=False, answered=answered)
-                self.send_raw(messages.encode(again))
-                self.send_raw(messages.encode(messages.Describe()))
+                self._ask()
             case "unreachable":
                 raise ServiceUnreachableError(
                     f"service at {self.endpoint}",

@@ -139,9 +139,15 @@ class Watched:
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        self._socket = socket
         self._events = socket.get_monitor_socket(events)
         self._connected = True
         self.times = 0
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._socket.disable_monitor()
+        self._events.close()
 
     @property
     def connected(self) -> bool:

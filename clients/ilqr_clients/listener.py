@@ -66,6 +66,13 @@ class Topic:
             self._addresses.add(address)
             self.socket.connect(address)
 
+    def move(self, address: str) -> None:
+        """Listen at another address instead."""
+        for left in self._addresses - {address}:
+            self.socket.disconnect(left)
+        self._addresses &= {address}
+        self.connect(address)
+
     def take(self) -> Iterator[tuple[messages.Published | None, int]]:
         """All messages that have come, None for a type that is not known, and when each was taken
         off the socket."""

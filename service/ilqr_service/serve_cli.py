@@ -125,7 +125,7 @@ def serve(
     logs.configure(settings.log)
     hygiene = Hygiene(settings)
     hygiene.process()
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         service = Service(
             Engine.load(model, settings),
             settings,
@@ -190,7 +190,7 @@ def _check_limits() -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals() -> Generator[threading.Event]:
+def stop_on_signals() -> Generator[threading.Event]:
     """An event that SIGINT, SIGTERM and SIGHUP set; they do nothing else meanwhile. Under nohup
     SIGHUP stays ignored."""
     stop = threading.Event()

@@ -120,7 +120,7 @@ class Service:
             prepare=self._hygiene.thread,
         )
         self._stop, self._accepting = threading.Event(), threading.Event()
-        self._seen = time.monotonic()
+        self._seen, self._leave = time.monotonic(), False
         self._web: Web | None = None
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
 
@@ -174,8 +174,13 @@ class Service:
         """Wait until bins are answered; False after ``timeout`` seconds."""
         return self._accepting.wait(timeout) and self.ready
 
-    def stop(self) -> None:
-        """Answer what is queued (for at most ``drain_s``), end the sessions, free the addresses."""
+    def stop(self, *, leave: bool = False) -> None:
+        """Answer what is queued (for at most ``drain_s``), end the sessions, free the addresses.
+
+        Args:
+            leave: the sessions open in the journal, for another service to go on with.
+        """
+        self._leave = leave
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -247,7 +252,7 @@ class Service:
                     drained_by = now + round(self._settings.drain_s * 1e9)
                 if self._table.waiting == 0 or now > drained_by:
                     break
-        if self._solver.failure is None:
+        if self._solver.failure is None and not self._leave:
             self._noted(self._table.end_all("shutdown"))
 
     def _credits(self, *, all_owed: bool = True) -> None:

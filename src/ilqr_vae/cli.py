@@ -40,6 +40,7 @@ SUMMARIES = {
     "inspect": "show what is inside a model, a recording or a journal",
     "experiment": "run one of the paper's experiments on simulated data",
     "serve": "load a model and answer spike bins over ZeroMQ",
+    "fleet": "serve a model by many servers on the nodes of a Ray cluster, behind one address",
     "replay": "stream a recording through a running service and report decodes and latency",
     "verify": "run a service's journal again and compare every answer, bit for bit",
     "export": "write a session of a service's journal as NWB",

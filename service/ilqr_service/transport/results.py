@@ -52,6 +52,11 @@ class Publisher:
             gone=self._gone,
         )
 
+    @property
+    def wanted(self) -> set[bytes]:
+        """The prefixes that somebody has subscribed to."""
+        return set(self._subscribers)
+
     def publish(self, topic: bytes, frame: bytes, *, exact: bool = False) -> None:
         """Send a message to the topic's subscribers, or (``exact``) to those alone who named the
         whole topic; never waits."""

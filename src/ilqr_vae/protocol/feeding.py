@@ -45,6 +45,7 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
         model: a slot's name or a model's id; "" is the service's first.
         origin_ns: if given, the feeder sends ``Spikes`` instead of ``Bin``, and bin k covers
             [origin_ns + k bin_width_ns, origin_ns + (k + 1) bin_width_ns) of its clock.
+        follow: the client goes where ``Moved`` says; a fleet refuses one that does not.
     """
 
     protocol: int
@@ -63,6 +64,7 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
     token: Token = ""
     begin: bool = True
     origin_ns: Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)] | None = None
+    follow: bool = False
 
 
 class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -186,6 +188,21 @@ class Opened(Message, frozen=True, kw_only=True):
     resumed: bool = False
     next_batch: int | UnsetType = UNSET
     ignored: tuple[str, ...] | UnsetType = UNSET
+
+
+class Moved(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """The session lives at another service: open it there, in the same words.
+
+    Attributes:
+        ingest, results: its addresses.
+        down_ns: how long nobody could answer, where the one before died; 0 where none did.
+    """
+
+    session: str
+    epoch: int
+    ingest: str
+    results: str
+    down_ns: int = 0
 
 
 class Credit(Message, frozen=True, kw_only=True):

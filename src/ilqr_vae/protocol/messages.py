@@ -45,6 +45,7 @@ from ilqr_vae.protocol.feeding import Close as Close
 from ilqr_vae.protocol.feeding import Closed as Closed
 from ilqr_vae.protocol.feeding import Credit as Credit
 from ilqr_vae.protocol.feeding import Event as Event
+from ilqr_vae.protocol.feeding import Moved as Moved
 from ilqr_vae.protocol.feeding import Noted as Noted
 from ilqr_vae.protocol.feeding import Open as Open
 from ilqr_vae.protocol.feeding import Opened as Opened
@@ -72,7 +73,16 @@ Control = Load | Swap | Rollback
 Feed = Open | Bin | Spikes | Event | Close
 Upstream = Feed | Describe | Sessions | Probe | Models | Control
 Downstream = (
-    Opened | Credit | Noted | Closed | Refused | Described | SessionList | Probed | ModelList
+    Opened
+    | Moved
+    | Credit
+    | Noted
+    | Closed
+    | Refused
+    | Described
+    | SessionList
+    | Probed
+    | ModelList
 )
 Published = Result | Notice | Event | Detail
 

@@ -1,0 +1,346 @@
+"""The one address of a fleet: says where sessions live, and asks all servers what is asked of it.
+
+Bins and answers do not pass here, but for subscribers at the gateway's own results address: topics
+that somebody subscribed to are subscribed to at every server.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import zmq
+from msgspec.structs import replace
+
+from ilqr_service import logs
+from ilqr_service.fleet.member import Server
+from ilqr_service.settings import ServiceSettings, loopback_endpoint
+from ilqr_service.transport.connections import Connections, Received
+from ilqr_service.transport.results import Publisher
+from ilqr_service.transport.security import Gate
+from ilqr_vae.errors import ProtocolError
+from ilqr_vae.protocol import messages
+from ilqr_vae.protocol.clock import this_clock
+from ilqr_vae.protocol.keys import ClientKey
+
+_POLL_S = 0.02
+_ASK_S, _LOAD_S = 0.5, 120.0
+_OPENING_S = 5.0
+_BYTES, _REPLIES = 1 << 20, 10_000
+Reply = TypeVar("Reply", bound=messages.Message)
+
+
+class Gateway:
+    """Binds the fleet's addresses. Its thread owns all sockets.
+
+    Args:
+        settings: of the addresses and keys.
+        key: with which it speaks to the servers, where they have keys; of a user with all roles.
+        servers: those that answer now.
+        place: the server for a new session. Raises ProtocolError: all are full.
+        took_up: how long sessions of a server were down, by name, while this is news.
+        missing: whether servers are being taken up at this moment.
+        rolled: called with the path of a model that all servers have loaded to serve.
+    """
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        key: ClientKey | None,
+        *,
+        servers: Callable[[], list[Server]],
+        place: Callable[[], Server],
+        took_up: Callable[[str], int],
+        missing: Callable[[], bool],
+        rolled: Callable[[str], None],
+    ) -> None:
+        self._settings, self._key = settings, key
+        self._servers, self._place, self._took_up = servers, place, took_up
+        self._missing, self._rolled = missing, rolled
+        self._gate = Gate(Path(settings.keys)) if settings.keys else None
+        self._connections = Connections(self._gate)
+        self._publisher = Publisher(
+            self._connections, queue=settings.results_queue, topics=settings.max_sessions
+        )
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._sub = self._socket(zmq.SUB)
+        self._heard: dict[str, Server] = {}
+        self._topics: set[bytes] = set()
+        self._homes: dict[str, tuple[str, float]] = {}
+        """Of each session the server, and when it was named for a session that is to be opened."""
+        self._lock = threading.Lock()
+        self._rolls: SimpleQueue[tuple[bytes, messages.Message]] = SimpleQueue()
+        self._rolling: threading.Thread | None = None
+        self._stop = threading.Event()
+        self.ingest = self._bind("ingest", settings.ingest)
+        results = loopback_endpoint("results", settings.results, secured=self._gate is not None)
+        self.results = self._publisher.listen(results).address
+        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering and free the addresses."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._connections.close()
+        self._context.destroy(linger=0)
+
+    def infos(self) -> list[tuple[Server, messages.SessionInfo]]:
+        """The open sessions of all servers that answer, and where each is. From any thread."""
+        asked = self._ask_all(messages.Sessions(), messages.SessionList)
+        found = [(server, info) for server, listed in asked for info in listed.sessions]
+        answered, now = {server.name for server, _ in asked}, time.monotonic()
+        with self._lock:
+            kept = {
+                session: (name, at)
+                for session, (name, at) in self._homes.items()
+                if name not in answered or now - at < _OPENING_S
+            }
+            self._homes = kept | {info.session: (server.name, 0.0) for server, info in found}
+        return found
+
+    # ---- its thread ----------------------------------------------------------------------------
+
+    def _bind(self, name: str, endpoint: str) -> str:
+        address = loopback_endpoint(name, endpoint, secured=self._gate is not None)
+        return self._connections.listen(
+            name,
+            address,
+            b"ROUTER",
+            frozenset((b"DEALER", b"REQ", b"ROUTER")),
+            message_bytes=self._settings.max_message_bytes,
+            backlog_bytes=_BYTES,
+            backlog=_REPLIES,
+        ).address
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(kind)
+        socket.linger = 0
+        if self._key is not None:
+            self._key.apply(socket)
+        return socket
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            for received in self._connections.poll(_POLL_S):
+                self._handle(received)
+            self._relay()
+            while not self._rolls.empty():
+                self._reply(*self._rolls.get())
+            self._connections.tidy()
+            if self._gate is not None and self._gate.refresh():
+                self._connections.expel("results")
+
+    def _relay(self) -> None:
+        """Follow servers and subscriptions, and pass on what came."""
+        servers = {server.name: server for server in self._servers()}
+        for name, server in list(self._heard.items()):
+            if servers.get(name) != server:
+                self._sub.disconnect(server.results)
+                del self._heard[name]
+        for name, server in servers.items():
+            if name not in self._heard:
+                self._sub.connect(server.results)
+                self._heard[name] = server
+        wanted = self._publisher.wanted
+        for topic in wanted - self._topics:
+            self._sub.setsockopt(zmq.SUBSCRIBE, topic)
+        for topic in self._topics - wanted:
+            self._sub.setsockopt(zmq.UNSUBSCRIBE, topic)
+        self._topics = wanted
+        while self._sub.poll(0):
+            topic, frame = self._sub.recv_multipart()
+            message = messages.decode_published(frame)
+            if isinstance(message, messages.Notice) and message.what == "subscribed":
+                continue  # of each server; the gateway has said so itself
+            exact = not isinstance(message, messages.Notice | messages.Result)
+            self._publisher.publish(topic, frame, exact=exact)
+
+    def _reply(self, owner: bytes, message: messages.Message) -> None:
+        self._connections.reply(owner, messages.encode(message))
+
+    def _handle(self, received: Received) -> None:
+        owner, incoming, at_ns = received
+        session, index = "", -1
+        try:
+            if incoming.parts != 1:
+                raise ProtocolError("frames", expected="1 frame", got=f"{incoming.parts} frames")
+            message = messages.decode_upstream(incoming.body)
+            session = getattr(message, "session", "")
+            index = -1 if isinstance(message, messages.Open) else getattr(message, "index", -1)
+            if self._gate is not None:
+                self._gate.check(self._connections.user(owner), message)
+            reply = self._answer(owner, message, at_ns)
+        except ProtocolError as error:
+            reply = messages.Refused(
+                field=error.field,
+                expected=error.expected,
+                got=error.got,
+                session=session,
+                index=index,
+            )
+        except Exception:
+            logs.exception("a message could not be handled")
+            reply = messages.Refused(
+                field="internal", expected="a message that can be handled", got=""
+            )
+        if reply is not None:
+            self._reply(owner, reply)
+
+    def _answer(
+        self, owner: bytes, message: messages.Upstream, at_ns: int
+    ) -> messages.Message | None:
+        match message:
+            case messages.Open():
+                return self._open(message)
+            case messages.Describe():
+                (_, described), *_ = self._some(message, messages.Described)
+                return replace(described, results=self.results)
+            case messages.Sessions():
+                return messages.SessionList(sessions=tuple(info for _, info in self.infos()))
+            case messages.Probe():
+                return messages.Probed(
+                    client_ns=message.client_ns, service_ns=at_ns, clock=this_clock()
+                )
+            case messages.Models():
+                return _models(listed for _, listed in self._some(message, messages.ModelList))
+            case messages.Load() | messages.Swap() | messages.Rollback():
+                self._roll(owner, message)
+                return None
+            case messages.Event():
+                server = self._where(message.session)
+                if server is None:
+                    raise ProtocolError("session", expected="an open session", got=message.session)
+                return self._ask(server, message, messages.Noted)
+            case _:
+                raise ProtocolError(
+                    "address",
+                    expected="bins at the address of the session's server, as moved says",
+                    got=f"a {type(message).__name__.lower()} at the fleet's",
+                )
+
+    def _open(self, message: messages.Open) -> messages.Moved:
+        server = self._where(message.session)
+        if not message.follow:
+            there = server or next(iter(self._servers()), None)
+            raise ProtocolError(
+                "follow",
+                expected="a client that follows to its session's server"
+                + (f", such as {there.ingest}" if there else ""),
+                got="one that does not say so",
+            )
+        if server is None:
+            if self._missing():
+                raise ProtocolError(
+                    "service", expected="ready", got="sessions of a server that died are taken up"
+                )
+            if message.resume and not message.begin:
+                raise ProtocolError("session", expected="an open session", got=message.session)
+            server = self._place()
+        if not message.resume:
+            with self._lock:
+                self._homes[message.session] = (server.name, time.monotonic())
+        return messages.Moved(
+            session=message.session,
+            epoch=message.epoch,
+            ingest=server.ingest,
+            results=server.results,
+            down_ns=self._took_up(server.name) if message.resume else 0,
+        )
+
+    def _where(self, session: str) -> Server | None:
+        """The server that has the session, or was named for it just now.
+
+        Raises ProtocolError: it died, and no other one has taken the session up yet.
+        """
+        if session not in self._homes:
+            self.infos()  # opened at a server's own address
+        name, _ = self._homes.get(session, ("", 0.0))
+        if not name:
+            return None
+        for server in self._servers():
+            if server.name == name:
+                return server
+        raise ProtocolError("service", expected="ready", got="the session is being taken up")
+
+    # ---- the servers ---------------------------------------------------------------------------
+
+    def _ask(
+        self, server: Server, message: messages.Message, kind: type[Reply], limit: float = _ASK_S
+    ) -> Reply:
+        """What one server answers. Raises ProtocolError: refused, or no answer."""
+        for _, reply in self._ask_all(message, kind, [server], limit):
+            return reply
+        raise ProtocolError("service", expected="an answer", got=f"none of {server.name}")
+
+    def _some(self, message: messages.Message, kind: type[Reply]) -> list[tuple[Server, Reply]]:
+        if found := self._ask_all(message, kind):
+            return found
+        raise ProtocolError("service", expected="ready", got="no server that answers")
+
+    def _ask_all(
+        self,
+        message: messages.Message,
+        kind: type[Reply],
+        servers: list[Server] | None = None,
+        limit: float = _ASK_S,
+    ) -> list[tuple[Server, Reply]]:
+        """What servers answer in time, by sockets of this call. Raises ProtocolError: refused."""
+        sockets: dict[Any, Server] = {}
+        found: list[tuple[Server, Reply]] = []
+        poller, end = zmq.Poller(), time.monotonic() + limit
+        try:
+            for server in self._servers() if servers is None else servers:
+                socket = self._socket(zmq.DEALER)
+                socket.connect(server.ingest)
+                socket.send(messages.encode(message))
+                poller.register(socket, zmq.POLLIN)
+                sockets[socket] = server
+            waiting = set(sockets)
+            while waiting and (left := end - time.monotonic()) > 0:
+                for socket, _ in poller.poll(max(1, int(left * 1e3))):
+                    reply = messages.decode_downstream(socket.recv())
+                    if isinstance(reply, kind):
+                        found.append((sockets[socket], reply))
+                        waiting.discard(socket)
+                    elif isinstance(reply, messages.Refused):
+                        raise ProtocolError(reply.field, expected=reply.expected, got=reply.got)
+            return found
+        finally:
+            for socket in sockets:
+                socket.close()
+
+    def _roll(self, owner: bytes, message: messages.Control) -> None:
+        """Have one server after the other do it; the first that refuses ends it."""
+        if self._rolling is not None and self._rolling.is_alive():
+            raise ProtocolError("model", expected="one change at a time", got="another one")
+
+        def work() -> None:
+            done: list[messages.ModelList] = []
+            try:
+                for server in self._servers():
+                    done.append(self._ask(server, message, messages.ModelList, _LOAD_S))
+                if isinstance(message, messages.Load) and not (message.shadow or message.slot):
+                    self._rolled(message.path)
+                self._rolls.put((owner, _models(done)))
+            except ProtocolError as error:
+                got = f"{error.got} (after {len(done)} servers)"
+                refused = messages.Refused(field=error.field, expected=error.expected, got=got)
+                self._rolls.put((owner, refused))
+
+        self._rolling = threading.Thread(target=work, name="rolling", daemon=True)
+        self._rolling.start()
+
+
+def _models(lists: Iterable[messages.ModelList]) -> messages.ModelList:
+    """The models of all servers, each once."""
+    found = {(m.slot, m.model, m.role): m for listed in lists for m in listed.models}
+    return messages.ModelList(models=tuple(found.values()))
