@@ -90,7 +90,7 @@ def test_a_model_says_what_it_is(model: TrainedModel) -> None:
     assert (model.unit_names, model.bin_width, model.latents, model.inputs) == (UNITS, 0.05, 4, 2)
     assert (model.kinematic_names, model.kinematic_units) == (("vx", "vy"), ("m/s", "m/s"))
     said = "<TrainedModel m.safetensors: 7 units, 50 ms bins, mgu2 with 4 latents and 2 inputs; "
-    assert repr(model) == said + "decodes vx [m/s], vy [m/s]; no scores>"
+    assert repr(model) == said + "decodes vx (m/s), vy (m/s); no scores>"
 
 
 # ---- inference ----------------------------------------------------------------------------------

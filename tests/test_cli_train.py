@@ -73,7 +73,7 @@ def test_train_then_inspect_then_evaluate(
     printed = capsys.readouterr()
     assert manifest.model_id in printed.out
     wiener = written["baselines"]["Wiener filter"]["r2"]
-    assert f"Wiener filter            {wiener:.4f}" in printed.out
+    assert f"Wiener filter    {wiener:.3f}" in printed.out
     assert "step 2: causal R2" in printed.err
     assert "left in all" in next(s for s in printed.err.splitlines() if s.startswith("step 2"))
     assert "memory: about" in printed.err
@@ -83,10 +83,10 @@ def test_train_then_inspect_then_evaluate(
 
     assert main(["inspect", str(out), "--json", str(tmp_path / "i.json")]) == 0
     table = capsys.readouterr().out
-    for what in (manifest.model_id, "mgu2, n = 4, m = 2", "vx [m/s], vy [m/s]", "50 ms"):
+    for what in (manifest.model_id, "mgu2, n = 4, m = 2", "vx (m/s), vy (m/s)", "50 ms"):
         assert what in table
     # what was set on those bins is not shown as a score of them
-    assert "\n  r2 " in table.partition("Scores")[2]
+    assert "\n  causal R2, mean  " in table.partition("Scores")[2]
     assert "coverage_90" in manifest.scores
     assert "coverage" not in table + printed.out
     assert json.loads((tmp_path / "i.json").read_text())["model_id"] == manifest.model_id

@@ -261,7 +261,7 @@ def test_the_monitor_gives_both_ways_of_the_newest_answer(service: Service) -> N
         console.print(view(monitor.snapshot()))
         text = console.export_text()
         assert "clocks: service +" in text
-        assert "seen: newest answer in " in text
+        assert "newest answer  in " in text
         assert "±" in text
 
 

@@ -18,7 +18,7 @@ from ilqr_clients.closed_loop import (
     unit_columns,
     without_decoder,
 )
-from ilqr_clients.closed_loop_cli import summary_line
+from ilqr_clients.closed_loop_cli import reaches_table
 from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
 from ilqr_vae.cli import main
@@ -80,12 +80,12 @@ def test_efficiency_is_straight_over_travelled() -> None:
 def test_the_time_of_one_success_is_not_shown() -> None:
     record = TrialRecord(0.0, 0, (0.1, 0.0), 0.0, 1.0, 1.05, 1.3, True)
     failed = replace(record, acquired=float("nan"), success=False)
-    line = summary_line("chance", Reaching((record, *[failed] * 23), (1.0,)))
-    assert "success   1 of 24 (4.2 %)" in line
-    assert line.endswith("time to target -   path efficiency -")
-    three = summary_line("decoder", Reaching((record,) * 3, (0.9, 0.8, 0.7)))
-    assert "success   3 of 3 (100.0 %)" in three
-    assert three.endswith("time to target 0.05 s (0.05 to 0.05)   path efficiency 0.80")
+    once = Reaching((record, *[failed] * 23), (1.0,))
+    thrice = Reaching((record,) * 3, (0.9, 0.8, 0.7))
+    assert reaches_table({"chance": once, "decoder": thrice}).rows == (
+        ("chance", "1 of 24 (4.2 %)", "–", "–", "–"),
+        ("decoder", "3 of 3 (100.0 %)", "0.05", "0.05 to 0.05", "0.80"),
+    )
 
 
 def test_a_model_of_other_units_is_refused() -> None:

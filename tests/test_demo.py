@@ -72,7 +72,7 @@ def test_the_whole_chain(config: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     for verb in ("simulate", "train", "serve", "replay", "closed-loop"):
         assert f"$ ilqr-vae {verb} " in said
     summary = said.partition("service stopped")[2]
-    for word in ("causal R²", "90 % interval", "p99.9", "statuses", "report.html"):
+    for word in ("Causal decodes", "mean R2", "90 % covers", "p99.9", "statuses", "report.html"):
         assert word in summary
 
     # Once more on a recording of one's own, that cannot be read: its step's error and code, and

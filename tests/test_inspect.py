@@ -16,9 +16,9 @@ from scipy import io
 
 from ilqr_vae.artifact import read_manifest
 from ilqr_vae.cli import main
-from ilqr_vae.commands.inspect import Section, lines_of
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings import RecordingSpec, load_recording
+from ilqr_vae.report.table import Section, lines_of
 from odd_files import MOVEMENT, SPIKES, START, file, moved, saved, trials
 from rig import write_recording
 from tiny import config, write_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -12,10 +13,11 @@ import tiny
 from ilqr_training.config import TrainConfig
 from ilqr_training.fit.build import build_model
 from ilqr_training.fit.crops import Prepared, prepare
-from ilqr_training.fit.pace import Costs, Pace, shown
+from ilqr_training.fit.pace import Costs, Pace
 from ilqr_training.fit.train import train
 from ilqr_training.fit.validate import planned_passes, validate
 from ilqr_vae.model.generative import Model
+from ilqr_vae.progress import SILENT, duration
 from ilqr_vae.recordings import load_recording
 from rig import write_recording
 
@@ -36,8 +38,10 @@ class Counted(tiny.Recorder):
         super().__init__()
         self.full: list[tuple[str, int]] = []
 
-    def __call__(self, what: str, done: int, of: int, note: str = "") -> None:
-        super().__call__(what, done, of, note)
+    def __call__(
+        self, what: str, done: int, of: int, note: str = "", left: float = math.nan
+    ) -> None:
+        super().__call__(what, done, of, note, left)
         if done == of:
             self.full.append((what, of))
 
@@ -69,7 +73,7 @@ def test_what_is_left_is_steps_validations_and_the_end(made: tuple[Model, Prepar
     for _ in range(3):
         with pace.step():
             pass
-    with pace.validation():
+    with pace.validation(SILENT):
         pass
     every, steps = CONFIG.training.validate_every, CONFIG.training.steps
     end = pace.left(steps)
@@ -82,7 +86,7 @@ def test_what_is_left_is_steps_validations_and_the_end(made: tuple[Model, Prepar
 def test_costs_grow_with_the_streams() -> None:
     costs = Costs(bin=0.1, stream=0.01)
     assert costs.passes([(10, 1), (5, 4)]) == pytest.approx(10 * 0.11 + 5 * 0.14)
-    assert [shown(s) for s in (4.4, 89, 150, 900, 7200)] == [
+    assert [duration(s) for s in (4.4, 89, 150, 900, 7200)] == [
         "4 s",
         "89 s",
         "2.5 min",

@@ -64,7 +64,7 @@ def test_losses_and_shares_of_them() -> None:
     assert rows[0].loss == pytest.approx(0.05)
     assert found.share(rows[1]) == pytest.approx(0.05 / 0.4)
     assert np.isnan(found.share(rows[3]))  # one that loses nothing
-    assert [cell[-1] for cell in found.table().rows] == ["", "0.12", "0.50", "nan"]
+    assert [cell[-1] for cell in found.table().rows] == ["", "0.12", "0.50", "–"]
 
 
 def test_everyone_under_stress(model: Path, recording: Path) -> None:

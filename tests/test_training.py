@@ -74,7 +74,7 @@ def test_what_is_written_is_what_was_scored(recording: Path, tmp_path: Path) -> 
     assert [step for step, _ in done.history] == [4, 8, 12]
     validated = [line for line in progress.lines if "causal R2" in line]
     for (step, score), line in zip(done.history, validated, strict=True):
-        assert line.startswith(f"step {step}: causal R2 {score:.4f}, ")
+        assert line.startswith(f"step {step}: causal R2 {score:.3f}, ")
     assert done.data.train == (0, N_BINS // 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ class Recorder:
         self.done: dict[str, int] = {}
         self.interrupt_after = interrupt_after
 
-    def __call__(self, what: str, done: int, of: int, note: str = "") -> None:
+    def __call__(
+        self, what: str, done: int, of: int, note: str = "", left: float = math.nan
+    ) -> None:
         assert 0 <= done <= of, what
         self.done[what] = done
         if what == "training" and done == self.interrupt_after:

@@ -14,6 +14,8 @@ from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+EXAMPLE = "Example: ilqr-vae bridge openephys --stream tcp://127.0.0.1:5556 --session rat-7"
+
 
 def _lsl(*arguments: Any, markers: str, out: str, threshold: float, **options: Any) -> Bridge:
     from ilqr_clients.bridges.lsl import LslBridge
@@ -40,9 +42,9 @@ KINDS: dict[str, Callable[..., Bridge]] = {
 }
 
 
-@app.command()
+@app.command(epilog=EXAMPLE)
 def bridge(
-    kind: Annotated[str, typer.Argument(help=", ".join(KINDS))],
+    kind: Annotated[str, typer.Argument(help=f"Where the stream comes from: {', '.join(KINDS)}.")],
     stream: Annotated[
         str,
         typer.Option(help="Name of the LSL stream; address of the Open Ephys plugin or the tap."),
@@ -50,10 +52,11 @@ def bridge(
     session: Annotated[str, typer.Option(help="The session to feed.")],
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
     markers: Annotated[
-        str, typer.Option(help="lsl: a stream of markers; they become events.")
+        str, typer.Option(help="lsl: name of a stream of markers, which become events.")
     ] = "",
     out: Annotated[
-        str, typer.Option(help="lsl: name of the stream of decodes; default SESSION-decodes.")
+        str,
+        typer.Option(help="lsl: name of the stream of decodes.", show_default="SESSION-decodes"),
     ] = "",
     threshold: Annotated[
         float,
@@ -62,7 +65,7 @@ def bridge(
         ),
     ] = 4.5,
     duration: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds; default until Ctrl-C.")
+        float | None, typer.Option(min=0.1, help="Seconds to run for.", show_default="until Ctrl-C")
     ] = None,
 ) -> None:
     """Feed a session from a stream of the lab streaming layer, Open Ephys or Synapse.
@@ -74,8 +77,6 @@ def bridge(
 
     A source or a service that goes away is waited for. What was lost is said as it happens, and
     counted at the end.
-
-    Example: ilqr-vae bridge openephys --stream tcp://127.0.0.1:5556 --session rat-7
     """
     if kind not in KINDS:
         raise ConfigError("kind", expected=f"one of {', '.join(KINDS)}", got=repr(kind))

@@ -44,15 +44,15 @@ from ilqr_vae.report import (
     render_html,
 )
 from ilqr_vae.report.data import plain
-from ilqr_vae.report.table import number
+from ilqr_vae.report.table import Table, latency_table, number, percent, show
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES, CentreOut
 from ilqr_vae.simulated.disturbance import Change
 from ilqr_vae.simulated.subject import Subject
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-EXAMPLE = "Example: ilqr-vae closed-loop --to tcp://127.0.0.1:5555 --trials 24 --json loop.json"
+EXAMPLE = "Example: ilqr-vae closed-loop --trials 24 --speed max --json loop.json"
 
 
 def check_velocity(model: Model) -> None:
@@ -65,21 +65,21 @@ def check_velocity(model: Model) -> None:
         )
 
 
-def summary_line(name: str, reaching: Reaching) -> str:
-    """One line of the table; times and efficiency only from ``FEWEST_SUCCESSES`` successes on."""
-    s = reaching.summary()
-    time_taken = efficiency = "-"
-    if s["successes"] >= FEWEST_SUCCESSES:
-        median, low, high = (
-            number(s[f"time_to_target_{key}"], 2) for key in ("s", "p25_s", "p75_s")
-        )
-        time_taken = f"{median} s ({low} to {high})"
-        efficiency = number(s["path_efficiency"], 2)
-    return (
-        f"  {name:<16} success {s['successes']:>3} of {s['trials']} "
-        f"({number(100 * s['success_rate'], 1)} %)   time to target {time_taken}   "
-        f"path efficiency {efficiency}"
-    )
+def reaches_table(each: dict[str, Reaching]) -> Table:
+    """Who reaches how well; times and efficiency only from ``FEWEST_SUCCESSES`` successes on."""
+    rows: list[tuple[str, ...]] = []
+    for name, reaching in each.items():
+        s = reaching.summary()
+        success = f"{s['successes']} of {s['trials']} ({percent(s['success_rate'])})"
+        cells = ("–", "–", "–")
+        if s["successes"] >= FEWEST_SUCCESSES:
+            median, low, high = (
+                number(s[f"time_to_target_{key}"], 2) for key in ("s", "p25_s", "p75_s")
+            )
+            cells = (median, f"{low} to {high}", number(s["path_efficiency"], 2))
+        rows.append((name, success, *cells))
+    columns = ("", "success", "time to target (s)", "middle half (s)", "path efficiency")
+    return Table("Reaches", "", columns, tuple(rows))
 
 
 def report_of(
@@ -130,28 +130,33 @@ def report_of(
 def closed_loop(
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
     trials: Annotated[int, typer.Option(min=0, help="Number of reaches; 0 until Ctrl-C.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Of the targets and this run's noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the targets and of this run's noise.")
+    ] = 0,
     subject: Annotated[
         int,
-        typer.Option(min=0, help="Which subject: the --seed its recording was simulated with."),
+        typer.Option(min=0, help="The subject: the --seed that its recording was simulated with."),
     ] = 0,
-    units: Annotated[int, typer.Option(min=1, help="Units of that subject.")] = 120,
+    units: Annotated[int, typer.Option(min=1, help="Number of units of that subject.")] = 120,
     speed: Annotated[
-        str, typer.Option(help="Multiple of real time, or max: as fast as answers come.")
+        str, typer.Option(help="A multiple of real time, or max: as fast as the service answers.")
     ] = "1",
     deadline_ms: Annotated[
         float | None,
-        typer.Option(help="Answers after this are not used in time; default the bin width."),
+        typer.Option(
+            help="Deadline of an answer; a later one does not move the cursor in time.",
+            show_default="the bin width",
+        ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
+        Path | None, typer.Option("--json", help="Write the numbers here; - is standard output.")
     ] = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write one self-contained page here.")
     ] = None,
     add_to: Annotated[
         Path | None,
-        typer.Option(help="Put the cursor's paths into this page, which replay or evaluate wrote."),
+        typer.Option(help="Add the cursor's paths to this page of replay or evaluate."),
     ] = None,
     watch_units: Annotated[
         bool, typer.Option("--watch-units", help="Mask units that misbehave, as for replay.")
@@ -168,12 +173,12 @@ def closed_loop(
         typer.Option(help="A GRU and a Kalman filter (of train --rivals) that may steer instead."),
     ] = None,
     decoder: Annotated[
-        str, typer.Option(help="Who steers: iLQR-VAE, GRU or Kalman filter.")
+        str, typer.Option(help="The decoder that steers: iLQR-VAE, GRU or Kalman filter.")
     ] = OURS,
-    session: Annotated[str | None, typer.Option(help="Session name; default a fresh one.")] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
-    ] = 5.0,
+    session: Annotated[
+        str | None, typer.Option(help="Name of the session.", show_default="a fresh one")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 5.0,
 ) -> None:
     """Run a centre-out task in which the service's decodes move a simulated subject's cursor.
 
@@ -290,14 +295,10 @@ def closed_loop(
         add_cursor(add_to, cursor, CentreOut(seed).radius)
     out = console(soft_wrap=True, stderr=json_file == STDOUT)
     out.print(f"Closed loop, {len(reaching.trials)} reaches, {log.bins} bins", style="bold")
-    for name, each in (("decoder", reaching), ("chance", chance), ("own hand", hand)):
-        out.print(summary_line(name, each))
+    show(reaches_table({"decoder": reaching, "chance": chance, "own hand": hand}), out)
+    show(latency_table({"total": latency["total"]}), out)
     bits = log.stream.bits_per_spike(rows)
-    total = latency["total"]
-    out.print(
-        Text("  ") + status_text(log.statuses),
-        f"  held {log.held}   bits per spike {number(bits)}   "
-        f"total ms p50 {number(total['p50'], 2)}  p99 {number(total['p99'], 2)}",
-    )
+    out.print(Text("  statuses: ") + status_text(log.statuses))
+    out.print(f"  bits per spike {number(bits)}; bins moved by an older velocity: {log.held}")
     if np.isfinite(bits) and bits < 0:
         out.print("  the model explains these spikes worse than their mean: another subject?")

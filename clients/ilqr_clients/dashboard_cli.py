@@ -14,7 +14,7 @@ import typer
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 EXAMPLE = "Example: ilqr-vae dashboard --to tcp://127.0.0.1:5555 --http 127.0.0.1:8080"
 LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))

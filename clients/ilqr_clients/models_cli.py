@@ -8,23 +8,31 @@ import typer
 
 from ilqr_clients.sdk import ServiceClient
 from ilqr_vae.errors import ConfigError
+from ilqr_vae.report.table import Table, number, show
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+EXAMPLE = (
+    "Example: ilqr-vae models shadow newer.safetensors\n  ilqr-vae models\n  ilqr-vae models swap"
+)
 PATIENCE_S = 3.0
 ACTIONS = ("list", "load", "shadow", "swap", "rollback")
 
 
-@app.command()
+@app.command(epilog=EXAMPLE)
 def models(
-    action: Annotated[str, typer.Argument(help=", ".join(ACTIONS))] = "list",
+    action: Annotated[str, typer.Argument(help=f"What to do: {', '.join(ACTIONS)}.")] = "list",
     path: Annotated[
-        str, typer.Argument(help="For load and shadow: a file in the service's model folder.")
+        str,
+        typer.Argument(
+            help="With load and shadow: a file in the service's model folder.", show_default=False
+        ),
     ] = "",
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
-    slot: Annotated[str, typer.Option(help="Default the service's first.")] = "",
+    slot: Annotated[str, typer.Option(help="The slot.", show_default="the service's first")] = "",
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that load and shadow may take.")
+        float, typer.Option(min=0.1, help="Seconds to wait for load and shadow.")
     ] = 120.0,
 ) -> None:
     """List, load, swap or roll back the models of a running service.
@@ -33,8 +41,6 @@ def models(
     can be compared (list); swap then serves it; rollback drops a shadow, else serves what served
     before. Sessions change over at their next bin. A refused file changes nothing. Where nothing
     answers at the address, that is said within seconds.
-
-    Example: ilqr-vae models shadow newer.safetensors; ilqr-vae models; ilqr-vae models swap
     """
     if action not in ACTIONS:
         raise ConfigError("action", expected=", ".join(ACTIONS), got=repr(action))
@@ -52,6 +58,15 @@ def models(
             case _:
                 infos = service.models()
     screen = console(soft_wrap=True)
-    for info in infos:
-        score = f"  {info.bits_per_spike:.4f} bits/spike over {info.bins} bins" if info.bins else ""
-        screen.print(f"{info.slot:<12} {info.role:<8} {info.model}{score}")
+    rows = [
+        (
+            info.slot,
+            info.role,
+            info.model,
+            str(info.bins),
+            number(info.bits_per_spike if info.bins else None),
+        )
+        for info in infos
+    ]
+    columns = ("slot", "role", "model", "bins", "bits per spike")
+    show(Table(f"Models of {to}", "", columns, tuple(rows), words=3), screen)

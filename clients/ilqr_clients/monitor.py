@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
-from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ilqr_clients.answer import Answer
@@ -18,7 +16,17 @@ from ilqr_clients.sdk import ServiceClient, connect, model_of, reachable
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, ClockTrack
 from ilqr_vae.report.data import plain
-from ilqr_vae.report.table import number
+from ilqr_vae.report.table import (
+    WIDTH,
+    Section,
+    Table,
+    lines_of,
+    lines_of_table,
+    milliseconds,
+    named,
+    number,
+    wrapped,
+)
 from ilqr_vae.terminal import visible
 
 
@@ -190,48 +198,71 @@ def _ways(answer: Answer, clock: ClockOffset, *, live: bool) -> str:
     out = answer.wire_out_ns(clock) if live else None
     for name, way in (("in", answer.wire_in_ns()), ("out", out)):
         if way is not None:
-            bound = f" ± {way[1] / 1e6:.2f}" if way[1] else ""
-            parts.append(f"{name} {way[0] / 1e6:.2f}{bound} ms")
+            bound = f" ± {milliseconds(way[1] / 1e6)}" if way[1] else ""
+            parts.append(f"{name} {milliseconds(way[0] / 1e6)}{bound} ms")
     return ", ".join(parts)
 
 
-def view(snapshot: Snapshot) -> RenderableType:
-    """A snapshot for the terminal."""
-    head = Text.assemble(
-        (visible(snapshot.endpoint), "bold"),
-        ("  ready", "green") if snapshot.ready else ("  not ready", "yellow"),
-        visible(f"  model {snapshot.model}  on {snapshot.device}  "),
-        f"clocks: {ClockTrack(snapshot.clock, snapshot.clock)}",
-    )
-    if not snapshot.sessions:
-        return Group(head, Text("no open sessions", style="dim"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
-    numeric = ("bins", "bins/s", "p50 ms", "p99 ms", "bits/spike")
-    for column in ("session", "bins", "bins/s", "statuses", "p50 ms", "p99 ms", "bits/spike"):
-        table.add_column(column, justify="right" if column in numeric else "left")
-    table.add_column("newest decode")
-    more: list[Text] = []
-    for info in sorted(snapshot.sessions, key=lambda s: s.session):
-        answer = snapshot.newest.get(info.session)
-        decode = "-"
-        if answer is not None and answer.kinematics.size:
-            triples = zip(snapshot.names, answer.kinematics, answer.kinematics_std, strict=False)
-            decode = "  ".join(f"{n} {v:+.3f} ± {s:.3f}" for n, v, s in triples)
-        rate = snapshot.rates.get(info.session)
-        table.add_row(
-            f"{info.session}" + (f" #{info.epoch}" if info.epoch else ""),
+def view(snapshot: Snapshot, width: int = WIDTH, height: int | None = None) -> Text:
+    """A snapshot for a terminal of that width; as many sessions are told of as its height holds."""
+    ready = ("ready", "green") if snapshot.ready else ("not ready", "yellow")
+    where = visible(f"model {snapshot.model} on {snapshot.device}")
+    lines = [Text.assemble((visible(snapshot.endpoint), "bold"), "  ", ready, f"  {where}")]
+    lines += [Text(part) for part in wrapped(f"clocks: {_clocks(snapshot)}", width)]
+    sessions = sorted(snapshot.sessions, key=lambda s: s.session)
+    if not sessions:
+        return Text("\n").join([*lines, Text("no open sessions", style="dim")])
+    table = [Text(line) for line in lines_of_table(_table(snapshot, sessions), width)]
+    details = [_details(snapshot, info, width) for info in sessions]
+    room = len(details) if height is None else 0
+    left = 0 if height is None else height - len(lines) - len(table) - 2
+    while room < len(details) and len(details[room]) <= left:
+        left -= len(details[room])
+        room += 1
+    more = len(details) - room
+    lines += table
+    lines += [line for each in details[:room] for line in each]
+    if more:
+        lines.append(Text(f"{more} more sessions have no room here", style="dim"))
+    return Text("\n").join(lines[:height])
+
+
+def _clocks(snapshot: Snapshot) -> str:
+    return str(ClockTrack(snapshot.clock, snapshot.clock))
+
+
+def _table(snapshot: Snapshot, sessions: list[messages.SessionInfo]) -> Table:
+    rows = [
+        (
+            visible(f"{info.session}" + (f" #{info.epoch}" if info.epoch else "")),
             str(info.bins),
-            "-" if rate is None else f"{rate:.1f}",
-            status_text(info.statuses),
-            f"{info.solve_p50_ns / 1e6:.2f}",
-            f"{info.solve_p99_ns / 1e6:.2f}",
+            number(snapshot.rates.get(info.session), 1),
+            milliseconds(info.solve_p50_ns / 1e6),
+            milliseconds(info.solve_p99_ns / 1e6),
             number(info.bits_per_spike),
-            decode,
         )
-        if answer is not None:
-            ways = _ways(answer, snapshot.clock, live=info.session in snapshot.live)
-            more.append(Text(visible(f"{info.session}: newest answer {ways}"), style="dim"))
-        if info.flagged:
-            masked = f"{info.session}: masked {', '.join(info.flagged)}"
-            more.append(Text(visible(masked), style="yellow"))
-    return Group(head, table, *more)
+        for info in sessions
+    ]
+    columns = ("session", "bins", "bins/s", "p50 (ms)", "p99 (ms)", "bits/spike")
+    return Table("Sessions", "", columns, tuple(rows))
+
+
+def _details(snapshot: Snapshot, info: messages.SessionInfo, width: int) -> list[Text]:
+    """What there is to say of one session beside its numbers."""
+    answer = snapshot.newest.get(info.session)
+    rows: list[tuple[str, str, str]] = []
+    if answer is not None and answer.kinematics.size:
+        names = (named(n, u) for n, u in zip(snapshot.names, snapshot.units, strict=False))
+        each = zip(names, answer.kinematics, answer.kinematics_std, strict=False)
+        rows.append(("decodes", "; ".join(f"{n} {v:+.3f} ± {s:.3f}" for n, v, s in each), ""))
+    if answer is not None:
+        ways = _ways(answer, snapshot.clock, live=info.session in snapshot.live)
+        rows.append(("newest answer", ways, "dim"))
+    if info.flagged:
+        rows.append(("masked", ", ".join(info.flagged), "yellow"))
+    made = [Text(visible(info.session), style="bold")]
+    made.append(Text("  statuses  ") + status_text(info.statuses))
+    for name, text, style in rows:
+        section = Section("", ((name, visible(text)),))
+        made += [Text(line, style=style) for line in lines_of((section,), width)[1:]]
+    return made

@@ -7,26 +7,31 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
-from ilqr_clients.monitor import Monitor, view
+from ilqr_clients.monitor import Monitor, Snapshot, view
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-EXAMPLE = "Example: ilqr-vae monitor --to tcp://127.0.0.1:5555   Scripts: --once --json now.json"
+EXAMPLE = (
+    "Example: ilqr-vae monitor --to tcp://127.0.0.1:5555\n"
+    "In a script: ilqr-vae monitor --once --json now.json"
+)
 LISTEN_ONCE_S = 0.3
 
 
 @app.command(epilog=EXAMPLE)
 def monitor(
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Look once, then exit.")] = False,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="With --once: write what was seen here; - is stdout."),
+        typer.Option("--json", help="With --once: write the numbers here; - is standard output."),
     ] = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 0.5,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 3.0,
@@ -48,12 +53,12 @@ def monitor(
                 if json_file is not None:
                     write_whole(json_file, json.dumps(shown.to_json(), indent=2) + "\n")
                 else:
-                    screen.print(view(shown))
+                    screen.print(view(shown, screen.width))
                 return
-            with Live(view(shown), console=screen, auto_refresh=False) as live:
+            with Live(_fitting(shown, screen), console=screen, auto_refresh=False) as live:
                 while True:
                     watching.listen(every)
-                    live.update(view(watching.snapshot()), refresh=True)
+                    live.update(_fitting(watching.snapshot(), screen), refresh=True)
     except KeyboardInterrupt:
         return
     except ServiceError as error:
@@ -62,3 +67,8 @@ def monitor(
         raise ServiceError(
             f"service at {to}", expected="to keep answering", got="no answer any more"
         ) from error
+
+
+def _fitting(shown: Snapshot, screen: Console) -> Text:
+    """The view for the terminal as large as it is now."""
+    return view(shown, screen.width, screen.height if screen.is_terminal else None)

@@ -155,6 +155,8 @@ class Recorder(Closing):
     def _note(self, message: messages.Published) -> bool:
         """Take a message. Returns whether a run has ended."""
         run = self._run
+        if isinstance(message, messages.Detail):  # of an answer that is kept
+            return False
         if isinstance(message, messages.Notice):
             if run is None or message.epoch != run.epoch or not message.what.startswith(ENDS):
                 return False

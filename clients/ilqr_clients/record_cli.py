@@ -23,8 +23,10 @@ from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+EXAMPLE = "Example: ilqr-vae record rat-7 --out rat-7.nwb --follow"
 
-@app.command()
+
+@app.command(epilog=EXAMPLE)
 def record(
     session: Annotated[str, typer.Argument(help="The session's name; it need not be open yet.")],
     out: Annotated[Path, typer.Option(help="The .nwb file to write.")],
@@ -37,7 +39,8 @@ def record(
         ),
     ] = False,
     duration: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds; default until the session ends.")
+        float | None,
+        typer.Option(min=0.1, help="Seconds to record for.", show_default="until the session ends"),
     ] = None,
     subject: Subject = "",
     species: Species = "",
@@ -52,8 +55,6 @@ def record(
     What is heard is kept in OUT.log at once. The NWB file is written when the session ends or the
     recorder is stopped; with --follow also about once a second, and the session's next runs become
     NAME-2.nwb and so on. After a crash, the same command goes on with what OUT.log holds.
-
-    Example: ilqr-vae record rat-7 --out rat-7.nwb --follow
     """
     screen, stop = console(stderr=True, soft_wrap=True), threading.Event()
     said = about(subject, species, sex, age, experimenter, institution)

@@ -28,17 +28,14 @@ from ilqr_vae.files import STDOUT, read_toml
 from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, ReportData, distribution
-from ilqr_vae.report.table import number
+from ilqr_vae.report.table import latency_table, number, scores_table, show
 from ilqr_vae.scoring.online import OnlineDecoder, Rivals
 from ilqr_vae.simulated.disturbance import Change, Script
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-EXAMPLE = (
-    "Example: ilqr-vae replay reach.nwb --to tcp://127.0.0.1:5555 --speed max --span test "
-    "--json r.json --html r.html"
-)
+EXAMPLE = "Example: ilqr-vae replay reach.nwb --speed max --json report.json --html report.html"
 
 NANOSECOND_MS, HOUR_MS = 1e-6, 3.6e6
 """Shortest and longest deadline: what the wire can say, and what a service takes."""
@@ -109,25 +106,10 @@ def said(change: Change) -> dict[str, Any]:
 def _summary(screen: Console, data: ReportData) -> None:
     screen.print(f"{data.title}, {len(data.counts)} bins", style="bold")
     if data.scores is not None:
-        for name, values in data.scores.methods.items():
-            each = "  ".join(
-                f"{k.removeprefix('r2.')} {number(v)}"
-                for k, v in values.items()
-                if k.startswith("r2.")
-            )
-            covers = values.get("coverage_90")
-            tail = "" if covers is None else f"   90 % interval covers {100 * covers:.1f} %"
-            screen.print(f"  {name:<14} R2 {number(values['r2'])}  ({each}){tail}")
+        show(scores_table("Causal decodes", data.scores.methods, data.scores.intervals), screen)
     screen.print(f"  bits per spike {number(data.bits_per_spike)}")
-    for stage, values in data.latency_ms.items():
-        d = distribution(values)
-        if d["n"]:
-            bound = data.latency_uncertainty_ms.get(stage, 0.0)
-            screen.print(
-                f"  {stage:<8} ms  p50 {d['p50']:.2f}  p99 {d['p99']:.2f}  "
-                f"p99.9 {d['p99.9']:.2f}  max {d['max']:.2f}  (n {d['n']})"
-                + (f"  ± {bound:.3f}" if bound else "")
-            )
+    stages = {stage: distribution(values) for stage, values in data.latency_ms.items()}
+    show(latency_table(stages, data.latency_uncertainty_ms), screen)
     if data.clock:
         screen.print(f"  clocks: {data.clock}")
     screen.print(Text("  ") + status_text(data.statuses))
@@ -162,16 +144,16 @@ def replay(
     ],
     to: Annotated[str, typer.Option(help="The service's address.")] = "tcp://127.0.0.1:5555",
     speed: Annotated[
-        str, typer.Option(help="Multiple of real time, or max: as fast as the service takes them.")
+        str, typer.Option(help="A multiple of real time, or max: as fast as the service answers.")
     ] = "1",
     span: Annotated[
-        str, typer.Option(help="Part of the recording: train, validation, test or all.")
+        str, typer.Option(help="Part of the recording to stream: train, validation, test or all.")
     ] = "test",
     drop: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out, 0 to 0.99.")
+        float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out.")
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of which bins are left out and of what --script does.")
+        int, typer.Option(min=0, help="Seed of the bins left out and of what --script does.")
     ] = 0,
     script: Annotated[
         Path | None,
@@ -186,8 +168,8 @@ def replay(
     steer: Annotated[
         str | None,
         typer.Option(
-            help="Take such changes while it runs, from the live page for one: an address to bind, "
-            "e.g. tcp://127.0.0.1:*."
+            help="Take such changes while it runs, from the live page for instance: an address "
+            "to bind, e.g. tcp://127.0.0.1:*."
         ),
     ] = None,
     rivals: Annotated[
@@ -196,7 +178,9 @@ def replay(
     ] = None,
     deadline_ms: Annotated[
         float | None,
-        typer.Option(help="From a bin's arrival to its answer; default the bin width."),
+        typer.Option(
+            help="Deadline from a bin's arrival to its answer.", show_default="the bin width"
+        ),
     ] = None,
     anytime: Annotated[
         bool, typer.Option("--anytime", help="Let the deadline cut a solve short.")
@@ -208,7 +192,7 @@ def replay(
         ),
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here; - is stdout.")
+        Path | None, typer.Option("--json", help="Write the numbers here; - is standard output.")
     ] = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write one self-contained page here.")
@@ -222,13 +206,14 @@ def replay(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="TOML whose \\[data] says how to read the recording; default the model's."
+            help="TOML whose [data] says how to read the recording.",
+            show_default="the model's",
         ),
     ] = None,
-    session: Annotated[str | None, typer.Option(help="Session name; default a fresh one.")] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds to wait for any one answer.")
-    ] = 10.0,
+    session: Annotated[
+        str | None, typer.Option(help="Name of the session.", show_default="a fresh one")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 10.0,
 ) -> None:
     """Stream a recording through a running service, bin by bin, and report decodes and latency.
 

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from ilqr_clients.connection import Closing
 from ilqr_clients.stream import StreamLog
-from ilqr_vae.report.table import number
+from ilqr_vae.report.table import Section, lines_of, milliseconds, number
 from ilqr_vae.scoring.metrics import r2, r2_per_axis
 from ilqr_vae.terminal import visible
 
@@ -67,7 +66,7 @@ class LiveReplay(Closing):
     ) -> None:
         self._rows = rows
         self._total, self._warm_up, self._truth, self._names = total, warm_up, truth, names
-        self._scored = scored
+        self._scored, self._width = scored, console.width
         self._live = Live(console=console, auto_refresh=False) if enabled else None
         self._drawn = time.monotonic()
         self._cost = 0.01
@@ -93,19 +92,13 @@ class LiveReplay(Closing):
         self._drawn = time.monotonic()
         self._cost = 0.5 * self._cost + 0.5 * (self._drawn - now)
 
-    def table(self, log: StreamLog) -> Table:
-        """Return the current table."""
-        table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column()
+    def table(self, log: StreamLog) -> Text:
+        """Return the current view, a line for each name."""
         elapsed = max(1e-9, ((log.ended_ns or time.monotonic_ns()) - log.started_ns) / 1e9)
         warm = " (warming up)" if log.answered <= self._warm_up else ""
-        table.add_row(
-            "bins",
-            f"{log.answered} of {self._total}{warm}, {log.answered / elapsed:.1f} per second",
-        )
-        table.add_row("statuses", status_text(Counter(s for s in log.status if s)))
-        rows = slice(self._warm_up, None)
+        count = f"{log.answered} of {self._total}{warm}, {log.answered / elapsed:.1f} per second"
+        rows = [("bins", count)]
+        scored = slice(self._warm_up, None)
         if self._truth is not None and self._names:
             bins = np.arange(len(self._truth)) if self._rows is None else np.array(self._rows)
             bins = bins[: log.n_bins].astype(np.int64)
@@ -114,16 +107,16 @@ class LiveReplay(Closing):
             known[: self._warm_up] = False
             if known.sum() > 1:
                 pair = self._truth[bins][known], decoded[known]
-                each = r2_per_axis(*pair)
-                text = "  ".join(
-                    f"{n} {number(float(v))}" for n, v in zip(self._names, each, strict=True)
-                )
-                table.add_row("R2 so far", f"{text}  mean {number(r2(*pair))}")
-        latency = log.latency_ms(rows)
+                each = zip(self._names, r2_per_axis(*pair), strict=True)
+                text = "; ".join(f"{visible(n)} {number(float(v))}" for n, v in each)
+                rows.append(("R2 so far", f"mean {number(r2(*pair))}; {text}"))
+        latency = log.latency_ms(scored)
         for stage in ("solve", "total"):
             values = latency[stage][np.isfinite(latency[stage])]
             if values.size:
-                p50, p99 = np.percentile(values, [50, 99])
-                table.add_row(f"{stage}, ms", f"p50 {p50:.2f}  p99 {p99:.2f}")
-        table.add_row("bits per spike", number(log.bits_per_spike(rows)))
-        return table
+                p50, p99 = (milliseconds(q) for q in np.percentile(values, [50, 99]))
+                rows.append((f"{stage} (ms)", f"p50 {p50}; p99 {p99}"))
+        rows.append(("bits per spike", number(log.bits_per_spike(scored))))
+        lines = lines_of((Section("", tuple(rows)),), self._width)[1:]
+        statuses = Text("  statuses  ") + status_text(Counter(s for s in log.status if s))
+        return Text("\n").join([statuses, *(Text(line) for line in lines)])

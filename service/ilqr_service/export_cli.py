@@ -23,15 +23,24 @@ from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+EXAMPLE = "Example: ilqr-vae export journal/ --session rat-7 --out rat-7.nwb"
 
-@app.command()
+
+@app.command(epilog=EXAMPLE)
 def export(
     journal: Annotated[Path, typer.Argument(help="A service's journal folder.")],
     out: Annotated[Path, typer.Option(help="The .nwb file to write.")],
-    session: Annotated[str | None, typer.Option(help="Needed where there are several.")] = None,
-    epoch: Annotated[int | None, typer.Option(help="Needed where there are several.")] = None,
+    session: Annotated[
+        str | None, typer.Option(help="Name of the session.", show_default="the only one")
+    ] = None,
+    epoch: Annotated[
+        int | None, typer.Option(help="Epoch of the session.", show_default="the only one")
+    ] = None,
     run: Annotated[
-        int | None, typer.Option(help="The session's run number, where names are not enough.")
+        int | None,
+        typer.Option(
+            help="Run of the session, where its name is not enough.", show_default="the only one"
+        ),
     ] = None,
     subject: Subject = "",
     species: Species = "",
@@ -41,10 +50,7 @@ def export(
     institution: Institution = "",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a session as NWB: its bins, the answers, the model's manifest and the settings.
-
-    Example: ilqr-vae export journal/ --session rat-7 --out rat-7.nwb
-    """
+    """Write a session as NWB: its bins, the answers, the model's manifest and the settings."""
     check_writable(out, "--out")
     damage: list[str] = []
     with Bar() as bar:

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import select
+import shutil
 import sys
+import textwrap
 import time
 from typing import Any, Literal
 
@@ -36,17 +38,46 @@ class JsonFormatter(logging.Formatter):
 
 
 class PlainFormatter(logging.Formatter):
-    """Time, level, message and the record's ``extra["data"]`` as key=value."""
+    """Time, level, message and the record's ``extra["data"]`` as key=value; tables below them.
 
-    def __init__(self) -> None:
+    Args:
+        width: of a terminal, to wrap lines to; None leaves them whole.
+    """
+
+    def __init__(self, width: int | None = None) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+        self._width = width
 
     def format(self, record: logging.LogRecord) -> str:
         data: dict[str, Any] = getattr(record, "data", None) or {}
-        text = super().format(record)
-        pairs = " ".join(visible(f"{key}={value}") for key, value in data.items())
-        first, newline, rest = text.partition("\n")
-        return (f"{first}  {pairs}" if pairs else first) + newline + rest
+        first, newline, rest = super().format(record).partition("\n")
+        pairs = " ".join(f"{k}={v}" for k, v in data.items() if not isinstance(v, dict))
+        lines = [f"{first}  {visible(pairs)}" if pairs else first]
+        for key, table in data.items():
+            if isinstance(table, dict):
+                lines += [f"  {visible(line)}" for line in _lines(key, table)]
+        if self._width is not None:
+            lines = [part for line in lines for part in self._wrapped(line, self._width)]
+        return "\n".join(lines) + newline + rest
+
+    def _wrapped(self, line: str, width: int) -> list[str]:
+        return textwrap.wrap(
+            line,
+            width,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+
+def _lines(key: str, table: dict[str, Any]) -> list[str]:
+    """A table as ``key: name value, ...``; a table of tables as one such line each."""
+    flat = ", ".join(f"{k} {v}" for k, v in table.items() if not isinstance(v, dict))
+    made = [f"{key}: {flat}"] if flat else []
+    for name, inner in table.items():
+        if isinstance(inner, dict):
+            made += _lines(f"{key}.{name}", inner)
+    return made
 
 
 class StderrHandler(logging.Handler):
@@ -73,7 +104,8 @@ def configure(kind: Literal["plain", "json"], level: int = logging.INFO) -> None
         handler: logging.Handler = StderrHandler(sys.stderr.fileno())
     except (OSError, AttributeError):  # stderr is closed, or no file; or there is no select.poll
         handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if kind == "json" else PlainFormatter())
+    width = shutil.get_terminal_size().columns if sys.stderr and sys.stderr.isatty() else None
+    handler.setFormatter(JsonFormatter() if kind == "json" else PlainFormatter(width))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(level)
     LOGGER.propagate = False

@@ -26,6 +26,14 @@ from ilqr_vae.machine import address_space, file_limits, raise_file_limit
 from ilqr_vae.terminal import STOP_SIGNALS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_DEFAULTS = ServiceSettings()
+
+EXAMPLE = (
+    "Example: ilqr-vae serve model.safetensors --http 127.0.0.1:9464\n"
+    "From a script, with free ports:\n"
+    "  ilqr-vae serve model.safetensors --ingest 'tcp://127.0.0.1:*' \\\n"
+    "    --results 'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json"
+)
 
 # The solver holds the interpreter between torch's calls; the I/O thread should not wait for it the
 # default 5 ms.
@@ -37,72 +45,112 @@ _ADDRESSES_MB = 1200
 """Address space that the libraries and a small model take; LLVM aborts where it gets none."""
 
 
-@app.command()
+@app.command(epilog=EXAMPLE)
 def serve(
     model: Annotated[Path, typer.Argument(help="A model file (.safetensors).")],
     ingest: Annotated[
-        str | None, typer.Option(help="Address for feeders; tcp://127.0.0.1:* takes a free port.")
+        str | None,
+        typer.Option(
+            help="Address for feeders; tcp://127.0.0.1:* takes a free port.",
+            show_default=str(_DEFAULTS.ingest),
+        ),
     ] = None,
-    results: Annotated[str | None, typer.Option(help="Address for subscribers.")] = None,
+    results: Annotated[
+        str | None,
+        typer.Option(help="Address for subscribers.", show_default=str(_DEFAULTS.results)),
+    ] = None,
     http: Annotated[
-        str | None, typer.Option(help='HOST:PORT of /metrics, /healthz, /readyz; "" for none')
+        str | None,
+        typer.Option(
+            help='HOST:PORT of /metrics, /healthz, /readyz; "" for none.',
+            show_default=str(_DEFAULTS.http),
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Device to compute on: auto, cpu, cuda or cuda:N.")
+        str | None,
+        typer.Option(
+            help="Device to compute on: auto, cpu, cuda or cuda:N.",
+            show_default=str(_DEFAULTS.device),
+        ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Threads that share the bins solved together; 0 is all cores."),
+        typer.Option(
+            help="Threads that share the bins solved together; 0 is all cores.",
+            show_default=str(_DEFAULTS.threads),
+        ),
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(help="Iterations per bin; 0 is the model's own.")
+        int | None,
+        typer.Option(
+            help="Iterations per bin; 0 is the model's own.", show_default=str(_DEFAULTS.iterations)
+        ),
     ] = None,
     horizon: Annotated[
-        int | None, typer.Option(help="Bins in the window; 0 is the model's own.")
+        int | None,
+        typer.Option(
+            help="Bins in the window; 0 is the model's own.", show_default=str(_DEFAULTS.horizon)
+        ),
     ] = None,
     deadline_ms: Annotated[
         float | None,
-        typer.Option(help="Of sessions that state none, milliseconds; 0 is the bin width."),
+        typer.Option(
+            help="Deadline, in ms, of sessions that state none; 0 is the bin width.",
+            show_default=str(_DEFAULTS.deadline_ms),
+        ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Settings in TOML; options here override it.")
+        Path | None, typer.Option(help="Settings (TOML); options override them.")
     ] = None,
     ready_file: Annotated[
         str | None,
-        typer.Option(help='Once ready, write the addresses here as one JSON line; "-" is stdout.'),
+        typer.Option(
+            help="Once ready, write the addresses here as one JSON line; - is standard output."
+        ),
     ] = None,
     log: Annotated[
-        str | None, typer.Option(help="Format of the log on stderr: plain or json.")
+        str | None,
+        typer.Option(
+            help="Format of the log on standard error: plain or json.",
+            show_default=str(_DEFAULTS.log),
+        ),
     ] = None,
     slot: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FILE: a further model, for sessions that ask for it; repeatable."),
+        typer.Option(
+            help="NAME=FILE: a further model, for sessions that ask for it; repeat for several."
+        ),
     ] = None,
     journal: Annotated[
         str | None,
-        typer.Option(help="Folder to record everything in; sessions resume from it."),
+        typer.Option(
+            help="Folder to record everything in; sessions resume from it.", show_default="none"
+        ),
     ] = None,
     keys: Annotated[
-        str | None, typer.Option(help="Folder of ilqr-vae keys; needed beyond loopback.")
+        str | None,
+        typer.Option(help="Folder of ilqr-vae keys; needed beyond loopback.", show_default="none"),
     ] = None,
-    cpus: Annotated[str | None, typer.Option(help="Cores for the two threads, e.g. 2-3.")] = None,
+    cpus: Annotated[
+        str | None,
+        typer.Option(help="Cores of the I/O and solver threads, e.g. 2-3.", show_default="any"),
+    ] = None,
     realtime: Annotated[
-        int | None, typer.Option(help="SCHED_FIFO priority of the two threads; 0 is none.")
+        int | None,
+        typer.Option(
+            help="SCHED_FIFO priority of those threads; 0 is none.",
+            show_default=str(_DEFAULTS.realtime),
+        ),
     ] = None,
     lock_memory: Annotated[
-        bool | None, typer.Option("--lock-memory", help="Keep all memory out of swap.")
+        bool | None, typer.Option("--lock-memory", help="Lock all memory into RAM.")
     ] = None,
 ) -> None:
     """Load a model and answer spike bins over ZeroMQ until SIGINT, SIGTERM or SIGHUP.
 
-    Example: ilqr-vae serve model.safetensors --http 127.0.0.1:9464
-
-    From a script, with free ports: ilqr-vae serve model.safetensors --ingest 'tcp://127.0.0.1:*'
-    --results 'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json
-
-    Told so, it answers what is queued, tells feeders and subscribers, logs latency
-    quantiles and exits with 0; while it warms up, it exits at once. Exit codes: 2 wrong model,
-    setting or usage; 3 an address cannot be used, or the service broke.
+    When stopped, it answers what is queued, tells feeders and subscribers, logs latency quantiles
+    and exits with 0; while it warms up, it exits at once. Exit codes: 2 wrong model, setting or
+    usage; 3 an address cannot be used, or the service broke.
     """
     overrides: dict[str, Any] = {
         "ingest": ingest,

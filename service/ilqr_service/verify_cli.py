@@ -18,8 +18,10 @@ from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+EXAMPLE = "Example: ilqr-vae verify journal/ --model model.safetensors"
 
-@app.command("verify")
+
+@app.command("verify", epilog=EXAMPLE)
 def command(
     journal: Annotated[Path, typer.Argument(help="A service's journal folder.")],
     model: Annotated[list[Path], typer.Option(help="A model file it served; repeat for several.")],
@@ -31,8 +33,6 @@ def command(
     ] = None,
 ) -> None:
     """Run everything a service took once more, offline, and compare with what it answered.
-
-    Example: ilqr-vae verify journal/ --model model.safetensors
 
     Each part is run with the settings it was served with. On the build and device that served,
     answers are the same to the last bit; elsewhere state a --tolerance (1e-6 is usual). Exit codes:

@@ -140,7 +140,7 @@ class TrainedModel:
     def __repr__(self) -> str:
         m, spec = self.artifact.manifest, self.artifact.manifest.model
         decodes = ", ".join(
-            f"{name} [{unit}]"
+            f"{name} ({unit})"
             for name, unit in zip(m.kinematic_names, m.kinematic_units, strict=True)
         )
         measured = {k: v for k, v in m.measured.items() if k != "iterations"}

@@ -11,47 +11,48 @@ usage is wrong; 3 the service refused, is not reachable or cannot start; 4 train
 from __future__ import annotations
 
 import os
+import re
 import sys
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points, version
 from inspect import getdoc
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
-from ilqr_vae.errors import IlqrVaeError
-from ilqr_vae.terminal import any_encoding, visible
+from ilqr_vae.errors import IlqrVaeError, did_you_mean
+from ilqr_vae.terminal import any_encoding, console
 
 GROUP = "ilqr_vae.verbs"
 COMPLETING = "_ILQR_VAE_COMPLETE"
+_AS_IT_IS = "\b\n"
 
 # One line a verb, here so that --help need not import the packages that hold them.
 SUMMARIES = {
-    "demo": "all of it in one go: simulate, train, serve, replay, report",
+    "demo": "run all of it: simulate, train, serve, replay, report",
     "simulate": "simulate a realistic reaching session and write it as NWB",
-    "train": "fit a model to a recording and write it as one .safetensors file",
+    "train": "fit a model to a recording and write it as one file",
     "adapt": "fit a model to other units of the same brain, without labels",
     "follow": "keep a served model calibrated to the stream it decodes",
-    "evaluate": "score a model's causal decodes on a span of a recording, beside a Wiener filter",
-    "sweep": "search over settings and seeds for the model that scores best, side by side on Ray",
-    "archive": "train on, evaluate or decode every recording of a folder, side by side on Ray",
+    "evaluate": "score a model's causal decodes on a span of a recording",
+    "sweep": "search over settings and seeds for the best model, on Ray",
+    "archive": "train on or decode every recording of a folder, on Ray",
     "inspect": "show what is inside a model, a recording or a journal",
     "experiment": "run one of the paper's experiments on simulated data",
     "serve": "load a model and answer spike bins over ZeroMQ",
-    "fleet": "serve a model by many servers on the nodes of a Ray cluster, behind one address",
-    "replay": "stream a recording through a running service and report decodes and latency",
-    "verify": "run a service's journal again and compare every answer, bit for bit",
+    "fleet": "serve a model by many servers on a Ray cluster",
+    "replay": "stream a recording through a running service, and report",
+    "verify": "run a journal again and compare every answer, bit for bit",
     "export": "write a session of a service's journal as NWB",
-    "record": "write a session as NWB while it runs, from any machine that may read it",
-    "bridge": "feed a session from the lab streaming layer, Open Ephys or Synapse",
+    "record": "write a session as NWB while it runs, from any machine",
+    "bridge": "feed a session from LSL, Open Ephys or Synapse",
     "keys": "make the keys of those a service lets in",
-    "models": "list, load, swap or roll back the models of a running service",
-    "load": "load a running service with many sessions and faults, and report latency",
+    "models": "list, load, swap or roll back a running service's models",
+    "load": "load a running service with many sessions and faults",
     "monitor": "watch a running service live in the terminal",
     "dashboard": "show a running service live in a browser",
-    "closed-loop": "let a simulated subject reach for targets through a running service",
+    "closed-loop": "let a simulated subject reach through a running service",
 }
 
 
@@ -60,16 +61,37 @@ def _help(verbs: dict[str, EntryPoint]) -> str:
     width = max((len(name) for name in verbs), default=0)
     order = [v for v in SUMMARIES if v in verbs] + sorted(set(verbs) - set(SUMMARIES))
     lines += [f"  {name:<{width}}  {SUMMARIES.get(name, '')}".rstrip() for name in order]
-    lines += ["", "ilqr-vae VERB --help says what a verb takes, with an example."]
-    lines += ["ilqr-vae --install-completion lets your shell complete verbs and options."]
+    lines += [
+        "",
+        "ilqr-vae VERB --help says what a verb takes, with an example.",
+        "ilqr-vae --install-completion lets your shell complete verbs and options.",
+    ]
     return "\n".join(lines)
 
 
-def _rewrap(app: typer.Typer) -> None:
-    """Leave the breaking of lines of help to the terminal's width: keep paragraphs alone."""
-    for command in app.registered_commands:
-        text = command.help or getdoc(command.callback) or ""
-        command.help = "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+def command_of(app: typer.Typer) -> Any:  # click's type: typer ships its own
+    """A verb's command, with its help as plain text that reads well in 80 columns.
+
+    Paragraphs are rewrapped to the terminal. Lines of an epilog are kept: they are examples to
+    copy. An option's value is named by its type alone; its range stands in the help.
+    """
+    app.rich_markup_mode = None  # boxes and their columns leave no room for the text
+    for info in app.registered_commands:
+        text = info.help or getdoc(info.callback) or ""
+        info.help = "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+        if info.epilog and not info.epilog.startswith(_AS_IT_IS):
+            each = re.sub(r"^(\w[^:\n]*:) ", r"\1\n  ", info.epilog, flags=re.MULTILINE)
+            info.epilog = _AS_IT_IS + each
+    command = get_command(app)
+    for one in (command, *getattr(command, "commands", {}).values()):
+        context = typer.Context(one)
+        for param in one.params:
+            if isinstance(param, TyperArgument):
+                param.metavar = param.name.upper()
+            elif isinstance(param, TyperOption) and not param.is_flag:
+                shown = param.metavar or param.display_type(context)
+                param.metavar = re.sub(r" range|list\[(.*)\]", r"\1", shown)
+    return command
 
 
 def _completion(verbs: dict[str, EntryPoint]) -> int:
@@ -87,7 +109,7 @@ def _completion(verbs: dict[str, EntryPoint]) -> int:
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             found = verbs.get(args[0])
-            return args[0], None if found is None else get_command(found.load()), args[1:]
+            return args[0], None if found is None else command_of(found.load()), args[1:]
 
     app = typer.Typer(cls=Verbs, add_completion=True)
     app.callback()(lambda: None)
@@ -96,6 +118,12 @@ def _completion(verbs: dict[str, EntryPoint]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def _refused(text: str, code: int) -> int:
+    """Say what is wrong; returns the exit code."""
+    console(stderr=True, soft_wrap=True).print(f"error: {text}")
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,31 +141,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, rest = args[0], args[1:]
     if verb not in verbs:
-        near = get_close_matches(verb, verbs, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        print(
-            f"error: verb: expected one of {', '.join(verbs)}, got {verb!r}{hint}",
-            file=sys.stderr,
-        )
-        return 2
+        hint = did_you_mean(verb, verbs)
+        return _refused(f"verb: expected one of {', '.join(verbs)}, got {verb!r}{hint}", 2)
     try:
         app = verbs[verb].load()
     except ModuleNotFoundError as missing:
-        print(
-            f"error: {verb}: expected the package {missing.name!r} to be installed, got none; "
-            "try: pip install '.[engine]'",
-            file=sys.stderr,
-        )
-        return 2
+        text = f"{verb}: expected the package {missing.name!r} to be installed, got none; "
+        return _refused(f"{text}try: pip install '.[engine]'", 2)
     except (ImportError, OSError, MemoryError) as error:
-        print(f"error: {verb}: expected its libraries to load, got {error}", file=sys.stderr)
-        return 3
-    _rewrap(app)
+        return _refused(f"{verb}: expected its libraries to load, got {error}", 3)
     try:
-        app(args=rest, prog_name=f"ilqr-vae {verb}")
+        command_of(app)(args=rest, prog_name=f"ilqr-vae {verb}")
     except IlqrVaeError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return _refused(str(error), error.exit_code)
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:

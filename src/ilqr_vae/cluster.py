@@ -22,7 +22,9 @@ from ilqr_vae.files import MIB
 
 Address = Annotated[
     str | None,
-    typer.Option(help="Of a Ray cluster, HOST:PORT or auto; default one on this machine alone."),
+    typer.Option(
+        help="Address of a Ray cluster: HOST:PORT or auto.", show_default="this machine alone"
+    ),
 ]
 
 _REACH_S = 5.0

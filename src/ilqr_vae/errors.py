@@ -6,7 +6,15 @@ stream (a solve that stopped early, a late bin, a gap) is a status in a result, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question to end an error with: the known name that is nearest, or ""."""
+    near = get_close_matches(name, list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class IlqrVaeError(Exception):

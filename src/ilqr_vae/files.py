@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -212,7 +212,7 @@ def to_struct(values: Any, kind: type[T], field: str, *, strict: bool = True) ->
             raise ConfigError(
                 f"{field}.{unknown[1]}" if keys else f"{field}: {unknown[1]}",
                 expected=f"one of the keys {', '.join(fields)}",
-                got="an unknown key",
+                got="an unknown key" + did_you_mean(unknown[1], fields),
             ) from error
         if own := re.fullmatch(r"(\w+): expected (.+), got (.+)", said):  # a struct's own check
             field = ".".join([key for key in keys if not key.isdecimal()] + [own[1]])

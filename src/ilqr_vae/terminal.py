@@ -7,10 +7,12 @@ the project is made here, where none of that happens; styles are given beside th
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import signal
 import sys
+import textwrap
 import webbrowser
 from typing import Any
 
@@ -31,10 +33,24 @@ def visible(text: str) -> str:
 
 
 class _Plain(Console):
-    """Takes no string for markup, and prints each on its own line."""
+    """Takes no string for markup, and prints each on its own line.
+
+    On a terminal, words that do not fit go to the next line, indented; none is broken. Elsewhere
+    lines stay as they are, for what reads them.
+    """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)
+        text = visible(text)
+        if self.is_terminal and len(text) > self.width:
+            lead = " " * (len(text) - len(text.lstrip()) + 2)
+            text = textwrap.fill(
+                text,
+                self.width,
+                subsequent_indent=lead,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        return super().render_str(text, **options)
 
 
 def console(*, stderr: bool = False, width: int | None = None, soft_wrap: bool = False) -> Console:
@@ -49,11 +65,24 @@ def console(*, stderr: bool = False, width: int | None = None, soft_wrap: bool =
     )
 
 
+_ASCII = {"–": "-", "±": "+-", "°": "deg", "²": "2", "…": "...", "×": "x"}
+
+
+def _plainer(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Replace what cannot be encoded by what says the same in ASCII, else by an escape."""
+    if isinstance(error, UnicodeEncodeError):
+        found = error.object[error.start]
+        if found in _ASCII:
+            return _ASCII[found], error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
 def any_encoding() -> None:
-    """Have standard output and error take any text: what they cannot encode becomes an escape."""
+    """Have standard output and error take any text: what they cannot encode is made plainer."""
+    codecs.register_error("ilqr_vae.plainer", _plainer)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="ilqr_vae.plainer")
 
 
 def has_browser() -> bool:

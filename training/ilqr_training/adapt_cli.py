@@ -20,11 +20,11 @@ from ilqr_vae.progress import Bar
 from ilqr_vae.recordings import Recording, load_at
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 EXAMPLE = (
-    "Example: ilqr-vae adapt monday.safetensors --recording tuesday.nwb --seconds 0 300 "
-    "--out tuesday.safetensors"
+    "Example: ilqr-vae adapt mon.safetensors --recording tue.nwb --out tue.safetensors\n"
+    "On its first five minutes alone: ... --seconds 0 300"
 )
 
 
@@ -87,14 +87,14 @@ def _told(made: Adaptation) -> list[str]:
 
 @app.command(epilog=EXAMPLE)
 def run(
-    model: Annotated[Path, typer.Argument(help="A model file.")],
+    model: Annotated[Path, typer.Argument(help="A model file (.safetensors).")],
     recording: RecordingFile,
-    out: Annotated[Path, typer.Option(help="Write the adapted model file here.")],
+    out: Annotated[Path, typer.Option(help="The adapted model file to write (.safetensors).")],
     seconds: Annotated[
         tuple[float, float],
-        typer.Option(help="Start and end of what to fit on; an end of 0 is that of the recording."),
+        typer.Option(help="Start and end of what to fit on; an end of 0 is the recording's."),
     ] = (0.0, 0.0),
-    seed: Annotated[int, typer.Option(min=0, help="Of folds and draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of folds and draws.")] = 0,
     json_file: JsonFile = None,
     threads: Threads = None,
 ) -> None:

@@ -17,10 +17,10 @@ from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.progress import Bar
 from ilqr_vae.recordings.split import parse_span
 from ilqr_vae.report.outputs import check_html, render_tables
-from ilqr_vae.report.table import WIDTH, shown
+from ilqr_vae.report.table import show
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 EXAMPLE = "Example: ilqr-vae archive sessions/ --task train --config mine.toml --out results/"
 
@@ -32,20 +32,22 @@ def archive(
         typer.Argument(help="A folder of recordings, or a text file that lists one path a line."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the results; a second run continues.")],
-    task: Annotated[Task, typer.Option(help="What is done with each recording.")] = "evaluate",
+    task: Annotated[Task, typer.Option(help="What to do with each recording.")] = "evaluate",
     config: Annotated[
         Path | None, typer.Option(help="To train: the configuration (TOML), as for train.")
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
-            help="To evaluate or decode: a model file, or a folder that --task train wrote; "
-            "default --out."
+            help="To evaluate or decode: a model file, or a folder that --task train wrote.",
+            show_default="--out",
         ),
     ] = None,
     span: Annotated[
         str | None,
-        typer.Option(help="Part of each recording; default test to evaluate, all to decode."),
+        typer.Option(
+            help="Part of each recording.", show_default="test to evaluate, all to decode"
+        ),
     ] = None,
     cpus: Cpus = 1,
     gpus: Gpus = 0.0,
@@ -84,9 +86,10 @@ def archive(
     if json_file is not None:
         write_whole(json_file, content)
     on_stderr = json_file == STDOUT
-    console(width=WIDTH, stderr=on_stderr).print(shown(table))
+    screen = console(stderr=on_stderr, soft_wrap=True)
+    show(table, screen)
     done = len(outcomes) - len(failed)
-    console(stderr=on_stderr, soft_wrap=True).print(
+    screen.print(
         f"{done} of {len(outcomes)} recordings done, {len(failed)} failed; summary in {page}"
     )
     if failed:

@@ -28,17 +28,19 @@ from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.progress import Bar
 from ilqr_vae.recordings import load_recording
 from ilqr_vae.report.data import plain
-from ilqr_vae.report.table import WIDTH, shown
+from ilqr_vae.report.table import show
 from ilqr_vae.terminal import console
 
 EXAMPLE = (
-    "Example: ilqr-vae experiment decode configs/stevenson.toml --recording StevensonV2.mat "
-    "--out decode-stevenson"
+    "Example: ilqr-vae experiment decode configs/stevenson.toml \\\n"
+    "  --recording StevensonV2.mat --out decode-stevenson"
 )
 
 
 def decode(
-    config: Annotated[Path, typer.Argument(help="Training configuration (TOML), as for train.")],
+    config: Annotated[
+        Path, typer.Argument(help="The training configuration (TOML), as for train.")
+    ],
     recording: RecordingFile,
     out: Annotated[
         Path,
@@ -52,7 +54,7 @@ def decode(
     span: Annotated[
         str,
         typer.Option(
-            help="validation: a nested split without the test part. test: for the final run."
+            help="validation, a nested split without the test part; or test, for the final run."
         ),
     ] = ComparisonPlan.span,
     fraction: Annotated[
@@ -97,5 +99,4 @@ def decode(
     if json_file != STDOUT:
         screen = console(soft_wrap=True)
         for made in tables(result):
-            screen.print(f"{made.title}. {made.text}")
-            console(width=max(screen.width, WIDTH + 10 * seeds)).print(shown(made))
+            show(made, screen)

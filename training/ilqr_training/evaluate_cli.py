@@ -27,11 +27,9 @@ from ilqr_vae.report import Outputs, Table
 from ilqr_vae.report.table import number
 from ilqr_vae.scoring.score import OURS, WIENER, score_decodes
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-EXAMPLE = (
-    "Example: ilqr-vae evaluate reach.safetensors --recording reach.nwb --span test --json e.json"
-)
+EXAMPLE = "Example: ilqr-vae evaluate reach.safetensors --recording reach.nwb --json e.json"
 
 
 def decodes_of(
@@ -63,10 +61,10 @@ def _costs(fitted: dict[str, Baseline], artifact: Artifact, answer: float) -> Ta
 
 @app.command(epilog=EXAMPLE)
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model file.")],
+    model: Annotated[Path, typer.Argument(help="A model file (.safetensors).")],
     recording: RecordingFile,
     span: Annotated[
-        str, typer.Option(help="Part of the recording: train, validation, test or all.")
+        str, typer.Option(help="Part of the recording to score: train, validation, test or all.")
     ] = "test",
     drop: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of bins to leave out.")

@@ -15,12 +15,13 @@ from typer.core import TyperGroup
 
 from ilqr_training.decode_cli import EXAMPLE as DECODE_EXAMPLE
 from ilqr_training.decode_cli import decode
-from ilqr_training.experiments import NAMES, find
+from ilqr_training.experiments import NAMES, SUMMARIES, find
 from ilqr_training.experiments.driver import Outcome
 from ilqr_training.options import Threads, use_threads
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, did_you_mean
 from ilqr_vae.files import STDOUT, check_writable, read_toml, replacing, write_whole
-from ilqr_vae.progress import Bar
+from ilqr_vae.progress import Bar, duration
+from ilqr_vae.report.table import Section, number, show_sections
 from ilqr_vae.terminal import console
 
 
@@ -28,16 +29,17 @@ class _Named(TyperGroup):
     """Names the experiments there are when one is unknown."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # click's types: typer ships its own
-        found = super().get_command(ctx, cmd_name)
+        found, names = super().get_command(ctx, cmd_name), (*NAMES, "decode")
         if found is None:
-            known = f"one of {', '.join((*NAMES, 'decode'))}"
-            raise ConfigError("experiment", expected=known, got=repr(cmd_name))
+            raise ConfigError(
+                "experiment",
+                expected=f"one of {', '.join(names)}",
+                got=f"{cmd_name!r}{did_you_mean(cmd_name, names)}",
+            )
         return found
 
 
-app = typer.Typer(
-    cls=_Named, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)
+app = typer.Typer(cls=_Named, add_completion=False, pretty_exceptions_enable=False)
 
 
 def settings_of(name: str, config: Path | None) -> msgspec.Struct:
@@ -86,28 +88,46 @@ def run_paper(
         if json_file != STDOUT:
             _picture(outcome, json_file.with_suffix(".png"))
     if json_file != STDOUT:
-        out = console(soft_wrap=True)
-        for key, value in outcome.figures.items():
-            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-            out.print(f"  {key:<24} {shown}")
+        rows = tuple((k.replace("_", " "), _shown(k, v)) for k, v in outcome.figures.items())
+        show_sections([Section(f"Experiment {name}", rows)], console(soft_wrap=True))
+
+
+def _shown(name: str, value: Any) -> str:
+    """A figure for the terminal."""
+    if isinstance(value, dict):
+        return "; ".join(f"{k} {_shown(k, v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(name, v) for v in value)
+    if name == "seconds":
+        return duration(value)
+    if not isinstance(value, float):
+        return str(value)
+    return number(value) if "r2" in name or "bits" in name else f"{value:.4g}"
 
 
 def _register(name: str) -> None:
-    @app.command(name, epilog=f"Example: ilqr-vae experiment {name} --seed 0 --json {name}.json")
+    @app.command(
+        name,
+        help=SUMMARIES[name],
+        short_help=SUMMARIES[name],
+        epilog=f"Example: ilqr-vae experiment {name} --seed 0 --json {name}.json",
+    )
     def run(
-        seed: Annotated[int, typer.Option(min=0, help="Of the data and of training.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of the data and of training.")] = 0,
         config: Annotated[
-            Path | None, typer.Option(help="TOML with overrides; see configs/experiments.")
+            Path | None, typer.Option(help="Settings (TOML); see configs/experiments/.")
         ] = None,
         json_file: Annotated[
-            Path | None, typer.Option("--json", help="Write the figures here, a picture beside it.")
+            Path | None,
+            typer.Option("--json", help="Write the numbers here, and a picture beside it."),
         ] = None,
         threads: Threads = None,
     ) -> None:
-        """On simulated data: see docs/experiments.md."""
         run_paper(name, seed, config, json_file, threads)
 
 
 for _name in NAMES:
     _register(_name)
-app.command("decode", epilog=DECODE_EXAMPLE)(decode)
+app.command(
+    "decode", epilog=DECODE_EXAMPLE, short_help="Compare decoders on a recording, several seeds."
+)(decode)

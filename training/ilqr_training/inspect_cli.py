@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from ilqr_vae.commands.inspect import Section, lines_of, recording_sections
+from ilqr_vae.commands.inspect import recording_sections
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT, check_writable, read_toml, write_whole
 from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.recordings.contents import contents_of
-from ilqr_vae.report.table import WIDTH
+from ilqr_vae.report.table import Section, named, number, show_sections
 from ilqr_vae.terminal import console
 
 if TYPE_CHECKING:  # torch is needed for models alone
@@ -23,7 +23,14 @@ if TYPE_CHECKING:  # torch is needed for models alone
 GROUP = "ilqr_vae.inspect"
 """Entry points of what other packages can look into; the value is called with the path."""
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+_SCORES = {
+    "r2": "causal R2, mean",
+    "bits_per_spike": "bits per spike",
+    "iterations": "iterations per bin",
+}
+"""What the scores of a manifest are called."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class _Config(msgspec.Struct):
@@ -42,7 +49,7 @@ def model_sections(manifest: Manifest) -> list[Section]:
         "dynamics": f"{spec.dynamics}, n = {spec.latents}, m = {spec.inputs}, {spec.prior} inputs",
         "members": f"{1 + len(manifest.members)}, averaged" if manifest.members else "1",
         "observations": groups,
-        "decodes": ", ".join(f"{n} [{u}]" for n, u in channels) or "latents and rates only",
+        "decodes": ", ".join(named(n, u) for n, u in channels) or "latents and rates only",
         "bin width": f"{manifest.bin_width * 1e3:g} ms",
         "units": f"{len(manifest.unit_names)}: {units}",
         "estimator": f"horizon {manifest.horizon.horizon} bins, {manifest.horizon.iterations} "
@@ -50,12 +57,15 @@ def model_sections(manifest: Manifest) -> list[Section]:
         "schema": str(manifest.schema),
         "sha256": manifest.sha256,
     }
-    scores = {k: f"{v:.4f}" for k, v in manifest.measured.items()}
+    scores = {
+        _SCORES.get(k, f"R2 {k.removeprefix('r2.')}"): number(v)
+        for k, v in manifest.measured.items()
+    }
     warnings = {w.name: w.text for w in manifest.warnings}
     sections = {
         f"model {manifest.model_id}": model,
         "Scores": scores,
-        "Where it came from": dict(manifest.provenance),
+        "Where it came from": {k.replace("_", " "): v for k, v in manifest.provenance.items()},
         "Warnings of its recording": warnings,
     }
     return [Section(title, tuple(rows.items())) for title, rows in sections.items() if rows]
@@ -88,7 +98,7 @@ def inspect(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML whose \\[data] says how to read a recording."),
+        typer.Option(help="TOML whose [data] says how to read a recording."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything here; - is standard output.")
@@ -104,6 +114,4 @@ def inspect(
     found, sections = _looked_into(path, config)
     if json_file is not None:
         write_whole(json_file, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
-    screen = console(soft_wrap=True, stderr=json_file == STDOUT)
-    for line in lines_of(sections, min(screen.width, WIDTH)):
-        screen.print(line)
+    show_sections(sections, console(soft_wrap=True, stderr=json_file == STDOUT))

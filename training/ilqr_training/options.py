@@ -13,16 +13,23 @@ RecordingFile = Annotated[Path, typer.Option(help="A .nwb, .mat or .h5 recording
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write the numbers here; - is standard output.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default one per core.")]
-Steps = Annotated[int | None, typer.Option(help="Gradient steps, instead of the config's.")]
-Cpus = Annotated[int, typer.Option(min=1, help="Cores of each task.")]
-Gpus = Annotated[float, typer.Option(min=0.0, help="GPUs of each task, or a share of one.")]
-Silent = Annotated[float, typer.Option(help="Under stress: share of units that fall silent.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Number of CPU threads.", show_default="one per core")
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Number of gradient steps.", show_default="the config's")
+]
+Cpus = Annotated[int, typer.Option(min=1, help="Number of cores of each task.")]
+Gpus = Annotated[float, typer.Option(min=0.0, help="Number of GPUs of each task, or a share.")]
+Silent = Annotated[float, typer.Option(help="With --stress: the share of units that fall silent.")]
 Lost = Annotated[
     list[float] | None,
-    typer.Option(help="Under stress: share of bins lost; repeatable; default 0.1 and 0.3."),
+    typer.Option(
+        help="With --stress: the share of bins lost; repeat for several.",
+        show_default="0.1 and 0.3",
+    ),
 ]
-Draws = Annotated[int, typer.Option(help="Under stress: number of random draws averaged.")]
+Draws = Annotated[int, typer.Option(help="With --stress: the number of random draws averaged.")]
 
 
 def use_threads(count: int | None) -> None:

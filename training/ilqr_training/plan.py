@@ -12,10 +12,10 @@ from ilqr_training.fit.crops import Prepared, prepare
 from ilqr_training.fit.joint import load_sessions
 from ilqr_training.fit.members import side_by_side
 from ilqr_training.fit.memory import GIB, estimate, refuse_hopeless
-from ilqr_vae.commands.inspect import Section
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.recordings import Recording, RecordingWarning, load_recording
 from ilqr_vae.recordings.joined import join
+from ilqr_vae.report.table import Section, named
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -70,7 +70,7 @@ def plan_of(config: TrainConfig, recordings: list[Path]) -> Plan:
         bin_width=r.bin_width,
         masked=int(np.count_nonzero(~r.valid)),
         split={"train": data.train, "validation": data.validation, "test": data.test},
-        kinematics=[f"{name} [{unit}]" if unit else name for name, unit in channels],
+        kinematics=[named(name, unit) for name, unit in channels],
         warnings=list(r.warnings),
         notes=list(r.notes),
         settings=config,

@@ -19,20 +19,20 @@ from ilqr_vae.recordings.checks import missing_extra
 from ilqr_vae.simulated.subject import RESOLUTION, TICK, Session, simulate_session
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _SYNTHETIC = "http://purl.obolibrary.org/obo/NCBITaxon_32630"
 """NCBI's taxon "synthetic construct"."""
 
-_EXAMPLE = "Example: ilqr-vae simulate --out session.nwb --seed 7 --minutes 10 --units 120"
+_EXAMPLE = "Example: ilqr-vae simulate --out session.nwb --seed 7 --minutes 10"
 
 
 @app.command(epilog=_EXAMPLE)
 def simulate(
-    out: Annotated[Path, typer.Option(help="NWB file to write.")],
-    seed: Annotated[int, typer.Option(min=0, help="Of tuning, task and noise.")] = 0,
-    minutes: Annotated[float, typer.Option(help="How long the session lasts.")] = 10.0,
-    units: Annotated[int, typer.Option(min=1, help="How many neurons.")] = 120,
+    out: Annotated[Path, typer.Option(help="The NWB file to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of tuning, task and noise.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Length of the session, in minutes.")] = 10.0,
+    units: Annotated[int, typer.Option(min=1, help="Number of units.")] = 120,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     json_file: JsonFile = None,
 ) -> None:

@@ -26,41 +26,49 @@ from ilqr_vae.errors import ConfigError, TrainingError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, replacing, write_whole
 from ilqr_vae.recordings import load_recording
 from ilqr_vae.report.outputs import check_html
-from ilqr_vae.report.table import WIDTH, Table, number, shown
+from ilqr_vae.report.table import Table, number, show
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 EXAMPLE = (
-    "Example: ilqr-vae sweep mine.toml --recording session.nwb --out sweep/ "
-    "--search 'model.latents=[10, 20, 30]' --search 'training.learning_rate=log(1e-3, 3e-2)'"
+    "Example: ilqr-vae sweep mine.toml --recording session.nwb --out sweep/ \\\n"
+    "    --search 'model.latents=[10, 20, 30]' \\\n"
+    "    --search 'training.learning_rate=log(1e-3, 3e-2)'"
 )
 
 
 @app.command(epilog=EXAMPLE)
 def sweep(
-    config: Annotated[Path, typer.Argument(help="Training configuration (TOML), as for train.")],
+    config: Annotated[
+        Path, typer.Argument(help="The training configuration (TOML), as for train.")
+    ],
     recording: RecordingFile,
     out: Annotated[Path, typer.Option(help="Folder of the results; a second run continues.")],
     search: Annotated[
         list[str],
         typer.Option(
             help="KEY=[a, b, ...], KEY=uniform(a, b) or KEY=log(a, b), KEY by its path in the "
-            "configuration; repeatable."
+            "configuration; repeat for several."
         ),
     ],
     method: Annotated[
-        Method, typer.Option(help="bayesian is a tree of Parzen estimators (Optuna).")
+        Method,
+        typer.Option(
+            help="How points are chosen; bayesian is a tree of Parzen estimators (Optuna)."
+        ),
     ] = "random",
-    trials: Annotated[int, typer.Option(min=1, help="Points, or size of the population.")] = 16,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Number of points, or size of the population.")
+    ] = 16,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Seeds of each point, counted from the config's.")
+        int, typer.Option(min=1, help="Number of seeds of each point, counted from the config's.")
     ] = 1,
     objective: Annotated[
         Objective | None,
         typer.Option(
-            help="What is to be high on the validation part; default r2 with kinematics, else "
-            "bits_per_spike."
+            help="What is to be high on the validation part.",
+            show_default="r2 with kinematics, else bits_per_spike",
         ),
     ] = None,
     early_stop: Annotated[bool, typer.Option(help="Stop trials that are behind (ASHA).")] = True,
@@ -108,15 +116,15 @@ def sweep(
     if json_file is not None:
         write_whole(json_file, content)
     _draw(rows, plan, out / "sweep.png")
-    screen = console(width=WIDTH, stderr=json_file == STDOUT)
-    screen.print(shown(_shown(rows, plan)))
+    screen = console(soft_wrap=True, stderr=json_file == STDOUT)
+    show(_shown(rows, plan), screen)
     best = rows[0]
     if best.state != "done":
         raise TrainingError("sweep", expected="a trial that is done", got=best.state)
     with replacing(out / "best.safetensors") as part:
         shutil.copyfile(best.model, part)
     console(stderr=json_file == STDOUT, soft_wrap=True).print(
-        f"wrote {out / 'best.safetensors'}: {plan.objective} {number(best.score, 4)} on the "
+        f"wrote {out / 'best.safetensors'}: {plan.objective} {number(best.score)} on the "
         f"validation part, at {best.point}"
     )
 
@@ -129,7 +137,7 @@ def _shown(rows: list[Trial], plan: Plan) -> Table:
             *(f"{v:.4g}" if isinstance(v := row.point[k], float) else str(v) for k in keys),
             str(row.validations),
             str(len(row.seeds)),
-            number(row.score, 4),
+            number(row.score),
         )
         for row in rows
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.console import Console
 
 from ilqr_training.config import TrainConfig, load_config, overridden
 from ilqr_training.evaluation.baselines import fit_baselines, fit_rivals, names_of
@@ -18,27 +19,27 @@ from ilqr_training.fit.train import checkpoint_path, train
 from ilqr_training.options import JsonFile, Steps, Threads, use_threads
 from ilqr_training.plan import Plan, plan_of, sections_of
 from ilqr_vae.artifact import Manifest
-from ilqr_vae.commands.inspect import lines_of
 from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.kernels.backend import device_of
-from ilqr_vae.progress import Bar
-from ilqr_vae.report import Table
-from ilqr_vae.report.table import WIDTH, shown
+from ilqr_vae.progress import Bar, duration
+from ilqr_vae.report.table import number, scores_table, show, show_sections
 from ilqr_vae.scoring.score import OURS
 from ilqr_vae.terminal import console
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _RIVAL_STEPS = 600
 """Of the rivals' GRU at most: seconds."""
 
-EXAMPLE = "Example: ilqr-vae train configs/demo.toml --recording reach.nwb --out reach.safetensors"
+EXAMPLE = "Example: ilqr-vae train mine.toml --recording reach.nwb --out reach.safetensors"
 
 
 @app.command(epilog=EXAMPLE)
 def train_command(
-    config: Annotated[Path, typer.Argument(help="TOML with overrides; see configs/.")],
+    config: Annotated[
+        Path, typer.Argument(help="The training configuration (TOML); see configs/.")
+    ],
     out: Annotated[Path, typer.Option(help="The model file to write (.safetensors).")],
     recording: Annotated[
         list[Path] | None,
@@ -50,20 +51,28 @@ def train_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Overrides the config's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of everything drawn.", show_default="the config's")
+    ] = None,
     steps: Steps = None,
     fraction: Annotated[
         float | None,
         typer.Option(
             help="Train and validate on this first share of the recording only; the test part "
-            "stays the same. Overrides the config's."
+            "stays the same.",
+            show_default="the config's",
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Overrides the config's: cpu, cuda, cuda:N or auto.")
+        str | None,
+        typer.Option(
+            help="Device of the gradient steps: cpu, cuda, cuda:N or auto.",
+            show_default="the config's",
+        ),
     ] = None,
     log_dir: Annotated[
-        Path | None, typer.Option(help="TensorBoard events; default beside --out.")
+        Path | None,
+        typer.Option(help="Folder for TensorBoard events.", show_default="beside --out"),
     ] = None,
     threads: Threads = None,
     baselines: Annotated[
@@ -148,7 +157,6 @@ def train_command(
         hint = f"; continue with --resume ({kept.name})" if kept.exists() else ""
         console(stderr=True).print(f"interrupted{hint}")
         raise typer.Exit(130) from None
-    scores = {k: round(v, 4) for k, v in done.manifest.measured.items()}
     if json_file is not None:
         content = {
             "model": done.manifest.model_id,
@@ -166,22 +174,32 @@ def train_command(
     screen = console(soft_wrap=True, stderr=on_stderr)
     screen.print(
         f"wrote {out} (model {done.manifest.model_id}) after {done.steps} steps, best at "
-        f"{done.best_step}, {seconds:.0f} s; causal validation scores: {scores}"
+        f"{done.best_step}, {duration(seconds)}"
     )
-    if beside:
-        table = shown(_table(done.manifest.scores["r2"], beside))
-        console(width=WIDTH, stderr=on_stderr).print(table)
+    _show_scores(done.manifest, beside, screen)
     for name, manifest in own.items():
-        own_scores = {k: round(v, 4) for k, v in manifest.measured.items()}
-        screen.print(f"wrote {session_path(out, name)} (model {manifest.model_id}): {own_scores}")
+        screen.print(f"wrote {session_path(out, name)} (model {manifest.model_id})")
+        _show_scores(manifest, {}, screen)
+
+
+def _show_scores(manifest: Manifest, beside: dict[str, float], screen: Console) -> None:
+    """Print the scores on the validation part, on which everything was chosen."""
+    scores = manifest.measured
+    if "r2" in scores:
+        methods = {OURS: scores} | {name: {"r2": score} for name, score in beside.items()}
+        show(
+            scores_table(
+                "Causal decodes of the validation part, on which everything was chosen", methods
+            ),
+            screen,
+        )
+    screen.print(f"  bits per spike {number(scores['bits_per_spike'])}")
 
 
 def _say_plan(plan: Plan, json_file: Path | None) -> None:
     if json_file is not None:
         write_whole(json_file, msgspec.json.format(msgspec.json.encode(plan)).decode() + "\n")
-    screen = console(soft_wrap=True, stderr=json_file == STDOUT)
-    for line in lines_of(sections_of(plan), min(screen.width, WIDTH)):
-        screen.print(line)
+    show_sections(sections_of(plan), console(soft_wrap=True, stderr=json_file == STDOUT))
 
 
 def _baselines(data: Prepared, settings: TrainConfig, gru: bool, bar: Bar) -> dict[str, float]:
@@ -218,12 +236,3 @@ def _save_rivals(data: Prepared, settings: TrainConfig, path: Path, bar: Bar) ->
         bar.log(f"no rivals: {error}")
         return
     fitted.save(path)
-
-
-def _table(ours: float, beside: dict[str, float]) -> Table:
-    return Table(
-        "Validation part",
-        "Fitted on the training part, chosen on the validation part, scored there.",
-        ("validation part, causal", "R2"),
-        tuple((name, f"{score:.4f}") for name, score in ({OURS: ours} | beside).items()),
-    )

@@ -20,9 +20,9 @@ from ilqr_service.journal.records import (
     segments,
 )
 from ilqr_service.journal.verify import stream
-from ilqr_vae.commands.inspect import Section
 from ilqr_vae.errors import JournalError
 from ilqr_vae.protocol import messages
+from ilqr_vae.report.table import Section
 
 _NAMED = 12
 """Most names of events that are shown of a run."""

@@ -9,12 +9,17 @@ import typer
 from ilqr_vae.recordings.nwb.write import SubjectInfo
 from ilqr_vae.report.decoded import About
 
-Subject = Annotated[str, typer.Option(help="Who was recorded.")]
-Species = Annotated[str, typer.Option(help="The subject's species, a Latin binomial.")]
+Subject = Annotated[str, typer.Option(help="The subject's name.", show_default=False)]
+Species = Annotated[
+    str, typer.Option(help="The subject's species, a Latin binomial.", show_default=False)
+]
 Sex = Annotated[str, typer.Option(help="The subject's sex: M, F, O or U.")]
-Age = Annotated[str, typer.Option(help="The subject's age as an ISO 8601 duration, e.g. P8Y.")]
-Experimenter = Annotated[str, typer.Option(help="Who recorded: Last, First.")]
-Institution = Annotated[str, typer.Option(help="Where it was recorded.")]
+Age = Annotated[
+    str,
+    typer.Option(help="The subject's age as an ISO 8601 duration, e.g. P8Y.", show_default=False),
+]
+Experimenter = Annotated[str, typer.Option(help="Who recorded: Last, First.", show_default=False)]
+Institution = Annotated[str, typer.Option(help="Where it was recorded.", show_default=False)]
 
 
 def about(

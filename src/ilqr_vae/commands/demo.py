@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ilqr_vae.commands.children import (
     Interrupted,
@@ -27,13 +26,23 @@ from ilqr_vae.commands.children import (
 from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.files import check_folder
 from ilqr_vae.recordings.checks import missing_extra
-from ilqr_vae.report.table import number
+from ilqr_vae.report.table import (
+    Section,
+    latency_table,
+    number,
+    scores_table,
+    show,
+    show_sections,
+)
 from ilqr_vae.simulated.centre_out import FEWEST_SUCCESSES
 from ilqr_vae.terminal import console, has_browser
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 EXAMPLE = "Example: ilqr-vae demo configs/demo.toml --out demo-out --speed 4"
+
+STAGES = ("solve", "total")
+"""Latencies that the summary tells of."""
 
 
 class Chain:
@@ -171,7 +180,7 @@ class Chain:
         loop = json.loads(self.loop.read_text()) if self.loop.exists() else None
         self.console.print()
         self.console.print(f"{report['title']}, held-out part", style="bold")
-        self.console.print(summary(report, loop))
+        summary(report, loop, self.console)
         self.console.print()
         for path in (self.page, self.picture, self.report, self.loop, self.model, self.log):
             if path.exists():
@@ -198,69 +207,58 @@ def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
     check_folder(out, "--out")
 
 
-def summary(report: dict[str, Any], loop: dict[str, Any] | None) -> Table:
-    """The results, from ``replay``'s JSON and, if there is one, ``closed-loop``'s."""
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, values in report["scores"].items():
-        each = "  ".join(
-            f"{k.removeprefix('r2.')} {number(v, 3)}"
-            for k, v in values.items()
-            if k.startswith("r2.")
-        )
-        table.add_row(f"causal R², {name}", f"{number(values['r2'], 3)}   ({each})")
-    for name, values in report["scores"].items():
-        if values.get("coverage_90") is not None:
-            table.add_row(
-                f"90 % interval, {name}", f"covers {100 * values['coverage_90']:.1f} % of the truth"
-            )
+def summary(report: dict[str, Any], loop: dict[str, Any] | None, screen: Console) -> None:
+    """Print the results, from ``replay``'s JSON and, if there is one, ``closed-loop``'s."""
+    if report["scores"]:
+        show(scores_table("Causal decodes", report["scores"]), screen)
+    show(latency_table({s: report["latency_ms"].get(s, {"n": 0}) for s in STAGES}), screen)
+    speed = report["speed"]
+    pace = "as fast as it answers" if speed is None else f"{speed:g} x real time"
+    rows = {
+        "bits per spike": number(report["bits_per_spike"]),
+        "replayed at": f"{pace}, deadline {report['deadline_ms']:g} ms a bin",
+        "statuses": ", ".join(f"{k} {v}" for k, v in report["statuses"].items()),
+    }
     if not report["scores"]:
-        table.add_row("decodes", "none scored: latents and rates only")
-    table.add_row("bits per spike", number(report["bits_per_spike"], 3))
-    for stage in ("solve", "total"):
-        values = report["latency_ms"].get(stage, {"n": 0})
-        if values["n"]:
-            numbers = "  ".join(
-                f"{q} {number(values[q], 2)}" for q in ("p50", "p99", "p99.9", "max")
-            )
-            table.add_row(f"{stage}, ms", numbers)
-    pace = (
-        "as fast as it answers" if report["speed"] is None else f"{report['speed']:g} x real time"
-    )
-    table.add_row("replayed at", f"{pace}, deadline {report['deadline_ms']:g} ms a bin")
-    table.add_row("statuses", "  ".join(f"{k} {v}" for k, v in report["statuses"].items()))
+        rows = {"decodes": "none scored: latents and rates only"} | rows
     if loop is not None:
         ours, chance = loop["decoder"], loop["chance"]
-        time_taken = f"{number(ours['time_to_target_s'], 2)} s"
-        if ours["successes"] < FEWEST_SUCCESSES:
-            time_taken = "-"
-        table.add_row(
-            "closed loop",
-            f"{ours['successes']} of {ours['trials']} reaches succeed "
-            f"(chance {chance['successes']} of {chance['trials']}), time to target {time_taken}",
-        )
-    return table
+        text = f"{ours['successes']} of {ours['trials']} reaches succeed (chance "
+        text += f"{chance['successes']} of {chance['trials']})"
+        if ours["successes"] >= FEWEST_SUCCESSES:
+            text += f", time to target {number(ours['time_to_target_s'], 2)} s"
+        rows["closed loop"] = text
+    show_sections([Section("The session", tuple(rows.items()))], screen)
 
 
 @app.command(epilog=EXAMPLE)
 def demo(
-    config: Annotated[Path, typer.Argument(help="TOML for training; see configs/.")],
+    config: Annotated[
+        Path, typer.Argument(help="The training configuration (TOML); see configs/.")
+    ],
     recording: Annotated[
-        Path | None, typer.Option(help="Your .nwb or .mat recording; default a simulated session.")
+        Path | None,
+        typer.Option(help="Your .nwb or .mat recording.", show_default="a simulated session"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-out"),
     speed: Annotated[
-        str, typer.Option(help="Of the replay: a multiple of real time, or max.")
+        str, typer.Option(help="Speed of the replay: a multiple of real time, or max.")
     ] = "4",
-    minutes: Annotated[float, typer.Option(help="Length of the simulated session.")] = 10.0,
-    units: Annotated[int, typer.Option(min=1, help="Neurons of the simulated session.")] = 120,
+    minutes: Annotated[
+        float, typer.Option(help="Length of the simulated session, in minutes.")
+    ] = 10.0,
+    units: Annotated[
+        int, typer.Option(min=1, help="Number of units of the simulated session.")
+    ] = 120,
     reaches: Annotated[
         int,
-        typer.Option(min=0, help="Closed-loop reaches of the simulated subject; 0 for none."),
+        typer.Option(
+            min=0, help="Number of closed-loop reaches of the simulated subject; 0 for none."
+        ),
     ] = 24,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Gradient steps, instead of the config's.")
+        int | None,
+        typer.Option(min=1, help="Number of gradient steps.", show_default="the config's"),
     ] = None,
     live: Annotated[
         bool, typer.Option(help="Show it live on a page, opened in a browser if there is one.")

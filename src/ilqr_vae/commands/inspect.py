@@ -1,49 +1,9 @@
-"""What ``ilqr-vae inspect`` shows, as lines for a terminal of any width."""
+"""What ``ilqr-vae inspect`` shows of a recording."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 from ilqr_vae.recordings.contents import Contents, Series
-
-_INDENT = 2
-_NAMES = 26
-"""Widest column of names; a longer name has a line to itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A heading, and names with what there is to say of each."""
-
-    title: str
-    rows: tuple[tuple[str, str], ...]
-
-
-def lines_of(sections: Iterable[Section], width: int) -> list[str]:
-    """Sections as lines of at most ``width`` characters; no word is broken, long ones overhang."""
-    made: list[str] = []
-    for section in sections:
-        made += ([""] if made else []) + [section.title]
-        short = [len(name) for name, _ in section.rows if len(name) <= _NAMES]
-        column = max(short, default=0) + _INDENT + 2
-        for name, text in section.rows:
-            room = width - column
-            longest = max(map(len, text.split()), default=0)
-            beside = len(name) <= _NAMES and longest <= room
-            at = column if beside else 2 * _INDENT + 2
-            wrapped = textwrap.wrap(
-                text, max(width - at, longest), break_long_words=False, break_on_hyphens=False
-            ) or [""]
-            head = " " * _INDENT + name
-            if beside:
-                made.append((head.ljust(column) + wrapped[0]).rstrip())
-                wrapped = wrapped[1:]
-            else:
-                made.append(head)
-            made += [" " * at + line for line in wrapped if line]
-    return made
+from ilqr_vae.report.table import Section
 
 
 def recording_sections(found: Contents) -> list[Section]:

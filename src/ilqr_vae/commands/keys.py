@@ -13,24 +13,25 @@ from ilqr_vae.protocol import keys as store
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+EXAMPLE = "Example: ilqr-vae keys keys/ rig-3 --role feed --role read"
 
-@app.command()
+
+@app.command(epilog=EXAMPLE)
 def keys(
     folder: Annotated[
         Path, typer.Argument(help="Folder of the keys; it is made if it does not exist.")
     ],
     name: Annotated[
-        str | None, typer.Argument(help="Name of a client; without it, the keys are listed.")
+        str | None,
+        typer.Argument(help="Name of a client.", show_default="none: the keys are listed"),
     ] = None,
     role: Annotated[
         list[str] | None,
         typer.Option(help="What the client may do: feed, read or control; repeat for several."),
     ] = None,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Let NAME in no more.")] = False,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Revoke the key of NAME.")] = False,
 ) -> None:
     """Make a client's key, list who is let in, or let one in no more.
-
-    Example: ilqr-vae keys keys/ rig-3 --role feed --role read
 
     The service takes the folder (ilqr-vae serve MODEL --keys keys/), a client its own file
     (ILQR_VAE_KEY=rig-3.key ilqr-vae replay ...). A running service follows the list.

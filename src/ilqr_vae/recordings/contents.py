@@ -135,7 +135,7 @@ def _reads(read: Recording, spec: RecordingSpec) -> dict[str, str]:
         + (f"; {len(read.held_out)} held out" if read.held_out else ""),
         "bins": f"{len(read)} of {read.bin_width * 1e3:g} ms from {begin:g} s{laid}; "
         f"{int((~read.valid).sum())} masked",
-        "kinematics": ", ".join(f"{n} [{u}]" if u else n for n, u in channels) or "none",
+        "kinematics": ", ".join(f"{n} ({u})" if u else n for n, u in channels) or "none",
         "trials": f"{0 if read.trials is None else len(read.trials)} inside the bins",
         "split": "; ".join(parts),
     }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, did_you_mean
 from ilqr_vae.recordings.checks import (
     Found,
     channels_of,
@@ -92,7 +92,9 @@ def _read(
         node = file.child(group, name)
         if node is None:
             listed = ", ".join(present) or "none"
-            raise RecordingError(field, expected=f"one of {listed}", got=repr(name))
+            raise RecordingError(
+                field, expected=f"one of {listed}", got=repr(name) + did_you_mean(name, present)
+            )
         found = file.value(node)
         if not isinstance(found, np.ndarray):
             what = found.what if isinstance(found, Found) else f"a list of {len(found)}"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import io, sparse
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, did_you_mean
 from ilqr_vae.recordings.checks import MOST_VALUES, Cells, Found
 
 if TYPE_CHECKING:  # h5py is no part of the base install
@@ -177,7 +177,11 @@ class _Tree(ABC):
         if part not in known:
             place = f"{above}'s fields" if above else f"{self._file_name}'s variables"
             there = ", ".join(sorted(known)) or f"none, {above} is {described(self.value(node))}"
-            raise RecordingError(field, expected=f"one of {place}: {there}", got=repr(part))
+            raise RecordingError(
+                field,
+                expected=f"one of {place}: {there}",
+                got=repr(part) + did_you_mean(part, known),
+            )
         return self.child(node, part)
 
 

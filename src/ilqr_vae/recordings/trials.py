@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, did_you_mean
 from ilqr_vae.recordings.binning import EDGE, bins_of
 from ilqr_vae.recordings.checks import name_words
 from ilqr_vae.recordings.plausible import check_event, check_windows
@@ -42,7 +42,9 @@ class Table:
         both = {"start_time": self.start, "stop_time": self.stop} | dict(self.columns)
         if name not in both:
             raise RecordingError(
-                field, expected=f"a column of the trials: {', '.join(both)}", got=repr(name)
+                field,
+                expected=f"a column of the trials: {', '.join(both)}",
+                got=repr(name) + did_you_mean(name, both),
             )
         return both[name]
 

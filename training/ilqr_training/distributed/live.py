@@ -6,9 +6,10 @@ from typing import Any
 
 from ray.tune import Callback
 from rich.live import Live
+from rich.text import Text
 
-from ilqr_vae.report.table import Table, number, shown
-from ilqr_vae.terminal import console
+from ilqr_vae.report.table import Table, lines_of_table, number, width_of
+from ilqr_vae.terminal import console, visible
 
 
 class LiveTable(Callback):
@@ -38,8 +39,9 @@ class LiveTable(Callback):
             self._live.start()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        if self._live is not None:
-            self._live.update(shown(self._table(trials)))
+        if self._live is not None and self._screen is not None:
+            lines = lines_of_table(self._table(trials), width_of(self._screen))
+            self._live.update(Text("\n".join(map(visible, lines))))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._say(trials, trial, "")

@@ -38,6 +38,7 @@ from ilqr_vae.model.likelihoods import Observed, padded
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording, SplitSpec
 from ilqr_vae.report import Table
+from ilqr_vae.report.table import number
 from ilqr_vae.scoring.metrics import bits_per_spike
 from ilqr_vae.scoring.score import OURS
 
@@ -80,7 +81,7 @@ class CoSmoothing:
             f"{len(self.held_out)} units held out, {self.selection}; predicted offline from the "
             "others alone. Training used all units.",
             ("", "chosen on the validation part", "bits per spike"),
-            tuple((name, self.chosen.get(name, ""), f"{b:.4f}") for name, b in self.bits.items()),
+            tuple((name, self.chosen.get(name, ""), number(b)) for name, b in self.bits.items()),
             words=2,
         )
 

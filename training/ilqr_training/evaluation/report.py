@@ -20,7 +20,8 @@ from ilqr_vae.artifact import Artifact
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import Span, warmup_start
 from ilqr_vae.report import ReportData, Table
-from ilqr_vae.report.table import WIDTH, number, shown
+from ilqr_vae.report.table import number, percent, scores_table
+from ilqr_vae.report.table import show as show_table
 from ilqr_vae.scoring.score import OURS, WIENER, Scores, score_decodes
 from ilqr_vae.terminal import console
 
@@ -70,7 +71,7 @@ class EvaluationReport:
             facts["causal R2, mean"] = number(scores.methods[OURS]["r2"])
             if WIENER in scores.methods:
                 facts["Wiener filter, same bins"] = number(scores.methods[WIENER]["r2"])
-            facts["90 % interval covers"] = f"{100 * scores.methods[OURS]['coverage_90']:.1f} %"
+            facts["90 % interval covers"] = percent(scores.methods[OURS]["coverage_90"])
         notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
         if scores is not None and span != "test":
             notes += (FITTED_HERE,)
@@ -165,20 +166,13 @@ def show(report: ReportData) -> None:
     screen = console(soft_wrap=True)
     screen.print(f"{report.title}, {len(report.counts)} bins", style="bold")
     if report.scores is not None:
-        for name, values in report.scores.methods.items():
-            line = "  ".join(f"{k} {number(v, 4)}" for k, v in values.items())
-            found = report.scores.intervals.get(name, {}).get("r2")
-            if found is not None:
-                line += f"  r2 95 % interval {found[0]:.4f} to {found[1]:.4f}"
-            screen.print(f"  {name:<14} {line}")
-        by = report.scores.by_speed
-        if by is not None:
-            quarters = ", ".join(f"{100 * c:.1f}" for c in by.coverage)
-            screen.print(f"  90 % interval covers {quarters} % by quarter of speed")
-    screen.print(f"  bits per spike {number(report.bits_per_spike, 4)}")
+        scores = report.scores
+        show_table(scores_table("Causal decodes", scores.methods, scores.intervals), screen)
+        if scores.by_speed is not None:
+            quarters = ", ".join(percent(c) for c in scores.by_speed.coverage)
+            screen.print(f"  the 90 % interval covers, by quarter of speed: {quarters}")
+    screen.print(f"  bits per spike {number(report.bits_per_spike)}")
     for note in (*report.warnings, *report.notes):
         screen.print(f"  {note}")
     for table in report.tables:
-        screen.print(table.title, style="bold")
-        screen.print(f"  {table.text}")
-        console(width=max(screen.width, WIDTH)).print(shown(table))
+        show_table(table, screen)

@@ -27,7 +27,7 @@ from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import plan_drops, warmup_start
 from ilqr_vae.report import Table
-from ilqr_vae.report.table import once
+from ilqr_vae.report.table import number, once
 from ilqr_vae.scoring.metrics import r2
 from ilqr_vae.scoring.score import OURS
 from ilqr_vae.streaming.ensemble import Horizon
@@ -168,9 +168,9 @@ class Stress:
                     condition,
                     r.decoder,
                     r.given,
-                    f"{r.mean:.3f}",
-                    f"{r.loss:.3f}",
-                    "" if r.decoder == OURS else f"{self.share(r):.2f}",
+                    number(r.mean),
+                    number(r.loss),
+                    "" if r.decoder == OURS else number(self.share(r), 2),
                 )
                 for condition, r in zip(
                     once([r.condition for r in self.rows]), self.rows, strict=True

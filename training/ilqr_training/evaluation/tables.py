@@ -9,12 +9,12 @@ import numpy as np
 from ilqr_training.evaluation.comparison import FULL, LESS, Piece
 from ilqr_training.evaluation.stress import CLEAN
 from ilqr_vae.report import Table
-from ilqr_vae.report.table import once
+from ilqr_vae.report.table import number, once
 from ilqr_vae.scoring.score import OURS
 
 Row = dict[str, Any]
 
-_DIGITS = {"training, s": 0, "bits per spike": 4}
+_DIGITS = {"training, s": 0}
 
 
 Path = tuple[str | int, ...]
@@ -96,7 +96,7 @@ def tables(result: Piece) -> tuple[Table, Table]:
                 what,
                 row["decoder"],
                 row["measure"],
-                *(f"{v:.{_DIGITS.get(row['measure'], 3)}f}" for v in (row["mean"], *row["seeds"])),
+                *(number(v, _DIGITS.get(row["measure"], 3)) for v in (row["mean"], *row["seeds"])),
             )
             for what, row in zip(whats, rows, strict=True)
         ),
@@ -113,10 +113,10 @@ def tables(result: Piece) -> tuple[Table, Table]:
                 what,
                 row["decoder"],
                 row["given"],
-                f"{row['r2']['mean']:.3f}",
-                f"{row['loss']['mean']:.3f}",
-                "" if row["decoder"] == OURS else f"{row['our_loss_of_its']:.2f}",
-                *(f"{v:.3f}" for v in row["loss"]["seeds"]),
+                number(row["r2"]["mean"]),
+                number(row["loss"]["mean"]),
+                "" if row["decoder"] == OURS else number(row["our_loss_of_its"], 2),
+                *(number(v) for v in row["loss"]["seeds"]),
             )
             for what, row in zip(whats, lossy, strict=True)
         ),

@@ -29,6 +29,18 @@ _WHERE = {
     "maze-size": ("maze", "MazeConfig", "maze_size"),
 }
 
+SUMMARIES = {
+    "autonomous-linear": "Fit a linear system that runs without inputs.",
+    "lorenz": "Infer and forecast trials of a Lorenz system.",
+    "sparse-inputs": "Recover sparse inputs into a linear system.",
+    "duffing": "Infer rates of units that a Duffing oscillator drives.",
+    "inference-gap": "Compare the inference gap with an encoder's.",
+    "long-trial": "Train on short chunks, infer on one long trial.",
+    "missing-data": "Impute missing bins and units.",
+    "maze-size": "Time gradient steps at the size of MC_Maze.",
+}
+"""One sentence each, on simulated data; docs/experiments.md tells more."""
+
 NAMES = tuple(_WHERE)
 """In the order of the results table."""
 

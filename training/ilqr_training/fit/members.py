@@ -9,6 +9,7 @@ mean decode of the validation part.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -166,7 +167,8 @@ def _follow(process: subprocess.Popen[bytes], name: str, progress: Progress) -> 
                 kind = getattr(errors, said["error"], TrainingError)
                 raise kind(said["field"], expected=said["expected"], got=said["got"])
             else:
-                progress(f"{name}: {said['what']}", said["done"], said["of"], said["note"])
+                bar = f"{name}: {said['what']}"
+                progress(bar, said["done"], said["of"], said["note"], said["left"])
     if process.wait() != 0:
         raise _Stopped(name, expected="a training run that ends", got=f"exit {process.returncode}")
 
@@ -197,10 +199,12 @@ class _Pipe:
         os.dup2(2, 1)  # whatever else prints must not be in between
         self._last: tuple[str, int] = ("", -1)
 
-    def __call__(self, what: str, done: int, of: int, note: str = "") -> None:
+    def __call__(
+        self, what: str, done: int, of: int, note: str = "", left: float = math.nan
+    ) -> None:
         if (what, 100 * done // max(of, 1)) != self._last or done >= of:
             self._last = (what, 100 * done // max(of, 1))
-            self.say(what=what, done=done, of=of, note=note)
+            self.say(what=what, done=done, of=of, note=note, left=left)
 
     def log(self, line: str) -> None:
         self.say(log=line)

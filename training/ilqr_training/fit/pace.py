@@ -2,12 +2,15 @@
 
 What is left to do is known from the settings: gradient steps, validations, and the final validation
 with its passes over the recording and its readout fits. What each costs is measured: passes and
-readout fits once, on a few bins and a few steps, before the first gradient step; gradient steps and
-validations as they are done.
+readout fits on a few bins and a few steps, before the first gradient step; gradient steps and
+validations as they are done. Other work on the machine comes and goes, so the newest measurements
+count: at each validation passes are timed again, and a few steps of the readout fits repeated.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -18,13 +21,14 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
-from ilqr_training.config import ReadoutConfig, TrainConfig
+from ilqr_training.config import TrainConfig
 from ilqr_training.fit.crops import Prepared
 from ilqr_training.fit.validate import estimator_of, planned_passes
 from ilqr_training.readout.causal import causal_pass
 from ilqr_training.readout.hidden import Maps, fit_hidden
 from ilqr_training.readout.recurrent import CHECKPOINTS, Windows, fit_recurrent
 from ilqr_vae.model.generative import Model
+from ilqr_vae.progress import Progress
 
 _RECENT = 50
 _BINS, _STREAMS = 16, 16
@@ -33,15 +37,6 @@ _FORWARD = 0.4
 """What a row costs that a layer only decodes, as a share of one that it learns from."""
 
 Clock = Callable[[], float]
-
-
-def shown(seconds: float) -> str:
-    """A duration for people, to two figures or so."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +95,14 @@ def _measured(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -
     costs = Costs(bin=max(0.0, one - stream), stream=stream)
     if data.recording.kinematics is None:
         return costs
-    reads = config.readout.within(config.estimator.horizon)
-    hidden, recurrent = _layers(reads, model.n, data, clock)
+    hidden, recurrent = _layers(model.n, data, config, clock)
     return Costs(bin=costs.bin, stream=costs.stream, hidden=hidden, recurrent=recurrent)
 
 
-def _layers(reads: ReadoutConfig, n: int, data: Prepared, clock: Clock) -> tuple[float, float]:
+def _layers(n: int, data: Prepared, config: TrainConfig, clock: Clock) -> tuple[float, float]:
     """Seconds of a gradient step of the hidden and of the recurrent layers, on made-up rows."""
     assert data.recording.kinematics is not None
+    reads = config.readout.within(config.estimator.horizon)
     units, channels = data.recording.n_units, data.recording.kinematics.shape[1]
     rng = np.random.default_rng(0)
     rows, features = 1024, (reads.lags + 1) * n + reads.residuals * units
@@ -130,6 +125,28 @@ def _layers(reads: ReadoutConfig, n: int, data: Prepared, clock: Clock) -> tuple
     return hidden, recurrent
 
 
+class _Passes:
+    """A progress that times the causal passes among what it is told of, and hands all of it on."""
+
+    def __init__(self, progress: Progress, clock: Clock) -> None:
+        self._progress, self._clock = progress, clock
+        self._began: dict[str, float] = {}
+        self.seconds = 0.0
+
+    def __call__(
+        self, what: str, done: int, of: int, note: str = "", left: float = math.nan
+    ) -> None:
+        if what.startswith("latents"):
+            began = self._began.setdefault(what, self._clock())
+            if done == of and of > 1:  # the first report comes after the first bin
+                self.seconds += (self._clock() - began) * of / (of - 1)
+                del self._began[what]
+        self._progress(what, done, of, note, left)
+
+    def log(self, line: str) -> None:
+        self._progress.log(line)
+
+
 class Pace:
     """Time until the model file is written.
 
@@ -148,11 +165,13 @@ class Pace:
         afterwards: int = 0,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._data, self._config, self._clock = data, config, clock
+        self._model, self._data, self._config, self._clock = model, data, config, clock
         self._afterwards = afterwards
         self._costs = measure(model, data, config, clock)
         self._steps: deque[float] = deque(maxlen=_RECENT)
-        self._validations: deque[float] = deque(maxlen=3)
+        self._validation = self._passes(thorough=False)
+        self._linear = 0.0  # a ridge's share of it
+        self._slower = 1.0  # passes, against when they were measured
         self._done = 0
 
     @contextmanager
@@ -165,11 +184,19 @@ class Pace:
             self._steps.append(self._clock() - began)
 
     @contextmanager
-    def validation(self) -> Generator[None]:
-        """Time a validation."""
-        began = self._clock()
-        yield
-        self._validations.append(self._clock() - began)
+    def validation(self, progress: Progress) -> Generator[Progress]:
+        """Time a validation, which reports to what this gives it; then time the readout's fits."""
+        timed, began = _Passes(progress, self._clock), self._clock()
+        yield timed
+        self._validation = self._clock() - began
+        self._linear = max(0.0, self._validation - timed.seconds)
+        planned = self._costs.passes(self._planned(thorough=False))
+        if planned > 0 and timed.seconds > 0:
+            self._slower = timed.seconds / planned
+        if self._data.recording.kinematics is not None:
+            with torch.random.fork_rng():
+                layers = _layers(self._model.n, self._data, self._config, self._clock)
+            self._costs = dataclasses.replace(self._costs, hidden=layers[0], recurrent=layers[1])
 
     def left(self, step: int) -> float:
         """Seconds left after so many gradient steps; NaN before any was timed."""
@@ -179,15 +206,18 @@ class Pace:
         a_step = sum(self._steps) / len(self._steps)
         every = loop.validate_every or loop.steps
         ahead = -(-loop.steps // every) - step // every
-        quick = self._costs.passes(planned_passes(self._data, self._config, thorough=False))
-        if self._validations:
-            quick = min(self._validations)  # the first one may have loaded or compiled things
-        return (loop.steps - step) * a_step + ahead * quick + self._final(quick)
+        return (loop.steps - step) * a_step + ahead * self._validation + self._final()
 
-    def _final(self, quick: float) -> float:
+    def _planned(self, *, thorough: bool) -> list[tuple[int, int]]:
+        return planned_passes(self._data, self._config, thorough=thorough)
+
+    def _passes(self, *, thorough: bool) -> float:
+        return self._costs.passes(self._planned(thorough=thorough))
+
+    def _final(self) -> float:
         """The thorough validation at the end, its readout fitted twice."""
         costs = self._costs
-        passes = costs.passes(planned_passes(self._data, self._config, thorough=True))
+        passes = self._slower * self._passes(thorough=True)
         fits = 0.0
         if self._data.recording.kinematics is not None:
             reads, batch = self._config.readout, 256
@@ -195,6 +225,5 @@ class Pace:
             looks = _FORWARD * CHECKPOINTS * (b - a) / batch
             fits = 2 * costs.hidden * reads.steps
             fits += costs.recurrent * (2 * reads.recurrent_steps + looks)
-            plain = costs.passes(planned_passes(self._data, self._config, thorough=False))
-            fits += 2 * max(0.0, quick - plain)  # the linear map, as in a quick validation
+            fits += 2 * self._linear
         return passes + fits + (passes + self._afterwards * fits if self._afterwards else 0.0)

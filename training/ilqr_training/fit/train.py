@@ -34,15 +34,15 @@ from ilqr_training.fit.members import (
 )
 from ilqr_training.fit.memory import estimate, refuse_hopeless
 from ilqr_training.fit.pace import Pace
-from ilqr_training.fit.pace import shown as duration
 from ilqr_training.fit.validate import Validation, scored, validate
 from ilqr_vae.artifact import Artifact, Manifest, load_artifact, save_artifact
 from ilqr_vae.errors import ConfigError, TrainingError
 from ilqr_vae.files import check_space
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.model.generative import Model
-from ilqr_vae.progress import SILENT, Progress
+from ilqr_vae.progress import SILENT, Progress, duration
 from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.report.table import number
 
 _READOUT_BYTES = 2**24
 """Of a model file beside the model's own parameters, at most."""
@@ -162,16 +162,15 @@ def train_on(
                 report = gradient_step(run, loop)
             reports.append(report)
             log.add("train", {k: v for k, v in vars(report).items() if k != "step"}, report.step)
-            left = _left(pace, report.step)
-            note = f"{left}bound {report.bound:.1f} nats/bin, KL {report.kl:.2f}{newest}"
-            progress("training", report.step, loop.steps, note)
+            note = f"bound {report.bound:.1f}, KL {report.kl:.2f}{newest}"
+            progress("training", report.step, loop.steps, note, pace.left(report.step))
             due = loop.validate_every and report.step % loop.validate_every == 0
             if not due and report.step < loop.steps:
                 if report.step in quarters:
-                    progress.log(f"step {report.step}: {left.removesuffix('; ')}")
+                    progress.log(f"step {report.step}: {_left(pace, report.step)}")
                 continue
-            with pace.validation():
-                found = validate(model, data, config, thorough=False, progress=progress)
+            with pace.validation(progress) as timed:
+                found = validate(model, data, config, thorough=False, progress=timed)
             best = stopping.offer(report.step, found.score, model)
             shown = {
                 k: v for k, v in found.scores.items() if k != "coverage_90"
@@ -180,9 +179,7 @@ def train_on(
             newest = f", R2 {shown['r2']:.3f}" if "r2" in shown else ""
             progress.log(
                 f"step {report.step}: {_scores(shown)} on the validation part"
-                f"{'  (best so far)' if best else ''}; {_left(pace, report.step)}".removesuffix(
-                    "; "
-                )
+                f"{' (best so far)' if best else ''}; {_left(pace, report.step)}"
             )
             _save_checkpoint(checkpoint, identity, run, stopping, progress)
             if validated is not None:
@@ -273,9 +270,10 @@ def _took(began: float) -> dict[str, str]:
 
 
 def _left(pace: Pace, step: int) -> str:
-    """The time that is left of the whole run, and a semicolon; "" where it is not known yet."""
+    """The time that is left of the whole run."""
     seconds = pace.left(step)
-    return "" if math.isnan(seconds) else f"about {duration(seconds)} left in all; "
+    known = "time left unknown"
+    return known if math.isnan(seconds) else f"about {duration(seconds)} left in all"
 
 
 def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:
@@ -292,8 +290,8 @@ def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:
 
 
 def _scores(scores: dict[str, float]) -> str:
-    decoded = f"causal R2 {scores['r2']:.4f}, " if "r2" in scores else ""
-    return f"{decoded}{scores['bits_per_spike']:.4f} bits per spike"
+    decoded = f"causal R2 {number(scores['r2'])}, " if "r2" in scores else ""
+    return f"{decoded}bits per spike {number(scores['bits_per_spike'])}"
 
 
 def _output_bytes(run: Run) -> int:

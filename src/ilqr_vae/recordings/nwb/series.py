@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, did_you_mean
 from ilqr_vae.recordings.checks import MAX_GAP_SECONDS, channels_of, name_words
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.session import Moving
@@ -27,8 +27,9 @@ def find(series: dict[str, Any], wanted: str, field: str) -> Any:
     if len(hits) == 1:
         return series[hits[0]]
     present = ", ".join(hits or series) or "none"
+    near = did_you_mean(wanted, [*series, *(path.rpartition("/")[2] for path in series)])
     what = "one of several of that name" if hits else "a series of the file"
-    raise RecordingError(field, expected=f"{what}: {present}", got=repr(wanted))
+    raise RecordingError(field, expected=f"{what}: {present}", got=repr(wanted) + near)
 
 
 def contents(data: Any, field: str) -> NDArray[Any]:

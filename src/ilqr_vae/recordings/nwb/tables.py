@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, did_you_mean
 from ilqr_vae.recordings.checks import same_bin_width, unique_names, whole_counts
 from ilqr_vae.recordings.nwb.series import clock, contents, told_channels
 from ilqr_vae.recordings.recording import RecordingWarning
@@ -144,7 +144,7 @@ def unit_labels(units: Any, name: str, field: str) -> NDArray[np.str_]:
     """
     if name not in (there := unit_columns(units)):
         expected = f"a column of the units: {', '.join(there)}"
-        raise RecordingError(field, expected=expected, got=repr(name))
+        raise RecordingError(field, expected=expected, got=repr(name) + did_you_mean(name, there))
     if name == "id" or (name in units.colnames and name != "electrodes"):
         return np.array(_labels(units.id if name == "id" else units[name], name), dtype=np.str_)
     found = _electrodes(units)
