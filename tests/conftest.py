@@ -52,9 +52,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         estimator.predict_only(state, ones.expand(2, 4), ones.expand(2, 4))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A Ray cluster of two nodes, which this process is connected to."""
+    """A Ray cluster of two nodes, which this process is connected to.
+
+    Not for the whole run: others' tests look for processes that are left,.
+    """
     with two_nodes() as cluster:
         yield cluster
 
