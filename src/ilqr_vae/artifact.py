@@ -293,7 +293,8 @@ def _seen(
 ) -> TrainingRange | None:
     units, channels = len(manifest.unit_names), len(manifest.kinematic_names)
     sizes = ((units,), (2, manifest.latents), (2, channels))
-    found = _optional(path, f"{prefix}seen.", TrainingRange._fields, sizes, tensors)
+    names = TrainingRange._fields
+    found = _optional(path, "training ranges", f"{prefix}seen.", names, sizes, tensors)
     return None if found is None else TrainingRange(*found)
 
 
@@ -301,7 +302,7 @@ def _intervals(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> Sp
     channels, knots = len(manifest.kinematic_names), tensors.get("intervals.knots")
     count = 0 if knots is None else knots.numel()
     sizes = ((channels,), (count,), (count, channels))
-    found = _optional(path, "intervals.", SpeedScale._fields, sizes, tensors)
+    found = _optional(path, "scales of intervals", "intervals.", SpeedScale._fields, sizes, tensors)
     if found is None:
         return None
     made = SpeedScale(*found)
@@ -312,6 +313,7 @@ def _intervals(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> Sp
 
 def _optional(
     path: Path,
+    what: str,
     prefix: str,
     names: tuple[str, ...],
     sizes: tuple[tuple[int, ...], ...],
@@ -323,7 +325,7 @@ def _optional(
         return None
     expected = {f"{prefix}{name}": size for name, size in zip(names, sizes, strict=True)}
     if got != expected:
-        raise _refuse(path, f"{prefix}* of shapes {expected}", str(got))
+        raise _refuse(path, f"{what} of shapes {expected}", str(got))
     return [tensors[f"{prefix}{name}"] for name in names]
 
 
