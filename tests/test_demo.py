@@ -47,8 +47,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_orphans() -> Iterator[None]:
     """Whatever a test does, its processes are gone when it ends."""
+    before = set(psutil.Process().children(recursive=True))  # multiprocessing's tracker, say
     yield
-    left = psutil.Process().children(recursive=True)
+    left = set(psutil.Process().children(recursive=True)) - before
     assert [p.cmdline() for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
