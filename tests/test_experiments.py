@@ -224,7 +224,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert figures["seed"] == 2
     assert figures["settings"]["trials"] == 4
     assert out.with_suffix(".png").stat().st_size > 1000
-    assert "bound_free" in done.stdout
+    assert "bound free" in done.stdout
 
 
 # ---- generators and scores ----------------------------------------------------------------------
