@@ -417,7 +417,7 @@ def test_a_dead_unit_is_masked_in_a_session_that_asked(
         assert infos["watched"].flagged == ("u4:dead",)
         assert infos["plain"].flagged == ()
         assert main(["monitor", "--to", running.ingest, "--once"]) == 0
-        assert "watched: masked u4:dead" in capsys.readouterr().out
+        assert "masked  u4:dead" in capsys.readouterr().out
         assert main(["monitor", "--to", running.ingest, "--once", "--json", "-"]) == 0
         seen = {s["session"]: s["flagged"] for s in json.loads(capsys.readouterr().out)["sessions"]}
         assert (seen["watched"], seen["plain"]) == (["u4:dead"], [])

@@ -257,7 +257,8 @@ def _details(snapshot: Snapshot, info: messages.SessionInfo, width: int) -> list
         rows.append(("decodes", "; ".join(f"{n} {v:+.3f} ± {s:.3f}" for n, v, s in each), ""))
     if answer is not None:
         ways = _ways(answer, snapshot.clock, live=info.session in snapshot.live)
-        rows.append(("newest answer", ways, "dim"))
+        if ways:
+            rows.append(("newest answer", ways, "dim"))
     if info.flagged:
         rows.append(("masked", ", ".join(info.flagged), "yellow"))
     made = [Text(visible(info.session), style="bold")]

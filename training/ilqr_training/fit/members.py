@@ -11,11 +11,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +72,27 @@ class Job:
             return str(held["identity"]) == self.identity
 
 
+def _plain(value: object) -> object:
+    """What a job holds beside numbers, text and structs, for msgpack."""
+    match value:
+        case np.ndarray():
+            return value.dtype.str, value.shape, value.tobytes()
+        case Path():
+            return str(value)
+        case Mapping():
+            return dict(value)
+        case _:
+            raise NotImplementedError(f"{type(value)}")
+
+
+def _made(kind: type, value: Any) -> object:
+    """The reverse of ``_plain``."""
+    if kind is Path:
+        return Path(value)
+    dtype, shape, content = value
+    return np.frombuffer(content, dtype).reshape(shape).copy()
+
+
 def seeds_of(config: TrainConfig) -> list[int]:
     """The members' seeds; the first member's is that of a run of one."""
     return [config.training.seed + _SEEDS_APART * i for i in range(config.training.members)]
@@ -127,7 +147,7 @@ def train_members(jobs: Sequence[Job], at_once: int, progress: Progress) -> None
         running.append(process)
         assert process.stdin is not None
         with process.stdin as pipe:
-            pickle.dump(job, pipe)
+            pipe.write(msgspec.msgpack.encode(job, enc_hook=_plain))
         try:
             _follow(process, f"member {number}", progress)
         except IlqrVaeError:
@@ -219,7 +239,7 @@ def main() -> None:
     from ilqr_training.options import use_threads
 
     pipe = _Pipe()
-    job: Job = pickle.load(sys.stdin.buffer)
+    job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job, dec_hook=_made)
     use_threads(job.threads)
     try:
         done = train_on(
