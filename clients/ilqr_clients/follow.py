@@ -4,7 +4,7 @@ It listens to a session's answers and to the counts they were inferred from, say
 well the model predicts them, and now and then fits the rows of the units again: `ilqr-vae adapt`,
 in a process of its own. What that does not refuse runs in the service's shadow, on the same bins as
 the model that serves. Only if it predicts these better is it proposed, or swapped in, as the policy
-says; a model swapped in is rolled back if it then predicts worse than the one before it did.
+says; once it serves, the model before it runs in the shadow, and comes back if it predicts better.
 Each step is a request to the service, so the journal has it, and `verify` reproduces the run.
 """
 
@@ -240,26 +240,28 @@ class Follower:
         return subprocess.CompletedProcess(command, fitting.returncode, "", errors)
 
     def _tried(self, made: Path) -> Attempt:
-        self._service.load(made.name, shadow=True)
-        scores = self._scores("shadow", "serving")
-        while scores["shadow"].bins < self._trial:
-            self.listen(max(1, self._trial - scores["shadow"].bins))
-            scores = self._scores("shadow", "serving")
-        bits = scores["serving"].bits_per_spike, scores["shadow"].bits_per_spike
+        bits = self._beside(made)
         if not bits[1] > max(bits[0], 0.0):
             self._service.roll_back()
             return Attempt(Verdict.DROPPED, bits)
         if self._policy != "automatic":
             return Attempt(Verdict.PROPOSED, bits)
         self._service.swap()
-        self._numbers.clear()
-        self.listen(self._trial)
-        spikes = sum(n for _, n in self._numbers)
-        now = sum(b for b, _ in self._numbers) / max(spikes, 1)
-        if spikes and now < bits[0]:
-            self._service.roll_back()
-            return Attempt(Verdict.ROLLED_BACK, (bits[0], now))
+        after = self._beside(self._model)  # on bins that had no part in the choice
+        if after[1] > after[0]:
+            self._service.swap()
+            return Attempt(Verdict.ROLLED_BACK, (after[1], after[0]))
+        self._service.roll_back()
         return Attempt(Verdict.SWAPPED, bits)
+
+    def _beside(self, file: Path) -> tuple[float, float]:
+        """Bits per spike of what serves and of this file, over a trial's bins."""
+        self._service.load(file.name, shadow=True)
+        scores = self._scores("shadow", "serving")
+        while scores["shadow"].bins < self._trial:
+            self.listen(max(1, self._trial - scores["shadow"].bins))
+            scores = self._scores("shadow", "serving")
+        return scores["serving"].bits_per_spike, scores["shadow"].bits_per_spike
 
     def _scores(self, *roles: str) -> dict[str, messages.ModelInfo]:
         found = {info.role: info for info in self._service.models()}
