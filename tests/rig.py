@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 from scipy import io
 
+from ilqr_clients.answer import Answer
+from ilqr_clients.connection import model_of
+from ilqr_clients.sdk import ServiceClient
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
@@ -118,3 +123,27 @@ def serving(
         yield service
     finally:
         service.stop()
+
+
+def until(what: str, true: Callable[[], Any]) -> None:
+    """Wait for what nothing announces. Fails, saying ``what`` did not come, after a minute."""
+    end = time.monotonic() + 60.0
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.005)
+
+
+def through_sdk(service: Service, name: str, bins: dict[int, Any]) -> dict[int, Answer]:
+    """The answers to these bins sent with the SDK, by index; those not there are missing."""
+    with ServiceClient(service.ingest) as client:
+        model = model_of(client.describe())
+        options: dict[str, Any] = {"units": model.unit_names, "bin_width": model.bin_width}
+        answers: dict[int, Answer] = {}
+        with client.open(name, deadline=60.0, **options) as session:
+            for index in sorted(bins):
+                while session.credits <= 0:
+                    answers |= {a.index: a for a in session.receive(60.0)}
+                session.send(index, bins[index])
+            while max(bins) not in answers:
+                answers |= {a.index: a for a in session.receive(60.0)}
+    return answers

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -24,18 +24,11 @@ from ilqr_clients.bridges.synapse import SynapseBridge, frame_types
 from ilqr_clients.sdk import ServiceClient, model_of
 from ilqr_service.server import Service
 from ilqr_vae.protocol import messages
-from rig import make_model, serving
+from rig import make_model, serving, through_sdk, until
 
 WAIT_S = 30.0
 UNITS, WIDTH_S, RATE = 5, 0.05, 20_000
 NAMES = tuple(f"unit{k}" for k in range(UNITS))
-
-
-def until(what: str, true: Callable[[], Any]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -182,22 +175,6 @@ class Heard:
         self._client.close()
 
 
-def offline(service: Service, name: str, bins: dict[int, Any]) -> dict[int, Answer]:
-    """The same bins through the SDK; those that are not there are missing."""
-    with ServiceClient(service.ingest) as client:
-        model = model_of(client.describe())
-        options: dict[str, Any] = {"units": model.unit_names, "bin_width": model.bin_width}
-        answers: dict[int, Answer] = {}
-        with client.open(name, deadline=60.0, **options) as session:
-            for index in sorted(bins):
-                while session.credits <= 0:
-                    answers |= {a.index: a for a in session.receive(WAIT_S)}
-                session.send(index, bins[index])
-            while max(bins) not in answers:
-                answers |= {a.index: a for a in session.receive(WAIT_S)}
-    return answers
-
-
 def same(heard: dict[int, Answer], expected: dict[int, Answer]) -> None:
     for index, answer in expected.items():
         assert heard[index].status == answer.status, index
@@ -228,7 +205,7 @@ def test_a_recording_through_a_publisher_decodes_as_through_the_sdk(
             source.send(*frames)  # a bin is closed by the data of the next
         heard.upto(len(counts) - 1)
         assert bridge.tally["refused"] == bridge.tally["unusable"] == bridge.tally["gap"] == 0
-    same(heard.rows, offline(service, f"{name}-sdk", dict(enumerate(counts))))
+    same(heard.rows, through_sdk(service, f"{name}-sdk", dict(enumerate(counts))))
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["another clock", "from 0"])
@@ -312,7 +289,7 @@ def test_a_bridge_survives_what_its_source_does(
         missing = [k for k, a in heard.rows.items() if k > last and a.status == "missing"]
         assert len(missing) >= 4, sorted(heard.rows)
     known = {k: came[k] for k in range(9)}
-    same({k: heard.rows[k] for k in known}, offline(service, f"{name}-sdk", known))
+    same({k: heard.rows[k] for k in known}, through_sdk(service, f"{name}-sdk", known))
 
 
 def test_a_recording_as_events_decodes_as_through_the_sdk(service: Service) -> None:
@@ -331,7 +308,7 @@ def test_a_recording_as_events_decodes_as_through_the_sdk(service: Service) -> N
             session.send_spikes([], [], source_ns=end, until_ns=end)
             while len(counts) - 1 not in answers:
                 answers |= {a.index: a for a in session.receive(WAIT_S)}
-    same(answers, offline(service, "events-sdk", dict(enumerate(counts))))
+    same(answers, through_sdk(service, "events-sdk", dict(enumerate(counts))))
 
 
 class Rows(ez.Settings):
@@ -377,7 +354,7 @@ def test_a_recording_through_ezmsg_decodes_as_through_the_sdk(service: Service) 
         ),
         force_single_process=True,
     )
-    expected = offline(service, "ezmsg-sdk", dict(enumerate(counts)))
+    expected = through_sdk(service, "ezmsg-sdk", dict(enumerate(counts)))
     for index, answer in expected.items():
         message = got[index]
         assert np.array_equal(message.data[0], answer.kinematics)

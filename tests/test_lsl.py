@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ilqr_clients.answer import Answer
 from ilqr_clients.bridges.lsl import STATUSES, LslBridge
 from ilqr_clients.bridges.stamps import StampIndex
-from ilqr_clients.sdk import ServiceClient, model_of
 from ilqr_service.server import Service
 from ilqr_vae.cli import main
-from rig import make_model, serving
+from rig import make_model, serving, through_sdk, until
 
 WAIT_S = 20.0
 UNITS = 5
@@ -79,13 +79,6 @@ def outlet(name: str, channels: int, *labels: str, rate: float = 0.0, kind: int 
     return pylsl.StreamOutlet(info)
 
 
-def until(what: str, true: Callable[[], Any]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.005)
-
-
 class Rows:
     """Reads the stream of decodes: the newest revision of each bin."""
 
@@ -128,21 +121,8 @@ def bridging(service: Service, stream: str, session: str, **options: Any) -> Ite
         bridge.close()
 
 
-def offline(service: Service, name: str, bins: dict[int, Any]) -> list[Any]:
-    """The same bins through the SDK, up to the newest."""
-    with ServiceClient(service.ingest) as client:
-        model = model_of(client.describe())
-        options: dict[str, Any] = {"units": model.unit_names, "bin_width": model.bin_width}
-        with client.open(name, deadline=60.0, **options) as session:
-            for index in sorted(bins):
-                session.send(index, bins[index])
-            answers: dict[int, Any] = {}
-            while max(bins) not in answers:
-                answers |= {a.index: a for a in session.receive(WAIT_S)}
-    return [answers[k] for k in sorted(answers)]
-
-
-def same(rows: Rows, answers: list[Any]) -> None:
+def same(rows: Rows, by_index: dict[int, Answer]) -> None:
+    answers = [by_index[k] for k in sorted(by_index)]
     assert sorted(rows.rows) == [a.index for a in answers]
     for label, values in (("vx", 0), ("vy", 1)):
         assert rows.column(label) == [a.kinematics[values] for a in answers]
@@ -199,7 +179,7 @@ def test_bins_through_lsl_decode_as_through_the_sdk_whatever_the_source_does(
         until("unusable", lambda: bridge.tally["unusable"] == 1)
     came = {k: counts[k] for k in (*range(8), 9, 11)}
     came |= {first + k: counts[13 + k] for k in range(3)}
-    same(rows, offline(service, "lsl-offline", came))
+    same(rows, through_sdk(service, "lsl-offline", came))
     stamps = [rows.rows[k][1] for k in range(9)]
     assert np.allclose(np.diff(stamps), 0.05, atol=1e-4)
     tally = bridge.tally
@@ -220,7 +200,7 @@ def test_a_counter_in_the_stream_numbers_the_bins(service: Service) -> None:
             source.push_sample([float(index), *counts[index].astype(float).tolist()])
         rows.upto(5)
     assert bridge.tally["gap"] == 2
-    same(rows, offline(service, "c", {k: counts[k] for k in (0, 1, 2, 5)}))
+    same(rows, through_sdk(service, "c", {k: counts[k] for k in (0, 1, 2, 5)}))
 
 
 def test_spikes_through_lsl_decode_as_their_bins_and_a_lost_source_is_missing(
@@ -275,7 +255,7 @@ def _spikes_through_lsl(service: Service) -> None:
     for index, status in enumerate(statuses):  # silent while the source was there
         if status != "missing":
             bins.setdefault(index, np.zeros(UNITS, np.int64))
-    same(rows, offline(service, "u", bins))
+    same(rows, through_sdk(service, "u", bins))
 
 
 def test_a_stream_that_is_not_there_is_waited_for_and_said(

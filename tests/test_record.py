@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +20,11 @@ from ilqr_service.journal.export import choose, runs_of, write
 from ilqr_vae.cli import main
 from ilqr_vae.errors import RecordingError
 from process import ENVIRONMENT
-from rig import make_model, serving
+from rig import make_model, serving, until
 
 WAIT_S = 60.0
 WHO = ["--subject", "R7", "--species", "Rattus norvegicus", "--sex", "F", "--age", "P90D"]
 WHO += ["--experimenter", "Doe, Jo", "--institution", "Lab"]
-
-
-def until(what: str, true: Callable[[], Any]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.005)
 
 
 def read(path: Path) -> dict[str, Any]:

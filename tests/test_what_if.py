@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -31,7 +30,7 @@ from ilqr_vae.protocol import messages
 from ilqr_vae.recordings import load_recording
 from ilqr_vae.scoring.online import OnlineGRU, Rivals
 from ilqr_vae.simulated.disturbance import Change, Course, Disturbance, Disturber, Script
-from rig import BIN_S, N_BINS, SPLIT, make_model, serving, spec, write_recording
+from rig import BIN_S, N_BINS, SPLIT, make_model, serving, spec, until, write_recording
 
 N_UNITS = 8
 SHARES = st.sampled_from((0.0, 0.25, 0.5, 1.0))
@@ -236,7 +235,7 @@ def test_a_replay_is_steered_over_its_socket(rig: Rig, tmp_path: Path) -> None:
             with stranger, pytest.raises(ConfigError, match="secret"):
                 stranger.change(paused=True)
             remote.change(paused=True, dropped=0.9)
-            until(lambda: remote.state()["paused"])
+            until("paused", lambda: remote.state()["paused"])
             while results.receive(0.3):
                 pass  # what was under way
             newest = results.newest
@@ -261,13 +260,6 @@ def steering_of(service: Service, session: str) -> dict[str, Any]:
                 return event.payload
     finally:
         context.destroy(linger=0)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_a_rival_steers_the_closed_loop(rig: Rig, tmp_path: Path) -> None:

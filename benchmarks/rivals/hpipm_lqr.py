@@ -27,7 +27,7 @@ class Hpipm:
     """A problem in HPIPM's memory. Arrays are (T, ...); ``b`` is zero, as in the problems timed."""
 
     def __init__(self, library, A, B, Q, q, R, r, square_root):
-        self.library, self.kept = library, []
+        self.calls, self.kept = library, []
         T, n, m = B.shape
         self.sizes = T, n, m
         self.given = [(b"A", A), (b"B", B), (b"Q", Q), (b"q", q), (b"R", R), (b"r", r)]
@@ -59,11 +59,9 @@ class Hpipm:
         self.pack()
 
     def _make(self, name, given, *sizes):
-        library = self.library
-        if sizes:
-            memory = ctypes.create_string_buffer(getattr(library, name + "_memsize")(*sizes))
-        else:
-            memory = ctypes.create_string_buffer(getattr(library, name + "_memsize")(*given))
+        library = self.calls
+        size = getattr(library, name + "_memsize")(*(sizes or given))
+        memory = ctypes.create_string_buffer(size)
         struct = ctypes.create_string_buffer(getattr(library, name + "_strsize")())
         place, raw = _address(struct), _address(memory)
         create = getattr(library, name + "_create")
@@ -76,7 +74,7 @@ class Hpipm:
             call(stage, pointer, self.qp)
 
     def solve(self):
-        self.library.d_ocp_qp_fact_solve_kkt_unconstr(
+        self.calls.d_ocp_qp_fact_solve_kkt_unconstr(
             self.qp, self.solution, self.arguments, self.work
         )
 

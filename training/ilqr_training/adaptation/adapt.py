@@ -111,9 +111,6 @@ def adapt(
     spikes = artifact.model.group("spikes")
     if not isinstance(spikes, Counts):
         raise ConfigError("model.groups.spikes", expected="counts", got=spikes.family)
-    if artifact.others:
-        got = f"{1 + len(artifact.others)}"
-        raise ConfigError("model.members", expected="one, to be adapted", got=got)
     if bins[1] - bins[0] < _LEAST_BINS:
         got = f"{bins[1] - bins[0]}"
         raise ConfigError("bins", expected=f"at least {_LEAST_BINS}", got=got)
