@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+_CODES = {"Tab": {"windowsVirtualKeyCode": 9}, "ArrowRight": {"windowsVirtualKeyCode": 39}}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -132,6 +133,21 @@ class Browser:
                 raise TimeoutError(f"{condition} did not come true")
             time.sleep(0.05)
         return found
+
+    def press(self, key: str) -> None:
+        """A key, by its name: ``Tab``, ``ArrowRight``."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **_CODES[key])
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """With the left button, from one place on the page to another."""
+        for kind, (x, y) in (
+            ("mousePressed", start),
+            ("mouseMoved", end),
+            ("mouseReleased", end),
+        ):
+            button = {"button": "left", "buttons": 1, "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def picture(self, path: Path) -> None:
         """Of the whole page, as PNG."""

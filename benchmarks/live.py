@@ -72,10 +72,13 @@ def _stalled(address: str) -> socket.socket:
 
 
 def latency(ingest: str, rounds: int, seconds: float, speed: float) -> dict[str, Any]:
-    """Milliseconds from a bin's arrival in the service to its answer, by condition, interleaved."""
+    """Milliseconds from a bin's arrival in the service to its answer, by condition, interleaved;
+    and the pictures that the page drew a second."""
     times: dict[str, list[float]] = defaultdict(list)
+    frames: list[float] = []
     for _, condition in itertools.product(range(rounds), CONDITIONS):
         with ExitStack() as stack:
+            browser: Browser | None = None
             if condition != "no page":
                 address, _ = stack.enter_context(_page(ingest))
                 if condition == "page open":
@@ -88,7 +91,11 @@ def latency(ingest: str, rounds: int, seconds: float, speed: float) -> dict[str,
             load = Load(bins=bins, warm_up=round(speed / 0.05), speed=speed)
             with Generator(ingest, load, Faults()) as generator:
                 generator.open()
+                began, before = time.monotonic(), browser.value("live.frames()") if browser else 0
                 found = generator.run().stamps
+                if browser is not None:
+                    drawn = browser.value("live.frames()") - before
+                    frames.append(drawn / (time.monotonic() - began))
             times[condition] += [(s.published - s.received) / 1e6 for s in found]
     quantiles = {
         name: {f"p{q:g}": float(np.percentile(values, q)) for q in (50, 99)} | {"n": len(values)}
@@ -98,6 +105,7 @@ def latency(ingest: str, rounds: int, seconds: float, speed: float) -> dict[str,
     return {
         "latency_ms": quantiles,
         "p99_ratio": {name: found["p99"] / base for name, found in quantiles.items()},
+        "frames_per_second": frames,
         "load_average": os.getloadavg()[0],
     }
 

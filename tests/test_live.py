@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from benchmarks.browser import Browser
+from PIL import Image
 from starlette.types import ASGIApp
 
 from browser import needs_chromium
@@ -28,7 +29,7 @@ from ilqr_training.evaluation.baselines import fit_rivals
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import load_recording
 from process import ENVIRONMENT, free_port, served
-from rig import BIN_S, SPLIT, make_model, serving, spec, write_recording
+from rig import BIN_S, SPLIT, make_model, serving, spec, until, write_recording
 
 N_UNITS = 5
 NAMES = tuple(f"u{i}" for i in range(N_UNITS))
@@ -165,6 +166,47 @@ def test_alarms_have_numbers_that_a_browser_tells_apart() -> None:
     assert len({float(one["n"]) for one in feed.alarms}) == 3
 
 
+def turns_by_keys_and_by_hand(browser: Browser) -> None:
+    """Tab visits every tool in the order of the page; then the latents are turned."""
+    tools = "[...document.querySelectorAll('input, select, button, [tabindex]')]"
+    seen = "e.getClientRects().length && !e.disabled"
+    order = browser.value(f"{tools}.filter((e) => {seen}).map((e) => e.id)")
+    assert order.index("session") < order.index("pca") < order.index("alarms")
+    browser.value("document.activeElement.blur(); scrollTo(0, 0)")
+    visited: list[str] = []
+    for _ in order:
+        browser.press("Tab")
+        visited.append(browser.value("document.activeElement.id"))
+    assert visited == order
+    browser.value("document.getElementById('pca').focus()")
+    browser.press("ArrowRight")
+    yaw, pitch = browser.value("live.turned()")
+    browser.press("ArrowRight")
+    assert browser.value("live.turned()") == pytest.approx([yaw + 0.15, pitch])
+    place = "(() => { const e = document.getElementById('pca'); e.scrollIntoView(); "
+    place += (
+        "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+    )
+    x, y = browser.value(place)
+    browser.drag((x, y), (x + 60, y + 12))
+    assert browser.value("live.turned()") == pytest.approx([yaw + 0.65, pitch + 0.1])
+
+
+def saves_what_it_shows(browser: Browser, folder: Path) -> None:
+    """The two buttons write a table and a picture."""
+    browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    for button, ending in (("csv", ".csv"), ("png", ".png")):
+        browser.value(f"document.getElementById('{button}').click()")
+        until(ending, lambda ending=ending: list(folder.glob(f"*{ending}")))
+    (table,), (drawn,) = folder.glob("*.csv"), folder.glob("*.png")
+    assert len({line.count(",") for line in table.read_text().splitlines()}) == 1
+    with Image.open(drawn) as picture:
+        colours = picture.convert("RGB").getcolors(1 << 24)
+        assert picture.height > 1000
+        assert colours is not None
+        assert len(colours) > 50
+
+
 @needs_chromium
 def test_a_person_steers_a_closed_loop_from_a_page_with_a_token(tmp_path: Path) -> None:
     names = tuple(f"unit{i:03d}" for i in range(N_UNITS))
@@ -200,6 +242,8 @@ def test_a_person_steers_a_closed_loop_from_a_page_with_a_token(tmp_path: Path) 
         browser.value(move.format("sort", "direction", fire.format("change")))
         browser.value("document.getElementById('run-reset').click()")
         other.wait(f"{silent} === 0")
+        turns_by_keys_and_by_hand(browser)
+        saves_what_it_shows(browser, tmp_path)
         for width in (1400, 390):
             browser.size(width, 1400)
             browser.wait(f"innerWidth === {width}")

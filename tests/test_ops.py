@@ -245,12 +245,12 @@ def test_hygiene_is_optional_and_reported() -> None:
     for wrong in ("0-99999999", "1-", "-1", "3-2", "a-b"):
         with pytest.raises(ValueError, match=r"cores|int"):
             parse_cpus(wrong)
-    plain = Hygiene(ServiceSettings(gc="auto", malloc="auto"))
+    plain = Hygiene(ServiceSettings(gc="auto", malloc="auto", slice_ms=0))
     plain.process()
     plain.thread()
     plain.collect(idle=True)
     assert plain.report == {}
-    impossible = Hygiene(ServiceSettings(gc="auto", cpus="100000"))
+    impossible = Hygiene(ServiceSettings(gc="auto", cpus="100000", slice_ms=0))
     impossible.thread()
     ((what, came),) = impossible.report.items()
     assert what.startswith("cpus")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
+import struct
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ from prometheus_client.registry import Collector
 from ilqr_service import logs
 from ilqr_service.settings import ServiceSettings
 
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # the number of the system call
 _MCL_CURRENT_AND_FUTURE = 3
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20
@@ -92,6 +95,8 @@ class Hygiene:
         settings, name = self._settings, threading.current_thread().name
         if settings.cpus:
             self._try(f"cpus {name}", lambda: _pin(settings.cpus))
+        if settings.slice_ms:
+            self._try(f"slice {name}", lambda: _short_slice(settings.slice_ms))
         if settings.realtime:
             self._try(f"realtime {name}", lambda: _realtime(settings.realtime))
 
@@ -143,6 +148,21 @@ def _keep_freed_memory() -> None:
 
 def _pin(cpus: str) -> None:
     os.sched_setaffinity(0, parse_cpus(cpus))
+
+
+def _short_slice(milliseconds: float) -> None:
+    """Of the calling thread, by sched_setattr(2), for which Python and the C library have no call.
+    From Linux 6.12 on a thread with a short slice waits less for one with a longer slice."""
+    number = _SCHED_SETATTR.get(platform.machine())
+    if not sys.platform.startswith("linux") or number is None:
+        raise OSError("not on this system")
+    # size, policy (that of every program), flags, nice, priority, runtime in ns, deadline, period
+    nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, nice, 0, round(1e6 * milliseconds), 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(number, 0, attributes, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def _realtime(priority: int) -> None:

@@ -48,6 +48,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         models: folder that models are loaded from; "" is that of the first.
         keep_warm_ms: a step that nobody sees is made after so long without a bin; 0 is never.
         cpus: cores for the I/O and solver threads, e.g. ``2-3``; "" is any.
+        slice_ms: processor time that the I/O and solver threads ask for at a stretch. The shorter,
+            the sooner Linux lets them run once there is something to do; 0 does not ask.
         realtime: SCHED_FIFO priority of those threads; 0 is none.
         lock_memory: keep all memory out of swap.
         malloc: ``keep`` has the C library keep up to 64 MB of freed memory for what comes next,
@@ -82,6 +84,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     models: str = ""
     keep_warm_ms: Annotated[float, msgspec.Meta(ge=0, le=_DAY_S * 1e3), unit("ms")] = 200.0
     cpus: str = ""
+    slice_ms: Annotated[float, msgspec.Meta(ge=0, le=100), unit("ms")] = 0.1
     realtime: Annotated[int, msgspec.Meta(ge=0, le=99)] = 0
     lock_memory: bool = False
     malloc: Literal["keep", "auto"] = "keep"

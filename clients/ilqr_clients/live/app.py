@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import Any
@@ -142,6 +143,7 @@ async def _events(feed: LiveFeed, session: str, request: Request) -> AsyncIterat
     position = alarm = 0
     told: dict[str, Any] = {}
     begun = -1
+    due = time.monotonic()
     while not await request.is_disconnected():
         with feed.lock:
             state = feed.state
@@ -163,4 +165,5 @@ async def _events(feed: LiveFeed, session: str, request: Request) -> AsyncIterat
         if piece:
             yield b"data: " + msgspec.json.encode(piece) + b"\n\n"
         if len(entries) < MOST_AT_ONCE:
-            await asyncio.sleep(FRAME_S)
+            due = max(due + FRAME_S, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())

@@ -79,29 +79,35 @@ export function running(view) { // bits per spike over the last 5 s, at each bin
   });
 }
 
-export function draw(whole) {
-  build();
-  const step = Math.max(1, Math.ceil(whole.length / POINTS));
-  const thin = (values) => (step === 1 ? values : values.filter((_, k) => k % step === 0));
+function thinned(whole) {
+  const step = Math.max(1, Math.ceil(whole.length / POINTS)), thin = (values) => (step === 1 ? values : values.filter((_, k) => k % step === 0));
   const view = thin(whole), time = view.map((b) => b.i * width());
   const put = (u, columns) => {
     const room = Math.max(120, u.root.parentNode.clientWidth);
     if (u.width !== room) u.setSize({ width: room, height: u.height });
     u.setData([time, ...columns]);
   };
-  const of = (values, d) => (values && values[d] !== undefined ? values[d] : null);
-  const others = rivals();
+  return [view, put, thin];
+}
+const of = (values, d) => (values && values[d] !== undefined ? values[d] : null);
+
+export function traces(whole) {
+  const [view, put] = thinned(whole), names = rivals();
   charts.traces.forEach((u, d) => put(u, [
     ...[-1, 1, 0].map((k) => view.map((b) => (of(b.y, d) === null ? null : b.y[d] + k * Z90 * (b.s[d] || 0)))),
-    ...(u.series.length > 4 + others.length ? [view.map((b) => of(b.truth, d))] : []),
-    ...others.slice(0, u.series.length - 4).map((name) => view.map((b) => of(b.decoders && b.decoders[name], d)))]));
+    ...(u.series.length > 4 + names.length ? [view.map((b) => of(b.truth, d))] : []),
+    ...names.slice(0, u.series.length - 4).map((name) => view.map((b) => of(b.decoders && b.decoders[name], d)))]));
+}
+
+export function others(whole) {
+  const [view, put, thin] = thinned(whole);
   const finite = view.filter((b) => b.z.every((v) => v !== null));
   if (finite.length > 2) { const which = ordered(finite); put(charts.latents[0], TONES.map((_, j) => view.map((b) => of(b.z, which[j])))); }
   charts.inputs.forEach((u) => put(u, u.series.slice(1).map((_, k) => view.map((b) => of(b.u, k)))));
   const deadline = info() ? info().deadline_ms : null;
   put(charts.latency[0], [...STAGES.map(([name]) => view.map((b) => b.ms[name])), view.map((b) => b.total), view.map(() => deadline)]);
   put(charts.drift[0], [thin(running(whole)), view.map(() => 0)]);
-  statuses(view); spread(whole, deadline);
+  statuses(view); spread(view, deadline);
 }
 
 function statuses(view) {

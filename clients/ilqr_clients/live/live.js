@@ -6,7 +6,7 @@ import * as units from "./units.js";
 import * as whatif from "./whatif.js";
 
 const number = charts.number;
-window.live = { bins: () => S.bins.length, newest: () => S.bins[S.bins.length - 1], frames: () => S.frames, state: () => S };
+window.live = { bins: () => S.bins.length, newest: () => S.bins[S.bins.length - 1], frames: () => S.frames, state: () => S, turned: planes.turned };
 
 function alarm(one) {
   const item = document.createElement("li"), time = document.createElement("time");
@@ -55,27 +55,34 @@ function tiles(view, scores) {
   el("counts").textContent = now ? Object.entries(now.statuses).map(([k, v]) => k + " " + v).join(" · ") : "";
 }
 
-let scored = 0, scores = [["", null]], drift = null;
-function draw() {
+// What a person follows by eye is drawn anew at every picture, the rest at every third: painting costs
+// the page more than anything else. What was left out is drawn once nothing newer comes for a while.
+const SELDOM = 3, QUIET_MS = 150;
+let scored = 0, scores = [["", null]], drift = null, behind = false, drawn = 0;
+function draw(now) {
   requestAnimationFrame(draw);
-  if (!S.dirty || !S.state || !S.state.names) return;
-  S.dirty = false;
-  const view = shown();
+  if (!(S.dirty || (behind && now - drawn > QUIET_MS)) || !S.state || !S.state.names) return;
+  drawn = now;
+  const view = shown(), all = !S.dirty || S.paused || S.frames % SELDOM === 0;
+  S.dirty = false; behind = !all;
   S.frames += 1;
   if (!view.length) return;
   el("empty").hidden = true;
   if (performance.now() - scored > 250) {
     scored = performance.now();
-    const all = S.paused ? S.frozen : S.bins;
-    scores = charts.scores(all.slice(-Math.round(60 / width())));
+    const known = S.paused ? S.frozen : S.bins;
+    scores = charts.scores(known.slice(-Math.round(60 / width())));
     whatif.scoreboard(scores);
-    drift = charts.drift(all);
+    drift = charts.drift(known);
   }
-  charts.draw(view);
+  charts.build();
+  charts.traces(view);
   if (S.state.names.length >= 2) { planes.decoded(view); planes.cursor(view); }
+  tiles(view, scores);
+  if (!all) return;
+  charts.others(view);
   planes.latents(view);
   units.draw(view);
-  tiles(view, scores);
 }
 
 function pause(on) {

@@ -151,6 +151,8 @@ export function latents(view) {
   if (!turn.held && !turn.still && !S.paused) turn.yaw += 0.006;
 }
 
+export const turned = () => [turn.yaw, turn.pitch];
+
 export function start() {
   const canvas = el("pca");
   let from = null;
