@@ -28,25 +28,25 @@ from ilqr_vae.streaming.horizon import HorizonConfig
 N, M, UNITS, H = 20, 5, 196, 20
 RATE = 0.4
 WARM = H + 5
-NAMES = tuple(f"unit{i}" for i in range(UNITS))
 
 
-def _model_file(path: Path) -> Path:
+def model_file(path: Path, n: int = N, m: int = M, units: int = UNITS, horizon: int = H) -> Path:
+    """A model file of such a size, which was never trained."""
     shapes = ModelSpec(
         dynamics="mgu2",
-        latents=N,
-        inputs=M,
-        groups={"spikes": GroupSpec(family="poisson", channels=UNITS)},
+        latents=n,
+        inputs=m,
+        groups={"spikes": GroupSpec(family="poisson", channels=units)},
     )
     manifest = Manifest(
         bin_width=BIN_S,
-        unit_names=NAMES,
+        unit_names=tuple(f"unit{i}" for i in range(units)),
         data=RecordingSpec(bin_width=BIN_S, mat=MatSpec(spikes="spikes")),
-        horizon=HorizonConfig(horizon=H, iterations=2),
+        horizon=HorizonConfig(horizon=horizon, iterations=2),
         model=shapes,
     )
-    rate = torch.full((UNITS,), RATE, dtype=torch.float64)
-    save_artifact(path, manifest, model_of(N, M, UNITS), None, rate)
+    rate = torch.full((units,), RATE, dtype=torch.float64)
+    save_artifact(path, manifest, model_of(n, m, units), None, rate)
     return path
 
 
@@ -62,7 +62,7 @@ def run(quick: bool) -> list[Row]:
     echo = ("-m", "benchmarks.echo", str(N), str(UNITS), str(BIN_S))
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        model = _model_file(folder / "model.safetensors")
+        model = model_file(folder / "model.safetensors")
         service = (
             *("-m", "ilqr_vae.cli", "serve", str(model), "--device", "cpu", "--http", ""),
             *("--ingest", "tcp://127.0.0.1:*", "--results", "tcp://127.0.0.1:*"),
@@ -71,7 +71,7 @@ def run(quick: bool) -> list[Row]:
         # where nothing is compiled yet, the other core can do a part of it for the service
         helping = threading.Thread(target=_compile_predict_only)
         helping.start()
-        with _running(service) as served, _running(echo) as echoed:
+        with running(service) as served, running(echo) as echoed:
             helping.join()
             for streams in (1, 100) if quick else (1, 8, 32, 64, 100):
                 # in real time, but for the few streams that would take long
@@ -79,15 +79,15 @@ def run(quick: bool) -> list[Row]:
                 seconds = 1.5 if quick else 20.0
                 bare = None
                 if streams == 1 or not quick:
-                    bare = _fed(folder, echoed, streams, speed, seconds / 3)
+                    bare = fed_by(folder, echoed, streams, speed, seconds / 3)
                     rows.append(_row("bare ZeroMQ echo", bare, streams, speed))
-                fed = _fed(folder, served, streams, speed, seconds)
+                fed = fed_by(folder, served, streams, speed, seconds)
                 rows.append(_row("ilqr-vae serve", fed, streams, speed) | _service(fed, bare))
     return rows
 
 
 @contextmanager
-def _running(command: tuple[str, ...]) -> Generator[Row]:
+def running(command: tuple[str, ...]) -> Generator[Row]:
     """Run a server; its addresses and process id once it is ready."""
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
@@ -104,7 +104,9 @@ def _running(command: tuple[str, ...]) -> Generator[Row]:
         process.stdout.close()
 
 
-def _fed(folder: Path, server: Row, streams: int, speed: float, seconds: float) -> Row:
+def fed_by(
+    folder: Path, server: Row, streams: int, speed: float, seconds: float, warm: int = WARM
+) -> Row:
     """Load a server; the report of ``ilqr-vae load``, and the server's processor time per bin."""
     process, report = psutil.Process(server["pid"]), folder / "load.json"
     before = process.cpu_times()
@@ -113,7 +115,7 @@ def _fed(folder: Path, server: Row, streams: int, speed: float, seconds: float) 
         "sessions": streams,
         "duration": seconds,
         "speed": speed,
-        "warm-up": WARM,
+        "warm-up": warm,
         "rate": RATE,
         "json": report,
     }

@@ -12,7 +12,7 @@ import psutil
 from ilqr_vae.cluster import connected
 
 STORE = 80 << 20
-NODE = {"num_cpus": 2, "object_store_memory": STORE}
+NODE = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": STORE}  # Ray only counts the GPU
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",

@@ -1,4 +1,4 @@
-"""A fleet on two nodes: sessions follow to their server, and outlive a node that is killed."""
+"""A fleet on two nodes: sessions follow to their server, and outlive it, its node, its model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import signal
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from feeder import UNITS, spikes
@@ -20,93 +20,210 @@ from ilqr_service.fleet.fleet import Fleet
 from ilqr_service.fleet.placement import Load, cost, place, room
 from ilqr_service.journal.verify import verify
 from ilqr_service.settings import ServiceSettings
+from ilqr_vae.errors import RequestRefusedError
+from ilqr_vae.protocol.keys import add_client, read_client_key
 from ray_rig import NODE
-from rig import BIN_S
+from rig import BIN_S, make_model
 
 FULL = os.environ.get("CHAOS") == "full"
 SESSIONS = 20
-BINS = 200 if FULL else 40
+BINS = 200 if FULL else 24
+WAIT_S = 60.0
 
 
-@contextmanager
-def fleet(model: Path, root: Path, count: int = 2, **settings: Any) -> Iterator[Fleet]:
-    given = {"ingest": "tcp://127.0.0.1:*", "results": "tcp://127.0.0.1:*", "device": "cpu"}
-    made = ServiceSettings(**(given | {"http": "127.0.0.1:0"} | settings))
-    running = Fleet(model, made, root, fewest=count, cpus=2.0)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, keys, and journals, which all nodes see."""
+    made = tmp_path_factory.mktemp("fleet")
+    for k in range(2):
+        make_model(made / f"{k}.safetensors", n_units=len(UNITS), names=UNITS, seed=k)
+    make_model(made / "other.safetensors", n_units=3)
+    add_client(made / "keys", "fleet", ("feed", "read", "control"))
+    add_client(made / "keys", "rig", ("feed", "read"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def running(nodes: Any, folder: Path) -> Iterator[Fleet]:
+    settings = ServiceSettings(
+        ingest="tcp://127.0.0.1:*",
+        results="tcp://127.0.0.1:*",
+        http="127.0.0.1:0",
+        keys=str(folder / "keys"),
+    )
+    made = Fleet(
+        folder / "0.safetensors",
+        settings,
+        folder / "journals",
+        fewest=2,
+        cpus=2.0,
+        gpus=0.25,
+        key=read_client_key(folder / "keys/fleet.key"),
+    )
     try:
-        yield running
+        yield made
     finally:
-        running.close()
+        made.close()
 
 
-def opened(client: ServiceClient, name: str) -> Session:
-    return client.open(name, units=UNITS, bin_width=BIN_S, deadline=60.0)
+@pytest.fixture
+def client(running: Fleet, folder: Path) -> Iterator[ServiceClient]:
+    """A client of two members, which may still be replaced."""
+    waited(lambda: len(running.servers()) >= 2 == len(running))
+    key = read_client_key(folder / "keys/rig.key")
+    with ServiceClient(running.gateway.ingest, key=key) as made:
+        yield made
+
+
+def waited(so: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not so() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert so()
+
+
+class Streams:
+    """Sessions fed with the same counts, and their answers."""
+
+    def __init__(self, client: ServiceClient, names: list[str]) -> None:
+        self.sessions: dict[str, Session] = {}
+        for name in names:
+            made = client.open(name, units=UNITS, bin_width=BIN_S, deadline=60.0)
+            assert isinstance(made, Session)
+            self.sessions[name] = made
+        self.seen: dict[str, dict[int, tuple[int, bytes]]] = {name: {} for name in names}
+        self.models: dict[str, list[str]] = {name: [] for name in names}
+        self._counts = spikes(BINS)
+
+    def note(self, name: str, answer: Any) -> None:
+        assert answer.index not in self.seen[name], "answered twice"
+        self.seen[name][answer.index] = (answer.revision, answer.latent.tobytes())
+        self.models[name].append(answer.model)
+
+    def step(self, bins: range) -> None:
+        for i in bins:
+            for name, session in self.sessions.items():
+                self.note(name, session.step(i, self._counts[i], timeout=WAIT_S))
+
+    def after(self, index: int, since: float) -> dict[str, float]:
+        """Send one bin, and wait for all answers; seconds after ``since`` at which they came."""
+        for session in self.sessions.values():
+            session.send(index, self._counts[index])
+        late: dict[str, float] = {}
+        while len(late) < len(self.sessions) and time.monotonic() - since < WAIT_S:
+            for name in self.sessions.keys() - late.keys():
+                for answer in self.sessions[name].receive(0.01):
+                    self.note(name, answer)
+                    late[name] = time.monotonic() - since
+        assert len(late) == len(self.sessions)
+        return late
+
+    def close(self) -> None:
+        for session in self.sessions.values():
+            session.close()
+
+
+def homes(running: Fleet) -> dict[str, str]:
+    return {info.session: server.name for server, info in running.gateway.infos()}
+
+
+def test_a_model_is_tried_on_all_servers_before_any_swaps(
+    running: Fleet, client: ServiceClient, folder: Path
+) -> None:
+    with pytest.raises(RequestRefusedError, match="role"):
+        client.load("1.safetensors")
+    streams = Streams(client, ["a", "b"])
+    assert len(set(homes(running).values())) == 2
+    streams.step(range(3))
+    key = read_client_key(folder / "keys/fleet.key")
+    with ServiceClient(running.gateway.ingest, key=key) as control:
+        before = control.models()
+        with pytest.raises(RequestRefusedError, match=r"server 0001 .*nothing has changed"):
+            control.load("other.safetensors")
+        assert control.models() == before
+        after = control.load("1.safetensors")
+        assert {m.role for m in after} == {"serving", "before"}
+        streams.step(range(3, 6))
+        served = {m.model for m in after if m.role == "serving"}
+        assert {m for models in streams.models.values() for m in models[3:]} == served
+        with pytest.raises(RequestRefusedError, match="another than is served"):
+            control.load("1.safetensors")
+    streams.close()
+
+
+def test_a_server_that_hangs_is_killed_and_replaced(running: Fleet, client: ServiceClient) -> None:
+    import ray
+
+    assert ray.available_resources()["GPU"] == pytest.approx(2 - 2 * 0.25)
+    streams = Streams(client, ["c", "d"])
+    streams.step(range(4))
+    (place, names), *_ = running.places()
+    process = psutil.Process(place.pid)
+    stopped = time.monotonic()
+    process.suspend()
+    late = streams.after(4, stopped)
+    print("answered again after", late, running.takeovers)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    streams.step(range(5, 8))
+    assert len({tuple(sorted(answers.items())) for answers in streams.seen.values()}) == 1
+    assert running.takeovers[-1][0] in names
+    streams.close()
 
 
 def test_twenty_sessions_outlive_a_killed_node(
-    nodes: Any, model_file: Path, tmp_path: Path
+    nodes: Any, running: Fleet, client: ServiceClient
 ) -> None:
-    counts = spikes(BINS)
-    with (
-        fleet(model_file, tmp_path / "j") as running,
-        ServiceClient(running.gateway.ingest) as client,
-    ):
-        sessions = [opened(client, f"s{k}") for k in range(SESSIONS)]
-        where = {info.session: server.name for server, info in running.gateway.infos()}
-        assert sorted(where) == sorted(f"s{k}" for k in range(SESSIONS))
-        assert set(where.values()) == {s.name for s in running.servers()}
-        seen: dict[str, dict[int, tuple[int, bytes]]] = {f"s{k}": {} for k in range(SESSIONS)}
-
-        def note(name: str, answer: Any) -> None:
-            assert answer.index not in seen[name], "answered twice"
-            seen[name][answer.index] = (answer.revision, answer.latent.tobytes())
-
-        half = BINS // 2
-        for i in range(half):
-            for k, session in enumerate(sessions):
-                note(f"s{k}", session.step(i, counts[i], timeout=30.0))
-        worker = next(n for n in nodes.list_all_nodes() if not n.head)
-        killed = time.monotonic()
-        gone = running.pids_on(worker.node_id)
-        assert len(gone) == 1
-        os.kill(gone[0], signal.SIGKILL)  # as the power going: node and server at once
-        nodes.remove_node(worker, allow_graceful=False)
-        for session in sessions:
-            session.send(half, counts[half])
-        late = {f"s{k}": 0.0 for k in range(SESSIONS)}
-        waiting = set(range(SESSIONS))
-        while waiting and time.monotonic() - killed < 60:
-            for k in list(waiting):
-                for answer in sessions[k].receive(0.02):
-                    note(f"s{k}", answer)
-                    late[f"s{k}"] = time.monotonic() - killed
-                    waiting.discard(k)
-        assert not waiting
-        print("answered again after", max(late.values()), running.takeovers)
-        assert max(late.values()) < (5.0 if FULL else 30.0)
-        for i in range(half + 1, BINS):
-            for k, session in enumerate(sessions):
-                note(f"s{k}", session.step(i, counts[i], timeout=30.0))
-        assert all(sorted(answers) == list(range(BINS)) for answers in seen.values())
-        # one model, the same counts: every session answers with the same bits
-        assert len({tuple(sorted(answers.items())) for answers in seen.values()}) == 1
-        ((taken, down),) = running.takeovers
-        assert down > 0
-        moved = [k for k in range(SESSIONS) if where[f"s{k}"] == taken]
-        assert moved
-        for k in moved:
-            assert any("down" in notice for notice in sessions[k].notices)
-        with urllib.request.urlopen(f"http://{running.http}/metrics", timeout=20) as page:
-            text = page.read().decode()
-        assert "ilqr_fleet_takeovers 1.0" in text
-        assert all(f'server="{s.name}"' in text for s in running.servers())
-        for session in sessions:
-            session.close()
+    streams = Streams(client, [f"s{k}" for k in range(SESSIONS)])
+    where = homes(running)
+    assert sorted(where) == sorted(streams.sessions)
+    assert len(set(where.values())) == 2
+    half = BINS // 2
+    streams.step(range(half))
+    worker = next(n for n in nodes.list_all_nodes() if not n.head)
+    ((gone, names),) = [p for p in running.places() if p[0].node == worker.node_id]
+    before = len(running.takeovers)
+    killed = time.monotonic()
+    os.kill(gone.pid, signal.SIGKILL)  # as the power going: node and server at once
+    nodes.remove_node(worker, allow_graceful=False)
+    removed = time.monotonic() - killed
+    late = streams.after(half, killed)
+    print("answered again after", max(late.values()), "removed", removed, running.takeovers)
+    assert max(late.values()) < (5.0 if FULL else 30.0)
+    streams.step(range(half + 1, BINS))
+    assert all(sorted(answers) == list(range(BINS)) for answers in streams.seen.values())
+    # one model, the same counts: every session answers with the same bits
+    assert len({tuple(sorted(answers.items())) for answers in streams.seen.values()}) == 1
+    taken = running.takeovers[before:]
+    assert {name for name, _ in taken} == set(names)
+    assert all(down > 0 for _, down in taken)
+    moved = [name for name in streams.sessions if where[name] in names]
+    assert moved
+    for name in moved:
+        assert any("down" in notice for notice in streams.sessions[name].notices)
+    with urllib.request.urlopen(f"http://{running.http}/metrics", timeout=20) as page:
+        text = page.read().decode()
+    assert f"ilqr_fleet_takeovers {len(running.takeovers):.1f}" in text
+    assert all(f'server="{s.name}"' in text for s in running.servers())
+    streams.close()
     nodes.add_node(**NODE)
-    for folder in (tmp_path / "j").iterdir():
-        verdict = verify(folder, [model_file])
-        assert verdict.answers == verdict.identical > 0
-        assert not verdict.damaged
+
+
+def test_a_member_that_goes_hands_its_sessions_over(
+    running: Fleet, client: ServiceClient, folder: Path
+) -> None:
+    streams = Streams(client, ["e", "f", "g"])
+    streams.step(range(4))
+    running.scale(1)
+    assert len(running) == 1
+    streams.after(4, time.monotonic())
+    streams.step(range(5, 8))
+    assert len({tuple(sorted(answers.items())) for answers in streams.seen.values()}) == 1
+    streams.close()
+    running.close()
+    models = [folder / f"{k}.safetensors" for k in range(2)]
+    verdicts = [verify(path, models) for path in (folder / "journals").iterdir()]
+    assert sum(v.answers for v in verdicts) == sum(v.identical for v in verdicts) > 0
+    assert not [line for v in verdicts for line in v.damaged]
 
 
 def test_sessions_go_where_there_is_room() -> None:

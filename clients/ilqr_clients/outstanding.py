@@ -75,8 +75,8 @@ class Outstanding:
         return opened.credits - len(missing), [self._bins[i][0] for i in lost]
 
     def not_yet(self) -> None:
-        """Somebody else was asked, and has nothing new: ask again before long."""
-        self._asking, self._ask_after = False, _ASK_S
+        """Somebody else was asked too, and has nothing new: ask again before long."""
+        self._ask_after = _ASK_S
 
     def refused(self, refused: messages.Refused) -> Literal["for good", "for now", "unknown"]:
         """A message was refused: for good, for now, or because the session is not known."""

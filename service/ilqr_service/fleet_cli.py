@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from ilqr_service import logs
+from ilqr_service.fleet import PATIENCE_S
 from ilqr_service.serve_cli import stop_on_signals
 from ilqr_service.settings import load_settings
 from ilqr_vae.cluster import Address, check_ray, connected
@@ -49,6 +50,9 @@ def fleet(
     host: Annotated[
         str, typer.Option(help="Address that servers bind to on their node; 0.0.0.0 with --keys.")
     ] = "127.0.0.1",
+    patience: Annotated[
+        float, typer.Option(min=1.0, help="Seconds without a reply until a server is given up.")
+    ] = PATIENCE_S,
     ready_file: Annotated[
         Path | None, typer.Option(help="Once ready, write the addresses here as one JSON line.")
     ] = None,
@@ -58,8 +62,9 @@ def fleet(
     Example: ilqr-vae fleet model.safetensors --journal /shared/journals --servers 2:8
 
     A client opens a session at the fleet's address and follows to its server. The sessions of a
-    server that dies are taken up by another one from its journal. Monitor, dashboard and models
-    take the fleet's address; a model that is loaded is served by one server after the other.
+    server that dies or hangs are taken up by another one from its journal. Monitor, dashboard and
+    models take the fleet's address: a model is tried on all servers, then served by one after the
+    other. Model, journals and keys are files that every node sees at the same path.
     """
     check_ray("fleet")
     overrides: dict[str, Any] = {"ingest": ingest, "results": results, "http": http, "keys": keys}
@@ -83,6 +88,7 @@ def fleet(
             gpus=gpus,
             key=None if key is None else read_client_key(key),
             host=host,
+            patience=patience,
         )
         try:
             ready = {

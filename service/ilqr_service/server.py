@@ -15,7 +15,7 @@ from pathlib import Path
 from ilqr_service import logs
 from ilqr_service.control import Control
 from ilqr_service.hygiene import Hygiene
-from ilqr_service.journal.journal import Journal
+from ilqr_service.journal.journal import Find, Journal
 from ilqr_service.metrics.telemetry import Telemetry
 from ilqr_service.sessions.effects import Effects, counted
 from ilqr_service.sessions.session import Limits
@@ -53,6 +53,7 @@ class Service:
         settings: addresses and limits.
         more: further slots by name.
         hygiene: applied to the threads.
+        find: an engine by its model's id, for open sessions of the journal that are on no slot's.
 
     Attributes:
         ingest, results, http: the addresses in use, once started.
@@ -73,6 +74,7 @@ class Service:
         more: dict[str, Engine] | None = None,
         folder: Path | None = None,
         hygiene: Hygiene | None = None,
+        find: Find | None = None,
     ) -> None:
         self.ingest = self.results = self.http = ""
         self.model = engine.model_info.model
@@ -103,7 +105,7 @@ class Service:
         self.telemetry.registry.register(self._hygiene.metrics)
         self._lives = logs.Paced()
         self._gate = Gate(Path(settings.keys)) if settings.keys else None
-        self._journal = Journal(settings, slots, engines, self._table)
+        self._journal = Journal(settings, slots, engines, self._table, find)
         self._connections = Connections(self._gate)
         self._publisher = Publisher(
             self._connections, queue=settings.results_queue, topics=4 * settings.max_sessions

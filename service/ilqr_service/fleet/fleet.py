@@ -1,16 +1,12 @@
-"""A fleet: members started, watched, replaced; sessions placed; sizes changed.
+"""A fleet: sessions placed on its members, their number changed by the load, one page of metrics.
 
-A member that dies is noticed by a call to it that never returns while it lives. Each of its servers
-is then started again, on its journal, by the living member with the most free room. So a session
-goes on as after a restart: from its newest snapshot and the bins since, with the answers it gave.
+Clients of a server that was taken up are told where it is as soon as it is there.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,32 +15,23 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from ilqr_service import logs
+from ilqr_service.fleet import PATIENCE_S
 from ilqr_service.fleet.gateway import Gateway
-from ilqr_service.fleet.member import Measured, Server, actor
+from ilqr_service.fleet.health import Health
+from ilqr_service.fleet.member import Measured, Place, Server
+from ilqr_service.fleet.members import Members
 from ilqr_service.fleet.placement import Load, cost, place, room
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.transport.http import Web
+from ilqr_vae.artifact import read_manifest
 from ilqr_vae.errors import ProtocolError, ServiceError
+from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.keys import ClientKey
 
-_TICK_S, _MEASURE_S = 0.1, 1.0
-_CALL_S, _START_S = 5.0, 300.0
+_MEASURE_S, _CALL_S = 1.0, 5.0
 _NEWS_S = 60.0
 _FEWEST_ROOM = 0.25
 _QUIET_S = 60.0
-
-
-@dataclass(eq=False)
-class _Member:
-    """A member as the fleet knows it: its actor, its servers, what was measured."""
-
-    actor: Any
-    lives: Any
-    load: Load
-    servers: dict[str, Server] = field(default_factory=dict[str, Server])
-    newest: Measured | None = None
-    placed: deque[float] = field(default_factory=deque[float])
-    quiet_since: float = field(default_factory=time.monotonic)
 
 
 class Fleet:
@@ -58,8 +45,10 @@ class Fleet:
         cpus, gpus: of each member; also its threads.
         key: to reach servers that have keys.
         host: address of their nodes that servers bind to; loopback without keys.
+        patience: seconds without a reply after which a server counts as dead.
 
     Raises:
+        ArtifactError: the model file cannot be read.
         ServiceError: the cluster has no room for ``fewest``, or an address cannot be bound.
     """
 
@@ -75,38 +64,48 @@ class Fleet:
         gpus: float = 0.0,
         key: ClientKey | None = None,
         host: str = "127.0.0.1",
+        patience: float = PATIENCE_S,
     ) -> None:
         from msgspec.structs import replace
 
-        self._model, self._root = str(model.absolute()), root.absolute()
         self._cpus, self._gpus = cpus, gpus
         self.fewest, self.most = fewest, max(fewest, most)
+        folder = Path(settings.models or model.absolute().parent).resolve()
         self._settings = replace(
             settings,
             ingest=f"tcp://{host}:*",
             results=f"tcp://{host}:*",
             http="",
+            # a member without a share of a GPU may be on a node that has one
+            device="cpu" if settings.device == "auto" and not gpus else settings.device,
             threads=settings.threads or max(1, int(cpus)),
             control_rate=1e9,  # the gateway asks for everybody
+            models=str(folder),
         )
-        self._members: list[_Member] = []
-        self._lost: dict[str, float] = {}
+        self._model = read_manifest(model).model_id
+        self._paths = {self._model: str(model.absolute())}
+        self._serving: dict[str, str] = {}
         self._down: dict[str, tuple[float, float]] = {}
-        self.takeovers: list[tuple[str, float]] = []
-        self._lock, self._stop = threading.RLock(), threading.Event()
-        self._number = 0
-        self._root.mkdir(parents=True, exist_ok=True)
-        left = sorted(p.name for p in self._root.iterdir() if p.is_dir())
-        self._number = max((int(n) for n in left if n.isdigit()), default=0)
-        self._grow(fewest, left)
+        self._sizing, self._stop = threading.RLock(), threading.Event()
+        self._members = Members(
+            self._settings,
+            root.absolute(),
+            cpus,
+            gpus,
+            models=lambda name: (dict(self._paths), self._serving.get(name, self._model)),
+            health=Health(key, patience),
+            taken_up=self._taken_up,
+        )
+        left = self._members.left
+        self._members.grow([left[k::fewest] or [self._members.name()] for k in range(fewest)])
         self.gateway = Gateway(
             settings,
             key,
             servers=self.servers,
             place=self._place,
             took_up=self._took_up,
-            missing=lambda: bool(self._lost),
-            rolled=self._rolled,
+            missing=lambda: bool(self._members.lost),
+            served=self._served,
         )
         registry = CollectorRegistry()
         registry.register(cast(Any, self))
@@ -116,42 +115,47 @@ class Fleet:
                 self._web = Web(
                     settings.http,
                     registry,
-                    healthy=lambda: self._thread.is_alive(),
+                    healthy=lambda: self._members.watched and self._thread.is_alive(),
                     ready=lambda: bool(self.servers()),
                 )
         except ServiceError:
             self.gateway.close()
-            self._end(self._members)
+            self._members.close()
             raise
         self.http = "" if self._web is None else self._web.address
-        self._thread = threading.Thread(target=self._watch, name="fleet", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="fleet", daemon=True)
         self.gateway.start()
+        self._members.watch()
         self._thread.start()
+
+    @property
+    def takeovers(self) -> list[tuple[str, float]]:
+        """Names of servers that were taken up, and how many seconds they were down."""
+        return list(self._members.takeovers)
 
     def servers(self) -> list[Server]:
         """Those that answer."""
-        with self._lock:
-            return [server for member in self._members for server in member.servers.values()]
+        return self._members.servers()
 
-    def pids_on(self, node: str) -> list[int]:
-        """Processes of the members on a node, by Ray's name of it."""
-        import ray
-
-        places = [cast(Any, ray.get(m.actor.place.remote())) for m in list(self._members)]
-        return [pid for where, pid in places if where == node]
+    def places(self) -> list[tuple[Place, list[str]]]:
+        """Of each member where it runs, and its servers' names."""
+        with self._members.lock:
+            return [(member.place, sorted(member.servers)) for member in self._members.alive]
 
     def __len__(self) -> int:
         return len(self._members)
 
     def close(self) -> None:
-        """Answer what is queued, end all sessions and members."""
+        """Answer what is queued, end all sessions and members. A second call does nothing."""
+        if self._stop.is_set():
+            return
         self._stop.set()
+        self._members.stop()
         self._thread.join()
         self.gateway.close()
         if self._web is not None:
             self._web.close()
-        self._end(self._members)
-        self._members = []
+        self._members.close()
 
     def scale(self, count: int) -> None:
         """Have so many members from here on. Sessions of those that go live on with the others.
@@ -159,128 +163,26 @@ class Fleet:
         Raises:
             ServiceError: the cluster has no room for as many.
         """
-        self.fewest, self.most = count, max(count, self.most)
-        if count > len(self._members):
-            self._grow(count - len(self._members), [])
-        while len(self._members) > max(1, count):
-            self._retire(min(self._members, key=lambda m: m.load.sessions))
+        with self._sizing:
+            self.fewest, self.most = count, max(count, self.most)
+            if count > len(self._members):
+                more = count - len(self._members)
+                self._members.grow([[self._members.name()] for _ in range(more)])
+            while len(self._members) > max(1, count):
+                self._members.retire(min(self._members.alive, key=lambda m: m.load.sessions))
 
-    # ---- members -------------------------------------------------------------------------------
+    # ---- what follows their load ---------------------------------------------------------------
 
-    def _name(self) -> str:
-        self._number += 1
-        return f"{self._number:04d}"
-
-    def _grow(self, count: int, journals: list[str]) -> None:
-        """Start members, each with one of the journals that are there, or a new one."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError
-
-        kind, begun = actor(self._cpus, self._gpus), list[tuple[_Member, list[Any]]]()
-        try:
-            for k in range(count):
-                made = kind.remote(self._model, self._settings, str(self._root))
-                mine = journals[k::count] or [self._name()]
-                starts = [made.start.remote(name) for name in mine]
-                begun.append((_Member(made, made.lives.remote(), Load(self._cpus, 0.0, 0)), starts))
-            for member, starts in begun:
-                started: list[Server] = cast(Any, ray.get(starts, timeout=_START_S))
-                member.servers = {server.name: server for server in started}
-        except (RayError, GetTimeoutError) as error:
-            self._end([member for member, _ in begun])
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, ServiceError):
-                raise cause from error
-            raise ServiceError(
-                "--servers",
-                expected=f"a cluster with room for {count} of {self._cpus:g} cores",
-                got=str(error).splitlines()[0],
-            ) from error
-        with self._lock:
-            self._members += [member for member, _ in begun]
-
-    def _end(self, members: list[_Member]) -> None:
-        import ray
-        from ray.exceptions import RayError
-
-        for member in members:
+    def _follow(self) -> None:
+        while not self._stop.wait(_MEASURE_S):
             try:
-                ray.get(member.actor.close.remote(), timeout=_CALL_S + self._settings.drain_s)
-            except RayError as error:
-                logs.warning("a member did not end by itself", error=str(error).splitlines()[0])
-            ray.kill(member.actor)
-
-    def _retire(self, member: _Member) -> None:
-        """Hand a member's servers to others, and end it."""
-        import ray
-
-        with self._lock:
-            self._members.remove(member)
-            names, member.servers = list(member.servers), {}
-            self._lost |= dict.fromkeys(names, time.monotonic())
-        for name in names:
-            ray.get(member.actor.stop.remote(name, leave=True))
-        self._take_up()
-        self._end([member])
-
-    def _take_up(self) -> None:
-        """Start again the servers that nobody runs, on the members with the most room."""
-        import ray
-        from ray.exceptions import RayError
-
-        for name, since in list(self._lost.items()):
-            if not self._members:
-                return
-            each = cost([member.load for member in self._members])
-            heir = max(self._members, key=lambda m: room(m.load, each))
-            try:
-                server: Server = cast(Any, ray.get(heir.actor.start.remote(name), timeout=_START_S))
-            except RayError as error:
-                logs.warning("a server could not be taken up", server=name, error=str(error))
-                continue
-            down = time.monotonic() - since
-            with self._lock:
-                heir.servers[name] = server
-                del self._lost[name]
-                self._down[name] = (down, time.monotonic())
-                self.takeovers.append((name, down))
-            logs.info("server taken up", server=name, ingest=server.ingest, down_s=round(down, 2))
-
-    # ---- its thread ----------------------------------------------------------------------------
-
-    def _watch(self) -> None:
-        measured = 0.0
-        while not self._stop.wait(_TICK_S):
-            try:
-                self._bury()
-                if self._lost:
-                    self._take_up()
-                if time.monotonic() - measured > _MEASURE_S:
-                    measured = time.monotonic()
-                    self._measure()
-                    self._follow()
+                self._measure()
+                with self._sizing:
+                    self._resize()
+            except ServiceError as error:
+                logs.warning("no further member", error=str(error))
             except Exception:
-                logs.exception("the fleet's thread goes on")
-
-    def _bury(self) -> None:
-        """Notice members that died."""
-        import ray
-
-        calls = {member.lives: member for member in self._members}
-        if not calls:
-            return
-        dead, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
-        with self._lock:
-            for call in dead:
-                member = calls[call]
-                if member not in self._members:
-                    continue  # retired
-                self._members.remove(member)
-                self._lost |= dict.fromkeys(member.servers, time.monotonic())
-                logs.warning("a member died", servers=", ".join(member.servers))
-        if dead and not self._members:
-            self._grow(1, sorted(self._lost))
-            self._lost.clear()
+                logs.exception("the fleet goes on")
 
     def _measure(self) -> None:
         """What each member uses, and how many sessions it has."""
@@ -290,42 +192,46 @@ class Fleet:
         counts: dict[str, int] = {}
         for server, _ in self.gateway.infos():
             counts[server.name] = counts.get(server.name, 0) + 1
-        for member in list(self._members):
+        for member in list(self._members.alive):
+            call, member.measuring = member.measuring, member.actor.measured.remote()
+            if call is None:
+                continue
+            if not ray.wait([call], timeout=0)[0]:
+                member.measuring = call
+                continue
             try:
-                now: Measured = cast(Any, ray.get(member.actor.measured.remote(), timeout=_CALL_S))
+                now: Measured = cast(Any, ray.get(call))
             except RayError:
                 continue
             before, member.newest = member.newest, now
-            if before is None:
+            if before is None or before.at_s == now.at_s:
                 continue
             busy = (now.cpu_s - before.cpu_s) / max(1e-3, now.at_s - before.at_s)
-            sessions = sum(counts.get(name, 0) for name in member.servers)
-            with self._lock:
-                while member.placed and member.placed[0] < time.monotonic() - 2 * _MEASURE_S:
+            sessions = sum(counts.get(name, 0) for name in list(member.servers))
+            with self._members.lock:
+                # what was measured is as old as the call
+                while member.placed and member.placed[0] < time.monotonic() - 3 * _MEASURE_S:
                     member.placed.popleft()
                 member.load = Load(self._cpus, busy, sessions, min(sessions, len(member.placed)))
             if sessions:
                 member.quiet_since = time.monotonic()
 
-    def _follow(self) -> None:
+    def _resize(self) -> None:
         """Between ``fewest`` and ``most`` members: one more where there is little room, one less
         where one had no session for long."""
-        loads = [member.load for member in self._members]
+        loads = [member.load for member in list(self._members.alive)]
         if not loads:
             return
         each = cost(loads)
         free = sum(room(load, each) for load in loads) / sum(load.cores for load in loads)
         wanted = len(loads) < self.fewest or (free < _FEWEST_ROOM and len(loads) < self.most)
         if wanted and self._fits():
-            try:
-                self._grow(1, [])
-            except ServiceError as error:
-                logs.warning("no further member", error=str(error))
+            self._members.grow([[self._members.name()]])
             return
         limit = time.monotonic() - _QUIET_S
-        idle = [m for m in self._members if m.load.sessions == 0 and m.quiet_since < limit]
+        idle = [m for m in self._members.alive if m.load.sessions == 0 and m.quiet_since < limit]
         if idle and len(loads) > self.fewest and free > 2 * _FEWEST_ROOM:
-            self._retire(idle[0])
+            self._members.retire(idle[0])
 
     def _fits(self) -> bool:
         """Whether the cluster has room for one more member now: else it would be waited for."""
@@ -337,27 +243,42 @@ class Fleet:
     # ---- for the gateway -----------------------------------------------------------------------
 
     def _place(self) -> Server:
-        with self._lock:
-            loads = [m.load for m in self._members]
-            chosen = place(loads)
+        with self._members.lock:
+            members = [member for member in self._members.alive if member.servers]
+            chosen = place([member.load for member in members])
             if chosen is None:
                 raise ProtocolError(
                     "session",
                     expected="room for one more",
-                    got=f"{len(loads)} full servers",
+                    got=f"{len(members)} full servers",
                 )
-            member = self._members[chosen]
+            member = members[chosen]
             member.placed.append(time.monotonic())
             load = member.load
             member.load = Load(load.cores, load.busy, load.sessions + 1, load.placed + 1)
             return min(member.servers.values(), key=lambda server: server.name)
 
+    def _taken_up(self, name: str) -> None:
+        """Remember how long it was down, and tell its clients."""
+        _, down = next(t for t in reversed(self._members.takeovers) if t[0] == name)
+        self._down[name] = (down, time.monotonic())
+        self.gateway.announce(name)
+
     def _took_up(self, name: str) -> int:
         down, at = self._down.get(name, (0.0, 0.0))
         return round(down * 1e9) if time.monotonic() - at < _NEWS_S else 0
 
-    def _rolled(self, path: str) -> None:
-        self._model = str(Path(path).absolute())
+    def _served(self, name: str, listed: messages.ModelList, path: str) -> None:
+        """Follow a change of model: what a server is started with when it is taken up."""
+        with self._members.lock:
+            for info in listed.models:
+                if path and info.role in ("serving", "shadow"):
+                    found = (Path(self._settings.models) / path).resolve()
+                    self._paths.setdefault(info.model, str(found))
+            first = listed.models[0]  # what the first slot serves
+            self._serving[name] = first.model
+            if {self._serving.get(s.name, self._model) for s in self.servers()} == {first.model}:
+                self._model = first.model
 
     # ---- /metrics ------------------------------------------------------------------------------
 
@@ -366,7 +287,7 @@ class Fleet:
         import ray
         from ray.exceptions import RayError
 
-        members = list(self._members)
+        members = list(self._members.alive)
         sizes = {
             "members": (len(members), "members that live"),
             "servers": (len(self.servers()), "servers that answer"),
@@ -378,11 +299,11 @@ class Fleet:
             f"ilqr_fleet_{name}": cast(Metric, GaugeMetricFamily(f"ilqr_fleet_{name}", text, value))
             for name, (value, text) in sizes.items()
         }
-        for member in members:
+        calls = [member.actor.metrics.remote() for member in members]
+        answered = ray.wait(calls, num_returns=len(calls), timeout=_CALL_S)[0] if calls else []
+        for call in answered:
             try:
-                pages: dict[str, bytes] = cast(
-                    Any, ray.get(member.actor.metrics.remote(), timeout=_CALL_S)
-                )
+                pages: dict[str, bytes] = cast(Any, ray.get(call))
             except RayError:
                 continue
             for name, page in pages.items():

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import zmq
 from msgspec.structs import replace
 
 from ilqr_service import logs
 from ilqr_service.fleet.member import Server
+from ilqr_service.fleet.rolling import Rolling, Served, models_of
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
 from ilqr_service.transport.connections import Connections, Received
 from ilqr_service.transport.results import Publisher
@@ -34,6 +35,16 @@ _BYTES, _REPLIES = 1 << 20, 10_000
 Reply = TypeVar("Reply", bound=messages.Message)
 
 
+class _Home(NamedTuple):
+    """Where a session lives: its server, when this was said to one that opens it, and its client's
+    connection, where it came here."""
+
+    server: str
+    at: float
+    epoch: int
+    owner: bytes
+
+
 class Gateway:
     """Binds the fleet's addresses. Its thread owns all sockets.
 
@@ -44,7 +55,7 @@ class Gateway:
         place: the server for a new session. Raises ProtocolError: all are full.
         took_up: how long sessions of a server were down, by name, while this is news.
         missing: whether servers are being taken up at this moment.
-        rolled: called with the path of a model that all servers have loaded to serve.
+        served: told which models a server has after a change, and from which file.
     """
 
     def __init__(
@@ -56,11 +67,11 @@ class Gateway:
         place: Callable[[], Server],
         took_up: Callable[[str], int],
         missing: Callable[[], bool],
-        rolled: Callable[[str], None],
+        served: Served,
     ) -> None:
         self._settings, self._key = settings, key
         self._servers, self._place, self._took_up = servers, place, took_up
-        self._missing, self._rolled = missing, rolled
+        self._missing = missing
         self._gate = Gate(Path(settings.keys)) if settings.keys else None
         self._connections = Connections(self._gate)
         self._publisher = Publisher(
@@ -70,11 +81,14 @@ class Gateway:
         self._sub = self._socket(zmq.SUB)
         self._heard: dict[str, Server] = {}
         self._topics: set[bytes] = set()
-        self._homes: dict[str, tuple[str, float]] = {}
-        """Of each session the server, and when it was named for a session that is to be opened."""
+        self._homes: dict[str, _Home] = {}
         self._lock = threading.Lock()
-        self._rolls: SimpleQueue[tuple[bytes, messages.Message]] = SimpleQueue()
-        self._rolling: threading.Thread | None = None
+        self._rolling = Rolling(
+            lambda server, message: self._ask(server, message, messages.ModelList, _LOAD_S),
+            servers,
+            served,
+        )
+        self._news: SimpleQueue[tuple[str, bool]] = SimpleQueue()
         self._stop = threading.Event()
         self.ingest = self._bind("ingest", settings.ingest)
         results = loopback_endpoint("results", settings.results, secured=self._gate is not None)
@@ -93,6 +107,14 @@ class Gateway:
         self._connections.close()
         self._context.destroy(linger=0)
 
+    def announce(self, name: str) -> None:
+        """Send the clients of a server's sessions to its new address. From any thread."""
+        self._news.put((name, True))
+
+    def forget(self, name: str) -> None:
+        """The sessions of a server cannot be taken up. From any thread."""
+        self._news.put((name, False))
+
     def infos(self) -> list[tuple[Server, messages.SessionInfo]]:
         """The open sessions of all servers that answer, and where each is. From any thread."""
         asked = self._ask_all(messages.Sessions(), messages.SessionList)
@@ -100,11 +122,15 @@ class Gateway:
         answered, now = {server.name for server, _ in asked}, time.monotonic()
         with self._lock:
             kept = {
-                session: (name, at)
-                for session, (name, at) in self._homes.items()
-                if name not in answered or now - at < _OPENING_S
+                session: home
+                for session, home in self._homes.items()
+                if home.server not in answered or now - home.at < _OPENING_S
             }
-            self._homes = kept | {info.session: (server.name, 0.0) for server, info in found}
+            for server, info in found:
+                before = self._homes.get(info.session)
+                owner = b"" if before is None else before.owner
+                kept[info.session] = _Home(server.name, 0.0, info.epoch, owner)
+            self._homes = kept
         return found
 
     # ---- its thread ----------------------------------------------------------------------------
@@ -133,8 +159,10 @@ class Gateway:
             for received in self._connections.poll(_POLL_S):
                 self._handle(received)
             self._relay()
-            while not self._rolls.empty():
-                self._reply(*self._rolls.get())
+            for owner, reply in self._rolling.done():
+                self._reply(owner, reply)
+            while not self._news.empty():
+                self._tell(*self._news.get())
             self._connections.tidy()
             if self._gate is not None and self._gate.refresh():
                 self._connections.expel("results")
@@ -200,7 +228,7 @@ class Gateway:
     ) -> messages.Message | None:
         match message:
             case messages.Open():
-                return self._open(message)
+                return self._open(owner, message)
             case messages.Describe():
                 (_, described), *_ = self._some(message, messages.Described)
                 return replace(described, results=self.results)
@@ -211,9 +239,9 @@ class Gateway:
                     client_ns=message.client_ns, service_ns=at_ns, clock=this_clock()
                 )
             case messages.Models():
-                return _models(listed for _, listed in self._some(message, messages.ModelList))
+                return models_of(listed for _, listed in self._some(message, messages.ModelList))
             case messages.Load() | messages.Swap() | messages.Rollback():
-                self._roll(owner, message)
+                self._rolling.begin(owner, message)
                 return None
             case messages.Event():
                 server = self._where(message.session)
@@ -227,7 +255,7 @@ class Gateway:
                     got=f"a {type(message).__name__.lower()} at the fleet's",
                 )
 
-    def _open(self, message: messages.Open) -> messages.Moved:
+    def _open(self, owner: bytes, message: messages.Open) -> messages.Moved:
         server = self._where(message.session)
         if not message.follow:
             there = server or next(iter(self._servers()), None)
@@ -245,16 +273,26 @@ class Gateway:
             if message.resume and not message.begin:
                 raise ProtocolError("session", expected="an open session", got=message.session)
             server = self._place()
-        if not message.resume:
-            with self._lock:
-                self._homes[message.session] = (server.name, time.monotonic())
-        return messages.Moved(
-            session=message.session,
-            epoch=message.epoch,
-            ingest=server.ingest,
-            results=server.results,
-            down_ns=self._took_up(server.name) if message.resume else 0,
-        )
+        with self._lock:
+            before = self._homes.get(message.session)
+            at = time.monotonic() if before is None or not message.resume else before.at
+            self._homes[message.session] = _Home(server.name, at, message.epoch, owner)
+        down_ns = self._took_up(server.name) if message.resume else 0
+        return _moved(message.session, message.epoch, server, down_ns)
+
+    def _tell(self, name: str, there: bool) -> None:
+        """Send the clients of a server's sessions to where it is now, or forget the sessions."""
+        server = next((s for s in self._servers() if s.name == name), None)
+        with self._lock:
+            homes = {session: h for session, h in self._homes.items() if h.server == name}
+            if not there:
+                for session in homes:
+                    del self._homes[session]
+                return
+        for session, home in homes.items():
+            if server is not None and home.owner:
+                moved = _moved(session, home.epoch, server, self._took_up(name))
+                self._reply(home.owner, moved)
 
     def _where(self, session: str) -> Server | None:
         """The server that has the session, or was named for it just now.
@@ -263,11 +301,11 @@ class Gateway:
         """
         if session not in self._homes:
             self.infos()  # opened at a server's own address
-        name, _ = self._homes.get(session, ("", 0.0))
-        if not name:
+        home = self._homes.get(session)
+        if home is None:
             return None
         for server in self._servers():
-            if server.name == name:
+            if server.name == home.server:
                 return server
         raise ProtocolError("service", expected="ready", got="the session is being taken up")
 
@@ -318,29 +356,12 @@ class Gateway:
             for socket in sockets:
                 socket.close()
 
-    def _roll(self, owner: bytes, message: messages.Control) -> None:
-        """Have one server after the other do it; the first that refuses ends it."""
-        if self._rolling is not None and self._rolling.is_alive():
-            raise ProtocolError("model", expected="one change at a time", got="another one")
 
-        def work() -> None:
-            done: list[messages.ModelList] = []
-            try:
-                for server in self._servers():
-                    done.append(self._ask(server, message, messages.ModelList, _LOAD_S))
-                if isinstance(message, messages.Load) and not (message.shadow or message.slot):
-                    self._rolled(message.path)
-                self._rolls.put((owner, _models(done)))
-            except ProtocolError as error:
-                got = f"{error.got} (after {len(done)} servers)"
-                refused = messages.Refused(field=error.field, expected=error.expected, got=got)
-                self._rolls.put((owner, refused))
-
-        self._rolling = threading.Thread(target=work, name="rolling", daemon=True)
-        self._rolling.start()
-
-
-def _models(lists: Iterable[messages.ModelList]) -> messages.ModelList:
-    """The models of all servers, each once."""
-    found = {(m.slot, m.model, m.role): m for listed in lists for m in listed.models}
-    return messages.ModelList(models=tuple(found.values()))
+def _moved(session: str, epoch: int, server: Server, down_ns: int) -> messages.Moved:
+    return messages.Moved(
+        session=session,
+        epoch=epoch,
+        ingest=server.ingest,
+        results=server.results,
+        down_ns=down_ns,
+    )

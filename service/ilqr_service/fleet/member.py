@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ilqr_service.solving.engine import Engine
 from ilqr_vae.errors import ServiceError
 
 _WARM_UP_S = 600.0
-_LOCKED_S, _AGAIN_S = 10.0, 0.1
+_LOCKED_S, _AGAIN_S = 10.0, 0.05
 _SWITCH_INTERVAL_S = 2e-4
 
 
@@ -44,36 +45,47 @@ class Measured(msgspec.Struct, frozen=True):
     memory: int
 
 
+class Place(msgspec.Struct, frozen=True):
+    """A process of a cluster: its node by Ray's name of it, its number, and when it began there."""
+
+    node: str
+    pid: int
+    began_s: float
+
+
 class Member:
     """Runs servers; every method is called through Ray.
 
     Args:
-        model: file; each server loads it.
         settings: of every server; addresses and journal are its own.
         root: folder of the journals, which every node sees.
     """
 
-    def __init__(self, model: str, settings: ServiceSettings, root: str) -> None:
-        self._model, self._settings, self._root = Path(model), settings, Path(root)
+    def __init__(self, settings: ServiceSettings, root: str) -> None:
+        self._settings, self._root = settings, Path(root)
         self._services: dict[str, Service] = {}
         self._ended = threading.Event()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
-    def start(self, name: str, model: str = "") -> Server:
+    def start(self, name: str, models: dict[str, str], model: str) -> Server:
         """Start a server on the journal of that name, which may be a dead one's.
 
         Args:
-            model: file that it serves instead of the first.
+            models: files by the model's id, for sessions that are on another than is served.
+            model: id of the one that it serves.
 
         Raises:
             ServiceError: it cannot start, or the journal is still in use.
         """
-        path = Path(model) if model else self._model
         settings = msgspec.structs.replace(self._settings, journal=str(self._root / name))
-        engine, end = Engine.load(path, settings), time.monotonic() + _LOCKED_S
+
+        def find(wanted: str) -> Engine | None:
+            return Engine.load(Path(models[wanted]), settings) if wanted in models else None
+
+        engine, end = Engine.load(Path(models[model]), settings), time.monotonic() + _LOCKED_S
         while True:
             try:
-                service = Service(engine, settings, folder=path.parent)
+                service = Service(engine, settings, find=find)
                 break
             except ServiceError as error:  # who held it may still be dying
                 if error.field != "journal" or time.monotonic() > end:
@@ -86,14 +98,14 @@ class Member:
         self._services[name] = service
         gc.collect()
         gc.freeze()
-        return Server(name, service.ingest, service.results)
+        return Server(name, _seen(service.ingest), _seen(service.results))
 
     def stop(self, name: str, *, leave: bool) -> None:
         """Stop a server; with ``leave`` its sessions stay open in the journal, for another."""
         self._services.pop(name).stop(leave=leave)
 
     def close(self) -> None:
-        """Stop all servers and end ``lives``."""
+        """Stop all servers, end their sessions, and end ``lives``."""
         for name in list(self._services):
             self.stop(name, leave=False)
         self._ended.set()
@@ -113,11 +125,24 @@ class Member:
         """What each server's /metrics would show, by its name."""
         return {n: generate_latest(s.telemetry.registry) for n, s in self._services.items()}
 
-    def place(self) -> tuple[str, int]:
-        """The node, by Ray's name, and the process."""
+    def place(self) -> Place:
+        """Where it runs."""
         import ray
 
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+        began_s = psutil.Process().create_time()
+        return Place(ray.get_runtime_context().get_node_id(), os.getpid(), began_s)
+
+
+def _seen(address: str) -> str:
+    """An address as other machines see it: a server that binds to all addresses of its node is
+    reached at the one that Ray knows the node by."""
+    import ray
+
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if host not in {"*", "0.0.0.0", "[::]"}:
+        return address
+    node = ray.util.get_node_ip_address()
+    return f"tcp://{f'[{node}]' if ':' in node else node}:{port}"
 
 
 def actor(cpus: float, gpus: float) -> Any:
@@ -131,3 +156,26 @@ def actor(cpus: float, gpus: float) -> Any:
         max_concurrency=8,
         scheduling_strategy="SPREAD",
     )
+
+
+def end(made: Any, place: Place) -> None:
+    """End a member's process, whatever it is doing. Does not wait.
+
+    Ray asks a process first, and gives one that hangs seconds. So it is ended from beside it too:
+    from here, where that is the same machine, and by a task on its node.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    _kill(place)
+    ray.kill(made)
+    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    beside: Any = ray.remote(_kill)
+    beside.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(place)
+
+
+def _kill(place: Place) -> None:
+    with suppress(psutil.Error):
+        process = psutil.Process(place.pid)
+        if process.create_time() == place.began_s:
+            process.kill()

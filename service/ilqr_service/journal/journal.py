@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,8 @@ from ilqr_service.work import Answer
 from ilqr_vae.errors import IlqrVaeError
 from ilqr_vae.protocol import messages
 
+Find = Callable[[str], Engine | None]
+
 
 @cache
 def versions() -> dict[str, str]:
@@ -60,6 +63,7 @@ class Journal:
         slots: the engine of each.
         engines: to see which models are there.
         table: takes up the sessions that were open.
+        find: an engine by its model's id, for sessions that are on no slot's.
 
     Attributes:
         resumed: runs for the solver to take up.
@@ -76,6 +80,7 @@ class Journal:
         slots: dict[str, Engine],
         engines: Engines,
         table: SessionTable,
+        find: Find | None = None,
     ) -> None:
         self.resumed: list[Resumed] = []
         self.last: list[messages.Result] = []
@@ -98,12 +103,12 @@ class Journal:
             keep=settings.journal_keep,
         )
         try:
-            self._resume(Path(settings.journal), engines)
+            self._resume(Path(settings.journal), engines, find or (lambda _: None))
         except IlqrVaeError:
             self._writer.close()
             raise
 
-    def _resume(self, folder: Path, engines: Engines) -> None:
+    def _resume(self, folder: Path, engines: Engines, find: Find) -> None:
         """Take up what is open. A session whose model is not served stays open in the journal until
         it is served again; of two sessions of one name the newer goes on."""
         odd: list[str] = []
@@ -112,6 +117,10 @@ class Journal:
             logs.warning("the journal is not as it was written", what=line)
         deadline_ns = round(self._settings.deadline_ms * 1e6)
         for run, live in sorted(self._live.items(), reverse=True):
+            for model in models_of(live) - set(engines.engines):
+                if (engine := find(model)) is not None:
+                    engines.engines[model] = engine
+                    self._manifests = self._manifests | {model: engine.manifest}
             missing = models_of(live) - set(engines.engines)
             name = live.opened.request.session
             if missing:

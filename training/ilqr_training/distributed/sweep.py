@@ -206,7 +206,7 @@ def tuner_of(plan: Plan, out: Path, callbacks: list[Any]) -> Any:
             mode="max",
             num_samples=plan.trials,
             search_alg=_search(plan),
-            scheduler=_scheduler(plan),
+            scheduler=_scheduler(plan, trials),
             reuse_actors=True,  # a process takes seconds to begin
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -236,7 +236,7 @@ def _search(plan: Plan) -> Any:
     return BasicVariantGenerator(random_state=seed)
 
 
-def _scheduler(plan: Plan) -> Any:
+def _scheduler(plan: Plan, trials: Path) -> Any:
     from ray.tune import schedulers
 
     if plan.method == "population":
@@ -257,9 +257,9 @@ def _scheduler(plan: Plan) -> Any:
     if not plan.early_stop:
         return None
     most = plan.seeds * plan.slots
-    return schedulers.ASHAScheduler(
-        time_attr="validation", max_t=most + 1, grace_period=min(2, most)
-    )
+    from ilqr_training.distributed.halving import Halving  # Ray is there
+
+    return Halving(trials, time_attr="validation", max_t=most + 1, grace_period=min(2, most))
 
 
 def table(grid: Any, plan: Plan) -> list[Trial]:

@@ -1,0 +1,269 @@
+"""The members of a fleet: started, watched, replaced, and their servers handed on.
+
+A member that dies or does not answer is killed, so that it can answer nothing later, and each of
+its servers is started again, on its journal, by the living member with the most free room. So a
+session goes on as after a restart: from its newest snapshot and the bins since, with the answers it
+gave.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from ilqr_service import logs
+from ilqr_service.fleet.health import Health
+from ilqr_service.fleet.member import Measured, Place, Server, actor, end
+from ilqr_service.fleet.placement import Load, cost, room
+from ilqr_service.settings import ServiceSettings
+from ilqr_vae.errors import ServiceError
+
+_TICK_S = 0.05
+_CALL_S, _START_S = 5.0, 300.0
+_AGAIN_S = 0.5
+
+
+@dataclass(eq=False)
+class Running:
+    """A member as the fleet knows it: its actor, a call that ends when it dies, its servers, what
+    was measured."""
+
+    actor: Any
+    lives: Any
+    place: Place
+    load: Load
+    servers: dict[str, Server] = field(default_factory=dict[str, Server])
+    newest: Measured | None = None
+    measuring: Any = None
+    placed: deque[float] = field(default_factory=deque[float])
+    quiet_since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class _Lost:
+    """A server that nobody runs: since when, and who starts it again."""
+
+    since: float
+    heir: Running | None = None
+    start: Any = None
+    not_before: float = 0.0
+
+
+class Members:
+    """Runs servers as Ray actors.
+
+    Args:
+        settings: of every server.
+        root: folder of the journals, which every node sees.
+        cpus, gpus: of each member.
+        models: the files of all models by id, and the id that a server is to serve.
+        health: says which servers do not answer.
+        taken_up: called with the name of a server that is there again.
+
+    Attributes:
+        alive: those that live.
+        lost: servers that nobody runs now.
+        takeovers: names of servers that were taken up, and how many seconds they were down.
+    """
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        root: Path,
+        cpus: float,
+        gpus: float,
+        models: Callable[[str], tuple[dict[str, str], str]],
+        health: Health,
+        taken_up: Callable[[str], None],
+    ) -> None:
+        self._settings, self._root = settings, root
+        self._cpus, self._gpus = cpus, gpus
+        self._models, self._health, self._taken_up = models, health, taken_up
+        self.lock = threading.RLock()
+        self.alive: list[Running] = []
+        self.lost: dict[str, _Lost] = {}
+        self.takeovers: list[tuple[str, float]] = []
+        self._found, self._stop = threading.Condition(self.lock), threading.Event()
+        root.mkdir(parents=True, exist_ok=True)
+        self.left = sorted(p.name for p in root.iterdir() if p.is_dir())
+        self._number = max((int(n) for n in self.left if n.isdigit()), default=0)
+        self._thread = threading.Thread(target=self._watch, name="members", daemon=True)
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    @property
+    def watched(self) -> bool:
+        """Whether deaths are noticed."""
+        return self._thread.is_alive()
+
+    def watch(self) -> None:
+        """Begin to notice deaths."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Start, replace and wait for none from here on."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Answer what is queued, end all sessions and members."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._health.close()
+        self._end(self.alive)
+        self.alive = []
+
+    def servers(self) -> list[Server]:
+        """Those that answer."""
+        with self.lock:
+            return [server for member in self.alive for server in member.servers.values()]
+
+    def name(self) -> str:
+        self._number += 1
+        return f"{self._number:04d}"
+
+    def _start(self, made: Any, name: str) -> Any:
+        """A call that starts a server on the journal of that name, with the model it had."""
+        return made.start.remote(name, *self._models(name))
+
+    def grow(self, journals: list[list[str]]) -> None:
+        """Start a member for each list of journals. Raises ServiceError."""
+        import ray
+        from ray.exceptions import RayError
+
+        kind = actor(self._cpus, self._gpus)
+        made = [kind.remote(self._settings, str(self._root)) for _ in journals]
+        starts = [
+            [one.place.remote(), *(self._start(one, name) for name in mine)]
+            for one, mine in zip(made, journals, strict=True)
+        ]
+        calls = [call for mine in starts for call in mine]
+        members: list[Running] = []
+        try:
+            limit = time.monotonic() + _START_S
+            while ray.wait(calls, num_returns=len(calls), timeout=0.1)[1]:
+                if self._stop.is_set() or time.monotonic() > limit:
+                    raise ServiceError("--servers", expected="room for as many", got="none so far")
+            for one, mine in zip(made, starts, strict=True):
+                where, *servers = cast(Any, ray.get(mine))
+                member = Running(one, one.lives.remote(), where, Load(self._cpus, 0.0, 0))
+                member.servers = {server.name: server for server in servers}
+                members.append(member)
+        except (RayError, ServiceError) as error:
+            for one in made:
+                ray.kill(one)
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, ServiceError):
+                raise cause from error
+            raise ServiceError(
+                "--servers",
+                expected=f"a cluster with room for {len(journals)} of {self._cpus:g} cores",
+                got=str(error).splitlines()[0],
+            ) from error
+        with self.lock:
+            self.alive += members
+
+    def _end(self, members: list[Running]) -> None:
+        import ray
+
+        if calls := [member.actor.close.remote() for member in members]:
+            _, late = ray.wait(
+                calls, num_returns=len(calls), timeout=_CALL_S + self._settings.drain_s
+            )
+            if late:
+                logs.warning("members did not end by themselves", members=len(late))
+        for member in members:
+            ray.kill(member.actor)
+
+    def retire(self, member: Running) -> None:
+        """Hand a member's servers to others, and end it."""
+        import ray
+        from ray.exceptions import RayError
+
+        with self.lock:
+            self.alive.remove(member)
+            names, member.servers = list(member.servers), {}
+            self.lost |= {name: _Lost(time.monotonic(), not_before=float("inf")) for name in names}
+        stops = [member.actor.stop.remote(name, leave=True) for name in names]
+        try:
+            ray.get(stops, timeout=_CALL_S + self._settings.drain_s)
+        except RayError as error:
+            logs.warning("a member did not hand over", error=str(error).splitlines()[0])
+            ray.kill(member.actor)
+        with self._found:
+            for name in names:
+                self.lost[name].not_before = 0.0
+            self._found.wait_for(
+                lambda: self._stop.is_set() or not self.lost.keys() & set(names), _START_S
+            )
+        self._end([member])
+
+    # ---- what watches them ---------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_TICK_S):
+            try:
+                self._bury()
+                self._take_up()
+            except Exception:
+                logs.exception("the fleet goes on")
+
+    def _bury(self) -> None:
+        """Notice members that died or hang; one that hangs is killed."""
+        import ray
+
+        silent = self._health.look(self.servers())
+        calls = {member.lives: member for member in list(self.alive)}
+        ended = ray.wait(list(calls), num_returns=len(calls), timeout=0)[0] if calls else []
+        for call, member in calls.items():
+            heard = [silent[s] for s in list(member.servers.values()) if s in silent]
+            if not (heard or call in ended):
+                continue
+            with self.lock:
+                if member not in self.alive:
+                    continue  # retired
+                self.alive.remove(member)
+                since = min(heard, default=time.monotonic())
+                self.lost |= {name: _Lost(since) for name in member.servers}
+                for lost in self.lost.values():
+                    if lost.heir is member:
+                        lost.heir = lost.start = None
+            end(member.actor, member.place)
+            logs.warning("a member died", servers=", ".join(member.servers))
+
+    def _take_up(self) -> None:
+        """Start again the servers that nobody runs, on the members with the most room."""
+        import ray
+        from ray.exceptions import RayError
+
+        now = time.monotonic()
+        for name, lost in list(self.lost.items()):
+            if lost.start is None and now >= lost.not_before:
+                if not self.alive:
+                    self.grow([[]])
+                each = cost([member.load for member in self.alive])
+                taking = [other.heir for other in self.lost.values()]
+                lost.heir = max(self.alive, key=lambda m: (-taking.count(m), room(m.load, each)))
+                lost.start = self._start(lost.heir.actor, name)
+            if lost.heir is None or not ray.wait([lost.start], timeout=0)[0]:
+                continue
+            try:
+                server: Server = cast(Any, ray.get(cast(Any, lost.start)))
+            except RayError as error:
+                logs.warning("a server could not be taken up", server=name, error=str(error))
+                lost.heir, lost.start, lost.not_before = None, None, now + _AGAIN_S
+                continue
+            down = time.monotonic() - lost.since
+            with self._found:
+                lost.heir.servers[name] = server
+                del self.lost[name]
+                self.takeovers.append((name, down))
+                self._found.notify_all()
+            self._taken_up(name)
+            logs.info("server taken up", server=name, ingest=server.ingest, down_s=round(down, 2))
