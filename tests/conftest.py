@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def nodes() -> Iterator[Any]:
     """A Ray cluster of two nodes, which this process is connected to.
 
-    Not for the whole run: others' tests look for processes that are left,.
+    Not for the whole run: other tests look for processes that are left behind.
     """
     with two_nodes() as cluster:
         yield cluster
@@ -66,6 +67,15 @@ def nodes() -> Iterator[Any]:
 def ray_cluster(nodes: Any) -> str:
     """Its address."""
     return str(nodes.address)
+
+
+@pytest.fixture
+def no_orphans() -> Iterator[None]:
+    """Whatever a test does, its processes are gone when it ends."""
+    before = set(psutil.Process().children(recursive=True))  # multiprocessing's tracker, say
+    yield
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert [p.cmdline() for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.fixture(scope="module")

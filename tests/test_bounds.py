@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -61,21 +62,23 @@ def streamed(est: MovingHorizon, values: Tensor, mask: Tensor) -> list[Estimate]
 def test_an_absurd_count_is_as_if_its_unit_had_not_been_observed(
     dynamics: str, dtype: torch.dtype
 ) -> None:
-    est, values, mask = estimator(dynamics, dtype)
-    for value in ABSURD:
-        for units in ([3], [0, 4], list(range(6))):
-            for bins in ([AT], [AT, AT + 1, AT + 2]):
-                bad, fewer = values.clone(), mask.clone()
-                for t in bins:
-                    bad[0, t, units] = value
-                    fewer[0, t, units] = 0.0
-                answers, without = streamed(est, bad, mask), streamed(est, values, fewer)
-                for t, (ours, theirs) in enumerate(zip(answers, without, strict=True)):
-                    assert int(ours.ignored) == (len(units) if t in bins else 0)
-                    assert bool(ours.beyond) == (t in bins and len(units) == 6)
-                    for f in fields(Estimate):
-                        if f.name not in {"ignored", "beyond"}:
-                            assert torch.equal(getattr(ours, f.name), getattr(theirs, f.name))
+    est, *clean = estimator(dynamics, dtype)
+    units, bins = ([3], [0, 4], list(range(6))), ([AT], [AT, AT + 1, AT + 2])
+    cases = list(product(ABSURD, units, bins))  # a stream each, side by side
+    values, mask = (x.expand(len(cases), -1, -1) for x in clean)
+    bad, fewer = values.clone(), mask.clone()
+    for row, (value, some, when) in enumerate(cases):
+        for t in when:
+            bad[row, t, some] = value
+            fewer[row, t, some] = 0.0
+    answers, without = streamed(est, bad, mask), streamed(est, values, fewer)
+    for t, (ours, theirs) in enumerate(zip(answers, without, strict=True)):
+        ignored = [len(some) if t in when else 0 for _, some, when in cases]
+        assert ours.ignored.tolist() == ignored
+        assert ours.beyond.tolist() == [n == 6 for n in ignored]
+        for f in fields(Estimate):
+            if f.name not in {"ignored", "beyond"}:
+                assert torch.equal(getattr(ours, f.name), getattr(theirs, f.name))
 
 
 @pytest.mark.usefixtures("every_backend")

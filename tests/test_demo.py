@@ -1,14 +1,14 @@
-"""The demo: real verbs as real processes, and nothing left running whatever happens."""
+"""The demo: real verbs as real processes, and nothing left running whatever happens.
+
+That the whole chain runs to its end is in ``test_walk.py``, by the README's own command.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,8 @@ from ilqr_vae.cli import main
 from ilqr_vae.commands.children import Interrupted, StepError, interruptible, run, serving
 from ilqr_vae.terminal import has_browser
 from rig import make_model
+
+pytestmark = pytest.mark.usefixtures("no_orphans")
 
 TINY = """
 [model]
@@ -44,49 +46,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def no_orphans() -> Iterator[None]:
-    """Whatever a test does, its processes are gone when it ends."""
-    before = set(psutil.Process().children(recursive=True))  # multiprocessing's tracker, say
-    yield
-    left = set(psutil.Process().children(recursive=True)) - before
-    assert [p.cmdline() for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
-
-
-def test_the_whole_chain(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "made here"
-    size = ("--minutes", "0.5", "--units", "12", "--reaches", "1")
-    assert main(["demo", str(config), "--out", str(out), "--speed", "max", *size]) == 0
-    report = json.loads((out / "report.json").read_text())
-    assert report["bins"] == 150
-    assert report["speed"] is None
-    assert set(report["scores"]) == {"iLQR-VAE", "Wiener filter", "Kalman filter", "GRU"}
-    assert report["latency_ms"]["total"]["n"] > 0
-    assert json.loads((out / "closed-loop.json").read_text())["kind"] == "closed-loop"
-    page = (out / "report.html").read_text()
-    assert page.startswith("<!doctype html>")
-    assert "Content-Security-Policy" in page
-    assert not re.search(r"(src|href)=.https?:", page)
-    said = " ".join(capfd.readouterr().out.split())
-    address = re.search(r"let things go wrong: (http://127\.0\.0\.1:\d+/)", said)
-    assert address  # and no longer there: no_orphans
-    for verb in ("simulate", "train", "serve", "replay", "closed-loop"):
-        assert f"$ ilqr-vae {verb} " in said
-    summary = said.partition("service stopped")[2]
-    for word in ("Causal decodes", "mean R2", "90 % covers", "p99.9", "statuses", "report.html"):
-        assert word in summary
-
-    # Once more on a recording of one's own, that cannot be read: its step's error and code, and
-    # nothing of the run before is taken for a result.
-    broken = tmp_path / "mine.nwb"
+def test_nothing_of_an_earlier_run_is_taken_for_a_result(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A recording that cannot be read: its step's error and code."""
+    out, broken = tmp_path / "made here", tmp_path / "mine.nwb"
+    out.mkdir()
+    stale = [out / name for name in ("report.json", "report.html", "closed-loop.json")]
+    for path in stale:
+        path.write_text("of an earlier run")
     broken.write_bytes(b"not NWB")
-    mine = ("--recording", str(broken))
-    assert main(["demo", str(config), "--out", str(out), *mine]) == 2
+    assert main(["demo", str(config), "--out", str(out), "--recording", str(broken)]) == 2
     said = capfd.readouterr().err
     assert "mine.nwb" in said
     assert said.splitlines()[-1] == "error: train: expected exit code 0, got 2"
-    assert not (out / "report.json").exists()
-    assert not (out / "report.html").exists()
+    assert not any(path.exists() for path in stale)
     assert broken.read_bytes() == b"not NWB"
 
 

@@ -152,7 +152,8 @@ def test_unexplained_spikes_are_read_only_where_they_say_something() -> None:
             truth.W[:, latents:] = 0
         train, held = causal(rng, 60), causal(rng, 3000)
         ys = [decoded_by(truth, x, rng) for x in (train, held)]
-        fit = fit_readout(train, ys[0], held, ys[1], N, replace(READS, alphas=(1.0, 1e6)))
+        linear = replace(READS, alphas=(1.0, 1e6), hidden=0)
+        fit = fit_readout(train, ys[0], held, ys[1], N, linear)
         size = float(fit.readout.W[:, latents:].abs().max()) if fit.readout.shape.residuals else 0.0
         assert (size > 1e-2) == matters
 

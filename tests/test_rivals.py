@@ -70,13 +70,21 @@ def fits(recording: Recording) -> dict[str, Decode]:
     return {name: of(name) for name in rivals} | {kind: net.decode for kind, net in nets.items()}
 
 
-def test_each_decodes_better_than_chance_and_none_sees_the_future() -> None:
+@pytest.fixture(scope="module")
+def fitted() -> dict[str, Decode]:
+    """Each decoder, fitted on ``made()``."""
+    return fits(made())
+
+
+def test_each_decodes_better_than_chance_and_none_sees_the_future(
+    fitted: dict[str, Decode],
+) -> None:
     recording, bins = made(), (480, 600)
     assert recording.kinematics is not None
     counts = recording.counts.astype(np.float64)
     changed = counts.copy()
     changed[540:] = 0
-    for name, decode in fits(recording).items():
+    for name, decode in fitted.items():
         found, after = decode(recording, counts, bins), decode(recording, changed, bins)
         assert found.shape == (120, D)
         assert r2(recording.kinematics[480:], found) > 0.3, name
@@ -84,15 +92,15 @@ def test_each_decodes_better_than_chance_and_none_sees_the_future() -> None:
         assert not np.allclose(after[60:], found[60:])
 
 
-def test_nothing_of_the_test_part_is_fitted_on() -> None:
+def test_nothing_of_the_test_part_is_fitted_on(fitted: dict[str, Decode]) -> None:
     recording = made()
     assert recording.kinematics is not None
     truth = recording.kinematics.copy()
     truth[480:] = 1e3
     spoiled = replace(recording, kinematics=truth)
     counts, bins = recording.counts.astype(np.float64), (0, 480)
-    clean, other = fits(recording), fits(spoiled)
-    for name, decode in clean.items():
+    other = fits(spoiled)
+    for name, decode in fitted.items():
         np.testing.assert_array_equal(
             decode(recording, counts, bins), other[name](spoiled, counts, bins)
         )

@@ -7,6 +7,7 @@ from variables of the environment, as it offers.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -49,6 +50,7 @@ class Walk:
 
     Attributes:
         ran: commands that ran.
+        made: what each target of ``make`` printed.
     """
 
     def __init__(self, stack: ExitStack) -> None:
@@ -56,6 +58,7 @@ class Walk:
         self._stop: Callable[[], object] = int
         self._ingest = ""
         self.ran: list[str] = []
+        self.made: dict[str, str] = {}
 
     def page(self, page: Path) -> None:
         for language, text, before in blocks(page):
@@ -81,6 +84,7 @@ class Walk:
         if program == "make":
             done = subprocess.run(words, cwd=ROOT, env=self._make(), capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
+            self.made[arguments[0]] = " ".join(done.stdout.split())
             return
         assert program == "ilqr-vae", words
         if arguments[0] not in CLIENTS:
@@ -99,9 +103,9 @@ class Walk:
         return ENVIRONMENT | {
             "MAKEFLAGS": "--old-file=.venv/.torch --old-file=.venv/.engine",
             "CONFIG": str(small),
-            "OUT": str(Path("demo-out").absolute()),
+            "OUT": str(Path("made here").absolute()),
             "SPEED": "max",
-            "DEMO_FLAGS": "--minutes 1 --units 20 --reaches 1",
+            "DEMO_FLAGS": "--minutes 0.5 --units 12 --reaches 1",
             "PATH": os.environ["PATH"],
         }
 
@@ -113,11 +117,33 @@ def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Walk]:
         yield Walk(stack)
 
 
+@pytest.mark.usefixtures("no_orphans")
 def test_the_readme(walk: Walk) -> None:
     assert main(["simulate", "--out", "session.nwb", "--minutes", "1", "--units", "20"]) == 0
     walk.page(ROOT / "README.md")
     assert {"demo", "inspect", "train", "serve", "replay"} <= set(walk.ran)
     assert Path("report.html").exists()
+    check_demo(Path("made here"), walk.made["demo"])
+
+
+def check_demo(out: Path, said: str) -> None:
+    """What ``make demo`` made, and said."""
+    report = json.loads((out / "report.json").read_text())
+    assert report["bins"] == 150
+    assert report["speed"] is None
+    assert set(report["scores"]) == {"iLQR-VAE", "Wiener filter", "Kalman filter", "GRU"}
+    assert report["latency_ms"]["total"]["n"] > 0
+    assert json.loads((out / "closed-loop.json").read_text())["kind"] == "closed-loop"
+    page = (out / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "Content-Security-Policy" in page
+    assert not re.search(r"(src|href)=.https?:", page)
+    assert re.search(r"let things go wrong: http://127\.0\.0\.1:\d+/", said)  # a page, ended by now
+    for verb in ("simulate", "train", "serve", "replay", "closed-loop"):
+        assert f"$ ilqr-vae {verb} " in said
+    summary = said.partition("service stopped")[2]
+    for word in ("Causal decodes", "mean R2", "90 % covers", "p99.9", "statuses", "report.html"):
+        assert word in summary
 
 
 def test_the_tutorials(walk: Walk) -> None:

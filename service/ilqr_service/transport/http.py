@@ -33,6 +33,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     """
 
     daemon_threads = True
+    request_queue_size = _BURST  # a connection that finds the queue full is tried again after 1 s
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._began: dict[socket.socket, float] = {}
