@@ -32,7 +32,7 @@ from PIL import Image
 
 from benchmarks.browser import Browser
 from ilqr_clients.load import Generator
-from ilqr_clients.load_schedule import Faults, Load
+from ilqr_clients.load_schedule import Faults, LoadSize
 from ilqr_vae.commands.children import serving
 
 CONDITIONS = ("no page", "page open", "viewer that stalls")
@@ -88,7 +88,7 @@ def latency(ingest: str, rounds: int, seconds: float, speed: float) -> dict[str,
                 else:
                     stack.enter_context(_stalled(address))
             bins = round(seconds * speed / 0.05)
-            load = Load(bins=bins, warm_up=round(speed / 0.05), speed=speed)
+            load = LoadSize(bins=bins, warm_up=round(speed / 0.05), speed=speed)
             with Generator(ingest, load, Faults()) as generator:
                 generator.open()
                 began, before = time.monotonic(), browser.value("live.frames()") if browser else 0

@@ -8,7 +8,7 @@ import torch
 from ilqr_training.config import LoopConfig, ModelConfig
 from ilqr_training.fit.build import build_model
 from ilqr_training.fit.crops import Crops, Prepared, prepare
-from ilqr_training.fit.loop import Run, start
+from ilqr_training.fit.loop import TrainingRun, start
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.model.generative import Model
 from ilqr_vae.recordings import MatSpec, Recording, RecordingSpec, SplitSpec
@@ -55,7 +55,7 @@ def recording_of(units: int, bins: int = 6000) -> Recording:
     )
 
 
-def training_run(units: int, loop: LoopConfig) -> tuple[Run, Prepared]:
+def training_run(units: int, loop: LoopConfig) -> tuple[TrainingRun, Prepared]:
     """A fresh training run of the default model on such a recording."""
     spec = RecordingSpec(
         bin_width=BIN_S,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ilqr_training.adaptation.adapt import Adaptation, adapt
 from ilqr_training.adaptation.rows import RowPrior, fit_rows
-from ilqr_training.adaptation.units import Verdict, family_of
+from ilqr_training.adaptation.units import UnitVerdict, family_of
 from ilqr_vae.artifact import (
     Artifact,
     GroupSpec,
@@ -175,10 +175,10 @@ def test_units_that_changed_are_found_and_learnt(
     assert made.bits[1] > max(0.0, made.bits[0])
     verdicts = np.array(list(made.verdicts.values()))
     same = np.setdiff1d(np.arange(N), CHANGED)
-    kept = np.isin(verdicts, [Verdict.KEPT, Verdict.MOVED])
+    kept = np.isin(verdicts, [UnitVerdict.KEPT, UnitVerdict.MOVED])
     assert kept[same].mean() > 0.9
     assert not kept[CHANGED].any()
-    learnt = CHANGED[verdicts[CHANGED] == Verdict.LEARNT]
+    learnt = CHANGED[verdicts[CHANGED] == UnitVerdict.LEARNT]
     assert len(learnt) >= len(CHANGED) - 1
     ours = made.artifact.model.group("spikes").C.detach()
     for unit in learnt:  # in the frame that the others hold
@@ -243,7 +243,7 @@ def test_units_come_and_go(artifact: Artifact) -> None:
     assert made.refused == ""
     assert made.artifact.manifest.unit_names == names
     assert made.gone == (NAMES[0], NAMES[-1])
-    assert made.verdicts["new"] is Verdict.LEARNT
+    assert made.verdicts["new"] is UnitVerdict.LEARNT
     ours = made.artifact.model.group("spikes").C.detach()
     assert torch.nn.functional.cosine_similarity(ours[0], C[0], dim=0) > 0.9
     assert made.artifact.readout is not None

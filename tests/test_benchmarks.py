@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ilqr_clients.load import Generator
-from ilqr_clients.load_schedule import Faults, Load
+from ilqr_clients.load_schedule import Faults, LoadSize
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def test_an_unknown_benchmark_is_refused() -> None:
 
 def test_the_load_generator_sends_each_bin_at_its_time_and_matches_its_answer() -> None:
     every = 20_000_000
-    load = Load(sessions=3, bins=12, warm_up=4)
+    load = LoadSize(sessions=3, bins=12, warm_up=4)
     command = [sys.executable, "-m", "benchmarks.echo", "2", "5", str(every / 1e9)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as echo:
         try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
-from ilqr_service.work import Answer, Solve, status_of
+from ilqr_service.work import EngineAnswer, Solve, status_of
 from ilqr_vae.artifact import load_artifact, save_artifact
 from ilqr_vae.errors import ArtifactError, ShapeError
 from ilqr_vae.inference.problem import Status
@@ -238,7 +238,7 @@ def test_the_engine_names_the_units_that_it_ignored(model_file: Path) -> None:
     names = engine.model_info.unit_names
     rng = np.random.default_rng(3)
 
-    def solve(index: int, **absurd: float) -> Answer:
+    def solve(index: int, **absurd: float) -> EngineAnswer:
         counts = rng.poisson(1.0, len(names)).astype(np.float64)
         for name, value in absurd.items():
             counts[names.index(name)] = value

@@ -18,8 +18,8 @@ import torch
 import zmq
 
 from feeder import UNITS, Feeder, bin_, numbers, open_
-from ilqr_clients.load import Generator, Outcome, quantiles
-from ilqr_clients.load_schedule import Faults, Load
+from ilqr_clients.load import Generator, LoadResult, quantiles
+from ilqr_clients.load_schedule import Faults, LoadSize
 from ilqr_service.journal.verify import verify
 from ilqr_vae.artifact import GroupSpec, Manifest, ModelSpec, build, save_artifact
 from ilqr_vae.protocol import messages
@@ -33,7 +33,7 @@ QUEUE = 500
 H = 10
 
 
-def load(service: Served, name: str, how: Load) -> Outcome:
+def load(service: Served, name: str, how: LoadSize) -> LoadResult:
     with Generator(service.ingest, how, Faults(), prefix=name, keep=True) as generator:
         generator.open()
         return generator.run()
@@ -64,8 +64,8 @@ def test_subscribers_that_stop_reading_cost_the_others_nothing(pair: tuple[Serve
     things too, the p99 of the other stretches is how long it stalled.
     """
     plain, beset = pair
-    how = Load(sessions=4, bins=500 if FULL else 60, speed=10.0, deadline=60.0, patience=20.0)
-    fill = Load(sessions=4, bins=500, speed=40.0, deadline=60.0, patience=20.0)
+    how = LoadSize(sessions=4, bins=500 if FULL else 60, speed=10.0, deadline=60.0, patience=20.0)
+    fill = LoadSize(sessions=4, bins=500, speed=40.0, deadline=60.0, patience=20.0)
     process = psutil.Process(beset.process.pid)
     p99: dict[str, list[float]] = {"plain": [], "beset": []}
     memory: list[int] = []
@@ -141,14 +141,14 @@ def test_overload_is_shed_by_policy_and_over_within_a_window(tmp_path: Path, any
     config.write_text("gap_limit = 5000\n")
     options = ("--journal", str(journal), "--config", str(config))
     with served(model, tmp_path / "log", *options) as service:
-        at_once = Load(
+        at_once = LoadSize(
             sessions=SESSIONS, bins=60 if FULL else 12, speed=1e4, deadline=60.0, patience=60.0
         )
         measured = load(service, "measure", at_once)
         assert measured.unanswered == 0
         rate = measured.first / measured.seconds / SESSIONS  # bins a second of each session
         flood, calm = round(4 * rate * (20 if FULL else 1.0)), (3 if FULL else 2) * H
-        how = Load(
+        how = LoadSize(
             sessions=SESSIONS, bins=flood + calm, deadline=DEADLINE, anytime=anytime, patience=60.0
         )
         plan = [

@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
-from ilqr_clients.load_schedule import Faults, Load, counts_of
+from ilqr_clients.load_schedule import Faults, LoadSize, counts_of
 from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_service.journal.records import Answered, records, segments
 from ilqr_service.journal.verify import verify
@@ -107,7 +107,7 @@ def test_a_feeder_that_is_killed_is_followed_by_another(
 ) -> None:
     """SIGKILL to a process that feeds: another goes on from the first bin not taken, and what it
     gets is what one feeder would have got."""
-    load, faults = Load(bins=10_000, speed=10.0), Faults(seed=8)
+    load, faults = LoadSize(bins=10_000, speed=10.0), Faults(seed=8)
     counts = counts_of(load, faults, 0, len(UNITS))
     command = [*(sys.executable, "-m", "ilqr_vae.cli", "load", "--to", service.ingest)]
     command += [*("--seed", "8", "--speed", "10", "--duration", "50", "--deadline-ms", "60000")]

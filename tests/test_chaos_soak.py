@@ -22,7 +22,7 @@ from feeder import UNITS, bin_
 from forwarder import Forwarder
 from ilqr_clients.answer import Answer
 from ilqr_clients.sdk import ServiceClient, Session
-from ilqr_service.journal.records import Answered, Opened, records, segments
+from ilqr_service.journal.records import Answered, RunOpened, records, segments
 from ilqr_service.journal.verify import numbers, verify
 from ilqr_vae.errors import RequestRefusedError, ServiceError
 from ilqr_vae.protocol import messages
@@ -348,7 +348,7 @@ def once(journal: Path) -> dict[str, dict[tuple[int, int], messages.Result]]:
     given: defaultdict[str, dict[tuple[int, int], messages.Result]] = defaultdict(dict)
     for path in segments(journal):
         for record in records(path):
-            if isinstance(record, Opened):
+            if isinstance(record, RunOpened):
                 names[record.run] = record.request.session
             if isinstance(record, Answered):
                 key = (record.run, record.index, record.revision)

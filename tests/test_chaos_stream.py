@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from feeder import UNITS, numbers
-from ilqr_clients.load import Generator, Outcome
-from ilqr_clients.load_schedule import Faults, Load, counts_of
+from ilqr_clients.load import Generator, LoadResult
+from ilqr_clients.load_schedule import Faults, LoadSize, counts_of
 from ilqr_vae.protocol import messages
 from process import Served, offline, served
 from rig import make_model
@@ -42,13 +42,13 @@ def service(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         assert running.stop() == 0
 
 
-def drive(service: Served, name: str, load: Load, faults: Faults) -> Outcome:
+def drive(service: Served, name: str, load: LoadSize, faults: Faults) -> LoadResult:
     with Generator(service.ingest, load, faults, prefix=name, keep=True) as generator:
         generator.open()
         return generator.run()
 
 
-def held_against_offline(outcome: Outcome, load: Load, faults: Faults, model: Path) -> None:
+def held_against_offline(outcome: LoadResult, load: LoadSize, faults: Faults, model: Path) -> None:
     """Every index answered, none twice under a revision, flags and numbers right."""
     assert outcome.repeated == outcome.unanswered == 0
     lost = 0
@@ -84,7 +84,7 @@ def held_against_offline(outcome: Outcome, load: Load, faults: Faults, model: Pa
 def test_faults_on_the_way(
     service: Served, model_file: Path, faults: Faults, request: pytest.FixtureRequest
 ) -> None:
-    load = Load(sessions=2, bins=BINS, speed=10.0, deadline=60.0, patience=20.0)
+    load = LoadSize(sessions=2, bins=BINS, speed=10.0, deadline=60.0, patience=20.0)
     name = "f" + "".join(c for c in request.node.name if c.isalnum())
     outcome = drive(service, name, load, faults)
     held_against_offline(outcome, load, faults, model_file)
@@ -100,7 +100,7 @@ def test_faults_on_the_way(
 def test_a_clocked_stream_that_stalls_and_bursts(service: Served, model_file: Path) -> None:
     """Answered as missing while it stalls; what is still in the window is corrected."""
     stall = 5.0 if FULL else 1.0
-    load = Load(bins=round(2 * stall / 0.05), deadline=60.0, clocked=True, patience=20.0)
+    load = LoadSize(bins=round(2 * stall / 0.05), deadline=60.0, clocked=True, patience=20.0)
     faults = Faults(stall=stall)
     outcome = drive(service, "stall", load, faults)
     held_against_offline(outcome, load, faults, model_file)
@@ -113,12 +113,12 @@ def test_overload_sheds_by_policy_and_recovers(service: Served, model_file: Path
     """Several times what can be solved; refusals and resets are counted, and the next session
     is served as ever."""
     bins = 60_000 if FULL else 8_000
-    load = Load(sessions=4, bins=bins, speed=4000.0, patience=30.0)
+    load = LoadSize(sessions=4, bins=bins, speed=4000.0, patience=30.0)
     outcome = drive(service, "flood", load, Faults())
     assert outcome.repeated == 0
     assert outcome.refused["credits"] > 0
     assert outcome.first + outcome.refused["credits"] >= outcome.sent
-    after = Load(bins=40, speed=2.0, deadline=60.0, patience=20.0)
+    after = LoadSize(bins=40, speed=2.0, deadline=60.0, patience=20.0)
     quiet = drive(service, "after", after, Faults())
     assert quiet.statuses == {"ok": 40}
     held_against_offline(quiet, after, Faults(), model_file)

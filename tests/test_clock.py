@@ -20,7 +20,7 @@ from rich.console import Console
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
 from ilqr_clients.load import Generator
-from ilqr_clients.load_schedule import Faults, Load
+from ilqr_clients.load_schedule import Faults, LoadSize
 from ilqr_clients.monitor import Monitor, view
 from ilqr_clients.sdk import ServiceClient
 from ilqr_clients.stream import CROSSING, stream
@@ -224,7 +224,7 @@ def test_a_replay_across_machines_gives_each_way_with_its_uncertainty(service: S
 
 def test_a_load_says_how_the_clocks_were_compared(service: Service) -> None:
     for timer, same in ((ShiftedClock(-40 * SECOND), False), (None, bool(this_clock()))):
-        load = Load(sessions=2, bins=20, speed=10.0, deadline=60.0, patience=20.0)
+        load = LoadSize(sessions=2, bins=20, speed=10.0, deadline=60.0, patience=20.0)
         with Generator(service.ingest, load, Faults(), prefix=f"c{same}", timer=timer) as generator:
             generator.open()
             told = generator.run().to_json()

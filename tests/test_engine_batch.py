@@ -24,7 +24,7 @@ from ilqr_service.solving.policy import Cost, Policy, Quota, steps
 from ilqr_service.solving.pool import Pool
 from ilqr_service.solving.run import unpack_work
 from ilqr_service.solving.warm_up import warm_up
-from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, Answer, Insert, Solve, Work
+from ilqr_service.work import FAILED, NO_SOLVE, SHED, STOPPED, EngineAnswer, Insert, Solve, Work
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.streaming.state import HorizonState
@@ -85,13 +85,13 @@ def late(run: int, index: int, serial: int = 0) -> Insert:
     return Insert(run=run, index=index, counts=counts, due_ns=2**62, serial=serial)
 
 
-def solve(engine: Engine, works: list[Work]) -> list[Answer]:
+def solve(engine: Engine, works: list[Work]) -> list[EngineAnswer]:
     """Works of different runs, split into steps; answers by run."""
     answers = [a for step in steps(works, lambda _: engine.cost) for a in engine.solve(step)]
     return sorted(answers, key=lambda a: a.work.run)
 
 
-def held(answer: Answer) -> tuple[bytes, str, int, bool, tuple[str, ...]]:
+def held(answer: EngineAnswer) -> tuple[bytes, str, int, bool, tuple[str, ...]]:
     """What must be the same to the last bit."""
     numbers = computed(answer).tobytes()
     return numbers, answer.solver, answer.work.index, answer.revised, answer.flags
@@ -196,7 +196,7 @@ def test_a_solve_cut_short_in_company_says_so_for_itself_alone(engine: Engine) -
 
 
 def test_a_bin_that_is_shed_is_in_the_window_all_the_same(engine: Engine) -> None:
-    def last(kind: str) -> Answer:
+    def last(kind: str) -> EngineAnswer:
         engine.forget(500)
         for index in range(2 * H):
             engine.solve([work(500, index, "plain")])

@@ -17,7 +17,7 @@ from feeder import UNITS, spikes
 from ilqr_clients import ServiceClient
 from ilqr_clients.session import Session
 from ilqr_service.fleet.fleet import Fleet
-from ilqr_service.fleet.placement import Load, cost, place, room
+from ilqr_service.fleet.placement import ServerLoad, cost, place, room
 from ilqr_service.journal.verify import verify
 from ilqr_service.settings import ServiceSettings
 from ilqr_vae.errors import RequestRefusedError
@@ -227,12 +227,12 @@ def test_a_member_that_goes_hands_its_sessions_over(
 
 
 def test_sessions_go_where_there_is_room() -> None:
-    even = [Load(2, 0.2, 2), Load(2, 0.1, 1), Load(4, 0.2, 3)]
+    even = [ServerLoad(2, 0.2, 2), ServerLoad(2, 0.1, 1), ServerLoad(4, 0.2, 3)]
     assert place(even) == 1
     assert cost(even) == pytest.approx(0.5 / 6)
     # what was placed and not measured yet takes room at the average cost
-    assert room(Load(2, 1.0, 12, 2), 0.1) == pytest.approx(0.6)
-    busy = [Load(2, 1.6, 4), Load(2, 1.4, 9), Load(2, 1.79, 1)]
+    assert room(ServerLoad(2, 1.0, 12, 2), 0.1) == pytest.approx(0.6)
+    busy = [ServerLoad(2, 1.6, 4), ServerLoad(2, 1.4, 9), ServerLoad(2, 1.79, 1)]
     assert place(busy) == 1
-    assert place([Load(1, 0.95, 10), Load(1, 0.89, 10)]) is None
+    assert place([ServerLoad(1, 0.95, 10), ServerLoad(1, 0.89, 10)]) is None
     assert place([]) is None

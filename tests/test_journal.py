@@ -15,17 +15,17 @@ from ilqr_clients.sdk import ServiceClient
 from ilqr_service.journal.records import (
     MAGIC,
     Answered,
-    Closed,
     Header,
-    Opened,
     Queued,
     Record,
+    RunClosed,
+    RunOpened,
     Snapshot,
     records,
     segments,
 )
 from ilqr_service.journal.resume import open_runs, take_up
-from ilqr_service.journal.verify import Verdict, verify
+from ilqr_service.journal.verify import Comparison, verify
 from ilqr_service.journal.writer import Writer
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
@@ -116,7 +116,7 @@ def test_a_service_takes_up_a_torn_journal_and_answers_again_what_was_torn(
     verdict = verify(folder, [model_file])
     (torn,) = verdict.damaged
     assert "are cut short and skipped" in torn
-    assert verdict == Verdict(1, 31, 31, damaged=[torn])
+    assert verdict == Comparison(1, 31, 31, damaged=[torn])
 
 
 def test_a_segment_torn_in_its_beginning_counts_for_nothing(
@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_loses_records_not_the_run(tmp_path: Path) -> None:
     now = 0.0
     keeper = Writer(tmp_path, header, clock=lambda: now)
     keeper.start({})
-    keeper.write(Opened(run=0, slot="main", model="m", user="", request=open_("s")))
+    keeper.write(RunOpened(run=0, slot="main", model="m", user="", request=open_("s")))
     keeper.write(worked(0))
     keeper.flush()
     (path,) = segments(tmp_path)
@@ -248,9 +248,9 @@ def test_a_restarted_service_goes_on_where_the_other_stood(
             np.testing.assert_array_equal(numbers(got), numbers(want))
         feeder.ask(messages.Close(session="s"), messages.Closed)
     verdict = verify(tmp_path / "b", [model_file])
-    assert verdict == Verdict(1, 60, 60)
+    assert verdict == Comparison(1, 60, 60)
     kinds = {type(r) for p in segments(tmp_path / "b") for r in records(p)}
-    assert {Snapshot, Closed} <= kinds
+    assert {Snapshot, RunClosed} <= kinds
 
 
 def test_a_session_whose_model_is_not_served_waits_until_it_is(

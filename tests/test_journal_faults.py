@@ -18,8 +18,8 @@ from ilqr_service.journal.live import Live, follow
 from ilqr_service.journal.records import (
     MAGIC,
     Header,
-    Opened,
     Queued,
+    RunOpened,
     Snapshot,
     frame,
     records,
@@ -30,7 +30,7 @@ from ilqr_service.journal.resume import model_of, models_of, open_runs
 from ilqr_service.journal.verify import verify
 from ilqr_service.journal.writer import Writer
 from ilqr_service.solving.run import PackedRun, pack_work
-from ilqr_service.work import Solve, Swap, Work
+from ilqr_service.work import Solve, SwapModel, Work
 from ilqr_vae.cli import main
 from ilqr_vae.errors import JournalError, ServiceError
 from ilqr_vae.protocol import messages
@@ -61,7 +61,7 @@ class Kept:
         self.now, self.folder, self.serial = 0.0, folder, 0
         self.writer = Writer(folder, header, clock=lambda: self.now, **options)  # pyright: ignore
         self.writer.start({})
-        self.writer.write(Opened(run=0, slot="main", model="m", user="", request=open_("s")))
+        self.writer.write(RunOpened(run=0, slot="main", model="m", user="", request=open_("s")))
         self.add()
 
     def add(self, after: float = 0.0) -> None:
@@ -341,7 +341,7 @@ def test_a_run_whose_swap_is_lost_goes_on_with_the_model_of_what_followed(kept: 
     runs: dict[int, Live] = {}
     state = PackedRun(run=0, model="new", serial=2, state=(), watch=(), works=())
     for record in (
-        Opened(run=0, slot="main", model="old", user="", request=open_("s")),
+        RunOpened(run=0, slot="main", model="old", user="", request=open_("s")),
         *(
             Queued(work=pack_work(Solve(run=0, index=i, serial=s, counts=None, model=m)))
             for s, i, m in ((0, 0, "old"), (2, 1, "new"))
@@ -373,13 +373,13 @@ def test_what_a_lost_record_of_a_bin_was_is_seen_from_the_next(
 ) -> None:
     writer = Writer(tmp_path, header)
     writer.start({})
-    writer.write(Opened(run=0, slot="main", model="m", user="", request=open_("s")))
+    writer.write(RunOpened(run=0, slot="main", model="m", user="", request=open_("s")))
     for serial, index, kind in kept:
         work: Work = Solve(
             run=0, index=index, counts=np.ones(7), serial=serial, restart=kind == "restart"
         )
         if kind == "swap":
-            work = Swap(run=0, index=index, serial=serial, to="n")
+            work = SwapModel(run=0, index=index, serial=serial, to="n")
         writer.write(Queued(work=pack_work(work)))
     writer.close()
     (live,) = open_runs(tmp_path)[1].values()

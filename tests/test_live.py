@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from browser import needs_chromium
 from feeder import WAIT_S
 from ilqr_clients.live.app import application
-from ilqr_clients.live.feed import KEPT, Channel, LiveFeed, Run
+from ilqr_clients.live.feed import KEPT, LiveFeed, SessionBuffer, Steering
 from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_training.evaluation.baselines import fit_rivals
 from ilqr_vae.errors import ConfigError
@@ -153,8 +153,8 @@ def test_only_this_page_steers_and_only_where_it_may() -> None:
     run = {"kind": "replay", "paused": False, "loop": False, "position": 0.0, "length": 1.0}
     run |= {"decoder": "", "decoders": [], "disturbance": {}, "secret": "s"}
     feed = LiveFeed("tcp://127.0.0.1:1", what_if=True)
-    elsewhere = Run(**(run | {"address": "tcp://192.0.2.1:1"}))
-    feed.channels["s"] = Channel(run=(elsewhere, time.monotonic()))
+    elsewhere = Steering(**(run | {"address": "tcp://192.0.2.1:1"}))
+    feed.channels["s"] = SessionBuffer(run=(elsewhere, time.monotonic()))
     with pytest.raises(ConfigError, match="a run on this machine"):
         feed.steer("s", {})
 
@@ -256,7 +256,7 @@ def test_a_person_steers_a_closed_loop_from_a_page_with_a_token(tmp_path: Path) 
 
 
 def test_a_slow_viewer_misses_the_oldest_and_costs_no_memory() -> None:
-    channel = Channel()
+    channel = SessionBuffer()
     for i in range(KEPT + 10):
         channel.add({"i": i})
     entries, position = channel.after(0)

@@ -13,7 +13,7 @@ import pytest
 
 from ilqr_training.config import TrainConfig
 from ilqr_training.fit.crops import Prepared, prepare
-from ilqr_training.fit.memory import GIB, Estimate, estimate, refuse_hopeless
+from ilqr_training.fit.memory import GIB, MemoryEstimate, estimate, refuse_hopeless
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.recordings import Recording
 from tiny import config
@@ -88,7 +88,7 @@ def test_it_grows_with_what_it_should() -> None:
 
 
 def test_what_does_not_fit_is_said_before_it_starts() -> None:
-    fits = Estimate(now=GIB, data=0, step=GIB, validation=0, available=4 * GIB)
+    fits = MemoryEstimate(now=GIB, data=0, step=GIB, validation=0, available=4 * GIB)
     assert "not fit" not in str(fits)
     assert "4.0 GiB are free" in str(fits)
     tight = replace(fits, step=8 * GIB)

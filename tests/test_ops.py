@@ -21,7 +21,7 @@ import pytest
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
 from ilqr_clients.load import quantiles
-from ilqr_clients.load_schedule import Faults, Load, schedule
+from ilqr_clients.load_schedule import Faults, LoadSize, schedule
 from ilqr_service.hygiene import Hygiene, parse_cpus
 from ilqr_service.metrics.telemetry import Telemetry
 from ilqr_service.server import Service
@@ -279,7 +279,7 @@ def test_garbage_is_collected_under_steady_load_and_all_of_it_at_times(
 
 
 def test_a_load_is_open_loop_and_drawn_from_its_seed() -> None:
-    load = Load(sessions=3, bins=100)
+    load = LoadSize(sessions=3, bins=100)
     even = schedule(load, Faults(), 0.05)
     assert len(even) == 300
     assert [at for at, s, _ in even if s == 0] == [50_000_000 * (i + 1) for i in range(100)]

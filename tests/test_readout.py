@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ilqr_training.config import ReadoutConfig
 from ilqr_training.readout.causal import Causal
-from ilqr_training.readout.fit import Bins, ReadoutFit, calibrate
+from ilqr_training.readout.fit import ReadoutBins, ReadoutFit, calibrate
 from ilqr_training.readout.fit import fit_readout as fit_bins
 from ilqr_training.readout.intervals import fit_intervals
 from ilqr_vae.model.intervals import stated
@@ -99,7 +99,7 @@ def fit_readout(
     seed: int = 0,
     quick: bool = False,
 ) -> ReadoutFit:
-    parts = [Bins.of(train, train_y)], [Bins.of(held, held_y)]
+    parts = [ReadoutBins.of(train, train_y)], [ReadoutBins.of(held, held_y)]
     return fit_bins(*parts, n, UNITS, config, seed=seed, quick=quick)
 
 

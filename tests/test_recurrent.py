@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ilqr_training.config import ReadoutConfig
-from ilqr_training.readout.fit import Bins, fit_readout
+from ilqr_training.readout.fit import ReadoutBins, fit_readout
 from ilqr_training.readout.recurrent import Recurrent, Windows, fit_recurrent
 from ilqr_vae.model.readout import Cell, ReadoutShape, read_window, run, split_recurrent
 from ilqr_vae.scoring.metrics import r2
@@ -97,14 +97,14 @@ def test_fitting_finds_what_depends_on_order_and_is_the_same_each_time() -> None
     assert not all(torch.equal(a, c) for a, _, c in pairs)
 
 
-def bins(rng: np.random.Generator, T: int, *, bent: bool) -> Bins:
+def bins(rng: np.random.Generator, T: int, *, bent: bool) -> ReadoutBins:
     windows, y = made_up(rng, T)
     x = rng.normal(size=(T, (L + 1) * n))
     x[:, L * n :] = windows.z
     recalled = np.concatenate([windows.held[:, None], windows.counts.reshape(T, -1)], 1)
     y = y if bent else x[:, :D] + 0.1 * rng.normal(size=(T, D))
     covariance = np.tile(np.eye(n), (T, 1, 1))
-    return Bins(x, y, covariance, recalled.astype(np.float32))
+    return ReadoutBins(x, y, covariance, recalled.astype(np.float32))
 
 
 @pytest.mark.parametrize("bent", [True, False])

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.monitor import Monitor, Snapshot, view
+from ilqr_clients.monitor import Monitor, ServiceState, view
 from ilqr_clients.sdk import ServiceClient, Session, model_of, reachable
 from ilqr_service.server import Service
 from ilqr_vae.cli import main
@@ -301,7 +301,7 @@ def test_the_monitors_json_has_null_for_what_an_answer_lacks(client: ServiceClie
         session.send(0, counts(1)[0])
         (answer,) = collect(session, 1)
         shed = replace(answer, kinematics_std=np.full(2, np.nan))  # as of one without a solve
-        shown = Snapshot(
+        shown = ServiceState(
             endpoint=client.endpoint,
             model=answer.model,
             ready=True,

@@ -19,7 +19,7 @@ from ilqr_service.settings import (
     loopback_endpoint,
 )
 from ilqr_service.solving.policy import Cost, Policy, steps
-from ilqr_service.work import NO_SOLVE, Insert, Solve, Swap, Work
+from ilqr_service.work import NO_SOLVE, Insert, Solve, SwapModel, Work
 from ilqr_vae.errors import ConfigError, ServiceError
 
 MS = 1_000_000
@@ -125,7 +125,7 @@ def test_a_batch_is_split_into_steps_of_one_model_and_one_kind() -> None:
     shed = replace(work(9, 0, 0), model="a", budget=NO_SOLVE)
     few = [replace(work(run, 0, 0), model="few") for run in range(20, 23)]
     alone = [replace(work(run, 0, 0), model="alone") for run in range(30, 32)]
-    one, swap = late(40, 0, 0), Swap(run=41, index=0, model="a", to="b")
+    one, swap = late(40, 0, 0), SwapModel(run=41, index=0, model="a", to="b")
     a, b = solved[::2], solved[1::2]
     assert steps([swap, *solved, one, *alone, shed, *few], costs) == [
         a, b, [shed], few[:2], few[2:], [swap], [one], alone[:1], alone[1:]

@@ -14,7 +14,7 @@ from ilqr_service.sessions.table import SessionTable
 from ilqr_service.work import (
     FAILED,
     STOPPED,
-    Answer,
+    EngineAnswer,
     EngineInfo,
     Solve,
     Work,
@@ -63,8 +63,8 @@ def bin_(at: int, **changes: Any) -> messages.Bin:
     return messages.Bin(**(fields | changes))
 
 
-def answer(work: Work, solver: str = "converged", start: int = 0, end: int = 1) -> Answer:
-    return Answer(
+def answer(work: Work, solver: str = "converged", start: int = 0, end: int = 1) -> EngineAnswer:
+    return EngineAnswer(
         work=work,
         latent=np.zeros(2),
         latent_std=np.ones(2),

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import structs
 
-from ilqr_service.work import NO_SOLVE, SHED, Insert, Swap
+from ilqr_service.work import NO_SOLVE, SHED, Insert, SwapModel
 from ilqr_vae.protocol import messages
 from test_sessions import INFO, MS, answer, bin_, open_, refused, started, table
 
@@ -128,7 +128,7 @@ def test_slots_serve_sessions_by_name_or_model_and_swap_at_a_bin() -> None:
     t.receive(b"f", open_("c"), 0)
     t.receive(b"f", bin_(0, session="a"), 0)
     swapped = t.swap("fine", replace(t.slots["fine"], model="newer")).work
-    assert [(w.to, w.model, w.serial) for w in swapped if isinstance(w, Swap)] == [
+    assert [(w.to, w.model, w.serial) for w in swapped if isinstance(w, SwapModel)] == [
         ("newer", "other", 1),
         ("newer", "other", 0),
     ]

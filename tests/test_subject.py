@@ -15,23 +15,23 @@ from ilqr_vae.recordings import NwbSpec, RecordingSpec, load_recording
 from ilqr_vae.scoring.baselines import WienerFilter
 from ilqr_vae.scoring.metrics import r2
 from ilqr_vae.simulated.centre_out import REACH, CentreOut, target_position
-from ilqr_vae.simulated.subject import LATENTS, Session, Subject, simulate_session
+from ilqr_vae.simulated.subject import LATENTS, SimulatedSession, Subject, simulate_session
 
 
 @pytest.fixture(scope="module")
-def session() -> Session:
+def session() -> SimulatedSession:
     return simulate_session(5, minutes=4, units=100)
 
 
 @pytest.fixture(scope="module")
-def wiener(session: Session) -> WienerFilter:
+def wiener(session: SimulatedSession) -> WienerFilter:
     recording = session.to_recording()
     assert recording.kinematics is not None
     a, b = round(0.6 * len(recording)), round(0.75 * len(recording))
     return WienerFilter.fit(recording.counts, recording.kinematics, train=(0, a), validation=(a, b))
 
 
-def test_rates_and_movements_are_realistic(session: Session) -> None:
+def test_rates_and_movements_are_realistic(session: SimulatedSession) -> None:
     assert session.rates.min() > 0.5
     assert session.rates.max() < 80
     assert 4 < np.median(session.rates) < 20
@@ -53,7 +53,7 @@ def test_rates_and_movements_are_realistic(session: Session) -> None:
 
 
 def test_a_wiener_filter_finds_it_neither_trivial_nor_hopeless(
-    session: Session, wiener: WienerFilter
+    session: SimulatedSession, wiener: WienerFilter
 ) -> None:
     recording = session.to_recording()
     assert recording.kinematics is not None
@@ -112,7 +112,9 @@ def test_it_sets_out_for_the_centre_when_the_cursor_starts_elsewhere() -> None:
     assert np.hypot(*cursor) < 0.02
 
 
-def test_a_decoder_in_the_loop_reaches_the_targets(session: Session, wiener: WienerFilter) -> None:
+def test_a_decoder_in_the_loop_reaches_the_targets(
+    session: SimulatedSession, wiener: WienerFilter
+) -> None:
     subject, task = Subject(session.seed, units=100), CentreOut(1)
     cursor, state = np.zeros(2), wiener.init()
     while task.time < 90:

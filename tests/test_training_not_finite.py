@@ -12,7 +12,7 @@ from ilqr_training.config import TrainConfig
 from ilqr_training.fit.build import build_model
 from ilqr_training.fit.checkpoint import EarlyStopping
 from ilqr_training.fit.crops import Crops, prepare
-from ilqr_training.fit.loop import Run, gradient_step, start
+from ilqr_training.fit.loop import TrainingRun, gradient_step, start
 from ilqr_training.fit.not_finite import find_not_finite
 from ilqr_vae.errors import TrainingError
 from ilqr_vae.inference.elbo import Bound
@@ -27,7 +27,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recording(path, n_units=6)
 
 
-def fresh_run(recording: Path) -> tuple[Run, TrainConfig]:
+def fresh_run(recording: Path) -> tuple[TrainingRun, TrainConfig]:
     settings = config()
     data = prepare(load_recording(recording, settings.data), settings.data, chunk=15)
     model = build_model(settings.model, data)

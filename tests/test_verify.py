@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from feeder import UNITS, Feeder, bin_, open_, spikes
 from ilqr_service.journal.journal import versions
 from ilqr_service.journal.records import MAGIC, Answered, Header, frame, records, segments
-from ilqr_service.journal.verify import Verdict, verify
+from ilqr_service.journal.verify import Comparison, verify
 from ilqr_vae.cli import main
 from ilqr_vae.protocol import messages
 from rig import make_model, serving
@@ -63,7 +63,7 @@ def test_a_journal_run_again_gives_the_same_bits(journal: Path, model_file: Path
     verdict = verify(journal, [model_file])
     assert verdict.runs == 3
     assert verdict.answers >= 330
-    assert verdict == Verdict(3, verdict.answers, verdict.answers)
+    assert verdict == Comparison(3, verdict.answers, verdict.answers)
     statuses, revisions = set[str](), set[int]()
     for path in segments(journal):
         for record in records(path):
@@ -177,7 +177,7 @@ def test_each_part_is_run_again_with_the_settings_it_was_served_with(
         feeder.send(*(bin_("s", i, counts[i]) for i in range(30, 40)))
         feeder.send(*(bin_("new", i, counts[i]) for i in range(20)))
         feeder.results(30)
-    assert verify(folder, [model_file]) == Verdict(2, 60, 60)
+    assert verify(folder, [model_file]) == Comparison(2, 60, 60)
 
 
 def test_one_altered_bit_is_found(journal: Path, model_file: Path, tmp_path: Path) -> None:

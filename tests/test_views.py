@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ilqr_clients.monitor import Snapshot, view
+from ilqr_clients.monitor import ServiceState, view
 from ilqr_vae.cli import GROUP
 from ilqr_vae.protocol.clock import ClockOffset
 from ilqr_vae.protocol.requests import SessionInfo
@@ -160,7 +160,7 @@ def test_the_monitor_fits_a_small_terminal() -> None:
         )
         for i in range(5)
     )
-    shown = Snapshot(
+    shown = ServiceState(
         endpoint="tcp://127.0.0.1:5555",
         model="0123456789ab",
         ready=True,

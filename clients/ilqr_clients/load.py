@@ -19,7 +19,7 @@ import zmq
 from ilqr_clients.connection import Closing
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.listener import PATIENCE_S
-from ilqr_clients.load_schedule import Faults, Load, Send, completed, counts_of, schedule
+from ilqr_clients.load_schedule import Faults, LoadSize, Send, completed, counts_of, schedule
 from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
 from ilqr_vae.errors import ServiceError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
@@ -40,7 +40,7 @@ class Stamps(NamedTuple):
 
 
 @dataclass(slots=True)
-class Outcome:
+class LoadResult:
     """Results of a load.
 
     Attributes:
@@ -174,7 +174,7 @@ class Generator(Closing):
     def __init__(
         self,
         endpoint: str,
-        load: Load,
+        load: LoadSize,
         faults: Faults,
         *,
         prefix: str = "load",
@@ -184,7 +184,7 @@ class Generator(Closing):
         self._timer: Clock = timer or MonotonicClock()
         self._endpoint = endpoint
         self.load, self.faults, self.keep = load, faults, keep
-        self.outcome = Outcome()
+        self.outcome = LoadResult()
         self.names = [f"{prefix}-{k}" for k in range(load.sessions)]
         with ServiceClient(endpoint, timer=self._timer) as service:
             described = service.describe()
@@ -236,7 +236,7 @@ class Generator(Closing):
                 )
             self._take(0.1)
 
-    def run(self, plan: Sequence[tuple[int, int, int]] | None = None) -> Outcome:
+    def run(self, plan: Sequence[tuple[int, int, int]] | None = None) -> LoadResult:
         """Send every bin at its time, receive the answers, then close the sessions.
 
         Args:

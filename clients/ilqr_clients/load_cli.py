@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ilqr_clients.load import Generator
-from ilqr_clients.load_schedule import Faults, Load
+from ilqr_clients.load_schedule import Faults, LoadSize
 from ilqr_clients.replay_cli import parse_deadline
 from ilqr_clients.sdk import ServiceClient, model_of
 from ilqr_vae.files import STDOUT, check_writable, write_whole
@@ -70,7 +70,7 @@ def command(
     deadline = parse_deadline(deadline_ms or None, 0.0)
     with ServiceClient(to) as service:
         width = model_of(service.describe()).bin_width
-    load = Load(
+    load = LoadSize(
         sessions=sessions,
         bins=warm_up + max(1, round(duration * speed / width)),
         warm_up=warm_up,

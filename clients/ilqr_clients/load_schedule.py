@@ -34,7 +34,7 @@ class Faults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class LoadSize:
     """Size of a load.
 
     Attributes:
@@ -67,7 +67,7 @@ class Send(NamedTuple):
     bin: int
 
 
-def completed(load: Load, faults: Faults, bin_width: float) -> NDArray[np.float64]:
+def completed(load: LoadSize, faults: Faults, bin_width: float) -> NDArray[np.float64]:
     """When each bin is complete, (sessions, bins), nanoseconds from the start.
 
     Each session has a phase of its own within a bin; that of the first is zero.
@@ -77,7 +77,7 @@ def completed(load: Load, faults: Faults, bin_width: float) -> NDArray[np.float6
     return bin_width / load.speed * 1e9 * (phases[:, None] + np.arange(1, load.bins + 1))
 
 
-def schedule(load: Load, faults: Faults, bin_width: float) -> list[Send]:
+def schedule(load: LoadSize, faults: Faults, bin_width: float) -> list[Send]:
     """All sends in order of time."""
     rng = np.random.default_rng(faults.seed)
     width = bin_width / load.speed * 1e9
@@ -100,7 +100,7 @@ def schedule(load: Load, faults: Faults, bin_width: float) -> list[Send]:
     return sorted(sends)
 
 
-def counts_of(load: Load, faults: Faults, session: int, n_units: int) -> NDArray[np.int64]:
+def counts_of(load: LoadSize, faults: Faults, session: int, n_units: int) -> NDArray[np.int64]:
     """The counts (T, N) of one session."""
     rng = np.random.default_rng([faults.seed, session])
     return rng.poisson(load.rate, (load.bins, n_units))

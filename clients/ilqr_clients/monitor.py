@@ -31,7 +31,7 @@ from ilqr_vae.terminal import visible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class ServiceState:
     """A service at one moment.
 
     Attributes:
@@ -155,7 +155,7 @@ class Monitor(Closing):
                 if message.published_ns >= self._listened.get(message.session, 0):
                     self._live.add(message.session)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> ServiceState:
         """Ask now. Raises ServiceError where the service has gone away."""
         described = self._service.describe()
         sessions = self._service.sessions()
@@ -177,7 +177,7 @@ class Monitor(Closing):
             if info.session in self._bins
         }
         self._bins = {info.session: info.bins for info in sessions}
-        return Snapshot(
+        return ServiceState(
             endpoint=self._service.endpoint,
             model=described.model,
             ready=described.ready,
@@ -203,7 +203,7 @@ def _ways(answer: Answer, clock: ClockOffset, *, live: bool) -> str:
     return ", ".join(parts)
 
 
-def view(snapshot: Snapshot, width: int = WIDTH, height: int | None = None) -> Text:
+def view(snapshot: ServiceState, width: int = WIDTH, height: int | None = None) -> Text:
     """A snapshot for a terminal of that width; as many sessions are told of as its height holds."""
     ready = ("ready", "green") if snapshot.ready else ("not ready", "yellow")
     where = visible(f"model {snapshot.model} on {snapshot.device}")
@@ -227,11 +227,11 @@ def view(snapshot: Snapshot, width: int = WIDTH, height: int | None = None) -> T
     return Text("\n").join(lines[:height])
 
 
-def _clocks(snapshot: Snapshot) -> str:
+def _clocks(snapshot: ServiceState) -> str:
     return str(ClockTrack(snapshot.clock, snapshot.clock))
 
 
-def _table(snapshot: Snapshot, sessions: list[messages.SessionInfo]) -> Table:
+def _table(snapshot: ServiceState, sessions: list[messages.SessionInfo]) -> Table:
     rows = [
         (
             visible(f"{info.session}" + (f" #{info.epoch}" if info.epoch else "")),
@@ -247,7 +247,7 @@ def _table(snapshot: Snapshot, sessions: list[messages.SessionInfo]) -> Table:
     return Table("Sessions", "", columns, tuple(rows))
 
 
-def _details(snapshot: Snapshot, info: messages.SessionInfo, width: int) -> list[Text]:
+def _details(snapshot: ServiceState, info: messages.SessionInfo, width: int) -> list[Text]:
     """What there is to say of one session beside its numbers."""
     answer = snapshot.newest.get(info.session)
     rows: list[tuple[str, str, str]] = []

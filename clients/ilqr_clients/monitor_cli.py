@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ilqr_clients.monitor import Monitor, Snapshot, view
+from ilqr_clients.monitor import Monitor, ServiceState, view
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.terminal import console
@@ -69,6 +69,6 @@ def monitor(
         ) from error
 
 
-def _fitting(shown: Snapshot, screen: Console) -> Text:
+def _fitting(shown: ServiceState, screen: Console) -> Text:
     """The view for the terminal as large as it is now."""
     return view(shown, screen.width, screen.height if screen.is_terminal else None)

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from ilqr_clients.connection import Closing, reachable
 from ilqr_clients.listener import ENDS, Topic
-from ilqr_clients.record_log import Heard, RecordLog, Service
+from ilqr_clients.record_log import Heard, RecordedService, RecordLog
 from ilqr_clients.sdk import ServiceClient
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.protocol import messages
@@ -68,7 +68,7 @@ class Recorder(Closing):
         self.written: dict[Path, int] = {}
         self._out, self._session, self._about = out, session, about or About()
         self._follow, self._force, self._say = follow, force, say
-        self._service: Service | None = None
+        self._service: RecordedService | None = None
         self._run: Decoded | None = None
         self._done_ns = self._newest_ns = 0
         self._dirty, self._refreshed, self._took = False, 0.0, 0.0
@@ -128,7 +128,7 @@ class Recorder(Closing):
         """What an earlier recorder heard."""
         assert self._log is not None
         for record in self._log.read():
-            if isinstance(record, Service):
+            if isinstance(record, RecordedService):
                 self._service, self._path = record, Path(record.path)
             else:
                 message = messages.decode_published(record.frame)
@@ -145,7 +145,7 @@ class Recorder(Closing):
         manifests = dict(self._service.manifests) if self._service is not None else {}
         manifests[described.model] = described.manifest
         endpoint = self._client.endpoint
-        self._service = Service(
+        self._service = RecordedService(
             endpoint, self._session, at_ns, clock_ns, manifests, str(self._path)
         )
         self._log.add(self._service)
@@ -202,7 +202,9 @@ class Recorder(Closing):
         if isinstance(message, messages.Result) and not self._run.units:
             self._name_units(self._run, message)
 
-    def _begin(self, message: messages.Result | messages.Event, service: Service) -> Decoded:
+    def _begin(
+        self, message: messages.Result | messages.Event, service: RecordedService
+    ) -> Decoded:
         return Decoded(
             session=self._session,
             epoch=message.epoch,

@@ -23,7 +23,7 @@ _MAX_RECORD = 64 * MIB
 _SYNC_S = 1.0
 
 
-class Service(msgspec.Struct, frozen=True, tag="service", array_like=True):
+class RecordedService(msgspec.Struct, frozen=True, tag="service", array_like=True):
     """The service that follows.
 
     Attributes:
@@ -47,7 +47,7 @@ class Heard(msgspec.Struct, frozen=True, tag="heard", array_like=True):
     frame: bytes
 
 
-Record = Service | Heard
+Record = RecordedService | Heard
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ilqr_clients.player import Player, as_played
-from ilqr_clients.replay_report import Ending, Run, arrays_of, report_of
+from ilqr_clients.replay_report import Ending, Replay, arrays_of, report_of
 from ilqr_clients.replay_view import LiveReplay, status_text
 from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
 from ilqr_clients.span import part_of
@@ -125,7 +125,7 @@ def _ending(service: ServiceClient, session: Session) -> Ending:
     return Ending(clock=service.clock(), flagged=flagged, unit_notices=said, events=events)
 
 
-def _as_played(run: Run, log: StreamLog, player: Player, steering: Steering) -> Run:
+def _as_played(run: Replay, log: StreamLog, player: Player, steering: Steering) -> Replay:
     """The run as it was steered, where it was."""
     played = player.played
     others = {name: np.array(values) for name, values in played.decoders.items()}
@@ -247,7 +247,7 @@ def replay(
             part = part_of(model, recording, spec_from(config, model), chosen)
             read, start, stop = part.recording, part.start, part.stop
             first = warmup_start(start)
-            run = Run(
+            run = Replay(
                 part=part,
                 model=model,
                 first=first,

@@ -23,7 +23,7 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Replay:
     """What was streamed: bins [first, stop) of the part's recording, scored from its start.
 
     Attributes:
@@ -71,7 +71,7 @@ class Run:
         return log.bits_per_spike(np.flatnonzero(self.part.inside) - self.first)
 
 
-def _scores(run: Run, log: StreamLog) -> Scores | None:
+def _scores(run: Replay, log: StreamLog) -> Scores | None:
     recording, names = run.recording, run.model.kinematic_names
     if recording.kinematics is None or not names:
         return None
@@ -90,7 +90,7 @@ def _scores(run: Run, log: StreamLog) -> Scores | None:
     )
 
 
-def _notes(run: Run, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
+def _notes(run: Replay, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:
     notes = [*run.part.notes, *run.recording.notes] + (
         list(scores.notes) if scores is not None else []
     )
@@ -137,7 +137,7 @@ def _unit_notes(ending: Ending) -> tuple[str, ...]:
 
 
 def _facts(
-    run: Run, log: StreamLog, scores: Scores | None, total: dict[str, float]
+    run: Replay, log: StreamLog, scores: Scores | None, total: dict[str, float]
 ) -> dict[str, str]:
     facts: dict[str, str] = {}
     if scores is not None:
@@ -171,7 +171,7 @@ class Ending:
     events: tuple[tuple[int, str], ...] = ()
 
 
-def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
+def report_of(run: Replay, log: StreamLog, ending: Ending) -> ReportData:
     """Score a run and gather what its report shows. Scored bins only; warm-up is left out."""
     rows = run.rows
     clock = ClockTrack(run.clock, ending.clock)
@@ -239,7 +239,7 @@ def report_of(run: Run, log: StreamLog, ending: Ending) -> ReportData:
     )
 
 
-def _extra(run: Run, log: StreamLog, elapsed: float) -> dict[str, Any]:
+def _extra(run: Replay, log: StreamLog, elapsed: float) -> dict[str, Any]:
     status = log.status[run.rows]
     return {
         "model": run.model.model_id,
@@ -273,7 +273,7 @@ def _inputs(log: StreamLog, rows: slice) -> NDArray[np.float64]:
     return np.empty((len(log.status[rows]), 0)) if found is None else found
 
 
-def arrays_of(run: Run, log: StreamLog) -> dict[str, NDArray[Any]]:
+def arrays_of(run: Replay, log: StreamLog) -> dict[str, NDArray[Any]]:
     """What the scored bins were answered, for comparing runs: first answers, NaN for none."""
     rows = run.rows
     return {

@@ -10,7 +10,7 @@ import msgspec
 import torch
 import typer
 
-from ilqr_service.journal.verify import Verdict, verify
+from ilqr_service.journal.verify import Comparison, verify
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT, check_writable, write_whole
 from ilqr_vae.progress import Bar
@@ -54,7 +54,7 @@ def command(
         raise typer.Exit(1)
 
 
-def summary(verdict: Verdict) -> str:
+def summary(verdict: Comparison) -> str:
     """One line that says what was found."""
     text = (
         f"{verdict.answers} answers of {verdict.runs} runs: {verdict.identical} identical to the "

@@ -137,16 +137,16 @@ class Insert(_Bin, frozen=True, kw_only=True, gc=False):
     from there."""
 
 
-class Swap(_Queued, frozen=True, kw_only=True, gc=False):
+class SwapModel(_Queued, frozen=True, kw_only=True, gc=False):
     """Go on with the model ``to``, its window refilled from the bins of the run."""
 
     to: str
 
 
-Work = Solve | Insert | Swap
+Work = Solve | Insert | SwapModel
 
 
-class Answer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
+class EngineAnswer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
     """The engine's answer for one bin.
 
     Attributes:
@@ -181,7 +181,7 @@ class Answer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
     used: NDArray[np.bool_] | None = None
 
 
-def status_of(answer: Answer, published_ns: int) -> Status:
+def status_of(answer: EngineAnswer, published_ns: int) -> Status:
     """The flag an answer goes out with: a pure function of the answer and the clock.
 
     First that holds: ``missing`` (no bin came), ``extrapolated`` (a bin came and the answer is a

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from ilqr_training.adaptation.adapt import Adaptation, adapt
-from ilqr_training.adaptation.units import Verdict
+from ilqr_training.adaptation.units import UnitVerdict
 from ilqr_training.options import JsonFile, RecordingFile, Threads, use_threads
 from ilqr_vae.artifact import Artifact, load_artifact, save_artifact
 from ilqr_vae.errors import ConfigError, RecordingError, TrainingError
@@ -76,7 +76,7 @@ def _recording(
 
 
 def _told(made: Adaptation) -> list[str]:
-    lines = [f"{made.count(verdict):>5} units: {verdict.value}" for verdict in Verdict]
+    lines = [f"{made.count(verdict):>5} units: {verdict.value}" for verdict in UnitVerdict]
     if made.gone:
         lines.append(f"{len(made.gone):>5} units of the model are not in the recording")
     was, now = made.bits

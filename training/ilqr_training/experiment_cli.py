@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from ilqr_training.decode_cli import EXAMPLE as DECODE_EXAMPLE
 from ilqr_training.decode_cli import decode
 from ilqr_training.experiments import NAMES, SUMMARIES, find
-from ilqr_training.experiments.driver import Outcome
+from ilqr_training.experiments.driver import ExperimentResult
 from ilqr_training.options import Threads, use_threads
 from ilqr_vae.errors import ConfigError, did_you_mean
 from ilqr_vae.files import STDOUT, check_writable, read_toml, replacing, write_whole
@@ -52,7 +52,7 @@ def settings_of(name: str, config: Path | None) -> msgspec.Struct:
     return kind() if config is None else read_toml(config, kind)
 
 
-def _picture(outcome: Outcome, path: Path) -> None:
+def _picture(outcome: ExperimentResult, path: Path) -> None:
     from matplotlib.figure import Figure
 
     if outcome.draw is None:

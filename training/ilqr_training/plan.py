@@ -18,7 +18,7 @@ from ilqr_vae.recordings.joined import join
 from ilqr_vae.report.table import Section, named
 
 
-class Plan(msgspec.Struct, frozen=True):
+class TrainingPlan(msgspec.Struct, frozen=True):
     """What training would do.
 
     Attributes:
@@ -51,7 +51,7 @@ class Plan(msgspec.Struct, frozen=True):
     seconds: float | None = None
 
 
-def plan_of(config: TrainConfig, recordings: list[Path]) -> Plan:
+def plan_of(config: TrainConfig, recordings: list[Path]) -> TrainingPlan:
     """Read the recordings as training would and stop there.
 
     Raises:
@@ -62,7 +62,7 @@ def plan_of(config: TrainConfig, recordings: list[Path]) -> Plan:
     needed, r = estimate(config, data), data.recording
     channels = zip(r.kinematic_names, r.kinematic_units, strict=True)
     kept = set(r.unit_names)
-    return Plan(
+    return TrainingPlan(
         recordings=[path.name for path in recordings],
         units=list(r.unit_names),
         left_out=[name for name in read.unit_names if name not in kept],
@@ -90,7 +90,7 @@ def _data(config: TrainConfig, recordings: list[Path]) -> tuple[Recording, Prepa
     return read, prepare(read, data, chunk=config.training.chunk)
 
 
-def sections_of(plan: Plan) -> list[Section]:
+def sections_of(plan: TrainingPlan) -> list[Section]:
     """A plan for the terminal."""
     loop, model, width = plan.settings.training, plan.settings.model, plan.bin_width
     seconds = {span: (b - a) * width for span, (a, b) in plan.split.items()}

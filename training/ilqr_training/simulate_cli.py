@@ -16,7 +16,7 @@ from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.progress import Bar
 from ilqr_vae.recordings import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
 from ilqr_vae.recordings.checks import missing_extra
-from ilqr_vae.simulated.subject import RESOLUTION, TICK, Session, simulate_session
+from ilqr_vae.simulated.subject import RESOLUTION, TICK, SimulatedSession, simulate_session
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -58,7 +58,7 @@ def simulate(
     )
 
 
-def write_session(path: Path, session: Session, *, force: bool = False) -> Path:
+def write_session(path: Path, session: SimulatedSession, *, force: bool = False) -> Path:
     """Write a simulated session as NWB. Raises RecordingError (see ``write_nwb``)."""
     trials = session.trials
     return write_nwb(
@@ -118,7 +118,7 @@ def write_session(path: Path, session: Session, *, force: bool = False) -> Path:
     )
 
 
-def summarise(path: Path, session: Session) -> dict[str, Any]:
+def summarise(path: Path, session: SimulatedSession) -> dict[str, Any]:
     """A summary of the session, ready for JSON."""
     return {
         "file": str(path),

@@ -14,7 +14,7 @@ from ilqr_training.distributed.space import parse
 from ilqr_training.distributed.sweep import (
     Method,
     Objective,
-    Plan,
+    SweepPlan,
     Trial,
     stamp_of,
     table,
@@ -88,7 +88,7 @@ def sweep(
     settings = overridden(load_config(config), steps=steps)
     axes = parse(search, settings)
     read = load_recording(recording, settings.data)
-    plan = Plan(
+    plan = SweepPlan(
         config=settings,
         recording=str(recording.absolute()),
         stamp=stamp_of(recording),
@@ -129,7 +129,7 @@ def sweep(
     )
 
 
-def _shown(rows: list[Trial], plan: Plan) -> Table:
+def _shown(rows: list[Trial], plan: SweepPlan) -> Table:
     keys = tuple(axis.key for axis in plan.axes)
     cells = tuple(
         (
@@ -144,7 +144,7 @@ def _shown(rows: list[Trial], plan: Plan) -> Table:
     return Table("Trials", "", ("state", *keys, "validations", "seeds", plan.objective), cells)
 
 
-def _draw(rows: list[Trial], plan: Plan, path: Path) -> None:
+def _draw(rows: list[Trial], plan: SweepPlan, path: Path) -> None:
     from ilqr_vae import plots
 
     scored = [row for row in rows if row.score is not None]

@@ -17,7 +17,7 @@ from ilqr_training.fit.curves import log_folder
 from ilqr_training.fit.joint import session_path, train_sessions
 from ilqr_training.fit.train import checkpoint_path, train
 from ilqr_training.options import JsonFile, Steps, Threads, use_threads
-from ilqr_training.plan import Plan, plan_of, sections_of
+from ilqr_training.plan import TrainingPlan, plan_of, sections_of
 from ilqr_vae.artifact import Manifest
 from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
@@ -196,7 +196,7 @@ def _show_scores(manifest: Manifest, beside: dict[str, float], screen: Console) 
     screen.print(f"  bits per spike {number(scores['bits_per_spike'])}")
 
 
-def _say_plan(plan: Plan, json_file: Path | None) -> None:
+def _say_plan(plan: TrainingPlan, json_file: Path | None) -> None:
     if json_file is not None:
         write_whole(json_file, msgspec.json.format(msgspec.json.encode(plan)).decode() + "\n")
     show_sections(sections_of(plan), console(soft_wrap=True, stderr=json_file == STDOUT))

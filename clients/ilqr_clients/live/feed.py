@@ -43,7 +43,7 @@ Numbers = Annotated[list[float | None], msgspec.Meta(max_length=64)]
 Place = Annotated[list[float], msgspec.Meta(min_length=2, max_length=2)]
 
 
-class Row(msgspec.Struct, omit_defaults=True):
+class KinematicsRow(msgspec.Struct, omit_defaults=True):
     """One row of the event ``kinematics`` (docs/protocol.md)."""
 
     bin: int
@@ -56,10 +56,10 @@ class Row(msgspec.Struct, omit_defaults=True):
 
 
 class _Rows(msgspec.Struct):
-    rows: Annotated[list[Row], msgspec.Meta(max_length=1000)]
+    rows: Annotated[list[KinematicsRow], msgspec.Meta(max_length=1000)]
 
 
-class Run(msgspec.Struct):
+class Steering(msgspec.Struct):
     """The event ``steering`` (docs/protocol.md)."""
 
     address: str
@@ -128,7 +128,7 @@ def _topics(session: str) -> tuple[bytes, ...]:
 
 
 @dataclass
-class Channel:
+class SessionBuffer:
     """One session's buffer.
 
     Attributes:
@@ -144,7 +144,7 @@ class Channel:
     newest: int = -1
     begun: int = 0
     status: str = "ok"
-    run: tuple[Run, float] | None = None
+    run: tuple[Steering, float] | None = None
 
     def begin(self, message: messages.Result | messages.Detail | messages.Event) -> None:
         """Forget what is of another run of the session."""
@@ -172,7 +172,7 @@ class Channel:
         found = list(islice(self.entries, start, start + most))
         return found, self.written - missing + len(found)
 
-    def steered(self) -> Run | None:
+    def steered(self) -> Steering | None:
         """How it can be steered now, if it can."""
         if self.run is None or time.monotonic() - self.run[1] > _STEERED_S:
             return None
@@ -198,7 +198,7 @@ class LiveFeed:
         self.endpoint, self._timeout, self.what_if = endpoint, timeout, what_if
         self.lock = threading.Lock()
         self.state: dict[str, Any] = {"endpoint": endpoint, "reachable": False, "sessions": []}
-        self.channels: dict[str, Channel] = {}
+        self.channels: dict[str, SessionBuffer] = {}
         self.alarms: deque[dict[str, Any]] = deque(maxlen=KEPT_ALARMS)
         # so that numbers grow over a restart of this process too, and JavaScript can count them
         self._numbered = time.time_ns() // 1_000_000
@@ -330,7 +330,7 @@ class LiveFeed:
         with Remote(run.address, run.secret) as remote:
             return remote.change(**change)
 
-    def _event(self, event: messages.Event, channel: Channel) -> None:
+    def _event(self, event: messages.Event, channel: SessionBuffer) -> None:
         """Keep an event. One named as the page's own, but without its fields, is a plain one."""
         try:
             if event.name == "kinematics":
@@ -338,7 +338,7 @@ class LiveFeed:
                     channel.add({"t": msgspec.to_builtins(row)})
                 return
             if event.name == "steering":
-                channel.run = msgspec.convert(event.payload, Run), time.monotonic()
+                channel.run = msgspec.convert(event.payload, Steering), time.monotonic()
                 return
         except msgspec.ValidationError:
             pass
@@ -359,7 +359,7 @@ class LiveFeed:
                     self._alarm("notice", message.what, message.session)
                 continue
             with self.lock:
-                channel = self.channels.setdefault(message.session, Channel())
+                channel = self.channels.setdefault(message.session, SessionBuffer())
                 channel.begin(message)
             if isinstance(message, messages.Result):
                 answer = Answer.of(message, service.timer.now_ns())

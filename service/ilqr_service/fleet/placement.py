@@ -14,7 +14,7 @@ _PLENTY = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class ServerLoad:
     """What a server does.
 
     Attributes:
@@ -30,18 +30,18 @@ class Load:
     placed: int = 0
 
 
-def cost(loads: Sequence[Load]) -> float:
+def cost(loads: Sequence[ServerLoad]) -> float:
     """Cores that a session takes on average; 0 where none was measured."""
     seen = sum(load.sessions - load.placed for load in loads)
     return sum(load.busy for load in loads) / seen if seen else 0.0
 
 
-def room(load: Load, each: float) -> float:
+def room(load: ServerLoad, each: float) -> float:
     """Cores that are free on a server where each session takes ``each``."""
     return _FULL * load.cores - load.busy - each * load.placed
 
 
-def place(loads: Sequence[Load]) -> int | None:
+def place(loads: Sequence[ServerLoad]) -> int | None:
     """Which server takes one more session; None where all are full.
 
     Of the servers with plenty of room the one with the fewest sessions a core: what few sessions

@@ -11,12 +11,12 @@ import msgspec
 
 from ilqr_service.journal.records import (
     Answered,
-    Closed,
     Deployed,
     Happened,
     Header,
-    Opened,
     Queued,
+    RunClosed,
+    RunOpened,
     segments,
 )
 from ilqr_service.journal.verify import stream
@@ -28,7 +28,7 @@ _NAMED = 12
 """Most names of events that are shown of a run."""
 
 
-class Run(msgspec.Struct):
+class RecordedRun(msgspec.Struct):
     """A session's run, from its opening to its end.
 
     Attributes:
@@ -59,7 +59,7 @@ class Run(msgspec.Struct):
     events: dict[str, int] = {}
 
 
-class Contents(msgspec.Struct):
+class JournalContents(msgspec.Struct):
     """A journal. ``damage``: a line for everything that is odd about its files."""
 
     folder: str
@@ -68,19 +68,19 @@ class Contents(msgspec.Struct):
     lost: int
     versions: dict[str, str]
     models: dict[str, str]
-    runs: list[Run]
+    runs: list[RecordedRun]
     damage: list[str]
 
 
-def contents_of(folder: Path) -> Contents:
+def contents_of(folder: Path) -> JournalContents:
     """Read a journal through once. Raises JournalError: no journal, or not of this version."""
     paths, damage = segments(folder), list[str]()
     if not paths:
         expected = "a journal's folder, with files NUMBER.journal"
         raise JournalError("journal", expected=expected, got=str(folder))
     size = sum(path.stat().st_size for path in paths) / 1e6
-    made = Contents(str(folder), len(paths), size, 0, {}, {}, [], damage)
-    runs: dict[int, Run] = {}
+    made = JournalContents(str(folder), len(paths), size, 0, {}, {}, [], damage)
+    runs: dict[int, RecordedRun] = {}
     newest: dict[int, dict[int, tuple[int, str]]] = {}
     taken: dict[int, set[int]] = {}
     events: dict[int, dict[tuple[str, int], str]] = {}
@@ -92,10 +92,10 @@ def contents_of(folder: Path) -> Contents:
                 made.models |= {name: _model(each) for name, each in record.manifests.items()}
             case Deployed():
                 made.models[record.model] = _model(record.manifest)
-            case Opened():
+            case RunOpened():
                 asked = record.request
                 units, width = len(asked.units), asked.bin_width_ns / 1e6
-                begun = Run(
+                begun = RecordedRun(
                     asked.session, asked.epoch, record.run, record.model, record.user, width, units
                 )
                 runs.setdefault(record.run, begun).model = record.model
@@ -111,7 +111,7 @@ def contents_of(folder: Path) -> Contents:
             case Happened() if record.run in runs:  # segments begin with those of the one before
                 event = record.event
                 events.setdefault(record.run, {})[event.source, event.index] = event.name
-            case Closed() if record.run in runs:
+            case RunClosed() if record.run in runs:
                 runs[record.run].end = record.what
             case _:
                 pass
@@ -124,7 +124,10 @@ def contents_of(folder: Path) -> Contents:
 
 
 def _answered(
-    run: Run, result: messages.Result, newest: dict[int, tuple[int, str]], header: Header | None
+    run: RecordedRun,
+    result: messages.Result,
+    newest: dict[int, tuple[int, str]],
+    header: Header | None,
 ) -> None:
     if newest.get(result.index, (-1, ""))[0] < result.revision:
         newest[result.index] = result.revision, result.status
@@ -142,7 +145,7 @@ def _model(manifest: dict[str, Any]) -> str:
     return f"{units} units, {width * 1e3:g} ms bins; decodes {decodes}"
 
 
-def look(folder: Path) -> tuple[Contents, list[Section]]:
+def look(folder: Path) -> tuple[JournalContents, list[Section]]:
     """A journal's contents, and as ``ilqr-vae inspect`` shows them. Raises JournalError."""
     found = contents_of(folder)
     about = {
@@ -158,11 +161,11 @@ def look(folder: Path) -> tuple[Contents, list[Section]]:
     return found, [section for section in sections if section.rows]
 
 
-def _name(run: Run) -> str:
+def _name(run: RecordedRun) -> str:
     return f"{run.session}, epoch {run.epoch}"
 
 
-def _said(run: Run) -> str:
+def _said(run: RecordedRun) -> str:
     statuses = ", ".join(f"{n} {status}" for status, n in sorted(run.statuses.items()))
     names = list(run.events.items())
     events = ", ".join(f"{n} {name}" for name, n in names[:_NAMED])

@@ -13,12 +13,12 @@ from ilqr_service.journal.records import (
     Deployed,
     Happened,
     Header,
-    Opened,
     Queued,
+    RunOpened,
 )
 from ilqr_service.journal.verify import stream
 from ilqr_service.solving.run import unpack_work
-from ilqr_service.work import Swap, Work
+from ilqr_service.work import SwapModel, Work
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.protocol import messages
@@ -30,13 +30,13 @@ from ilqr_vae.report.decoded import About, Decoded, check_out, write_decoded
 class Recorded:
     """A run of a journal, with the newest revision of each answer."""
 
-    opened: Opened
+    opened: RunOpened
     header: Header
     decoded: Decoded
     bins: dict[int, Work] = field(default_factory=dict[int, Work])
 
     @classmethod
-    def of(cls, opened: Opened, header: Header) -> Recorded:
+    def of(cls, opened: RunOpened, header: Header) -> Recorded:
         """A run that begins."""
         request = opened.request
         decoded = Decoded(
@@ -78,7 +78,7 @@ def runs_of(
                 manifests |= record.manifests
             case Deployed():
                 manifests[record.model] = record.manifest
-            case Opened() if header is not None:
+            case RunOpened() if header is not None:
                 runs.setdefault(record.run, Recorded.of(record, header))
             case Queued():
                 run, work = runs.get(record.work.run), record.work
@@ -145,7 +145,7 @@ def write(
     run.decoded.bins = {
         index: (work.counts, work.mask)
         for index, work in run.bins.items()
-        if not isinstance(work, Swap) and work.counts is not None
+        if not isinstance(work, SwapModel) and work.counts is not None
     }
     write_decoded(path, run.decoded, About(subject, experimenter, institution))
     return path

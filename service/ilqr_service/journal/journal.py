@@ -17,14 +17,14 @@ from ilqr_service import logs
 from ilqr_service.journal.live import Live
 from ilqr_service.journal.records import (
     Answered,
-    Closed,
     Controlled,
     Deployed,
     Fed,
     Happened,
     Header,
-    Opened,
     Queued,
+    RunClosed,
+    RunOpened,
     Snapshot,
 )
 from ilqr_service.journal.resume import model_of, models_of, open_runs, take_up
@@ -35,7 +35,7 @@ from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.run import PackedRun, Resumed, pack_work
-from ilqr_service.work import Answer
+from ilqr_service.work import EngineAnswer
 from ilqr_vae.errors import IlqrVaeError
 from ilqr_vae.protocol import messages
 
@@ -170,9 +170,9 @@ class Journal:
         if self._writer is not None:
             self._writer.start(self._live)
             for run in self._superseded:
-                self._writer.write(Closed(run=run, what="its name was used anew"))
+                self._writer.write(RunClosed(run=run, what="its name was used anew"))
 
-    def note(self, effects: Effects, answer: Answer | None) -> None:
+    def note(self, effects: Effects, answer: EngineAnswer | None) -> None:
         """Add what a step of the table brought; it is written by the next ``flush``."""
         writer = self._writer
         if writer is None:
@@ -195,10 +195,10 @@ class Journal:
         opened = {s.run for s in effects.opened}
         for run, what in effects.ended:
             if run not in opened:
-                writer.write(Closed(run=run, what=what))
+                writer.write(RunClosed(run=run, what=what))
         for session in effects.opened:
             writer.write(
-                Opened(
+                RunOpened(
                     run=session.run,
                     slot=session.slot,
                     model=session.model_info.model,

@@ -9,12 +9,12 @@ from msgspec.structs import replace
 
 from ilqr_service.journal.records import (
     Answered,
-    Closed,
     Fed,
     Happened,
-    Opened,
     Queued,
     Record,
+    RunClosed,
+    RunOpened,
     Snapshot,
 )
 
@@ -35,7 +35,7 @@ class Live:
         happened: the newest events, framed.
     """
 
-    opened: Opened
+    opened: RunOpened
     snapshot: bytes = b""
     works: dict[int, tuple[bytes, Queued]] = field(default_factory=dict[int, tuple[bytes, Queued]])
     answers: dict[int, bytes] = field(default_factory=dict[int, bytes])
@@ -68,7 +68,7 @@ class Live:
 def run_of(record: Record) -> int | None:
     """The run that a record is of; None where it is of none."""
     match record:
-        case Opened() | Fed() | Happened() | Answered() | Closed():
+        case RunOpened() | Fed() | Happened() | Answered() | RunClosed():
             return record.run
         case Queued():
             return record.work.run
@@ -81,15 +81,15 @@ def run_of(record: Record) -> int | None:
 def follow(runs: dict[int, Live], record: Record, framed: bytes) -> None:
     """Bring the open runs up to date with one more record."""
     run = run_of(record)
-    if isinstance(record, Opened):
+    if isinstance(record, RunOpened):
         runs[record.run] = Live(record)
-    elif isinstance(record, Closed):
+    elif isinstance(record, RunClosed):
         runs.pop(record.run, None)
     elif run is not None and run in runs:
         runs[run].note(record, framed)
 
 
-def advance(opened: Opened, works: list[Queued]) -> Opened:
+def advance(opened: RunOpened, works: list[Queued]) -> RunOpened:
     """Where a run stands after these works, in order."""
     next_index, base, serial = opened.next_index, opened.base, opened.serial
     model = opened.model

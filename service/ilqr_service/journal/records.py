@@ -60,7 +60,7 @@ class Header(Record, frozen=True, kw_only=True, tag="header"):
     previous: int = 0
 
 
-class Opened(Record, frozen=True, kw_only=True, tag="began"):
+class RunOpened(Record, frozen=True, kw_only=True, tag="began"):
     """A run began, or (``again``) was open when the segment began.
 
     Attributes:
@@ -118,7 +118,7 @@ class Snapshot(Record, frozen=True, kw_only=True, tag="kept"):
     packed: PackedRun
 
 
-class Closed(Record, frozen=True, kw_only=True, tag="ended"):
+class RunClosed(Record, frozen=True, kw_only=True, tag="ended"):
     """A run ended, and why."""
 
     run: int
@@ -149,13 +149,13 @@ class Checkpoint(Record, frozen=True, kw_only=True, tag="checkpoint"):
 
 AnyRecord = (
     Header
-    | Opened
+    | RunOpened
     | Queued
     | Fed
     | Happened
     | Answered
     | Snapshot
-    | Closed
+    | RunClosed
     | Controlled
     | Deployed
     | Checkpoint

@@ -14,17 +14,17 @@ from ilqr_service.journal.records import (
     Fed,
     Happened,
     Header,
-    Opened,
     Queued,
+    RunOpened,
     Snapshot,
     frame,
     records,
     survey,
 )
 from ilqr_service.sessions.checks import check_spikes
-from ilqr_service.sessions.session import Session
+from ilqr_service.sessions.session import ServedSession
 from ilqr_service.solving.run import Resumed, unpack_work
-from ilqr_service.work import EngineInfo, Solve, Swap, Work, budget_of
+from ilqr_service.work import EngineInfo, Solve, SwapModel, Work, budget_of
 from ilqr_vae.protocol import messages
 
 _HEAD = 8
@@ -61,7 +61,7 @@ def open_runs(folder: Path, odd: list[str] | None = None) -> tuple[int, dict[int
             elif isinstance(record, Checkpoint):
                 live, whole = staged, True
             else:
-                if isinstance(record, Opened):
+                if isinstance(record, RunOpened):
                     next_run = max(next_run, record.run + 1)
                 follow(live if whole else staged, record, frame(record))
     for run in live.values():
@@ -143,7 +143,7 @@ def model_of(live: Live) -> str:
     return advance(live.opened, [record for _, record in live.works.values()]).model
 
 
-def _restore(session: Session, live: Live) -> None:
+def _restore(session: ServedSession, live: Live) -> None:
     """Put the batches of spikes and the events that came back into a session."""
     for k, (_, framed) in enumerate(live.fed):
         batch = _fed.decode(framed[_HEAD:]).batch
@@ -169,7 +169,7 @@ def _restore(session: Session, live: Live) -> None:
 
 def take_up(
     live: Live, model_info: EngineInfo, deadline_ns: int, now_ns: int
-) -> tuple[Session, Resumed]:
+) -> tuple[ServedSession, Resumed]:
     """A session as it stood, without a feeder, and what the solver needs of it.
 
     Args:
@@ -185,7 +185,7 @@ def take_up(
     if packed is not None:
         answered = max(answered, packed.serial)
     request = at.request
-    session = Session(
+    session = ServedSession(
         run=at.run,
         name=request.session,
         epoch=request.epoch,
@@ -221,7 +221,7 @@ def take_up(
             work = replace(work, received_ns=now_ns, due_ns=now_ns)
         to_do.append(work)
     for work in to_do:
-        if work.serial > answered and not isinstance(work, Swap):
+        if work.serial > answered and not isinstance(work, SwapModel):
             session.waiting += 1
             session.unanswered += not work.missing
     return session, Resumed(packed, to_do, answered)

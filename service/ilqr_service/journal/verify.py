@@ -21,8 +21,8 @@ from ilqr_service.journal.records import (
     AnyRecord,
     Checkpoint,
     Header,
-    Opened,
     Queued,
+    RunOpened,
     Snapshot,
     records,
     segments,
@@ -32,7 +32,7 @@ from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.run import unpack_work
-from ilqr_service.work import Answer, Solve, Work, budget_of
+from ilqr_service.work import EngineAnswer, Solve, Work, budget_of
 from ilqr_vae.artifact import read_manifest
 from ilqr_vae.errors import JournalError
 from ilqr_vae.progress import SILENT, Progress
@@ -40,7 +40,7 @@ from ilqr_vae.protocol import messages
 
 
 @dataclass(slots=True)
-class Verdict:
+class Comparison:
     """What a comparison found.
 
     Attributes:
@@ -74,7 +74,7 @@ class Verdict:
 class _Run:
     """A run under way: computed up to the work ``done``, where its state is ``known``."""
 
-    opened: Opened
+    opened: RunOpened
     done: int = -1
     known: bool = True
     works: dict[int, Work] = field(default_factory=dict[int, Work])
@@ -106,7 +106,7 @@ def named_and_answered(folder: Path, progress: Progress = SILENT) -> tuple[set[s
     answers = 0
     for record in stream(folder, progress=progress):
         match record:
-            case Opened():
+            case RunOpened():
                 named.add(record.model)
             case Snapshot():
                 named.add(record.packed.model)
@@ -134,7 +134,7 @@ def numbers(result: messages.Result) -> np.ndarray:
     return np.concatenate([*values, [result.bits, result.spikes, result.iterations]])
 
 
-def computed(answer: Answer) -> np.ndarray:
+def computed(answer: EngineAnswer) -> np.ndarray:
     """The same of an answer."""
     values = [getattr(answer, name) for name in messages.VECTORS]
     return np.concatenate([*values, [answer.bits, answer.spikes, answer.iterations]])
@@ -157,7 +157,7 @@ class Verifier:
     """
 
     def __init__(self, models: list[Path]) -> None:
-        self.verdict = Verdict()
+        self.verdict = Comparison()
         self._models = models
         self._served: dict[ServiceSettings, Engines] = {}
         self._engines: Engines | None = None
@@ -182,7 +182,7 @@ class Verifier:
         match record:
             case Checkpoint():
                 self._anew.clear()
-            case Opened():
+            case RunOpened():
                 self._begin(record)
             case Queued():
                 work = unpack_work(record.work)
@@ -220,7 +220,7 @@ class Verifier:
             self._anew |= self._runs.keys()
         self._engines = engines
 
-    def _begin(self, record: Opened) -> None:
+    def _begin(self, record: RunOpened) -> None:
         known = record.run in self._runs
         if known and record.run not in self._anew:
             return
@@ -251,7 +251,7 @@ class Verifier:
             message = messages.decode_published(one.frame)
             if isinstance(message, messages.Result):
                 expected.append(message)
-        answers: list[Answer] = []
+        answers: list[EngineAnswer] = []
         for s in range(run.done + 1, serial + 1):
             work = run.works.pop(s, None)
             run.known = run.known and work is not None
@@ -271,7 +271,9 @@ class Verifier:
         else:
             self.verdict.skipped += len(expected)
 
-    def _compare(self, run: _Run, answers: list[Answer], expected: list[messages.Result]) -> None:
+    def _compare(
+        self, run: _Run, answers: list[EngineAnswer], expected: list[messages.Result]
+    ) -> None:
         verdict = self.verdict
         for answer, result in zip(answers, expected, strict=False):
             verdict.answers += 1
@@ -287,7 +289,7 @@ class Verifier:
                 verdict.first = f"session {name} epoch {result.epoch} bin {result.index}"
 
 
-def verify(folder: Path, models: list[Path], progress: Progress = SILENT) -> Verdict:
+def verify(folder: Path, models: list[Path], progress: Progress = SILENT) -> Comparison:
     """Compare a whole journal.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ilqr_service.sessions.session import Limits, Session
+    from ilqr_service.sessions.session import Limits, ServedSession
 
 _ARRIVALS = 64
 _FEWEST = 8
@@ -87,14 +87,14 @@ class TimeTable:
 
     Args:
         runs: the sessions by run, kept up by the session table.
-        limits: see ``Session.due_ns``.
+        limits: see ``ServedSession.due_ns``.
     """
 
-    def __init__(self, runs: Mapping[int, Session], limits: Limits) -> None:
+    def __init__(self, runs: Mapping[int, ServedSession], limits: Limits) -> None:
         self._runs, self._limits = runs, limits
         self._due: list[tuple[int, int]] = []  # a heap of (time, run), most of them out of date
 
-    def note(self, session: Session) -> None:
+    def note(self, session: ServedSession) -> None:
         """Look at a session whose next bin may be due at another time than before."""
         if (due := session.due_ns(self._limits)) is not None:
             heapq.heappush(self._due, (due, session.run))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ilqr_service.sessions.session import Limits, Session
+from ilqr_service.sessions.session import Limits, ServedSession
 from ilqr_vae.protocol import messages
 
 
@@ -16,10 +16,10 @@ class Credits:
     def __init__(self, limits: Limits) -> None:
         # a feeder that is owed so many may soon be short of them
         self._many = max(1, limits.credits // 8)
-        self._owing: dict[int, Session] = {}
-        self._owing_many: dict[int, Session] = {}
+        self._owing: dict[int, ServedSession] = {}
+        self._owing_many: dict[int, ServedSession] = {}
 
-    def owe(self, session: Session) -> None:
+    def owe(self, session: ServedSession) -> None:
         """Add one."""
         session.owed += 1
         self._owing[session.run] = session

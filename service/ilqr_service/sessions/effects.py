@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from ilqr_service.work import Answer, Work
+from ilqr_service.work import EngineAnswer, Work
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
 if TYPE_CHECKING:
-    from ilqr_service.sessions.session import Session
+    from ilqr_service.sessions.session import ServedSession
 
 
 def _list() -> Any:
@@ -48,11 +48,11 @@ class Effects(msgspec.Struct):
     overran: list[int] = _list()
     fed: list[tuple[int, messages.Spikes]] = _list()
     happened: list[tuple[int, messages.Event]] = _list()
-    opened: list[Session] = _list()
+    opened: list[ServedSession] = _list()
     ended: list[tuple[int, str]] = _list()
     again: list[messages.Result] = _list()
     published: list[messages.Published] = _list()
-    detailed: list[tuple[Session, int, Answer]] = _list()
+    detailed: list[tuple[ServedSession, int, EngineAnswer]] = _list()
     replies: list[tuple[bytes, messages.Message]] = _list()
     events: dict[str, int] = msgspec.field(default_factory=_events)
     served: list[tuple[str, str, dict[str, Any]]] = _list()

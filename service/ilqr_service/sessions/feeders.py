@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ilqr_service.sessions.checks import check_open
 from ilqr_service.sessions.effects import Effects
-from ilqr_service.sessions.session import Limits, Session
+from ilqr_service.sessions.session import Limits, ServedSession
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -58,7 +58,7 @@ class Feeders:
     def __init__(self, limits: Limits, reaches: Reaches) -> None:
         self._limits, self._reaches = limits, reaches
 
-    def check(self, session: Session | None, sender: Sender, message: _Fed) -> Session:
+    def check(self, session: ServedSession | None, sender: Sender, message: _Fed) -> ServedSession:
         """Return the session if the message is from its feeder, and follow the feeder.
 
         Raises:
@@ -80,8 +80,8 @@ class Feeders:
         return session
 
     def check_event(
-        self, session: Session | None, sender: Sender, event: messages.Event
-    ) -> Session:
+        self, session: ServedSession | None, sender: Sender, event: messages.Event
+    ) -> ServedSession:
         """Return the session if the event is of its user or states its token. Raises
         ProtocolError."""
         if session is not None:
@@ -91,7 +91,7 @@ class Feeders:
         got = event.session[:64]
         raise ProtocolError("session", expected="an open one of this user, or its token", got=got)
 
-    def _is_feeder(self, session: Session, sender: Sender, message: _Fed) -> bool:
+    def _is_feeder(self, session: ServedSession, sender: Sender, message: _Fed) -> bool:
         if session.user != sender.user:
             return False
         if session.token:
@@ -102,12 +102,12 @@ class Feeders:
             return False
         return not self._reaches(session.owner, session.credit())
 
-    def deny(self, session: Session, sender: Sender) -> None:
+    def deny(self, session: ServedSession, sender: Sender) -> None:
         """Remember a connection that was refused this session."""
         if session.owner != sender.owner and len(session.denied) < _MAX_DENIED:
             session.denied.add(sender.owner)
 
-    def begin(self, before: Session | None, sender: Sender, message: messages.Open) -> None:
+    def begin(self, before: ServedSession | None, sender: Sender, message: messages.Open) -> None:
         """Raises ProtocolError if a session of that name is another user's, or the epoch is out of
         range."""
         lowest, highest, why = 0, FIRST_EPOCHS, ""
@@ -121,7 +121,7 @@ class Feeders:
                 "epoch", expected=f"{lowest} to {highest}{why}", got=str(message.epoch)
             )
 
-    def resume(self, session: Session, sender: Sender, message: messages.Open) -> None:
+    def resume(self, session: ServedSession, sender: Sender, message: messages.Open) -> None:
         """Continue a session where it stands. Raises ProtocolError."""
         check_open(message, session.model_info)
         if session.closing:
@@ -146,14 +146,16 @@ class Feeders:
             session.clock.restart()
         self._grant(session, sender, next_index=session.next_index)
 
-    def _grant(self, session: Session, sender: Sender, *, next_index: int, taken: int = 0) -> None:
+    def _grant(
+        self, session: ServedSession, sender: Sender, *, next_index: int, taken: int = 0
+    ) -> None:
         """Tell the feeder what it may send."""
         session.owed = 0
         credits = max(0, self._limits.credits - session.unanswered - taken)
         opened = session.opened(credits, next_index=next_index, resumed=True)
         sender.effects.replies.append((sender.owner, opened))
 
-    def _follow(self, session: Session, sender: Sender, how: str) -> None:
+    def _follow(self, session: ServedSession, sender: Sender, how: str) -> None:
         session.owner = sender.owner
         notice = session.notice(f"{how}: next bin {session.next_index}")
         sender.effects.published.append(notice)

@@ -14,7 +14,7 @@ from ilqr_service.sessions.checks import check_spikes
 from ilqr_service.sessions.clocked import TimeTable
 from ilqr_service.sessions.credits import Credits
 from ilqr_service.sessions.effects import Effects
-from ilqr_service.sessions.session import Limits, Session
+from ilqr_service.sessions.session import Limits, ServedSession
 from ilqr_service.work import NO_SOLVE, Insert, Solve, Work
 from ilqr_vae.errors import ProtocolError, ShapeError
 from ilqr_vae.protocol import messages
@@ -34,7 +34,7 @@ class Intake:
         self._limits, self._credits, self._times = limits, credits, times
 
     def batch(
-        self, session: Session, message: messages.Spikes, now_ns: int, effects: Effects
+        self, session: ServedSession, message: messages.Spikes, now_ns: int, effects: Effects
     ) -> None:
         """Take a batch of spikes. Raises ProtocolError."""
         binner, held = session.binner, session.arrivals.held
@@ -54,13 +54,13 @@ class Intake:
         arrival = Arrival(message, now_ns)
         self.decide(session, session.arrivals.sort(arrival, binner.next_batch), effects)
 
-    def settle(self, session: Session, effects: Effects) -> None:
+    def settle(self, session: ServedSession, effects: Effects) -> None:
         """Decide about what is held back, without another message."""
         binner = session.binner
         following = session.next_index if binner is None else binner.next_batch
         self.decide(session, session.arrivals.settle(following), effects)
 
-    def decide(self, session: Session, decision: Decision, effects: Effects) -> None:
+    def decide(self, session: ServedSession, decision: Decision, effects: Effects) -> None:
         """Queue what is accepted, and refuse one bin or batch."""
         binner = session.binner
         if decision.refused is not None:
@@ -84,11 +84,11 @@ class Intake:
         session.prune()
         self._times.note(session)
 
-    def _say(self, session: Session, what: str, effects: Effects) -> None:
+    def _say(self, session: ServedSession, what: str, effects: Effects) -> None:
         effects.published.append(session.notice(what))
 
     def _bins_of(
-        self, session: Session, binner: SpikeBinner, arrival: Arrival, effects: Effects
+        self, session: ServedSession, binner: SpikeBinner, arrival: Arrival, effects: Effects
     ) -> None:
         """Queue the bins that a batch closed or changed."""
         message = arrival.message
@@ -124,7 +124,9 @@ class Intake:
                 counted = replace(arrival, counts=binner.counts(index))
                 self._arrived(session, index, counted, effects)
 
-    def _arrived(self, session: Session, index: int, arrival: Arrival, effects: Effects) -> None:
+    def _arrived(
+        self, session: ServedSession, index: int, arrival: Arrival, effects: Effects
+    ) -> None:
         """Queue a bin, and before it those that did not come."""
         at_ns, late = arrival.received_ns, index < session.next_index
         session.arrived(index, at_ns, effects)
@@ -136,7 +138,7 @@ class Intake:
             self._bridge(session, index, at_ns, effects)
         self._queue(session, index, at_ns, effects, arrival, late=late)
 
-    def _reset(self, session: Session, index: int, why: str, effects: Effects) -> None:
+    def _reset(self, session: ServedSession, index: int, why: str, effects: Effects) -> None:
         """Start the estimate again at ``index``; what lies before has no answers."""
         gap = range(session.next_index, index)
         self._say(session, f"reset: bins {gap[0]} to {gap[-1]} {why} and have no answers", effects)
@@ -144,7 +146,7 @@ class Intake:
         session.started = False
         session.base = session.next_index = index
 
-    def _bridge(self, session: Session, index: int, now_ns: int, effects: Effects) -> None:
+    def _bridge(self, session: ServedSession, index: int, now_ns: int, effects: Effects) -> None:
         """Answer the bins that did not come before ``index``, or start again there."""
         gap = range(session.next_index, index)
         if not gap:
@@ -160,7 +162,7 @@ class Intake:
         for one in gap:
             self._queue(session, one, now_ns, effects, budget=NO_SOLVE if crowded else 0)
 
-    def overdue(self, session: Session, now_ns: int, effects: Effects) -> None:
+    def overdue(self, session: ServedSession, now_ns: int, effects: Effects) -> None:
         """Answer the next bin without it: its time has passed."""
         session.silent += 1
         effects.events["overdue"] += 1
@@ -169,7 +171,7 @@ class Intake:
 
     def _queue(
         self,
-        session: Session,
+        session: ServedSession,
         index: int,
         now_ns: int,
         effects: Effects,

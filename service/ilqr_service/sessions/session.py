@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ilqr_service.sessions.arrivals import Arrivals
 from ilqr_service.sessions.clocked import FeederClock
 from ilqr_service.sessions.effects import Effects
-from ilqr_service.work import SHED, TROUBLE, Answer, EngineInfo, Swap, Vector, status_of
+from ilqr_service.work import SHED, TROUBLE, EngineAnswer, EngineInfo, SwapModel, Vector, status_of
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.answer import Estimated
 from ilqr_vae.protocol.spikes import SpikeBinner
@@ -84,7 +84,7 @@ _NOTED = 1024
 
 
 @dataclass(slots=True)
-class Session:
+class ServedSession:
     """One run of a session.
 
     Attributes:
@@ -250,11 +250,11 @@ class Session:
         if len(self.noted) > _NOTED:
             del self.noted[next(iter(self.noted))]
 
-    def swap(self, model_info: EngineInfo) -> Swap:
+    def swap(self, model_info: EngineInfo) -> SwapModel:
         """Go on with another model from the next bin on; the work that does it."""
         place = self.next_work(self.next_index)
         self.model_info = model_info
-        return Swap(**place, to=model_info.model)
+        return SwapModel(**place, to=model_info.model)
 
     def next_work(self, index: int) -> dict[str, Any]:
         """Whose the next work is and what is its place in the run, which this call takes."""
@@ -280,7 +280,7 @@ class Session:
         return messages.Credit(session=self.name, epoch=self.epoch, index=self.newest, credits=owed)
 
     def result(
-        self, answer: Answer, revision: int, status: messages.Status, published_ns: int
+        self, answer: EngineAnswer, revision: int, status: messages.Status, published_ns: int
     ) -> messages.Result:
         """An answer as it is published."""
         work = answer.work
@@ -299,7 +299,7 @@ class Session:
             **{name: getattr(answer, name) for name in _SCALARS},
         )
 
-    def detail(self, revision: int, answer: Answer) -> messages.Detail:
+    def detail(self, revision: int, answer: EngineAnswer) -> messages.Detail:
         """What an answer was inferred from."""
         work, used, inputs = answer.work, answer.used, answer.inputs
         return messages.Detail(
@@ -313,7 +313,7 @@ class Session:
             input_delay=answer.input_delay,
         )
 
-    def publish(self, answer: Answer, published_ns: int, effects: Effects) -> None:
+    def publish(self, answer: EngineAnswer, published_ns: int, effects: Effects) -> None:
         """Account for an answer and add it, with what it says of units, to what goes out."""
         work = answer.work
         status = status_of(answer, published_ns)
@@ -347,7 +347,7 @@ class Session:
             self.flagged = answer.flagged
         self._unbelievable(answer, effects)
 
-    def _unbelievable(self, answer: Answer, effects: Effects) -> None:
+    def _unbelievable(self, answer: EngineAnswer, effects: Effects) -> None:
         """Report counts that were ignored, and an estimate that was lost."""
         index = answer.work.index
         if answer.beyond:
@@ -369,7 +369,7 @@ class Session:
         """It has more queued than it may: it sheds from here on."""
         self.overrun, self.calm = True, 0
 
-    def _calm(self, answer: Answer, published_ns: int) -> None:
+    def _calm(self, answer: EngineAnswer, published_ns: int) -> None:
         """Follow how many answers in a row were in time, none of them shed."""
         in_time = answer.solver != SHED and published_ns <= answer.work.due_ns
         self.calm = self.calm + 1 if in_time else 0

@@ -47,8 +47,8 @@ from ilqr_service.sessions.credits import Credits
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.feeders import Feeders, Reaches, Sender
 from ilqr_service.sessions.intake import Intake
-from ilqr_service.sessions.session import Limits, Session
-from ilqr_service.work import Answer, EngineInfo
+from ilqr_service.sessions.session import Limits, ServedSession
+from ilqr_service.work import EngineAnswer, EngineInfo
 from ilqr_vae.errors import ProtocolError
 from ilqr_vae.protocol import messages
 
@@ -80,8 +80,8 @@ class SessionTable:
         self.why_not = "the service is not taking sessions"
         self.slots: dict[str, EngineInfo] = {slot: model_info}
         self.next_run = 0
-        self._sessions: dict[str, Session] = {}
-        self._runs: dict[int, Session] = {}
+        self._sessions: dict[str, ServedSession] = {}
+        self._runs: dict[int, ServedSession] = {}
         self._credits = Credits(limits)
         self._times = TimeTable(self._runs, limits)
         self._feeders = Feeders(limits, reaches)
@@ -90,7 +90,7 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def __iter__(self) -> Iterator[Session]:
+    def __iter__(self) -> Iterator[ServedSession]:
         return iter(self._sessions.values())
 
     @property
@@ -134,7 +134,7 @@ class SessionTable:
 
     def _refuse(
         self,
-        session: Session | None,
+        session: ServedSession | None,
         sender: Sender,
         message: messages.Feed,
         error: ProtocolError,
@@ -154,7 +154,7 @@ class SessionTable:
                 session.overran()
                 sender.effects.overran.append(session.run)
 
-    def _open(self, before: Session | None, sender: Sender, message: messages.Open) -> None:
+    def _open(self, before: ServedSession | None, sender: Sender, message: messages.Open) -> None:
         if message.resume and before is not None and message.epoch == before.epoch:
             self._feeders.resume(before, sender, message)
             return
@@ -174,7 +174,7 @@ class SessionTable:
                 expected=f"at most {self.limits.max_sessions} open sessions",
                 got="one more",
             )
-        session = Session(
+        session = ServedSession(
             run=self.next_run,
             name=message.session,
             epoch=message.epoch,
@@ -193,14 +193,14 @@ class SessionTable:
         effects.published.append(session.notice("opened"))
         effects.events["opened"] += 1
 
-    def add(self, session: Session) -> None:
+    def add(self, session: ServedSession) -> None:
         """Put in a session, new or resumed from a journal."""
         session.arrivals.reach = self.limits.gap_limit
         self.next_run = max(self.next_run, session.run + 1)
         self._sessions[session.name] = session
         self._runs[session.run] = session
 
-    def _bin(self, session: Session, sender: Sender, message: messages.Bin) -> None:
+    def _bin(self, session: ServedSession, sender: Sender, message: messages.Bin) -> None:
         now_ns, effects = sender.at_ns, sender.effects
         session.seen_ns = now_ns
         if session.closing:
@@ -229,13 +229,13 @@ class SessionTable:
         arrivals, arrival = session.arrivals, Arrival(message, now_ns, counts, mask)
         self._intake.decide(session, arrivals.sort(arrival, session.next_index), effects)
 
-    def _spikes(self, session: Session, sender: Sender, message: messages.Spikes) -> None:
+    def _spikes(self, session: ServedSession, sender: Sender, message: messages.Spikes) -> None:
         session.seen_ns = sender.at_ns
         if session.closing:
             raise ProtocolError("session", expected="open", got="closing")
         self._intake.batch(session, message, sender.at_ns, sender.effects)
 
-    def _event(self, session: Session | None, sender: Sender, event: messages.Event) -> None:
+    def _event(self, session: ServedSession | None, sender: Sender, event: messages.Event) -> None:
         """Publish an event once, and acknowledge it each time."""
         session = self._feeders.check_event(session, sender, event)
         check_event(event)
@@ -253,7 +253,7 @@ class SessionTable:
             sender.effects.events["noted_again"] += 1
         sender.effects.replies.append((sender.owner, noted))
 
-    def _close(self, session: Session, sender: Sender) -> None:
+    def _close(self, session: ServedSession, sender: Sender) -> None:
         session.seen_ns = sender.at_ns
         self._intake.settle(session, sender.effects)
         session.closing = True
@@ -261,7 +261,7 @@ class SessionTable:
 
     # ---- answers -------------------------------------------------------------------------------
 
-    def answered(self, answer: Answer, published_ns: int) -> Effects:
+    def answered(self, answer: EngineAnswer, published_ns: int) -> Effects:
         """An answer that is published at ``published_ns``; its status is decided here."""
         effects = Effects()
         work = answer.work
@@ -338,11 +338,11 @@ class SessionTable:
     def infos(self, now_ns: int) -> tuple[messages.SessionInfo, ...]:
         return tuple(s.info(now_ns) for s in self)
 
-    def _end_if_answered(self, session: Session, effects: Effects) -> None:
+    def _end_if_answered(self, session: ServedSession, effects: Effects) -> None:
         if session.waiting == 0:
             self._end(session, "closed", effects)
 
-    def _end(self, session: Session, what: str, effects: Effects) -> None:
+    def _end(self, session: ServedSession, what: str, effects: Effects) -> None:
         del self._sessions[session.name]
         del self._runs[session.run]
         self._credits.forget(session.run)

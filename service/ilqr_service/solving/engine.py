@@ -24,7 +24,7 @@ from ilqr_service.work import (
     FAILED,
     NO_SOLVE,
     STOPPED,
-    Answer,
+    EngineAnswer,
     EngineInfo,
     Insert,
     Solve,
@@ -183,21 +183,21 @@ class Engine:
                 self.solve([replace(one, restart=False, anytime=False)])
         found.serial = packed.serial
 
-    def solve(self, step: Sequence[Work]) -> list[Answer]:
+    def solve(self, step: Sequence[Work]) -> list[EngineAnswer]:
         """Answer a step of the policy (see ``policy.steps``): bins of different runs, all of them
         with a solve or all without, or one late bin.
 
         Never raises for what a bin or a state holds: a bin whose solve fails is answered with the
         prediction of the run so far (solver ``FAILED``).
         """
-        answers: list[Answer] = []
+        answers: list[EngineAnswer] = []
         for work in step:
             if isinstance(work, Insert):
                 answers += self._insert(work)
         bins = [work for work in step if isinstance(work, Solve)]
         return answers + (self._solve(bins, bins[0].budget == NO_SOLVE) if bins else [])
 
-    def _solve(self, works: list[Solve], shed: bool) -> list[Answer]:
+    def _solve(self, works: list[Solve], shed: bool) -> list[EngineAnswer]:
         started = self.clock()
         # Where a state was lost to a failure, the run starts again.
         runs = [self._run_of(work) for work in works]
@@ -226,7 +226,7 @@ class Engine:
         watch = UnitWatch.fresh(len(self.model_info.unit_names)) if work.watch else None
         return Run(self.model_info.horizon, self._stepper.initial, watch)
 
-    def _keep(self, found: Run, work: Solve, stepped: Stepped) -> Answer:
+    def _keep(self, found: Run, work: Solve, stepped: Stepped) -> EngineAnswer:
         """Put a solved bin into its run and answer it."""
         answer = stepped.answer
         before, watch = found.watch, found.watch
@@ -244,7 +244,7 @@ class Engine:
         self._runs[work.run] = found
         return answer
 
-    def _insert(self, work: Insert) -> list[Answer]:
+    def _insert(self, work: Insert) -> list[EngineAnswer]:
         """Put a late bin in its place; all answers from there on, or one that is void."""
         found = self._runs.get(work.run)
         place = None if found is None else found.place(work.index)
@@ -255,7 +255,7 @@ class Engine:
             fields = {name: getattr(work, name) for name in Insert.__struct_fields__}
             works = [Solve(**fields, restart=entries[place].work.restart)]
             works += [replace(e.work, budget=0, anytime=False) for e in entries[place + 1 :]]
-            answers: list[Answer] = []
+            answers: list[EngineAnswer] = []
             try:
                 for one in works:
                     (stepped,) = self._stepper.step([again.state], [one], [again.watch])
@@ -286,7 +286,7 @@ class Engine:
         now = self.clock()
         return [replace(self._nothing(work, FAILED, now), void=True, revised=True)]
 
-    def _predict(self, work: Solve, found: Run, solver: str, started: int) -> Answer:
+    def _predict(self, work: Solve, found: Run, solver: str, started: int) -> EngineAnswer:
         """The bin as if it had not come; all NaN, and the run starts again, where not even that
         can be had."""
         blind = replace(work, counts=None, mask=None, anytime=False, budget=0)
@@ -300,9 +300,9 @@ class Engine:
         self.forget(work.run)
         return self._nothing(work, solver, started)
 
-    def _nothing(self, work: Solve | Insert, solver: str, started: int) -> Answer:
+    def _nothing(self, work: Solve | Insert, solver: str, started: int) -> EngineAnswer:
         n, d = self.model_info.latents, len(self.model_info.kinematic_names)
-        return Answer(
+        return EngineAnswer(
             work=work,
             latent=np.full(n, np.nan),
             latent_std=np.full(n, np.nan),

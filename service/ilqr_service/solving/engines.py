@@ -16,7 +16,7 @@ from ilqr_service.solving.engine import Engine
 from ilqr_service.solving.policy import CATCH_UP, Cost, steps
 from ilqr_service.solving.run import PackedRun
 from ilqr_service.solving.warm_up import WarmUp, keep_warm, warm_up
-from ilqr_service.work import Answer, Solve, Swap, Work
+from ilqr_service.work import EngineAnswer, Solve, SwapModel, Work
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.machine import cores
 
@@ -29,7 +29,7 @@ class Score:
     bits: float = 0.0
     spikes: int = 0
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: EngineAnswer) -> None:
         self.bins += 1
         self.bits += answer.bits
         self.spikes += answer.spikes
@@ -65,7 +65,7 @@ class Engines:
         self.first = engine
         self.engines: dict[str, Engine] = {engine.model_info.model: engine}
         self.shadows: dict[str, Shadow] = {}
-        self._pending: list[tuple[Solve, Answer]] = []
+        self._pending: list[tuple[Solve, EngineAnswer]] = []
 
     def __len__(self) -> int:
         """How many runs the engines have a state of."""
@@ -95,11 +95,11 @@ class Engines:
             shadow.engine.forget(run)
             shadow.runs.discard(run)
 
-    def solve(self, step: list[Work]) -> list[Answer]:
+    def solve(self, step: list[Work]) -> list[EngineAnswer]:
         """Answers to a step of the policy; a swap has none. See ``Engine.solve``."""
         first = step[0]
         engine = self.engine(first.model)
-        if isinstance(first, Swap):
+        if isinstance(first, SwapModel):
             other = self.engines[first.to]
             window, watch = engine.window(first.run), engine.watched(first.run)
             other.adopt(first.run, window, first.serial, watch)
@@ -117,7 +117,7 @@ class Engines:
     def between(self) -> None:
         """What may wait until answers are out: the shadows."""
         pending, self._pending = self._pending, []
-        by_slot: dict[str, dict[int, tuple[Solve, Answer]]] = {}
+        by_slot: dict[str, dict[int, tuple[Solve, EngineAnswer]]] = {}
         for work, answer in pending:
             by_slot.setdefault(work.slot, {})[work.run] = (work, answer)
         for slot, answered in by_slot.items():
@@ -131,7 +131,7 @@ class Engines:
                     if not work.restart and work.run not in shadow.runs:
                         engine.adopt(work.run, self.engine(work.model).window(work.run)[:-1])
                     shadow.runs.add(work.run)
-                own: list[Answer] = []
+                own: list[EngineAnswer] = []
                 for step in steps(works, lambda _, cost=engine.cost: cost):
                     own += engine.solve(step)
             except Exception:
@@ -146,7 +146,7 @@ class Engines:
 
     def pack(self, work: Work) -> PackedRun | None:
         """A snapshot of the run that ``work`` is of."""
-        return self.engine(work.to if isinstance(work, Swap) else work.model).pack(work.run)
+        return self.engine(work.to if isinstance(work, SwapModel) else work.model).pack(work.run)
 
     def restore(self, packed: PackedRun) -> None:
         """Take up a run from a snapshot. Raises ProtocolError: bytes that do not fit."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from ilqr_service.work import NO_SOLVE, Solve, Swap, Work
+from ilqr_service.work import NO_SOLVE, Solve, SwapModel, Work
 
 SHARE = 8
 """A step takes no more bins than are solved in a bin width divided by this: so long may a bin that
@@ -239,7 +239,7 @@ class Quota:
     def fits(self, work: Work) -> bool:
         """Whether the step may take this one too; it is counted as taken."""
         cost = self._costs(work.model)
-        overdue = work.due_ns <= self._now and not isinstance(work, Swap)
+        overdue = work.due_ns <= self._now and not isinstance(work, SwapModel)
         if not self._longest:
             self._longest = cost.slice_ns * (CATCH_UP if overdue else 1)
         waited = self._now - work.received_ns

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ilqr_service.solving.pool import Pool, Row
-from ilqr_service.work import Insert, Solve, Swap, Work
+from ilqr_service.work import Insert, Solve, SwapModel, Work
 from ilqr_vae.protocol import messages
 from ilqr_vae.streaming.state import HorizonState
 from ilqr_vae.streaming.unit_watch import UnitWatch
@@ -104,7 +104,7 @@ def pack_work(work: Work) -> PackedWork:
         received_ns=work.received_ns,
         due_ns=work.due_ns,
         budget=solve.budget if solve else 0,
-        swap=work.to if isinstance(work, Swap) else "",
+        swap=work.to if isinstance(work, SwapModel) else "",
         model=work.model,
         clock=bin_.clock if bin_ else None,
     )
@@ -118,7 +118,7 @@ def unpack_work(packed: PackedWork, slot: str = "") -> Work:
     }
     queued["slot"] = slot
     if packed.swap:
-        return Swap(**queued, to=packed.swap)
+        return SwapModel(**queued, to=packed.swap)
     counts, mask = packed.counts, packed.mask
     arrived: dict[str, Any] = {
         "counts": None if counts is None else messages.unpack(counts, "counts").astype(np.float64),

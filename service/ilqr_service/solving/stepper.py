@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ilqr_service.solving.pool import Pool, Row
-from ilqr_service.work import SHED, Answer, EngineInfo, Solve
+from ilqr_service.work import SHED, EngineAnswer, EngineInfo, Solve
 from ilqr_vae.inference import ilqr
 from ilqr_vae.inference.compiled import Array
 from ilqr_vae.inference.problem import Status
@@ -41,7 +41,7 @@ class Stepped(Struct, frozen=True, gc=False):
     """
 
     after: Row
-    answer: Answer
+    answer: EngineAnswer
     finite: bool
 
 
@@ -214,7 +214,7 @@ class Stepper:
         estimates: Estimates,
         started: int,
         inputs: Array | None,
-    ) -> tuple[list[Answer], list[bool]]:
+    ) -> tuple[list[EngineAnswer], list[bool]]:
         """The answers, and which are finite; ``given`` are counts and mask, ``inputs`` (S, m)."""
         e, ended = estimates, self._clock()
         z = _doubles(e.window[:, : self._facts.latents])
@@ -231,7 +231,7 @@ class Stepper:
         every: list[bool] = (given[1] > 0).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
         scalars = [v.tolist() for v in e[Estimates._fields.index("bits") :]]
         answers = [
-            Answer(
+            EngineAnswer(
                 work=work,
                 latent=z[i],
                 latent_std=z_std[i],

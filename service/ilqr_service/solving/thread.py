@@ -17,7 +17,7 @@ from ilqr_service import logs
 from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.policy import Policy
 from ilqr_service.solving.run import PackedRun, Resumed
-from ilqr_service.work import Answer, Swap, Work
+from ilqr_service.work import EngineAnswer, SwapModel, Work
 from ilqr_vae.errors import IlqrVaeError
 
 
@@ -60,7 +60,7 @@ class SolverThread:
         self._forgotten: list[int] = []
         self._stopping = self._woken = False
         self._changed = threading.Condition()
-        self._answers: deque[Answer | PackedRun] = deque()
+        self._answers: deque[EngineAnswer | PackedRun] = deque()
         self._thread = threading.Thread(target=self._run, name="solver", daemon=True)
 
     def start(self) -> None:
@@ -87,7 +87,7 @@ class SolverThread:
             self._changed.notify()
         return dropped
 
-    def finished(self) -> deque[Answer | PackedRun]:
+    def finished(self) -> deque[EngineAnswer | PackedRun]:
         """The answers and snapshots not yet taken; the caller pops them from the left. What comes
         from here on wakes the I/O thread again."""
         self._woken = False
@@ -163,7 +163,7 @@ class SolverThread:
         for work in works:
             since = self._since[work.run] = self._since.get(work.run, 0) + 1
             # from a swap on the run needs the new model alone
-            if isinstance(work, Swap) or since >= self._snapshot_every:
+            if isinstance(work, SwapModel) or since >= self._snapshot_every:
                 self._since[work.run] = 0
                 packed = self._engines.pack(work)
                 if packed is not None:

@@ -29,7 +29,7 @@ SOLVER = ilqr.SolverConfig(iterations=100, tolerance=1e-8)
 
 
 @dataclass(frozen=True)
-class Samples:
+class PosteriorSamples:
     """Draws from the posterior, K per trial.
 
     Attributes:
@@ -92,7 +92,7 @@ class Inferred:
         return total
 
     @torch.no_grad()
-    def sample(self, samples: int, generator: torch.Generator | None = None) -> Samples:
+    def sample(self, samples: int, generator: torch.Generator | None = None) -> PosteriorSamples:
         """``samples`` draws per trial. The generator draws observations; states come from the one
         given to ``infer``."""
         B, T, m = self.u.shape
@@ -101,7 +101,7 @@ class Inferred:
         z = self.model.rollout(self.w, self.z[:, 0].repeat(samples, 1) + draw.dz0, u)
         z = z.view(samples, B, T + 1, -1)
         groups = {name: self.model.group(name) for name in self.model.groups}
-        return Samples(
+        return PosteriorSamples(
             inputs=u.view(samples, B, T, m),
             states=z,
             rates={name: family.mean(z[:, :, 1:]) for name, family in groups.items()},

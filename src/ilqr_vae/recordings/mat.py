@@ -23,10 +23,10 @@ from ilqr_vae.recordings.checks import (
 )
 from ilqr_vae.recordings.mat_variables import Cells, described, read_variables
 from ilqr_vae.recordings.recording import Recording, RecordingWarning
-from ilqr_vae.recordings.session import Moving, Session
+from ilqr_vae.recordings.session import Moving, RecordedSession
 from ilqr_vae.recordings.spec import MatSpec, RecordingSpec
 from ilqr_vae.recordings.stamps import usable_stamps
-from ilqr_vae.recordings.trials import Table
+from ilqr_vae.recordings.trials import TrialTable
 from ilqr_vae.recordings.unbinned import recording_of
 from ilqr_vae.recordings.units import labels_of, selected_units
 
@@ -81,7 +81,9 @@ def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
     return replace(recording_of(session, spec), name=path.name, sha256=sha256_of(path))
 
 
-def _binned(variables: dict[str, Any], spec: RecordingSpec) -> tuple[Session, RecordingSpec]:
+def _binned(
+    variables: dict[str, Any], spec: RecordingSpec
+) -> tuple[RecordedSession, RecordingSpec]:
     """The session, and how to read it with the bin width that the file states."""
     mat = spec.mat
     counts = _counts(variables[mat.spikes], mat)
@@ -110,10 +112,10 @@ def _binned(variables: dict[str, Any], spec: RecordingSpec) -> tuple[Session, Re
         moving, odd = Moving(mat.kinematics, k.values, begin, width, k.names, k.units), k.warnings
     names = tuple(f"unit{i}" for i in range(counts.shape[1]))
     table = _table(variables, mat, begin, width)
-    return Session(names, counts=counts, moving=moving, table=table, warnings=odd), spec
+    return RecordedSession(names, counts=counts, moving=moving, table=table, warnings=odd), spec
 
 
-def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[Session, RecordingSpec]:
+def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSession, RecordingSpec]:
     mat = spec.mat
     moving: Moving | None = None
     odd: tuple[RecordingWarning, ...] = ()
@@ -144,7 +146,7 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[Session, Rec
         )
     table = _table(variables, mat, at, interval)
     units, trials = _spike_times(variables, spec, 0 if table is None else len(table.start))
-    session = Session(
+    session = RecordedSession(
         tuple(f"unit{i}" for i in range(len(units))),
         units,
         spikes_field=mat.spike_times,
@@ -314,7 +316,7 @@ def whole_lag(spec: RecordingSpec) -> None:
         )
 
 
-def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> Table | None:
+def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> TrialTable | None:
     """Trials in seconds; where the file counts bins from one, bins begin at ``at``, each ``width``
     long."""
     if not mat.trial_starts:
@@ -360,7 +362,7 @@ def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> 
         columns[name if name.endswith("_time") else f"{name}_time"] = seconds(values)
     # a column of the file's own name too, so that ``data.trials.event`` may say it as it is
     columns |= {name: columns[f"{name}_time"] for name in mat.trial_events if name not in columns}
-    return Table(seconds(start), seconds(stop), columns)
+    return TrialTable(seconds(start), seconds(stop), columns)
 
 
 def _one_a_trial(values: NDArray[Any], trials: int, field: str) -> None:

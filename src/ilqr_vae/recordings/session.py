@@ -14,7 +14,7 @@ from ilqr_vae.recordings.binning import full_turn
 from ilqr_vae.recordings.plausible import Reference, check_spikes, check_trials, check_values
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.trials import Table
+from ilqr_vae.recordings.trials import TrialTable
 
 Array = NDArray[np.float64]
 
@@ -68,7 +68,7 @@ class Moving:
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class RecordedSession:
     """What a file holds, in seconds.
 
     Attributes:
@@ -96,13 +96,13 @@ class Session:
     observed: list[Array] | None = None
     moving: Moving | None = None
     scored: Moving | None = None
-    table: Table | None = None
+    table: TrialTable | None = None
     spike_trials: Sequence[NDArray[np.int64]] | None = None
     invalid: Array | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[RecordingWarning, ...] = ()
 
-    def keeping(self, rows: NDArray[np.int64]) -> Session:
+    def keeping(self, rows: NDArray[np.int64]) -> RecordedSession:
         """These units alone."""
         names = tuple(self.unit_names[i] for i in rows)
         trials, observed = self.spike_trials, self.observed
@@ -117,7 +117,7 @@ class Session:
         )
 
 
-def unrolled(session: Session) -> Session:
+def unrolled(session: RecordedSession) -> RecordedSession:
     """The session with spike times on its clock, where they are seconds from their trials' starts.
 
     Units are taken as observed in their trials alone. A spike that lies in another trial than its
@@ -168,7 +168,9 @@ def unrolled(session: Session) -> Session:
     return replace(session, spike_times=times, observed=session.observed or seen, spike_trials=None)
 
 
-def _trials_of_spikes(session: Session, n: int) -> tuple[Session, list[NDArray[np.int64]]]:
+def _trials_of_spikes(
+    session: RecordedSession, n: int
+) -> tuple[RecordedSession, list[NDArray[np.int64]]]:
     """The row of each spike's trial, said or counted from where times start again; units of which
     it cannot be counted are left out."""
     if session.spike_trials is not None:
@@ -199,7 +201,7 @@ def span_of(times: Sequence[NDArray[Any]]) -> tuple[float, float]:
     return min(float(t[0]) for t in times if len(t)), max(float(t[-1]) for t in times if len(t))
 
 
-def plausible(session: Session, spec: RecordingSpec) -> Session:
+def plausible(session: RecordedSession, spec: RecordingSpec) -> RecordedSession:
     """The session, its spike times in seconds and sorted, with warnings. Raises RecordingError."""
     if session.counts is not None and spec.clocks.spikes != (1.0, 0.0):
         raise RecordingError(
@@ -237,7 +239,7 @@ def plausible(session: Session, spec: RecordingSpec) -> Session:
     return replace(session, spike_times=times, warnings=tuple(found))
 
 
-def _recorded(session: Session, begin: float, end: float) -> tuple[float, float, bool]:
+def _recorded(session: RecordedSession, begin: float, end: float) -> tuple[float, float, bool]:
     """The part of [begin, end] in which units are said to have been recorded, and whether nothing
     is said of that."""
     if session.observed is None or not any(len(pairs) for pairs in session.observed):

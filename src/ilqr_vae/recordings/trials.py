@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TrialTable:
     """A trials table.
 
     Attributes:
@@ -59,7 +59,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrialWindows:
     """Windows of K trials in the order they are laid end to end.
 
     Attributes:
@@ -81,7 +81,7 @@ class Plan:
         """First bins after the training and after the validation part."""
         return int(self.bins[self.part < 1].sum()), int(self.bins[self.part < 2].sum())
 
-    def keeping(self, keep: NDArray[np.bool_], why_not: str) -> Plan:
+    def keeping(self, keep: NDArray[np.bool_], why_not: str) -> TrialWindows:
         """The trials kept, with a note of how many are left out and why."""
         lost = int((~keep).sum())
         note = (f"{lost} of {len(keep)} trials {why_not}: left out.",) if lost else ()
@@ -95,7 +95,9 @@ class Plan:
         )
 
 
-def on_clock(table: Table, spec: RecordingSpec) -> tuple[Table, tuple[RecordingWarning, ...]]:
+def on_clock(
+    table: TrialTable, spec: RecordingSpec
+) -> tuple[TrialTable, tuple[RecordingWarning, ...]]:
     """The table on the recording's clock, its events on the session's, and what is odd about them.
 
     Events that are not asked for and lie outside their trials are left out.
@@ -123,15 +125,17 @@ def on_clock(table: Table, spec: RecordingSpec) -> tuple[Table, tuple[RecordingW
             found.append(odd)
         if name not in asked:
             del columns[name]
-    return Table(start, stop, columns), tuple(found)
+    return TrialTable(start, stop, columns), tuple(found)
 
 
-def is_event(table: Table, name: str) -> bool:
+def is_event(table: TrialTable, name: str) -> bool:
     """Whether a column of the table is taken for an event unasked."""
     return name.endswith("_time") and table.columns[name].dtype.kind in "iuf"
 
 
-def plan(table: Table, spec: RecordingSpec) -> tuple[Plan, tuple[RecordingWarning, ...]]:
+def plan(
+    table: TrialTable, spec: RecordingSpec
+) -> tuple[TrialWindows, tuple[RecordingWarning, ...]]:
     """Choose windows and parts by ``spec.trials`` and ``spec.split``; and what is odd about them.
 
     Raises:
@@ -183,12 +187,14 @@ def plan(table: Table, spec: RecordingSpec) -> tuple[Plan, tuple[RecordingWarnin
     chosen = _parts(part[rows], split)
     order = np.argsort(chosen, kind="stable")
     rows, chosen = rows[order], chosen[order]
-    made = Plan(rows, begin[rows], bins[rows], chosen, _notes(known, bins, part, wanted.event))
+    made = TrialWindows(
+        rows, begin[rows], bins[rows], chosen, _notes(known, bins, part, wanted.event)
+    )
     odd = check_windows(made.begin, width * made.bins.astype(np.float64))
     return replace(made, notes=made.notes + _overlap(made, width)), tuple(odd)
 
 
-def _labelled(table: Table, split: SplitSpec) -> NDArray[np.int64]:
+def _labelled(table: TrialTable, split: SplitSpec) -> NDArray[np.int64]:
     """(K,) 0, 1, 2 by label, -1 for a label not asked for; all 0 without a column."""
     if not split.column:
         return np.zeros(len(table.start), dtype=np.int64)
@@ -233,7 +239,7 @@ def _notes(
     return tuple(said)
 
 
-def _overlap(made: Plan, width: float) -> tuple[str, ...]:
+def _overlap(made: TrialWindows, width: float) -> tuple[str, ...]:
     order = np.argsort(made.begin, kind="stable")
     begin, end = made.begin[order], (made.begin + width * made.bins)[order]
     crossing = (end[:-1] - begin[1:] > 1e-3 * width) & (
@@ -258,7 +264,9 @@ def words(values: NDArray[Any]) -> NDArray[np.str_]:
     return np.array([word(value) for value in values], dtype=np.str_)
 
 
-def condition_of(table: Table, rows: NDArray[np.int64], spec: RecordingSpec) -> tuple[str, ...]:
+def condition_of(
+    table: TrialTable, rows: NDArray[np.int64], spec: RecordingSpec
+) -> tuple[str, ...]:
     """Each trial's condition, columns joined by a slash; empty where there is no column for it.
 
     Raises:
@@ -273,7 +281,7 @@ def condition_of(table: Table, rows: NDArray[np.int64], spec: RecordingSpec) -> 
     return tuple("/".join(parts) for parts in zip(*each, strict=True))
 
 
-def events_of(table: Table, rows: NDArray[np.int64], spec: RecordingSpec) -> dict[str, Array]:
+def events_of(table: TrialTable, rows: NDArray[np.int64], spec: RecordingSpec) -> dict[str, Array]:
     """Seconds of each event of the trials; NaN where it did not come.
 
     Raises:
@@ -283,7 +291,7 @@ def events_of(table: Table, rows: NDArray[np.int64], spec: RecordingSpec) -> dic
     return {name: table.seconds(name, "data.trials.events")[rows] for name in names}
 
 
-def trials_of(table: Table, spec: RecordingSpec, start: float, n_bins: int) -> Trials | None:
+def trials_of(table: TrialTable, spec: RecordingSpec, start: float, n_bins: int) -> Trials | None:
     """The trials wholly inside the bins of a continuous recording; None where there is none."""
     begin, end, width = table.start, table.stop, spec.width
     if not len(begin):

@@ -1,7 +1,7 @@
 """A session with spike times as a ``Recording``: its whole course, or its trials one by one.
 
-Every reader of spike times fills a ``Session`` and hands it here, so that bins, lag, gaps and
-trials mean the same whatever the file.
+Every reader of spike times fills a ``RecordedSession`` and hands it here, so that bins, lag, gaps
+and trials mean the same whatever the file.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from ilqr_vae.recordings.checks import (
 )
 from ilqr_vae.recordings.plausible import SURELY
 from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
-from ilqr_vae.recordings.session import Moving, Session, plausible, span_of
+from ilqr_vae.recordings.session import Moving, RecordedSession, plausible, span_of
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.trials import (
-    Table,
+    TrialTable,
     condition_of,
     cut,
     events_of,
@@ -50,7 +50,7 @@ _MOST_BINS = 100_000_000
 Array = NDArray[np.float64]
 
 
-def recording_of(session: Session, spec: RecordingSpec) -> Recording:
+def recording_of(session: RecordedSession, spec: RecordingSpec) -> Recording:
     """The session on bins, as ``spec.mode`` asks, after ``plausible`` has looked at it.
 
     Raises:
@@ -102,7 +102,7 @@ def possible(n_bins: float, n_units: int, width: float) -> None:
         )
 
 
-def _continuous(session: Session, spec: RecordingSpec) -> Recording:
+def _continuous(session: RecordedSession, spec: RecordingSpec) -> Recording:
     width, moving = spec.width, session.moving
     if moving is not None:
         start, end = float(moving.times[0]), moving.end
@@ -115,7 +115,7 @@ def _continuous(session: Session, spec: RecordingSpec) -> Recording:
     return _finish(counts, begin, session, spec)
 
 
-def _of_spikes(session: Session, width: float) -> tuple[float, float]:
+def _of_spikes(session: RecordedSession, width: float) -> tuple[float, float]:
     """Where bins begin and end, seconds, with spikes alone.
 
     They begin at 0 of the file's clock; where it is said when units were recorded, or the stretch
@@ -137,7 +137,7 @@ def _of_spikes(session: Session, width: float) -> tuple[float, float]:
 
 
 def _finish(
-    counts: NDArray[np.uint16], begin: Array, session: Session, spec: RecordingSpec
+    counts: NDArray[np.uint16], begin: Array, session: RecordedSession, spec: RecordingSpec
 ) -> Recording:
     """A continuous recording of counts (T, N) whose bins begin at ``begin`` (T,) seconds."""
     width, start, n_bins = spec.width, float(begin[0]), len(begin)
@@ -206,7 +206,9 @@ def _touched(intervals: Array, start: float, width: float, n_bins: int) -> NDArr
     return bad
 
 
-def _scored(session: Session, spec: RecordingSpec, start: float, n_bins: int) -> NDArray[np.bool_]:
+def _scored(
+    session: RecordedSession, spec: RecordingSpec, start: float, n_bins: int
+) -> NDArray[np.bool_]:
     mark = session.scored
     if mark is None:
         return np.ones(n_bins, dtype=bool)
@@ -215,7 +217,7 @@ def _scored(session: Session, spec: RecordingSpec, start: float, n_bins: int) ->
 
 
 def _observed(
-    session: Session, begin: Array, width: float
+    session: RecordedSession, begin: Array, width: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
     """Bins in which any unit was recorded, and which units were; None where all of them were."""
     if session.observed is None:
@@ -239,7 +241,7 @@ def _observed(
 # ---- trials ------------------------------------------------------------------------------------
 
 
-def _trials(session: Session, spec: RecordingSpec) -> Recording:
+def _trials(session: RecordedSession, spec: RecordingSpec) -> Recording:
     assert session.table is not None  # see recording_of
     width, moving = spec.width, session.moving
     planned, odd = plan(session.table, spec)
@@ -299,7 +301,7 @@ def _trials(session: Session, spec: RecordingSpec) -> Recording:
 
 
 def _piece(
-    session: Session, spec: RecordingSpec, begin: float, n_bins: int
+    session: RecordedSession, spec: RecordingSpec, begin: float, n_bins: int
 ) -> tuple[Array, NDArray[np.bool_]] | None:
     """Kinematics of one trial's window and which bins had them; None where some channel has none.
 
@@ -332,7 +334,7 @@ def _bridged(moving: Moving, width: float) -> int:
     return 1 if moving.interval > 0.5 * width else 0
 
 
-def cut_on_grid(recording: Recording, table: Table | None, spec: RecordingSpec) -> Recording:
+def cut_on_grid(recording: Recording, table: TrialTable | None, spec: RecordingSpec) -> Recording:
     """The trials of a recording already binned, cut at the nearest edges of its bins.
 
     Raises:

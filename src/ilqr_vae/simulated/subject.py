@@ -248,7 +248,7 @@ class Hand:
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class SimulatedSession:
     """A simulated session, unbinned.
 
     Attributes:
@@ -297,7 +297,7 @@ def simulate_session(
     minutes: float = 10.0,
     units: int = 120,
     progress: Progress = SILENT,
-) -> Session:
+) -> SimulatedSession:
     """Let a subject reach with its own hand.
 
     Args:
@@ -329,7 +329,7 @@ def simulate_session(
         bins = np.repeat(np.arange(ticks), counts[:, unit])
         exact = (bins + rng.uniform(0.0, 0.999, len(bins))) * TICK
         spike_times.append(np.unique(np.floor(exact / RESOLUTION)) * RESOLUTION)
-    return Session(
+    return SimulatedSession(
         spike_times=tuple(spike_times),
         unit_names=tuple(f"unit{i:03d}" for i in range(units)),
         times=np.arange(ticks, dtype=np.float64) * TICK,

@@ -50,7 +50,7 @@ class TrainingRange(NamedTuple):
     kinematics: Float[Tensor, "2 D"]
 
 
-class Bounds(NamedTuple):
+class PlausibleBounds(NamedTuple):
     """What is believable.
 
     Attributes:
@@ -125,7 +125,7 @@ def bounds_of(
     readout: KinematicReadout | None,
     mean_rate: Float[Tensor, " N"],
     seen: TrainingRange | None,
-) -> Bounds:
+) -> PlausibleBounds:
     """The bounds of a model, on the device and in the dtype of ``mean_rate``."""
     prior_mean, prior_std = model.initial.mean.detach(), model.initial.log_scale.detach().exp()
     none = mean_rate.new_zeros(0)
@@ -143,4 +143,4 @@ def bounds_of(
     rate = 2.0 * highest
     limit = (rate + _SURPRISE * (rate + 1.0).sqrt() + _SURPRISE).ceil()
     made = (limit.to(mean_rate), centre, reach, _LOST * reach, decode_centre, decode_reach)
-    return Bounds(*(x.to(mean_rate).contiguous() for x in made))
+    return PlausibleBounds(*(x.to(mean_rate).contiguous() for x in made))

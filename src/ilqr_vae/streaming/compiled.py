@@ -33,7 +33,7 @@ from ilqr_vae.model.dynamics import Weights
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.intervals import SpeedScale, stated
 from ilqr_vae.model.readout import KinematicReadout
-from ilqr_vae.streaming.bounds import Bounds
+from ilqr_vae.streaming.bounds import PlausibleBounds
 from ilqr_vae.streaming.state import Estimate, HorizonState
 
 #: Sets of work arrays kept per size, beside one for each thread.
@@ -91,7 +91,7 @@ class Estimator:
         w: Weights,
         readout: KinematicReadout | None,
         mean_rate: Tensor,
-        bounds: Bounds,
+        bounds: PlausibleBounds,
         initial: HorizonState,
         options: Options,
         intervals: SpeedScale | None = None,

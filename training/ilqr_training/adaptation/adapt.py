@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ilqr_training.adaptation.units import Rows, Verdict, refit
+from ilqr_training.adaptation.units import Rows, UnitVerdict, refit
 from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_vae.artifact import Artifact, ModelSpec, build
 from ilqr_vae.errors import ConfigError
@@ -52,13 +52,13 @@ class Adaptation:
     """
 
     artifact: Artifact
-    verdicts: dict[str, Verdict]
+    verdicts: dict[str, UnitVerdict]
     gone: tuple[str, ...]
     bits: tuple[float, float]
     outside: float
     refused: str
 
-    def count(self, verdict: Verdict) -> int:
+    def count(self, verdict: UnitVerdict) -> int:
         """Units of that verdict."""
         return sum(v is verdict for v in self.verdicts.values())
 

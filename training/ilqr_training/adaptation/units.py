@@ -42,7 +42,7 @@ _LEVEL = 0.5  # how far a log rate is expected to have moved
 _ANY_LEVEL = 3.0
 
 
-class Verdict(Enum):
+class UnitVerdict(Enum):
     """What was done with a unit; the values are for people."""
 
     KEPT = "row kept"
@@ -61,12 +61,12 @@ class Rows:
     """
 
     w: Float[Tensor, "N F"]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[UnitVerdict, ...]
 
     @property
     def anchors(self) -> Bool[Tensor, " N"]:
         """Units whose row is the old one, or near it."""
-        return torch.tensor([v in (Verdict.KEPT, Verdict.MOVED) for v in self.verdicts])
+        return torch.tensor([v in (UnitVerdict.KEPT, UnitVerdict.MOVED) for v in self.verdicts])
 
 
 def family_of(spikes: Counts, units: Tensor) -> Counts:
@@ -225,10 +225,10 @@ def refit(
         used = (anchor | better) & fires
     progress("adapt", 2 * _ROUNDS, 2 * _ROUNDS, "rows of the others")
     verdicts = {
-        (True, False): Verdict.KEPT,
-        (True, True): Verdict.MOVED,
-        (False, True): Verdict.LEARNT,
-        (False, False): Verdict.UNUSED,
+        (True, False): UnitVerdict.KEPT,
+        (True, True): UnitVerdict.MOVED,
+        (False, True): UnitVerdict.LEARNT,
+        (False, False): UnitVerdict.UNUSED,
     }
     pairs = zip(anchor.tolist(), (better & fires).tolist(), strict=True)
     return Rows(w, tuple(verdicts[pair] for pair in pairs))

@@ -56,7 +56,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     identity: str = ""
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class RecordingResult(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one recording: its result file.
 
     Attributes:
@@ -169,17 +169,17 @@ def _identity(job: Job) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def known(job: Job) -> Outcome | None:
+def known(job: Job) -> RecordingResult | None:
     """The job's result where it is there, whole, and of the same settings."""
     try:
-        outcome = msgspec.json.decode(Path(job.out).read_bytes(), type=Outcome)
+        outcome = msgspec.json.decode(Path(job.out).read_bytes(), type=RecordingResult)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     done = outcome.identity == job.identity and not outcome.error
     return outcome if done and (job.task != "train" or Path(job.model).is_file()) else None
 
 
-def carried_out(job: Job) -> Outcome:
+def carried_out(job: Job) -> RecordingResult:
     """Do a job and write its result file; what the recording is to blame for is in the result."""
     began = time.monotonic()
     Path(job.out).parent.mkdir(parents=True, exist_ok=True)
@@ -194,11 +194,11 @@ def carried_out(job: Job) -> Outcome:
     return outcome
 
 
-def _failed(job: Job, why: str) -> Outcome:
-    return Outcome(recording=job.name, task=job.task, identity=job.identity, error=why)
+def _failed(job: Job, why: str) -> RecordingResult:
+    return RecordingResult(recording=job.name, task=job.task, identity=job.identity, error=why)
 
 
-def _train(job: Job) -> Outcome:
+def _train(job: Job) -> RecordingResult:
     from ilqr_training.fit.train import checkpoint_path, train  # torch: not in the driver
     from ilqr_training.options import use_threads
 
@@ -213,7 +213,7 @@ def _train(job: Job) -> Outcome:
         checkpoint_path(out).unlink(missing_ok=True)  # of other settings, or torn
         done = train(job.config, recording, out)
     scores = done.manifest.scores
-    return Outcome(
+    return RecordingResult(
         recording=job.name,
         task=job.task,
         identity=job.identity,
@@ -225,7 +225,7 @@ def _train(job: Job) -> Outcome:
     )
 
 
-def _evaluate(job: Job) -> Outcome:
+def _evaluate(job: Job) -> RecordingResult:
     from ilqr_training.evaluation.report import evaluated
     from ilqr_training.options import use_threads
     from ilqr_vae.artifact import load_artifact
@@ -244,7 +244,7 @@ def _evaluate(job: Job) -> Outcome:
             np.savez_compressed(part, allow_pickle=False, **done.arrays())
     ours = {} if report.scores is None else report.scores.methods[OURS]
     numbers = {"r2": ours.get("r2"), "bits_per_spike": report.bits_per_spike}
-    return Outcome(
+    return RecordingResult(
         recording=job.name,
         task=job.task,
         identity=job.identity,
@@ -256,7 +256,9 @@ def _evaluate(job: Job) -> Outcome:
     )
 
 
-def run(jobs: Sequence[Job], *, gpus: float = 0.0, progress: Progress = SILENT) -> list[Outcome]:
+def run(
+    jobs: Sequence[Job], *, gpus: float = 0.0, progress: Progress = SILENT
+) -> list[RecordingResult]:
     """The outcome of every job, in their order; those that are known are not done again.
 
     Args:
@@ -281,7 +283,7 @@ def run(jobs: Sequence[Job], *, gpus: float = 0.0, progress: Progress = SILENT) 
     try:
         for reference, job in _as_they_end(running):
             try:
-                outcome: Outcome = cast(Any, ray.get(reference))
+                outcome: RecordingResult = cast(Any, ray.get(reference))
             except exceptions.RayTaskError as error:
                 raise (error.cause or error) from error  # the disk, say: not the recording
             except exceptions.RayError as error:  # its worker died each time
@@ -307,7 +309,7 @@ def _as_they_end(running: dict[Any, Job]) -> Iterator[tuple[Any, Job]]:
             yield reference, running.pop(reference)
 
 
-def table_of(outcomes: Sequence[Outcome]) -> Table:
+def table_of(outcomes: Sequence[RecordingResult]) -> Table:
     """One row a recording."""
     rows = tuple(
         (

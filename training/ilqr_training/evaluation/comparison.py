@@ -77,7 +77,7 @@ class ComparisonPlan:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ResultFiles:
     """Results of one identity by name, a file each in a folder."""
 
     folder: Path
@@ -233,7 +233,7 @@ def compare(
         loop = msgspec.structs.replace(config.training, seed=config.training.seed + i)
         each = msgspec.structs.replace(config, training=loop)
         seeds.append(
-            _of_seed(each, seen, folder, plan, fraction, Pieces(folder, identity, progress))
+            _of_seed(each, seen, folder, plan, fraction, ResultFiles(folder, identity, progress))
         )
     return {
         "identity": identity,
@@ -253,7 +253,7 @@ def _of_seed(
     folder: Path,
     plan: ComparisonPlan,
     fraction: float,
-    pieces: Pieces,
+    pieces: ResultFiles,
 ) -> Piece:
     seed = config.training.seed
     amounts = {FULL: config} | ({LESS: with_fraction(config, fraction)} if fraction else {})

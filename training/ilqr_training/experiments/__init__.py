@@ -1,7 +1,7 @@
 """The paper's experiments on simulated data: one settings class and one ``run`` each.
 
-``run(settings, seed, progress) -> Outcome``. Names are those of ``ilqr-vae experiment NAME``; the
-module behind a name is imported when it is asked for.
+``run(settings, seed, progress) -> ExperimentResult``. Names are those of ``ilqr-vae experiment
+NAME``; the module behind a name is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ilqr_training.experiments.driver import Outcome
+from ilqr_training.experiments.driver import ExperimentResult
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.progress import Progress
 
-Run = Callable[[Any, int, Progress], Outcome]
+Run = Callable[[Any, int, Progress], ExperimentResult]
 
 _WHERE = {
     "autonomous-linear": ("linear", "AutonomousConfig", "autonomous"),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_training.config import LoopConfig
-from ilqr_training.fit.loop import Report, Run, start, train_steps
+from ilqr_training.fit.loop import Report, TrainingRun, start, train_steps
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.files import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -72,7 +72,7 @@ class NetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExperimentResult:
     """What an experiment came to.
 
     Attributes:
@@ -180,7 +180,7 @@ class Fit:
         seconds: wall-clock.
     """
 
-    run: Run
+    run: TrainingRun
     bounds: list[float]
     seconds: float
 
@@ -193,7 +193,7 @@ def fit(
     progress: Progress,
     *,
     what: str = "training",
-    after: Callable[[Run, Report], None] | None = None,
+    after: Callable[[TrainingRun, Report], None] | None = None,
 ) -> Fit:
     """Train on trials.
 

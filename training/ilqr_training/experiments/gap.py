@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ilqr_training.experiments.driver import (
     Array,
+    ExperimentResult,
     FitConfig,
     NetConfig,
-    Outcome,
     TrialBatches,
     fit,
     network,
@@ -27,7 +27,7 @@ from ilqr_training.experiments.driver import (
 )
 from ilqr_training.experiments.generators import LinearSystem, sparse_inputs
 from ilqr_training.experiments.initialise import start_linear
-from ilqr_training.fit.loop import Report, Run
+from ilqr_training.fit.loop import Report, TrainingRun
 from ilqr_vae.artifact import GroupSpec
 from ilqr_vae.files import OpenShare, PositiveFloat, PositiveInt
 from ilqr_vae.inference import elbo, prediction
@@ -184,7 +184,7 @@ def _train_encoder(
     return gaps
 
 
-def inference_gap(config: GapConfig, seed: int, progress: Progress) -> Outcome:
+def inference_gap(config: GapConfig, seed: int, progress: Progress) -> ExperimentResult:
     """Train both ways from the same start; measure both gaps as training goes on."""
     began = time.monotonic()
     rng = np.random.default_rng(seed)
@@ -202,7 +202,7 @@ def inference_gap(config: GapConfig, seed: int, progress: Progress) -> Outcome:
     model = fresh()
     observed = observed_of(model, values)
 
-    def check(run: Run, report: Report) -> None:
+    def check(run: TrainingRun, report: Report) -> None:
         if report.step % max(1, config.fit.steps // config.checks) == 0:
             ours.append(_of_ilqr(run.model, observed, trials, config, report.step))
 
@@ -232,4 +232,4 @@ def inference_gap(config: GapConfig, seed: int, progress: Progress) -> Outcome:
         left.legend()
         right.set(xlabel="step", ylabel="gap, nats per bin")
 
-    return Outcome(figures, draw)
+    return ExperimentResult(figures, draw)

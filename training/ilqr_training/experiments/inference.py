@@ -11,10 +11,10 @@ import torch
 
 from ilqr_training.experiments.driver import (
     Array,
+    ExperimentResult,
     Fit,
     FitConfig,
     NetConfig,
-    Outcome,
     TrialBatches,
     fit,
     network,
@@ -62,7 +62,7 @@ class LongConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     fit: FitConfig = FitConfig(steps=300, batch=20, learning_rate=0.03, iterations=4)
 
 
-def long_trial(config: LongConfig, seed: int, progress: Progress) -> Outcome:
+def long_trial(config: LongConfig, seed: int, progress: Progress) -> ExperimentResult:
     """Train on chunks of different lengths; infer on one sequence ``times`` longer."""
     began = time.monotonic()
     rng = np.random.default_rng(seed)
@@ -132,7 +132,7 @@ def long_trial(config: LongConfig, seed: int, progress: Progress) -> Outcome:
         right.set_ylabel("nats per bin")
         right.legend()
 
-    return Outcome(figures, draw)
+    return ExperimentResult(figures, draw)
 
 
 class MissingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -184,7 +184,7 @@ def bits_where(rates: Array, counts: Array, where: Array) -> float:
     return gain / max(1.0, float(counts[keep].sum())) / float(np.log(2))
 
 
-def missing_data(config: MissingConfig, seed: int, progress: Progress) -> Outcome:
+def missing_data(config: MissingConfig, seed: int, progress: Progress) -> ExperimentResult:
     """Train and infer with entries masked; score what was imputed against a fit that saw all."""
     rng = np.random.default_rng(seed)
     bouts = lorenz_bouts(rng, config.trials, config.bins, dt=0.02)
@@ -224,4 +224,4 @@ def missing_data(config: MissingConfig, seed: int, progress: Progress) -> Outcom
         hidden = np.ma.masked_where(seen[0].T > 0, np.ones_like(seen[0].T))
         axes[2].imshow(hidden, aspect="auto", interpolation="none", cmap="gray", alpha=0.35)
 
-    return Outcome(figures, draw)
+    return ExperimentResult(figures, draw)

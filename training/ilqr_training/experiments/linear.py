@@ -12,10 +12,10 @@ import torch
 
 from ilqr_training.experiments.driver import (
     Array,
+    ExperimentResult,
     Fit,
     FitConfig,
     NetConfig,
-    Outcome,
     TrialBatches,
     fit,
     network,
@@ -105,7 +105,7 @@ def initial_share(model: Model, z: torch.Tensor, u: torch.Tensor) -> float:
     return float((start / (start + energy[1:].sum())).detach())
 
 
-def autonomous(config: AutonomousConfig, seed: int, progress: Progress) -> Outcome:
+def autonomous(config: AutonomousConfig, seed: int, progress: Progress) -> ExperimentResult:
     """Fit with inputs free and with inputs forced to zero; compare bounds, see where inputs are."""
     data = _autonomous_data(config, np.random.default_rng(seed))
     fits: dict[str, Fit] = {}
@@ -143,7 +143,7 @@ def autonomous(config: AutonomousConfig, seed: int, progress: Progress) -> Outco
         right.semilogy(energy)
         right.set(xlabel="bin", ylabel="mean squared input")
 
-    return Outcome(figures, draw)
+    return ExperimentResult(figures, draw)
 
 
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -240,7 +240,7 @@ def _sparse_one(
     return scores, data, found, A_found
 
 
-def sparse(config: SparseConfig, seed: int, progress: Progress) -> Outcome:
+def sparse(config: SparseConfig, seed: int, progress: Progress) -> ExperimentResult:
     """Recover inputs and eigenvalues, over several seeds, and at other sizes if asked to."""
     began = time.monotonic()
     size = Variant(config.trials, config.bins)
@@ -272,4 +272,4 @@ def sparse(config: SparseConfig, seed: int, progress: Progress) -> Outcome:
             right.plot(eig.real, eig.imag, mark)
         right.set(title="eigenvalues", xlabel="real", ylabel="imaginary")
 
-    return Outcome(figures, draw)
+    return ExperimentResult(figures, draw)

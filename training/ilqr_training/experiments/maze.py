@@ -17,16 +17,16 @@ import torch
 
 from ilqr_training.experiments.driver import (
     Array,
+    ExperimentResult,
     FitConfig,
     NetConfig,
-    Outcome,
     TrialBatches,
     fit,
     observed_of,
     poisson_network,
 )
 from ilqr_training.experiments.generators import duffing_trials, spiking
-from ilqr_training.fit.loop import Report, Run
+from ilqr_training.fit.loop import Report, TrainingRun
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.files import PositiveInt
 from ilqr_vae.kernels.backend import device_of
@@ -107,7 +107,7 @@ def peak_bytes(device: torch.device) -> int:
     return peak_memory()
 
 
-def maze_size(config: MazeConfig, seed: int, progress: Progress) -> Outcome:
+def maze_size(config: MazeConfig, seed: int, progress: Progress) -> ExperimentResult:
     """A few gradient steps at the recording's size; seconds and memory of each."""
     if config.file:
         counts = read_layout(Path(config.file))
@@ -121,7 +121,7 @@ def maze_size(config: MazeConfig, seed: int, progress: Progress) -> Outcome:
     before = peak_bytes(device)
     clock: list[float] = [time.monotonic()]
 
-    def after(run: Run, report: Report) -> None:
+    def after(run: TrainingRun, report: Report) -> None:
         clock.append(time.monotonic())
 
     trials = TrialBatches(model, observed_of(model, counts), seed)
@@ -145,4 +145,4 @@ def maze_size(config: MazeConfig, seed: int, progress: Progress) -> Outcome:
         ax.plot(range(1, len(f.bounds) + 1), f.bounds, marker="o")
         ax.set(xlabel="step", ylabel="bound, nats per bin")
 
-    return Outcome(figures, draw)
+    return ExperimentResult(figures, draw)

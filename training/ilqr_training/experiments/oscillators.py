@@ -11,9 +11,9 @@ import torch
 
 from ilqr_training.experiments.driver import (
     Array,
+    ExperimentResult,
     FitConfig,
     NetConfig,
-    Outcome,
     TrialBatches,
     fit,
     network,
@@ -127,7 +127,7 @@ def _free_run(
     return path, figures
 
 
-def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> Outcome:
+def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> ExperimentResult:
     """Fit; infer test bouts, forecast with inputs zeroed; then let the model run on its own."""
     rng = np.random.default_rng(seed)
     clean = lorenz_bouts(rng, config.bouts + config.test_bouts, config.bins, dt=config.dt)
@@ -185,7 +185,7 @@ def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> Outcome:
         right.plot(*(path * scale).T, lw=0.3)
         right.set_title(f"model alone, {len(path)} steps")
 
-    return Outcome(figures, draw)
+    return ExperimentResult(figures, draw)
 
 
 class DuffingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -207,7 +207,7 @@ class DuffingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     fit: FitConfig = FitConfig(steps=300, batch=16, learning_rate=0.02, iterations=4)
 
 
-def duffing(config: DuffingConfig, seed: int, progress: Progress) -> Outcome:
+def duffing(config: DuffingConfig, seed: int, progress: Progress) -> ExperimentResult:
     """Fit on training trials; rates and phase portrait of test trials."""
     rng = np.random.default_rng(seed)
     both = duffing_trials(rng, config.trials + config.test_trials, config.bins)
@@ -249,4 +249,4 @@ def duffing(config: DuffingConfig, seed: int, progress: Progress) -> Outcome:
             ax.set(title=title, xlabel="position")
         axes[0].set_ylabel("velocity")
 
-    return Outcome(figures, draw)
+    return ExperimentResult(figures, draw)

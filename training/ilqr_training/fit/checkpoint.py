@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ilqr_training.fit.loop import Run
+from ilqr_training.fit.loop import TrainingRun
 from ilqr_vae.errors import TrainingError
 from ilqr_vae.files import write_whole
 
@@ -55,7 +55,7 @@ class EarlyStopping:
         return False
 
 
-def save_checkpoint(path: Path, identity: str, run: Run, stopping: EarlyStopping) -> None:
+def save_checkpoint(path: Path, identity: str, run: TrainingRun, stopping: EarlyStopping) -> None:
     """Write a checkpoint.
 
     Args:
@@ -80,7 +80,7 @@ def save_checkpoint(path: Path, identity: str, run: Run, stopping: EarlyStopping
     write_whole(path, buffer.getvalue(), "checkpoint")
 
 
-def load_checkpoint(path: Path, identity: str, run: Run, stopping: EarlyStopping) -> None:
+def load_checkpoint(path: Path, identity: str, run: TrainingRun, stopping: EarlyStopping) -> None:
     """Continue ``run`` and ``stopping`` from a checkpoint, in place.
 
     Raises:

@@ -1,6 +1,6 @@
 """The training loop: solve, attach the implicit gradient, raise the bound, step.
 
-Everything a run can be continued from is in ``Run``; ``train_steps`` is the loop and nothing else.
+A run continues from its ``TrainingRun``, which holds all that changes. ``train_steps`` is the loop.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Batches(Protocol):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What changes while training.
 
     ``condition`` names the groups recognition sees; ``rate``, step -> learning rate, replaces the
@@ -102,7 +102,9 @@ class Report:
     unsolved: float
 
 
-def start(model: Model, crops: Batches, config: LoopConfig, *, scale_rate: float = 1.0) -> Run:
+def start(
+    model: Model, crops: Batches, config: LoopConfig, *, scale_rate: float = 1.0
+) -> TrainingRun:
     """Optimiser and posterior of a new run.
 
     Args:
@@ -124,10 +126,10 @@ def start(model: Model, crops: Batches, config: LoopConfig, *, scale_rate: float
         groups.append({"params": scales, "factor": scale_rate})
     generator = torch.Generator(device=like.device).manual_seed(config.seed)
     optimiser = torch.optim.Adam(groups, config.learning_rate)
-    return Run(model, posterior, crops, optimiser, generator)
+    return TrainingRun(model, posterior, crops, optimiser, generator)
 
 
-def _draw(run: Run, problem: Problem, state: State) -> Draw:
+def _draw(run: TrainingRun, problem: Problem, state: State) -> Draw:
     if run.posterior is not None:
         return run.posterior.draw(state.z.shape[0], run.generator)
     with torch.no_grad():
@@ -135,7 +137,7 @@ def _draw(run: Run, problem: Problem, state: State) -> Draw:
         return laplace_draw(at, solve_lqr(at, free_initial=True), run.generator)
 
 
-def gradient_step(run: Run, config: LoopConfig) -> Report:
+def gradient_step(run: TrainingRun, config: LoopConfig) -> Report:
     """Draw crops, solve, ascend once.
 
     Raises:
@@ -195,7 +197,7 @@ def gradient_step(run: Run, config: LoopConfig) -> Report:
     )
 
 
-def train_steps(run: Run, config: LoopConfig) -> Iterator[Report]:
+def train_steps(run: TrainingRun, config: LoopConfig) -> Iterator[Report]:
     """Gradient steps until the configured number; what happens between them is the caller's."""
     while run.step < config.steps:
         yield gradient_step(run, config)

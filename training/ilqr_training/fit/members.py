@@ -38,7 +38,7 @@ _SEEDS_APART = 10_007
 
 
 @dataclass(frozen=True)
-class Job:
+class MemberJob:
     """One member's training.
 
     Attributes:
@@ -112,20 +112,20 @@ def jobs_of(
     identity: str,
     *,
     resume: bool,
-) -> list[Job]:
+) -> list[MemberJob]:
     """The members' jobs; the first one's events lie where those of a run of one would."""
     threads = max(1, cores() // side_by_side(config))
-    made: list[Job] = []
+    made: list[MemberJob] = []
     for i, seed in enumerate(seeds_of(config), 1):
         loop = msgspec.structs.replace(config.training, members=1, seed=seed)
         own = msgspec.structs.replace(config, training=loop)
         logs = log_dir if log_dir is None or i == 1 else log_dir / f"member-{i}"
         path = out.with_name(f"{out.name}.member-{i}")
-        made.append(Job(own, recording, path, logs, threads, f"{identity}-{seed}", resume))
+        made.append(MemberJob(own, recording, path, logs, threads, f"{identity}-{seed}", resume))
     return made
 
 
-def train_members(jobs: Sequence[Job], at_once: int, progress: Progress) -> None:
+def train_members(jobs: Sequence[MemberJob], at_once: int, progress: Progress) -> None:
     """Run the jobs that are not done.
 
     Raises:
@@ -134,7 +134,7 @@ def train_members(jobs: Sequence[Job], at_once: int, progress: Progress) -> None
     running: list[subprocess.Popen[bytes]] = []
     failed = threading.Event()
 
-    def work(numbered: tuple[int, Job]) -> None:
+    def work(numbered: tuple[int, MemberJob]) -> None:
         number, job = numbered
         if failed.is_set() or (job.resume and job.done):
             return
@@ -193,7 +193,7 @@ def _follow(process: subprocess.Popen[bytes], name: str, progress: Progress) -> 
         raise _Stopped(name, expected="a training run that ends", got=f"exit {process.returncode}")
 
 
-def mean_of(jobs: Sequence[Job]) -> HeldOut | None:
+def mean_of(jobs: Sequence[MemberJob]) -> HeldOut | None:
     """The members' decodes of the validation part as one; None without kinematics."""
     parts: list[HeldOut] = []
     for job in jobs:
@@ -204,7 +204,7 @@ def mean_of(jobs: Sequence[Job]) -> HeldOut | None:
     return HeldOut(parts[0].truth, *mixture([p.decoded for p in parts], [p.std for p in parts]))
 
 
-def remove(jobs: Sequence[Job]) -> None:
+def remove(jobs: Sequence[MemberJob]) -> None:
     """What the members left beside the model file."""
     for job in jobs:
         job.out.unlink(missing_ok=True)
@@ -239,7 +239,7 @@ def main() -> None:
     from ilqr_training.options import use_threads
 
     pipe = _Pipe()
-    job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job, dec_hook=_made)
+    job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=MemberJob, dec_hook=_made)
     use_threads(job.threads)
     try:
         done = train_on(

@@ -26,7 +26,7 @@ _LIBRARIES = 280 * 2**20  # torch's and numba's own, taken when they are first u
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes.
 
     Attributes:
@@ -70,7 +70,7 @@ class Estimate:
         return text + ": it may not fit; smaller training.batch, training.chunk or model sizes help"
 
 
-def estimate(config: TrainConfig, data: Prepared) -> Estimate:
+def estimate(config: TrainConfig, data: Prepared) -> MemoryEstimate:
     """Estimate the memory of a run; measurements agree within a factor of two."""
     recording, loop = data.recording, config.training
     n, m, N = config.model.latents, config.model.inputs, recording.n_units
@@ -92,7 +92,7 @@ def estimate(config: TrainConfig, data: Prepared) -> Estimate:
     kept = bins * (8 * (n * n + n + N + m + 2 * features + 4 * D) + 2 * recalled)
     fit = 8 * (bins * 3 * features + 3 * features**2)
     streams = 8 * _STREAMS * config.estimator.horizon * (4 * block + 3 * N)
-    return Estimate(
+    return MemoryEstimate(
         now=peak_memory(),
         data=word * train * (N + D + n + m + 2),
         step=step,
@@ -127,7 +127,7 @@ def refuse_hopeless(config: TrainConfig, data: Prepared) -> None:
     )
 
 
-def _on_host(config: TrainConfig, data: Prepared) -> Estimate:
+def _on_host(config: TrainConfig, data: Prepared) -> MemoryEstimate:
     """The estimate without what a gradient step takes elsewhere."""
     made = estimate(config, data)
     return made if device_of(config.training.device).type == "cpu" else replace(made, step=0)

@@ -23,7 +23,7 @@ from ilqr_training.fit.build import build_model, model_spec
 from ilqr_training.fit.checkpoint import EarlyStopping, load_checkpoint, save_checkpoint
 from ilqr_training.fit.crops import Crops, Prepared, prepare
 from ilqr_training.fit.log import TrainingLog
-from ilqr_training.fit.loop import Report, Run, gradient_step, start
+from ilqr_training.fit.loop import Report, TrainingRun, gradient_step, start
 from ilqr_training.fit.members import (
     jobs_of,
     mean_of,
@@ -294,7 +294,7 @@ def _scores(scores: dict[str, float]) -> str:
     return f"{decoded}bits per spike {number(scores['bits_per_spike'])}"
 
 
-def _output_bytes(run: Run) -> int:
+def _output_bytes(run: TrainingRun) -> int:
     """Of the model file and two checkpoints, the new one written beside the last."""
     modules = [run.model] if run.posterior is None else [run.model, run.posterior]
     tensors = [t for m in modules for t in m.state_dict().values()]
@@ -304,7 +304,7 @@ def _output_bytes(run: Run) -> int:
 
 
 def _save_checkpoint(
-    path: Path, identity: str, run: Run, stopping: EarlyStopping, progress: Progress
+    path: Path, identity: str, run: TrainingRun, stopping: EarlyStopping, progress: Progress
 ) -> None:
     """A checkpoint that cannot be written is a warning: training goes on."""
     try:

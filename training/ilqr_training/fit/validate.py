@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ilqr_training.config import ReadoutConfig, TrainConfig
 from ilqr_training.fit.crops import Prepared
 from ilqr_training.readout.causal import Causal, causal_pass
-from ilqr_training.readout.fit import Bins, ReadoutFit, fit_readout
+from ilqr_training.readout.fit import ReadoutBins, ReadoutFit, fit_readout
 from ilqr_training.readout.intervals import fit_intervals
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.intervals import SpeedScale, stated
@@ -219,12 +219,12 @@ def _decode(
     quick: bool,
 ) -> ReadoutFit:
     valid = data.recording.scored
-    bins: dict[str, list[Bins]] = {}
+    bins: dict[str, list[ReadoutBins]] = {}
     for name, causals in parts.items():
         span = getattr(data, name)
         for i, causal in enumerate(causals):
             rows = slice(*(_latest(span) if i else span))
-            made = Bins.of(causal.rows(valid[rows]), k[rows][valid[rows]])
+            made = ReadoutBins.of(causal.rows(valid[rows]), k[rows][valid[rows]])
             bins.setdefault(name, []).append(made)
     return fit_readout(
         bins["train"],

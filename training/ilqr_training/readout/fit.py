@@ -159,7 +159,7 @@ def _module(
 
 
 @dataclass(frozen=True)
-class Bins:
+class ReadoutBins:
     """Bins to fit or to choose on.
 
     Attributes:
@@ -173,17 +173,17 @@ class Bins:
     recalled: NDArray[np.float32] | None
 
     @staticmethod
-    def of(causal: Causal, y: Array) -> Bins:
+    def of(causal: Causal, y: Array) -> ReadoutBins:
         """Of estimates and kinematics (T, D) of the same bins."""
-        return Bins(causal.window, y, causal.covariance, causal.recalled)
+        return ReadoutBins(causal.window, y, causal.covariance, causal.recalled)
 
     @staticmethod
-    def together(parts: Sequence[Bins]) -> Bins:
+    def together(parts: Sequence[ReadoutBins]) -> ReadoutBins:
         """One after the other."""
         if len(parts) == 1:
             return parts[0]
         recalled = [p.recalled for p in parts if p.recalled is not None]
-        return Bins(
+        return ReadoutBins(
             x=np.concatenate([p.x for p in parts]),
             y=np.concatenate([p.y for p in parts]),
             covariance=np.concatenate([p.covariance for p in parts]),
@@ -198,8 +198,8 @@ class Bins:
 
 
 def fit_readout(
-    train: Sequence[Bins],
-    held: Sequence[Bins],
+    train: Sequence[ReadoutBins],
+    held: Sequence[ReadoutBins],
     n: int,
     units: int,
     config: ReadoutConfig,
@@ -220,7 +220,7 @@ def fit_readout(
         progress: receives the gradient steps of the layers.
     """
     reads = _Reads(n, units, config, seed)
-    one, other = Bins.together(train), held[0]
+    one, other = ReadoutBins.together(train), held[0]
     table = _Table.of(one.x, one.y, reads.latents)
     betas = (np.inf, *config.alphas) if config.residuals else (np.inf,)
     choices = [_Choice(a, b) for a, b in product(config.alphas, betas)]
@@ -256,7 +256,7 @@ def fit_readout(
     trained = _module(maps, recurrent, table, (n, units), shape, choice)
     seen = other.everything(F, bool(choice.steps))
     decoded, std = calibrate(trained, seen, other.y, other.covariance)
-    readout = _again(Bins.together([*train, *held]), choice, reads, shape, progress)
+    readout = _again(ReadoutBins.together([*train, *held]), choice, reads, shape, progress)
     for name in ("gain", "variance", "kappa"):
         getattr(readout, name).copy_(getattr(trained, name))
     return ReadoutFit(readout, score, other.y, decoded, std, str(choice))
@@ -276,7 +276,7 @@ class _Reads:
         """Columns of x that are latents."""
         return (self.config.lags + 1) * self.n
 
-    def windows(self, bins: Bins) -> Windows:
+    def windows(self, bins: ReadoutBins) -> Windows:
         """What the recurrent layer reads."""
         if bins.recalled is None:
             raise ValueError("recalled: a pass without what the recurrent layer reads")
@@ -294,7 +294,7 @@ class _Reads:
 
 
 def _again(
-    bins: Bins, choice: _Choice, reads: _Reads, shape: ReadoutShape, progress: Progress
+    bins: ReadoutBins, choice: _Choice, reads: _Reads, shape: ReadoutShape, progress: Progress
 ) -> KinematicReadout:
     """What was chosen, fitted on all bins; without intervals."""
     config, seed = reads.config, reads.seed

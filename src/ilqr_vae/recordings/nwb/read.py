@@ -22,7 +22,7 @@ from ilqr_vae.recordings.nwb.tables import (
     units_beside,
 )
 from ilqr_vae.recordings.recording import Recording
-from ilqr_vae.recordings.session import Session
+from ilqr_vae.recordings.session import RecordedSession
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.unbinned import recording_of
 
@@ -113,12 +113,12 @@ def _all_series(nwb: Any, pynwb: Any) -> dict[str, Any]:
 
 def _session(
     nwb: Any, series: dict[str, Any], spec: RecordingSpec
-) -> tuple[Session, RecordingSpec]:
+) -> tuple[RecordedSession, RecordingSpec]:
     """What the file holds, and how to read it with the bin width that it states."""
     binned = find(series, spec.nwb.counts, "data.nwb.counts") if spec.nwb.counts else None
     kinematics = kinematics_of(series, spec, binned)
     moving, warnings = kinematics.moving, kinematics.warnings
-    told = Session(
+    told = RecordedSession(
         unit_names=(),
         moving=moving,
         scored=mask_of(series, spec.nwb, moving),

@@ -13,7 +13,7 @@ from ilqr_vae.recordings.checks import same_bin_width, unique_names, whole_count
 from ilqr_vae.recordings.nwb.series import clock, contents, told_channels
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.trials import Table
+from ilqr_vae.recordings.trials import TrialTable
 from ilqr_vae.recordings.units import labels_of, selected_units
 
 NAME_COLUMNS = ("unit_name", "name")
@@ -25,7 +25,7 @@ FEW_LOST = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """The units table: N units, see ``unbinned.Session``."""
+    """The units table: N units, see ``session.RecordedSession``."""
 
     times: list[NDArray[Any]]
     names: tuple[str, ...]
@@ -344,7 +344,7 @@ def invalid_times(table: Any) -> NDArray[np.float64]:
     return np.stack([np.nan_to_num(begin, nan=-np.inf), np.nan_to_num(end, nan=np.inf)], axis=1)
 
 
-def trials_table(nwb: Any) -> Table | None:
+def trials_table(nwb: Any) -> TrialTable | None:
     """The trials with every column of one value a trial; None where there are none.
 
     Raises:
@@ -365,4 +365,4 @@ def trials_table(nwb: Any) -> Table | None:
             )
         if values.ndim == 1:
             columns[name] = values
-    return Table(start, stop, columns)
+    return TrialTable(start, stop, columns)
