@@ -83,14 +83,7 @@ class Service:
         self.failure: BaseException | None = None
         self.telemetry = Telemetry(engine.model_info.bin_width_ns / 1e9)
         self._settings = settings
-        limits = Limits(
-            credits=settings.credits,
-            gap_limit=settings.gap_limit,
-            max_sessions=settings.max_sessions,
-            deadline_ns=round(settings.deadline_ms * 1e6),
-            idle_ns=round(settings.idle_s * 1e9),
-            backlog=max(2 * settings.credits, settings.gap_limit + settings.credits),
-        )
+        limits = Limits.of(settings)
         self._table = SessionTable(engine.model_info, limits, reaches=self._reply)
         slots = {"main": engine} | (more or {})
         engines = Engines(engine)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ilqr_service.sessions.arrivals import Arrivals
 from ilqr_service.sessions.clocked import FeederClock
 from ilqr_service.sessions.effects import Effects
+from ilqr_service.settings import ServiceSettings
 from ilqr_service.work import SHED, TROUBLE, EngineAnswer, EngineInfo, SwapModel, Vector, status_of
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.answer import Estimated
@@ -39,6 +40,18 @@ class Limits:
     deadline_ns: int = 0
     idle_ns: int = 600_000_000_000
     backlog: int = 256
+
+    @classmethod
+    def of(cls, settings: ServiceSettings) -> Limits:
+        """As the service's settings say."""
+        return cls(
+            credits=settings.credits,
+            gap_limit=settings.gap_limit,
+            max_sessions=settings.max_sessions,
+            deadline_ns=round(settings.deadline_ms * 1e6),
+            idle_ns=round(settings.idle_s * 1e9),
+            backlog=max(2 * settings.credits, settings.gap_limit + settings.credits),
+        )
 
 
 class Recent:
