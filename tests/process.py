@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from feeder import WAIT_S
+from ilqr_service.server import Service
 from ilqr_vae.artifact import load_artifact
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -95,7 +96,7 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def metrics(service: Served) -> dict[str, float]:
+def metrics(service: Served | Service) -> dict[str, float]:
     """What /metrics shows, by name with labels."""
     with urllib.request.urlopen(f"http://{service.http}/metrics", timeout=WAIT_S) as page:
         lines = page.read().decode().splitlines()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +26,7 @@ from ilqr_clients.stream import CROSSING, stream
 from ilqr_service.server import Service
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import DRIFT, ClockOffset, ClockTrack, offset_of, this_clock
+from process import metrics
 from rig import BIN_S, make_model, serving
 
 SECOND = 1_000_000_000
@@ -154,13 +154,6 @@ def test_a_client_with_another_clock_knows_how_far_it_is_off(
     assert abs(incoming[0] - true_in) <= incoming[1] + 10_000
     assert outgoing[0] + outgoing[1] >= 0
     assert outgoing[0] - outgoing[1] <= arrived_here - answer.published_ns
-
-
-def metrics(service: Service) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{service.http}/metrics", timeout=WAIT_S) as page:
-        lines = page.read().decode().splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
 
 
 def settled(service: Service, name: str, before: dict[str, float], more: float) -> dict[str, float]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import zmq
 from numpy.typing import NDArray
 
@@ -17,30 +15,10 @@ from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_service.work import FAILED, Solve
-from ilqr_vae.artifact import (
-    load_artifact,
-)
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.protocol import messages
-
-
-def offline(
-    path: Path, counts: NDArray[Any], observed: NDArray[np.bool_]
-) -> list[NDArray[np.float64]]:
-    """The same bins straight through the estimator."""
-    torch.set_num_threads(1)
-    estimator = load_artifact(path, device="cpu").estimator()
-    state, out = estimator.init(batch=1), []
-    for row, mask in zip(counts, observed, strict=True):
-        state, e = estimator.step(
-            state, torch.tensor(row, dtype=torch.float64)[None], torch.tensor(mask).double()[None]
-        )
-        vectors = [t[0].numpy() for t in (e.z, e.z_std, e.rates, e.kinematics, e.kinematics_std)]
-        scalars = [float(e.bits[0]), float(e.spikes[0]), float(e.iterations[0])]
-        out.append(np.concatenate([*vectors, scalars]))
-    return out
-
+from process import offline
 
 # ---- answers -----------------------------------------------------------------------------------
 
