@@ -20,7 +20,7 @@ from ilqr_service.fleet.gateway import Gateway
 from ilqr_service.fleet.health import Health
 from ilqr_service.fleet.member import Measured, Place, Server
 from ilqr_service.fleet.members import Members
-from ilqr_service.fleet.placement import Load, cost, place, room
+from ilqr_service.fleet.placement import ServerLoad, cost, place, room
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.transport.http import Web
 from ilqr_vae.artifact import read_manifest
@@ -212,7 +212,9 @@ class Fleet:
                 # what was measured is as old as the call
                 while member.placed and member.placed[0] < time.monotonic() - 3 * _MEASURE_S:
                     member.placed.popleft()
-                member.load = Load(self._cpus, busy, sessions, min(sessions, len(member.placed)))
+                member.load = ServerLoad(
+                    self._cpus, busy, sessions, min(sessions, len(member.placed))
+                )
             if sessions:
                 member.quiet_since = time.monotonic()
 
@@ -255,7 +257,7 @@ class Fleet:
             member = members[chosen]
             member.placed.append(time.monotonic())
             load = member.load
-            member.load = Load(load.cores, load.busy, load.sessions + 1, load.placed + 1)
+            member.load = ServerLoad(load.cores, load.busy, load.sessions + 1, load.placed + 1)
             return min(member.servers.values(), key=lambda server: server.name)
 
     def _taken_up(self, name: str) -> None:

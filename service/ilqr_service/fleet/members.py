@@ -19,7 +19,7 @@ from typing import Any, cast
 from ilqr_service import logs
 from ilqr_service.fleet.health import Health
 from ilqr_service.fleet.member import Measured, Place, Server, actor, end
-from ilqr_service.fleet.placement import Load, cost, room
+from ilqr_service.fleet.placement import ServerLoad, cost, room
 from ilqr_service.settings import ServiceSettings
 from ilqr_vae.errors import ServiceError
 
@@ -36,7 +36,7 @@ class Running:
     actor: Any
     lives: Any
     place: Place
-    load: Load
+    load: ServerLoad
     servers: dict[str, Server] = field(default_factory=dict[str, Server])
     newest: Measured | None = None
     measuring: Any = None
@@ -152,7 +152,7 @@ class Members:
                     raise ServiceError("--servers", expected="room for as many", got="none so far")
             for one, mine in zip(made, starts, strict=True):
                 where, *servers = cast(Any, ray.get(mine))
-                member = Running(one, one.lives.remote(), where, Load(self._cpus, 0.0, 0))
+                member = Running(one, one.lives.remote(), where, ServerLoad(self._cpus, 0.0, 0))
                 member.servers = {server.name: server for server in servers}
                 members.append(member)
         except (RayError, ServiceError) as error:

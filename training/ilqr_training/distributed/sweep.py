@@ -35,7 +35,7 @@ _KEPT = 4
 """Checkpoints of a trial: what Ray Tune knows after a crash may be some of them behind."""
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """A sweep.
 
     Attributes:
@@ -61,7 +61,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     cpus: int = 1
     gpus: float = 0.0
 
-    def checked(self) -> Plan:
+    def checked(self) -> SweepPlan:
         """Raises ConfigError: options that do not go together."""
         keys = [axis.key for axis in self.axes]
         if not keys:
@@ -120,7 +120,7 @@ def stamp_of(recording: Path) -> str:
     return f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def train_point(point: dict[str, Any], plan: Plan) -> None:
+def train_point(point: dict[str, Any], plan: SweepPlan) -> None:
     """What a trial does; called by Ray Tune, away from the driver."""
     from ray import tune
 
@@ -171,13 +171,13 @@ def train_point(point: dict[str, Any], plan: Plan) -> None:
             report(0)
 
 
-def _objective(scores: Mapping[str, float], plan: Plan) -> float:
+def _objective(scores: Mapping[str, float], plan: SweepPlan) -> float:
     if plan.objective not in scores:
         raise TrainingError("--objective", expected=f"one of {', '.join(scores)}", got="r2")
     return scores[plan.objective]
 
 
-def tuner_of(plan: Plan, out: Path, callbacks: list[Any]) -> Any:
+def tuner_of(plan: SweepPlan, out: Path, callbacks: list[Any]) -> Any:
     """A new sweep, or the one in ``out`` where it was left.
 
     Raises:
@@ -225,7 +225,7 @@ def _name(trial: Any) -> str:
     return str(trial.trial_id)
 
 
-def _search(plan: Plan) -> Any:
+def _search(plan: SweepPlan) -> Any:
     seed = plan.config.training.seed
     if plan.method == "bayesian":
         from ray.tune.search.optuna import OptunaSearch
@@ -236,7 +236,7 @@ def _search(plan: Plan) -> Any:
     return BasicVariantGenerator(random_state=seed)
 
 
-def _scheduler(plan: Plan, trials: Path) -> Any:
+def _scheduler(plan: SweepPlan, trials: Path) -> Any:
     from ray.tune import schedulers
 
     if plan.method == "population":
@@ -262,14 +262,14 @@ def _scheduler(plan: Plan, trials: Path) -> Any:
     return Halving(trials, time_attr="validation", max_t=most + 1, grace_period=min(2, most))
 
 
-def table(grid: Any, plan: Plan) -> list[Trial]:
+def table(grid: Any, plan: SweepPlan) -> list[Trial]:
     """The trials of a sweep, the best first; those that are not done after those that are."""
     rows = [_row(result, plan) for result in grid]
     order = {"done": 0, "stopped early": 1}
     return sorted(rows, key=lambda t: (order.get(t.state, 2), -(t.score or 0.0), str(t.point)))
 
 
-def _row(result: Any, plan: Plan) -> Trial:
+def _row(result: Any, plan: SweepPlan) -> Trial:
     metrics: dict[str, Any] = result.metrics or {}
     done = tuple(float(s) for s in metrics.get("seeds") or ())
     state = "done" if len(done) == plan.seeds else "stopped early"
