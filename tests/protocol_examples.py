@@ -54,6 +54,7 @@ UPSTREAM: list[m.Message] = [
         model="main",
         begin=False,
         origin_ns=7_000_000,
+        abstain=0.8,
     ),
     m.Bin(session="rat-7", index=0, source_ns=12, counts=_COUNTS),
     m.Bin(
@@ -198,6 +199,8 @@ PUBLISHED: list[m.Message] = [
         spikes=4,
         clock=_CLOCK,
         ignored=("b",),
+        classes=m.pack(np.array([0.9, 0.1]), "<f8"),
+        class_name="left",
     ),
     m.Event(
         session="rat-7",

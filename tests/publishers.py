@@ -1,4 +1,4 @@
-"""Made-up publishers on loopback, as Open Ephys and Synapse send: the sources of bridges."""
+"""Sources that bridges read, on loopback: they send, go away, come back and set their clocks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import zmq
+from ezmsg.util.messages.axisarray import AxisArray
 
 from ilqr_clients.bridges.core import Bridge
+from ilqr_clients.bridges.ezmsg_unit import EzmsgBridge
 from ilqr_clients.bridges.openephys import OpenEphysBridge
 from ilqr_clients.bridges.synapse import SynapseBridge, frame_types
 from ilqr_service.server import Service
@@ -87,6 +89,10 @@ class OpenEphys(Published):
         made.append(self.message("data", body | {"sample_num": at + per_bin}, b"\0" * 8))
         return made
 
+    def odd(self) -> list[tuple[bytes, ...]]:
+        """A channel that the model does not have, and a message that is none."""
+        return [*self.bin(12, [1] * (UNITS + 1), (*NAMES, "other")), (b"DATA", b"\xff\xfe{", b"")]
+
     def first(self) -> None:
         body = {"channel_num": 0, "num_samples": 0, "sample_rate": RATE, "sample_num": self.begin}
         self.send(*self.message("data", body, b""))
@@ -115,8 +121,46 @@ class Synapse(Published):
             made.append((frame.SerializeToString(),))
         return made
 
+    def odd(self) -> list[tuple[bytes, ...]]:
+        return [*self.bin(12, [1] * (UNITS + 1)), (b"DATA", b"\xff\xfe{", b"")]
+
     def first(self) -> None:
         pass
 
     def bridge(self, service: Service, name: str, **options: Any) -> Bridge:
         return SynapseBridge(service.ingest, self.address, name, **options)
+
+
+class Ezmsg:
+    """Arrays as an ezmsg unit gets them, a bin each."""
+
+    begin = 7.0
+
+    def array(self, k: int, rows: Any, names: tuple[str, ...] = (), gain: float = WIDTH_S) -> Any:
+        """Rows (time, ch) from bin k on, their channels in another order if they have names."""
+        axes: dict[str, Any] = {
+            "time": AxisArray.LinearAxis(unit="s", gain=gain, offset=self.begin + k * WIDTH_S)
+        }
+        if names:
+            axes["ch"] = AxisArray.CoordinateAxis(np.array(names[::-1]), dims=["ch"])
+        rows = np.asarray(rows, dtype=float)[:, ::-1] if names else np.asarray(rows, dtype=float)
+        return AxisArray(rows.T, dims=["ch", "time"], axes=axes)
+
+    def bin(self, k: int, counts: Any) -> list[tuple[Any, ...]]:
+        return [(self.array(k, [counts], NAMES),)]
+
+    def odd(self) -> list[tuple[Any, ...]]:
+        wide = self.array(12, np.ones((1, UNITS + 1)))
+        return [(wide,), (AxisArray(np.ones(3), dims=["ch"], axes={}),)]
+
+    def bridge(self, service: Service, name: str, **options: Any) -> Bridge:
+        self._bridge = EzmsgBridge(service.ingest, name, lambda answer, at: None, **options)
+        return self._bridge
+
+    def send(self, array: Any) -> None:
+        self._bridge.arrays.put(array)
+
+    def nothing(self) -> None:
+        """It is not connected, so there is nothing to do."""
+
+    wait = first = stop = restart = close = nothing

@@ -20,6 +20,7 @@ from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_vae.artifact import Artifact, GroupSpec, Manifest, ModelSpec, build, save_artifact
+from ilqr_vae.model.classes import ClassReadout
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.recordings import MatSpec, RecordingSpec, SplitSpec
@@ -30,7 +31,7 @@ N_BINS = 400
 SPLIT = SplitSpec(train=0.5, validation=0.7)
 
 
-def spec(*, kinematics: bool = True) -> RecordingSpec:
+def spec(*, kinematics: bool = True, trials: bool = False) -> RecordingSpec:
     """How to read what ``write_recording`` writes."""
     mat = MatSpec(spikes="spikes")
     if kinematics:
@@ -40,6 +41,9 @@ def spec(*, kinematics: bool = True) -> RecordingSpec:
             kinematic_names=("vx", "vy"),
             kinematic_units=("m/s", "m/s"),
         )
+    if trials:
+        names = {"trial_starts": "starts", "trial_stops": "stops", "trial_conditions": "sides"}
+        mat = msgspec.structs.replace(mat, **names)
     return RecordingSpec(bin_width=BIN_S, mat=mat, split=SPLIT)
 
 
@@ -49,7 +53,10 @@ def write_recording(path: Path, *, n_units: int, seed: int = 0) -> Path:
     phase = np.arange(N_BINS) * BIN_S * 2 * np.pi
     velocity = 0.2 * np.stack([np.cos(0.31 * phase), np.sin(0.47 * phase)])
     rates = np.exp(-0.5 + rng.normal(size=(n_units, 2)) @ velocity * 4)
-    io.savemat(path, {"spikes": rng.poisson(rates), "velocity": velocity})
+    starts = np.arange(1, N_BINS, 16)  # one-based; trials of 14 bins
+    sides = np.where(velocity[0, starts + 6] > 0, "right", "left").astype(object)
+    trials = {"starts": starts, "stops": starts + 13, "sides": sides}
+    io.savemat(path, {"spikes": rng.poisson(rates), "velocity": velocity, **trials})
     return path
 
 
@@ -64,6 +71,7 @@ def make_model(
     bin_width: float = BIN_S,
     kinematic_unit: str = "m/s",
     members: int = 1,
+    classes: tuple[str, ...] = (),
 ) -> Path:
     """A tiny model file that was never trained but answers: 4 latents."""
     shapes = ModelSpec(
@@ -91,10 +99,15 @@ def make_model(
         horizon=HorizonConfig(horizon=horizon, iterations=2),
         model=shapes,
         readout=ReadoutShape() if kinematics else None,
+        classes=classes or msgspec.UNSET,
     )
+    discrete = None
+    if classes:
+        W = np.random.default_rng(seed).normal(size=(len(classes), 4)) * 3
+        discrete = ClassReadout(torch.as_tensor(W), torch.zeros(len(classes)).double())
     rate = torch.ones(n_units, dtype=torch.float64)
     others = [Artifact(manifest, *one, rate) for one in made[1:]]
-    save_artifact(path, manifest, *made[0], rate, others=others)
+    save_artifact(path, manifest, *made[0], rate, others=others, classes=discrete)
     return path
 
 

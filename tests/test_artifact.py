@@ -193,7 +193,7 @@ def test_another_schema_is_named(tmp_path: Path) -> None:
         text = msgspec.json.encode(read_manifest(path)).decode()
         rewrite(path, text.replace(f'"schema":{SINGLE_SCHEMA}', f'"schema":{schema}'))
         with pytest.raises(
-            ArtifactError, match=rf"expected schema version {SCHEMA} or .*newer.*, got {schema}"
+            ArtifactError, match=rf"expected schema version 3 to {SCHEMA} .*newer.*, got {schema}"
         ):
             load_artifact(path)
     for text in ("[]", "{", "null", '"x"'):

@@ -229,7 +229,7 @@ def test_training_ranges_are_kept_in_the_model_file(model_file: Path, tmp_path: 
     # twice the highest count of unit 6, 8 deviations and 8 more
     assert loaded.estimator().bounds.counts[6] == np.ceil(12 + 8 * np.sqrt(13) + 8)
     save_artifact(path, plain.manifest, *about, seen._replace(counts=seen.counts[1:]))
-    with pytest.raises(ArtifactError, match="training ranges"):
+    with pytest.raises(ArtifactError, match=r"seen\.\* of shapes"):
         load_artifact(path)
 
 

@@ -17,12 +17,16 @@ import numpy as np
 import pytest
 import zmq
 from numpy.typing import NDArray
+from pynwb import NWBHDF5IO
 
 from feeder import WAIT_S, Feeder
 from ilqr_clients.sdk import ServiceClient
+from ilqr_service.journal import export
+from ilqr_service.journal.export import runs_of
 from ilqr_vae.protocol import messages
+from ilqr_vae.recordings import load_recording
 from ilqr_vae.recordings.split import plan_drops, warmup_start
-from rig import N_BINS, SPLIT, write_recording
+from rig import BIN_S, N_BINS, SPLIT, spec, write_recording
 from tiny import config, write_config
 
 N_UNITS = 8
@@ -78,7 +82,8 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("chain")
     recording = write_recording(folder / "reach.mat", n_units=N_UNITS)
-    settings = write_config(folder / "c.toml", config(steps=30, batch=8, validate_every=0))
+    asked = config(data=spec(trials=True), steps=30, batch=8, validate_every=0)
+    settings = write_config(folder / "c.toml", asked, readout={"classes": True})
     model = folder / "m.safetensors"
     run("train", settings, "--recording", recording, "--out", model)
     service = folder / "service.toml"
@@ -88,6 +93,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         [
             *(*PROGRAM, "serve", str(model), *free, "--http", "127.0.0.1:0"),
             *("--config", str(service), "--device", "cpu", "--ready-file", "-"),
+            *("--journal", str(folder / "journal")),
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -120,7 +126,10 @@ def test_the_whole_chain(served: Served) -> None:
 
     # in time, and mid-way somebody else sends what is no message
     clocked = subprocess.Popen(
-        served.replay("--speed", "4", *DROPS, "--session", "timed", "--arrays", timed),
+        served.replay(
+            *("--speed", "4", *DROPS, "--session", "timed", "--arrays", timed),
+            *("--json", folder / "timed.json"),
+        ),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -139,7 +148,8 @@ def test_the_whole_chain(served: Served) -> None:
             assert clocked.wait(LIMIT_S) == 0, log
         finally:
             clocked.kill()
-    run("evaluate", served.model, "--recording", served.recording, *DROPS, "--arrays", offline)
+    options = (*DROPS, "--arrays", offline, "--json", folder / "offline.json")
+    run("evaluate", served.model, "--recording", served.recording, *options)
 
     # exactly the bins left out are flagged, everything else is ok
     start, stop = SPLIT.bins("test", N_BINS)
@@ -156,8 +166,30 @@ def test_the_whole_chain(served: Served) -> None:
         np.testing.assert_array_equal(value, two[name], err_msg=name)
 
     # and the decodes of evaluate
-    for name in ("kinematics", "kinematics_std", "bits"):
+    for name in ("kinematics", "kinematics_std", "bits", "classes"):
         np.testing.assert_allclose(one[name], truth[name], rtol=0, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(one["classes"].sum(1), 1.0)
+    offline_report, timed_report = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("offline", "timed")
+    )
+    classes = offline_report["classes"]
+    assert classes["names"] == ["left", "right"]
+    assert classes["n"] == sum(classes["sizes"]) == timed_report["classes"]["n"]
+
+    # the recording's trials were events of the session: in the journal, the export and the report
+    played = load_recording(served.recording, spec(trials=True)).slice(first, stop).trials
+    assert played is not None
+    runs, manifests = runs_of(folder / "journal")
+    export.write(folder / "timed.nwb", export.choose(runs, "timed", None, None), manifests)
+    with NWBHDF5IO(folder / "timed.nwb", "r") as io:
+        trials = io.read().trials.to_dataframe()
+    assert trials["condition"].tolist() == list(played.condition)
+    lasted = (trials["stop_time"] - trials["start_time"]).to_numpy() * 4  # of the recording
+    np.testing.assert_allclose(lasted, (played.stop - played.start) * BIN_S, atol=1e-6)
+    begun = (np.diff(trials["start_time"]) * 4, np.diff(played.start) * BIN_S)
+    np.testing.assert_allclose(*begun, atol=1e-6)
+    shown = [event["name"] for event in timed_report["events"]]
+    assert shown == ["trial_start", "trial_stop"] * len(played)
 
     # the service is up, and counted
     assert served.get("/healthz") == served.get("/readyz") == "ok\n"

@@ -12,7 +12,7 @@ from safetensors import safe_open
 import ilqr_vae
 from feeder import UNITS
 from ilqr_training.fit.joint import train_sessions
-from ilqr_vae.artifact import KEY, SCHEMA, SINGLE_SCHEMA, load_artifact, save_artifact
+from ilqr_vae.artifact import KEY, SCALED_SCHEMA, SINGLE_SCHEMA, load_artifact, save_artifact
 from ilqr_vae.errors import ArtifactError, ConfigError, TrainingError
 from ilqr_vae.kernels import backend
 from ilqr_vae.model.intervals import SpeedScale, stated
@@ -98,7 +98,7 @@ def test_a_file_of_one_model_is_as_it_was_and_a_damaged_ensemble_is_refused(
     assert load_artifact(one).manifest.schema == SINGLE_SCHEMA
     assert '"members"' not in _metadata(one)
     a = load_artifact(path)
-    assert (a.manifest.schema, len(a.others)) == (SCHEMA, 2)
+    assert (a.manifest.schema, len(a.others)) == (SCALED_SCHEMA, 2)
     assert a.members[0].intervals is None
     for bad in (
         SCALE._replace(knots=SCALE.knots.flip(0)),

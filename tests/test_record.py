@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_a_recorder_that_is_killed_loses_nothing_that_it_heard_and_goes_on(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "m.safetensors", n_units=5)
+    model = make_model(tmp_path / "m.safetensors", n_units=5, classes=("left", "right"))
     journal, out = tmp_path / "journal", tmp_path / "rat.nwb"
     command = [sys.executable, "-m", "ilqr_vae.cli", "record", "rat", "--out", str(out), *WHO]
     with serving(model, journal=str(journal)) as service, ServiceClient(service.ingest) as client:
@@ -52,7 +52,7 @@ def test_a_recorder_that_is_killed_loses_nothing_that_it_heard_and_goes_on(tmp_p
             return subprocess.Popen([*command, *at], env=ENVIRONMENT, stderr=subprocess.PIPE)
 
         counts = np.random.default_rng(0).poisson(1.0, (4096, 5))
-        with client.open("rat", **options) as session:
+        with client.open("rat", abstain=0.7, **options) as session:
             session.step(0, counts[0])
             first = recording("--follow")
             index = 1
@@ -105,8 +105,12 @@ def test_a_recorder_that_is_killed_loses_nothing_that_it_heard_and_goes_on(tmp_p
     runs, manifests = runs_of(journal)
     write(tmp_path / "exported.nwb", choose(runs, "rat", None, None), manifests)
     exported = read(tmp_path / "exported.nwb")
-    for name in ("latent", "kinematics", "kinematics_std", "rates", "status", "bits"):
+    for name in ("latent", "kinematics", "kinematics_std", "rates", "status", "bits", "classes"):
         assert np.array_equal(found[name], exported[name][rows]), name
+    # no class is named where the largest probability is below what the session asked for
+    sure = found["classes"].max(1) >= 0.7
+    assert 0 < sure.sum() < len(sure)
+    assert np.array_equal(found["class"], np.where(sure, found["classes"].argmax(1), -1))
     assert [str(m) for m in inspect_nwbfile(nwbfile_path=out)] == []
 
 

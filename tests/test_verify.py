@@ -23,7 +23,8 @@ from rig import make_model, serving
 @pytest.fixture(scope="module", params=[1, 2], ids=["one model", "an ensemble"])
 def model_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "m.safetensors"
-    return make_model(path, n_units=7, names=UNITS, members=request.param)
+    classes = ("left", "right") if request.param == 1 else ()
+    return make_model(path, n_units=7, names=UNITS, members=request.param, classes=classes)
 
 
 @pytest.fixture(scope="module")

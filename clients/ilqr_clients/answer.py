@@ -8,14 +8,16 @@ from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.answer import VECTORS, PublishedEstimate, Vector
 from ilqr_vae.protocol.clock import ClockOffset
 
-_PLAIN = tuple(name for name in PublishedEstimate.__struct_fields__ if name not in VECTORS)
+_PLAIN = tuple(
+    name for name in PublishedEstimate.__struct_fields__ if name not in (*VECTORS, "classes")
+)
 
 
 class Answer(PublishedEstimate[Vector], frozen=True, kw_only=True, gc=False):
     """The service's answer for one bin: a result's fields, its vectors as float64 arrays.
 
     ``source_ns`` and ``arrived_ns`` are of this client's monotonic clock, the other times of the
-    service's. Kinematics are in ``Opened.kinematic_units``.
+    service's. Kinematics are in ``Opened.kinematic_units``; classes are those of ``Model.classes``.
 
     Attributes:
         arrived_ns: when this client took the answer off its socket.
@@ -29,6 +31,8 @@ class Answer(PublishedEstimate[Vector], frozen=True, kw_only=True, gc=False):
         fields: dict[str, Any] = {name: getattr(result, name) for name in _PLAIN}
         for name in VECTORS:
             fields[name] = messages.unpack(getattr(result, name), name)
+        if result.classes is not None:
+            fields["classes"] = messages.unpack(result.classes, "classes")
         return cls(arrived_ns=arrived_ns, **fields)
 
     def wire_in_ns(self) -> tuple[int, int] | None:

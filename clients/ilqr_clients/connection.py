@@ -43,6 +43,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     unit_names: tuple[str, ...]
     kinematic_names: tuple[str, ...] = ()
     kinematic_units: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
     scores: dict[str, float] = msgspec.field(default_factory=dict[str, float])
     provenance: dict[str, str] = msgspec.field(default_factory=dict[str, str])

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from ilqr_clients.span import Part
 from ilqr_clients.steering import Steering
 from ilqr_clients.stream import MOST_BINS, NextBin, seen
+from ilqr_vae.protocol.messages import TRIAL_START as START
+from ilqr_vae.protocol.messages import TRIAL_STOP as STOP
 from ilqr_vae.recordings import Recording
 from ilqr_vae.simulated.disturbance import Counts, Mask
 
@@ -69,6 +71,7 @@ class Player:
         self._paused_ns: int | None = None
         self._sent_ns = 0
         self._upcoming: NextBin | None = None
+        self._marks = _marks_of(recording)
         self.played = Played()
 
     @property
@@ -125,6 +128,11 @@ class Player:
             truth=None if truth is None else truth[later],
             decoders=others or None,
         )
+        if self._step_ns is not None:
+            assert self._base_ns is not None
+            began_ns = self._base_ns + (index - 1) * self._step_ns
+            for name, payload, share in self._marks.get(row, ()):
+                steering.mark(name, payload, began_ns + round(share * self._step_ns))
         if len(self.played.rows) < MOST_BINS:
             self.played.add(row, given, self._recording.n_units)
             for name, decoded in others.items():
@@ -137,6 +145,24 @@ class Player:
         intended = self._base_ns + index * self._step_ns
         self._sent_ns = max(self._sent_ns, intended + round(delay * 1e9))
         return NextBin(index, given[0], given[1], intended, self._sent_ns)
+
+
+def _marks_of(recording: Recording) -> dict[int, list[tuple[str, dict[str, Any], float]]]:
+    """Starts, stops and events of the trials by bin: name, payload, and how far into the bin."""
+    made: dict[int, list[tuple[str, dict[str, Any], float]]] = {}
+    trials = recording.trials
+    if trials is None:
+        return made
+    for k in range(len(trials)):
+        about: dict[str, Any] = {"trial": k}
+        about |= {"condition": trials.condition[k]} if trials.condition else {}
+        made.setdefault(int(trials.start[k]), []).append((START, about, 0.0))
+        for name, when in trials.events.items():
+            if np.isfinite(when[k]):
+                bin_, share = divmod(float(when[k]), 1.0)
+                made.setdefault(int(bin_), []).append((name[:64], about, share))
+        made.setdefault(int(trials.stop[k]) - 1, []).append((STOP, {}, 1.0))
+    return {bin_: sorted(marks, key=lambda mark: mark[2]) for bin_, marks in made.items()}
 
 
 def as_played(part: Part, first: int, played: Played) -> tuple[Part, NDArray[np.bool_]]:

@@ -16,6 +16,7 @@ from ilqr_clients.stream import CROSSING, StreamLog
 from ilqr_vae.protocol.clock import ClockOffset, ClockTrack
 from ilqr_vae.recordings import Recording
 from ilqr_vae.report import ReportData, distribution
+from ilqr_vae.scoring.classes import ClassScores, score_classes
 from ilqr_vae.scoring.score import OURS, WIENER, Scores, score_decodes
 
 MISSES = ("degraded", "late")
@@ -171,6 +172,14 @@ class Ending:
     events: tuple[tuple[int, str], ...] = ()
 
 
+def _classes(run: Replay, log: StreamLog) -> ClassScores | None:
+    names, probabilities = run.model.classes, log.table(log.classes, run.rows)
+    if probabilities is None:
+        return None
+    labels = run.recording.labels(names)[run.start : run.stop]
+    return score_classes(probabilities, labels, names)
+
+
 def report_of(run: Replay, log: StreamLog, ending: Ending) -> ReportData:
     """Score a run and gather what its report shows. Scored bins only; warm-up is left out."""
     rows = run.rows
@@ -195,7 +204,7 @@ def report_of(run: Replay, log: StreamLog, ending: Ending) -> ReportData:
         latents=log.latent[rows],
         latents_std=log.latent_std[rows],
         rates=log.rates[rows].astype(np.float64),
-        inputs=log.inputs_of(rows),
+        inputs=log.table(log.inputs, rows),
         learning=run.model.learning,
         bits_per_spike=bits,
         unit_names=run.recording.unit_names,
@@ -211,6 +220,7 @@ def report_of(run: Replay, log: StreamLog, ending: Ending) -> ReportData:
             for at, name in ending.events
         ),
         scores=scores,
+        classes=_classes(run, log),
         latency_ms=latency,
         latency_uncertainty_ms=crossing,
         clock=str(clock),
@@ -269,14 +279,15 @@ def _extra(run: Replay, log: StreamLog, elapsed: float) -> dict[str, Any]:
 
 
 def _inputs(log: StreamLog, rows: slice) -> NDArray[np.float64]:
-    found = log.inputs_of(rows)
+    found = log.table(log.inputs, rows)
     return np.empty((len(log.status[rows]), 0)) if found is None else found
 
 
 def arrays_of(run: Replay, log: StreamLog) -> dict[str, NDArray[Any]]:
     """What the scored bins were answered, for comparing runs: first answers, NaN for none."""
     rows = run.rows
-    return {
+    classes = log.table(log.classes, rows)
+    return ({} if classes is None else {"classes": classes}) | {
         "index": np.arange(run.start, run.stop),
         "status": np.array(log.status[rows]),
         "kinematics": log.kinematics[rows],

@@ -185,6 +185,7 @@ class ServiceClient(Closing):
         model: str = "",
         patience: float = PATIENCE_S,
         origin_ns: int | None = None,
+        abstain: float = 0.0,
         hear_events: bool = False,
         hear_details: bool = False,
         on_error: OnError | None = None,
@@ -208,6 +209,8 @@ class ServiceClient(Closing):
             model: a slot's name or model id; default the service's first.
             patience: seconds that the session waits for an answer that is due; see ``Session``.
             origin_ns: for spikes; see ``open_spikes``.
+            abstain: of a model with classes: an answer names none (``Answer.class_name``) where
+                the largest probability is lower.
             hear_events: keep the session's events in ``Session.events``.
             hear_details: keep counts as they were used and inferred inputs in ``Session.details``.
             on_error: called with what the session's ``send`` and ``receive`` would raise of the
@@ -237,6 +240,7 @@ class ServiceClient(Closing):
             answered=answered,
             model=model,
             origin_ns=None if origin_ns is None else whole("origin_ns", origin_ns, -(2**63)),
+            abstain=float(abstain),
         )
         kind = Session if origin_ns is None else SpikeSession
         return kind(

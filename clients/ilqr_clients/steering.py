@@ -38,6 +38,7 @@ _TURN_MS = 50
 _STATE_S = 1.0
 _MOST_ROWS = 100
 """In one event, and kept while none can be sent."""
+_MOST_MARKS = 10_000
 _MOST_BYTES = 1 << 16
 _ADDRESS = "tcp://127.0.0.1:*"
 
@@ -87,6 +88,7 @@ class Steering:
         self._asked: deque[Change] = deque()
         self._now, self._position = Disturbance(), 0.0
         self.rows: deque[dict[str, Any]] = deque(maxlen=_MOST_ROWS)
+        self.marks: deque[tuple[str, dict[str, Any], int]] = deque(maxlen=_MOST_MARKS)
 
     def request(self, change: Change) -> None:
         """Ask for a change from the next bin on. Raises ConfigError, see ``check``."""
@@ -151,6 +153,10 @@ class Steering:
         row = {name: _plain(value) for name, value in values.items() if value is not None}
         self._position = position
         self.rows.append({"bin": index} | row)
+
+    def mark(self, name: str, payload: dict[str, Any], at_ns: int) -> None:
+        """Publish an event of the session that happened then, by this client's clock."""
+        self.marks.append((name, payload, at_ns))
 
     def state(self) -> dict[str, Any]:
         """For people who steer."""
@@ -257,23 +263,31 @@ class Conductor(Closing):
                     self._ended.wait(_TURN_MS / 1e3)
                 elif self._socket.poll(_TURN_MS):
                     self._socket.send(msgspec.json.encode(self._answer(self._socket.recv())))
-                rows = self._rows()
-                if rows:
-                    self._publish(service, "kinematics", {"rows": rows})
+                self._tell(service)
                 state = self._steering.state()
                 key = repr({k: v for k, v in state.items() if k != "position"})
                 if self._socket and (key != last or time.monotonic() - told > _STATE_S):
                     told, last = time.monotonic(), key
                     where = {"address": self.address, "secret": self.secret}
                     self._publish(service, "steering", state | where)
+            self._tell(service)
+
+    def _tell(self, service: ServiceClient) -> None:
+        while self._steering.marks:
+            name, payload, at_ns = self._steering.marks.popleft()
+            self._publish(service, name, payload, at_ns)
+        if rows := self._rows():
+            self._publish(service, "kinematics", {"rows": rows})
 
     def _rows(self) -> list[dict[str, Any]]:
         queue = self._steering.rows
         return [queue.popleft() for _ in range(len(queue))]
 
-    def _publish(self, service: ServiceClient, name: str, payload: dict[str, Any]) -> None:
+    def _publish(
+        self, service: ServiceClient, name: str, payload: dict[str, Any], at_ns: int | None = None
+    ) -> None:
         try:
-            service.event(self._session, name, payload, token=self._token)
+            service.event(self._session, name, payload, time_ns=at_ns, token=self._token)
         except ServiceError:  # closed, restarted, or older than events: the run itself says so
             return
 

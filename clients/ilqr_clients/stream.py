@@ -59,11 +59,10 @@ class StreamLog:
     """Bins sent and answers received, for T bins; NaN, 0 or "" if a bin has no answer.
 
     ``units`` is the number of units whose rates are kept. Values are those of each bin's first
-    answer, which a closed loop would have used; ``revised`` holds later answers for a bin, and
-    ``inputs`` what was inferred of the dynamics' inputs, where details are heard. Times
-    are in ns: ``intended``, ``sent`` and ``arrived`` by this client's clock, the others by the
-    service's. ``unbridged`` counts the bins of gaps that are too long for the service, which have
-    no answers.
+    answer, which a closed loop would have used; ``revised`` holds later answers for a bin,
+    ``classes`` the classes' probabilities and ``inputs`` the inferred inputs (where details are
+    heard). Times are in ns: ``intended``, ``sent`` and ``arrived`` by this client's clock, the
+    others by the service's. ``unbridged`` counts the bins of gaps too long for the service.
     """
 
     n_bins: int
@@ -89,6 +88,7 @@ class StreamLog:
     solver: Counter[str] = field(default_factory=Counter[str])
     revised: dict[int, Answer] = field(default_factory=dict[int, Answer])
     inputs: dict[int, Array] = field(default_factory=dict[int, Array])
+    classes: dict[int, Array] = field(default_factory=dict[int, Array])
     answered: int = 0
     refused: int = 0
     unbridged: int = 0
@@ -144,6 +144,8 @@ class StreamLog:
         self.kinematics[i], self.kinematics_std[i] = answer.kinematics, answer.kinematics_std
         self.bits[i], self.spikes[i] = answer.bits, answer.spikes
         self.rates[i] = answer.rates[: self.units]
+        if answer.classes is not None:
+            self.classes[i] = answer.classes
 
     def take_details(self, details: list[messages.Detail]) -> None:
         for detail in details:
@@ -151,14 +153,12 @@ class StreamLog:
             if detail.revision == 0 and detail.inputs is not None and 0 <= of < self.n_bins:
                 self.inputs[of] = messages.unpack(detail.inputs, "inputs")
 
-    def inputs_of(self, rows: slice) -> Array | None:
-        """(T, m), NaN where none is known; None where none is at all."""
-        if not self.inputs:
+    def table(self, found: dict[int, Array], rows: slice) -> Array | None:
+        """``inputs`` or ``classes`` as (T, m), NaN where none is known; None for none at all."""
+        if not found:
             return None
-        some = next(iter(self.inputs.values()))
-        out = _nan(self.n_bins, len(some))
-        for index, values in self.inputs.items():
-            out[index] = values
+        out = _nan(self.n_bins, len(next(iter(found.values()))))
+        out[list(found)] = list(found.values())
         return out[rows]
 
     def latency_ms(self, rows: slice, clock: ClockTrack | None = None) -> dict[str, Array]:

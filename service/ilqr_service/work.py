@@ -53,6 +53,7 @@ class EngineInfo:
         kinematic_names, kinematic_units: D each.
         horizon: bins in the estimator's window.
         iterations: iLQR iterations per bin.
+        class_names: C; none for a model without classes.
     """
 
     model: str
@@ -63,6 +64,7 @@ class EngineInfo:
     kinematic_units: tuple[str, ...]
     horizon: int
     iterations: int
+    class_names: tuple[str, ...] = ()
 
 
 class _Queued(msgspec.Struct, frozen=True, kw_only=True, gc=False):

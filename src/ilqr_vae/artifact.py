@@ -1,10 +1,10 @@
 """The model file: one .safetensors file with a manifest inside. No pickle, nothing executable.
 
 Tensors: ``model.*`` (the generative model), ``readout.*`` (where there are kinematics),
-``mean_rate``, ``seen.*`` (what the training part showed) and ``intervals.*`` (the deviations' scale
-by speed); files without the last two load. Of an ensemble these are the first member's, and
-``member.1.model.*``, ``member.1.readout.*``, ``member.1.seen.*`` are the second's, and so on;
-``mean_rate`` and ``intervals.*`` are of all.
+``mean_rate``, ``seen.*`` (what the training part showed), ``intervals.*`` (the deviations' scale
+by speed) and ``classes.*`` (the discrete output); files without the last three load. Of an ensemble
+these are the first member's, and ``member.1.model.*``, ``member.1.readout.*``, ``member.1.seen.*``
+are the second's, and so on; ``mean_rate`` and ``intervals.*`` are of all.
 
 The manifest is JSON in the file's metadata under ``ilqr_vae``. It carries a hash of all tensors,
 and its own hash stands beside it; both are checked on load: a file with a flipped bit is refused.
@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ilqr_vae.errors import ArtifactError, ConfigError
 from ilqr_vae.files import write_whole
+from ilqr_vae.model.classes import ClassReadout
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.intervals import SpeedScale
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
@@ -38,10 +39,8 @@ from ilqr_vae.streaming.bounds import TrainingRange
 from ilqr_vae.streaming.ensemble import EnsembleHorizon, Horizon
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
-SCHEMA = 4
-"""Written where a file has more than one member, or intervals scaled by speed."""
-SINGLE_SCHEMA = 3
-"""Written else, and read by versions that know neither."""
+SINGLE_SCHEMA, SCALED_SCHEMA, SCHEMA = 3, 4, 5
+"""Written: 5 for a file with classes, else 4 for one with members or scaled intervals, else 3."""
 KEY = "ilqr_vae"
 MANIFEST_SHA256 = "ilqr_vae.sha256"
 
@@ -71,6 +70,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         model: shapes and families.
         readout: what the readout reads, None without kinematics.
         members: of an ensemble those after the first; not in the file of one model.
+        classes: names of the C classes; not in the file of a model without.
         scores: causal validation scores; ``coverage_90`` among them is none (``measured``).
         provenance: recording name and hash, versions, seed, time.
         config: the whole training configuration.
@@ -90,6 +90,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     model: ModelSpec
     readout: ReadoutShape | None = None
     members: tuple[MemberSpec, ...] | msgspec.UnsetType = msgspec.UNSET
+    classes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     scores: dict[str, float] = msgspec.field(default_factory=dict)
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     config: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -121,6 +122,7 @@ class Artifact:
         seen: what the training part showed, None where the file does not say.
         intervals: scale of the kinematics' deviations by speed; None leaves them as they are.
         others: the members of an ensemble after the first.
+        classes: the discrete output, from the first member's latents; None without.
     """
 
     manifest: Manifest
@@ -130,6 +132,7 @@ class Artifact:
     seen: TrainingRange | None = None
     intervals: SpeedScale | None = None
     others: tuple[Artifact, ...] = ()
+    classes: ClassReadout | None = None
 
     @property
     def members(self) -> tuple[Artifact, ...]:
@@ -174,8 +177,8 @@ def _tensors(artifact: Artifact) -> dict[str, Tensor]:
             named |= {f"{prefix}readout.{k}": v for k, v in member.readout.state_dict().items()}
         if member.seen is not None:
             named |= {f"{prefix}seen.{k}": v for k, v in member.seen._asdict().items()}
-    if artifact.intervals is not None:
-        named |= {f"intervals.{k}": v for k, v in artifact.intervals._asdict().items()}
+    for what, found in (("intervals", artifact.intervals), ("classes", artifact.classes)):
+        named |= {f"{what}.{k}": v for k, v in (found._asdict() if found else {}).items()}
     # copies: members may share tensors, which safetensors refuses
     return {k: v.detach().cpu().contiguous().clone() for k, v in sorted(named.items())}
 
@@ -216,21 +219,23 @@ def save_artifact(
     seen: TrainingRange | None = None,
     intervals: SpeedScale | None = None,
     others: Sequence[Artifact] = (),
+    classes: ClassReadout | None = None,
 ) -> Manifest:
     """Write a model file; returns the manifest with its hash.
 
     Args:
         others: members of an ensemble after the first.
+        classes: the discrete output, of the classes that the manifest names.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    path = Path(path)
-    made = Artifact(manifest, model, readout, mean_rate, seen, intervals, tuple(others))
+    made = Artifact(manifest, model, readout, mean_rate, seen, intervals, tuple(others), classes)
     tensors = _tensors(made)
+    schema = SCALED_SCHEMA if others or intervals is not None else SINGLE_SCHEMA
     manifest = msgspec.structs.replace(
         manifest,
-        schema=SCHEMA if others or intervals is not None else SINGLE_SCHEMA,
+        schema=schema if classes is None else SCHEMA,
         sha256=_digest(tensors),
         members=tuple(MemberSpec(readout=m.manifest.readout) for m in others) or msgspec.UNSET,
     )
@@ -238,8 +243,7 @@ def save_artifact(
     manifest = msgspec.structs.replace(manifest, model_id=_identity(written))
     text = msgspec.json.encode(manifest)
     hashed = {KEY: text.decode(), MANIFEST_SHA256: hashlib.sha256(text).hexdigest()}
-    blob = save(tensors, metadata=hashed)
-    write_whole(path, blob, f"model file {path.name}")
+    write_whole(path := Path(path), save(tensors, metadata=hashed), f"model file {path.name}")
     return manifest
 
 
@@ -259,8 +263,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
     try:
         raw = msgspec.json.decode(metadata[KEY])
         schema = raw.get("schema") if isinstance(raw, dict) else None
-        if schema not in (SINGLE_SCHEMA, SCHEMA):
-            expected = f"schema version {SCHEMA} or {SINGLE_SCHEMA} (what this ilqr-vae reads; "
+        if schema not in (SINGLE_SCHEMA, SCALED_SCHEMA, SCHEMA):
+            expected = f"schema version {SINGLE_SCHEMA} to {SCHEMA} (what this ilqr-vae reads; "
             expected += "for a later one install a newer ilqr-vae)"
             raise _refuse(path, expected, str(schema))
         if hashlib.sha256(metadata[KEY].encode()).hexdigest() != metadata.get(MANIFEST_SHA256):
@@ -288,45 +292,43 @@ def _load_into(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefix
     module.load_state_dict(part)
 
 
-def _seen(
-    path: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: str
-) -> TrainingRange | None:
-    units, channels = len(manifest.unit_names), len(manifest.kinematic_names)
-    sizes = ((units,), (2, manifest.latents), (2, channels))
-    names = TrainingRange._fields
-    found = _optional(path, "training ranges", f"{prefix}seen.", names, sizes, tensors)
-    return None if found is None else TrainingRange(*found)
-
-
 def _intervals(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> SpeedScale | None:
     channels, knots = len(manifest.kinematic_names), tensors.get("intervals.knots")
     count = 0 if knots is None else knots.numel()
     sizes = ((channels,), (count,), (count, channels))
-    found = _optional(path, "scales of intervals", "intervals.", SpeedScale._fields, sizes, tensors)
-    if found is None:
-        return None
-    made = SpeedScale(*found)
-    if count < 2 or not bool((made.knots.diff() > 0).all() and (made.factors > 0).all()):
+    made = _optional(path, SpeedScale, "intervals.", sizes, tensors)
+    if made and (count < 2 or not bool((made.knots.diff() > 0).all() and (made.factors > 0).all())):
         raise _refuse(path, "intervals of increasing knots, positive factors", "others")
     return made
 
 
+def _classes(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> ClassReadout | None:
+    count, lags = len(manifest.classes or ()), (manifest.readout or ReadoutShape()).lags
+    sizes = ((count, (lags + 1) * manifest.latents), (count,))
+    made = _optional(path, ClassReadout, "classes.", sizes, tensors)
+    if (made is None) != (count == 0):
+        raise _refuse(path, f"classes.* of the {count} classes named", "none, or unnamed ones")
+    return made
+
+
+Optionals = TypeVar("Optionals", TrainingRange, SpeedScale, ClassReadout)
+
+
 def _optional(
     path: Path,
-    what: str,
+    kind: type[Optionals],
     prefix: str,
-    names: tuple[str, ...],
     sizes: tuple[tuple[int, ...], ...],
     tensors: dict[str, Tensor],
-) -> list[Tensor] | None:
-    """The tensors of these names, None where there is none that begins so."""
+) -> Optionals | None:
+    """Tensors of these names and sizes; None where there is none whose name begins so."""
     got = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith(prefix)}
     if not got:
         return None
-    expected = {f"{prefix}{name}": size for name, size in zip(names, sizes, strict=True)}
+    expected = {f"{prefix}{name}": size for name, size in zip(kind._fields, sizes, strict=True)}
     if got != expected:
-        raise _refuse(path, f"{what} of shapes {expected}", str(got))
-    return [tensors[f"{prefix}{name}"] for name in names]
+        raise _refuse(path, f"{prefix}* of shapes {expected}", str(got))
+    return kind(*(tensors[name] for name in expected))
 
 
 def load_artifact(
@@ -363,7 +365,8 @@ def load_artifact(
         _member(path, msgspec.structs.replace(manifest, readout=own.readout), tensors, i, where)
         for i, own in enumerate(manifest.members or (), 1)
     ]
-    return replace(first, intervals=_intervals(path, manifest, tensors), others=tuple(others))
+    scale, classes = _intervals(path, manifest, tensors), _classes(path, manifest, tensors)
+    return replace(first, intervals=scale, others=tuple(others), classes=classes)
 
 
 def _member(
@@ -380,16 +383,17 @@ def _member(
         where: device and dtype.
     """
     prefix, units = _prefix(index), len(manifest.unit_names)
+    channels = len(manifest.kinematic_names)
     model = build(manifest.model).double()  # a file may hold float64, which float32 would round
     _load_into(path, model, tensors, f"{prefix}model.")
     readout = None
     if manifest.readout is not None:
-        channels = len(manifest.kinematic_names)
         readout = KinematicReadout(manifest.latents, channels, manifest.readout, units=units)
         _load_into(path, readout, tensors, f"{prefix}readout.")
         # the buffers are stored in float64, and float32 ones would round them
         for name, _ in list(readout.named_buffers()):
             setattr(readout, name, tensors[f"{prefix}readout.{name}"])
         readout = readout.to(**where)
-    mean_rate, seen = tensors["mean_rate"].to(**where), _seen(path, manifest, tensors, prefix)
-    return Artifact(manifest, model.to(**where), readout, mean_rate, seen)
+    sizes = ((units,), (2, manifest.latents), (2, channels))
+    seen = _optional(path, TrainingRange, f"{prefix}seen.", sizes, tensors)
+    return Artifact(manifest, model.to(**where), readout, tensors["mean_rate"].to(**where), seen)

@@ -127,4 +127,5 @@ def run(
     if made.refused:
         raise TrainingError("adapt", expected="rows that fit", got=f"none: {made.refused}")
     a = made.artifact
-    save_artifact(out, a.manifest, a.model, a.readout, a.mean_rate, a.seen, a.intervals, a.others)
+    written = (a.readout, a.mean_rate, a.seen, a.intervals, a.others, a.classes)
+    save_artifact(out, a.manifest, a.model, *written)

@@ -122,6 +122,8 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         lost: shares of the bins that are left out in further passes over the training part, from
             which all but the penalties and shares are learnt as well.
         alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
+        classes: whether to fit a discrete output too: the probability of each condition of the
+            trials (``data.trials.condition``) from the latents, calibrated on the validation part.
     """
 
     lags: Annotated[NonNegativeInt, unit("bins")] = 9
@@ -142,6 +144,7 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         1e4,
         1e5,
     )
+    classes: bool = False
 
     def within(self, horizon: int) -> ReadoutConfig:
         """With no more lags and residuals than the horizon holds."""

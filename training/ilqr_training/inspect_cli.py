@@ -27,6 +27,7 @@ _SCORES = {
     "r2": "causal R2, mean",
     "bits_per_spike": "bits per spike",
     "iterations": "iterations per bin",
+    "class_accuracy": "bins whose class is right, share",
 }
 """What the scores of a manifest are called."""
 
@@ -50,6 +51,7 @@ def model_sections(manifest: Manifest) -> list[Section]:
         "members": f"{1 + len(manifest.members)}, averaged" if manifest.members else "1",
         "observations": groups,
         "decodes": ", ".join(named(n, u) for n, u in channels) or "latents and rates only",
+        "classes": ", ".join(manifest.classes or ()) or "none",
         "bin width": f"{manifest.bin_width * 1e3:g} ms",
         "units": f"{len(manifest.unit_names)}: {units}",
         "estimator": f"horizon {manifest.horizon.horizon} bins, {manifest.horizon.iterations} "

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.bridges.stamps import StampIndex
+from ilqr_clients.bridges.stamps import CountedIndex, StampIndex
 from ilqr_clients.connection import Closing, Model, model_of
 from ilqr_clients.sdk import ServiceClient
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
+from ilqr_clients.stream import seen
 from ilqr_vae.errors import RequestRefusedError, ServiceError, ShapeError
 
 STATUSES = ("ok", "degraded", "late", "missing", "extrapolated")
@@ -86,18 +87,20 @@ class Bridge(Closing):
         except ServiceError:
             self.client.close()
             raise
+        self._fresh, self._channels = False, 0
+        self._events: queue.Queue[tuple[str, dict[str, Any], int]] = queue.Queue()
+        self._stop = threading.Event()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Nothing has been sent to the session."""
         self._error: ServiceError | None = None
         self._place = StampIndex(self.model.bin_width)
-        self._first: int | None = None
-        self._seen: dict[int, None] = {}
+        self._count = CountedIndex(self.first_of)
         self.newest = (-1, 0.0)
         self._times_of: dict[int, int] = {}
         self._source_ns = -(2**62)
-        self._gone = self._fresh = False
-        self._lacking = False
-        self._channels = 0
-        self._events: queue.Queue[tuple[str, dict[str, Any], int]] = queue.Queue()
-        self._stop = threading.Event()
+        self._gone = self._lacking = False
 
     def close(self) -> None:
         """End the session."""
@@ -180,10 +183,7 @@ class Bridge(Closing):
             )
         else:
             self._session = self.client.open(self.name, **options)
-        self._place = StampIndex(model.bin_width)
-        self._first, self._seen, self.newest = None, {}, (-1, 0.0)
-        self._times_of, self._lacking = {}, False
-        self._source_ns, self._error, self._gone = -(2**62), None, False
+        self._begin_anew()
         self.opened(self._session)
         epoch = self._session.opened.epoch
         self.say(f"session {self.name!r}, epoch {epoch}: {model.model_id}")
@@ -219,26 +219,26 @@ class Bridge(Closing):
         with ServiceClient(self.client.endpoint) as client:
             while not (self._stop.is_set() and self._events.empty()):
                 try:
-                    name, payload, at_ns = self._events.get(timeout=_LOOK_S)
+                    event = self._events.get(timeout=_LOOK_S)
                 except queue.Empty:
                     continue
-                while True:
-                    try:
-                        client.event(self.name, name, payload, time_ns=at_ns)
-                    except RequestRefusedError as error:
-                        if error.field != "session":
-                            self._wrong(error)
-                            break
-                        if self._stop.wait(AGAIN_S):
-                            break
-                        continue
-                    except ServiceError as error:
-                        self.say(f"marker {name!r} waits: {error}")
-                        if self._stop.wait(AGAIN_S):
-                            break
-                        continue
-                    self.tally["markers"] += 1
-                    break
+                while not self._told(client, *event) and not self._stop.wait(AGAIN_S):
+                    pass
+
+    def _told(self, client: ServiceClient, name: str, payload: dict[str, Any], at_ns: int) -> bool:
+        """Whether the service has an event, or has refused it for good."""
+        try:
+            client.event(self.name, name, payload, time_ns=at_ns)
+        except RequestRefusedError as error:
+            if error.field == "session":  # it is not open
+                return False
+            self._wrong(error)
+            return True
+        except ServiceError as error:
+            self.say(f"marker {name!r} waits: {error}")
+            return False
+        self.tally["markers"] += 1
+        return True
 
     # ---- bins ------------------------------------------------------------------------------------
 
@@ -258,14 +258,13 @@ class Bridge(Closing):
         if index is None:
             return
         session = self._session
-        assert session is not None
+        assert isinstance(session, Session)
         observed = np.isfinite(sample.values)
-        mask = None if observed.all() else observed
         newest = index > self.newest[0]
         source_ns = self._ordered(index, sample.at_ns)
         self._wait_for_credit(session)
         try:
-            counts = np.where(observed, sample.values, 0)
+            counts, mask = np.where(observed, sample.values, 0), seen(observed)
             session.send(index, counts, mask=mask, source_ns=source_ns)
         except ShapeError as error:
             if not self.tally["unusable"]:
@@ -304,6 +303,7 @@ class Bridge(Closing):
         self._fresh = self.tally["found"] > 1
         if self._fresh:
             self._place.begin_again()
+            self._count.begin_again()
 
     def _index(self, sample: Bin) -> int | None:
         """The bin of a sample; None where it has come."""
@@ -312,45 +312,20 @@ class Bridge(Closing):
             self.tally["steps"] += 1
             self.say(f"the clock of the stream was set; it goes on with bin {placed.index}")
         if sample.number is not None:
-            return self._counted(sample.number, placed.index, stepped=placed.kind == "step")
+            placed = self._count.place(sample.number, placed)
         if placed.kind == "repeated":
             self.tally["repeated"] += 1
             return None
         if placed.kind == "late":
             self.tally["late"] += 1
-        elif placed.skipped and placed.kind == "gap":
-            self._missed(placed.index, placed.skipped)
-        return placed.index
-
-    def _counted(self, number: int, by_stamp: int, *, stepped: bool) -> int | None:
-        """The bin of a sample that the source counts; a source that began to count anew goes on
-        where its stamp says."""
-        newest = self.newest[0]
-        if self._first is None:
-            self._first = number - self.first_of(number)
-        index = number - self._first
-        if (stepped or self._fresh) and index <= newest:
-            index = max(by_stamp, newest + 1)
-            self._first, self._seen, self._fresh = number - index, {}, False
-        if index in self._seen:
-            self.tally["repeated"] += 1
-            return None
-        if index < newest:
-            self.tally["late"] += 1
-        elif index > newest + 1 and self._seen:
-            self._missed(index, index - newest - 1)
-        self._seen[index] = None
-        if len(self._seen) > 4096:
-            del self._seen[next(iter(self._seen))]
-        return index if index >= 0 else None
+        elif placed.kind == "gap":
+            self.tally["gap"] += placed.skipped
+            self.say(f"bins {placed.index - placed.skipped} to {placed.index - 1} did not come")
+        return placed.index if placed.index >= 0 else None
 
     def first_of(self, number: int) -> int:
         """The bin of the first sample, which has this number."""
         return 0
-
-    def _missed(self, index: int, skipped: int) -> None:
-        self.tally["gap"] += skipped
-        self.say(f"bins {index - skipped} to {index - 1} did not come")
 
     # ---- spikes ----------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@
 ``INPUT_SIGNAL`` takes an ``AxisArray`` with the dimensions ``time`` and ``ch``, whose samples are
 counts: bins of the model's width, or parts of them, which are summed. ``OUTPUT_SIGNAL`` gives one
 for each answer, with the dimensions ``time`` (one) and ``ch``: what is decoded, stamped with the
-bin's time; ``attrs`` holds index, revision, status, standard deviations and latents.
+bin's time; ``attrs`` holds index, revision, status, standard deviations, latents and classes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import field
 from typing import Any
@@ -23,9 +24,12 @@ from ezmsg.util.messages.axisarray import AxisArray
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.bridges.core import Bin, Bridge
-from ilqr_clients.bridges.stamps import Gather
+from ilqr_clients.bridges.stamps import SLACK_S, Gather
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
+
+GONE_S = 1.0
+"""Seconds without an array after which the source is taken for gone."""
 
 
 class EzmsgBridge(Bridge):
@@ -40,8 +44,8 @@ class EzmsgBridge(Bridge):
         super().__init__(endpoint, session, **options)
         self.arrays: queue.Queue[AxisArray] = queue.Queue()
         self._put = put
-        self._gather = Gather(1)
-        self._started = False
+        self._gather, self._stamp_s = Gather(1), 0.0
+        self._started, self._heard_s = False, 0.0
 
     def here(self, timeout: float) -> bool:
         return self._started or not self.arrays.empty()
@@ -53,18 +57,25 @@ class EzmsgBridge(Bridge):
         try:
             came = self.arrays.get(timeout=self.model.bin_width / 4)
         except queue.Empty:
+            if self._started and time.monotonic() - self._heard_s > GONE_S:
+                self._started = False
+                self.say(f"the source is gone: nothing came for {GONE_S:g} s")
             return None
-        self._started = True
+        self._heard_s = time.monotonic()
+        if not self._started:
+            self._started, self._gather = True, Gather(self._gather.parts)
+            self.say("the source is there")
+            self.began()
         return came
 
     def hand_on(self, came: AxisArray) -> None:
-        time: Any = came.axes.get("time")
-        if "time" not in came.dims or len(came.dims) != 2 or not getattr(time, "gain", 0.0):
+        axis: Any = came.axes.get("time")
+        if "time" not in came.dims or len(came.dims) != 2 or not getattr(axis, "gain", 0.0) > 0:
             self._useless(f"an array of {came.dims}; expected time and ch, time with a gain")
             return
-        parts = self.model.bin_width / time.gain
+        parts = self.model.bin_width / axis.gain
         if round(parts) < 1 or abs(parts - round(parts)) > 1e-6:
-            self._useless(f"samples of {time.gain:g} s; a bin has {self.model.bin_width:g} s")
+            self._useless(f"samples of {axis.gain:g} s; a bin has {self.model.bin_width:g} s")
             return
         if self._gather.parts != round(parts):
             self._gather = Gather(round(parts))
@@ -73,8 +84,12 @@ class EzmsgBridge(Bridge):
         labels = [str(label) for label in getattr(came.axes.get("ch"), "data", ())]
         columns, now = self.columns(labels, values.shape[1]), self.clock.now_ns()
         for k, row in enumerate(values):
-            stamp = time.offset + k * time.gain
-            gathered = self._gather.add(round(stamp / time.gain), row)
+            stamp = axis.offset + k * axis.gain
+            if stamp < self._stamp_s - SLACK_S:  # its clock was set back: numbers come again
+                self._gather = Gather(self._gather.parts)
+            self._stamp_s, repeated = stamp, self._gather.repeated
+            gathered = self._gather.add(round(stamp / axis.gain), row)
+            self.tally["repeated"] += self._gather.repeated - repeated
             if gathered is not None:
                 self.send_bin(Bin(gathered[1][columns], stamp, now))
 
@@ -174,6 +189,8 @@ class IlqrDecoder(ez.Unit):
                         "kinematics_std": answer.kinematics_std,
                         "latent": answer.latent,
                         "latent_std": answer.latent_std,
+                        "classes": answer.classes,
+                        "class_name": answer.class_name,
                     },
                 ),
             )

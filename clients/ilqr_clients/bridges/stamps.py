@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 Kind = Literal["next", "gap", "late", "repeated", "step"]
 
-_SLACK_S = 1.0
+SLACK_S = 1.0
 _REMEMBERED = 256
+_COUNTED = 4096
 _FOLLOW = 0.1
 
 
@@ -65,7 +67,7 @@ class StampIndex:
         self._again = False
         if stamp_s in self._seen and not stepped:
             return Placed(self._seen[stamp_s], "repeated")
-        if stepped or gained < -_SLACK_S or gained > _SLACK_S + 2 * passed:
+        if stepped or gained < -SLACK_S or gained > SLACK_S + 2 * passed:
             self._seen.clear()
             self._anchor = None
             ahead = max(1, round(passed / self._width))
@@ -119,7 +121,7 @@ class SourceClock:
             self.offset_ns, self._last = arrived_ns - stamp_ns, (stamp_ns, arrived_ns)
             return False
         gained, passed = stamp_ns - self._last[0], max(0, arrived_ns - self._last[1])
-        slack_ns = round(_SLACK_S * 1e9)
+        slack_ns = round(SLACK_S * 1e9)
         stepped = self._again or gained < -slack_ns or gained > slack_ns + 2 * passed
         self._again = False
         if stepped:
@@ -132,6 +134,48 @@ class SourceClock:
         """A stamp by this client's clock. One must have been taken."""
         assert self.offset_ns is not None
         return stamp_ns + self.offset_ns
+
+
+class CountedIndex:
+    """Numbers samples that the source counts. A source that began to count anew goes on where its
+    stamp says.
+
+    Args:
+        first_of: the bin of the first sample, by its number.
+    """
+
+    def __init__(self, first_of: Callable[[int], int]) -> None:
+        self._first_of, self._newest = first_of, -1
+        self._first: int | None = None
+        self._seen: OrderedDict[int, None] = OrderedDict()
+        self._again = False
+
+    def begin_again(self) -> None:
+        """Another source follows, which may count anew."""
+        self._again = True
+
+    def place(self, number: int, stamped: Placed) -> Placed:
+        """Number the sample that the source counts so.
+
+        Args:
+            stamped: where it belongs by its stamp.
+        """
+        if self._first is None:
+            self._first = number - self._first_of(number)
+        index, newest = number - self._first, self._newest
+        if (stamped.kind == "step" or self._again) and index <= newest:
+            index = max(stamped.index, newest + 1)
+            self._first, self._again = number - index, False
+            self._seen.clear()
+        if index in self._seen:
+            return Placed(index, "repeated")
+        skipped = index - newest - 1 if self._seen else 0
+        self._seen[index], self._newest = None, max(newest, index)
+        if len(self._seen) > _COUNTED:
+            self._seen.popitem(last=False)
+        if index < newest:
+            return Placed(index, "late")
+        return Placed(index, "gap", skipped) if skipped > 0 else Placed(index, "next")
 
 
 class Gather:

@@ -131,12 +131,16 @@ def settings_of(header: Header) -> ServiceSettings:
 def numbers(result: messages.Result) -> np.ndarray:
     """Everything computed in a result, one after another."""
     values = [messages.unpack(getattr(result, name), name) for name in messages.VECTORS]
+    if result.classes is not None:
+        values.append(messages.unpack(result.classes, "classes"))
     return np.concatenate([*values, [result.bits, result.spikes, result.iterations]])
 
 
 def computed(answer: EngineAnswer) -> np.ndarray:
     """The same of an answer."""
     values = [getattr(answer, name) for name in messages.VECTORS]
+    if answer.classes is not None:
+        values.append(answer.classes)
     return np.concatenate([*values, [answer.bits, answer.spikes, answer.iterations]])
 
 

@@ -42,6 +42,11 @@ def check_open(message: messages.Open, model_info: EngineInfo) -> None:
             raise ProtocolError(
                 field, expected=f"0 (the service's default) to {MAX_DEADLINE_NS}", got=str(ns)
             )
+    if not 0 <= message.abstain <= 1:  # nor for NaN
+        raise ProtocolError("abstain", expected="0 to 1", got=f"{message.abstain:g}")
+    if message.abstain and not model_info.class_names:
+        expected = "0: the model has no classes"
+        raise ProtocolError("abstain", expected=expected, got=f"{message.abstain:g}")
     names = model_info.unit_names
     if len(message.units) != len(names):
         raise ProtocolError(

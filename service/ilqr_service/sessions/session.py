@@ -17,7 +17,7 @@ from ilqr_service.sessions.effects import Effects
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.work import SHED, TROUBLE, EngineAnswer, EngineInfo, SwapModel, Vector, status_of
 from ilqr_vae.protocol import messages
-from ilqr_vae.protocol.answer import Estimated
+from ilqr_vae.protocol.answer import Estimated, class_of
 from ilqr_vae.protocol.spikes import SpikeBinner
 
 
@@ -80,7 +80,9 @@ class Recent:
 
 _F8 = np.dtype("<f8")
 _SCALARS = tuple(
-    name for name in Estimated.__struct_fields__ if name not in (*messages.VECTORS, "model")
+    name
+    for name in Estimated.__struct_fields__
+    if name not in (*messages.VECTORS, "classes", "model")
 )
 
 
@@ -296,7 +298,7 @@ class ServedSession:
         self, answer: EngineAnswer, revision: int, status: messages.Status, published_ns: int
     ) -> messages.Result:
         """An answer as it is published."""
-        work = answer.work
+        work, classes, names = answer.work, answer.classes, self.model_info.class_names
         return messages.Result(
             session=self.name,
             epoch=self.epoch,
@@ -308,6 +310,8 @@ class ServedSession:
             received_ns=work.received_ns,
             published_ns=published_ns,
             clock=work.clock,
+            classes=None if classes is None else _packed(classes),
+            class_name="" if classes is None else class_of(classes, names, self.request.abstain),
             **{name: _packed(getattr(answer, name)) for name in messages.VECTORS},
             **{name: getattr(answer, name) for name in _SCALARS},
         )

@@ -93,13 +93,16 @@ class Engine:
             kinematic_units=tuple(manifest.kinematic_units),
             horizon=horizon,
             iterations=iterations,
+            class_names=tuple(manifest.classes or ()),
         )
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
         self.device = device_of(settings.device)
         self.threads, self.clock = settings.threads, clock
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
         _check_memory(estimator, horizon)
-        self._stepper = Stepper(estimator, self.model_info, settings.max_sessions, clock=clock)
+        self._stepper = Stepper(
+            estimator, self.model_info, settings.max_sessions, artifact.classes, clock=clock
+        )
         most = settings.max_sessions if self._stepper.batches else 1
         self.cost = Cost(self.model_info.bin_width_ns, horizon, most)
         self._runs: dict[int, Run] = {}
@@ -302,6 +305,7 @@ class Engine:
 
     def _nothing(self, work: Solve | Insert, solver: str, started: int) -> EngineAnswer:
         n, d = self.model_info.latents, len(self.model_info.kinematic_names)
+        classes = len(self.model_info.class_names)
         return EngineAnswer(
             work=work,
             latent=np.full(n, np.nan),
@@ -317,4 +321,5 @@ class Engine:
             solve_end_ns=self.clock(),
             model=self.model_info.model,
             serial=work.serial,
+            classes=np.full(classes, np.nan) if classes else None,
         )

@@ -74,6 +74,7 @@ def _fits(engine: Engine, model_info: EngineInfo) -> None:
         ("unit_names", model_info.unit_names, new.unit_names),
         ("kinematic_names", model_info.kinematic_names, new.kinematic_names),
         ("kinematic_units", model_info.kinematic_units, new.kinematic_units),
+        ("classes", model_info.class_names, new.class_names),
     ):
         if expected != got:
             raise ProtocolError(

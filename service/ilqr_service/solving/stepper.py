@@ -21,6 +21,7 @@ from ilqr_vae.inference import ilqr
 from ilqr_vae.inference.compiled import Array
 from ilqr_vae.inference.problem import Status
 from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
+from ilqr_vae.model.classes import ClassReadout
 from ilqr_vae.streaming.compiled import Rows, States
 from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.state import INPUT_DELAY, Estimate, HorizonState
@@ -56,6 +57,7 @@ class Stepper:
         estimator: of the model.
         model_info: of the model.
         streams: how many runs there may be, for the memory to reserve.
+        classes: the model's discrete output, or None.
         clock: nanoseconds; monotonic.
 
     Attributes:
@@ -69,10 +71,12 @@ class Stepper:
         estimator: Horizon,
         model_info: EngineInfo,
         streams: int,
+        classes: ClassReadout | None = None,
         *,
         clock: Clock = time.monotonic_ns,
     ) -> None:
         self._estimator, self._facts, self._clock = estimator, model_info, clock
+        self._classes = classes
         initial = estimator.init(batch=1)
         # a window of states for each run, and the batch that is being solved
         self.pool = Pool(initial, (model_info.horizon + 2) * streams)
@@ -229,6 +233,7 @@ class Stepper:
         if inputs is not None:
             known = np.isfinite(inputs).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
         every: list[bool] = (given[1] > 0).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
+        classes = None if self._classes is None else self._classes.probabilities(e.window)
         scalars = [v.tolist() for v in e[Estimates._fields.index("bits") :]]
         answers = [
             EngineAnswer(
@@ -252,6 +257,7 @@ class Stepper:
                 inputs=inputs[i] if inputs is not None and known[i] else None,
                 input_delay=self._delay,
                 used=None if every[i] else given[1][i] > 0,
+                classes=None if classes is None else classes[i],
             )
             for i, (
                 work,

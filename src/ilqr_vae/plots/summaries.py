@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -78,11 +79,19 @@ def agreement(
 
 
 @styled
-def reliability(nominal: ArrayLike, actual: ArrayLike, *, ax: Axes | None = None) -> Figure:
-    """How often the truth fell inside intervals of each nominal level; 5 % either way is shaded.
+def reliability(
+    nominal: ArrayLike,
+    actual: ArrayLike,
+    *,
+    of: Literal["intervals", "classes"] = "intervals",
+    ax: Axes | None = None,
+) -> Figure:
+    """How often the truth fell inside intervals of each nominal level, or how often classes of each
+    stated probability were right; 5 % either way is shaded.
 
     Args:
         nominal, actual: (K,) shares, 0 to 1.
+        of: what they are of.
         ax: where to draw; default a figure of its own.
     """
     ax = axes_of(ax, (PANEL[0], PANEL[0]))
@@ -92,8 +101,9 @@ def reliability(nominal: ArrayLike, actual: ArrayLike, *, ax: Axes | None = None
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)
     ax.set_box_aspect(1)
-    ax.set_xlabel("nominal coverage of the interval (share)")
-    ax.set_ylabel("actual coverage (share)")
+    intervals = of == "intervals"
+    ax.set_xlabel("nominal coverage of the interval (share)" if intervals else "stated probability")
+    ax.set_ylabel("actual coverage (share)" if intervals else "right (share)")
     return figure_of(ax)
 
 

@@ -1,11 +1,13 @@
 """The fields of an answer, spelled once: the engine fills them, the wire carries them, the client
 reads them. They differ in what holds a vector: a numpy array, or its bytes on the wire.
 
-n latents, N units, D kinematic channels (0 where the model has none). Times are nanoseconds.
+n latents, N units, D kinematic channels (0 where the model has none), C classes. Times are
+nanoseconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -18,7 +20,7 @@ Vector = NDArray[np.float64]
 V = TypeVar("V")
 
 VECTORS = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
-"""The fields of an answer that are vectors."""
+"""The fields of an answer that are vectors; ``classes`` is one too where the model has classes."""
 
 
 class Estimated(msgspec.Struct, Generic[V], frozen=True, kw_only=True, gc=False):
@@ -36,6 +38,7 @@ class Estimated(msgspec.Struct, Generic[V], frozen=True, kw_only=True, gc=False)
         solve_start_ns, solve_end_ns: of the service's monotonic clock.
         model: id of the model that answered.
         ignored: units whose counts in this bin were beyond the model's limits and were not used.
+        classes: (C,), the probability of each class; None for a model without classes.
     """
 
     latent: V
@@ -51,6 +54,7 @@ class Estimated(msgspec.Struct, Generic[V], frozen=True, kw_only=True, gc=False)
     solve_end_ns: int
     model: str = ""
     ignored: tuple[str, ...] = ()
+    classes: V | None = None
 
 
 class PublishedEstimate(Estimated[V], Generic[V], frozen=True, kw_only=True, gc=False):
@@ -66,6 +70,8 @@ class PublishedEstimate(Estimated[V], Generic[V], frozen=True, kw_only=True, gc=
         received_ns, published_ns: of the service's monotonic clock.
         clock: as it came with the bin; ``source_ns`` + its offset is by the service's clock. None
             where the feeder did not state it.
+        class_name: the most probable class; empty where its probability is below the session's
+            ``abstain``, and without classes.
     """
 
     session: str
@@ -77,3 +83,10 @@ class PublishedEstimate(Estimated[V], Generic[V], frozen=True, kw_only=True, gc=
     received_ns: int
     published_ns: int
     clock: Offset | None = None
+    class_name: str = ""
+
+
+def class_of(probabilities: Vector, names: Sequence[str], least: float) -> str:
+    """The most probable class; empty where its probability is below ``least`` or not a number."""
+    best = int(np.argmax(probabilities))
+    return names[best] if probabilities[best] >= least else ""

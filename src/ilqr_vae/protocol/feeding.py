@@ -46,6 +46,7 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
         origin_ns: if given, the feeder sends ``Spikes`` instead of ``Bin``, and bin k covers
             [origin_ns + k bin_width_ns, origin_ns + (k + 1) bin_width_ns) of its clock.
         follow: the client goes where ``Moved`` says; a fleet refuses one that does not.
+        abstain: 0 to 1; an answer names no class where the largest probability is lower.
     """
 
     protocol: int
@@ -65,6 +66,7 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
     begin: bool = True
     origin_ns: Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)] | None = None
     follow: bool = False
+    abstain: float = 0.0
 
 
 class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -119,6 +121,10 @@ class Spikes(Message, frozen=True, kw_only=True, omit_defaults=True):
     until_ns: int | None = None
     clock: Offset | None = None
     token: Token = ""
+
+
+TRIAL_START, TRIAL_STOP = "trial_start", "trial_stop"
+"""Names of the events that begin and end a trial."""
 
 
 class Event(Message, frozen=True, kw_only=True, omit_defaults=True):

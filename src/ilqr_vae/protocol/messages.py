@@ -40,6 +40,8 @@ from ilqr_vae.protocol.base import Message as Message
 from ilqr_vae.protocol.base import Offset as Offset
 from ilqr_vae.protocol.base import Status as Status
 from ilqr_vae.protocol.base import Token as Token
+from ilqr_vae.protocol.feeding import TRIAL_START as TRIAL_START
+from ilqr_vae.protocol.feeding import TRIAL_STOP as TRIAL_STOP
 from ilqr_vae.protocol.feeding import Bin as Bin
 from ilqr_vae.protocol.feeding import Close as Close
 from ilqr_vae.protocol.feeding import Closed as Closed

@@ -6,7 +6,7 @@ bin width; kinematics at bin t are what the subject did during bin t.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -66,6 +66,18 @@ class Trials:
             events={name: when[keep] - by for name, when in self.events.items()},
             begin=self.begin[keep] if len(self.begin) else self.begin,
         )
+
+
+UNKNOWN = frozenset({"", "nan", "None"})
+"""Conditions that say that there is none."""
+
+
+def _numbers_first(condition: str) -> tuple[bool, float, str]:
+    """The order of conditions: numbers by their value, then text."""
+    try:
+        return False, float(condition), condition
+    except ValueError:
+        return True, 0.0, condition
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +211,26 @@ class Recording:
         """(T, N), True where a count is data."""
         whole = np.broadcast_to(self.valid[:, None], self.counts.shape)
         return whole if self.observed is None else whole & self.observed
+
+    def conditions(self, start: int, stop: int) -> tuple[str, ...]:
+        """The conditions of the trials that begin in [start, stop), in order, without those that
+        are not known."""
+        if self.trials is None:
+            return ()
+        inside = ((self.trials.start >= start) & (self.trials.start < stop)).tolist()
+        found = {c for c, one in zip(self.trials.condition, inside, strict=False) if one}
+        return tuple(sorted(found - UNKNOWN, key=_numbers_first))
+
+    def labels(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """(T,), the place in ``names`` of the condition of the trial that a bin lies in; -1 outside
+        of trials and where the condition is not among them."""
+        place = {name: k for k, name in enumerate(names)}
+        found = np.full(len(self), -1, dtype=np.int64)
+        if self.trials is not None:
+            bounds = zip(self.trials.start.tolist(), self.trials.stop.tolist(), strict=True)
+            for (start, stop), condition in zip(bounds, self.trials.condition, strict=False):
+                found[max(start, 0) : stop] = place.get(condition, -1)
+        return found
 
     def require_bin_width(self, seconds: float) -> None:
         """Raises RecordingError: the bins are not as wide as a model's."""

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.protocol.messages import TRIAL_START
 from ilqr_vae.recordings import RecordingWarning, Trials
 from ilqr_vae.report.table import Table
+from ilqr_vae.scoring.classes import ClassScores
 from ilqr_vae.scoring.score import Scores
 
 Array = NDArray[np.float64]
@@ -68,6 +70,7 @@ class ReportData:
         trials: ranges of bins relative to the first, or None.
         events: what happened while it ran: seconds on the recording's clock, and its name.
         scores: from ``score_decodes``, or None where there is no truth.
+        classes: scores of the discrete output, or None without one or without trials.
         latency_ms: milliseconds per bin (T,) by stage, e.g. solve, queue, wire, total.
         latency_uncertainty_ms: of the stages that go from one clock to another, how far they may
             be off.
@@ -104,6 +107,7 @@ class ReportData:
     trials: Trials | None = None
     events: tuple[tuple[float, str], ...] = ()
     scores: Scores | None = None
+    classes: ClassScores | None = None
     latency_ms: dict[str, Array] = field(default_factory=dict[str, Array])
     latency_uncertainty_ms: dict[str, float] = field(default_factory=dict[str, float])
     clock: str = ""
@@ -158,9 +162,10 @@ class ReportData:
 
     @property
     def marks(self) -> list[tuple[float, str]]:
-        """Events of the run, and starts and events of its trials: seconds and name, rising."""
+        """Events of the run, and starts and events of its trials where they are not among them:
+        seconds and name, rising."""
         made = list(self.events)
-        if self.trials is not None:
+        if self.trials is not None and not any(name == TRIAL_START for _, name in made):
             named = {"trial start": self.trials.start} | dict(self.trials.events)
             for name, bins in named.items():
                 at = self.start + np.asarray(bins, np.float64) * self.bin_width

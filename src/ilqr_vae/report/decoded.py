@@ -199,25 +199,27 @@ def _add_answers(nwb: Any, add: Any, decoded: Decoded, indices: NDArray[np.int64
         "latent": [f"z{k}" for k in range(first.latent.shape[0])],
         "rates": list(decoded.units),
         "kinematics": list(info.get("kinematic_names", ())),
+        "classes": list(info.get("classes", ())),
     }
-    units = {"latent": "n.a.", "rates": "count"}
+    units = {"latent": "n.a.", "rates": "count", "classes": "n.a."}
     kinematic_units = set(info.get("kinematic_units", ()))
     units["kinematics"] = kinematic_units.pop() if len(kinematic_units) == 1 else "n.a."
     module = nwb.create_processing_module(
         "misc", "decoder's answers; of each bin the newest revision"
     )
-    for name in messages.VECTORS:
+    for name in (*messages.VECTORS, "classes"):
         base = name.removesuffix("_std")
-        size = getattr(first, name).shape[0]
-        if not size:
+        if getattr(first, name) is None or not (size := getattr(first, name).shape[0]):
             continue
         data = np.full((len(results), size), np.nan)
         for row, result in enumerate(results):
             values = messages.unpack(getattr(result, name), name)
             data[row, : len(values)] = values[:size]  # a model that was swapped in has others
         what = "standard deviation" if name != base else "mean"
+        if name == "classes":
+            what = "probability of each class"
         add(module, name, data, units[base], f"{what} after each bin", names[base])
-    scalars = {
+    scalars: dict[str, list[float]] = {
         "index": [r.index for r in results],
         "status": [STATUSES.index(r.status) for r in results],
         "revision": [r.revision for r in results],
@@ -225,8 +227,13 @@ def _add_answers(nwb: Any, add: Any, decoded: Decoded, indices: NDArray[np.int64
         "bits": [r.bits for r in results],
         "latency_ms": [(r.published_ns - r.received_ns) / 1e6 for r in results],
     }
+    if named := names["classes"]:
+        chosen = [named.index(r.class_name) if r.class_name in named else -1 for r in results]
+        scalars["class"] = list(map(float, chosen))
     for name, values in scalars.items():
         what = f"{name} of each answer"
+        if name == "class":
+            what += ", its column of classes; -1 where the answer names none"
         if name == "status":
             what += ": " + ", ".join(f"{k} {text}" for k, text in enumerate(STATUSES))
         unit = "ms" if name == "latency_ms" else "n.a."

@@ -166,6 +166,15 @@ def agreement(data: ReportData) -> Drawn | None:
     return Drawn(panels=_panels("agreement", made))
 
 
+def classes(data: ReportData) -> Drawn | None:
+    """The reliability curve of the discrete output."""
+    if (found := data.classes) is None:
+        return None
+    made = plots.reliability(found.stated, found.actual, of="classes")
+    text = f"{found.n} bins of trials; stated and actual differ by {found.calibration_error:.3f}."
+    return Drawn(panels=_panels("classes", [made]), text=text)
+
+
 def latents(data: ReportData) -> Drawn | None:
     """Latents over time, and their plane of most variance."""
     finite = np.isfinite(data.latents).all(axis=1)

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import msgspec
 
+from ilqr_vae.protocol.messages import TRIAL_START as START
+from ilqr_vae.protocol.messages import TRIAL_STOP as STOP
 from ilqr_vae.protocol.messages import Event
 
-START, STOP = "trial_start", "trial_stop"
 _OF_TABLE = ("timestamp", "event", "source", "bin", "id")
 _OF_TRIALS = ("start_time", "stop_time", "id", "tags", "timeseries")
 

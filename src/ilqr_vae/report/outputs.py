@@ -146,6 +146,7 @@ def to_json(data: ReportData) -> dict[str, Any]:
             "coverage_90_by_decoded_speed": {}
             if scores is None or scores.by_decoded_speed is None
             else asdict(scores.by_decoded_speed),
+            "classes": None if data.classes is None else asdict(data.classes),
             "statuses": data.statuses,
             "events": [{"seconds": t, "name": name} for t, name in data.events],
             "latency_ms": {

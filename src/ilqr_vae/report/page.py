@@ -16,7 +16,7 @@ from ilqr_vae.plots.style import GREY, INK, STATUS_COLOURS
 from ilqr_vae.report import figures
 from ilqr_vae.report.data import Reaches, ReportData, distribution
 from ilqr_vae.report.explorer import as_json, run_data
-from ilqr_vae.report.table import Table, number
+from ilqr_vae.report.table import Table, classes_table, number
 from ilqr_vae.scoring.score import OURS, BySpeed
 from ilqr_vae.terminal import visible
 
@@ -37,6 +37,12 @@ _FIGURES: tuple[tuple[str, str, Callable[[ReportData], figures.Drawn | None]], .
         "Every bin against what was measured (dashed: equality), and how often the measured value "
         "fell inside the interval the decoder stated (dashed: perfect; shaded: within 5 %).",
         figures.agreement,
+    ),
+    (
+        "Classes",
+        "The largest probability of each bin against how often that class was right (dashed: "
+        "perfect; shaded: within 5 %).",
+        figures.classes,
     ),
     (
         "Residuals over time",
@@ -117,10 +123,11 @@ def _score_table(data: ReportData) -> dict[str, Any] | None:
 
 
 def _tables(data: ReportData) -> tuple[Table, ...]:
+    classes = () if data.classes is None else (classes_table(data.classes),)
     if data.scores is None:
-        return data.tables
+        return (*classes, *data.tables)
     both = (data.scores.by_speed, data.scores.by_decoded_speed)
-    return (*(_by_speed(by) for by in both if by is not None), *data.tables)
+    return (*(_by_speed(by) for by in both if by is not None), *classes, *data.tables)
 
 
 def _by_speed(by: BySpeed) -> Table:

@@ -15,6 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ilqr_vae.scoring.classes import THRESHOLDS, ClassScores
+
 WIDTH = 110
 """Of what is printed on a wide terminal or to a file, in characters."""
 _INDENT = 2
@@ -203,6 +205,19 @@ def scores_table(
         cells += [percent(values.get("coverage_90"))] if covered else []
         rows.append(tuple(cells))
     return Table(title, "", tuple(columns), tuple(rows))
+
+
+def classes_table(scores: ClassScores) -> Table:
+    """How many bins get a class, and how many of these are right, by the threshold to abstain."""
+    rows = [
+        (number(least, 2), percent(answered), percent(right))
+        for least, answered, right in zip(THRESHOLDS, scores.answered, scores.right, strict=True)
+    ]
+    text = f"{len(scores.names)} classes in {scores.n} bins of trials; the most frequent one has "
+    text += f"{percent(scores.chance)}. Log loss {number(scores.log_loss)} bits; stated and actual "
+    text += f"probability differ by {number(scores.calibration_error)} (mean over bins)."
+    columns = ("abstain below", "bins that get a class", "of these right")
+    return Table("Classes", text, columns, tuple(rows), words=0)
 
 
 def latency_table(

@@ -226,7 +226,8 @@ def _adapted(
             "adapted_on": f"{recording.name}, bins {part.start}:{part.stop}",
         },
     )
-    return Artifact(manifest, model, readout, mean, seen, artifact.intervals)
+    about = (readout, mean, seen, artifact.intervals)
+    return Artifact(manifest, model, *about, classes=artifact.classes)
 
 
 def _readout(

@@ -20,8 +20,9 @@ from ilqr_vae.artifact import Artifact
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import Span, warmup_start
 from ilqr_vae.report import ReportData, Table
-from ilqr_vae.report.table import number, percent, scores_table
+from ilqr_vae.report.table import classes_table, number, percent, scores_table
 from ilqr_vae.report.table import show as show_table
+from ilqr_vae.scoring.classes import ClassScores, score_classes
 from ilqr_vae.scoring.score import OURS, WIENER, Scores, score_decodes
 from ilqr_vae.terminal import console
 
@@ -58,6 +59,18 @@ class EvaluationReport:
     tables: tuple[Table, ...] = ()
     more: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def probabilities(self) -> NDArray[np.float64] | None:
+        """(T, C), of each class; None for a model without classes."""
+        found = self.artifact.classes
+        return None if found is None else found.probabilities(self.result.window)
+
+    def _classes(self) -> ClassScores | None:
+        names = tuple(self.artifact.manifest.classes or ())
+        if (found := self.probabilities) is None:
+            return None
+        return score_classes(found, self.recording.labels(names)[slice(*self.bins)], names)
+
     def report(self) -> ReportData:
         """For page and JSON."""
         artifact, recording, scores = self.artifact, self.recording, self.scores
@@ -72,6 +85,8 @@ class EvaluationReport:
             if WIENER in scores.methods:
                 facts["Wiener filter, same bins"] = number(scores.methods[WIENER]["r2"])
             facts["90 % interval covers"] = percent(scores.methods[OURS]["coverage_90"])
+        if (classes := self._classes()) is not None:
+            facts["bins whose class is right"] = percent(classes.accuracy)
         notes = scores.notes if scores is not None else ("Nothing to score decodes on.",)
         if scores is not None and span != "test":
             notes += (FITTED_HERE,)
@@ -101,6 +116,7 @@ class EvaluationReport:
             baselines={} if scores is None or scores.wiener is None else {WIENER: scores.wiener},
             trials=part.trials,
             scores=scores,
+            classes=classes,
             tables=self.tables,
             facts=facts,
             provenance={
@@ -127,8 +143,8 @@ class EvaluationReport:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Every answer, for ``--arrays``."""
         start, result = self.bins[0], self.result
-        latents = self.artifact.manifest.latents
-        return {
+        latents, classes = self.artifact.manifest.latents, self.probabilities
+        return ({} if classes is None else {"classes": classes}) | {
             "index": np.arange(start, start + len(result.bits)),
             "kinematics": result.kinematics,
             "kinematics_std": result.kinematics_std,
@@ -174,5 +190,6 @@ def show(report: ReportData) -> None:
     screen.print(f"  bits per spike {number(report.bits_per_spike)}")
     for note in (*report.warnings, *report.notes):
         screen.print(f"  {note}")
-    for table in report.tables:
+    classes = () if report.classes is None else (classes_table(report.classes),)
+    for table in (*classes, *report.tables):
         show_table(table, screen)

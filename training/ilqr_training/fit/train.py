@@ -35,6 +35,7 @@ from ilqr_training.fit.members import (
 from ilqr_training.fit.memory import estimate, refuse_hopeless
 from ilqr_training.fit.pace import Pace
 from ilqr_training.fit.validate import Validation, scored, validate
+from ilqr_training.readout.classes import ClassFit, class_names
 from ilqr_vae.artifact import Artifact, Manifest, load_artifact, save_artifact
 from ilqr_vae.errors import ConfigError, TrainingError
 from ilqr_vae.files import check_space
@@ -139,6 +140,8 @@ def train_on(
     began = time.monotonic()
     loop = config.training
     data = prepare(recording, config.data, chunk=loop.chunk)
+    if config.readout.classes:
+        class_names(data)  # what is wrong with them is said before the first step
     describe(config, data, progress)
     refuse_hopeless(config, data)
     torch.manual_seed(loop.seed)
@@ -237,6 +240,7 @@ def _ensemble(
         first.seen,
         intervals,
         held,
+        None if first.classes is None else ClassFit(first.manifest.classes or (), first.classes),
     )
 
     def said(values: Iterable[object]) -> str:
@@ -330,7 +334,8 @@ def save_model(
         TrainingError: it cannot be written there. The model is then saved in a temporary folder or
             the home folder if one of them can be written; the message says where.
     """
-    written = (final.readout, final.mean_rate, final.seen, final.intervals, others)
+    classes = None if final.classes is None else final.classes.readout
+    written = (final.readout, final.mean_rate, final.seen, final.intervals, others, classes)
     try:
         return save_artifact(out, manifest, model, *written)
     except ConfigError as error:
@@ -368,6 +373,7 @@ def manifest_of(
         horizon=config.estimator,
         model=model_spec(config.model, data),
         readout=None if final.readout is None else final.readout.shape,
+        classes=msgspec.UNSET if final.classes is None else final.classes.names,
         scores=final.scores,
         provenance={
             "recording": recording.name,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ilqr_training.config import ReadoutConfig, TrainConfig
 from ilqr_training.fit.crops import Prepared
 from ilqr_training.readout.causal import Causal, causal_pass
+from ilqr_training.readout.classes import ClassFit, fit_classes
 from ilqr_training.readout.fit import ReadoutBins, ReadoutFit, fit_readout
 from ilqr_training.readout.intervals import fit_intervals
 from ilqr_vae.model.generative import Model
@@ -48,6 +49,7 @@ class Validation:
         seen: what the training part showed.
         intervals: scale of the deviations by speed, or None.
         held_out: decodes of the validation part, None without kinematics.
+        classes: the discrete output, where it is asked for and the validation is thorough.
     """
 
     score: float
@@ -57,6 +59,7 @@ class Validation:
     seen: TrainingRange | None
     intervals: SpeedScale | None = None
     held_out: HeldOut | None = None
+    classes: ClassFit | None = None
 
 
 class HeldOut(NamedTuple):
@@ -156,9 +159,14 @@ def validate(
     scores = {"bits_per_spike": held.bits_per_spike, "iterations": held.iterations}
     k = data.recording.kinematics
     seen = _seen(data, train.window[:, : model.n])
+    reads, classes = _reads(config, thorough), None
+    if thorough and config.readout.classes:
+        lags = 0 if k is None else reads.lags
+        features = (lags + 1) * model.n
+        classes, scores["class_accuracy"] = fit_classes(train, held, data, features)
     if k is None:
-        return Validation(held.bits_per_spike, scores, None, estimator.mean_rate, seen)
-    reads = _reads(config, thorough)
+        about = (None, estimator.mean_rate, seen)
+        return Validation(held.bits_per_spike, scores, *about, classes=classes)
     parts = {"train": [train], "validation": [held]}
     for i, share in enumerate(reads.lost):
         lost = _lost(data, share, (config.training.seed, i))
@@ -177,7 +185,7 @@ def validate(
     intervals, decoded = scored(held_out, data)
     scores |= decoded
     return Validation(
-        fit.score, scores, fit.readout, estimator.mean_rate, seen, intervals, held_out
+        fit.score, scores, fit.readout, estimator.mean_rate, seen, intervals, held_out, classes
     )
 
 
