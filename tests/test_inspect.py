@@ -53,7 +53,7 @@ def test_a_recording_is_shown_with_what_would_be_chosen_and_why(tmp_path: Path) 
         "trials 12, 0 to 59 s",
         "target left, right",
         "bins 1200 of 50 ms from 0 s",
-        "left are processing/behavior/cursor_velocity, processing/behavior/eye_velocity",
+        "also possible: processing/behavior/cursor_velocity, processing/behavior/eye_velocity",
     ):
         assert said in whole
     numbers = json.loads((tmp_path / "i.json").read_text())

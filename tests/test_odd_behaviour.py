@@ -123,7 +123,7 @@ def test_velocity_comes_first_and_cursors_eyes_and_rewards_last(tmp_path: Path) 
         made = read(tmp_path, nwb)
         best = {1: 0, 2: 1, 3: 2, 4: 3, 5: 3, 6: 5}[count]
         assert made.kinematic_names[0].startswith(order[best][0]), count
-        assert ("left are" in "".join(made.notes)) == (count > 1)
+        assert ("also possible" in "".join(made.notes)) == (count > 1)
 
 
 def test_what_was_found_and_left_is_said(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_passes_that_are_planned_are_those_that_are_made(
     passes = [of for what, of in bars.full if what.startswith("latents")]
     assert passes == [bins for bins, _ in planned_passes(data, CONFIG, thorough=thorough)]
     layers = {what for what, _ in bars.full if what.startswith("readout")}
-    known = {"readout, hidden layers", "readout, recurrent layer"}
+    known = {"readout, hidden", "readout, recurrent"}
     assert layers <= known
     assert layers == (known if thorough else set())
 

@@ -137,7 +137,7 @@ def test_penalties_are_chosen_on_the_held_out_part() -> None:
     train, held = causal(rng, 12), causal(rng, 500)
     noise = [rng.normal(size=(len(x.bits), D)) for x in (train, held)]
     strong = fit_readout(train, noise[0], held, noise[1], N, READS)
-    weak = ReadoutConfig(lags=2, residuals=1, alphas=(1e-3,))
+    weak = ReadoutConfig(lags=2, residuals=1, alphas=(1e-3,), hidden=0)
     assert strong.score > fit_readout(train, noise[0], held, noise[1], N, weak).score
     assert strong.score == pytest.approx(0, abs=0.1)  # nothing to find
 

@@ -127,12 +127,17 @@ def test_every_view_of_long_names_fits(tmp_path: Path, encoding: str) -> None:
     )
     settings = config(data=RecordingSpec(bin_width=0.05), steps=4, validate_every=2)
     toml, model = write_config(tmp_path / "c.toml", settings), tmp_path / "m.safetensors"
+    small = tmp_path / "small.toml"
+    small.write_text('trials = 4\nbins = 12\nbound_samples = 1\n[fit]\nsteps = 2\n')
+    quick = "--seeds 1 --no-gru --draws 1 --lost 0.3 --fraction 0.5 --held-out 0"
     commands = [
         f"inspect {path}",
         f"train {toml} --recording {path} --out {model} --check",
         f"train {toml} --recording {path} --out {model}",
         f"inspect {model}",
         f"evaluate {model} --recording {path} --stress --no-gru --held-out 0.25",
+        f"experiment autonomous-linear --config {small} --json {tmp_path / 'e.json'}",
+        f"experiment decode {toml} --recording {path} --out {tmp_path / 'out'} {quick}",
     ]
     text = in_a_terminal(commands if encoding == "utf-8" else commands[:2], encoding)
     assert str(tmp_path) not in {line[:WIDTH] for line in text.splitlines()}

@@ -20,12 +20,12 @@ def recording_sections(found: Contents) -> list[Section]:
         said = "; ".join(f"{g.value or '(empty)'}: {g.units} at {g.rate:.3g} Hz" for g in each)
         units.append((column, said))
     if found.unit_columns:
-        units.append(("selected by", f"data.units: {', '.join(found.unit_columns)}"))
+        units.append(("select by", f"data.units: {', '.join(found.unit_columns)}"))
     if units:
         made.append(Section("Units", tuple(units)))
     if found.series:
         title = (
-            "Series, as they would be chosen"
+            "Series, in order of preference"
             if any(s.decodable for s in found.series)
             else "What is in it"
         )

@@ -112,7 +112,7 @@ def fit_hidden(
         loss.backward()
         optimiser.step()
         schedule.step()
-        progress("readout, hidden layers", step, config.steps)
+        progress("readout, hidden", step, config.steps)
     made = [t.detach().double().numpy() for t in (U, c, O)]
     return Maps(
         W=start.W,

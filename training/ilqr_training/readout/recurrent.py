@@ -126,7 +126,7 @@ def fit_recurrent(
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
         schedule.step()
-        progress("readout, recurrent layer", step, steps)
+        progress("readout, recurrent", step, steps)
         if step in looks:
             made = [t.detach().double() for t in parameters]
             yield step, scale.undone(Cell(*made[:6]), made[6].numpy(), made[7].numpy())

@@ -261,7 +261,7 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
     left = [p for p in found if p not in chosen]
     if left and not nwb.kinematics:
         notes = (
-            f"Kinematics are {path} ({RANKS[found[path]]}); left are {', '.join(left)} "
+            f"Kinematics are {path} ({RANKS[found[path]]}); also possible: {', '.join(left)} "
             "(data.nwb.kinematics chooses).",
         )
     read = {place: _values(place, item) for place, item in chosen.items()}
