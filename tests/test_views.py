@@ -128,7 +128,7 @@ def test_every_view_of_long_names_fits(tmp_path: Path, encoding: str) -> None:
     settings = config(data=RecordingSpec(bin_width=0.05), steps=4, validate_every=2)
     toml, model = write_config(tmp_path / "c.toml", settings), tmp_path / "m.safetensors"
     small = tmp_path / "small.toml"
-    small.write_text('trials = 4\nbins = 12\nbound_samples = 1\n[fit]\nsteps = 2\n')
+    small.write_text("trials = 4\nbins = 12\nbound_samples = 1\n[fit]\nsteps = 2\n")
     quick = "--seeds 1 --no-gru --draws 1 --lost 0.3 --fraction 0.5 --held-out 0"
     commands = [
         f"inspect {path}",
