@@ -12,6 +12,7 @@ from ilqr_training.fit.crops import Prepared, prepare
 from ilqr_training.fit.joint import load_sessions
 from ilqr_training.fit.members import side_by_side
 from ilqr_training.fit.memory import GIB, estimate, refuse_hopeless
+from ilqr_training.readout.classes import class_names
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.recordings import Recording, RecordingWarning, load_recording
 from ilqr_vae.recordings.joined import join
@@ -27,6 +28,7 @@ class TrainingPlan(msgspec.Struct, frozen=True):
         bins, bin_width, masked: of the recording, seconds, and bins that are no data.
         split: first and last bin of each part.
         kinematics: channels with their units of measure.
+        classes: of the discrete output, where it is asked for.
         warnings, notes: see ``Recording``.
         settings: of model and training.
         device: of the gradient steps.
@@ -42,6 +44,7 @@ class TrainingPlan(msgspec.Struct, frozen=True):
     masked: int
     split: dict[str, tuple[int, int]]
     kinematics: list[str]
+    classes: list[str]
     warnings: list[RecordingWarning]
     notes: list[str]
     settings: TrainConfig
@@ -71,6 +74,7 @@ def plan_of(config: TrainConfig, recordings: list[Path]) -> TrainingPlan:
         masked=int(np.count_nonzero(~r.valid)),
         split={"train": data.train, "validation": data.validation, "test": data.test},
         kinematics=[named(name, unit) for name, unit in channels],
+        classes=list(class_names(data)) if config.readout.classes else [],
         warnings=list(r.warnings),
         notes=list(r.notes),
         settings=config,
@@ -104,6 +108,7 @@ def sections_of(plan: TrainingPlan) -> list[Section]:
         "bins": f"{plan.bins} of {width * 1e3:g} ms; {plan.masked} masked",
         "split": "; ".join(split),
         "kinematics": ", ".join(plan.kinematics) or "none: latents and rates alone",
+        "classes": ", ".join(plan.classes) or "none",
         "model": f"{model.dynamics}, {model.latents} latents, {model.inputs} inputs, "
         f"{model.prior} prior, {model.likelihood} counts",
         "training": f"at most {loop.steps} steps of {loop.batch} crops of {loop.chunk} bins, a "
