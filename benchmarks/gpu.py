@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import torch
 
 from benchmarks import stream
 from benchmarks.lqr import BATCHES, SIZES, operations, problem_of
 from benchmarks.models import estimator_of
-from benchmarks.rows import Row, absent, quantiles, row, timed
+from benchmarks.rows import ROOT, Row, absent, quantiles, row, timed
 from ilqr_training.experiments.maze import MazeConfig, maze_size
-from ilqr_vae.kernels import backend
+from ilqr_vae.kernels.cpu.arguments import Streams
 from ilqr_vae.lqr import LQRProblem, solve_lqr
 from ilqr_vae.progress import SILENT
+from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.on_gpu import GpuEstimator
 
 STREAMS: list[Row] = [
     {"n": 32, "m": 8, "units": 192, "H": 64, "streams": 1},
-    *({"n": 20, "m": 5, "units": 196, "H": 20, "streams": S} for S in (1, 64, 256, 1000)),
-    {"n": 20, "m": 5, "units": 196, "H": 10, "streams": 1000},
+    *({"n": 20, "m": 5, "units": 196, "H": 20, "streams": S} for S in (1, 64, 1000, 10_000)),
 ]
+#: Of them, where the step in torch is recorded as a rival, and how long it may take to compile.
+RECORDED, PATIENCE = (1, 1000), 100.0
 #: Published peaks of one card, bytes and float32 operations a second: (memory, arithmetic).
 PEAKS = {"H200": (4.8e12, 67e12), "H100": (3.35e12, 67e12), "A100": (2.0e12, 19.5e12)}
 
@@ -70,23 +78,108 @@ def _lqr(seconds: float) -> list[Row]:
                     | found
                     | share_of_floor(floor, found["median_us"] * 1e-6)
                 )
+    rows.append(absent("gpu lqr", "socu", "there is no runner for it yet", device="cuda"))
     return rows
 
 
+def step_floor(size: Row, itemsize: int, iterations: int) -> tuple[float, float]:
+    """(bytes, operations) of a bin of all streams: states in and out once; of each iteration the
+    LQR problem's solution, curvatures of the units, the Jacobians, one rollout and its cost."""
+    n, m, N, H, S = (size[k] for k in ("n", "m", "units", "H", "streams"))
+    state = n + n * n + (H + 1) * n + H * m + 2 * H * N
+    per_bin = N * n * (n + 1) / 2 + 3 * N * n + n**3 + 2 * n * n + 2 * n * m
+    work = iterations * (operations(n, m, H) + 2 * H * per_bin)
+    return 2.0 * S * itemsize * state, S * work
+
+
+def _steps(est: MovingHorizon, streams: int, seconds: float) -> list[float]:
+    """Seconds of single steps of full windows, from counts on the host to answers there; the states
+    stay in rows on the GPU, as in the service."""
+    compiled = est.compiled(est.mean_rate)
+    assert isinstance(compiled, GpuEstimator), "no kernel: the log says why"
+    first = est.init(streams).tensors()
+    states = Streams(*(torch.cat([t, torch.empty_like(t)]) for t in first))
+    counts = stream.bins_of(est, streams, 16).to(est.mean_rate.dtype).numpy()
+    mask, here, there = np.ones_like(counts[0]), np.arange(streams), np.arange(streams) + streams
+    spent: list[float] = []
+    warm, end = est.config.horizon + 3, None
+    while end is None or len(spent) < warm + 20 or time.perf_counter() < end:
+        began = time.perf_counter()
+        compiled.step((states, states), (here, there), counts[len(spent) % 16], mask, None)
+        here, there = there, here
+        spent.append(time.perf_counter() - began)
+        if len(spent) == warm:
+            end = time.perf_counter() + seconds
+    return spent[warm:]
+
+
+def _recorded(size: Row, seconds: float) -> list[float] | str:
+    """Seconds of the step in torch, compiled and recorded as a CUDA graph, or why not."""
+    given = [str(size[k]) for k in ("n", "m", "units", "H", "streams")]
+    command = [sys.executable, "-m", "benchmarks.rivals.recorded_step", *given, str(seconds)]
+    try:
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT
+        )
+    except subprocess.TimeoutExpired:
+        return f"not compiled within {PATIENCE:.0f} s"
+    if ran.returncode != 0:
+        return f"failed: {(ran.stderr.strip().splitlines() or ['?'])[-1][:200]}"
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def _streams(quick: bool, seconds: float) -> list[Row]:
+    rows: list[Row] = []
+    for size in STREAMS[:2] if quick else STREAMS:
+        sizes = [size[k] for k in ("n", "m", "units", "H")]
+        for dtype in (torch.float32, torch.float64):
+            name = str(dtype).removeprefix("torch.")
+            common = size | {"iterations": 2, "device": "cuda", "dtype": name}
+            est = estimator_of(*sizes, 2, device="cuda", dtype=dtype)
+            found = quantiles(_steps(est, size["streams"], seconds))
+            floor = share_of_floor(step_floor(size, dtype.itemsize, 2), found["median_us"] * 1e-6)
+            rows.append(row("gpu stream", "ilqr-vae", **common) | found | floor)
+            if dtype == torch.float32 and size["streams"] in RECORDED and not quick:
+                spent = _recorded(size, seconds)
+                label = "torch.compile in a CUDA graph"
+                if isinstance(spent, str):
+                    rows.append(absent("gpu stream", label, spent, **common))
+                else:
+                    rows.append(row("gpu stream", label, **common) | quantiles(spent))
+    return rows
+
+
+def _agreement(bins: int) -> Row:
+    """How far float32 on the GPU is from float64 on the CPU, over so many bins of one stream."""
+    here = estimator_of(20, 5, 196, 20, 2)
+    there = estimator_of(20, 5, 196, 20, 2, device="cuda", dtype=torch.float32)
+    a, b = here.init(1), there.init(1)
+    counts = stream.bins_of(here, 1, bins)
+    worst = {"z": 0.0, "z_cov": 0.0, "rates": 0.0}
+    differing = 0
+    for t in range(bins):
+        mask = torch.full_like(counts[t], float(t % 97 != 50))
+        a, mine = here.step(a, counts[t], mask)
+        b, theirs = there.step(b, counts[t].float(), mask.float())
+        differing += int(mine.status != theirs.status.cpu())
+        for name in worst:
+            truth = getattr(mine, name)
+            error = (getattr(theirs, name).cpu().double() - truth).norm() / truth.norm()
+            worst[name] = max(worst[name], float(error))
+    errors = {f"error_{name}": value for name, value in worst.items()}
+    return row("gpu agreement", "ilqr-vae", bins=bins, statuses_differ=differing, **errors)
+
+
 def run(quick: bool) -> list[Row]:
-    """Rows for LQR and streaming; one row that says so where there is no GPU."""
+    """Rows for LQR, streaming, agreement with the CPU and training, in at most ten minutes; one row
+    that says so where there is no GPU."""
     if not torch.cuda.is_available():
         return [absent("gpu", "ilqr-vae gpu", "no CUDA device", device="cuda")]
-    seconds = 0.5 if quick else 3.0
-    rows = _lqr(seconds)
-    for size in STREAMS[:2] if quick else STREAMS:
-        est = estimator_of(size["n"], size["m"], size["units"], size["H"], 2, device="cuda")
-        common = size | {"iterations": 2, "dtype": "float64", "device": "cuda"}
-        for name, label in (("auto", "ilqr-vae CUDA graph"), ("reference", "torch reference")):
-            with backend.using(name):
-                found = quantiles(stream.measure(est, size["streams"], seconds))
-            rows.append(row("gpu stream", label, **common) | found)
-    return [*rows, *_train(4 if quick else 12)]
+    seconds = 0.5 if quick else 2.0
+    rows = _streams(quick, seconds)
+    rows.append(_agreement(100 if quick else 1000))
+    rows += _lqr(seconds / 2)
+    return [*rows, *_train(4 if quick else 51)]
 
 
 def _train(steps: int) -> list[Row]:

@@ -30,12 +30,18 @@ def model_of(n: int, m: int, units: int) -> Model:
 
 
 def estimator_of(
-    n: int, m: int, units: int, horizon: int, iterations: int, device: str = "cpu"
+    n: int,
+    m: int,
+    units: int,
+    horizon: int,
+    iterations: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
 ) -> MovingHorizon:
     """A moving-horizon estimator of such a model."""
-    rate = torch.full((units,), 0.4, dtype=torch.float64, device=device)
+    rate = torch.full((units,), 0.4, dtype=dtype, device=device)
     config = HorizonConfig(horizon=horizon, iterations=iterations)
-    return MovingHorizon(model_of(n, m, units).to(device), None, rate, config)
+    return MovingHorizon(model_of(n, m, units).to(device, dtype), None, rate, config)
 
 
 def recording_of(units: int, bins: int = 6000) -> Recording:

@@ -20,7 +20,6 @@ from ilqr_vae.lqr import solve_lqr
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.priors import InitialCost
-from ilqr_vae.streaming.horizon import HorizonConfig, HorizonState, MovingHorizon
 from test_lqr_gpu import on_each_device
 from test_rollout import normal
 
@@ -135,58 +134,3 @@ def test_the_line_search(device: str, family: str, dtype: torch.dtype, tolerance
                 close(mine, theirs, tolerance)
         assert truth[3][0] == 0
         assert 0 < truth[3][1] < 1
-
-
-@on_each_device
-@FAMILIES
-def test_absorbing_a_bin(device: str, family: str) -> None:
-    c = case(family, device, torch.float64, T=4)
-    o, initial = c.problem.observed["spikes"], c.problem.initial
-    rate = torch.ones(o.values.shape[-1], dtype=torch.float64, device=device)
-    horizon = MovingHorizon(c.model, None, rate, HorizonConfig(horizon=4))
-    own = c.model.initial.cost(1).precision[0]
-    with backend.using("reference"):
-        z = c.model.rollout(c.w, c.z0, c.u)
-        age = torch.full((2,), 4, device=device)
-        state = HorizonState(age, initial.mean, initial.precision, z, c.u, o.values, o.mask)
-        truth = horizon._absorb(state)  # pyright: ignore[reportPrivateUsage] (the plain definition)
-    found = c.kernels.absorb(z, c.u, *c.about, own)
-    assert found is not None
-    for mine, theirs in zip(found, truth, strict=True):
-        close(mine, theirs, 1e-8)
-    broken = InitialCost(initial.mean, -initial.precision)
-    mean, precision = c.kernels.absorb(z, c.u, c.problem.observed, broken, own) or (z, z)
-    assert torch.equal(mean, z[:, 1])
-    assert torch.equal(precision, own.expand_as(precision))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@FAMILIES
-def test_a_recorded_step_is_the_cpus(family: str) -> None:
-    groups = {"spikes": GroupSpec(family="poisson", channels=12)}
-    torch.manual_seed(3)
-    model = build(ModelSpec(dynamics=family, latents=6, inputs=2, groups=groups)).double()
-    rate = torch.ones(12, dtype=torch.float64)
-    config = HorizonConfig(horizon=5)
-    here = MovingHorizon(model, None, rate, config)
-    there = MovingHorizon(
-        build(ModelSpec(dynamics=family, latents=6, inputs=2, groups=groups)).double().to("cuda"),
-        None,
-        rate.cuda(),
-        config,
-    )
-    there.model.load_state_dict(model.state_dict())
-    there = MovingHorizon(there.model, None, rate.cuda(), config)
-    a, b = here.init(5), there.init(5)
-    generator = torch.Generator().manual_seed(1)
-    for t in range(12):
-        counts = torch.poisson(torch.ones(5, 12, dtype=torch.float64), generator=generator)
-        mask = torch.ones_like(counts)
-        mask[t % 5] = 0.0
-        a, mine = here.step(a, counts, mask)
-        b, theirs = there.step(b, counts.cuda(), mask.cuda())
-        for name in ("z", "z_cov", "rates", "bits"):
-            close(getattr(theirs, name).cpu(), getattr(mine, name), 1e-9)
-        assert theirs.status.tolist() == mine.status.tolist()
-    assert there._graphs is not None  # pyright: ignore[reportPrivateUsage]
-    assert not there._graphs._refused  # pyright: ignore[reportPrivateUsage]

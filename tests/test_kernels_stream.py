@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ import torch
 from ilqr_vae.inference import ilqr
 from ilqr_vae.kernels import backend
 from ilqr_vae.kernels.cpu import threads
-from ilqr_vae.streaming.graphs import Graphs, padded_size
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 from ilqr_vae.streaming.state import Estimate, HorizonState
 from kernel_rig import Stream, assert_identical, assert_same
@@ -106,37 +105,6 @@ def test_an_arrival_cost_that_breaks_down_starts_from_the_models_own() -> None:
         after, answer = take(broken, *stream.bin(1))
         assert torch.equal(after.precision, est.model.initial.cost(1).precision)
         assert answer.z.isfinite().all()
-
-
-def test_a_recorded_step_of_any_batch_is_the_step() -> None:
-    """Padding and bookkeeping of CUDA graphs, with a recorder that runs the step on the CPU."""
-    stream = Stream()
-    est = stream.estimator
-    graphs = est.graphs(lambda step, inputs: lambda: step(inputs))
-    state = est.init(3)
-    for t in range(8):
-        if t == 5:
-            state = HorizonState.stack([est.init(1), state[0], state[1], state[2], state[2]])
-        counts, mask = stream.bin(state.z.shape[0])
-        after, answer = est.step(state, counts, mask)
-        given = (*(getattr(state, f.name) for f in fields(state)), counts, mask)
-        out = graphs(given)
-        assert_same(after, HorizonState(*out[:7]), 1e-10)
-        assert_same(answer, Estimate(*out[7:]), 1e-10)
-        state = after
-    assert [padded_size(s) for s in (1, 2, 64, 65, 1024, 1025)] == [1, 4, 64, 256, 1024, 2048]
-
-
-def test_a_step_that_cannot_be_recorded_is_run_and_the_log_says_so_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def refuse(step: object, inputs: object) -> object:
-        raise RuntimeError("no recorder here")
-
-    graphs = Graphs(lambda given: (given[0] + 1,), (torch.zeros(1),), refuse)
-    for _ in range(3):
-        assert torch.equal(graphs((torch.zeros(2),))[0], torch.ones(2))
-    assert len(caplog.records) == 1
 
 
 STEADY = """

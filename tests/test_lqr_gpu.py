@@ -237,7 +237,6 @@ kernels = (
     iteration.search,
     iteration.linearise,
     iteration.derivatives,
-    iteration.absorb,
 )
 for number, some in (("fp32", kernels), ("fp64", kernels[:1])):
     for kernel in some:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 from msgspec.structs import replace
 
 from ilqr_service import logs
@@ -109,9 +110,13 @@ class Engine:
 
     @classmethod
     def load(cls, path: Path, settings: ServiceSettings) -> Engine:
-        """From a model file. Raises ArtifactError, ConfigError (device)."""
+        """From a model file. Raises ArtifactError, ConfigError (device).
+
+        A GPU computes in float32, with sums and pivots in float64; the CPU in float64.
+        """
         device = device_of(settings.device)
-        return cls(load_artifact(path, device=str(device)), settings)
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        return cls(load_artifact(path, device=str(device), dtype=dtype), settings)
 
     def __len__(self) -> int:
         """Runs whose state is held."""

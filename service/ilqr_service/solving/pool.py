@@ -1,9 +1,9 @@
 """The estimator's states of all streams in one set of arrays, a row each.
 
-On the CPU the compiled step reads and writes rows where they lie. Else a batch of streams is
-gathered from its rows and scattered to new ones with one copy per field, whatever its size. A row
-is written once and never changed; it is free again when nothing refers to it any more. Rows freed
-last are used first, so that the memory touched is that of the streams there are.
+The compiled step, of the CPU or of a GPU, reads and writes rows where they lie. Else a batch of
+streams is gathered from its rows and scattered to new ones with one copy per field, whatever its
+size. A row is written once and never changed; it is free again when nothing refers to it any more.
+Rows freed last are used first, so that the memory touched is that of the streams there are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ilqr_vae.streaming.state import HorizonState
@@ -49,7 +48,7 @@ class Pool:
         self._like = [getattr(like, name) for name in _FIELDS]
         size = sum(t.nbytes for t in self._like)
         self._arrays: list[Tensor] = []
-        self._views: tuple[NDArray[Any], ...] = ()
+        self._views: tuple[Any, ...] = ()
         self._free: list[int] = []
         self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
 
@@ -67,8 +66,8 @@ class Pool:
         self._arrays = [t.new_empty((rows, *t.shape[1:])) for t in self._like]
         for new, old in zip(self._arrays, before, strict=False):
             new[:first] = old
-        if self._arrays[0].device.type == "cpu":
-            self._views = tuple(t.numpy() for t in self._arrays)
+        on_cpu = self._arrays[0].device.type == "cpu"
+        self._views = tuple(t.numpy() if on_cpu else t for t in self._arrays)
         self._free[:0] = range(rows - 1, first - 1, -1)
 
     def takes(self, states: HorizonState) -> bool:
@@ -76,8 +75,9 @@ class Pool:
         pairs = zip(states.tensors(), self._like, strict=True)
         return all(t.shape[1:] == like.shape[1:] for t, like in pairs)
 
-    def views(self) -> tuple[NDArray[Any], ...]:
-        """The arrays as numpy sees them, on the CPU; until the next ``take`` or ``put``."""
+    def views(self) -> tuple[Any, ...]:
+        """The arrays, as numpy sees them on the CPU, else tensors; until the next ``take`` or
+        ``put``."""
         return self._views
 
     def take(self, count: int) -> list[Row]:
@@ -94,7 +94,7 @@ class Pool:
         for array, values in zip(self._arrays, given, strict=True):
             # what a step passes on as it was may be a row itself (see ``get``)
             own = values.untyped_storage().data_ptr() == array.untyped_storage().data_ptr()
-            array.index_copy_(0, at, values.clone() if own else values)
+            array.index_copy_(0, at, (values.clone() if own else values).to(array.dtype))
         return rows
 
     def get(self, rows: Sequence[Row]) -> HorizonState:

@@ -1,7 +1,7 @@
 """One estimator step for the bins of many runs: what goes in and what comes out, run by run.
 
-No run changes another's answer. On the CPU the compiled step works stream by stream, so that the
-bits of an answer are the same alone and in any company; on a GPU they agree to rounding.
+No run changes another's answer. The compiled step works stream by stream, so that the bits of an
+answer are the same alone and in any company; in torch, on a GPU, they agree to rounding.
 """
 
 from __future__ import annotations
@@ -136,17 +136,24 @@ class Stepper:
     def _inputs(self, rows: Sequence[Row]) -> Array:
         """(S, m), of the bin ``_delay`` before each stream's newest, NaN where there is none; of an
         ensemble's first member."""
+        arrays, at = Streams(*self.pool.views()), np.array([row.at for row in rows])
         if self._device.type != "cpu":
-            state = self.pool.get(rows).published
-            age, u = state.age.cpu().numpy(), state.u.cpu().numpy()
-        else:
-            arrays, at = Streams(*self.pool.views()), np.array([row.at for row in rows])
-            age, u = arrays.age[at], arrays.u[at]
-            if age.ndim == 2:
-                age, u = age[:, 0], u[:, 0]
+            return self._inputs_there(arrays, torch.as_tensor(at, device=self._device))
+        age, u = arrays.age[at], arrays.u[at]
+        if age.ndim == 2:
+            age, u = age[:, 0], u[:, 0]
         slot = age - 1 - self._delay
         picked = _doubles(u[np.arange(len(rows)), np.maximum(slot, 0)])
         return np.where(slot[:, None] < 0, np.nan, picked)
+
+    def _inputs_there(self, tensors: Streams, at: torch.Tensor) -> Array:
+        """``_inputs`` of rows on a GPU: nothing but the inputs is copied."""
+        age, u = tensors.age, tensors.u
+        if age.ndim == 2:
+            age, u = age[:, 0], u[:, 0]
+        slot = age[at] - 1 - self._delay
+        picked = u[at, slot.clamp(min=0)].double()
+        return torch.where(slot.unsqueeze(1) < 0, torch.nan, picked).cpu().numpy()
 
     def _moved(self, counts: Array, mask: Array) -> tuple[torch.Tensor, torch.Tensor]:
         """To where the model is."""
@@ -191,7 +198,7 @@ class Stepper:
 
     def _stop(self, works: Sequence[Solve], started: int) -> Callable[[], NDArray[np.bool_]] | None:
         """Which solves to end early, asked before every iteration after the first."""
-        timed_too = self._device.type != "cuda"  # there one launch is all iterations
+        timed_too = self._device.type != "cuda"  # there one launch is a whole step
         for work in works:
             if work.budget or (work.anytime and timed_too):
                 break

@@ -90,9 +90,25 @@ class PackedModel:
     sizes: tuple[int, int, int]
 
 
-def channels_of(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Groups side by side, as the kernels take them."""
-    empty = torch.zeros(0, n, dtype=dtype)
+class ChannelArrays(NamedTuple):
+    """Groups side by side, N channels.
+
+    Attributes:
+        tensors: C (N, n), b, and of each channel: the limit of an exponential link, one over the
+            variance of a Gaussian, and gain, floor and whether it is softplus of a rate gain
+            (link(a) + floor).
+        poisson: how many channels, the first ones, are counts.
+        linked: whether the rate of any is other than exp(a).
+    """
+
+    tensors: tuple[Tensor, ...]
+    poisson: int
+    linked: bool
+
+
+def channel_arrays(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> ChannelArrays:
+    """Groups side by side, those of counts first."""
+    empty = torch.zeros(0, n, dtype=dtype, device=families[0].C.device if families else None)
     C = torch.cat([empty, *(f.C.detach() for f in families)])
     b = torch.cat([empty[:, 0], *(f.b.detach() for f in families)])
     limit, precision = torch.zeros_like(b), torch.ones_like(b)
@@ -110,10 +126,37 @@ def channels_of(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> t
                 limit[channels] = f.log_rate_max
         elif isinstance(f, Gaussian):
             precision[channels] = torch.exp(-2 * f.log_scale.detach())
-    rates = (array(x) for x in (gain, floor, soft))
-    return pack_channels(
-        array(C), array(b), array(limit), array(precision), poisson, linked, *rates
-    )
+    return ChannelArrays((C, b, limit, precision, gain, floor, soft), poisson, linked)
+
+
+def channels_of(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Groups side by side, as the kernels take them."""
+    tensors, poisson, linked = channel_arrays(families, n, dtype)
+    C, b, limit, precision, *rates = (array(x) for x in tensors)
+    return pack_channels(C, b, limit, precision, poisson, linked, *rates)
+
+
+class PriorArrays(NamedTuple):
+    """The inputs' prior: mean and precision (m,) of its Gaussian part, minus its log density at the
+    peak, and a Student's degrees of freedom, zero for a Gaussian."""
+
+    mean: Tensor
+    precision: Tensor
+    constant: float
+    nu: float
+
+
+def prior_arrays(model: Model) -> PriorArrays:
+    """The prior of a model that is ``usable``."""
+    with torch.no_grad():
+        scale, m, nu = model.prior.log_scale, model.m, 0.0
+        constant = float(scale.double().sum()) + 0.5 * m * LOG_2PI
+        if isinstance(model.prior, StudentPrior):
+            nu = float(model.prior.nu)
+            scale = scale + 0.5 * math.log((nu - 2) / nu)
+            constant = float(scale.double().sum()) + 0.5 * m * math.log(math.pi * nu)
+            constant += math.lgamma(0.5 * nu) - math.lgamma(0.5 * (nu + m))
+        return PriorArrays(model.prior.mean, torch.exp(-2 * scale), constant, nu)
 
 
 def plan(model: Model, w: Weights, names: Iterable[str]) -> PackedModel:
@@ -123,14 +166,8 @@ def plan(model: Model, w: Weights, names: Iterable[str]) -> PackedModel:
     order = tuple(sorted(names, key=lambda name: not isinstance(model.group(name), Counts)))
     dtype = w[0].dtype
     with torch.no_grad():
-        scale, m, nu = model.prior.log_scale, model.m, 0.0
-        constant = float(scale.double().sum()) + 0.5 * m * LOG_2PI
-        if isinstance(model.prior, StudentPrior):
-            nu = float(model.prior.nu)
-            scale = scale + 0.5 * math.log((nu - 2) / nu)
-            constant = float(scale.double().sum()) + 0.5 * m * math.log(math.pi * nu)
-            constant += math.lgamma(0.5 * nu) - math.lgamma(0.5 * (nu + m))
-        prior = (array(model.prior.mean), array(torch.exp(-2 * scale)), constant, nu)
+        mean, precision, constant, nu = prior_arrays(model)
+        prior = (array(mean), array(precision), constant, nu)
         channels = channels_of([model.group(name) for name in order], model.n, dtype)
     weights = pack_weights(family, tuple(array(t) for t in w))
     N = int(channels[5].shape[1])

@@ -187,33 +187,3 @@ class Iteration:
                 GATED=self.gated, CLOSED=True, **self._sizes(), **launch.options(n),
             )  # fmt: skip
         return z_new, u_new, cost_new, taken
-
-    def absorb(
-        self,
-        z: Tensor,
-        u: Tensor,
-        observed: Observations,
-        initial: InitialCost,
-        own: Tensor,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Mean and precision of the arrival cost one bin later; None where blocks are too large.
-
-        Args:
-            z, u: the windows (S, H+1, n), (S, H, m); their first transition leaves.
-            initial: the arrival cost now.
-            own: (n, n), the precision to fall back on.
-        """
-        B, H, m = u.shape
-        n = z.shape[-1]
-        if n > launch.LARGEST_N[torch.float64]:
-            return None
-        mean, precision = torch.empty_like(initial.mean), torch.empty_like(initial.precision)
-        o = observed[self.name]
-        if B:
-            self.code.absorb[(B,)](
-                *self._given(o, initial), own.detach().contiguous(), z.detach().contiguous(),
-                u.detach().contiguous(), mean, precision, H, n, m, o.values.shape[-1],
-                torch.finfo(z.dtype).eps,
-                GATED=self.gated, **self._sizes(), **launch.options(n),
-            )  # fmt: skip
-        return mean, precision

@@ -1,9 +1,9 @@
 """One switch for everything that has more than one implementation.
 
 ``auto`` (the default) takes the compiled code of the tensors' device where there is one for the
-families in use (numba on the CPU; Triton kernels and recorded graphs on CUDA), else torch.
-``reference`` takes the plain torch definition everywhere. The environment variable
-``ILQR_VAE_BACKEND`` sets it for a process, ``use`` while it runs.
+families in use (numba on the CPU; on a GPU a CUDA kernel of the streaming step, and Triton kernels
+for training), else torch. ``reference`` takes the plain torch definition everywhere. The
+environment variable ``ILQR_VAE_BACKEND`` sets it for a process, ``use`` while it runs.
 """
 
 from __future__ import annotations

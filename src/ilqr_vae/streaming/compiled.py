@@ -60,7 +60,7 @@ class _Workspace:
         self.arrays = ((z0, z, u), (tuple(work.state), work.kept, work.info), work.none)
 
 
-def _layer(readout: KinematicReadout, n: int, units: int) -> tuple[Tensor, ...]:
+def recurrent_layer(readout: KinematicReadout, n: int, units: int) -> tuple[Tensor, ...]:
     """C, A, a, P', p, G' and g of a recurrent layer, of no units where there is none."""
     if readout.shape.recurrent:
         A, a, P, p, G, g = readout.cell
@@ -107,7 +107,7 @@ class Estimator:
         self.scratch_size = kernels.scratch_size(horizon, n, m, N, shape.hidden, shape.recurrent)
         U = (used.U.mT.contiguous(), used.U[:, :n].contiguous())
         maps = tuple(array(t.to(mean_rate.dtype)) for t in (used.W, used.b, *U, used.c, used.O))
-        layer = _layer(used, n, N)
+        layer = recurrent_layer(used, n, N)
         spread = (used.variance, used.gain, used.kappa, used.centre, used.spread)
         self.readout = (
             (shape.lags, shape.residuals, shape.recurrent),
@@ -296,10 +296,14 @@ def _run(
 def on_tensors(
     state: HorizonState, n: int, step: Callable[[States, Rows], Estimates]
 ) -> tuple[HorizonState, Estimate]:
-    """A compiled step on a state's tensors; n latents."""
-    before = Streams(*(array(t) for t in state.tensors()))
-    after = Streams(*(np.empty_like(x) for x in before))
-    rows = np.arange(len(before.age))
-    made = [torch.from_numpy(x) for x in step((before, after), (rows, rows))]
-    moved = HorizonState(*(torch.from_numpy(x) for x in after))
-    return moved, Estimate(made[0][:, :n], *made)
+    """A compiled step on a state's tensors, as arrays on the CPU and as they are on a GPU; n
+    latents."""
+    device, rows = state.z.device, np.arange(len(state.age))
+    tensors = tuple(t.detach().contiguous() for t in state.tensors())
+    written = tuple(torch.empty_like(t) for t in tensors)
+    before, after = (
+        Streams(*(t.numpy() if device.type == "cpu" else t for t in these))
+        for these in (tensors, written)
+    )
+    made = [torch.as_tensor(x, device=device) for x in step((before, after), (rows, rows))]
+    return HorizonState(*written), Estimate(made[0][:, :n], *made)

@@ -30,6 +30,7 @@ from ilqr_vae.inference.problem import Status
 from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
 from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.intervals import SpeedScale, stated
+from ilqr_vae.streaming import on_gpu
 from ilqr_vae.streaming.bounds import check_bin
 from ilqr_vae.streaming.compiled import (
     Estimator,
@@ -40,6 +41,7 @@ from ilqr_vae.streaming.compiled import (
     step_together,
 )
 from ilqr_vae.streaming.horizon import MovingHorizon
+from ilqr_vae.streaming.on_gpu import GpuEstimator
 from ilqr_vae.streaming.state import Estimate, HorizonState
 
 _WEIGHT = np.empty(len(Status), dtype=np.int64)
@@ -81,24 +83,31 @@ class CompiledEnsemble:
     """The members' compiled steps as one; see ``compiled.Estimator``.
 
     Args:
-        members: with the same options.
+        members: on one device, with the same options.
         intervals: of the combined decode.
     """
 
-    def __init__(self, members: Sequence[Estimator], intervals: SpeedScale | None) -> None:
+    def __init__(
+        self, members: Sequence[Estimator | GpuEstimator], intervals: SpeedScale | None
+    ) -> None:
         self._members, self._intervals = tuple(members), intervals
+        there = isinstance(self._members[0], GpuEstimator)
+        self._step: Callable[..., list[Estimates]]
+        self._predict: Callable[..., list[Estimates]]
+        self._step = on_gpu.step_together if there else step_together
+        self._predict = on_gpu.predict_together if there else predict_together
 
     def step(
         self, states: States, rows: Rows, counts: Array, mask: Array, stopped: Stopped | None
     ) -> Estimates:
         """One bin of each stream; ``stopped`` is given the statuses (K, S)."""
         given = (*self._apart(states, rows), (counts, mask), stopped)
-        return combined(step_together(self._members, *given), self._intervals)
+        return combined(self._step(self._members, *given), self._intervals)
 
     def predict_only(self, states: States, rows: Rows, counts: Array, mask: Array) -> Estimates:
         """``step`` without a solve."""
         given = (*self._apart(states, rows), (counts, mask))
-        return combined(predict_together(self._members, *given), self._intervals)
+        return combined(self._predict(self._members, *given), self._intervals)
 
     def _apart(self, states: States, rows: Rows) -> tuple[list[States], list[Rows]]:
         """The states, which all members share, and each member's rows in them."""
@@ -175,7 +184,7 @@ class EnsembleHorizon:
                 state,
                 lambda m, s: m.step(s, counts, mask, recorded and recorded.of_member()),
             )
-        given = array(counts), array(mask), ilqr.stopping(stop)
+        given = array(counts.cpu()), array(mask.cpu()), ilqr.stopping(stop)
         return on_tensors(state, self.model.n, lambda s, rows: compiled.step(s, rows, *given))
 
     @torch.no_grad()
@@ -187,7 +196,7 @@ class EnsembleHorizon:
         compiled = self.compiled(state.z)
         if compiled is None:
             return self._one_by_one(state, lambda m, s: m.predict_only(s, counts, mask))
-        given = array(counts), array(mask)
+        given = array(counts.cpu()), array(mask.cpu())
         return on_tensors(
             state, self.model.n, lambda s, rows: compiled.predict_only(s, rows, *given)
         )

@@ -25,8 +25,7 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -37,8 +36,6 @@ from torch import Tensor
 from ilqr_vae.files import unit
 from ilqr_vae.inference import compiled as solver
 from ilqr_vae.inference import ilqr
-from ilqr_vae.inference.on_gpu import iteration
-from ilqr_vae.kernels import backend
 from ilqr_vae.lqr import marginal_covariance, solve_lqr
 from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.generative import Model
@@ -47,9 +44,10 @@ from ilqr_vae.model.likelihoods import Observed
 from ilqr_vae.model.priors import GaussianPrior, InitialCost
 from ilqr_vae.model.readout import KinematicReadout, read_window
 from ilqr_vae.model.rollout import wanted
+from ilqr_vae.streaming import on_gpu
 from ilqr_vae.streaming.bounds import TrainingRange, bounds_of, check_bin
 from ilqr_vae.streaming.compiled import Estimator, on_tensors
-from ilqr_vae.streaming.graphs import Graphs, Record, record_cuda
+from ilqr_vae.streaming.on_gpu import GpuEstimator
 from ilqr_vae.streaming.state import Estimate, HorizonState
 
 
@@ -121,8 +119,8 @@ class MovingHorizon:
         self.bounds = bounds_of(model, readout, mean_rate, seen)
         self._prior_covariance = model.initial.cost(1).precision[0].inverse()
         self._initial = self.init()
-        self._packed: Estimator | None = None
-        self._graphs: Graphs | None = None
+        self._packed: Estimator | GpuEstimator | None = None
+        self._refused = False
 
     def init(self, batch: int = 1) -> HorizonState:
         """Streams that begin: the model's own prior, an empty window."""
@@ -144,13 +142,6 @@ class MovingHorizon:
     def _absorb(self, s: HorizonState) -> tuple[Tensor, Tensor]:
         """Arrival mean and precision one bin later (see the module's docstring)."""
         model = self.model
-        on_gpu = iteration(model, self._w, ("spikes",), s.u)
-        if on_gpu is not None:
-            own = model.initial.cost(1).precision[0]
-            data = {"spikes": Observed(s.counts, s.mask)}
-            found = on_gpu.absorb(s.z, s.u, data, InitialCost(s.mean, s.precision), own)
-            if found is not None:
-                return found
         z, z_next, u = s.z[:, 0], s.z[:, 1], s.u[:, 0]
         A, B = model.dynamics.jacobians(self._w, z, u)
         r, R = model.prior.quadratise(u)
@@ -221,7 +212,7 @@ class MovingHorizon:
                 ignored.
             mask: one where observed; a row of zeros is a missing bin (the answer is a prediction).
             stop: asked before every iteration after the first; True ends the solve (anytime). One
-                truth value, or one per stream.
+                truth value, or one per stream. On a GPU it is asked as often, but before the solve.
 
         Raises:
             ShapeError: observed counts that are negative or not finite.
@@ -229,10 +220,8 @@ class MovingHorizon:
         check_bin(self.spikes, counts, mask)
         compiled = self.compiled(state.z)
         if compiled is None:
-            if state.z.device.type == "cuda" and stop is None and backend.current() != "reference":
-                return self._graphed(state, counts, mask)
             return self.step_reference(state, counts, mask, stop)
-        given = array(counts), array(mask), ilqr.stopping(stop)
+        given = array(counts.cpu()), array(mask.cpu()), ilqr.stopping(stop)
         return on_tensors(state, self.model.n, lambda s, rows: compiled.step(s, rows, *given))
 
     @torch.no_grad()
@@ -252,7 +241,7 @@ class MovingHorizon:
         check_bin(self.spikes, counts, mask)
         compiled = self.compiled(state.z)
         if compiled is not None:
-            given = array(counts), array(mask)
+            given = array(counts.cpu()), array(mask.cpu())
             return on_tensors(
                 state, self.model.n, lambda s, rows: compiled.predict_only(s, rows, *given)
             )
@@ -261,39 +250,17 @@ class MovingHorizon:
         none = torch.zeros_like(after.age)  # no iterations; RUNNING
         return after, self._answer(after, unknown, entered, none, none)
 
-    def _graphed(
-        self, state: HorizonState, counts: Tensor, mask: Tensor
-    ) -> tuple[HorizonState, Estimate]:
-        """The step as a recorded CUDA graph."""
-        if self._graphs is None:
-            self._graphs = self.graphs()
-        given = (*state.tensors(), counts, mask)
-        out = self._graphs(given)
-        fields_of_state = len(given) - 2
-        return HorizonState(*out[:fields_of_state]), Estimate(*out[fields_of_state:])
-
-    def graphs(self, record: Record = record_cuda) -> Graphs:
-        """The sync-free step, recorded for each batch size when first needed."""
-        estimator = weakref.proxy(self)  # it holds the graphs: no cycle, both are freed at once
-
-        def step(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            after, answer = estimator.step_reference(
-                HorizonState(*given[:-2]), given[-2], given[-1], sync_free=True
-            )
-            return (*after.tensors(), *(getattr(answer, f.name) for f in fields(Estimate)))
-
-        missing = torch.zeros_like(self._initial.counts[:, 0])
-        blank = (*self._initial.tensors(), missing, missing)
-        return Graphs(step, blank, record)
-
-    def compiled(self, like: Tensor) -> Estimator | None:
+    def compiled(self, like: Tensor) -> Estimator | GpuEstimator | None:
         """The compiled step; None where this model, or tensors like this one, have none."""
-        if self._packed is None or like.dtype != self.mean_rate.dtype or not wanted(like):
-            if not solver.usable(self.model, ("spikes",), like):
+        there = on_gpu.usable(self.model, like)
+        fits = self._packed is not None and like.dtype == self.mean_rate.dtype
+        if not fits or not (there or wanted(like)):
+            if self._refused or not (there or solver.usable(self.model, ("spikes",), like)):
                 return None
             about = (self.readout, self.mean_rate, self.bounds, self._initial)
-            options = ilqr.options(self._solver)
-            self._packed = Estimator(self.model, self._w, *about, options, self.intervals)
+            given = (self.model, self._w, *about, ilqr.options(self._solver), self.intervals)
+            self._packed = on_gpu.estimator(*given) if there else Estimator(*given)
+            self._refused = self._packed is None
         return self._packed
 
     @torch.no_grad()

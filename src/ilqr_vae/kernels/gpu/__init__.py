@@ -1,1 +1,2 @@
-"""Triton kernels. ``launch`` says which problems fit and how kernels are launched."""
+"""GPU code. ``step``, ``cuda/`` and ``nvrtc``: the streaming step as one CUDA kernel. The rest are
+Triton kernels for training; ``launch`` says which problems fit them and how they are launched."""

@@ -14,17 +14,7 @@ Only Triton code lives here: it must not be wrapped by a type-checking import ho
 import triton
 import triton.language as tl
 
-from ilqr_vae.kernels.gpu.blocks import (
-    inverse,
-    load,
-    load_row,
-    product,
-    refined,
-    store,
-    store_row,
-    symmetric,
-    times,
-)
+from ilqr_vae.kernels.gpu.blocks import load, load_row, product, store, store_row, times
 from ilqr_vae.kernels.gpu.dynamics import roll, row, times_row, weights
 
 
@@ -172,28 +162,6 @@ def _jacobians(
 
 
 @triton.jit
-def _observed_terms(
-    x, C, bias, limit, values, mask, n, N, NP: tl.constexpr, NB: tl.constexpr
-):  # fmt: skip
-    """Gradient and curvature in z of -log p of one bin."""
-    q, Q = tl.zeros((NP,), x.dtype), tl.zeros((NP, NP), x.dtype)
-    in_n, in_c = tl.arange(0, NP), tl.arange(0, NB)
-    for start in range(0, N, NB):
-        i = start + in_c
-        known = (i < N)[:, None] & (in_n < n)[None, :]
-        C_i = tl.load(C + i[:, None] * n + in_n[None, :], mask=known, other=0.0)
-        a = times_row(C_i, x) + tl.load(bias + i, mask=i < N, other=0.0)
-        y = tl.load(values + i, mask=i < N, other=0.0)
-        seen = tl.load(mask + i, mask=i < N, other=0.0)
-        _, slope, share, _ = _channels(a, limit)
-        d = tl.where(seen > 0, (slope - y * share) * seen, 0.0)
-        w = tl.where(seen > 0, slope * share * seen, 0.0)
-        q += tl.sum(C_i * d[:, None], axis=0)
-        Q += product(tl.trans(C_i), w[:, None] * C_i)
-    return q, Q
-
-
-@triton.jit
 def derivatives(
     C, bias, numbers, values, mask, z, d, w, T, n, N, tiles, NP: tl.constexpr, NB: tl.constexpr
 ):  # fmt: skip
@@ -231,46 +199,3 @@ def linearise(
     square = tl.where(in_m[:, None] == in_m[None, :], weight[:, None], 0.0)
     store(R + at * m * m, square, m, m, MP, MP)
     store_row(r + at * m, (u_t - row(centre, m, MP)) * weight, m, MP)
-
-
-@triton.jit
-def absorb(
-    state, state_bias, hidden, hidden_bias, drive, C, bias, centre, precision, values, mask,
-    numbers, mean, arrival, own, z, u, new_mean, new_arrival, H, n, m, N, eps,
-    GATED: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """The arrival cost of stream ``program_id(0)`` one bin later (`horizon`'s docstring)."""
-    b = tl.program_id(0).to(tl.int64)
-    z += b * (H + 1) * n
-    x, x_next, u_t = row(z, n, NP), row(z + n, n, NP), row(u + b * H * m, m, MP)
-    A, B = _jacobians(x, u_t, state, state_bias, hidden, hidden_bias, drive, n, m, GATED, NP, MP)
-    at = b * H * N
-    limit = tl.load(numbers).to(state.dtype.element_ty)
-    q, Q = _observed_terms(x_next, C, bias, limit, values + at, mask + at, n, N, NP, NB)
-    A, B = A.to(tl.float64), B.to(tl.float64)
-    P, sound = inverse(
-        symmetric(load(arrival + b * n * n, n, n, NP, NP).to(tl.float64)), n, n * eps, NP
-    )
-    # R is diagonal: R^-1 r = u - centre
-    e = u_t.to(tl.float64) - load_row(centre, m, MP)
-    shift = times(A, load_row(mean + b * n, n, NP) - x.to(tl.float64)) - times(B, e)
-    weight = load_row(precision, m, MP)
-    scaled = B / tl.where(weight > 0, weight, 1.0)[None, :]
-    P = product(A, tl.trans(product(A, P))) + product(scaled, tl.trans(B))
-    in_n = tl.arange(0, NP)
-    eye = ((in_n[:, None] == in_n[None, :]) & (in_n[:, None] < n)).to(tl.float64)
-    trace = tl.sum(tl.sum(P * eye, axis=1))
-    P = symmetric(P) + 1e-10 * trace / n * eye
-    information, invertible = inverse(P, n, n * eps, NP)
-    after = symmetric(information + Q.to(tl.float64))
-    covariance, definite = inverse(after, n, n * eps, NP)
-    known = refined(P, information, shift) - q.to(tl.float64)
-    moved = x_next.to(tl.float64) + refined(after, covariance, known)
-    good = sound & invertible & definite
-    # a sum is finite where every number is; where rounding left nothing positive definite, the
-    # model's own uncertainty of a state
-    whole = tl.sum(moved) + tl.sum(tl.sum(after, axis=1))
-    good = good & (tl.abs(whole) < float("inf")).to(tl.int32)
-    wide = load(own, n, n, NP, NP).to(tl.float64)
-    store(new_arrival + b * n * n, tl.where(good == 1, after, wide), n, n, NP, NP)
-    store_row(new_mean + b * n, tl.where(good == 1, moved, x_next.to(tl.float64)), n, NP)
