@@ -6,7 +6,7 @@
 
 A server runs on one core of its own, with a journal, the load on the others. Waiting times are
 compared with a queue of one server and gated batches: it takes all bins that wait, works D a bin,
-and then answers them together; D is the processor time of a bin at the lowest load; bins come from
+and then answers them together; D is the processor time of a bin with 12 streams; bins come from
 streams with a period of one bin width and phases of their own. The queue is simulated.
 """
 
@@ -40,7 +40,7 @@ SIZES = {
 LOADS = (0.3, 0.6, 0.85)
 ROOM = 0.9
 """Share of a core that sessions may take, as the fleet places them."""
-SECONDS, OPENED = 15.0, 100
+SECONDS, OPENED, FEW = 12.0, 100, 12
 
 
 def simulated(streams: int, work_s: float, seconds: float = 60.0, seed: int = 0) -> np.ndarray:
@@ -79,7 +79,7 @@ def _streams() -> list[Row]:
                 about = size | {"iterations": 2}
                 found.append(_memory(name, server, process, about))
                 warm = size["horizon"] + 5
-                alone = fed_by(folder, server, 2, 1.0, SECONDS, warm)
+                alone = fed_by(folder, server, FEW, 1.0, SECONDS, warm)
                 work_s = alone["cpu_us"] / 1e6
                 most = int(ROOM * BIN_S / work_s)
                 bytes_s = _bytes(server, size)

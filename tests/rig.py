@@ -16,6 +16,7 @@ from scipy import io
 from ilqr_clients.answer import Answer
 from ilqr_clients.connection import model_of
 from ilqr_clients.sdk import ServiceClient
+from ilqr_service.journal.writer import Copy
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
@@ -113,9 +114,13 @@ def make_model(
 
 @contextmanager
 def serving(
-    model: Path, *, extra: dict[str, Path] | None = None, **settings: object
+    model: Path,
+    *,
+    extra: dict[str, Path] | None = None,
+    copy: Copy | None = None,
+    **settings: object,
 ) -> Iterator[Service]:
-    """The real service on free ports, warm; ``extra`` are further slots."""
+    """The real service on free ports, warm; ``extra`` are further slots; ``copy`` its journal's."""
     options = ServiceSettings(
         **(
             {
@@ -129,7 +134,8 @@ def serving(
         )  # pyright: ignore[reportArgumentType]  # a mapping of settings by name
     )
     more = {name: Engine.load(path, options) for name, path in (extra or {}).items()}
-    service = Service(Engine.load(model, options), options, more=more, folder=model.parent)
+    engine = Engine.load(model, options)
+    service = Service(engine, options, more=more, folder=model.parent, copy=copy)
     service.start()
     try:
         assert service.wait_ready(120)

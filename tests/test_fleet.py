@@ -43,8 +43,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.fixture(scope="module", params=[False, True] if FULL else [False])
+def replicate(request: pytest.FixtureRequest) -> bool:
+    """Whether journals are copied to a second node, instead of in a folder that all nodes see."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def running(nodes: Any, folder: Path) -> Iterator[Fleet]:
+def running(nodes: Any, folder: Path, replicate: bool) -> Iterator[Fleet]:
     settings = ServiceSettings(
         ingest="tcp://127.0.0.1:*",
         results="tcp://127.0.0.1:*",
@@ -54,7 +60,8 @@ def running(nodes: Any, folder: Path) -> Iterator[Fleet]:
     made = Fleet(
         folder / "0.safetensors",
         settings,
-        folder / "journals",
+        folder / f"journals{replicate:d}",
+        replicate=replicate,
         fewest=2,
         cpus=2.0,
         gpus=0.25,
@@ -67,9 +74,10 @@ def running(nodes: Any, folder: Path) -> Iterator[Fleet]:
 
 
 @pytest.fixture
-def client(running: Fleet, folder: Path) -> Iterator[ServiceClient]:
+def client(running: Fleet, folder: Path, replicate: bool) -> Iterator[ServiceClient]:
     """A client of two members, which may still be replaced."""
     waited(lambda: len(running.servers()) >= 2 == len(running))
+    waited(lambda: running.copies == len(running.servers()) * replicate)
     key = read_client_key(folder / "keys/rig.key")
     with ServiceClient(running.gateway.ingest, key=key) as made:
         yield made
@@ -209,7 +217,7 @@ def test_twenty_sessions_outlive_a_killed_node(
 
 
 def test_a_member_that_goes_hands_its_sessions_over(
-    running: Fleet, client: ServiceClient, folder: Path
+    running: Fleet, client: ServiceClient, folder: Path, replicate: bool
 ) -> None:
     streams = Streams(client, ["e", "f", "g"])
     streams.step(range(4))
@@ -221,7 +229,8 @@ def test_a_member_that_goes_hands_its_sessions_over(
     streams.close()
     running.close()
     models = [folder / f"{k}.safetensors" for k in range(2)]
-    verdicts = [verify(path, models) for path in (folder / "journals").iterdir()]
+    files = (folder / f"journals{replicate:d}").rglob("*.journal")
+    verdicts = [verify(path, models) for path in {file.parent for file in files}]
     assert sum(v.answers for v in verdicts) == sum(v.identical for v in verdicts) > 0
     assert not [line for v in verdicts for line in v.damaged]
 

@@ -50,6 +50,10 @@ def fleet(
     host: Annotated[
         str, typer.Option(help="Address that servers bind to on their node; 0.0.0.0 with --keys.")
     ] = "127.0.0.1",
+    replicate: Annotated[
+        bool,
+        typer.Option(help="--journal is a folder of each machine's own; copy it to a second one."),
+    ] = False,
     patience: Annotated[
         float, typer.Option(min=1.0, help="Seconds without a reply until a server is given up.")
     ] = PATIENCE_S,
@@ -64,7 +68,8 @@ def fleet(
     A client opens a session at the fleet's address and follows to its server. The sessions of a
     server that dies or hangs are taken up by another one from its journal. Monitor, dashboard and
     models take the fleet's address: a model is tried on all servers, then served by one after the
-    other. Model, journals and keys are files that every node sees at the same path.
+    other. Model, journals and keys are files that every node sees at the same path; without a
+    shared folder for journals, --replicate copies each to a second node as it is written.
     """
     check_ray("fleet")
     overrides: dict[str, Any] = {"ingest": ingest, "results": results, "http": http, "keys": keys}
@@ -89,6 +94,7 @@ def fleet(
             key=None if key is None else read_client_key(key),
             host=host,
             patience=patience,
+            replicate=replicate,
         )
         try:
             ready = {

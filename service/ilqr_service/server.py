@@ -16,8 +16,9 @@ from ilqr_service import logs
 from ilqr_service.control import Control
 from ilqr_service.hygiene import Hygiene
 from ilqr_service.journal.journal import Find, Journal
+from ilqr_service.journal.writer import Copy
 from ilqr_service.metrics.telemetry import Telemetry
-from ilqr_service.sessions.effects import Effects, counted
+from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.session import Limits
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings, loopback_endpoint
@@ -26,6 +27,7 @@ from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.run import PackedRun
 from ilqr_service.solving.slots import Slots
 from ilqr_service.solving.thread import SolverThread
+from ilqr_service.telling import Teller
 from ilqr_service.transport.connections import Connections, Received
 from ilqr_service.transport.http import Web
 from ilqr_service.transport.results import Publisher
@@ -36,13 +38,13 @@ from ilqr_vae.errors import ProtocolError, ServiceError
 from ilqr_vae.protocol import messages
 
 _POLL_S = 0.1
+_HELD_S = 0.001  # while answers wait for the journal's copy
 _TOGETHER = 16  # messages or answers that are journalled, and told to the solver, at once
 _LINGER_S = 0.5
 _REPLIES_BYTES = 1 << 20  # that may wait for one that does not read them
 _REPLIES = 10_000
 _HELD_UP_S = 0.5
 _STALL_S = 5.0
-_LIFE = ("opened", "reconnected", "resumed", "restarted", "closed", "idle", "shutdown")
 
 
 class Service:
@@ -54,6 +56,7 @@ class Service:
         more: further slots by name.
         hygiene: applied to the threads.
         find: an engine by its model's id, for open sessions of the journal that are on no slot's.
+        copy: of the journal, kept elsewhere.
 
     Attributes:
         ingest, results, http: the addresses in use, once started.
@@ -75,6 +78,7 @@ class Service:
         folder: Path | None = None,
         hygiene: Hygiene | None = None,
         find: Find | None = None,
+        copy: Copy | None = None,
     ) -> None:
         self.ingest = self.results = self.http = ""
         self.model = engine.model_info.model
@@ -96,13 +100,13 @@ class Service:
         )
         self._hygiene = hygiene or Hygiene(settings)
         self.telemetry.registry.register(self._hygiene.metrics)
-        self._lives = logs.Paced()
         self._gate = Gate(Path(settings.keys)) if settings.keys else None
-        self._journal = Journal(settings, slots, engines, self._table, find)
+        self._journal = Journal(settings, slots, engines, self._table, find, copy)
         self._connections = Connections(self._gate)
         self._publisher = Publisher(
             self._connections, queue=settings.results_queue, topics=4 * settings.max_sessions
         )
+        self._teller = Teller(self._journal, self._publisher, self._reply, self.telemetry)
         self._control = Control(
             self._table, self._slots, self._journal, settings.control_rate, self._described
         )
@@ -219,11 +223,12 @@ class Service:
         ticked = resume = 0
         due: int | None = None
         while self._solver.failure is None:
-            came = self._connections.poll(_patience_s(due))
+            came = self._connections.poll(_HELD_S if self._teller.holding else _patience_s(due))
             now = time.monotonic_ns()
             if now / 1e9 - self._seen > _HELD_UP_S:  # first read what came meanwhile
                 ticked, resume = now, now + round(_POLL_S * 1e9)
             self._seen = now / 1e9
+            self._teller.go_on()
             self._answers()
             self._messages(came)
             if not self._table.accepting and self._solver.ready.is_set() and drained_by is None:
@@ -245,7 +250,7 @@ class Service:
                     self._table.drain("shutting down")
                     self.telemetry.ready(False)
                     drained_by = now + round(self._settings.drain_s * 1e9)
-                if self._table.waiting == 0 or now > drained_by:
+                if (self._table.waiting == 0 and not self._teller.holding) or now > drained_by:
                     break
         if self._solver.failure is None and not self._leave:
             self._noted(self._table.end_all("shutdown"))
@@ -357,27 +362,10 @@ class Service:
             works += effects.work
         if works:
             self._solver.submit(works)
-        # before anyone is told: who was told may look
-        self.telemetry.count(*counted(steps))
         for effects in steps:
             for run in effects.overran:
                 self._solver.overran(run)
-            for message in effects.again:
-                self._publisher.publish(messages.topic_of(message), messages.encode(message))
-            for session, revision, answer in effects.detailed:
-                topic = messages.detail_topic(session.name)
-                if self._publisher.subscribed(topic):
-                    frame = messages.encode(session.detail(revision, answer))
-                    self._publisher.publish(topic, frame, exact=True)
-            for message, frame in zip(effects.published, effects.frames, strict=True):
-                event = isinstance(message, messages.Event)
-                self._publisher.publish(messages.topic_of(message), frame, exact=event)
-                if isinstance(message, messages.Notice) and message.what.startswith(_LIFE):
-                    self._lives.info(f"session {message.what}", session=message.session)
-                if isinstance(message, messages.Result) and message.revision == 0:
-                    self.telemetry.observe(message)
-            for owner, reply in effects.replies:
-                self._reply(owner, reply)
+        self._teller.tell(steps)
 
     def _reply(self, owner: bytes, message: messages.Message) -> bool:
         """Send to a feeder; false if its connection is gone, or it has none yet."""

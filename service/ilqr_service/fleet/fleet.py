@@ -41,6 +41,7 @@ class Fleet:
         model: file that every node sees.
         settings: of every server; its addresses and ``http`` are the fleet's.
         root: folder of the journals, which every node sees; sessions left in it go on.
+        replicate: ``root`` is each node's own, and journals are copied to a second node.
         fewest, most: members; between the two it follows the load.
         cpus, gpus: of each member; also its threads.
         key: to reach servers that have keys.
@@ -65,6 +66,7 @@ class Fleet:
         key: ClientKey | None = None,
         host: str = "127.0.0.1",
         patience: float = PATIENCE_S,
+        replicate: bool = False,
     ) -> None:
         from msgspec.structs import replace
 
@@ -95,6 +97,7 @@ class Fleet:
             models=lambda name: (dict(self._paths), self._serving.get(name, self._model)),
             health=Health(key, patience),
             taken_up=self._taken_up,
+            replicate=replicate,
         )
         left = self._members.left
         self._members.grow([left[k::fewest] or [self._members.name()] for k in range(fewest)])
@@ -132,6 +135,11 @@ class Fleet:
     def takeovers(self) -> list[tuple[str, float]]:
         """Names of servers that were taken up, and how many seconds they were down."""
         return list(self._members.takeovers)
+
+    @property
+    def copies(self) -> int:
+        """Servers whose journal has a copy on a second node."""
+        return self._members.in_step
 
     def servers(self) -> list[Server]:
         """Those that answer."""
@@ -260,8 +268,11 @@ class Fleet:
             member.load = ServerLoad(load.cores, load.busy, load.sessions + 1, load.placed + 1)
             return min(member.servers.values(), key=lambda server: server.name)
 
-    def _taken_up(self, name: str) -> None:
+    def _taken_up(self, name: str, there: bool) -> None:
         """Remember how long it was down, and tell its clients."""
+        if not there:
+            self.gateway.forget(name)
+            return
         _, down = next(t for t in reversed(self._members.takeovers) if t[0] == name)
         self._down[name] = (down, time.monotonic())
         self.gateway.announce(name)
@@ -293,6 +304,7 @@ class Fleet:
         sizes = {
             "members": (len(members), "members that live"),
             "servers": (len(self.servers()), "servers that answer"),
+            "copies": (self.copies, "servers whose journal has a copy on a second node"),
             "takeovers": (len(self.takeovers), "servers taken up since the fleet began"),
             "down_seconds": (sum(d for _, d in self.takeovers), "time that servers were down"),
             "busy_cores": (sum(m.load.busy for m in members), "cores that members use"),

@@ -19,10 +19,12 @@ import msgspec
 import psutil
 from prometheus_client import generate_latest
 
+from ilqr_service.fleet.replica import Copier, Store
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_vae.errors import ServiceError
+from ilqr_vae.protocol.keys import read_server_key
 
 _WARM_UP_S = 600.0
 _LOCKED_S, _AGAIN_S = 10.0, 0.05
@@ -46,11 +48,13 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """A process of a cluster: its node by Ray's name of it, its number, and when it began there."""
+    """A process of a cluster: its node by Ray's name of it, its number, when it began there, and
+    where it takes copies of journals."""
 
     node: str
     pid: int
     began_s: float
+    store: str = ""
 
 
 class Member:
@@ -58,11 +62,19 @@ class Member:
 
     Args:
         settings: of every server; addresses and journal are its own.
-        root: folder of the journals, which every node sees.
+        root: folder of the journals, which every node sees, or of its own machine.
+        secret: of the fleet, where journals are copied to a second node; else empty.
     """
 
-    def __init__(self, settings: ServiceSettings, root: str) -> None:
-        self._settings, self._root = settings, Path(root)
+    def __init__(self, settings: ServiceSettings, root: str, secret: bytes = b"") -> None:
+        self._settings, self._root, self._secret = settings, Path(root), secret
+        self._key = read_server_key(Path(settings.keys)) if settings.keys else None
+        self._copiers: dict[str, Copier] = {}
+        self._store: Store | None = None
+        if secret:
+            host, _, _ = settings.ingest.removeprefix("tcp://").rpartition(":")
+            self._store = Store(host, secret, self._key)
+            self._root /= f"{self._node()}-{os.getpid()}"
         self._services: dict[str, Service] = {}
         self._ended = threading.Event()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -83,9 +95,12 @@ class Member:
             return Engine.load(Path(models[wanted]), settings) if wanted in models else None
 
         engine, end = Engine.load(Path(models[model]), settings), time.monotonic() + _LOCKED_S
+        copier = Copier(name, self._secret, self._key) if self._secret else None
+        if self._store is not None:
+            self._store.release(name)
         while True:
             try:
-                service = Service(engine, settings, find=find)
+                service = Service(engine, settings, find=find, copy=copier)
                 break
             except ServiceError as error:  # who held it may still be dying
                 if error.field != "journal" or time.monotonic() > end:
@@ -96,6 +111,8 @@ class Member:
             service.stop()
             raise ServiceError("server", expected="warm", got=f"{name}: still not")
         self._services[name] = service
+        if copier is not None:
+            self._copiers[name] = copier
         gc.collect()
         gc.freeze()
         return Server(name, _seen(service.ingest), _seen(service.results))
@@ -103,11 +120,30 @@ class Member:
     def stop(self, name: str, *, leave: bool) -> None:
         """Stop a server; with ``leave`` its sessions stay open in the journal, for another."""
         self._services.pop(name).stop(leave=leave)
+        if (copier := self._copiers.pop(name, None)) is not None:
+            copier.close()
+
+    def hold(self, name: str) -> str:
+        """Keep a copy of a server's journal from here on; the address to send it to."""
+        assert self._store is not None
+        self._store.hold(name, self._root / name)
+        return _seen(self._store.address)
+
+    def aim(self, name: str, address: str) -> None:
+        """Copy a server's journal to that store; "" is to none."""
+        if (copier := self._copiers.get(name)) is not None:
+            copier.aim(address)
+
+    def in_step(self) -> dict[str, str]:
+        """The stores that have all of a server's journal, by the server's name."""
+        return {name: at for name, copier in list(self._copiers.items()) if (at := copier.in_step)}
 
     def close(self) -> None:
         """Stop all servers, end their sessions, and end ``lives``."""
         for name in list(self._services):
             self.stop(name, leave=False)
+        if self._store is not None:
+            self._store.close()
         self._ended.set()
 
     def lives(self) -> bool:
@@ -127,10 +163,14 @@ class Member:
 
     def place(self) -> Place:
         """Where it runs."""
+        began_s = psutil.Process().create_time()
+        store = "" if self._store is None else _seen(self._store.address)
+        return Place(self._node(), os.getpid(), began_s, store)
+
+    def _node(self) -> str:
         import ray
 
-        began_s = psutil.Process().create_time()
-        return Place(ray.get_runtime_context().get_node_id(), os.getpid(), began_s)
+        return ray.get_runtime_context().get_node_id()
 
 
 def _seen(address: str) -> str:

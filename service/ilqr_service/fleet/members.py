@@ -8,10 +8,12 @@ gave.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +28,7 @@ from ilqr_vae.errors import ServiceError
 _TICK_S = 0.05
 _CALL_S, _START_S = 5.0, 300.0
 _AGAIN_S = 0.5
+_COPIED_S = 30.0
 
 
 @dataclass(eq=False)
@@ -40,6 +43,7 @@ class Running:
     servers: dict[str, Server] = field(default_factory=dict[str, Server])
     newest: Measured | None = None
     measuring: Any = None
+    asked: Any = None
     placed: deque[float] = field(default_factory=deque[float])
     quiet_since: float = field(default_factory=time.monotonic)
 
@@ -54,6 +58,14 @@ class _Lost:
     not_before: float = 0.0
 
 
+@dataclass(eq=False)
+class _Copy:
+    """Of a server's journal: who has it, and whether it has been all there once."""
+
+    holder: Running
+    in_step: bool = False
+
+
 class Members:
     """Runs servers as Ray actors.
 
@@ -63,7 +75,8 @@ class Members:
         cpus, gpus: of each member.
         models: the files of all models by id, and the id that a server is to serve.
         health: says which servers do not answer.
-        taken_up: called with the name of a server that is there again.
+        taken_up: called with the name of a server that is there again, or (False) never will be.
+        replicate: the journals are on each node's own disk, and copied to a second node.
 
     Attributes:
         alive: those that live.
@@ -79,7 +92,8 @@ class Members:
         gpus: float,
         models: Callable[[str], tuple[dict[str, str], str]],
         health: Health,
-        taken_up: Callable[[str], None],
+        taken_up: Callable[[str, bool], None],
+        replicate: bool = False,
     ) -> None:
         self._settings, self._root = settings, root
         self._cpus, self._gpus = cpus, gpus
@@ -88,9 +102,12 @@ class Members:
         self.alive: list[Running] = []
         self.lost: dict[str, _Lost] = {}
         self.takeovers: list[tuple[str, float]] = []
+        self.copies: dict[str, _Copy] = {}
+        self._secret = secrets.token_bytes(32) if replicate else b""
         self._found, self._stop = threading.Condition(self.lock), threading.Event()
         root.mkdir(parents=True, exist_ok=True)
-        self.left = sorted(p.name for p in root.iterdir() if p.is_dir())
+        folders = [] if replicate else root.iterdir()
+        self.left = sorted(p.name for p in folders if p.is_dir())
         self._number = max((int(n) for n in self.left if n.isdigit()), default=0)
         self._thread = threading.Thread(target=self._watch, name="members", daemon=True)
 
@@ -101,6 +118,11 @@ class Members:
     def watched(self) -> bool:
         """Whether deaths are noticed."""
         return self._thread.is_alive()
+
+    @property
+    def in_step(self) -> int:
+        """Servers whose journal has a copy on a second node."""
+        return sum(copy.in_step for copy in list(self.copies.values()))
 
     def watch(self) -> None:
         """Begin to notice deaths."""
@@ -116,6 +138,7 @@ class Members:
         if self._thread.is_alive():
             self._thread.join()
         self._health.close()
+        self._let_go(self.alive)
         self._end(self.alive)
         self.alive = []
 
@@ -138,7 +161,7 @@ class Members:
         from ray.exceptions import RayError
 
         kind = actor(self._cpus, self._gpus)
-        made = [kind.remote(self._settings, str(self._root)) for _ in journals]
+        made = [kind.remote(self._settings, str(self._root), self._secret) for _ in journals]
         starts = [
             [one.place.remote(), *(self._start(one, name) for name in mine)]
             for one, mine in zip(made, journals, strict=True)
@@ -169,6 +192,15 @@ class Members:
         with self.lock:
             self.alive += members
 
+    def _let_go(self, members: list[Running]) -> None:
+        """Have servers wait for no copy: they end, and so may those who have the copies."""
+        import ray
+
+        names = [(member, name) for member in members for name in member.servers]
+        if self._secret and names:
+            calls = [member.actor.aim.remote(name, "") for member, name in names]
+            ray.wait(calls, num_returns=len(calls), timeout=_CALL_S)
+
     def _end(self, members: list[Running]) -> None:
         import ray
 
@@ -186,7 +218,18 @@ class Members:
         import ray
         from ray.exceptions import RayError
 
-        with self.lock:
+        with self._found:
+            copied = self._found.wait_for(
+                lambda: (
+                    not self._secret
+                    or all(
+                        name in self.copies and self.copies[name].in_step for name in member.servers
+                    )
+                ),
+                _COPIED_S,
+            )
+            if not copied:
+                raise ServiceError("--servers", expected="copies of its journals", got="none yet")
             self.alive.remove(member)
             names, member.servers = list(member.servers), {}
             self.lost |= {name: _Lost(time.monotonic(), not_before=float("inf")) for name in names}
@@ -211,6 +254,8 @@ class Members:
             try:
                 self._bury()
                 self._take_up()
+                if self._secret:
+                    self._replicate()
             except Exception:
                 logs.exception("the fleet goes on")
 
@@ -245,12 +290,14 @@ class Members:
         now = time.monotonic()
         for name, lost in list(self.lost.items()):
             if lost.start is None and now >= lost.not_before:
-                if not self.alive:
-                    self.grow([[]])
-                each = cost([member.load for member in self.alive])
-                taking = [other.heir for other in self.lost.values()]
-                lost.heir = max(self.alive, key=lambda m: (-taking.count(m), room(m.load, each)))
-                lost.start = self._start(lost.heir.actor, name)
+                if (heir := self._heir(name)) is None:
+                    logs.error("a server is lost: no copy of its journal is in step", server=name)
+                    with self._found:
+                        del self.lost[name]
+                        self._found.notify_all()
+                    self._taken_up(name, False)
+                    continue
+                lost.heir, lost.start = heir, self._start(heir.actor, name)
             if lost.heir is None or not ray.wait([lost.start], timeout=0)[0]:
                 continue
             try:
@@ -263,7 +310,57 @@ class Members:
             with self._found:
                 lost.heir.servers[name] = server
                 del self.lost[name]
+                self.copies.pop(name, None)
                 self.takeovers.append((name, down))
                 self._found.notify_all()
-            self._taken_up(name)
+            self._taken_up(name, True)
             logs.info("server taken up", server=name, ingest=server.ingest, down_s=round(down, 2))
+
+    def _heir(self, name: str) -> Running | None:
+        """Who takes a server up: where journals are copied whoever has the copy, else the one with
+        the most room."""
+        if self._secret:
+            copy = self.copies.get(name)
+            usable = copy is not None and copy.in_step and copy.holder in self.alive
+            return copy.holder if copy is not None and usable else None
+        if not self.alive:
+            self.grow([[]])
+        each = cost([member.load for member in self.alive])
+        taking = [other.heir for other in self.lost.values()]
+        return max(self.alive, key=lambda m: (-taking.count(m), room(m.load, each)))
+
+    def _replicate(self) -> None:
+        """See that each server's journal is copied to a member on another node."""
+        import ray
+        from ray.exceptions import RayError
+
+        with self.lock:
+            pairs = [(member, name) for member in self.alive for name in member.servers]
+            for member, name in pairs:
+                copy = self.copies.get(name)
+                if copy is not None and copy.holder in self.alive and copy.holder is not member:
+                    continue
+                holders = [copy.holder for copy in self.copies.values()]
+                others = [m for m in self.alive if m.place.node != member.place.node]
+                if others:
+                    holder = min(others, key=holders.count)
+                    self.copies[name] = _Copy(holder)
+                    member.actor.aim.remote(name, holder.actor.hold.remote(name))
+                elif self.copies.pop(name, None) is not None:
+                    member.actor.aim.remote(name, "")  # it waits for nobody
+        for member in {member for member, name in pairs if not self._in_step(name)}:
+            call, member.asked = member.asked, member.asked or member.actor.in_step.remote()
+            if call is None or not ray.wait([call], timeout=0)[0]:
+                continue
+            member.asked = None
+            with suppress(RayError):
+                for name, store in cast(dict[str, str], ray.get(call)).items():
+                    copy = self.copies.get(name)
+                    if copy is not None and copy.holder.place.store == store:
+                        with self._found:
+                            copy.in_step = True
+                            self._found.notify_all()
+
+    def _in_step(self, name: str) -> bool:
+        copy = self.copies.get(name)
+        return copy is None or copy.in_step

@@ -28,7 +28,7 @@ from ilqr_service.journal.records import (
     Snapshot,
 )
 from ilqr_service.journal.resume import model_of, models_of, open_runs, take_up
-from ilqr_service.journal.writer import Writer
+from ilqr_service.journal.writer import Copy, Writer
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.table import SessionTable
 from ilqr_service.settings import ServiceSettings
@@ -64,6 +64,7 @@ class Journal:
         engines: to see which models are there.
         table: takes up the sessions that were open.
         find: an engine by its model's id, for sessions that are on no slot's.
+        copy: kept elsewhere.
 
     Attributes:
         resumed: runs for the solver to take up.
@@ -81,6 +82,7 @@ class Journal:
         engines: Engines,
         table: SessionTable,
         find: Find | None = None,
+        copy: Copy | None = None,
     ) -> None:
         self.resumed: list[Resumed] = []
         self.last: list[messages.Result] = []
@@ -101,6 +103,7 @@ class Journal:
             sync=settings.journal_sync,
             segment_bytes=round(settings.journal_segment_mb * 1e6),
             keep=settings.journal_keep,
+            copy=copy,
         )
         try:
             self._resume(Path(settings.journal), engines, find or (lambda _: None))
@@ -164,6 +167,15 @@ class Journal:
     @property
     def written(self) -> int:
         return 0 if self._writer is None else self._writer.written
+
+    @property
+    def position(self) -> int:
+        """Of what was written last, for ``copied``."""
+        return 0 if self._writer is None else self._writer.position
+
+    def copied(self) -> int:
+        """Up to where a copy has what was written; what is beyond may not be told yet."""
+        return 0 if self._writer is None else self._writer.copied()
 
     def start(self) -> None:
         """Begin to write. Raises ServiceError: it cannot be written."""

@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -51,6 +52,27 @@ _ALARM_S, _LOSS_ALARM_S = 2.0, 3.0
 could not be written, and where records that were written are gone."""
 
 
+class Copy(Protocol):
+    """A copy of a journal that is kept elsewhere. Used by the writer's thread."""
+
+    def renewed(self) -> bool:
+        """Whether a copy begins anew, from a new segment."""
+        ...
+
+    def write(self, segment: int, offset: int, data: bytes) -> None:
+        """Bytes of a segment's file that were written."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """Of what was written last."""
+        ...
+
+    def copied(self) -> int:
+        """Up to where what was written may be told: the copy has it, or there is no copy."""
+        ...
+
+
 class Writer:
     """Writes a journal into a folder, which it locks. One thread uses it.
 
@@ -61,6 +83,7 @@ class Writer:
         segment_bytes: what is written to a segment, beyond what it repeats, until the next.
         keep: segments kept; 0 is all.
         clock: seconds, monotonic.
+        copy: is given all that is written.
 
     Attributes:
         failed: nothing can be written.
@@ -80,7 +103,9 @@ class Writer:
         segment_bytes: int = 256 << 20,
         keep: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        copy: Copy | None = None,
     ) -> None:
+        self._copy = copy
         self.failed = False
         self.lost = 0
         self.written = 0
@@ -125,6 +150,15 @@ class Writer:
             )
         self._thread.start()
 
+    @property
+    def position(self) -> int:
+        """Of what was written last, for ``copied``."""
+        return 0 if self._copy is None else self._copy.position
+
+    def copied(self) -> int:
+        """Up to where what was written may be told."""
+        return 0 if self._copy is None else self._copy.copied()
+
     def write(self, record: Record) -> None:
         """Add a record; it is on disk after the next ``flush``."""
         framed = frame(record)
@@ -143,6 +177,8 @@ class Writer:
             if now >= self._retry:
                 self._begin()
             return
+        if self._copy is not None and self._copy.renewed():
+            self._begin()
         if not self._pending:
             return
         added, data = len(self._pending), b"".join(self._pending)
@@ -246,6 +282,8 @@ class Writer:
             return False
         self.written += len(data)
         self._dirty = True
+        if self._copy is not None:
+            self._copy.write(self._number, good, data)
         return True
 
     def _fail(self, why: str, alarm_s: float = _ALARM_S) -> None:

@@ -1,0 +1,204 @@
+"""Journals copied to a second node as they are written, for machines without a shared folder.
+
+A server sends each piece of its journal's files to a store on another node, which writes the same
+files and acknowledges. A copy begins with a new segment, which has everything needed to go on from
+it. Once the store has had all of it the copy is in step: from then on the server tells nothing that
+the store has not acknowledged, until the fleet names another store or none. So whoever takes its
+sessions up from the copy has every answer that anybody has seen; and a server that was given up and
+wakes later tells nothing more, because its store acknowledges nothing more.
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zmq
+
+from ilqr_service import logs
+from ilqr_service.journal.records import SUFFIX
+from ilqr_vae.protocol.keys import ServerKey
+
+_PLACE = struct.Struct("<QQQ")  # position, segment, offset
+_AGAIN_S = 1.0
+_QUEUE = 10_000
+_POLL_MS = 50
+_ALL = 2**62
+
+
+class Copier:
+    """A server's side. ``aim`` and ``in_step`` are for any thread, the rest for the writer's.
+
+    Args:
+        name: of the server.
+        secret: of the fleet.
+        key: of the servers, where they have keys.
+    """
+
+    def __init__(self, name: str, secret: bytes, key: ServerKey | None) -> None:
+        self._name, self._secret, self._key = name.encode(), secret, key
+        self._wanted = self._aimed = ""
+        self._begin = False
+        self._in_step = False
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._first = self._copied = self.position = 0
+        self._heard = 0.0
+
+    def aim(self, address: str) -> None:
+        """Copy to the store at this address from here on; "" is to none."""
+        self._wanted = address
+
+    @property
+    def in_step(self) -> str:
+        """The store that has had everything; "" where none has yet."""
+        return self._aimed if self._in_step else ""
+
+    def renewed(self) -> bool:
+        """Whether a copy begins anew: another store, or one that did not get everything."""
+        self.copied()
+        if self._wanted != self._aimed:
+            self._aimed, self._in_step, self._begin = self._wanted, False, bool(self._wanted)
+            if not self._aimed:
+                self._connect()
+        late = self._copied < self.position and time.monotonic() - self._heard > _AGAIN_S
+        if not self._aimed or not (self._begin or late):
+            return False
+        self._connect()
+        self._begin, self._first, self._copied = False, self.position + 1, 0
+        return True
+
+    def write(self, segment: int, offset: int, data: bytes) -> None:
+        """Send what was written."""
+        if self._copied >= self.position:
+            self._heard = time.monotonic()  # from here on it is waited for
+        self.position += 1
+        if self._socket is None:
+            return
+        place = _PLACE.pack(self.position, segment, offset)
+        with suppress(zmq.Again):  # it does not read: the copy begins anew
+            parts = [self._secret, self._name, place, data]
+            self._socket.send_multipart(parts, zmq.NOBLOCK)
+
+    def copied(self) -> int:
+        """Up to where what was written may be told."""
+        while self._socket is not None and self._socket.poll(0):
+            (position,) = struct.unpack("<Q", self._socket.recv())
+            if position >= self._first:
+                self._copied, self._heard = position, time.monotonic()
+            else:
+                self._begin = True  # something is missing there
+        reached = self._copied >= max(self._first, self.position)
+        self._in_step = self._in_step or (self._socket is not None and reached)
+        return self._copied if self._in_step else _ALL
+
+    def _connect(self) -> None:
+        """A connection in which nothing waits."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket, self._heard = None, time.monotonic()
+        if not self._aimed:
+            return
+        made: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        made.linger, made.sndhwm = 0, _QUEUE
+        if self._key is not None:
+            made.curve_publickey, made.curve_secretkey = zmq.curve_keypair()
+            made.curve_serverkey = self._key.public.encode()
+        made.connect(self._aimed)
+        self._socket = made
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._context.destroy(linger=0)
+
+
+class Store:
+    """A member's side: writes the journals of servers on other nodes.
+
+    Args:
+        host: address to bind to.
+        secret: of the fleet; what does not state it is not written.
+        key: of the servers, where they have keys.
+
+    Attributes:
+        address: of the store, as bound.
+    """
+
+    def __init__(self, host: str, secret: bytes, key: ServerKey | None) -> None:
+        self._secret = secret
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        if key is not None:
+            self._socket.curve_server = True
+            self._socket.curve_publickey = key.public.encode()
+            self._socket.curve_secretkey = key.secret.encode()
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self._folders: dict[str, Path] = {}
+        self._files: dict[str, tuple[int, BinaryIO]] = {}
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
+
+    def hold(self, name: str, folder: Path) -> None:
+        """Write what a server sends into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            self._folders[name] = folder
+
+    def release(self, name: str) -> None:
+        """Write no more of a server, and acknowledge no more."""
+        with self._lock:
+            self._folders.pop(name, None)
+            if (open_ := self._files.pop(name, None)) is not None:
+                open_[1].close()
+
+    def close(self) -> None:
+        """Stop writing."""
+        self._stop.set()
+        self._thread.join()
+        for name in list(self._files):
+            self.release(name)
+        self._context.destroy(linger=0)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if not self._socket.poll(_POLL_MS):
+                continue
+            sender, *parts = self._socket.recv_multipart()
+            try:
+                reply = self._taken(parts)
+            except (OSError, ValueError, struct.error) as error:
+                logs.warning("a copy could not be written", error=str(error))
+                reply = None
+            if reply is not None:
+                with suppress(zmq.Again):
+                    self._socket.send_multipart([sender, struct.pack("<Q", reply)], zmq.NOBLOCK)
+
+    def _taken(self, parts: list[bytes]) -> int | None:
+        """Write a piece. Returns its position; 0 where one before it is missing."""
+        secret, given, place, data = parts
+        if not hmac.compare_digest(secret, self._secret):
+            raise ValueError("a piece without the fleet's secret")
+        position, segment, offset = _PLACE.unpack(place)
+        name = given.decode()
+        with self._lock:
+            folder = self._folders.get(name)
+            if folder is None:
+                return None
+            open_ = self._files.get(name)
+            if offset == 0:
+                if open_ is not None:
+                    open_[1].close()
+                file = (folder / f"{segment:08d}{SUFFIX}").open("wb", buffering=0)
+                open_ = self._files[name] = (segment, file)
+            if open_ is None or open_[0] != segment or open_[1].tell() != offset:
+                return 0
+            open_[1].write(data)
+        return int(position)
