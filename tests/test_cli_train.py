@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy import io
 
@@ -102,6 +103,23 @@ def test_train_then_inspect_then_evaluate(
     followed = report["learning"]  # from the model file, and from the log beside it
     assert followed["causal R2, validation"] == [list(point) for point in manifest.history]
     assert [step for step, _ in followed["bound (nats per bin)"]] == [1, 2, 3, 4]
+
+    # for another session's units: one more, and another one under an old name
+    next_day = write_recording(tmp_path / "next.mat", n_units=N_UNITS + 1, seed=1)
+    new, again = tmp_path / "new.safetensors", ("--from", str(out), "--no-baselines")
+    assert rig.train(new, *again, "--steps", "2", recording=next_day) == 0
+    before, after = load_artifact(out), load_artifact(new)
+    assert after.manifest.provenance["trained_from"] == manifest.model_id
+    assert after.manifest.provenance["steps"] == "2"
+    assert len(after.manifest.unit_names) == N_UNITS + 1
+    for name, value in before.model.named_parameters():
+        other = after.model.get_parameter(name)
+        assert name.startswith("groups.") or torch.equal(value, other), name
+    assert after.model.group("spikes").C[-1].any()
+    capsys.readouterr()
+    assert main(["train", str(rig.config), "--from", str(out), "--out", str(new), "--recording",
+                 str(next_day), "--recording", str(rig.recording)]) == 2  # fmt: skip
+    assert "--from: expected one --recording, got 2" in capsys.readouterr().err
 
 
 def test_steps_on_the_command_line_win(

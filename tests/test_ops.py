@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -305,3 +306,27 @@ def test_load_reports_as_json(
     assert set(told["statuses"]) == {"ok", "missing"}
     assert told["unanswered"] == told["repeated"] == 0
     assert told["latency_ms"]["n"] == told["statuses"]["ok"]
+
+
+def test_the_calibration_index_is_of_the_last_minute() -> None:
+    now = 0
+    telemetry = Telemetry(0.05, clock=lambda: now)
+
+    def index() -> float:
+        telemetry.settle()
+        value = telemetry.registry.get_sample_value("ilqr_calibration_index")
+        assert value is not None
+        return value
+
+    assert math.isnan(index())  # no model said what is expected of it
+    for second in range(1, 181):  # two minutes as at training, then one of half the bits
+        now = second * 1_000_000_000
+        telemetry.count({}, 5.0, 20, 10.0, 10.0 if second <= 120 else 5.0)
+        if second in (120, 150, 180):
+            assert index() == pytest.approx({120: 1.0, 150: 0.75, 180: 0.5}[second])
+        else:
+            telemetry.settle()
+    now += 120 * 1_000_000_000
+    index()
+    now += 2 * 1_000_000_000
+    assert math.isnan(index())  # nothing came for a minute

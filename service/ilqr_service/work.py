@@ -7,6 +7,7 @@ every bin; nothing in them can refer back to them, so the garbage collector need
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,7 @@ class EngineInfo:
         horizon: bins in the estimator's window.
         iterations: iLQR iterations per bin.
         class_names: C; none for a model without classes.
+        bits_per_spike: on data that it was not fitted on; NaN where that is not known.
     """
 
     model: str
@@ -65,6 +67,7 @@ class EngineInfo:
     horizon: int
     iterations: int
     class_names: tuple[str, ...] = ()
+    bits_per_spike: float = math.nan
 
 
 class _Queued(msgspec.Struct, frozen=True, kw_only=True, gc=False):

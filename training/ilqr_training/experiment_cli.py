@@ -1,4 +1,4 @@
-"""``ilqr-vae experiment``: the paper's experiments on simulated data, and decoding a recording."""
+"""``ilqr-vae experiment``: the paper's experiments on simulated data, and a recording of yours."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from ilqr_training.another_day_cli import (
+    ADAPT_EXAMPLE,
+    DAYS_EXAMPLE,
+    adapt_experiment,
+    days_experiment,
+)
 from ilqr_training.decode_cli import EXAMPLE as DECODE_EXAMPLE
 from ilqr_training.decode_cli import decode
 from ilqr_training.experiments import NAMES, SUMMARIES, find
@@ -29,7 +35,7 @@ class _Named(TyperGroup):
     """Names the experiments there are when one is unknown."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # click's types: typer ships its own
-        found, names = super().get_command(ctx, cmd_name), (*NAMES, "decode")
+        found, names = super().get_command(ctx, cmd_name), (*NAMES, "decode", "adapt", "days")
         if found is None:
             raise ConfigError(
                 "experiment",
@@ -131,3 +137,11 @@ for _name in NAMES:
 app.command(
     "decode", epilog=DECODE_EXAMPLE, short_help="Compare decoders on a recording, several seeds."
 )(decode)
+app.command(
+    "adapt",
+    epilog=ADAPT_EXAMPLE,
+    short_help="Compare decoders on a recording whose units are replaced.",
+)(adapt_experiment)
+app.command(
+    "days", epilog=DAYS_EXAMPLE, short_help="Compare decoders on the days after they were trained."
+)(days_experiment)

@@ -15,10 +15,11 @@ from ilqr_training.evaluation.baselines import fit_baselines, fit_rivals, names_
 from ilqr_training.fit.crops import Prepared
 from ilqr_training.fit.curves import log_folder
 from ilqr_training.fit.joint import session_path, train_sessions
+from ilqr_training.fit.origin import begun_from
 from ilqr_training.fit.train import checkpoint_path, train
 from ilqr_training.options import JsonFile, Steps, Threads, use_threads
 from ilqr_training.plan import TrainingPlan, plan_of, sections_of
-from ilqr_vae.artifact import Manifest
+from ilqr_vae.artifact import Manifest, load_artifact
 from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.kernels.backend import device_of
@@ -46,6 +47,14 @@ def train_command(
         typer.Option(
             help="A .nwb, .mat or .h5 recording. Several: their dynamics are shared, and each "
             "session gets a model file of its own units beside --out. Needed, except with --check."
+        ),
+    ] = None,
+    origin: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="A model of another session: its dynamics stay, and rows and readout are trained "
+            "for this one's units, in fewer steps.",
         ),
     ] = None,
     resume: Annotated[
@@ -109,6 +118,11 @@ def train_command(
     settings = overridden(
         load_config(config), seed=seed, steps=steps, device=device, fraction=fraction
     )
+    began_with = None if origin is None else load_artifact(origin)
+    if began_with is not None:
+        settings = begun_from(settings, began_with, steps)
+        if recording and len(recording) > 1:
+            raise ConfigError("--from", expected="one --recording", got=str(len(recording)))
     device_of(settings.training.device)
     if check_only and not recording:
         console().print("The configuration is valid. Without --recording nothing else is checked.")
@@ -146,6 +160,7 @@ def train_command(
                     resume=resume,
                     log_dir=events,
                     before=before,
+                    origin=began_with,
                 )
             else:
                 done, own = train_sessions(

@@ -14,8 +14,10 @@ of solve to the socket), ``total`` (arrival to the socket).
 
 from __future__ import annotations
 
+import math
 import platform
 import threading
+import time
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -56,7 +58,7 @@ _REASONS = (
     "connections",
 )
 _HALF_LIFE = 5_000
-_MINUTE_NS = 60_000_000_000
+_SECOND_NS, _MINUTE_NS = 1_000_000_000, 60_000_000_000
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "p99.99": 0.9999}
 
 # Events of the session table and the server, by the counter that counts them.
@@ -122,12 +124,13 @@ class Telemetry:
 
     Args:
         bin_width: seconds.
+        clock: nanoseconds.
 
     Attributes:
         registry: for the HTTP endpoint.
     """
 
-    def __init__(self, bin_width: float) -> None:
+    def __init__(self, bin_width: float, *, clock: Callable[[], int] = time.monotonic_ns) -> None:
         disable_created_metrics()  # a series of start times beside each counter is of no use here
         self.registry = CollectorRegistry(auto_describe=True)
         r = self.registry
@@ -156,6 +159,15 @@ class Telemetry:
         self._bits = Gauge(
             "ilqr_bits_per_spike", "one step ahead, over the newest spikes", registry=r
         )
+        self._index = Gauge(
+            "ilqr_calibration_index",
+            "bits per spike over the last minute, over those when the models were validated",
+            registry=r,
+        )
+        self._index.set(math.nan)
+        self._clock = clock
+        self._sums = (0.0, 0.0)
+        self._minute: deque[tuple[int, tuple[float, float]]] = deque([(clock(), self._sums)])
         self._masked = Gauge("ilqr_masked_units", "units masked, over all sessions", registry=r)
         self._journal_ok = Gauge("ilqr_journal_ok", "0 while the journal fails", registry=r)
         self._journal = {
@@ -183,9 +195,19 @@ class Telemetry:
         self._aside: deque[Mapping[str, int]] = deque()
         self._lock = threading.Lock()
 
-    def count(self, events: Mapping[str, int], bits: float = 0.0, spikes: int = 0) -> None:
-        """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; and
-        the bits that their spikes gained over the mean rates."""
+    def count(
+        self,
+        events: Mapping[str, int],
+        bits: float = 0.0,
+        spikes: int = 0,
+        expected: float = 0.0,
+        met: float = 0.0,
+    ) -> None:
+        """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; the
+        bits that their spikes gained over the mean rates; and of models that say what is expected,
+        bits expected and met."""
+        if expected:
+            self._sums = self._sums[0] + expected, self._sums[1] + met
         if spikes:
             keep = 0.5 ** (spikes / _HALF_LIFE)
             self._recent = (keep * self._recent[0] + bits, keep * self._recent[1] + spikes)
@@ -240,6 +262,14 @@ class Telemetry:
         call takes long. To be called some ten times a second."""
         next(self._turns).settle()
         self._settle_events()
+        now, minute = self._clock(), self._minute
+        if now - minute[-1][0] < _SECOND_NS:
+            return
+        minute.append((now, self._sums))
+        while len(minute) > 2 and now - minute[1][0] >= _MINUTE_NS:
+            minute.popleft()
+        expected, met = (a - b for a, b in zip(minute[-1][1], minute[0][1], strict=True))
+        self._index.set(met / expected if expected > 0 else math.nan)
 
     def gauge(self, *, sessions: int, queued: int) -> None:
         self._sessions.set(sessions)

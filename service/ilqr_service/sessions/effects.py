@@ -41,6 +41,8 @@ class Effects(msgspec.Struct):
         served: slot, model and manifest of models that serve from here on, for the journal.
         events: what to count; ``refused:REASON`` for refusals.
         bits, spikes: log-likelihood gained over the mean rates, and spikes, of bins that came.
+        expected, met: bits that these spikes gained when their models were validated, and now; of
+            models that say so.
     """
 
     forget: list[int] = _list()
@@ -58,6 +60,8 @@ class Effects(msgspec.Struct):
     served: list[tuple[str, str, dict[str, Any]]] = _list()
     bits: float = 0.0
     spikes: int = 0
+    expected: float = 0.0
+    met: float = 0.0
     _frames: list[bytes] | None = None
 
     @property
@@ -96,13 +100,15 @@ class Effects(msgspec.Struct):
         return Effects().refuse(owner, error, session)
 
 
-def counted(steps: list[Effects]) -> tuple[dict[str, int], float, int]:
-    """Events, bits and spikes of several steps of the table together."""
+def counted(steps: list[Effects]) -> tuple[dict[str, int], float, int, float, float]:
+    """Events, bits, spikes, and bits expected and met, of several steps of the table together."""
     events = _events()
-    bits, spikes = 0.0, 0
+    bits, spikes, expected, met = 0.0, 0, 0.0, 0.0
     for effects in steps:
         for event, times in effects.events.items():
             events[event] += times
         bits += effects.bits
         spikes += effects.spikes
-    return events, bits, spikes
+        expected += effects.expected
+        met += effects.met
+    return events, bits, spikes, expected, met

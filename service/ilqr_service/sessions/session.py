@@ -353,6 +353,9 @@ class ServedSession:
             self.spikes += answer.spikes
             effects.spikes += answer.spikes
             effects.bits += answer.bits
+            if (usual := self.model_info.bits_per_spike) > 0:
+                effects.expected += usual * answer.spikes
+                effects.met += answer.bits
         result = self.result(answer, revision, status, published_ns)
         self.recent.append(result)
         effects.published.append(result)

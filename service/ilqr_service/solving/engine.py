@@ -6,6 +6,7 @@ answers. A bin that comes late is put into the window and every bin from it on i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ class Engine:
             horizon=horizon,
             iterations=iterations,
             class_names=tuple(manifest.classes or ()),
+            bits_per_spike=manifest.scores.get("bits_per_spike", math.nan),
         )
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
         self.device = device_of(settings.device)

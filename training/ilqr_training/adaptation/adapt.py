@@ -13,27 +13,19 @@ from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from ilqr_training.adaptation.units import Rows, UnitVerdict, refit
+from ilqr_training.adaptation.carried import carried_model, fitted_rows, units_of
+from ilqr_training.adaptation.units import Rows, UnitVerdict
 from ilqr_training.readout.causal import Causal, causal_pass
-from ilqr_vae.artifact import Artifact, ModelSpec, build
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.artifact import Artifact
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import Counts
-from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
-from ilqr_vae.streaming.bounds import TrainingRange, highest_counts
 from ilqr_vae.streaming.horizon import MovingHorizon
 
 _FITTED = 0.75
 _RUN_IN = 100
-_LEAST_BINS = 400
 _ANCHORS = 0.2
-_SHIFT = 0.35  # of a log rate
 _OUTSIDE = 0.1
 
 
@@ -63,26 +55,6 @@ class Adaptation:
         return sum(v is verdict for v in self.verdicts.values())
 
 
-@dataclass(frozen=True)
-class _Units:
-    """The model's units among those of a recording.
-
-    Attributes:
-        here: (N,) of each unit of the recording the model's index, -1 for one it does not know.
-    """
-
-    here: NDArray[np.int64]
-
-    @property
-    def known(self) -> Tensor:
-        return torch.as_tensor(self.here >= 0)
-
-    def rows(self, old: Tensor, new: Tensor) -> Tensor:
-        """Of each unit the model's entry, where it knows the unit; else the new one."""
-        entry = old[torch.as_tensor(np.maximum(self.here, 0))]
-        return torch.where(self.known.view(-1, *[1] * (entry.ndim - 1)), entry, new)
-
-
 def adapt(
     artifact: Artifact,
     recording: Recording,
@@ -108,29 +80,20 @@ def adapt(
             artifact,
             [adapt(m, recording, bins, seed=seed, progress=progress) for m in artifact.members],
         )
-    spikes = artifact.model.group("spikes")
-    if not isinstance(spikes, Counts):
-        raise ConfigError("model.groups.spikes", expected="counts", got=spikes.family)
-    if bins[1] - bins[0] < _LEAST_BINS:
-        got = f"{bins[1] - bins[0]}"
-        raise ConfigError("bins", expected=f"at least {_LEAST_BINS}", got=got)
-    index = {name: i for i, name in enumerate(artifact.manifest.unit_names)}
-    units = _Units(np.array([index.get(name, -1) for name in recording.unit_names]))
+    units = units_of(artifact, recording, bins)
     middle = bins[0] + round(_FITTED * (bins[1] - bins[0]))
 
     def fitted(stop: int) -> tuple[Artifact, Rows]:
         part = slice(bins[0], stop)
-        model = _model(artifact, units, recording.mean_counts(bins[0], stop))
-        y = torch.as_tensor(recording.counts[part].astype(np.float64))
-        mask = torch.as_tensor(recording.mask()[part].astype(np.float64))
-        rows = refit(model, units.known, y, mask, seed=seed, progress=progress)
-        return _adapted(artifact, model, units, rows, recording, part), rows
+        return fitted_rows(artifact, units, recording, part, None, seed, progress)
 
     candidate, rows = fitted(middle)
-    before = _model(artifact, units, recording.mean_counts(bins[0], middle))
-    bits, latents = _judged(before, candidate, recording, (middle, bins[1]), progress)
+    before = carried_model(artifact, units, recording.mean_counts(bins[0], middle))
+    judged = _judged(before, candidate, recording, (middle, bins[1]), progress)
+    bits = float(judged[0].bits.mean()), float(judged[1].bits.mean())
     outside = 0.0
     if artifact.seen is not None:
+        latents = judged[1].window[:, : before.n]
         low, high = artifact.seen.latents.numpy()
         outside = float(((latents < low) | (latents > high)).any(-1).mean())
     known = int(units.known.sum())
@@ -144,8 +107,11 @@ def adapt(
         refused = f"latents lie outside their range in training in {outside:.0%} of the bins"
     if not refused:
         candidate, rows = fitted(bins[1])
+        usual = {"bits_per_spike": judged[1].bits_per_spike}
+        manifest = msgspec.structs.replace(candidate.manifest, scores=usual)
+        candidate = replace(candidate, manifest=manifest)
     verdicts = dict(zip(recording.unit_names, rows.verdicts, strict=True))
-    gone = tuple(name for name in index if name not in verdicts)
+    gone = tuple(name for name in artifact.manifest.unit_names if name not in verdicts)
     return Adaptation(candidate, verdicts, gone, bits, outside, refused)
 
 
@@ -166,122 +132,14 @@ def _together(artifact: Artifact, members: list[Adaptation]) -> Adaptation:
     )
 
 
-def _model(artifact: Artifact, units: _Units, mean: NDArray[np.float64]) -> Model:
-    """The model of the recording's units: the rows it knows, and constant rates."""
-    model = build(_spec(artifact, len(units.here))).double()
-    old, new = artifact.model.group("spikes"), model.group("spikes")
-    of_units = {id(p) for p in old.parameters()}
-    named = artifact.model.named_parameters()
-    kept = {name: p.detach() for name, p in named if id(p) not in of_units}
-    model.load_state_dict(kept, strict=False)
-    with torch.no_grad():
-        for parameter in new.parameters():
-            parameter.zero_()
-        new.start_at(torch.as_tensor(mean))
-        for name, parameter in new.named_parameters():
-            parameter.copy_(units.rows(old.get_parameter(name), parameter))
-    return model
-
-
-def _spec(artifact: Artifact, channels: int) -> ModelSpec:
-    spec = artifact.manifest.model
-    spikes = msgspec.structs.replace(spec.groups["spikes"], channels=channels)
-    return msgspec.structs.replace(spec, groups={**spec.groups, "spikes": spikes})
-
-
-def _adapted(
-    artifact: Artifact,
-    model: Model,
-    units: _Units,
-    rows: Rows,
-    recording: Recording,
-    part: slice,
-) -> Artifact:
-    spikes = model.group("spikes")
-    own = torch.cat([spikes.C, spikes.b.unsqueeze(1)], 1).detach().clone()
-    gain = getattr(spikes, "log_gain", None)
-    own_gain = torch.zeros(len(own)).double() if gain is None else gain.detach().clone()
-    with torch.no_grad():
-        spikes.C.copy_(rows.w[:, :-1])
-        spikes.b.copy_(rows.w[:, -1])
-    mean = torch.as_tensor(recording.mean_counts(part.start, part.stop))
-    seen = artifact.seen
-    if seen is not None:
-        highest = highest_counts(recording.counts[part], recording.mask()[part])
-        counts = torch.as_tensor(highest.astype(np.float64))
-        kept = units.rows(seen.counts, counts)
-        seen = TrainingRange(torch.maximum(kept, counts), seen.latents, seen.kinematics)
-    readout = artifact.readout
-    if readout is not None:
-        readout = _readout(readout, units, rows, own, own_gain, artifact.mean_rate)
-    manifest = msgspec.structs.replace(
-        artifact.manifest,
-        unit_names=recording.unit_names,
-        model=_spec(artifact, len(own)),
-        readout=None if readout is None else readout.shape,
-        scores={},
-        provenance=artifact.manifest.provenance
-        | {
-            "adapted_from": artifact.manifest.model_id,
-            "adapted_on": f"{recording.name}, bins {part.start}:{part.stop}",
-        },
-    )
-    about = (readout, mean, seen, artifact.intervals)
-    return Artifact(manifest, model, *about, classes=artifact.classes)
-
-
-def _readout(
-    old: KinematicReadout,
-    units: _Units,
-    rows: Rows,
-    own: Tensor,
-    own_gain: Tensor,
-    mean_rate: Tensor,
-) -> KinematicReadout:
-    """The readout of the model's units as one of the recording's.
-
-    Units that are gone, or whose rows changed, are missing to it. Of those that are gone it cannot
-    infer rates any more: their mean counts take their place.
-    """
-    n, N = old.n, len(units.here)
-    shape = msgspec.structs.replace(old.shape, own_rows=True)
-    new = KinematicReadout(n, len(old.b), shape, units=N).double()
-    names = dict(old.named_buffers())
-    was = names.get("reads", torch.ones(len(mean_rate)).double())
-    known = units.known
-    for name, value in names.items():
-        if name not in ("W", "U", "P", "p", "rows", "log_gain", "reads"):
-            getattr(new, name).copy_(value)
-    latents = (shape.lags + 1) * n
-    for name in ("W", "U"):
-        value = names[name]
-        residuals = value[:, latents:].reshape(len(value), shape.residuals, len(mean_rate))
-        moved = units.rows(residuals.movedim(-1, 0), torch.zeros(()).to(value)).movedim(0, -1)
-        getattr(new, name).copy_(torch.cat([value[:, :latents], moved.flatten(1)], 1))
-    if shape.recurrent:
-        gone = np.setdiff1d(np.arange(len(mean_rate)), units.here)
-        new.P.copy_(units.rows(old.P.mT, torch.zeros(()).to(old.P)).mT)
-        new.p.copy_(old.p + old.P[:, torch.as_tensor(gone)] @ mean_rate[torch.as_tensor(gone)])
-    if old.shape.own_rows:
-        own, own_gain = units.rows(old.rows, own), units.rows(old.log_gain, own_gain)
-    new.rows.copy_(own)
-    new.log_gain.copy_(own_gain)
-    # A unit that fires at another level is missing too: its counts, brought back to the old level,
-    # were tried, and decode worse where rows change as well.
-    shift = own[:, -1] - rows.w[:, -1]
-    read = (shift.abs() < _SHIFT) & rows.anchors & known
-    new.reads.copy_(read * units.rows(was, torch.zeros(()).to(own)))
-    return new
-
-
 def _judged(
     before: Model,
     candidate: Artifact,
     recording: Recording,
     bins: tuple[int, int],
     progress: Progress,
-) -> tuple[tuple[float, float], NDArray[np.float64]]:
-    """Bits a bin that the model as it was and the candidate predict, and the latter's latents."""
+) -> list[Causal]:
+    """What the model as it was and the candidate predict of these bins."""
     passes: list[Causal] = []
     for model in (before, candidate.model):
         estimator = MovingHorizon(
@@ -296,5 +154,4 @@ def _judged(
                 estimator, recording, *bins, run_in=_RUN_IN, progress=progress, what="candidate"
             )
         )
-    bits = [float(made.bits.mean()) for made in passes]
-    return (bits[0], bits[1]), passes[1].window[:, : before.n]
+    return passes

@@ -7,10 +7,11 @@ With draws z of these latents, and y the unit's counts,
     none_i  = max_c sum_t log p(y_ti | c)                       a constant rate
 
 A unit is an *anchor* if old_i > none_i. Latents are inferred from the anchors alone, which decides
-again; three rounds suffice. Anchors hold the latent frame: C of theirs is kept, or fitted again
-near its old value where that predicts the other half of the bins better. The rows of all other
-units are fitted under a prior of the size of the model's own rows, and used where they predict the
-other half of the bins better than a constant rate does; then latents are inferred with them too.
+again; three rounds suffice. Where behaviour is known, latents are inferred from it as well.
+Anchors hold the latent frame: C of theirs is kept, or fitted again near its old value where that
+predicts the other half of the bins better. The rows of all other units are fitted under a prior of
+the size of the model's own rows, and used where they predict the other half of the bins better
+than a constant rate does; then latents are inferred with them too.
 """
 
 from __future__ import annotations
@@ -90,8 +91,16 @@ def with_rows(model: Model, w: Float[Tensor, "N F"]) -> Model:
 class _Bins:
     """Counts of some bins, and the latents that others than the unit itself give."""
 
-    def __init__(self, model: Model, y: Tensor, mask: Tensor, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        model: Model,
+        y: Tensor,
+        mask: Tensor,
+        generator: torch.Generator,
+        behaviour: Observed | None,
+    ) -> None:
         self.model, self.y, self.mask, self.generator = model, y, mask, generator
+        self.behaviour = behaviour
         spikes = model.group("spikes")
         assert isinstance(spikes, Counts)
         self.spikes, self.N = spikes, y.shape[1]
@@ -112,6 +121,9 @@ class _Bins:
         for f, units in enumerate(folds):
             mask[f, :, units] = 0
         observed = {"spikes": Observed(self.y.repeat(len(folds), 1, 1), mask)}
+        if self.behaviour is not None:
+            same = (value.repeat(len(folds), 1, 1) for value in self.behaviour)
+            observed["kinematics"] = Observed(*same)
         found = prediction.infer_long(
             with_rows(self.model, w), observed, chunk=_CHUNK, solver=_SOLVER, check=False
         )
@@ -168,7 +180,9 @@ def refit(
     known: Bool[Tensor, " N"],
     y: Float[Tensor, "T N"],
     mask: Float[Tensor, "T N"],
+    like: Float[Tensor, "M n"],
     *,
+    behaviour: Observed | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Rows:
@@ -178,13 +192,15 @@ def refit(
         model: float64; the group "spikes" has N units.
         known: units whose rows the model has learnt; the others' are ignored.
         y: counts. mask: one where observed, else zero.
+        like: rows of C of other units, of the size that a new unit's is expected to have.
+        behaviour: (T, D) of the model's group "kinematics", where it is known.
         seed: of folds and draws.
     """
-    bins = _Bins(model, y, mask, torch.Generator().manual_seed(seed))
+    bins = _Bins(model, y, mask, torch.Generator().manual_seed(seed), behaviour)
     spikes = bins.spikes
     n = spikes.C.shape[1]
     first = torch.cat([spikes.C, spikes.b.unsqueeze(1)], 1).detach()
-    spread = first[known, :n].mT @ first[known, :n] / max(1, int(known.sum()))
+    spread = like.mT @ like / len(like)
     spread = spread + 1e-6 * spread.diagonal().mean().clamp(min=1e-12) * torch.eye(n).to(spread)
     size = torch.linalg.inv(spread)
     fires = (y * mask).sum(0) > 0

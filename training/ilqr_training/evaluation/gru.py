@@ -195,6 +195,23 @@ class GRUDecoder:
         candidate = grid[made.index(chosen)]
         return replace(again, validation_r2=chosen.validation_r2, candidate=candidate)
 
+    def trained_on(
+        self, recording: Recording, bins: tuple[int, int], *, steps: int = 200, seed: int = 0
+    ) -> GRUDecoder:
+        """The network trained further on other bins, of units in the same order.
+
+        Args:
+            recording: with kinematics.
+            steps: gradient steps, at a third of the first learning rate.
+
+        Raises:
+            ShapeError: no kinematics, or no bin to learn from.
+        """
+        scales = self._x, self._y
+        table = _Table.of(recording, bins, scales)
+        config = replace(self.config, steps=steps, schedule=steps, rate=self.config.rate / 3)
+        return _fit(table, config, seed, bins, None, lambda step: None, self._net.state_dict())
+
     @torch.no_grad()
     def answer_seconds(self) -> float:
         """What decoding one more bin takes: the median of some runs. A transformer decodes it from
@@ -265,7 +282,11 @@ class _Table:
     y_scale: tuple[Array, Array]
 
     @staticmethod
-    def of(recording: Recording, train: tuple[int, int]) -> _Table:
+    def of(
+        recording: Recording,
+        train: tuple[int, int],
+        scales: tuple[tuple[Array, Array], tuple[Array, Array]] | None = None,
+    ) -> _Table:
         if recording.kinematics is None:
             raise ShapeError("recording.kinematics", expected="a behaviour to decode", got="none")
         rows = np.arange(*train)[recording.scored[slice(*train)]]
@@ -276,6 +297,8 @@ class _Table:
         mean, std = counts[rows].mean(0), np.sqrt(counts[rows].var(0) + 1e-2)
         part = truth[rows]
         centre, spread = part.mean(0), np.where(varies(part), part.std(0) + 1e-12, 1.0)
+        if scales is not None:
+            (mean, std), (centre, spread) = scales
         return _Table(
             torch.as_tensor((counts - mean) / std, dtype=torch.float32),
             torch.as_tensor((truth - centre) / spread, dtype=torch.float32),
@@ -304,12 +327,15 @@ def _fit(
     train: tuple[int, int],
     validation: tuple[int, int] | None,
     say: Callable[[int], None],
+    begin: dict[str, Tensor] | None = None,
 ) -> GRUDecoder:
-    """Train one candidate; without ``validation`` for all of ``config.steps``."""
+    """Train one candidate, from ``begin`` or anew; without ``validation`` for all its steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attended = int(np.clip(round(_ATTENDED_S / table.bin_width), *_ATTENDED_BINS))
         net = _Net(table.x.shape[1], table.y.shape[1], config, attended)
+        if begin is not None:
+            net.load_state_dict(begin)
         optimiser = torch.optim.AdamW(net.parameters(), lr=config.rate, weight_decay=config.decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.schedule)
         starts, length = table.crops(train)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ilqr_training.fit.loop import TrainingRun
-from ilqr_vae.errors import TrainingError
+from ilqr_vae.errors import ConfigError, TrainingError
 from ilqr_vae.files import write_whole
+from ilqr_vae.progress import Progress
 
 
 @dataclass
@@ -114,3 +115,14 @@ def load_checkpoint(path: Path, identity: str, run: TrainingRun, stopping: Early
     for name, value in content["progress"].items():
         setattr(stopping, name, value)
     stopping.history = [(int(s), float(v)) for s, v in stopping.history]
+
+
+def keep_checkpoint(
+    path: Path, identity: str, run: TrainingRun, stopping: EarlyStopping, progress: Progress
+) -> None:
+    """Write a checkpoint. One that cannot be written is a warning: training goes on."""
+    try:
+        save_checkpoint(path, identity, run, stopping)
+    except ConfigError as error:
+        kept = "the last one is kept" if path.exists() else "there is none yet"
+        progress.log(f"warning: step {run.step}: {error}; {kept}, training goes on")

@@ -20,7 +20,7 @@ import torch
 
 from ilqr_training.config import TrainConfig
 from ilqr_training.fit.build import build_model, model_spec
-from ilqr_training.fit.checkpoint import EarlyStopping, load_checkpoint, save_checkpoint
+from ilqr_training.fit.checkpoint import EarlyStopping, keep_checkpoint, load_checkpoint
 from ilqr_training.fit.crops import Crops, Prepared, prepare
 from ilqr_training.fit.log import TrainingLog
 from ilqr_training.fit.loop import Report, TrainingRun, gradient_step, start
@@ -33,6 +33,7 @@ from ilqr_training.fit.members import (
     train_members,
 )
 from ilqr_training.fit.memory import estimate, refuse_hopeless
+from ilqr_training.fit.origin import first_model, stamped
 from ilqr_training.fit.pace import Pace
 from ilqr_training.fit.validate import Validation, scored, validate
 from ilqr_training.readout.classes import ClassFit, class_names
@@ -79,8 +80,9 @@ def checkpoint_path(out: Path) -> Path:
     return out.with_name(out.name + ".checkpoint")
 
 
-def _identity(config: TrainConfig, recording: Recording) -> str:
-    content = msgspec.json.encode(config) + recording.sha256.encode()
+def _identity(config: TrainConfig, recording: Recording, origin: Artifact | None = None) -> str:
+    began = "" if origin is None else origin.manifest.model_id
+    content = msgspec.json.encode(config) + (recording.sha256 + began).encode()
     return hashlib.sha256(content).hexdigest()
 
 
@@ -93,6 +95,7 @@ def train(
     resume: bool = False,
     log_dir: Path | None = None,
     before: Callable[[Prepared], object] | None = None,
+    origin: Artifact | None = None,
 ) -> Trained:
     """Fit a model to a recording and write it.
 
@@ -102,6 +105,7 @@ def train(
         resume: continue from the checkpoint beside ``out`` if there is one.
         log_dir: TensorBoard events, or None.
         before: called with the prepared recording before the first step.
+        origin: the model to begin with, see ``fit.origin``.
 
     Raises:
         RecordingError: the recording cannot be read, or a part of it is too short.
@@ -110,7 +114,16 @@ def train(
             could not be written (the message says where it was saved instead).
     """
     recording = load_recording(recording_path, config.data)
-    return train_on(config, recording, out, progress, resume=resume, log_dir=log_dir, before=before)
+    return train_on(
+        config,
+        recording,
+        out,
+        progress,
+        resume=resume,
+        log_dir=log_dir,
+        before=before,
+        origin=origin,
+    )
 
 
 def train_on(
@@ -125,6 +138,7 @@ def train_on(
     afterwards: int = 0,
     validated: Callable[[int, Mapping[str, float]], object] | None = None,
     identity: str = "",
+    origin: Artifact | None = None,
 ) -> Trained:
     """``train``, on a recording that is read already.
 
@@ -145,11 +159,15 @@ def train_on(
     describe(config, data, progress)
     refuse_hopeless(config, data)
     torch.manual_seed(loop.seed)
-    model = build_model(config.model, data).to(device_of(loop.device), getattr(torch, loop.dtype))
+    if origin is None:
+        model = build_model(config.model, data)
+    else:
+        model = first_model(origin, data, loop.seed, progress)
+    model = model.to(device_of(loop.device), getattr(torch, loop.dtype))
     run = start(model, Crops(data, model, loop.chunk, loop.seed), loop)
     check_space(out.absolute().parent, _output_bytes(run), "--out")
     stopping = EarlyStopping()
-    checkpoint, identity = checkpoint_path(out), identity or _identity(config, recording)
+    checkpoint, identity = checkpoint_path(out), identity or _identity(config, recording, origin)
     if resume and checkpoint.exists():
         load_checkpoint(checkpoint, identity, run, stopping)
     if before is not None:
@@ -184,7 +202,7 @@ def train_on(
                 f"step {report.step}: {_scores(shown)} on the validation part"
                 f"{' (best so far)' if best else ''}; {_left(pace, report.step)}"
             )
-            _save_checkpoint(checkpoint, identity, run, stopping, progress)
+            keep_checkpoint(checkpoint, identity, run, stopping, progress)
             if validated is not None:
                 validated(report.step, found.scores)
             stopped = stopping.over(loop.patience)
@@ -194,6 +212,7 @@ def train_on(
     model.load_state_dict(stopping.best_model)
     final = validate(model, data, config, thorough=True, progress=progress)
     manifest = manifest_of(config, data, final, run.step, stopping.best_step)
+    manifest = manifest if origin is None else stamped(manifest, origin)
     manifest = msgspec.structs.replace(
         manifest,
         history=tuple(stopping.history),
@@ -305,17 +324,6 @@ def _output_bytes(run: TrainingRun) -> int:
     numbers = 4 * sum(t.numel() for t in tensors)  # parameters, the best ones, Adam's two moments
     numbers += run.crops.z.numel() + run.crops.u.numel()
     return 2 * numbers * run.crops.z.element_size() + _READOUT_BYTES
-
-
-def _save_checkpoint(
-    path: Path, identity: str, run: TrainingRun, stopping: EarlyStopping, progress: Progress
-) -> None:
-    """A checkpoint that cannot be written is a warning: training goes on."""
-    try:
-        save_checkpoint(path, identity, run, stopping)
-    except ConfigError as error:
-        kept = "the last one is kept" if path.exists() else "there is none yet"
-        progress.log(f"warning: step {run.step}: {error}; {kept}, training goes on")
 
 
 def save_model(

@@ -1,0 +1,188 @@
+"""A model carried to the units of a recording: rows it knows, rows fitted anew, and its readout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ilqr_training.adaptation.units import Rows, refit
+from ilqr_vae.artifact import Artifact, ModelSpec, build
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Counts, Observed
+from ilqr_vae.model.readout import KinematicReadout
+from ilqr_vae.progress import Progress
+from ilqr_vae.recordings import Recording
+from ilqr_vae.streaming.bounds import TrainingRange, highest_counts
+
+_LEAST_BINS = 400
+_SHIFT = 0.35  # of a log rate
+
+
+@dataclass(frozen=True)
+class CarriedUnits:
+    """The model's units among those of a recording.
+
+    Attributes:
+        here: (N,) of each unit of the recording the model's index, -1 for one it does not know.
+    """
+
+    here: NDArray[np.int64]
+
+    @property
+    def known(self) -> Tensor:
+        return torch.as_tensor(self.here >= 0)
+
+    def rows(self, old: Tensor, new: Tensor) -> Tensor:
+        """Of each unit the model's entry, where it knows the unit; else the new one."""
+        entry = old[torch.as_tensor(np.maximum(self.here, 0))]
+        return torch.where(self.known.view(-1, *[1] * (entry.ndim - 1)), entry, new)
+
+
+def units_of(artifact: Artifact, recording: Recording, bins: tuple[int, int]) -> CarriedUnits:
+    """The model's units among the recording's. Raises ConfigError: its spikes are no counts, or the
+    bins are too few."""
+    spikes = artifact.model.group("spikes")
+    if not isinstance(spikes, Counts):
+        raise ConfigError("model.groups.spikes", expected="counts", got=spikes.family)
+    if bins[1] - bins[0] < _LEAST_BINS:
+        got = f"{bins[1] - bins[0]}"
+        raise ConfigError("bins", expected=f"at least {_LEAST_BINS}", got=got)
+    index = {name: i for i, name in enumerate(artifact.manifest.unit_names)}
+    return CarriedUnits(np.array([index.get(name, -1) for name in recording.unit_names]))
+
+
+def fitted_rows(
+    artifact: Artifact,
+    units: CarriedUnits,
+    recording: Recording,
+    part: slice,
+    behaviour: Observed | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[Artifact, Rows]:
+    """The model with rows fitted on these bins."""
+    model = carried_model(artifact, units, recording.mean_counts(part.start, part.stop))
+    y = torch.as_tensor(recording.counts[part].astype(np.float64))
+    mask = torch.as_tensor(recording.mask()[part].astype(np.float64))
+    like = artifact.model.group("spikes").C.detach()
+    rows = refit(
+        model, units.known, y, mask, like, behaviour=behaviour, seed=seed, progress=progress
+    )
+    return _adapted(artifact, model, units, rows, recording, part), rows
+
+
+def carried_model(artifact: Artifact, units: CarriedUnits, mean: NDArray[np.float64]) -> Model:
+    """The model of the recording's units: the rows it knows, and constant rates."""
+    model = build(carried_spec(artifact, len(units.here))).double()
+    old, new = artifact.model.group("spikes"), model.group("spikes")
+    of_units = {id(p) for p in old.parameters()}
+    named = artifact.model.named_parameters()
+    kept = {name: p.detach() for name, p in named if id(p) not in of_units}
+    model.load_state_dict(kept, strict=False)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.zero_()
+        new.start_at(torch.as_tensor(mean))
+        for name, parameter in new.named_parameters():
+            parameter.copy_(units.rows(old.get_parameter(name), parameter))
+    return model
+
+
+def carried_spec(artifact: Artifact, channels: int) -> ModelSpec:
+    spec = artifact.manifest.model
+    spikes = msgspec.structs.replace(spec.groups["spikes"], channels=channels)
+    return msgspec.structs.replace(spec, groups={**spec.groups, "spikes": spikes})
+
+
+def _adapted(
+    artifact: Artifact,
+    model: Model,
+    units: CarriedUnits,
+    rows: Rows,
+    recording: Recording,
+    part: slice,
+) -> Artifact:
+    spikes = model.group("spikes")
+    own = torch.cat([spikes.C, spikes.b.unsqueeze(1)], 1).detach().clone()
+    gain = getattr(spikes, "log_gain", None)
+    own_gain = torch.zeros(len(own)).double() if gain is None else gain.detach().clone()
+    with torch.no_grad():
+        spikes.C.copy_(rows.w[:, :-1])
+        spikes.b.copy_(rows.w[:, -1])
+    mean = torch.as_tensor(recording.mean_counts(part.start, part.stop))
+    # bits are of what is predicted beyond these rates: those of two models are comparable only
+    # where they are the same
+    mean = units.rows(artifact.mean_rate, mean)
+    seen = artifact.seen
+    if seen is not None:
+        highest = highest_counts(recording.counts[part], recording.mask()[part])
+        counts = torch.as_tensor(highest.astype(np.float64))
+        kept = units.rows(seen.counts, counts)
+        seen = TrainingRange(torch.maximum(kept, counts), seen.latents, seen.kinematics)
+    readout = artifact.readout
+    if readout is not None:
+        readout = _readout(readout, units, rows, own, own_gain, artifact.mean_rate)
+    manifest = msgspec.structs.replace(
+        artifact.manifest,
+        unit_names=recording.unit_names,
+        model=carried_spec(artifact, len(own)),
+        readout=None if readout is None else readout.shape,
+        scores={},
+        provenance=artifact.manifest.provenance
+        | {
+            "adapted_from": artifact.manifest.model_id,
+            "adapted_on": f"{recording.name}, bins {part.start}:{part.stop}",
+        },
+    )
+    about = (readout, mean, seen, artifact.intervals)
+    return Artifact(manifest, model, *about, classes=artifact.classes)
+
+
+def _readout(
+    old: KinematicReadout,
+    units: CarriedUnits,
+    rows: Rows,
+    own: Tensor,
+    own_gain: Tensor,
+    mean_rate: Tensor,
+) -> KinematicReadout:
+    """The readout of the model's units as one of the recording's.
+
+    Units that are gone, or whose rows changed, are missing to it. Of those that are gone it cannot
+    infer rates any more: their mean counts take their place.
+    """
+    n, N = old.n, len(units.here)
+    shape = msgspec.structs.replace(old.shape, own_rows=True)
+    new = KinematicReadout(n, len(old.b), shape, units=N).double()
+    names = dict(old.named_buffers())
+    was = names.get("reads", torch.ones(len(mean_rate)).double())
+    known = units.known
+    for name, value in names.items():
+        if name not in ("W", "U", "P", "p", "rows", "log_gain", "reads"):
+            getattr(new, name).copy_(value)
+    latents = (shape.lags + 1) * n
+    for name in ("W", "U"):
+        value = names[name]
+        residuals = value[:, latents:].reshape(len(value), shape.residuals, len(mean_rate))
+        moved = units.rows(residuals.movedim(-1, 0), torch.zeros(()).to(value)).movedim(0, -1)
+        getattr(new, name).copy_(torch.cat([value[:, :latents], moved.flatten(1)], 1))
+    if shape.recurrent:
+        gone = np.setdiff1d(np.arange(len(mean_rate)), units.here)
+        new.P.copy_(units.rows(old.P.mT, torch.zeros(()).to(old.P)).mT)
+        new.p.copy_(old.p + old.P[:, torch.as_tensor(gone)] @ mean_rate[torch.as_tensor(gone)])
+    if old.shape.own_rows:
+        own, own_gain = units.rows(old.rows, own), units.rows(old.log_gain, own_gain)
+    new.rows.copy_(own)
+    new.log_gain.copy_(own_gain)
+    # A unit that fires at another level is missing too: its counts, brought back to the old level,
+    # were tried, and decode worse where rows change as well.
+    shift = own[:, -1] - rows.w[:, -1]
+    read = (shift.abs() < _SHIFT) & rows.anchors & known
+    new.reads.copy_(read * units.rows(was, torch.zeros(()).to(own)))
+    return new

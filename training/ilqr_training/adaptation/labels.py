@@ -1,0 +1,120 @@
+"""A model carried to other units by a few minutes whose behaviour is known.
+
+The rows are fitted as without labels, but latents are inferred from the behaviour as well. The
+readout's map of the latents is then corrected by a ridge regression of its errors, in which the
+latest bins weigh most. The penalty is chosen on parts of the bins that were not fitted on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ilqr_training.adaptation.carried import fitted_rows, units_of
+from ilqr_training.readout.causal import causal_pass
+from ilqr_vae.artifact import Artifact
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.model.likelihoods import Observed
+from ilqr_vae.progress import SILENT, Progress
+from ilqr_vae.recordings import Recording
+
+_FOLDS = 4
+_RIDGES = tuple(float(a) for a in np.logspace(1, 5, 9))
+_RUN_IN = 100
+
+
+def adapt_with_labels(
+    artifact: Artifact,
+    recording: Recording,
+    bins: tuple[int, int],
+    *,
+    half_life: float = math.inf,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Artifact:
+    """Fit the rows and correct the readout on bins whose behaviour is known.
+
+    Args:
+        recording: as of ``adapt``, with the model's kinematics.
+        half_life: seconds after which a bin weighs half in the readout's correction.
+
+    Raises:
+        ConfigError: as ``adapt``; a recording without the model's kinematics.
+    """
+    if artifact.others:
+        first, *others = (
+            adapt_with_labels(m, recording, bins, half_life=half_life, seed=seed, progress=progress)
+            for m in artifact.members
+        )
+        return replace(first, intervals=artifact.intervals, others=tuple(others))
+    names = artifact.manifest.kinematic_names
+    if artifact.readout is None or recording.kinematics is None or not names:
+        raise ConfigError("labels", expected="a model and a recording with kinematics", got="none")
+    if recording.kinematic_names != names:
+        got = ", ".join(recording.kinematic_names)
+        raise ConfigError("labels", expected=f"the model's channels {', '.join(names)}", got=got)
+    part, behaviour = slice(*bins), None
+    if "kinematics" in artifact.model.groups:
+        centre, spread = artifact.readout.centre, artifact.readout.spread
+        values = (torch.as_tensor(recording.kinematics[part]) - centre) / spread
+        known = torch.as_tensor(recording.scored[part].astype(np.float64)).unsqueeze(1)
+        behaviour = Observed(values, known.expand_as(values))
+    units = units_of(artifact, recording, bins)
+    made, _ = fitted_rows(artifact, units, recording, part, behaviour, seed, progress)
+    return _corrected(made, recording, bins, half_life, progress)
+
+
+def _corrected(
+    made: Artifact,
+    recording: Recording,
+    bins: tuple[int, int],
+    half_life: float,
+    progress: Progress,
+) -> Artifact:
+    """With a readout to whose map of the latents a ridge regression of its errors is added.
+
+    The penalty is chosen on quarters of the bins that were not fitted on; no correction is one of
+    the choices.
+    """
+    readout, k = copy.deepcopy(made.readout), recording.kinematics
+    assert readout is not None
+    assert k is not None
+    found = causal_pass(
+        made.estimator(), recording, *bins, run_in=_RUN_IN, progress=progress, what="readout"
+    )
+    rows = np.flatnonzero(recording.scored[slice(*bins)])
+    latents = (readout.shape.lags + 1) * readout.n
+    x, error = found.window[rows, :latents], (k[slice(*bins)] - found.kinematics)[rows]
+    error = error / readout.spread.numpy()
+    age = (bins[1] - bins[0] - rows) * recording.bin_width
+    weight = 0.5 ** (age / half_life)
+    centre, scale = np.average(x, 0, weight), x.std(0) + 1e-9
+    x = np.column_stack([(x - centre) / scale, np.ones(len(x))])
+
+    def ridge(rows: NDArray[np.int64], alpha: float) -> NDArray[np.float64]:
+        xw = x[rows] * weight[rows, None]
+        gram = xw.T @ x[rows] + alpha * np.eye(x.shape[1])
+        return np.asarray(np.linalg.solve(gram, xw.T @ error[rows]), dtype=np.float64)
+
+    every = np.arange(len(x))
+    losses = {math.inf: float((weight[:, None] * error**2).sum())}
+    for alpha in _RIDGES if len(x) >= 2 * _FOLDS else ():
+        left = np.concatenate(
+            [
+                error[fold] - x[fold] @ ridge(np.setdiff1d(every, fold), alpha)
+                for fold in np.array_split(every, _FOLDS)
+            ]
+        )
+        losses[alpha] = float((weight[:, None] * left**2).sum())
+    alpha = min(losses, key=losses.__getitem__)
+    if math.isfinite(alpha):
+        w = ridge(every, alpha) * readout.spread.numpy()
+        slope = w[:-1] / scale[:, None]
+        readout.W[:, :latents] += torch.as_tensor(slope.T)
+        readout.b += torch.as_tensor(w[-1] - centre @ slope)
+    return replace(made, readout=readout)

@@ -1,0 +1,281 @@
+"""``ilqr-vae experiment adapt`` and ``experiment days``: decoders on units that change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from ilqr_training.config import TrainConfig, load_config, overridden
+from ilqr_training.evaluation.another_day import Fitted, Schedule, scored, streamed
+from ilqr_training.evaluation.another_day_tables import attempts_table, picture, scores_table
+from ilqr_training.evaluation.changed import (
+    Stream,
+    days_after,
+    divided,
+    earlier_split,
+    turnover,
+)
+from ilqr_training.fit.crops import prepare
+from ilqr_training.fit.train import train_on
+from ilqr_training.options import JsonFile, RecordingFile, Steps, Threads, use_threads
+from ilqr_vae.artifact import Artifact, load_artifact
+from ilqr_vae.errors import ConfigError, RecordingError
+from ilqr_vae.files import STDOUT, check_folder, check_writable, replacing, write_whole
+from ilqr_vae.progress import Bar, Progress
+from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.report.data import plain
+from ilqr_vae.report.table import show
+from ilqr_vae.terminal import console
+
+ADAPT_EXAMPLE = (
+    "Example: ilqr-vae experiment adapt configs/stevenson.toml \\\n"
+    "  --recording StevensonV2.mat --out adapt-stevenson"
+)
+DAYS_EXAMPLE = (
+    "Example: ilqr-vae experiment days mine.toml --recording mon.nwb --recording tue.nwb \\\n"
+    "  --out days"
+)
+
+_GRU_STEPS = 4
+"""Of the GRU for each of the model's, up to what it needs."""
+
+ConfigFile = Annotated[Path, typer.Argument(help="The training configuration (TOML).")]
+Out = Annotated[
+    Path, typer.Option(help="Folder for models, numbers and picture; models in it are used again.")
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, counted from the config's.")]
+Least = Annotated[
+    float, typer.Option(help="Seconds heard before the rows are fitted for the first time.")
+]
+Window = Annotated[float, typer.Option(help="Seconds fitted on at most, the latest ones.")]
+Trial = Annotated[float, typer.Option(help="Seconds of a candidate in the shadow.")]
+After = Annotated[
+    float, typer.Option(min=0, help="Seconds since the change from which R2 regained counts.")
+]
+
+
+def adapt_experiment(
+    config: ConfigFile,
+    recording: RecordingFile,
+    out: Out,
+    seeds: Seeds = 3,
+    span: Annotated[
+        str,
+        typer.Option(
+            help="What is streamed: validation, a part as long as the test part and before it, "
+            "nothing of which is trained on; or test, for the final run."
+        ),
+    ] = "validation",
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this change, beside nothing at all; repeat for several.", show_default="all"
+        ),
+    ] = None,
+    at: Annotated[
+        float, typer.Option(min=0, help="Seconds of that part that are streamed unchanged.")
+    ] = 0.0,
+    after: After = 90.0,
+    least: Least = Schedule.least,
+    window: Window = Schedule.window,
+    trial: Trial = Schedule.trial,
+    steps: Steps = None,
+    json_file: JsonFile = None,
+    threads: Threads = None,
+) -> None:
+    """Replace units of a recording, move gains and baselines, and compare decoders on the stream.
+
+    A third of the units is left out of training and takes the places of others. The model is left
+    as it is, adapted without labels, and adapted with labels; beside it are a Kalman filter, a GRU
+    without and with labels, and an alignment of factors.
+    """
+    if span not in ("validation", "test"):
+        raise ConfigError("--span", expected="validation or test", got=repr(span))
+    schedule = Schedule(least, window, trial).checked()
+    settings = _begin(config, out, json_file, steps, threads)
+    read = load_recording(recording, settings.data)
+    if span == "validation":
+        read = earlier_split(read, settings.data.split)
+    start, stop = settings.data.split.occupied("test", read)
+    first = start + round(at / read.bin_width)
+    if first + round(after / read.bin_width) >= stop:
+        raise ConfigError(
+            "--at, --after",
+            expected=f"less than the {(stop - start) * read.bin_width:g} s streamed together",
+            got=f"{at:g} and {after:g}",
+        )
+    units = prepare(read, settings.data, chunk=settings.training.chunk).recording
+    text = "Scored on the test part." if span == "test" else "Nothing here saw the test part."
+    results = _Results(settings, read, schedule, after, text, out / "adapt", json_file)
+    with Bar() as bar:
+        for each in _by_seed(settings, seeds):
+            seed = each.training.seed
+            trained, others = divided(units.unit_names, seed)
+            base = units.select_units(trained)
+            streams = turnover(base, units.select_units(others), (start, stop), first, seed)
+            streams = _chosen(streams, change)
+            artifact = _model(each, base, out, bar)
+            results.add(_compared(each, artifact, base, streams, schedule, after, bar))
+    results.show()
+
+
+def days_experiment(
+    config: ConfigFile,
+    recording: Annotated[
+        list[Path], typer.Option(help="Recordings, a day each, in order: two or more.")
+    ],
+    out: Out,
+    seeds: Seeds = 3,
+    minutes: Annotated[
+        float, typer.Option(min=1, help="Minutes of each later day that are streamed.")
+    ] = 10.0,
+    after: After = 90.0,
+    least: Least = Schedule.least,
+    window: Window = Schedule.window,
+    trial: Trial = Schedule.trial,
+    steps: Steps = None,
+    json_file: JsonFile = None,
+    threads: Threads = None,
+) -> None:
+    """Train on the first of several days and compare decoders on each later one.
+
+    Units are the same where their names are. Each later day begins with the first day's model.
+    """
+    if len(recording) < 2:
+        raise ConfigError("--recording", expected="two days or more", got=str(len(recording)))
+    names = [path.stem for path in recording]
+    if len(set(names)) < len(names):
+        raise RecordingError("--recording", expected="files of different names", got=str(names))
+    schedule = Schedule(least, window, trial).checked()
+    settings = _begin(config, out, json_file, steps, threads)
+    first, *later = (load_recording(path, settings.data) for path in recording)
+    base = prepare(first, settings.data, chunk=settings.training.chunk).recording
+    days = dict(zip(names[1:], map(_active(settings, base), later), strict=True))
+    whole, streams = days_after(base, days, settings.data.split, minutes)
+    text = f"Trained on {names[0]}."
+    results = _Results(settings, base, schedule, after, text, out / "days", json_file)
+    with Bar() as bar:
+        for each in _by_seed(settings, seeds):
+            artifact = _model(each, base, out, bar)
+            results.add(_compared(each, artifact, whole, streams, schedule, after, bar))
+    results.show()
+
+
+def _chosen(streams: list[Stream], names: list[str] | None) -> list[Stream]:
+    """The first, in which nothing changes, and those named. Raises ConfigError: a name unknown."""
+    known = [stream.name for stream in streams]
+    for name in names or ():
+        if name not in known:
+            raise ConfigError("--change", expected=f"one of {', '.join(known)}", got=repr(name))
+    return [s for s in streams if not names or s.name in (known[0], *names)]
+
+
+def _active(settings: TrainConfig, base: Recording) -> Any:
+    """Takes of a day the units that the model knows, or that fire often enough."""
+
+    def of(day: Recording) -> Recording:
+        rate = day.mean_counts(0, len(day)) / day.bin_width
+        least = max(settings.data.min_rate, 1e-9)
+        known = set(base.unit_names)
+        pairs = zip(day.unit_names, rate, strict=True)
+        return day.select_units(tuple(name for name, hz in pairs if name in known or hz >= least))
+
+    return of
+
+
+def _begin(
+    config: Path, out: Path, json_file: Path | None, steps: int | None, threads: int | None
+) -> TrainConfig:
+    check_writable(json_file, "--json")
+    check_folder(out, "--out")
+    settings = overridden(load_config(config), steps=steps)
+    use_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    return settings
+
+
+def _by_seed(settings: TrainConfig, seeds: int) -> list[TrainConfig]:
+    first = settings.training.seed
+    return [overridden(settings, seed=first + i) for i in range(seeds)]
+
+
+def _model(settings: TrainConfig, base: Recording, out: Path, bar: Progress) -> Artifact:
+    """Trained on these units and bins, or the one in the folder that was."""
+    said = [settings, base.sha256, base.unit_names, base.bounds, len(base), version("ilqr-vae")]
+    digest = hashlib.sha256(msgspec.json.encode(said)).hexdigest()[:12]
+    path = out / f"seed{settings.training.seed}-{digest}.safetensors"
+    if not path.exists():
+        train_on(settings, base, path, bar, resume=True)
+    return load_artifact(path)
+
+
+def _compared(
+    settings: TrainConfig,
+    artifact: Artifact,
+    base: Recording,
+    streams: list[Stream],
+    schedule: Schedule,
+    after: float,
+    bar: Progress,
+) -> dict[str, Any]:
+    """All streams of one seed."""
+    split, seed = settings.data.split, settings.training.seed
+    steps = _GRU_STEPS * settings.training.steps
+    fitted = Fitted.beside(artifact, base, split, steps=steps, seed=seed, progress=bar)
+    made: list[dict[str, Any]] = []
+    for stream in streams:
+        decodes, attempts = streamed(fitted, stream, schedule, seed, bar)
+        made.append(scored(stream, decodes, attempts, after))
+        bar.log(f"seed {seed}, {stream.name}: {len(attempts)} fits without labels")
+    return {"seed": seed, "model": artifact.manifest.model_id, "streams": made}
+
+
+class _Results:
+    """What was found so far, written after each seed."""
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        recording: Recording,
+        schedule: Schedule,
+        after: float,
+        scored_on: str,
+        to: Path,
+        json_file: Path | None,
+    ) -> None:
+        self._seeds: list[dict[str, Any]] = []
+        self._to, self._json = to, json_file
+        self.content: dict[str, Any] = {
+            "recording": recording.name,
+            "recording_sha256": recording.sha256,
+            "scored": scored_on,
+            "after": after,
+            "schedule": asdict(schedule),
+            "config": msgspec.to_builtins(settings),
+            "versions": {"ilqr_vae": version("ilqr-vae")},
+            "seeds": self._seeds,
+        }
+
+    def add(self, seed: dict[str, Any]) -> None:
+        """Take the next seed's."""
+        self._seeds.append(seed)
+        content = json.dumps(plain(self.content), indent=1) + "\n"
+        write_whole(self._to.with_suffix(".json"), content)
+        with replacing(self._to.with_suffix(".png")) as part:
+            picture(self.content).savefig(part, format="png", dpi=130)
+
+    def show(self) -> None:
+        """Print the tables, or the numbers as JSON."""
+        if self._json is not None:
+            write_whole(self._json, json.dumps(plain(self.content), indent=1) + "\n")
+        if self._json != STDOUT:
+            screen = console(soft_wrap=True)
+            for table in (scores_table(self.content), attempts_table(self.content)):
+                show(table, screen)

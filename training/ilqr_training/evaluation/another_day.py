@@ -1,0 +1,279 @@
+"""Decoders on a stream whose units changed: left as they are, adapted, or given labels.
+
+All decoders see the same stream. The model is adapted as `ilqr-vae follow` does it, and as if the
+stream began where it is changed: once ``least`` seconds were heard, the rows are fitted on the last
+``window`` seconds; what the guard does not refuse runs in the shadow for ``trial`` seconds, and
+serves from then on if it predicts these better than the model that serves. Decoders with labels are
+fitted on the same seconds and used at once: the model is their ceiling. So is the alignment of
+factors, which needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ilqr_training.adaptation.adapt import adapt
+from ilqr_training.adaptation.labels import adapt_with_labels
+from ilqr_training.adaptation.units import UnitVerdict
+from ilqr_training.evaluation.baselines import GRU, KALMAN, Baseline, fit_baselines
+from ilqr_training.evaluation.changed import Stream
+from ilqr_training.evaluation.gru import GRUConfig, GRUDecoder
+from ilqr_training.evaluation.stabiliser import NAME as ALIGNED
+from ilqr_training.evaluation.stabiliser import Stabiliser
+from ilqr_training.readout.causal import causal_pass
+from ilqr_vae.artifact import Artifact
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.progress import Progress
+from ilqr_vae.recordings import Recording, SplitSpec
+from ilqr_vae.scoring.metrics import r2
+
+Array = NDArray[np.float64]
+Decode = Callable[[int, int], Array]
+
+FROZEN, ADAPTED, LABELLED = "frozen", "adapted, no labels", "adapted, labels"
+GRU_FROZEN, GRU_LABELLED = f"{GRU}, frozen", f"{GRU}, labels"
+KALMAN_FROZEN = f"{KALMAN}, frozen"
+DECODERS = (FROZEN, ADAPTED, LABELLED, ALIGNED, GRU_FROZEN, GRU_LABELLED, KALMAN_FROZEN)
+_RUN_IN = 100
+_STEP_S, _WIDTH_S = 5.0, 30.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When decoders are fitted again, in seconds of stream.
+
+    Attributes:
+        least: heard before the first fit, and between a refused or dropped one and the next.
+        window: fitted on at most, the latest ones.
+        trial: in the shadow.
+        steps: gradient steps of the GRU on labels.
+    """
+
+    least: float = 30.0
+    window: float = 90.0
+    trial: float = 30.0
+    steps: int = 200
+
+    def checked(self) -> Schedule:
+        """Return itself. Raises ConfigError naming what is out of range."""
+        if not (0 < self.least <= self.window and self.trial > 0):
+            raise ConfigError(
+                "--least, --window, --trial",
+                expected="positive seconds, the window no shorter than the least",
+                got=f"{self.least:g}, {self.window:g} and {self.trial:g}",
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A fit without labels.
+
+    Attributes:
+        at: seconds since the change.
+        outcome: "refused", "dropped" or "swapped in".
+        why: of a refusal.
+        bits: predicted of a bin in the shadow, by what served and by the candidate.
+        units: by verdict.
+    """
+
+    at: float
+    outcome: str
+    why: str = ""
+    bits: tuple[float, float] | None = None
+    units: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted before anything changed, all on the same units and bins."""
+
+    artifact: Artifact
+    kalman: Baseline
+    gru: GRUDecoder
+    stabiliser: Stabiliser
+
+    @staticmethod
+    def beside(
+        artifact: Artifact,
+        recording: Recording,
+        split: SplitSpec,
+        *,
+        steps: int,
+        seed: int,
+        progress: Progress,
+    ) -> Fitted:
+        """A model and its baselines.
+
+        Args:
+            steps: gradient steps of the GRU at most.
+
+        Raises:
+            ShapeError: no kinematics, or a part without a bin to fit or choose on.
+        """
+        steps = min(steps, GRUConfig.steps)
+        size = GRUConfig(steps=steps, schedule=steps)
+        kalman = fit_baselines(recording, split, (KALMAN,), seed=seed, progress=progress)[KALMAN]
+        gru = GRUDecoder.fit(recording, split, seed=seed, grid=(size,), progress=progress)
+        return Fitted(artifact, kalman, gru, Stabiliser.fit(recording, split))
+
+
+def streamed(
+    fitted: Fitted, stream: Stream, schedule: Schedule, seed: int, progress: Progress
+) -> tuple[dict[str, Array], list[Attempt]]:
+    """Decodes (T, D) of the stream's bins by name, and what came of each fit without labels.
+
+    Of a stream to which nothing may be adapted there are no decodes.
+    """
+    adapted, attempts = _followed(fitted.artifact, stream, schedule, seed, progress)
+    if stream.wrong:
+        return {}, attempts
+    recording, (start, stop) = stream.recording, stream.bins
+    width = recording.bin_width
+    counts = recording.counts * recording.mask().astype(np.float64)
+    fits = [
+        ((max(stream.change, at - round(schedule.window / width)), at), at)
+        for at in range(
+            stream.change + round(schedule.least / width), stop, round(schedule.trial / width)
+        )
+    ]
+
+    def network(decoder: GRUDecoder) -> Decode:
+        return lambda a, b: decoder.decode(recording, counts, (a, b))
+
+    def factors(decoder: Stabiliser) -> Decode:
+        return lambda a, b: decoder.decode(recording, (a, b))
+
+    frozen = _decodes(fitted.artifact, recording)
+    labelled, gru = [(start, frozen)], [(start, network(fitted.gru))]
+    aligned = [(start, factors(fitted.stabiliser))]
+    for done, (bins, at) in enumerate(fits):
+        progress("fits with labels", done, len(fits), stream.name)
+        made = adapt_with_labels(fitted.artifact, stream.own, bins, seed=seed)
+        labelled.append((at, _decodes(made, stream.own)))
+        tuned = fitted.gru.trained_on(recording, bins, steps=schedule.steps, seed=seed)
+        gru.append((at, network(tuned)))
+        aligned.append((at, factors(fitted.stabiliser.aligned(recording, bins))))
+    progress("fits with labels", len(fits), len(fits))
+    missing = ~recording.mask()
+    return {
+        FROZEN: frozen(start, stop),
+        ADAPTED: _pieced(
+            [(at, _decodes(made, stream.own if at > start else recording)) for at, made in adapted],
+            stop,
+        ),
+        LABELLED: _pieced(labelled, stop),
+        ALIGNED: _pieced(aligned, stop),
+        GRU_FROZEN: gru[0][1](start, stop),
+        GRU_LABELLED: _pieced(gru, stop),
+        KALMAN_FROZEN: fitted.kalman.decode(stream.bins, counts=recording.counts, missing=missing),
+    }, attempts
+
+
+def _decodes(artifact: Artifact, recording: Recording) -> Decode:
+    """Of the model's units among the recording's."""
+    read = recording.select_units(artifact.manifest.unit_names)
+    return lambda a, b: (
+        causal_pass(artifact.estimator(), read, a, b, run_in=min(_RUN_IN, a)).kinematics
+    )
+
+
+def _pieced(decoders: Sequence[tuple[int, Decode]], stop: int) -> Array:
+    """What decoders answer one after the other, each from its bin on."""
+    ends = [at for at, _ in decoders[1:]] + [stop]
+    parts = [d(at, end) for (at, d), end in zip(decoders, ends, strict=True)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _followed(
+    artifact: Artifact, stream: Stream, schedule: Schedule, seed: int, progress: Progress
+) -> tuple[list[tuple[int, Artifact]], list[Attempt]]:
+    """The models that serve, each from its bin on, and the attempts."""
+    own, stop, width = stream.own, stream.bins[1], stream.own.bin_width
+    least, window, trial = (
+        round(s / width) for s in (schedule.least, schedule.window, schedule.trial)
+    )
+    serving, served, attempts = artifact, [(stream.bins[0], artifact)], list[Attempt]()
+    begin, at = stream.change, stream.change + least
+    while at + trial < stop:  # one that is tried to the end serves no bin
+        progress("fits without labels", at - stream.change, stop - stream.change, stream.name)
+        made = adapt(serving, own, (max(begin, at - window), at), seed=seed)
+        since = (at - stream.change) * width
+        units = {verdict.name.lower(): made.count(verdict) for verdict in UnitVerdict}
+        if made.refused:
+            attempts.append(Attempt(since, "refused", made.refused, units=units))
+            begin, at = at, at + least  # no second try on what has just failed
+            continue
+        end = at + trial
+        bits = made.bits
+        if made.artifact.manifest.unit_names == serving.manifest.unit_names:
+            bits = _bits(serving, own, (at, end)), _bits(made.artifact, own, (at, end))
+        better = bits[1] > max(bits[0], 0.0)
+        outcome = "swapped in" if better else "dropped"
+        attempts.append(Attempt(since, outcome, bits=bits, units=units))
+        if better:
+            serving = made.artifact
+            served.append((end, serving))
+        else:
+            begin = end
+        at = end if better else end + least
+    progress("fits without labels", stop - stream.change, stop - stream.change)
+    return served, attempts
+
+
+def _bits(artifact: Artifact, recording: Recording, bins: tuple[int, int]) -> float:
+    """Predicted of a bin's spikes beyond their mean rates."""
+    found = causal_pass(artifact.estimator(), recording, *bins, run_in=min(_RUN_IN, bins[0]))
+    return float(found.bits.mean())
+
+
+# ---- scores ------------------------------------------------------------------------------------
+
+
+def scored(
+    stream: Stream, decodes: dict[str, Array], attempts: list[Attempt], after: float
+) -> dict[str, Any]:
+    """R2 of each decoder: each minute since the change, from ``after`` seconds on, and over time.
+
+    Returns:
+        JSON-like; R2 over time is of ``_WIDTH_S`` seconds around each of ``times``.
+    """
+    recording, (start, stop) = stream.recording, stream.bins
+    assert recording.kinematics is not None
+    truth, kept, width = recording.kinematics, recording.scored, recording.bin_width
+
+    def of(decoded: Array, a: int, b: int) -> float:
+        rows = kept[a:b]
+        return r2(truth[a:b][rows], decoded[a - start : b - start][rows]) if rows.any() else np.nan
+
+    minute, half = round(60 / width), round(_WIDTH_S / 2 / width)
+    minutes = [(a, min(a + minute, stop)) for a in range(stream.change, stop, minute)]
+    minutes = [(a, b) for a, b in minutes if b - a >= minute / 3]
+    settled = min(stream.change + round(after / width), stop - 1)
+    middles = range(start + half, stop - half + 1, max(1, round(_STEP_S / width)))
+    return {
+        "change": stream.name,
+        "attempts": [asdict(attempt) for attempt in attempts],
+        "times": [(at - stream.change) * width for at in middles],
+        "decoders": {
+            name: {
+                "r2": of(decoded, stream.change, stop),
+                "minutes": [of(decoded, a, b) for a, b in minutes],
+                "settled": of(decoded, settled, stop),
+                "last_quarter": of(decoded, stop - (stop - start) // 4, stop),
+                "over_time": [of(decoded, at - half, at + half) for at in middles],
+            }
+            for name, decoded in decodes.items()
+        },
+    }
+
+
+def regained(found: float, frozen: float, unchanged: float) -> float:
+    """The share of the R2 lost that is regained; NaN where little or nothing was lost."""
+    lost = unchanged - frozen
+    return (found - frozen) / lost if lost > 0.02 else float("nan")

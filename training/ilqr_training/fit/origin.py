@@ -1,0 +1,106 @@
+"""Training that begins with a model of other units: ``train --from``.
+
+Dynamics, input prior and initial state are the model's and stay. The observation rows of units that
+it knows begin as they are, those of others with a fit to the behaviour (``adaptation.units``); all
+rows are then trained, and the readout is fitted as after any training.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import torch
+
+from ilqr_training.adaptation.carried import CarriedUnits, carried_model, carried_spec
+from ilqr_training.adaptation.units import refit
+from ilqr_training.config import ModelConfig, TrainConfig
+from ilqr_training.fit.crops import Prepared
+from ilqr_vae.artifact import Artifact, Manifest
+from ilqr_vae.errors import ConfigError
+from ilqr_vae.files import to_struct
+from ilqr_vae.model.generative import Model
+from ilqr_vae.model.likelihoods import Counts, Observed
+from ilqr_vae.progress import Progress
+
+STEPS = 150
+"""Gradient steps at most, unless a number is asked for."""
+_FIRST_FIT = 6000
+"""Bins, the last of the training part, of the first fit of rows."""
+
+
+def begun_from(config: TrainConfig, origin: Artifact, steps: int | None) -> TrainConfig:
+    """The configuration with the model's own ``[model]`` part, and fewer steps.
+
+    Raises:
+        ConfigError: several members are to be trained, or the model does not say how it was made.
+    """
+    if config.training.members > 1 or origin.others:
+        raise ConfigError(
+            "--from", expected="one model, and training.members = 1", got="an ensemble"
+        )
+    made = origin.manifest.config.get("model")
+    if made is None:
+        raise ConfigError("--from", expected="a model file that `train` wrote", got="another")
+    loop = config.training
+    number = min(loop.steps, STEPS) if steps is None else steps
+    loop = msgspec.structs.replace(
+        loop,
+        steps=number,
+        kl_warmup=min(loop.kl_warmup, number // 5),
+        validate_every=min(loop.validate_every, -(-number // 3)),
+    )
+    model = to_struct(made, ModelConfig, "--from: model")
+    return msgspec.structs.replace(config, model=model, training=loop)
+
+
+def first_model(origin: Artifact, data: Prepared, seed: int, progress: Progress) -> Model:
+    """The model that training begins with; only its observation rows are to be trained.
+
+    Raises:
+        ConfigError: other channels than the model's. RecordingError: bins of another width.
+    """
+    recording, manifest = data.recording, origin.manifest
+    recording.require_bin_width(manifest.bin_width)
+    if "kinematics" in origin.model.groups and recording.kinematic_names != (
+        names := manifest.kinematic_names
+    ):
+        raise ConfigError(
+            "--from",
+            expected=f"the model's channels {', '.join(names)}",
+            got=", ".join(recording.kinematic_names) or "none",
+        )
+    index = {name: i for i, name in enumerate(manifest.unit_names)}
+    units = CarriedUnits(np.array([index.get(name, -1) for name in recording.unit_names]))
+    model = carried_model(origin, units, recording.mean_counts(*data.train))
+    known = int(units.known.sum())
+    progress.log(f"{known} of {recording.n_units} units are the model's; its dynamics stay")
+    spikes, k = model.group("spikes"), data.standardised()
+    if isinstance(spikes, Counts) and k is not None and "kinematics" in model.groups:
+        part = slice(max(data.train[0], data.train[1] - _FIRST_FIT), data.train[1])
+        scored = torch.as_tensor(recording.scored[part].astype(np.float64)).unsqueeze(1)
+        values = torch.as_tensor(k[part])
+        rows = refit(
+            model,
+            units.known,
+            torch.as_tensor(recording.counts[part].astype(np.float64)),
+            torch.as_tensor(recording.mask()[part].astype(np.float64)),
+            origin.model.group("spikes").C.detach(),
+            behaviour=Observed(values, scored.expand_as(values)),
+            seed=seed,
+            progress=progress,
+        )
+        with torch.no_grad():
+            spikes.C.copy_(rows.w[:, :-1])
+            spikes.b.copy_(rows.w[:, -1])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("groups."))
+    return model
+
+
+def stamped(manifest: Manifest, origin: Artifact) -> Manifest:
+    """The manifest of what was trained, with where it came from."""
+    return msgspec.structs.replace(
+        manifest,
+        model=carried_spec(origin, len(manifest.unit_names)),
+        provenance=manifest.provenance | {"trained_from": origin.manifest.model_id},
+    )
