@@ -71,7 +71,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Refit:
     """A fit without labels.
 
     Attributes:
@@ -125,7 +125,7 @@ class Fitted:
 
 def streamed(
     fitted: Fitted, stream: Stream, schedule: Schedule, seed: int, progress: Progress
-) -> tuple[dict[str, Array], list[Attempt]]:
+) -> tuple[dict[str, Array], list[Refit]]:
     """Decodes (T, D) of the stream's bins by name, and what came of each fit without labels.
 
     Of a stream to which nothing may be adapted there are no decodes.
@@ -192,13 +192,13 @@ def _pieced(decoders: Sequence[tuple[int, Decode]], stop: int) -> Array:
 
 def _followed(
     artifact: Artifact, stream: Stream, schedule: Schedule, seed: int, progress: Progress
-) -> tuple[list[tuple[int, Artifact]], list[Attempt]]:
+) -> tuple[list[tuple[int, Artifact]], list[Refit]]:
     """The models that serve, each from its bin on, and the attempts."""
     own, stop, width = stream.own, stream.bins[1], stream.own.bin_width
     least, window, trial = (
         round(s / width) for s in (schedule.least, schedule.window, schedule.trial)
     )
-    serving, served, attempts = artifact, [(stream.bins[0], artifact)], list[Attempt]()
+    serving, served, attempts = artifact, [(stream.bins[0], artifact)], list[Refit]()
     begin, at = stream.change, stream.change + least
     while at + trial < stop:  # one that is tried to the end serves no bin
         progress("fits without labels", at - stream.change, stop - stream.change, stream.name)
@@ -206,7 +206,7 @@ def _followed(
         since = (at - stream.change) * width
         units = {verdict.name.lower(): made.count(verdict) for verdict in UnitVerdict}
         if made.refused:
-            attempts.append(Attempt(since, "refused", made.refused, units=units))
+            attempts.append(Refit(since, "refused", made.refused, units=units))
             begin, at = at, at + least  # no second try on what has just failed
             continue
         end = at + trial
@@ -215,7 +215,7 @@ def _followed(
             bits = _bits(serving, own, (at, end)), _bits(made.artifact, own, (at, end))
         better = bits[1] > max(bits[0], 0.0)
         outcome = "swapped in" if better else "dropped"
-        attempts.append(Attempt(since, outcome, bits=bits, units=units))
+        attempts.append(Refit(since, outcome, bits=bits, units=units))
         if better:
             serving = made.artifact
             served.append((end, serving))
@@ -236,7 +236,7 @@ def _bits(artifact: Artifact, recording: Recording, bins: tuple[int, int]) -> fl
 
 
 def scored(
-    stream: Stream, decodes: dict[str, Array], attempts: list[Attempt], after: float
+    stream: Stream, decodes: dict[str, Array], attempts: list[Refit], after: float
 ) -> dict[str, Any]:
     """R2 of each decoder: each minute since the change, from ``after`` seconds on, and over time.
 
