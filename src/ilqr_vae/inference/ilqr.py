@@ -85,7 +85,7 @@ def where_solved(exact: LQRSolution, plain: LQRSolution) -> LQRSolution:
 def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
     """One iteration, in torch. Problems that have stopped are returned as they were."""
     model, w = problem.model, problem.w
-    running = state.status == Status.RUNNING
+    running = state.status == int(Status.RUNNING)
     on_gpu = problem.on_gpu()
     about = (problem.observed, problem.initial)
     if on_gpu is None:
@@ -207,12 +207,12 @@ def solve_reference(
     state = init(problem, z0, u)
     state, info = step(problem, state, config)
     for _ in range(1, config.iterations):
-        running = state.status == Status.RUNNING
+        running = state.status == int(Status.RUNNING)
         if stopped is not None:
             status = state.status.cpu().numpy().copy()
             ended = stopped(status)
             state = replace(state, status=torch.from_numpy(status).to(state.status.device))
-            running = state.status == Status.RUNNING
+            running = state.status == int(Status.RUNNING)
             if ended:
                 break
         if not sync_free and not bool(running.any()):
@@ -220,7 +220,7 @@ def solve_reference(
         state, later = step(problem, state, config)
         all_run = not sync_free and bool(running.all())
         info = later if all_run else _latest(running, later, info)
-    running = state.status == Status.RUNNING
+    running = state.status == int(Status.RUNNING)
     limit = torch.where(running, int(Status.ITERATION_LIMIT), state.status)
     return replace(state, status=limit), info
 

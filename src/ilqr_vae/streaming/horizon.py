@@ -287,7 +287,7 @@ class MovingHorizon:
             problem, s.z[:, 0], s.u, self._solver, stop, sync_free=sync_free
         )
         # a solve that broke down keeps the prediction rather than spreading what is not finite
-        broken = (solved.status == ilqr.Status.NOT_FINITE).view(-1, 1, 1)
+        broken = (solved.status == int(ilqr.Status.NOT_FINITE)).view(-1, 1, 1)
         z, u = torch.where(broken, s.z, solved.z), torch.where(broken, s.u, solved.u)
         quadratic, lqr = info.problem, info.lqr
         if type(self.model.prior) is not GaussianPrior:
