@@ -223,6 +223,25 @@ def test_a_batch_is_its_problems_one_by_one(backend: str) -> None:
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 2), (8, 9), (20, 5), (23, 8)])
+def test_a_problem_in_a_lane_has_the_bits_that_it_has_alone(
+    n: int, m: int, dtype: torch.dtype
+) -> None:
+    problem = make(batch=35, steps=6, n=n, m=m, offsets=False, cross=False, dtype=dtype)
+    problem.R[9, 2, 0, 0], problem.A[20, 1, 0, 0] = -1e4, float("nan")
+    damping = torch.linspace(0.0, 0.5, 35, dtype=dtype)
+    found = solve_lqr(problem, free_initial=True, regularisation=damping, backend="cpu")
+    assert (~found.ok).nonzero()[:, 0].tolist() == [9, 20]
+    for b in range(35):
+        one = slice(b, b + 1)
+        alone = solve_lqr(
+            pick(problem, one), free_initial=True, regularisation=damping[one], backend="cpu"
+        )
+        for name, value in numbers(alone).items():
+            assert torch.equal(numbers(found)[name][one], value), (b, name)
+
+
 def test_an_empty_batch_is_no_special_case() -> None:
     for backend in BACKENDS:
         found = solve_lqr(pick(make(), slice(0, 0)), free_initial=True, backend=backend)

@@ -81,8 +81,12 @@ def prepared(
     work, need = steps * n * (n + m) ** 2, lqr.scratch_size(n, m)
     tensor = torch.from_numpy
 
+    group = lqr.group(n, dtype.itemsize)
+
     def solve() -> None:
-        threads.share_out(lqr.solve, batch, work, arguments, dtype=dtype, scratch_size=need)
+        threads.share_out(
+            lqr.solve, batch, work, arguments, dtype=dtype, scratch_size=need, group=group
+        )
 
     return solve, LQRSolution(
         dz=tensor(dz),

@@ -6,8 +6,10 @@ small matrix [Quu | I], which gives L = U^{-T} with Quu = U'U, and products with
     V = Q + A' V A - W' W,    K = -L' W,    Quu^{-1} = L' L.
 
 Of symmetric ones half is computed. Scratch matrices are padded with zeros to whole tiles (see
-`algebra.py`). Letters and signs are those of `types.py`. Only numba code lives here: it must not be
-wrapped by a type-checking import hook.
+`algebra.py`). Letters and signs are those of `ilqr_vae.lqr.problem`. Of a batch of small problems
+the recursion is done for several at once (see `lanes.py`), with the same bits.
+
+Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
 
 # numba infers the types of what it compiles.
@@ -15,6 +17,7 @@ wrapped by a type-checking import hook.
 
 from __future__ import annotations
 
+from ilqr_vae.kernels.cpu import lanes
 from ilqr_vae.kernels.cpu.algebra import (
     COLUMNS,
     add_product,
@@ -38,12 +41,22 @@ from ilqr_vae.kernels.cpu.algebra import (
     subtract_square,
 )
 
+#: Latents up to which a batch is solved a problem a lane: beyond, a group's matrices leave the
+#: nearest cache, and one problem's fill vectors well enough.
+LANES_UP_TO = 24
+
+
+def group(n, itemsize):
+    """How many problems with ``n`` latents are solved at once, in numbers of ``itemsize`` bytes."""
+    return lanes.VECTOR_BYTES // itemsize if n <= LANES_UP_TO else 1
+
 
 def scratch_size(n, m):
     """Numbers of scratch that one problem's solution or covariance needs."""
     wide, narrow = n + COLUMNS, m + COLUMNS
     both = n + m + 2 * COLUMNS
-    return 6 * both * both + 4 * wide * wide + 4 * narrow * both
+    one = 6 * both * both + 4 * wide * wide + 4 * narrow * both
+    return max(one, lanes.scratch_size(n, m) if n <= LANES_UP_TO else 0)
 
 
 @part
@@ -224,15 +237,27 @@ def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, scratch)
     A, B, Q, q, R, r, c, S = problem
     K, k, Quu_inv = law
     V, v = cost
-    dz, du, costate, model = step
     one, cross = (b if has_c else 0), (b if has_S else 0)
     problem_b = (A[b], B[b], Q[b], q[b], R[b], r[b], c[one], S[cross])
-    law_b = (K[b], k[b], Quu_inv[b])
-    cost_b = (V[b], v[b])
+    law_b, cost_b = (K[b], k[b], Quu_inv[b]), (V[b], v[b])
+    good = _backward(problem_b, has_c, has_S, damping[b], law_b, cost_b, scratch)
+    return finish_one(b, good, problem, has_c, damping, free, law, cost, step, scratch)
+
+
+@inner
+def finish_one(b, good, problem, has_c, damping, free, law, cost, step, scratch):
+    """The rest of a solution whose backward recursion is done, ``good`` or not."""
+    never_inline()
+    A, B, Q, q, R, r, c, S = problem
+    K, k, Quu_inv = law
+    V, v = cost
+    dz, du, costate, model = step
+    one = b if has_c else 0
+    problem_b = (A[b], B[b], Q[b], q[b], R[b], r[b], c[one], S[0])
+    law_b, cost_b = (K[b], k[b], Quu_inv[b]), (V[b], v[b])
     step_b = (dz[b], du[b], costate[b], model[b])
     for i in range(dz.shape[2]):
         dz[b, 0, i] = 0.0
-    good = _backward(problem_b, has_c, has_S, damping[b], law_b, cost_b, scratch)
     if good and free:
         good = _initial(V[b, 0], v[b, 0], damping[b], dz[b, 0], scratch)
     if good:
@@ -257,7 +282,7 @@ def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, ok
 
     Args:
         first, last: a range of the batch.
-        problem: (A, B, Q, q, R, r, c, S), C-contiguous, with the shapes of `types.py`.
+        problem: (A, B, Q, q, R, r, c, S), C-contiguous, with the shapes of `ilqr_vae.lqr.problem`.
         has_c, has_S: whether c and S are there; else they are (1, 0, 0) and (1, 0, 0, 0).
         damping: (B,).
         free: whether dz_0 is optimised.
@@ -267,8 +292,20 @@ def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, ok
         ok: (B,) bool, written. What is written for a problem that is not ok is zeros.
         scratch: flat, ``scratch_size(n, m)`` numbers.
     """
-    for b in range(first, last):
+    n, width = problem[0].shape[2], lanes.lanes_of(scratch)
+    b = first
+    if not (has_c or has_S) and n <= LANES_UP_TO:
+        while last - b >= width:
+            good = lanes.backward(b, problem, damping, law, cost, scratch)
+            for lane in range(width):
+                ok[b] = finish_one(
+                    b, (good >> lane) & 1 == 1, problem, has_c, damping, free, law, cost, step,
+                    scratch,
+                )  # fmt: skip
+                b += 1
+    while b < last:
         ok[b] = solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, scratch)
+        b += 1
 
 
 @inner

@@ -110,6 +110,7 @@ def share_out(
     *,
     dtype: DTypeLike,
     scratch_size: int,
+    group: int = 1,
 ) -> None:
     """Run ``kernel(first, last, *arguments, scratch)`` over a batch.
 
@@ -117,14 +118,16 @@ def share_out(
         batch, work: see ``worth``.
         arguments: the kernel's, between the range and the scratch buffer.
         dtype, scratch_size: of the buffer each thread brings.
+        group: how many problems the kernel does best together.
     """
     threads = worth(batch, work)
     if threads <= 1:
         kernel(0, batch, *arguments, scratch(dtype, scratch_size))
         return
     # small runs, taken when free: problems differ in how long they take
-    runs = min(batch, 4 * threads)
-    edges = [batch * run // runs for run in range(runs + 1)]
+    groups = -(-batch // group)
+    runs = min(groups, 4 * threads)
+    edges = [min(batch, groups * run // runs * group) for run in range(runs + 1)]
     queue = iter(itertools.pairwise(edges))
 
     def work_through() -> None:

@@ -191,7 +191,7 @@ def make_add(width: int) -> Any:
     return intrinsic(add)
 
 
-def _transpose(e: Emit, rows: list[Any]) -> list[Any]:
+def transposed(e: Emit, rows: list[Any]) -> list[Any]:
     """A square of vectors, transposed."""
     size = e.lanes
     half = 1
@@ -250,17 +250,17 @@ def make_mirror(size: int, *, diagonal: bool) -> Any:
             here, added = rows(4, q_upper, ldq), rows(8, p0, ldp)
             if diagonal:
                 both = [builder.fadd(a, b) for a, b in zip(here, added, strict=True)]
-                turned = _transpose(e, both)
+                turned = transposed(e, both)
                 pairs = zip(both, turned, strict=True)
                 write([builder.fmul(half, builder.fadd(a, b)) for a, b in pairs], upper)
                 return e.done()
-            turned = _transpose(e, rows(4, q_lower, ldq))
+            turned = transposed(e, rows(4, q_lower, ldq))
             total = [
                 e.fma(half, builder.fadd(a, b), c)
                 for a, b, c in zip(here, turned, added, strict=True)
             ]
             write(total, upper)
-            write(_transpose(e, total), lower)
+            write(transposed(e, total), lower)
             return e.done()
 
         return signature, codegen
@@ -291,7 +291,7 @@ def make_dots(width: int, rows: int) -> Any:
                     value = e.load(e.ahead(row, j))
                     builder.store(e.fma(value, factor, builder.load(total)), total)
             totals = [builder.load(total) for total in sums]
-            turned = _transpose(e, totals + [e.zero] * (width - rows))
+            turned = transposed(e, totals + [e.zero] * (width - rows))
             while len(turned) > 1:
                 pairs = zip(turned[::2], turned[1::2], strict=True)
                 turned = [builder.fadd(a, b) for a, b in pairs]
