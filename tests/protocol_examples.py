@@ -55,6 +55,7 @@ UPSTREAM: list[m.Message] = [
         begin=False,
         origin_ns=7_000_000,
         abstain=0.8,
+        lag=2,
     ),
     m.Bin(session="rat-7", index=0, source_ns=12, counts=_COUNTS),
     m.Bin(
@@ -174,6 +175,7 @@ PUBLISHED: list[m.Message] = [
         mask=m.pack(np.array([1, 0, 1]), "u1"),
         inputs=_TWO,
         input_delay=5,
+        members=m.pack(np.array([[0.5, -1.0], [2.0, 0.25]]), "<f8"),
     ),
     m.Notice(session="rat-7", epoch=1, what="opened"),
     m.Result(

@@ -73,6 +73,7 @@ def make_model(
     kinematic_unit: str = "m/s",
     members: int = 1,
     classes: tuple[str, ...] = (),
+    later: int = 0,
 ) -> Path:
     """A tiny model file that was never trained but answers: 4 latents."""
     shapes = ModelSpec(
@@ -81,6 +82,7 @@ def make_model(
         inputs=2,
         groups={"spikes": GroupSpec(family="poisson", channels=n_units)},
     )
+    shape = ReadoutShape(lags=later, later=later)
     made: list[tuple[Model, KinematicReadout | None]] = []
     for member in range(members):
         with torch.random.fork_rng():
@@ -88,8 +90,11 @@ def make_model(
             model = build(shapes)
             readout = None
             if kinematics:
-                readout = KinematicReadout(4, 2)
-                readout.W = torch.randn(2, 4, dtype=torch.float64) * 0.1
+                readout = KinematicReadout(4, 2, shape, units=n_units)
+                readout.W = torch.randn(2, 4 * (later + 1), dtype=torch.float64) * 0.1
+                if later:
+                    readout.later_maps.normal_()
+                    readout.later_scales.uniform_(0.5, 0.9)
         made.append((model, readout))
     manifest = Manifest(
         bin_width=bin_width,
@@ -99,12 +104,12 @@ def make_model(
         data=msgspec.structs.replace(spec(kinematics=kinematics), bin_width=bin_width),
         horizon=HorizonConfig(horizon=horizon, iterations=2),
         model=shapes,
-        readout=ReadoutShape() if kinematics else None,
+        readout=shape if kinematics else None,
         classes=classes or msgspec.UNSET,
     )
     discrete = None
     if classes:
-        W = np.random.default_rng(seed).normal(size=(len(classes), 4)) * 3
+        W = np.random.default_rng(seed).normal(size=(len(classes), 4 * (later + 1))) * 3
         discrete = ClassReadout(torch.as_tensor(W), torch.zeros(len(classes)).double())
     rate = torch.ones(n_units, dtype=torch.float64)
     others = [Artifact(manifest, *one, rate) for one in made[1:]]

@@ -11,14 +11,8 @@ import pytest
 import torch
 
 from ilqr_training.evaluation.baselines import KALMAN, fit_baselines
-from ilqr_training.evaluation.stress import (
-    CLEAN,
-    Stress,
-    StressPlan,
-    StressRow,
-    silent_units,
-    under_stress,
-)
+from ilqr_training.evaluation.stress import CLEAN, silent_units, under_stress
+from ilqr_training.evaluation.stress_scores import Stress, StressPlan, StressRow
 from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.cli import main
@@ -93,6 +87,13 @@ def test_everyone_under_stress(model: Path, recording: Path) -> None:
     total = ((truth - truth.mean(0)) ** 2).sum(0)
     (ours,) = found.of(announced, OURS)
     assert ours.r2[0] == pytest.approx(float((1 - error / total).mean()))
+    covered = {i.condition: i for i in found.intervals}
+    assert list(covered) == list(conditions)
+    std = causal_pass(artifact.estimator(), unseen, *BINS, run_in=run_in).kinematics_std
+    inside = np.abs(alone - truth) <= 1.6448536 * std
+    one_draw = under_stress(artifact.estimator(), read, BINS, (), replace(plan, draws=1, lost=()))
+    assert one_draw.intervals[-1].coverage == pytest.approx(float(inside.mean()))
+    assert len(covered[lost].by_decoded_speed.coverage) == len(covered[lost].by_speed.ratio) == 4
     # a draw stands on its own
     second = under_stress(artifact.estimator(), read, BINS, (), replace(plan, draws=1, seed=2))
     assert second.of(silent, OURS)[0].r2[0] == found.of(silent, OURS)[0].r2[1]
@@ -165,13 +166,21 @@ def test_the_command_shows_and_writes_it(
     assert written["stress"]["seed"] == 7
     assert {r["condition"] for r in rows} > {"50 % of units silent, announced", "40 % of bins lost"}
     assert {r["decoder"] for r in rows} == {OURS, WIENER, KALMAN}
+    assert written["stress"]["intervals"][0]["coverage_90"] == pytest.approx(
+        written["scores"][OURS]["coverage_90"]
+    )
     clean = {r["decoder"]: r["r2"] for r in rows if r["condition"] == CLEAN}
     for name, r2 in clean.items():
         assert r2 == pytest.approx(written["scores"][name]["r2"], abs=1e-9)
     assert len(written["coverage_90_by_speed"]["coverage"]) == 4
     shown = capsys.readouterr().out
     html = page.read_text()
-    for words in ("50 % of units silent, unannounced", "last value", "our loss of its"):
+    for words in (
+        "50 % of units silent, unannounced",
+        "last value",
+        "our loss of its",
+        "by decoded speed",
+    ):
         assert words in shown
         assert words in html
     assert "by quarter of speed" in shown

@@ -191,6 +191,12 @@ def replay(
             "--watch-units", help="Mask units that are dead, saturated or drifting, and say which."
         ),
     ] = False,
+    lag: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Have each bin decoded once more after so many later ones, and score both."
+        ),
+    ] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here; - is standard output.")
     ] = None,
@@ -258,6 +264,7 @@ def replay(
                 clock=service.clock(),
                 device=described.device,
                 command=shlex.join(["ilqr-vae", "replay", *sys.argv[2:]]),
+                lag=lag,
             )
             played_part = read.slice(first, stop)
             steering = Steering(
@@ -294,6 +301,7 @@ def replay(
                     deadline=run.deadline,
                     anytime=anytime,
                     watch_units=watch_units,
+                    lag=lag,
                     patience=timeout,
                     hear_details=True,
                     hear_events=True,

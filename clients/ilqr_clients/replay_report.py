@@ -17,7 +17,7 @@ from ilqr_vae.protocol.clock import ClockOffset, ClockTrack
 from ilqr_vae.recordings import Recording
 from ilqr_vae.report import ReportData, distribution
 from ilqr_vae.scoring.classes import ClassScores, score_classes
-from ilqr_vae.scoring.score import OURS, WIENER, Scores, score_decodes
+from ilqr_vae.scoring.score import OURS, WIENER, Scores, later_name, score_decodes
 
 MISSES = ("degraded", "late")
 _SHOWN = 12
@@ -35,6 +35,7 @@ class Replay:
         others: (stop - first, D) decodes of rivals of the same bins, by name.
         changes: that were made while it ran, as JSON; see ``ilqr_vae.simulated.disturbance``.
         clock: the service's clock before the first bin.
+        lag: bins after which each was answered once more; 0 for not at all.
     """
 
     part: Part
@@ -49,6 +50,7 @@ class Replay:
     command: str
     others: dict[str, NDArray[np.float64]] = field(default_factory=dict[str, Any])
     changes: tuple[dict[str, Any], ...] = ()
+    lag: int = 0
 
     @property
     def recording(self) -> Recording:
@@ -79,6 +81,7 @@ def _scores(run: Replay, log: StreamLog) -> Scores | None:
     answered = np.isfinite(log.kinematics[run.rows]).all(axis=1)
     if not (answered & recording.scored[run.start : run.stop]).any():
         return None
+    later = _later(run, log)
     return score_decodes(
         recording,
         run.part.split,
@@ -87,8 +90,21 @@ def _scores(run: Replay, log: StreamLog) -> Scores | None:
         std=log.kinematics_std[run.rows],
         seen=~run.dropped[run.rows],
         fit_on=run.part.learnt_from,
-        others={name: values[run.rows] for name, values in run.others.items()},
+        others={name: values[run.rows] for name, (values, _) in later.items()}
+        | {name: values[run.rows] for name, values in run.others.items()},
+        others_std={name: std[run.rows] for name, (_, std) in later.items()},
     )
+
+
+def _later(run: Replay, log: StreamLog) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Decodes and deviations of the newest answers, by name, where bins were answered again after
+    later ones."""
+    if not run.lag:
+        return {}
+    decoded, std = log.kinematics.copy(), log.kinematics_std.copy()
+    for index, answer in log.revised.items():
+        decoded[index], std[index] = answer.kinematics, answer.kinematics_std
+    return {later_name(run.lag): (decoded, std)}
 
 
 def _notes(run: Replay, log: StreamLog, scores: Scores | None) -> tuple[str, ...]:

@@ -180,6 +180,7 @@ class ServiceClient(Closing):
         clocked: bool = False,
         grace: float = 0.0,
         watch_units: bool = False,
+        lag: int = 0,
         resume: bool = False,
         answered: int = -1,
         model: str = "",
@@ -202,6 +203,8 @@ class ServiceClient(Closing):
             clocked: answer bins that do not come in time as missing, at once.
             grace: seconds to wait for a bin after its time; 0 is half a bin width.
             watch_units: mask units that are dead, saturated or drifting.
+            lag: have each bin answered once more, with a higher revision, after this many later
+                bins, which it is then decoded from as well; the model says how many it can be.
             resume: go on with the open session of that name where it stands
                 (``Session.opened.next_index``), else begin it.
             answered: newest index whose answer the caller has; later ones that the service still
@@ -236,6 +239,7 @@ class ServiceClient(Closing):
             clocked=bool(clocked),
             grace_ns=round(float(grace) * 1e9),
             watch_units=bool(watch_units),
+            lag=whole("lag", lag),
             resume=bool(resume),
             answered=answered,
             model=model,

@@ -56,6 +56,7 @@ class EngineInfo:
         iterations: iLQR iterations per bin.
         class_names: C; none for a model without classes.
         bits_per_spike: on data that it was not fitted on; NaN where that is not known.
+        lags: bins after which it can answer a bin once more, at most.
     """
 
     model: str
@@ -68,6 +69,7 @@ class EngineInfo:
     iterations: int
     class_names: tuple[str, ...] = ()
     bits_per_spike: float = math.nan
+    lags: int = 0
 
 
 class _Queued(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -82,6 +84,7 @@ class _Queued(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         model: id of the model that the run is on; "" is the only one.
         slot: that the session is of.
         watch: mask units that misbehave.
+        lag: answer each bin once more after so many others; 0 is not.
     """
 
     run: int
@@ -92,6 +95,7 @@ class _Queued(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     model: str = ""
     slot: str = ""
     watch: bool = False
+    lag: int = 0
 
 
 class _Bin(_Queued, frozen=True, kw_only=True, gc=False):
@@ -169,6 +173,7 @@ class EngineAnswer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
         inputs: (m,), of the dynamics, ``input_delay`` bins before this one; None where nothing was
             solved or its window does not reach so far back.
         used: bool (N,), the units that were used; None means all.
+        members: (K, n), the latents of an ensemble's members; None for one model.
     """
 
     work: Solve | Insert
@@ -184,6 +189,7 @@ class EngineAnswer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
     inputs: Vector | None = None
     input_delay: int = 0
     used: NDArray[np.bool_] | None = None
+    members: Vector | None = None
 
 
 def status_of(answer: EngineAnswer, published_ns: int) -> Status:

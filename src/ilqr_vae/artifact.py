@@ -40,7 +40,7 @@ from ilqr_vae.streaming.ensemble import EnsembleHorizon, Horizon
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
 SINGLE_SCHEMA, SCALED_SCHEMA, SCHEMA = 3, 4, 5
-"""Written: 5 for a file with classes, else 4 for one with members or scaled intervals, else 3."""
+"""Written: 5 with classes or decodes that wait, else 4 with members or scaled intervals, else 3."""
 KEY = "ilqr_vae"
 MANIFEST_SHA256 = "ilqr_vae.sha256"
 
@@ -232,10 +232,11 @@ def save_artifact(
     """
     made = Artifact(manifest, model, readout, mean_rate, seen, intervals, tuple(others), classes)
     tensors = _tensors(made)
+    later = any(m.readout is not None and m.readout.shape.later for m in made.members)
     schema = SCALED_SCHEMA if others or intervals is not None else SINGLE_SCHEMA
     manifest = msgspec.structs.replace(
         manifest,
-        schema=schema if classes is None else SCHEMA,
+        schema=SCHEMA if later or classes is not None else schema,
         sha256=_digest(tensors),
         members=tuple(MemberSpec(readout=m.manifest.readout) for m in others) or msgspec.UNSET,
     )

@@ -119,6 +119,7 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             the recurrent layer's inputs and units as well.
         recurrent: units of a layer that may run over the last ``lags`` bins' counts; zero for none.
         recurrent_steps: gradient steps of its training at most.
+        later: bins after which it may decode a bin once more, as far as ``lags``; zero for none.
         lost: shares of the bins that are left out in further passes over the training part, from
             which all but the penalties and shares are learnt as well.
         alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
@@ -134,6 +135,7 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     dropout: ShareBelowOne = 0.4
     recurrent: NonNegativeInt = 128
     recurrent_steps: PositiveInt = 1500
+    later: Annotated[NonNegativeInt, unit("bins")] = 3
     lost: tuple[OpenShare, ...] = (0.2, 0.3)
     alphas: Annotated[tuple[PositiveFloat, ...], msgspec.Meta(min_length=1)] = (
         1e-1,
@@ -148,8 +150,12 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     def within(self, horizon: int) -> ReadoutConfig:
         """With no more lags and residuals than the horizon holds."""
+        lags = min(self.lags, horizon)
         return msgspec.structs.replace(
-            self, lags=min(self.lags, horizon), residuals=min(self.residuals, horizon)
+            self,
+            lags=lags,
+            residuals=min(self.residuals, horizon),
+            later=min(self.later, lags),
         )
 
     @property

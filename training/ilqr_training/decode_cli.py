@@ -11,7 +11,7 @@ import typer
 
 from ilqr_training.config import load_config, overridden
 from ilqr_training.evaluation.comparison import ComparisonPlan, compare
-from ilqr_training.evaluation.stress import StressPlan
+from ilqr_training.evaluation.stress_scores import StressPlan
 from ilqr_training.evaluation.tables import rows_of, stress_rows, tables
 from ilqr_training.options import (
     Draws,

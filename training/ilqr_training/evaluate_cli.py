@@ -13,19 +13,20 @@ from numpy.typing import NDArray
 from ilqr_training.evaluation.baselines import GRU, Baseline, fit_baselines, names_of
 from ilqr_training.evaluation.cosmoothing import cosmooth, held_out_units
 from ilqr_training.evaluation.report import EvaluationReport, show
-from ilqr_training.evaluation.stress import StressPlan, under_stress
+from ilqr_training.evaluation.stress import under_stress
+from ilqr_training.evaluation.stress_scores import StressPlan
 from ilqr_training.fit.curves import learning_curves
 from ilqr_training.options import Draws, JsonFile, Lost, RecordingFile, Silent, use_threads
-from ilqr_training.readout.causal import causal_pass
+from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.files import STDOUT
 from ilqr_vae.progress import Bar
-from ilqr_vae.recordings import load_matching
+from ilqr_vae.recordings import Recording, load_matching
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
 from ilqr_vae.report import Outputs, Table
 from ilqr_vae.report.table import number
-from ilqr_vae.scoring.score import OURS, WIENER, score_decodes
+from ilqr_vae.scoring.score import OURS, WIENER, later_name, score_decodes
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,6 +45,17 @@ def decodes_of(
         held = baselines[GRU].decode(bins, missing=missing, filling="last value")
         decodes[f"{GRU}, last value held"] = held
     return decodes
+
+
+def _later(
+    result: Causal, read: Recording, bins: tuple[int, int]
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Decodes and deviations of bins that waited for later ones, by name."""
+    if result.scales is None:
+        return {}
+    inside = (read.breaks > bins[0]) & (read.breaks < bins[1])
+    breaks = read.breaks[inside] - bins[0]
+    return {later_name(k): result.later(k, breaks) for k in range(1, len(result.scales) + 1)}
 
 
 def _costs(fitted: dict[str, Baseline], artifact: Artifact, answer: float) -> Table:
@@ -88,6 +100,9 @@ def evaluate(
     ] = False,
     gru: Annotated[
         bool, typer.Option(help="Include the networks, which take nearly all of that time.")
+    ] = True,
+    transformer: Annotated[
+        bool, typer.Option(help="Include the transformer, which takes about half of the rest.")
     ] = True,
     stress: Annotated[
         bool,
@@ -140,8 +155,10 @@ def evaluate(
         seconds = time.monotonic() - began
         fitted: dict[str, Baseline] = {}
         if decodes and (rivals or stress):
-            fitted = fit_baselines(read, split, names_of(gru, others=rivals), progress=bar)
+            names = names_of(gru, others=rivals, transformer=transformer)
+            fitted = fit_baselines(read, split, names, progress=bar)
         if decodes:
+            later = _later(result, read, bins)
             scores = score_decodes(
                 read,
                 split,
@@ -149,12 +166,14 @@ def evaluate(
                 decoded=result.kinematics,
                 std=result.kinematics_std,
                 seen=~drops[start:stop],
-                others=decodes_of(fitted, bins, drops),
+                others={name: decoded for name, (decoded, _) in later.items()}
+                | decodes_of(fitted, bins, drops),
+                others_std={name: std for name, (_, std) in later.items()},
             )
         if rivals and fitted:
             tables.append(_costs(fitted, artifact, seconds / (stop - first)))
         if stress:
-            clean = None if drops.any() else result.kinematics
+            clean = None if drops.any() else result
             under = under_stress(
                 artifact.estimator(),
                 read,
@@ -164,7 +183,7 @@ def evaluate(
                 clean=clean,
                 progress=bar,
             )
-            tables.append(under.table())
+            tables += [under.table(), under.intervals_table()]
             more["stress"] = under.to_json()
         if out is not None:
             smoothed = cosmooth(artifact, read, split, bins, *out, progress=bar)

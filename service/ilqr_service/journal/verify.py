@@ -262,7 +262,8 @@ class Verifier:
             if work is None or not run.known:
                 continue
             # as the clock had it then
-            budget = budget_of(expected[0]) if s == serial and expected else 0
+            own = [result for result in expected if s == serial and result.index == work.index]
+            budget = budget_of(own[0]) if own else 0
             if isinstance(work, Solve):
                 work = replace(work, anytime=False, budget=budget)
             answers = engines.solve([work])

@@ -47,6 +47,9 @@ def check_open(message: messages.Open, model_info: EngineInfo) -> None:
     if message.abstain and not model_info.class_names:
         expected = "0: the model has no classes"
         raise ProtocolError("abstain", expected=expected, got=f"{message.abstain:g}")
+    if not 0 <= message.lag <= model_info.lags:
+        expected = f"0 to {model_info.lags}, the longest lag of the model"
+        raise ProtocolError("lag", expected=expected, got=str(message.lag))
     names = model_info.unit_names
     if len(message.units) != len(names):
         raise ProtocolError(

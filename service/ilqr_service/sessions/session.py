@@ -169,6 +169,8 @@ class ServedSession:
 
     def __post_init__(self) -> None:
         width = self.model_info.bin_width_ns
+        if self.request.lag:  # twice as many answers
+            self.recent = deque(maxlen=2 * RECENT)
         self.token = self.request.token
         self.arrivals = Arrivals(width)
         grace_ns = self.request.grace_ns or width // 2
@@ -281,6 +283,7 @@ class ServedSession:
             "model": self.model_info.model,
             "slot": self.slot,
             "watch": self.request.watch_units,
+            "lag": self.request.lag,
         }
 
     def closed(self, reason: str) -> messages.Closed:
@@ -328,6 +331,7 @@ class ServedSession:
             mask=None if used is None or work.missing else messages.pack(used, "u1"),
             inputs=None if inputs is None else _packed(inputs),
             input_delay=answer.input_delay,
+            members=None if answer.members is None else _packed(answer.members),
         )
 
     def publish(self, answer: EngineAnswer, published_ns: int, effects: Effects) -> None:
@@ -348,7 +352,8 @@ class ServedSession:
             self.solves.add(answer.solve_end_ns - answer.solve_start_ns)
             self._calm(answer, published_ns)
             effects.events[f"status:{status}"] += 1
-        if math.isfinite(answer.bits) and (work.serial == answer.serial or not answer.revised):
+        first = work.serial == answer.serial or not answer.revised
+        if math.isfinite(answer.bits) and first:
             self.bits += answer.bits
             self.spikes += answer.spikes
             effects.spikes += answer.spikes
@@ -365,7 +370,8 @@ class ServedSession:
             effects.events["unit_changes"] += 1
         if answer.flagged is not None:
             self.flagged = answer.flagged
-        self._unbelievable(answer, effects)
+        if first:
+            self._unbelievable(answer, effects)
 
     def _unbelievable(self, answer: EngineAnswer, effects: Effects) -> None:
         """Report counts that were ignored, and an estimate that was lost."""

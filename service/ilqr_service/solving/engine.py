@@ -38,6 +38,7 @@ from ilqr_vae.errors import ServiceError
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.machine import available_memory
 from ilqr_vae.streaming.ensemble import Horizon
+from ilqr_vae.streaming.fixed_lag import FixedLags
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
 NOBODY = -1
@@ -86,6 +87,7 @@ class Engine:
         manifest = artifact.manifest
         horizon = settings.horizon or manifest.horizon.horizon
         iterations = settings.iterations or manifest.horizon.iterations
+        estimator = artifact.estimator(iterations=iterations, horizon=horizon)
         self.model_info = EngineInfo(
             model=manifest.model_id,
             unit_names=tuple(manifest.unit_names),
@@ -97,11 +99,11 @@ class Engine:
             iterations=iterations,
             class_names=tuple(manifest.classes or ()),
             bits_per_spike=manifest.scores.get("bits_per_spike", math.nan),
+            lags=FixedLags(estimator).lags,
         )
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
         self.device = device_of(settings.device)
         self.threads, self.clock = settings.threads, clock
-        estimator = artifact.estimator(iterations=iterations, horizon=horizon)
         _check_memory(estimator, horizon)
         self._stepper = Stepper(
             estimator, self.model_info, settings.max_sessions, artifact.classes, clock=clock
@@ -218,14 +220,17 @@ class Engine:
             if len(works) > 1:  # retry one by one, so that one bad run does not fail the step
                 return [answer for work in works for answer in self._solve([work], shed)]
             logs.exception("a solve failed", run=works[0].run, index=works[0].index)
-            return [self._predict(works[0], runs[0], FAILED, started)]
+            return self._predict(works[0], runs[0], FAILED, started)
         if works[0].run > NOBODY and not shed:
             self.cost.learn(len(works), self.clock() - started)
         return [
-            self._keep(run, work, one)
-            if one.finite
-            else self._predict(work, run, one.answer.solver, started)
+            answer
             for run, work, one in zip(runs, works, stepped, strict=True)
+            for answer in (
+                self._keep(run, work, one, one.answer)
+                if one.finite
+                else self._predict(work, run, one.answer.solver, started)
+            )
         ]
 
     def _run_of(self, work: Solve) -> Run:
@@ -236,9 +241,10 @@ class Engine:
         watch = UnitWatch.fresh(len(self.model_info.unit_names)) if work.watch else None
         return Run(self.model_info.horizon, self._stepper.initial, watch)
 
-    def _keep(self, found: Run, work: Solve, stepped: Stepped) -> EngineAnswer:
-        """Put a solved bin into its run and answer it."""
-        answer = stepped.answer
+    def _keep(
+        self, found: Run, work: Solve, stepped: Stepped, answer: EngineAnswer
+    ) -> list[EngineAnswer]:
+        """Put a solved bin into its run and answer it, after the bin that has waited for it."""
         before, watch = found.watch, found.watch
         if before is not None:
             watch = before.after(work.counts, work.mask, answer.rates)
@@ -247,12 +253,47 @@ class Engine:
                 answer, flags=watch.changes(before, names), flagged=watch.flagged(names)
             )
         kept = work
-        if work.budget or answer.solver == STOPPED:
-            kept = replace(work, budget=budget_of(answer))
-        found.add(Entry(kept, found.state, before), stepped.after, watch)
+        if work.budget or stepped.answer.solver == STOPPED:
+            kept = replace(work, budget=budget_of(stepped.answer))
+        remembered = (answer, stepped.later) if work.lag else (None, None)
+        found.add(Entry(kept, found.state, before, *remembered), stepped.after, watch)
         found.serial = max(found.serial, work.serial)
         self._runs[work.run] = found
-        return answer
+        return [*self._waited(found, work.lag), answer]
+
+    def _waited(self, found: Run, lag: int) -> list[EngineAnswer]:
+        """The answer for the bin ``lag`` bins before the newest one, now that this one has come;
+        none where the run, or its estimate, began after it."""
+        lag = min(lag, self.model_info.lags)
+        if not lag or len(found.entries) <= lag:
+            return []
+        first, newest = found.entries[-1 - lag], found.entries[-1]
+        answers = [entry.answer for entry in list(found.entries)[-lag:]]
+        if any(answer is None or answer.restarted for answer in answers):
+            return []
+        if first.answer is None or first.later is None or newest.later is None:
+            return []
+        was, now = first.answer, newest.answer
+        assert now is not None  # looked at above
+        moved = newest.later.projected[lag] - first.later.projected[0]
+        return [
+            replace(
+                was,
+                latent=newest.later.latents[lag - 1],
+                rates=newest.later.rates[lag - 1],
+                kinematics=was.kinematics + moved,
+                kinematics_std=was.kinematics_std * self._stepper.fixed_lags.scales[lag - 1],
+                solve_start_ns=now.solve_start_ns,
+                solve_end_ns=now.solve_end_ns,
+                revised=True,
+                settles=False,
+                flags=(),
+                flagged=None,
+                due_ns=now.due_ns or now.work.due_ns,
+                serial=now.serial,
+                members=None,
+            )
+        ]
 
     def _insert(self, work: Insert) -> list[EngineAnswer]:
         """Put a late bin in its place; all answers from there on, or one that is void."""
@@ -266,13 +307,14 @@ class Engine:
             works = [Solve(**fields, restart=entries[place].work.restart)]
             works += [replace(e.work, budget=0, anytime=False) for e in entries[place + 1 :]]
             answers: list[EngineAnswer] = []
+            solved = 0
             try:
                 for one in works:
                     (stepped,) = self._stepper.step([again.state], [one], [again.watch])
                     if not stepped.finite:
                         break
-                    answer = self._keep(again, one, stepped)
-                    answers.append(
+                    solved += 1
+                    answers += [
                         replace(
                             answer,
                             revised=True,
@@ -281,10 +323,11 @@ class Engine:
                             due_ns=work.due_ns,
                             serial=work.serial,
                         )
-                    )
+                        for answer in self._keep(again, one, stepped, stepped.answer)
+                    ]
             except Exception:
                 logs.exception("a late bin could not be solved", run=work.run, index=work.index)
-            if len(answers) == len(works):
+            if solved == len(works):
                 flags = ()
                 if again.watch is not None and found.watch is not None:
                     flags = again.watch.changes(found.watch, self.model_info.unit_names)
@@ -296,19 +339,19 @@ class Engine:
         now = self.clock()
         return [replace(self._nothing(work, FAILED, now), void=True, revised=True)]
 
-    def _predict(self, work: Solve, found: Run, solver: str, started: int) -> EngineAnswer:
+    def _predict(self, work: Solve, found: Run, solver: str, started: int) -> list[EngineAnswer]:
         """The bin as if it had not come; all NaN, and the run starts again, where not even that
         can be had."""
         blind = replace(work, counts=None, mask=None, anytime=False, budget=0)
         try:
             (stepped,) = self._stepper.step([found.state], [blind], [found.watch])
             if stepped.finite:
-                answer = self._keep(found, blind, stepped)
-                return replace(answer, work=work, solver=solver, solve_start_ns=started)
+                answer = replace(stepped.answer, work=work, solver=solver, solve_start_ns=started)
+                return self._keep(found, blind, stepped, answer)
         except Exception:
             logs.exception("a prediction failed", run=work.run, index=work.index)
         self.forget(work.run)
-        return self._nothing(work, solver, started)
+        return [self._nothing(work, solver, started)]
 
     def _nothing(self, work: Solve | Insert, solver: str, started: int) -> EngineAnswer:
         n, d = self.model_info.latents, len(self.model_info.kinematic_names)

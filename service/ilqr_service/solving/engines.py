@@ -107,8 +107,9 @@ class Engines:
                 engine.forget(first.run)
             return []
         answers = engine.solve(step)
-        for work, answer in zip(step, answers, strict=False):
-            shadow = self.shadows.get(work.slot)
+        for answer in answers:
+            work = answer.work
+            shadow = None if answer.revised else self.shadows.get(work.slot)
             # after a restart a session may run on the very model that shadows another in its slot
             if isinstance(work, Solve) and shadow is not None and shadow.engine is not engine:
                 self._pending.append((work, answer))
@@ -125,7 +126,9 @@ class Engines:
             if shadow is None:
                 continue
             engine = shadow.engine
-            works: list[Work] = [replace(work, anytime=False) for work, _ in answered.values()]
+            works: list[Work] = [
+                replace(work, anytime=False, lag=0) for work, _ in answered.values()
+            ]
             try:
                 for work, _ in answered.values():
                     if not work.restart and work.run not in shadow.runs:

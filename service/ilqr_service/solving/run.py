@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from ilqr_service.solving.pool import Pool, Row
-from ilqr_service.work import Insert, Solve, SwapModel, Work
+from ilqr_service.work import EngineAnswer, Insert, Solve, SwapModel, Work
 from ilqr_vae.protocol import messages
+from ilqr_vae.streaming.fixed_lag import Later
 from ilqr_vae.streaming.state import HorizonState
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
@@ -32,11 +33,15 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         work: as solved: blind where its solve had failed, ``budget`` set where it was cut short.
         before: the estimator's state before it.
         watch: the units' state before it, None where they are not watched.
+        answer, later: its first answer, and what its window said of the bins before it; None where
+            no bin is answered once more.
     """
 
     work: Solve
     before: Row
     watch: UnitWatch | None
+    answer: EngineAnswer | None = None
+    later: Later | None = None
 
 
 @dataclass(slots=True)
@@ -84,6 +89,7 @@ class PackedWork(msgspec.Struct, frozen=True, array_like=True):
     model: str
     clock: messages.Offset | None = None
     lost: bool = False
+    lag: int = 0
 
 
 def pack_work(work: Work) -> PackedWork:
@@ -107,6 +113,7 @@ def pack_work(work: Work) -> PackedWork:
         swap=work.to if isinstance(work, SwapModel) else "",
         model=work.model,
         clock=bin_.clock if bin_ else None,
+        lag=work.lag,
     )
 
 
@@ -114,7 +121,7 @@ def unpack_work(packed: PackedWork, slot: str = "") -> Work:
     """Raises ProtocolError where an array's bytes do not fit its shape."""
     queued: dict[str, Any] = {
         name: getattr(packed, name)
-        for name in ("run", "index", "serial", "received_ns", "due_ns", "model", "watch")
+        for name in ("run", "index", "serial", "received_ns", "due_ns", "model", "watch", "lag")
     }
     queued["slot"] = slot
     if packed.swap:

@@ -23,7 +23,8 @@ from ilqr_vae.inference.problem import Status
 from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
 from ilqr_vae.model.classes import ClassReadout
 from ilqr_vae.streaming.compiled import Rows, States
-from ilqr_vae.streaming.ensemble import Horizon
+from ilqr_vae.streaming.ensemble import Horizon, windows_of
+from ilqr_vae.streaming.fixed_lag import FixedLags, Later
 from ilqr_vae.streaming.state import INPUT_DELAY, Estimate, HorizonState
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
@@ -39,11 +40,13 @@ class Stepped(Struct, frozen=True, gc=False):
         after: the run's state after it.
         answer: for the bin.
         finite: whether the estimate is; where not, ``answer`` has no use but its ``solver``.
+        later: what its window says of the bins before it, where that is asked for.
     """
 
     after: Row
     answer: EngineAnswer
     finite: bool
+    later: Later | None = None
 
 
 def _doubles(values: Array) -> NDArray[np.float64]:
@@ -63,6 +66,7 @@ class Stepper:
     Attributes:
         pool: the states of all runs.
         initial: the state that every run begins with.
+        fixed_lags: what reads the answers that wait.
         separate: a run's bits are the same in a batch as alone.
     """
 
@@ -88,6 +92,8 @@ class Stepper:
         self._compiled = estimator.compiled(like)
         self._delay = min(INPUT_DELAY, model_info.horizon - 1)
         self._limits = estimator.bounds.counts.cpu().numpy()
+        self.fixed_lags = FixedLags(estimator)
+        self._windows = windows_of(estimator)
         self.separate = self._compiled is not None
 
     @property
@@ -117,7 +123,8 @@ class Stepper:
             rows, to = self._rows(states)
             estimate = self._compiled.step(*to, *given, ilqr.stopping(stop))
         answers, finite = self._answers(works, given, estimate, started, self._inputs(rows))
-        return [Stepped(*one) for one in zip(rows, answers, finite, strict=True)]
+        later = self._later(works, finite, estimate)
+        return [Stepped(*one) for one in zip(rows, answers, finite, later, strict=True)]
 
     def _rows(self, states: Sequence[Row]) -> tuple[list[Row], tuple[States, Rows]]:
         """Rows for the next states, and where the compiled step reads and writes."""
@@ -174,9 +181,20 @@ class Stepper:
             rows, to = self._rows(states)
             estimate = self._compiled.predict_only(*to, *given)
         answers, finite = self._answers(works, given, estimate, started, None)
+        later = self._later(works, finite, estimate)
         return [
-            Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good)
-            for row, answer, good in zip(rows, answers, finite, strict=True)
+            Stepped(row, replace(answer, solver=SHED, bits=0.0, spikes=0), good, of_earlier)
+            for row, answer, good, of_earlier in zip(rows, answers, finite, later, strict=True)
+        ]
+
+    def _later(
+        self, works: Sequence[Solve], finite: Sequence[bool], estimates: Estimates
+    ) -> list[Later | None]:
+        """What the windows say of earlier bins, for the runs that ask for it."""
+        lags = self.fixed_lags
+        return [
+            lags.after(_doubles(window)) if lags.lags and work.lag and good else None
+            for work, good, window in zip(works, finite, estimates.window, strict=True)
         ]
 
     def _given(
@@ -239,6 +257,11 @@ class Stepper:
         known: list[bool] = [False] * len(z)
         if inputs is not None:
             known = np.isfinite(inputs).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
+        members = None
+        if len(self._windows) > 1:
+            n = self._facts.latents
+            parts = [e.window[:, part.start : part.start + n] for part in self._windows]
+            members = _doubles(np.stack(parts, 1))
         every: list[bool] = (given[1] > 0).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
         classes = None if self._classes is None else self._classes.probabilities(e.window)
         scalars = [v.tolist() for v in e[Estimates._fields.index("bits") :]]
@@ -265,6 +288,7 @@ class Stepper:
                 input_delay=self._delay,
                 used=None if every[i] else given[1][i] > 0,
                 classes=None if classes is None else classes[i],
+                members=None if members is None else members[i],
             )
             for i, (
                 work,

@@ -44,6 +44,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ilqr_vae.model.fixed_lag import FixedLag
 from ilqr_vae.model.likelihoods import Counts, Likelihood
 
 
@@ -88,7 +89,9 @@ def run(
     return h
 
 
-class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ReadoutShape(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """What a readout reads.
 
     Attributes:
@@ -97,6 +100,8 @@ class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         hidden: units of the layer beside the linear map; zero for none.
         recurrent: units of the layer that runs over the last L bins; zero for none.
         own_rows: whether it holds rows of its own, see the module's docstring.
+        later: K, bins after which it may decode a bin once more (``model.fixed_lag``); zero for
+            none.
     """
 
     lags: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
@@ -104,6 +109,7 @@ class ReadoutShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     hidden: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     recurrent: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     own_rows: bool = False
+    later: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
 
     def direct(self, n: int, units: int) -> int:
         """Length of x, F."""
@@ -174,6 +180,7 @@ class KinematicReadout(nn.Module):
         C: (D, g); and the recurrent layer's weights, as in ``Cell``.
         rows: (N, n + 1) C and b, log_gain: (N,), of its own rows.
         reads: (N,) one for a unit that it reads, zero for one that is missing to it.
+        later_maps, later_offsets, later_scales: see ``FixedLag``.
         variance: (D,) tau^2.
         gain: (D,) multiplier of the propagated latent variance.
         kappa: (D,) of the decode's mean square.
@@ -195,6 +202,9 @@ class KinematicReadout(nn.Module):
     rows: Tensor
     log_gain: Tensor
     reads: Tensor
+    later_maps: Tensor
+    later_offsets: Tensor
+    later_scales: Tensor
     variance: Tensor
     gain: Tensor
     kappa: Tensor
@@ -213,6 +223,9 @@ class KinematicReadout(nn.Module):
             sizes |= {"G": (3 * g, g), "g": (3 * g,)}
         if self.shape.own_rows:
             sizes |= {"rows": (units, n + 1), "log_gain": (units,), "reads": (units,)}
+        if K := self.shape.later:
+            sizes |= {"later_maps": (K + 1, D, F), "later_offsets": (K + 1, D)}
+            sizes |= {"later_scales": (K, D)}
         for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(size))
         for name, value in (
@@ -228,6 +241,13 @@ class KinematicReadout(nn.Module):
     def cell(self) -> Cell:
         """The recurrent layer, where there is one."""
         return Cell(self.A, self.a, self.P, self.p, self.G, self.g)
+
+    @property
+    def later(self) -> FixedLag | None:
+        """Of decodes that wait, where it has them."""
+        if not self.shape.later:
+            return None
+        return FixedLag(self.later_maps, self.later_offsets, self.later_scales)
 
     def expects(self, spikes: Likelihood) -> Likelihood:
         """The observation model whose rates it reads where a unit is missing."""

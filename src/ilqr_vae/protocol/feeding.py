@@ -47,6 +47,7 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
             [origin_ns + k bin_width_ns, origin_ns + (k + 1) bin_width_ns) of its clock.
         follow: the client goes where ``Moved`` says; a fleet refuses one that does not.
         abstain: 0 to 1; an answer names no class where the largest probability is lower.
+        lag: answer each bin once more, with a higher revision, after this many later bins.
     """
 
     protocol: int
@@ -67,6 +68,7 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
     origin_ns: Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)] | None = None
     follow: bool = False
     abstain: float = 0.0
+    lag: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
 
 
 class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):

@@ -23,6 +23,8 @@ class Detail(Message, frozen=True, kw_only=True, omit_defaults=True):
         inputs: <f8 (m,), of the model's dynamics ``input_delay`` bins before; None where nothing
             was solved, or where the session has not lasted so long. A bin alone tells little of its
             own.
+        members: <f8 (K, n), the latents of all members of an ensemble, each in coordinates of its
+            own; None for one model.
     """
 
     session: str
@@ -33,6 +35,7 @@ class Detail(Message, frozen=True, kw_only=True, omit_defaults=True):
     mask: Array | None = None
     inputs: Array | None = None
     input_delay: int = 0
+    members: Array | None = None
 
 
 class Notice(Message, frozen=True, kw_only=True):

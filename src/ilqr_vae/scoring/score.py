@@ -28,6 +28,11 @@ OURS = "iLQR-VAE"
 WIENER = "Wiener filter"
 
 
+def later_name(lag: int) -> str:
+    """Of our decodes that waited for so many later bins."""
+    return f"{OURS}, {lag} bin{'s' if lag > 1 else ''} later"
+
+
 @dataclass(frozen=True, slots=True)
 class BySpeed:
     """How honest the deviations are, by quarter of the bins, slowest first.

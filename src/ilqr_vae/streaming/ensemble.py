@@ -6,8 +6,9 @@ with (S, K) in place of S). With y_k and s_k the decodes of the members and thei
     y = 1/K sum_k y_k,      s^2 = 1/K sum_k s_k^2 + 1/K sum_k (y_k - y)^2.
 
 Rates are means as well. The members' latents have coordinates of their own: those of the first are
-published. ``bits`` is the log-likelihood of the members' equal mixture: log2 of the mean of the
-likelihoods that each gave the newest bin, one step ahead, over the mean rates' likelihood.
+published, and ``window`` is the members' windows one after the other. ``bits`` is the
+log-likelihood of the members' equal mixture: log2 of the mean of the likelihoods that each gave the
+newest bin, one step ahead, over the mean rates' likelihood.
 
 Of the solves, the most iterations are told and the status that weighs most (``_WEIGHT``). An answer
 is beyond what training showed, or restarted, where it is so for any member.
@@ -30,6 +31,7 @@ from ilqr_vae.inference.problem import Status
 from ilqr_vae.kernels.cpu.arguments import Estimates, Streams
 from ilqr_vae.lqr.on_cpu import array
 from ilqr_vae.model.intervals import SpeedScale, stated
+from ilqr_vae.model.readout import ReadoutShape
 from ilqr_vae.streaming import on_gpu
 from ilqr_vae.streaming.bounds import check_bin
 from ilqr_vae.streaming.compiled import (
@@ -67,6 +69,7 @@ def combined(members: Sequence[Estimates], intervals: SpeedScale | None) -> Esti
     statuses = np.stack([e.status for e in members])
     worst = _WEIGHT[statuses].argmax(0)
     return members[0]._replace(
+        window=np.concatenate([e.window for e in members], axis=1),
         rates=np.stack([e.rates for e in members]).mean(0),
         kinematics=mean,
         kinematics_std=stated(intervals, mean, std),
@@ -227,3 +230,15 @@ def _together(states: Sequence[HorizonState]) -> HorizonState:
 
 Horizon: TypeAlias = MovingHorizon | EnsembleHorizon
 """The estimator of a model file."""
+
+
+def windows_of(estimator: Horizon) -> list[slice]:
+    """Each member's part of an estimate's window; one model's is all of it."""
+    members = estimator.members if isinstance(estimator, EnsembleHorizon) else (estimator,)
+    parts: list[slice] = []
+    for member in members:
+        shape = ReadoutShape() if member.readout is None else member.readout.shape
+        start = parts[-1].stop if parts else 0
+        size = shape.features(member.model.n, len(member.mean_rate))
+        parts.append(slice(start, start + size))
+    return parts

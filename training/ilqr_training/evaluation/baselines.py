@@ -48,12 +48,13 @@ GRIDS = {LSTM: LSTM_GRID, TRANSFORMER: TRANSFORMER_GRID}
 _AVERAGED, _SEEDS_APART = 5, 101
 
 
-def names_of(gru: bool, *, others: bool = False) -> tuple[str, ...]:
+def names_of(gru: bool, *, others: bool = False, transformer: bool = True) -> tuple[str, ...]:
     """The baselines: with or without the GRU, which takes minutes to fit, and the other networks,
-    which take several times that."""
+    which take several times that; the transformer alone about half of it."""
     if not gru:
         return (WIENER, KALMAN)
-    return (WIENER, KALMAN, GRU, *((GRUS, LSTM, TRANSFORMER) if others else ()))
+    more = (GRUS, LSTM, *((TRANSFORMER,) if transformer else ())) if others else ()
+    return (WIENER, KALMAN, GRU, *more)
 
 
 @dataclass(frozen=True)

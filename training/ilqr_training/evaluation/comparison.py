@@ -27,7 +27,8 @@ import msgspec
 from ilqr_training.config import TrainConfig, with_fraction
 from ilqr_training.evaluation.baselines import Baseline, fit_baselines, names_of
 from ilqr_training.evaluation.cosmoothing import cosmooth, held_out_units
-from ilqr_training.evaluation.stress import StressPlan, under_stress
+from ilqr_training.evaluation.stress import under_stress
+from ilqr_training.evaluation.stress_scores import StressPlan
 from ilqr_training.fit.crops import prepare
 from ilqr_training.fit.train import train_on
 from ilqr_training.readout.causal import causal_pass

@@ -14,22 +14,21 @@ other baselines receive zeros, the last value or the mean, a row each. Nothing i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_training.evaluation.baselines import Baseline, Filling
+from ilqr_training.evaluation.stress_scores import Stress, StressIntervals, StressPlan, StressRow
 from ilqr_training.readout.causal import Causal, causal_pass
-from ilqr_vae.errors import ConfigError, ShapeError
+from ilqr_vae.errors import ShapeError
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
-from ilqr_vae.recordings.split import plan_drops, warmup_start
-from ilqr_vae.report import Table
-from ilqr_vae.report.table import number, once
-from ilqr_vae.scoring.metrics import r2
-from ilqr_vae.scoring.score import OURS
+from ilqr_vae.recordings.split import plan_drops, varies, warmup_start
+from ilqr_vae.scoring.metrics import interval_coverage, r2
+from ilqr_vae.scoring.score import OURS, coverage_by_speed
 from ilqr_vae.streaming.ensemble import Horizon
 
 Array = NDArray[np.float64]
@@ -38,146 +37,10 @@ Flags = NDArray[np.bool_]
 CLEAN = "nothing wrong"
 
 
-@dataclass(frozen=True)
-class StressPlan:
-    """Which units and bins are lost.
-
-    Attributes:
-        silent: share of the units that fall silent; zero for none.
-        lost: shares of the bins that are lost.
-        draws: of units and of bins, over which R2 is averaged.
-        seed: of the first draw; the next draws' are the numbers after it.
-    """
-
-    silent: float = 0.25
-    lost: tuple[float, ...] = (0.1, 0.3)
-    draws: int = 3
-    seed: int = 0
-
-    def checked(self) -> StressPlan:
-        """Return itself. Raises ConfigError naming the option that is out of range."""
-        if not 0 <= self.silent < 1:
-            raise ConfigError("--silent", expected="0 or more, below 1", got=str(self.silent))
-        for share in self.lost:
-            if not 0 < share < 1:
-                raise ConfigError("--lost", expected="between 0 and 1", got=str(share))
-        if self.draws < 1 or self.seed < 0:
-            got = f"{self.draws} and {self.seed}"
-            raise ConfigError("--draws, --seed", expected="1 or more, 0 or more", got=got)
-        return self
-
-
 def silent_units(n_units: int, share: float, seed: int) -> NDArray[np.int64]:
     """Draw the units that fall silent: ``share`` of them, rounded."""
     number = round(share * n_units)
     return np.sort(np.random.default_rng(seed).choice(n_units, number, replace=False))
-
-
-@dataclass(frozen=True)
-class StressRow:
-    """One decoder under one condition.
-
-    Attributes:
-        condition: the fault.
-        decoder: name of the decoder.
-        given: its replacement for missing counts.
-        r2: mean R2 of each draw.
-        clean: mean R2 without a fault.
-    """
-
-    condition: str
-    decoder: str
-    given: str
-    r2: tuple[float, ...]
-    clean: float
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.r2))
-
-    @property
-    def loss(self) -> float:
-        """R2 lost."""
-        return self.clean - self.mean
-
-
-@dataclass(frozen=True)
-class Stress:
-    """Scores under stress.
-
-    Attributes:
-        plan: as asked.
-        units: of the model.
-        rows: in the order of the table.
-        watched: statistics of the detection of silent units, by name.
-    """
-
-    plan: StressPlan
-    units: int
-    rows: tuple[StressRow, ...]
-    watched: dict[str, float] = field(default_factory=dict[str, float])
-
-    def of(self, condition: str, decoder: str) -> tuple[StressRow, ...]:
-        return tuple(r for r in self.rows if r.condition == condition and r.decoder == decoder)
-
-    def share(self, row: StressRow) -> float:
-        """Our loss under the row's condition as a share of its own; NaN where it loses nothing."""
-        (ours,) = self.of(row.condition, OURS)
-        return ours.loss / row.loss if row.loss > 0 else float("nan")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain numbers for JSON; NaN is not replaced."""
-        return {
-            "silent": self.plan.silent,
-            "lost": list(self.plan.lost),
-            "draws": self.plan.draws,
-            "seed": self.plan.seed,
-            "units": self.units,
-            "watched": self.watched,
-            "rows": [
-                {
-                    "condition": r.condition,
-                    "decoder": r.decoder,
-                    "given": r.given,
-                    "r2": r.mean,
-                    "draws": list(r.r2),
-                    "clean": r.clean,
-                    "loss": r.loss,
-                    "our_loss_of_its": 1.0 if r.decoder == OURS else self.share(r),
-                }
-                for r in self.rows
-            ],
-        }
-
-    def table(self) -> Table:
-        """For terminal and page."""
-        text = f"Mean R2 over {self.plan.draws} draws from seed {self.plan.seed}, on the same bins."
-        if self.watched:
-            w = self.watched
-            text += (
-                f" Of {w['silent']:.0f} units silent unannounced, {w['found']:.1f} were masked by "
-                f"the end, half of those within {w['seconds']:.1f} s; "
-                f"{w['wrongly']:.1f} others were masked too."
-            )
-        return Table(
-            "Units silent, bins lost",
-            text,
-            ("", "decoder", "given", "R2", "R2 lost", "our loss of its"),
-            tuple(
-                (
-                    condition,
-                    r.decoder,
-                    r.given,
-                    number(r.mean),
-                    number(r.loss),
-                    "" if r.decoder == OURS else number(self.share(r), 2),
-                )
-                for condition, r in zip(
-                    once([r.condition for r in self.rows]), self.rows, strict=True
-                )
-            ),
-            words=3,
-        )
 
 
 class _Bench:
@@ -196,7 +59,9 @@ class _Bench:
         self.baselines, self.first = baselines, warmup_start(bins[0])
         part = slice(*bins)
         self.truth, self.scored = recording.kinematics[part], recording.scored[part]
+        self.live = np.flatnonzero(varies(recording.kinematics))
         self.clean: dict[str, float] = {}
+        self.intervals: list[StressIntervals] = []
 
     def score(self, decoded: Array) -> float:
         return r2(self.truth[self.scored], decoded[self.scored])
@@ -209,6 +74,27 @@ class _Bench:
         return causal_pass(
             self.estimator, recording, start, stop, run_in=run_in, dropped=dropped, watch=watch
         )
+
+    def ours_row(self, condition: str, given: str, results: list[Causal]) -> StressRow:
+        """The model's row, a result a draw; its intervals are kept."""
+        if len(self.live):
+            kept = np.ix_(self.scored, self.live)
+            truth, decoded, std = (
+                np.concatenate([x[kept] for x in each])
+                for each in zip(
+                    *((self.truth, r.kinematics, r.kinematics_std) for r in results), strict=True
+                )
+            )
+            units = tuple(self.recording.kinematic_units[i] for i in self.live)
+            self.intervals.append(
+                StressIntervals(
+                    condition,
+                    interval_coverage(truth, decoded, std, 0.9),
+                    coverage_by_speed(truth, decoded, std, units, "decoded"),
+                    coverage_by_speed(truth, decoded, std, units),
+                )
+            )
+        return self.row(condition, OURS, given, [self.score(r.kinematics) for r in results])
 
     def row(self, condition: str, decoder: str, given: str, scores: list[float]) -> StressRow:
         clean = self.clean.setdefault(decoder, scores[0])
@@ -238,7 +124,7 @@ def under_stress(
     baselines: tuple[Baseline, ...],
     plan: StressPlan,
     *,
-    clean: Array | None = None,
+    clean: Causal | None = None,
     progress: Progress = SILENT,
 ) -> Stress:
     """Score the model and the baselines under every condition.
@@ -247,7 +133,7 @@ def under_stress(
         estimator: of the model, with its readout.
         recording: all of it, the model's units alone.
         bins: half-open range scored.
-        clean: (T, D) our decodes of these bins where nothing is wrong, if they are known.
+        clean: our estimates of these bins where nothing is wrong, if they are known.
 
     Raises:
         ShapeError: no kinematics to score on.
@@ -262,8 +148,7 @@ def under_stress(
         done += 1
         return bench.ours(changed, **options)
 
-    decoded = ours(CLEAN, recording).kinematics if clean is None else clean
-    rows = [bench.row(CLEAN, OURS, "", [bench.score(decoded)])]
+    rows = [bench.ours_row(CLEAN, "", [clean or ours(CLEAN, recording)])]
     rows += [bench.row(CLEAN, r.name, "", [bench.score(r.decode(bins))]) for r in baselines]
     watched: dict[str, float] = {}
     if round(plan.silent * recording.n_units):
@@ -272,7 +157,7 @@ def under_stress(
     for share in plan.lost:
         rows += _lost(bench, plan, share, ours)
     progress("stress", passes, passes)
-    return Stress(plan, recording.n_units, tuple(rows), watched)
+    return Stress(plan, recording.n_units, tuple(rows), watched, tuple(bench.intervals))
 
 
 def _silent(
@@ -290,25 +175,24 @@ def _silent(
         made.append((counts, missing))
 
     watching = ours("units watched, none silent", recording, watch=True)
-    watched_clean = bench.score(watching.kinematics)
-    rows = [bench.row(f"{CLEAN}, units watched", OURS, "what it believes", [watched_clean])]
+    rows = [bench.ours_row(f"{CLEAN}, units watched", "what it believes", [watching])]
     unannounced, announced = f"{condition}, unannounced", f"{condition}, announced"
     noticed: list[_Noticed] = []
-    scores: list[float] = []
+    results: list[Causal] = []
     for gone, (counts, _) in zip(units, made, strict=True):
         result = ours(unannounced, replace(recording, counts=counts), watch=True)
-        scores.append(bench.score(result.kinematics))
+        results.append(result)
         assert result.masked is not None  # watched
         noticed.append(_Noticed.of(result.masked, gone))
-    rows.append(bench.row(unannounced, OURS, "what it believes", scores))
+    rows.append(bench.ours_row(unannounced, "what it believes", results))
     nothing = [(counts, np.zeros_like(missing)) for counts, missing in made]
     rows += bench.others(unannounced, {"zeros": "zeros", "no update": "zeros"}, nothing)
 
-    scores = []
-    for counts, missing in made:
-        masked = replace(recording, counts=counts, observed=recording.mask() & ~missing)
-        scores.append(bench.score(ours(announced, masked).kinematics))
-    rows.append(bench.row(announced, OURS, "the mask", scores))
+    results = [
+        ours(announced, replace(recording, counts=counts, observed=recording.mask() & ~missing))
+        for counts, missing in made
+    ]
+    rows.append(bench.ours_row(announced, "the mask", results))
     rows += bench.others(announced, {"zeros": "zeros", "no update": "zeros"}, nothing)
     rows += bench.others(announced, {"mean": "mean counts"}, made)
     bins = np.concatenate([n.after for n in noticed])
@@ -341,14 +225,14 @@ def _lost(
     recording, (_, stop) = bench.recording, bench.bins
     said = f"{100 * share:g} % of bins lost"
     made: list[tuple[NDArray[Any], Flags]] = []
-    scores: list[float] = []
+    results: list[Causal] = []
     for draw in range(plan.draws):
         dropped = np.zeros(len(recording), dtype=bool)
         dropped[bench.first : stop] = plan_drops(stop - bench.first, share, plan.seed + draw)
-        scores.append(bench.score(ours(said, recording, dropped=dropped).kinematics))
+        results.append(ours(said, recording, dropped=dropped))
         missing = np.broadcast_to(dropped[:, None], recording.counts.shape)
         made.append((recording.counts, missing))
-    rows = [bench.row(said, OURS, "missing bins", scores)]
+    rows = [bench.ours_row(said, "missing bins", results)]
     given: dict[Filling, str] = {
         "no update": "missing bins",
         "zeros": "zeros",

@@ -16,6 +16,7 @@ from ilqr_training.fit.crops import Prepared
 from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_training.readout.classes import ClassFit, fit_classes
 from ilqr_training.readout.fit import ReadoutBins, ReadoutFit, fit_readout
+from ilqr_training.readout.fixed_lag import Windows, fit_fixed_lag, with_fixed_lag
 from ilqr_training.readout.intervals import fit_intervals
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.intervals import SpeedScale, stated
@@ -98,7 +99,7 @@ def _seen(data: Prepared, latents: NDArray[np.float64]) -> TrainingRange:
 
 def _reads(config: TrainConfig, thorough: bool = True) -> ReadoutConfig:
     reads = config.readout.within(config.estimator.horizon)
-    return reads if thorough else replace(reads, recurrent=0, lost=())
+    return reads if thorough else replace(reads, recurrent=0, lost=(), later=0)
 
 
 def estimator_of(
@@ -184,9 +185,32 @@ def validate(
     held_out = HeldOut(fit.truth, fit.decoded, fit.std)
     intervals, decoded = scored(held_out, data)
     scores |= decoded
+    readout = _later(fit, train, held, data, reads) if reads.later else fit.readout
     return Validation(
-        fit.score, scores, fit.readout, estimator.mean_rate, seen, intervals, held_out, classes
+        fit.score, scores, readout, estimator.mean_rate, seen, intervals, held_out, classes
     )
+
+
+def _later(
+    fit: ReadoutFit, train: Causal, held: Causal, data: Prepared, reads: ReadoutConfig
+) -> KinematicReadout:
+    """The readout with the maps that decode bins once more after later ones."""
+    r, readout = data.recording, fit.readout
+    assert r.kinematics is not None  # else nothing was fitted
+    segment = np.zeros(len(r), dtype=np.int64)
+    segment[r.breaks] = 1
+    segment = segment.cumsum()
+    columns = readout.W.shape[1]
+    parts: list[Windows] = []
+    for causal, span in ((train, data.train), (held, data.validation)):
+        rows = slice(*span)
+        parts.append(
+            Windows(causal.window[:, :columns], r.kinematics[rows], r.scored[rows], segment[rows])
+        )
+    decoded = np.full(parts[1].y.shape, np.nan)
+    decoded[parts[1].scored] = fit.decoded
+    lag = fit_fixed_lag(parts[0], parts[1], decoded, reads.later, reads.alphas)
+    return readout if lag is None else with_fixed_lag(readout, lag, r.n_units)
 
 
 def _run_in(data: Prepared, thorough: bool) -> int:

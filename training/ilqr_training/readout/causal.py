@@ -19,6 +19,7 @@ from ilqr_vae.inference.problem import Status
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
 from ilqr_vae.streaming.ensemble import Horizon
+from ilqr_vae.streaming.fixed_lag import FixedLags
 from ilqr_vae.streaming.state import INPUT_DELAY
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
@@ -41,6 +42,8 @@ class Causal:
         recalled: (T, 1 + L N) float32, what the readout's recurrent layer reads beside: how many
             bins are held, and their counts; None where it has none.
         masked: (T, N), units that were not believed at each bin; None where none were watched.
+        projected: (T, K + 1, D), of decodes that wait (``model.fixed_lag``); None where the model
+            has none. scales: (K, D) of their deviations.
     """
 
     window: NDArray[np.float64]
@@ -56,13 +59,34 @@ class Causal:
     iterations: float
     recalled: NDArray[np.float32] | None = None
     masked: NDArray[np.bool_] | None = None
+    projected: NDArray[np.float64] | None = None
+    scales: NDArray[np.float64] | None = None
+
+    def later(
+        self, lag: int, breaks: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Decodes and deviations (T, D) once ``lag`` later bins have come; as they were where they
+        do not come.
+
+        Args:
+            breaks: bins of the span at which a segment begins.
+        """
+        assert self.projected is not None  # the caller has looked
+        assert self.scales is not None
+        decoded, std = self.kinematics.copy(), self.kinematics_std.copy()
+        t = np.arange(lag, len(decoded))
+        within = np.searchsorted(breaks, t, "right") == np.searchsorted(breaks, t - lag, "right")
+        t = t[within]
+        decoded[t - lag] += self.projected[t, lag] - self.projected[t - lag, 0]
+        std[t - lag] *= self.scales[lag - 1]
+        return decoded, std
 
     def rows(self, keep: NDArray[np.bool_]) -> Causal:
         """The bins kept."""
         arrays: dict[str, Any] = {
             f.name: value[keep]
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), np.ndarray)
+            if f.name != "scales" and isinstance(value := getattr(self, f.name), np.ndarray)
         }
         return replace(self, **arrays)
 
@@ -114,6 +138,8 @@ def causal_pass(
     units = UnitWatch.fresh(recording.n_units) if watch else None
     readout = estimator.readout
     direct = None if readout is None else readout.W.shape[1]
+    reads = 0 if readout is None else readout.shape.features(readout.n, recording.n_units)
+    lags = FixedLags(estimator)
     delay = min(INPUT_DELAY, estimator.config.horizon - 1)
     state = estimator.init(streams)
     kept: dict[str, list[torch.Tensor]] = {}
@@ -142,10 +168,13 @@ def causal_pass(
         if held is not None:
             masked.append(held)
         kept.setdefault("window", []).append(answer.window[:, :direct])
-        if direct is not None and answer.window.shape[1] > direct:
-            kept.setdefault("recalled", []).append(answer.window[:, direct:].float())
+        if direct is not None and reads > direct:
+            kept.setdefault("recalled", []).append(answer.window[:, direct:reads].float())
         for name in ("z_cov", "rates", "kinematics", "kinematics_std", "bits", "spikes"):
             kept.setdefault(name, []).append(getattr(answer, name))
+        if lags.lags:
+            projected = torch.from_numpy(lags.project(answer.window.cpu().numpy()))
+            kept.setdefault("projected", []).append(projected)
         kept.setdefault("inputs", []).append(delayed_inputs(state.published, delay))
         tally += torch.bincount(answer.status.cpu(), minlength=len(Status))
         iterations += int(answer.iterations.sum())
@@ -170,6 +199,8 @@ def causal_pass(
         iterations=iterations / (streams * length),
         recalled=in_order("recalled", torch.float32) if "recalled" in kept else None,
         masked=np.stack(masked) if watch else None,
+        projected=in_order("projected") if lags.lags else None,
+        scales=lags.scales if lags.lags else None,
     )
 
 

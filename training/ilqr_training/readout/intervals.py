@@ -1,12 +1,12 @@
 """Fitting ``ilqr_vae.model.intervals``: stated over actual error, the same at every speed.
 
 Of held-out bins, cut into bands by decoded and by true speed, with e the errors and s the stated
-deviations, the band's factor is a weighted geometric mean of two: what makes the 90 % interval
-cover 90 % of |e|, and rms(e) / rms(s). They differ where the errors are not Gaussian, as where a
-decode mostly rests, and errs by much when the hand begins to move. A factor at each median
-decoded speed of the decoded bands answers for its own band and, as far as its bins lie in them, for
-the bands by true speed: a decode that rests while the hand begins to move must not state what rest
-would allow. All factors together are scaled half-way to where 90 % of all bins are covered.
+deviations, the squared factor of a band is (mean(e^2) + standard error of that mean) / mean(s^2).
+The standard error matters where a few errors make up most of the mean, as where a decode mostly
+rests, and errs by much when the hand begins to move: other bins have other such errors, and more
+often larger than smaller ones. A factor at each median decoded speed of the decoded bands answers
+for its own band and, as far as its bins lie in them, for the bands by true speed: a decode that
+rests while the hand begins to move must not state what rest would allow.
 
 A band of few independent bins keeps the factor of all of them (``_PRIOR`` such bins), so that
 little data changes little.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from ilqr_vae.model.intervals import SpeedScale, stated
 
@@ -32,9 +31,8 @@ _APART_S = 0.25
 """Errors closer than this in time count as one."""
 _PRIOR = 20.0
 _ROUNDS = 12
-_SIZE, _WHOLE = 0.7, 0.5
-"""Weight of rms(e) / rms(s) in a factor; how far all are scaled to cover 90 % of all bins. Chosen
-in cross-validation on validation parts."""
+_TRUE = 0.5
+"""Weight of the bands by true speed. Chosen in cross-validation on validation parts."""
 
 
 def _bands(speed: Array, bands: int) -> tuple[NDArray[np.intp], int]:
@@ -49,10 +47,9 @@ def _factor(error: Array, std: Array) -> float:
     """Logarithm of what the deviations are too small by."""
     if not len(error):
         return 0.0
-    covering = float(np.quantile(np.abs(error) / std, LEVEL)) / norm.ppf(0.5 + LEVEL / 2)
-    size = np.sqrt((error**2).mean() / (std**2).mean())
-    logs = [float(np.log(max(x, 1e-12))) for x in (covering, size)]
-    return (1 - _SIZE) * logs[0] + _SIZE * logs[1]
+    squares = error**2
+    size = squares.mean() + np.sqrt((squares**2).sum()) / squares.size
+    return 0.5 * float(np.log(max(size / (std**2).mean(), 1e-24)))
 
 
 def fit_intervals(
@@ -92,8 +89,8 @@ def fit_intervals(
         now = stated(scale(log_factors), decoded, std)[:, live]
         own = np.array([_factor(error[band == j], now[band == j]) for j in range(bands)])
         by_truth = np.array([_factor(error[true == j], now[true == j]) for j in range(trues)])
-        log_factors = log_factors + 0.5 * (trust[0] * own + passes @ (trust[1] * by_truth))
-        now = stated(scale(log_factors), decoded, std)[:, live]
-        needed = float(np.quantile(np.abs(error) / now, LEVEL)) / norm.ppf(0.5 + LEVEL / 2)
-        log_factors = log_factors + _WHOLE * np.log(max(needed, 1e-12))
+        # squares are averaged, not their logarithms: where the truth is slow because its error is
+        # small, it is fast elsewhere because that is large
+        by_truth = 0.5 * np.log(passes @ np.exp(2 * trust[1] * by_truth))
+        log_factors = log_factors + 0.5 * (trust[0] * own + _TRUE * by_truth)
     return scale(log_factors)
