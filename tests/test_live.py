@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from browser import needs_chromium
 from feeder import WAIT_S
 from ilqr_clients.live.app import application
-from ilqr_clients.live.feed import KEPT, LiveFeed, SessionBuffer, Steering
+from ilqr_clients.live.feed import KEPT, LiveFeed, SessionBuffer, SteeringEvent
 from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_training.evaluation.baselines import fit_rivals
 from ilqr_vae.errors import ConfigError
@@ -153,7 +153,7 @@ def test_only_this_page_steers_and_only_where_it_may() -> None:
     run = {"kind": "replay", "paused": False, "loop": False, "position": 0.0, "length": 1.0}
     run |= {"decoder": "", "decoders": [], "disturbance": {}, "secret": "s"}
     feed = LiveFeed("tcp://127.0.0.1:1", what_if=True)
-    elsewhere = Steering(**(run | {"address": "tcp://192.0.2.1:1"}))
+    elsewhere = SteeringEvent(**(run | {"address": "tcp://192.0.2.1:1"}))
     feed.channels["s"] = SessionBuffer(run=(elsewhere, time.monotonic()))
     with pytest.raises(ConfigError, match="a run on this machine"):
         feed.steer("s", {})

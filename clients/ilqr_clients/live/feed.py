@@ -59,7 +59,7 @@ class _Rows(msgspec.Struct):
     rows: Annotated[list[KinematicsRow], msgspec.Meta(max_length=1000)]
 
 
-class Steering(msgspec.Struct):
+class SteeringEvent(msgspec.Struct):
     """The event ``steering`` (docs/protocol.md)."""
 
     address: str
@@ -144,7 +144,7 @@ class SessionBuffer:
     newest: int = -1
     begun: int = 0
     status: str = "ok"
-    run: tuple[Steering, float] | None = None
+    run: tuple[SteeringEvent, float] | None = None
 
     def begin(self, message: messages.Result | messages.Detail | messages.Event) -> None:
         """Forget what is of another run of the session."""
@@ -172,7 +172,7 @@ class SessionBuffer:
         found = list(islice(self.entries, start, start + most))
         return found, self.written - missing + len(found)
 
-    def steered(self) -> Steering | None:
+    def steered(self) -> SteeringEvent | None:
         """How it can be steered now, if it can."""
         if self.run is None or time.monotonic() - self.run[1] > _STEERED_S:
             return None
@@ -338,7 +338,7 @@ class LiveFeed:
                     channel.add({"t": msgspec.to_builtins(row)})
                 return
             if event.name == "steering":
-                channel.run = msgspec.convert(event.payload, Steering), time.monotonic()
+                channel.run = msgspec.convert(event.payload, SteeringEvent), time.monotonic()
                 return
         except msgspec.ValidationError:
             pass

@@ -16,7 +16,7 @@ from ilqr_vae.recordings.load import load_recording
 from ilqr_vae.recordings.mat_variables import variables_of
 from ilqr_vae.recordings.recording import Recording, RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.trials import TrialTable, words
+from ilqr_vae.recordings.trials import TrialRows, words
 
 _MOST_GROUPS = 8
 """Values of a column of units that are listed one by one."""
@@ -251,7 +251,7 @@ def _with_units(made: Contents, nwb: Any) -> Contents:
     )
 
 
-def _with_trials(made: Contents, table: TrialTable) -> Contents:
+def _with_trials(made: Contents, table: TrialRows) -> Contents:
     both = np.concatenate([table.start, table.stop])
     known = both[np.isfinite(both)]
     return msgspec.structs.replace(

@@ -26,7 +26,7 @@ from ilqr_vae.recordings.recording import Recording, RecordingWarning
 from ilqr_vae.recordings.session import Moving, RecordedSession
 from ilqr_vae.recordings.spec import MatSpec, RecordingSpec
 from ilqr_vae.recordings.stamps import usable_stamps
-from ilqr_vae.recordings.trials import TrialTable
+from ilqr_vae.recordings.trials import TrialRows
 from ilqr_vae.recordings.unbinned import recording_of
 from ilqr_vae.recordings.units import labels_of, selected_units
 
@@ -316,7 +316,7 @@ def whole_lag(spec: RecordingSpec) -> None:
         )
 
 
-def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> TrialTable | None:
+def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> TrialRows | None:
     """Trials in seconds; where the file counts bins from one, bins begin at ``at``, each ``width``
     long."""
     if not mat.trial_starts:
@@ -362,7 +362,7 @@ def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> 
         columns[name if name.endswith("_time") else f"{name}_time"] = seconds(values)
     # a column of the file's own name too, so that ``data.trials.event`` may say it as it is
     columns |= {name: columns[f"{name}_time"] for name in mat.trial_events if name not in columns}
-    return TrialTable(seconds(start), seconds(stop), columns)
+    return TrialRows(seconds(start), seconds(stop), columns)
 
 
 def _one_a_trial(values: NDArray[Any], trials: int, field: str) -> None:

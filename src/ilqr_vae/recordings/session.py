@@ -14,7 +14,7 @@ from ilqr_vae.recordings.binning import full_turn
 from ilqr_vae.recordings.plausible import Reference, check_spikes, check_trials, check_values
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.trials import TrialTable
+from ilqr_vae.recordings.trials import TrialRows
 
 Array = NDArray[np.float64]
 
@@ -96,7 +96,7 @@ class RecordedSession:
     observed: list[Array] | None = None
     moving: Moving | None = None
     scored: Moving | None = None
-    table: TrialTable | None = None
+    table: TrialRows | None = None
     spike_trials: Sequence[NDArray[np.int64]] | None = None
     invalid: Array | None = None
     notes: tuple[str, ...] = ()

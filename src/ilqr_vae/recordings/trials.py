@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class TrialTable:
+class TrialRows:
     """A trials table.
 
     Attributes:
@@ -96,8 +96,8 @@ class TrialWindows:
 
 
 def on_clock(
-    table: TrialTable, spec: RecordingSpec
-) -> tuple[TrialTable, tuple[RecordingWarning, ...]]:
+    table: TrialRows, spec: RecordingSpec
+) -> tuple[TrialRows, tuple[RecordingWarning, ...]]:
     """The table on the recording's clock, its events on the session's, and what is odd about them.
 
     Events that are not asked for and lie outside their trials are left out.
@@ -125,16 +125,16 @@ def on_clock(
             found.append(odd)
         if name not in asked:
             del columns[name]
-    return TrialTable(start, stop, columns), tuple(found)
+    return TrialRows(start, stop, columns), tuple(found)
 
 
-def is_event(table: TrialTable, name: str) -> bool:
+def is_event(table: TrialRows, name: str) -> bool:
     """Whether a column of the table is taken for an event unasked."""
     return name.endswith("_time") and table.columns[name].dtype.kind in "iuf"
 
 
 def plan(
-    table: TrialTable, spec: RecordingSpec
+    table: TrialRows, spec: RecordingSpec
 ) -> tuple[TrialWindows, tuple[RecordingWarning, ...]]:
     """Choose windows and parts by ``spec.trials`` and ``spec.split``; and what is odd about them.
 
@@ -194,7 +194,7 @@ def plan(
     return replace(made, notes=made.notes + _overlap(made, width)), tuple(odd)
 
 
-def _labelled(table: TrialTable, split: SplitSpec) -> NDArray[np.int64]:
+def _labelled(table: TrialRows, split: SplitSpec) -> NDArray[np.int64]:
     """(K,) 0, 1, 2 by label, -1 for a label not asked for; all 0 without a column."""
     if not split.column:
         return np.zeros(len(table.start), dtype=np.int64)
@@ -264,9 +264,7 @@ def words(values: NDArray[Any]) -> NDArray[np.str_]:
     return np.array([word(value) for value in values], dtype=np.str_)
 
 
-def condition_of(
-    table: TrialTable, rows: NDArray[np.int64], spec: RecordingSpec
-) -> tuple[str, ...]:
+def condition_of(table: TrialRows, rows: NDArray[np.int64], spec: RecordingSpec) -> tuple[str, ...]:
     """Each trial's condition, columns joined by a slash; empty where there is no column for it.
 
     Raises:
@@ -281,7 +279,7 @@ def condition_of(
     return tuple("/".join(parts) for parts in zip(*each, strict=True))
 
 
-def events_of(table: TrialTable, rows: NDArray[np.int64], spec: RecordingSpec) -> dict[str, Array]:
+def events_of(table: TrialRows, rows: NDArray[np.int64], spec: RecordingSpec) -> dict[str, Array]:
     """Seconds of each event of the trials; NaN where it did not come.
 
     Raises:
@@ -291,7 +289,7 @@ def events_of(table: TrialTable, rows: NDArray[np.int64], spec: RecordingSpec) -
     return {name: table.seconds(name, "data.trials.events")[rows] for name in names}
 
 
-def trials_of(table: TrialTable, spec: RecordingSpec, start: float, n_bins: int) -> Trials | None:
+def trials_of(table: TrialRows, spec: RecordingSpec, start: float, n_bins: int) -> Trials | None:
     """The trials wholly inside the bins of a continuous recording; None where there is none."""
     begin, end, width = table.start, table.stop, spec.width
     if not len(begin):

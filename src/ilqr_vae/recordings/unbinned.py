@@ -36,7 +36,7 @@ from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
 from ilqr_vae.recordings.session import Moving, RecordedSession, plausible, span_of
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.trials import (
-    TrialTable,
+    TrialRows,
     condition_of,
     cut,
     events_of,
@@ -334,7 +334,7 @@ def _bridged(moving: Moving, width: float) -> int:
     return 1 if moving.interval > 0.5 * width else 0
 
 
-def cut_on_grid(recording: Recording, table: TrialTable | None, spec: RecordingSpec) -> Recording:
+def cut_on_grid(recording: Recording, table: TrialRows | None, spec: RecordingSpec) -> Recording:
     """The trials of a recording already binned, cut at the nearest edges of its bins.
 
     Raises:

@@ -13,7 +13,7 @@ from ilqr_vae.recordings.checks import same_bin_width, unique_names, whole_count
 from ilqr_vae.recordings.nwb.series import clock, contents, told_channels
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
-from ilqr_vae.recordings.trials import TrialTable
+from ilqr_vae.recordings.trials import TrialRows
 from ilqr_vae.recordings.units import labels_of, selected_units
 
 NAME_COLUMNS = ("unit_name", "name")
@@ -344,7 +344,7 @@ def invalid_times(table: Any) -> NDArray[np.float64]:
     return np.stack([np.nan_to_num(begin, nan=-np.inf), np.nan_to_num(end, nan=np.inf)], axis=1)
 
 
-def trials_table(nwb: Any) -> TrialTable | None:
+def trials_table(nwb: Any) -> TrialRows | None:
     """The trials with every column of one value a trial; None where there are none.
 
     Raises:
@@ -365,4 +365,4 @@ def trials_table(nwb: Any) -> TrialTable | None:
             )
         if values.ndim == 1:
             columns[name] = values
-    return TrialTable(start, stop, columns)
+    return TrialRows(start, stop, columns)
