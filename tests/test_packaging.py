@@ -28,13 +28,15 @@ ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 VERBS = PROJECT["project"]["entry-points"][GROUP]
+_TORCH_PINS = ("triton", "cuda-bindings", "nvidia-cuda-nvrtc")
 
 
 @cache
 def options(verb: str) -> frozenset[str]:
-    """Every option a verb takes, from the code itself."""
-    app = next(e for e in entry_points(group=GROUP) if e.name == verb).load()
-    return frozenset(o for p in get_command(app).params for o in (*p.opts, *p.secondary_opts))
+    """Every option that a verb or one of its parts takes, from the code itself."""
+    command = get_command(next(e for e in entry_points(group=GROUP) if e.name == verb).load())
+    every = [command, *getattr(command, "commands", {}).values()]
+    return frozenset(o for c in every for p in c.params for o in (*p.opts, *p.secondary_opts))
 
 
 def test_every_verb_has_a_summary_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +122,8 @@ def test_constraints_pin_every_direct_dependency_above_its_floor() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     for text in (*PROJECT["project"]["dependencies"], *(x for e in extras.values() for x in e)):
         need = Requirement(text)
-        # torch's CUDA builds ask for one triton each: a pin here would rule them out
-        if need.name not in {PROJECT["project"]["name"], "triton"}:
+        # torch's CUDA builds ask for one of these each: a pin here would rule them out
+        if need.name not in {PROJECT["project"]["name"], *_TORCH_PINS}:
             assert need.specifier.contains(versions[canonicalize_name(need.name)]), text
 
 
