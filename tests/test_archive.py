@@ -108,6 +108,6 @@ def test_without_ray_the_verbs_say_what_to_install(
     assert main(["archive", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "error: archive: expected the package ray; try: pip install 'ilqr-vae[ray]', got none"
+        "error: archive: expected the package ray; try: pip install '.[ray]', got none"
     )
     assert os.listdir(tmp_path) == []

@@ -63,7 +63,7 @@ def dashboard(
     if missing:
         raise ConfigError(
             "dashboard",
-            expected="the extra 'live' (pip install 'ilqr-vae[live]')",
+            expected="the extra 'live' (pip install '.[live]')",
             got=f"no {missing[0]}",
         )
     import uvicorn

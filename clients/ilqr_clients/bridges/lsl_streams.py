@@ -26,7 +26,7 @@ def load_pylsl() -> Any:
     except (ImportError, RuntimeError, OSError) as error:
         raise ConfigError(
             "bridge lsl",
-            expected="the package pylsl; try: pip install 'ilqr-vae[lsl]'",
+            expected="the package pylsl; try: pip install '.[lsl]'",
             got=str(error) or "none",
         ) from error
     return pylsl

@@ -41,7 +41,7 @@ def frame_types() -> tuple[Any, Any]:
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except ModuleNotFoundError as error:
-        expected = "the package protobuf; try: pip install 'ilqr-vae[synapse]'"
+        expected = "the package protobuf; try: pip install '.[synapse]'"
         raise ConfigError("bridge synapse", expected=expected, got="none") from error
     kinds: Any = descriptor_pb2.FieldDescriptorProto
     file: Any = descriptor_pb2.FileDescriptorProto(

@@ -277,7 +277,7 @@ def demo(
     _check(config, recording, out, speed)
     screen = console()
     if live and any(find_spec(name) is None for name in ("starlette", "uvicorn")):
-        screen.print("no live page: it needs the extra 'live' (pip install 'ilqr-vae[live]')")
+        screen.print("no live page: it needs the extra 'live' (pip install '.[live]')")
         live = False
     chain = Chain(screen, out, recording, live=live, stay=stay)
     try:
