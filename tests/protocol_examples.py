@@ -157,6 +157,7 @@ DOWNSTREAM: list[m.Message] = [
                 idle_ns=4,
                 model="8f3a",
                 flagged=("b:dead",),
+                calibration=0.93,
             ),
         )
     ),

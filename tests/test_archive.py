@@ -107,7 +107,5 @@ def test_without_ray_the_verbs_say_what_to_install(
     monkeypatch.setattr(cluster, "find_spec", lambda _: None)
     assert main(["archive", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == (
-        "error: archive: expected the package ray; try: pip install '.[ray]', got none"
-    )
+    assert line == ("error: archive: expected the package ray; try: pip install '.[ray]', got none")
     assert os.listdir(tmp_path) == []

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -106,7 +105,6 @@ class Follower:
         self._fit, self._trial = round(seconds / width), max(1, round(trial / width))
         self._minute = max(1, round(60 / width))
         self._model = model
-        self._numbers: deque[tuple[float, int]] = deque(maxlen=self._minute)
         self._bins: dict[int, tuple[NDArray[np.uint16], NDArray[np.bool_]] | None] = {}
         self._epoch, self._heard, self._made = -1, 0, 0
         self._context: zmq.Context[Any] = zmq.Context()
@@ -120,11 +118,16 @@ class Follower:
 
     @property
     def index(self) -> float:
-        """Bits per spike predicted over the last minute, over what they were on held-out data when
-        the model was trained; NaN where either is not known."""
-        spikes = sum(n for _, n in self._numbers)
-        expected = self._served.scores.get("bits_per_spike", float("nan"))
-        return sum(b for b, _ in self._numbers) / spikes / expected if spikes else float("nan")
+        """The service's calibration index of the session: bits per spike beyond the stream's own
+        mean rates, over what they were on held-out data when the model was trained; NaN where the
+        service does not know.
+
+        Raises:
+            ServiceError: the service refuses, or does not answer.
+        """
+        listed = {info.session: info.calibration for info in self._service.sessions()}
+        found = listed.get(self._session)
+        return float("nan") if found is None else found
 
     def listen(self, bins: int, until: Callable[[], bool] = lambda: False) -> int:
         """Take answers until that many bins were heard, or ``until`` says so; returns how many.
@@ -168,8 +171,6 @@ class Follower:
         if result.revision:
             return
         self._heard += 1
-        if np.isfinite(result.bits):
-            self._numbers.append((result.bits, result.spikes))
         if self._heard % self._minute == 0:
             self._say(f"index {self.index:.2f} (1: as well as on held-out data at training)")
 

@@ -56,6 +56,7 @@ class EngineInfo:
         iterations: iLQR iterations per bin.
         class_names: C; none for a model without classes.
         bits_per_spike: on data that it was not fitted on; NaN where that is not known.
+        mean_rates: of training, N; none where the units are not counted.
         lags: bins after which it can answer a bin once more, at most.
     """
 
@@ -69,6 +70,7 @@ class EngineInfo:
     iterations: int
     class_names: tuple[str, ...] = ()
     bits_per_spike: float = math.nan
+    mean_rates: tuple[float, ...] = ()
     lags: int = 0
 
 

@@ -35,9 +35,7 @@ _STORE = 256 * MIB
 def check_ray(verb: str) -> None:
     """Refuse to begin what needs Ray. Raises ConfigError: the extra ``ray`` is not installed."""
     if find_spec("ray") is None:
-        raise ConfigError(
-            verb, expected="the package ray; try: pip install '.[ray]'", got="none"
-        )
+        raise ConfigError(verb, expected="the package ray; try: pip install '.[ray]'", got="none")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from msgspec import UNSET
 from numpy.typing import NDArray
 
 from ilqr_service.sessions.arrivals import Arrivals
+from ilqr_service.sessions.calibration import Calibration
 from ilqr_service.sessions.clocked import FeederClock
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.settings import ServiceSettings
@@ -163,6 +164,7 @@ class ServedSession:
         default_factory=dict[tuple[str, int], messages.Noted]
     )
     binner: SpikeBinner | None = field(init=False, default=None)
+    calibration: Calibration | None = field(init=False, default=None)
     token: str = field(init=False)
     arrivals: Arrivals = field(init=False)
     clock: FeederClock = field(init=False)
@@ -227,6 +229,7 @@ class ServedSession:
             model=self.model_info.model,
             revised=self.revised,
             flagged=self.flagged,
+            calibration=None if self.calibration is None else self.calibration.index,
         )
 
     def opened(
@@ -358,9 +361,10 @@ class ServedSession:
             self.spikes += answer.spikes
             effects.spikes += answer.spikes
             effects.bits += answer.bits
-            if (usual := self.model_info.bits_per_spike) > 0:
-                effects.expected += usual * answer.spikes
-                effects.met += answer.bits
+            if (calibration := self._calibrated()) is not None:
+                met, expected = calibration.add(answer)
+                effects.met += met
+                effects.expected += expected
         result = self.result(answer, revision, status, published_ns)
         self.recent.append(result)
         effects.published.append(result)
@@ -372,6 +376,14 @@ class ServedSession:
             self.flagged = answer.flagged
         if first:
             self._unbelievable(answer, effects)
+
+    def _calibrated(self) -> Calibration | None:
+        """The index of the model that serves; None where it does not say what to expect."""
+        model_info = self.model_info
+        if self.calibration is None or self.calibration.model_info is not model_info:
+            known = model_info.bits_per_spike > 0 and model_info.mean_rates
+            self.calibration = Calibration(model_info) if known else None
+        return self.calibration
 
     def _unbelievable(self, answer: EngineAnswer, effects: Effects) -> None:
         """Report counts that were ignored, and an estimate that was lost."""

@@ -37,6 +37,7 @@ from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.machine import available_memory
+from ilqr_vae.model.likelihoods import Counts
 from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.fixed_lag import FixedLags
 from ilqr_vae.streaming.unit_watch import UnitWatch
@@ -88,6 +89,7 @@ class Engine:
         horizon = settings.horizon or manifest.horizon.horizon
         iterations = settings.iterations or manifest.horizon.iterations
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
+        counted = isinstance(estimator.spikes, Counts)
         self.model_info = EngineInfo(
             model=manifest.model_id,
             unit_names=tuple(manifest.unit_names),
@@ -99,6 +101,7 @@ class Engine:
             iterations=iterations,
             class_names=tuple(manifest.classes or ()),
             bits_per_spike=manifest.scores.get("bits_per_spike", math.nan),
+            mean_rates=tuple(artifact.mean_rate.tolist()) if counted else (),
             lags=FixedLags(estimator).lags,
         )
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)

@@ -42,6 +42,7 @@ class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     revised: int = 0
     flagged: tuple[str, ...] = ()
+    calibration: float | None = None
 
 
 class SessionList(Message, frozen=True, kw_only=True):
