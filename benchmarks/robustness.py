@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from ilqr_vae import plots
@@ -23,12 +24,13 @@ UNTOLD, TOLD = "GRU, not told", "GRU, told"
 
 
 def of_page(text: str) -> Losses:
-    """From the table of docs/decoding.md. "Not told" is the GRU that is fed zeros; "told" the one
-    that is fed the units' mean counts or, of lost bins, the last value."""
+    """From the first table of docs/decoding.md that says what was lost. "Not told" is the GRU that
+    is fed zeros; "told" the one that is fed the units' mean counts or, of lost bins, the last
+    value."""
+    lines = text[text.index("\n| R2 lost") + 1 :].splitlines()
     table = [
         [cell.strip() for cell in line.strip("| \n").split("|")]
-        for line in text.splitlines()
-        if line.startswith("|")
+        for line in takewhile(lambda line: line.startswith("|"), lines)
     ]
     found: Losses = {}
     shares, kind = "", ""
