@@ -37,7 +37,8 @@ assert not ours, ours
 for package in ("ilqr_vae", "ilqr_clients", "ilqr_service", "ilqr_training"):
     for found in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
         # Triton is for Linux; Ray takes another path where the platform says that it is Windows
-        apart = ("ilqr_vae.kernels.gpu.", "ilqr_training.distributed.live")
+        apart = ("ilqr_vae.kernels.gpu.", "ilqr_training.distributed.live",
+                 "ilqr_training.distributed.halving")
         if not found.name.startswith(apart):
             importlib.import_module(found.name)
 """

@@ -39,7 +39,7 @@ SUMMARIES = {
     "sweep": "search over settings and seeds for the best model, on Ray",
     "archive": "train on or decode every recording of a folder, on Ray",
     "inspect": "show what is inside a model, a recording or a journal",
-    "experiment": "repeat the paper's experiments, or compare decoders on a recording",
+    "experiment": "run the paper's experiments, or compare decoders on data",
     "serve": "load a model and answer spike bins over ZeroMQ",
     "fleet": "serve a model by many servers on a Ray cluster",
     "replay": "stream a recording through a running service, and report",
