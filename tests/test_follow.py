@@ -82,6 +82,7 @@ def test_units_that_changed_are_learnt_from_the_stream_and_the_journal_verifies(
         ) as follower,
     ):
         (made,) = follower.run(attempts=1, threshold=float("inf"))
+        assert np.isfinite(follower.index)
         assert made.verdict is Verdict.SWAPPED, made
         assert made.bits is not None
         assert made.bits[1] > made.bits[0]

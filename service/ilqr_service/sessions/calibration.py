@@ -78,7 +78,7 @@ class Calibration:
         self._counts = keep * self._counts + self._new_counts
         self._bins = keep * self._bins + self._new_bins
         mu, nu = self._mu, np.maximum(self._counts / self._bins, _LEAST)
-        gain = self._new_counts @ np.log(nu / mu) - self._new_bins @ (nu - mu)
+        gain = float(self._new_counts @ np.log(nu / mu) - self._new_bins @ (nu - mu))
         met = self._bits - gain / math.log(2.0)
         expected = self.model_info.bits_per_spike * self._spikes
         self._met = remember * self._met + met
