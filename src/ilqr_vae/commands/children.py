@@ -149,10 +149,11 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 def serve_arguments(model: Path) -> list[str]:
-    """The verb and its options: free ports, and a line on standard output once it answers."""
+    """The verb and its options: free ports, and a line on standard output once it answers. Where
+    the system allows it, its threads go before the browser that shows the live page."""
     free = "tcp://127.0.0.1:*"
     where = ["--ingest", free, "--results", free, "--http", "127.0.0.1:0"]
-    return ["serve", str(model), *where, "--ready-file", "-"]
+    return ["serve", str(model), *where, "--realtime", "1", "--ready-file", "-"]
 
 
 @contextmanager
