@@ -179,7 +179,8 @@ def test_overload_is_shed_by_policy_and_over_within_a_window(tmp_path: Path, any
                 after[result.status] += 1
     flags = Counter(r.status for results in outcome.results.values() for r in results.values())
     print(f"{rate * SESSIONS:.0f} bins a second; {dict(flags)}; after a window {dict(after)}")
-    assert flags["extrapolated"] > 0.2 * SESSIONS * flood, flags
+    # of what came within its credits; how much that is, the machine decides
+    assert flags["extrapolated"] > 0.5 * (sum(flags.values()) - flags["missing"]) > 0, flags
     assert set(after) <= {"ok", "degraded", "late"}  # nothing is shed any more
     verdict = verify(journal, [model])  # shed again what was shed, solved again what was solved
     assert verdict.answers == verdict.identical > 0, verdict
