@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from ilqr_service.metrics.histogram import Recent
 from ilqr_service.metrics.telemetry import edges
-from ilqr_service.sessions.session import Recent
 from ilqr_service.settings import (
     ServiceSettings,
     http_address,

@@ -29,7 +29,7 @@ class Host:
         order: of a block's threads, see ``host.h``.
     """
 
-    library: ctypes.CDLL
+    code: ctypes.CDLL
     order: int = 0
     multiprocessors: int = 2
     resident: int = 3
@@ -37,7 +37,7 @@ class Host:
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of shared and of global memory that a block needs."""
-        shared, window = (ctypes.c_longlong * 2).in_dll(self.library, "sizes")
+        shared, window = (ctypes.c_longlong * 2).in_dll(self.code, "sizes")
         return shared, window
 
     @property
@@ -46,7 +46,7 @@ class Host:
 
     def launch(self, argument: bytes, blocks: int, stream: int) -> None:
         kept = ctypes.create_string_buffer(argument, len(argument))
-        assert self.library.launch(kept, blocks, self.order) == 0, "threads wait for each other"
+        assert self.code.launch(kept, blocks, self.order) == 0, "threads wait for each other"
 
 
 def build(shape: Shape, fields: tuple[str, ...]) -> Host:

@@ -1,15 +1,18 @@
-"""Times of the stages of a bin as a Prometheus histogram, at the cost of an append.
+"""Times of the stages of a bin as a Prometheus histogram, at the cost of an append, and quantiles
+of the newest.
 
-What comes is put aside and counted in bulk, when somebody asks or once a second.
+What comes for a histogram is put aside and counted in bulk, when somebody asks or once a second.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -94,3 +97,27 @@ class Histogram(Collector):
             buckets, total = durations.buckets()
             family.add_metric([stage] if labels else [], buckets, total)
         return [family]
+
+
+class Recent:
+    """The newest durations, for quantiles. Holds ``size`` int64 values."""
+
+    def __init__(self, size: int = 1024) -> None:
+        self._values = np.zeros(size, dtype=np.int64)
+        self._count = 0
+        self._sorted: tuple[int, NDArray[np.int64]] = (0, self._values[:0])  # of which count
+
+    def add(self, value: int) -> None:
+        self._values[self._count % len(self._values)] = value
+        self._count += 1
+
+    def quantiles(self, *qs: float) -> tuple[int, ...]:
+        """For each q the smallest held value that at least a share q of them does not exceed; 0
+        where nothing was added yet."""
+        if self._sorted[0] != self._count:
+            newest = self._values[: min(self._count, len(self._values))]
+            self._sorted = (self._count, np.sort(newest))
+        held = self._sorted[1]
+        if held.size == 0:
+            return (0,) * len(qs)
+        return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from msgspec import UNSET
-from numpy.typing import NDArray
 
+from ilqr_service.metrics.histogram import Recent
 from ilqr_service.sessions.arrivals import Arrivals
 from ilqr_service.sessions.calibration import Calibration
 from ilqr_service.sessions.clocked import FeederClock
@@ -53,30 +53,6 @@ class Limits:
             idle_ns=round(settings.idle_s * 1e9),
             backlog=max(2 * settings.credits, settings.gap_limit + settings.credits),
         )
-
-
-class Recent:
-    """The newest durations, for quantiles. Holds ``size`` int64 values."""
-
-    def __init__(self, size: int = 1024) -> None:
-        self._values = np.zeros(size, dtype=np.int64)
-        self._count = 0
-        self._sorted: tuple[int, NDArray[np.int64]] = (0, self._values[:0])  # of which count
-
-    def add(self, value: int) -> None:
-        self._values[self._count % len(self._values)] = value
-        self._count += 1
-
-    def quantiles(self, *qs: float) -> tuple[int, ...]:
-        """For each q the smallest held value that at least a share q of them does not exceed; 0
-        where nothing was added yet."""
-        if self._sorted[0] != self._count:
-            newest = self._values[: min(self._count, len(self._values))]
-            self._sorted = (self._count, np.sort(newest))
-        held = self._sorted[1]
-        if held.size == 0:
-            return (0,) * len(qs)
-        return tuple(int(held[max(0, math.ceil(q * held.size) - 1)]) for q in qs)
 
 
 _F8 = np.dtype("<f8")

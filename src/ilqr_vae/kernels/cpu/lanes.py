@@ -224,41 +224,33 @@ def _make_square(*, out: bool) -> Any:
     return intrinsic(square)
 
 
-_square_in, _square_out = _make_square(out=False), _make_square(out=True)
+def _make_move(*, out: bool) -> Any:
+    """move(S, o, matrix, start, stride, count): ``count`` numbers of each problem, in a row from
+    matrix[lane stride + start], into S[o], or the way back."""
+    square = _make_square(out=out)
+
+    @inner
+    def move(S, o, matrix, start, stride, count):
+        never_inline()
+        lanes = lanes_of(S)
+        if count >= lanes:
+            for i in range(0, count - lanes + 1, lanes):
+                square(S, o + i, matrix, start + i, stride)
+            if count % lanes:
+                last = count - lanes
+                square(S, o + last, matrix, start + last, stride)
+            return
+        for lane in range(lanes):
+            for i in range(count):
+                if out:
+                    matrix[lane * stride + start + i] = S[(o + i) * lanes + lane]
+                else:
+                    S[(o + i) * lanes + lane] = matrix[lane * stride + start + i]
+
+    return move
 
 
-@inner
-def _gather(S, o, matrix, start, stride, count):
-    """``count`` numbers of each problem, in a row from matrix[lane stride + start], into S[o]."""
-    never_inline()
-    lanes = lanes_of(S)
-    if count >= lanes:
-        for i in range(0, count - lanes + 1, lanes):
-            _square_in(S, o + i, matrix, start + i, stride)
-        if count % lanes:
-            last = count - lanes
-            _square_in(S, o + last, matrix, start + last, stride)
-        return
-    for lane in range(lanes):
-        for i in range(count):
-            S[(o + i) * lanes + lane] = matrix[lane * stride + start + i]
-
-
-@inner
-def _scatter(S, o, matrix, start, stride, count):
-    """``_gather``, the way back."""
-    never_inline()
-    lanes = lanes_of(S)
-    if count >= lanes:
-        for i in range(0, count - lanes + 1, lanes):
-            _square_out(S, o + i, matrix, start + i, stride)
-        if count % lanes:
-            last = count - lanes
-            _square_out(S, o + last, matrix, start + last, stride)
-        return
-    for lane in range(lanes):
-        for i in range(count):
-            matrix[lane * stride + start + i] = S[(o + i) * lanes + lane]
+_gather, _scatter = _make_move(out=False), _make_move(out=True)
 
 
 def scratch_size(n, m):

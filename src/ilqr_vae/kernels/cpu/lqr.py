@@ -230,16 +230,22 @@ def flat(array, b):
     return part.reshape(part.size)
 
 
-@inner
-def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, scratch):
-    """Solve problem ``b`` of a batch; the arguments of ``solve``. Returns whether it is ok."""
-    never_inline()
+@part
+def _of(b, problem, has_c, has_S, law, cost):
+    """Problem ``b``, its law and its cost."""
     A, B, Q, q, R, r, c, S = problem
     K, k, Quu_inv = law
     V, v = cost
     one, cross = (b if has_c else 0), (b if has_S else 0)
     problem_b = (A[b], B[b], Q[b], q[b], R[b], r[b], c[one], S[cross])
-    law_b, cost_b = (K[b], k[b], Quu_inv[b]), (V[b], v[b])
+    return problem_b, (K[b], k[b], Quu_inv[b]), (V[b], v[b])
+
+
+@inner
+def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, scratch):
+    """Solve problem ``b`` of a batch; the arguments of ``solve``. Returns whether it is ok."""
+    never_inline()
+    problem_b, law_b, cost_b = _of(b, problem, has_c, has_S, law, cost)
     good = _backward(problem_b, has_c, has_S, damping[b], law_b, cost_b, scratch)
     return finish_one(b, good, problem, has_c, damping, free, law, cost, step, scratch)
 
@@ -248,13 +254,10 @@ def solve_one(b, problem, has_c, has_S, damping, free, law, cost, step, scratch)
 def finish_one(b, good, problem, has_c, damping, free, law, cost, step, scratch):
     """The rest of a solution whose backward recursion is done, ``good`` or not."""
     never_inline()
-    A, B, Q, q, R, r, c, S = problem
     K, k, Quu_inv = law
     V, v = cost
     dz, du, costate, model = step
-    one = b if has_c else 0
-    problem_b = (A[b], B[b], Q[b], q[b], R[b], r[b], c[one], S[0])
-    law_b, cost_b = (K[b], k[b], Quu_inv[b]), (V[b], v[b])
+    problem_b, law_b, cost_b = _of(b, problem, has_c, False, law, cost)
     step_b = (dz[b], du[b], costate[b], model[b])
     for i in range(dz.shape[2]):
         dz[b, 0, i] = 0.0
