@@ -1,7 +1,7 @@
 """The paper's experiments on simulated data: one settings class and one ``run`` each.
 
-``run(settings, seed, progress) -> ExperimentResult``. Names are those of ``ilqr-vae experiment
-NAME``; the module behind a name is imported when it is asked for.
+``run(settings, seed, progress) -> ExperimentResult``. The names are those of ``ilqr-vae experiment
+NAME``. The module of an experiment is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ SUMMARIES = {
     "missing-data": "Impute missing bins and units.",
     "maze-size": "Time gradient steps at the size of MC_Maze.",
 }
-"""One sentence each, on simulated data; docs/experiments.md tells more."""
+"""One sentence for each; docs/experiments.md has the details."""
 
 NAMES = tuple(_WHERE)
-"""In the order of the results table."""
+"""Names in the order of the results table."""
 
 
 class Experiment(NamedTuple):
-    """An experiment: the class of its settings, and what runs it."""
+    """An experiment: the class of its settings, and the function that runs it."""
 
     settings: type[msgspec.Struct]
     run: Run
 
 
 def find(name: str) -> Experiment:
-    """The experiment of that name. Raises ConfigError: there is none."""
+    """Return the experiment of that name. Raises ConfigError if there is none."""
     if name not in _WHERE:
         raise ConfigError("experiment", expected=f"one of {', '.join(NAMES)}", got=repr(name))
     module, settings, run = _WHERE[name]

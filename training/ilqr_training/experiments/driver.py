@@ -1,4 +1,4 @@
-"""What the experiments share: whole trials as training batches, networks, and a fit."""
+"""Shared by the experiments: whole trials as training batches, new models, and a fit."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ class FitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """How a model is fitted to trials.
 
     Attributes:
-        steps, batch: gradient steps, and trials per step (capped at what there is).
-        learning_rate, final_rate: of Adam, from the one to the other along a half cosine.
-        scale_rate: learning rate of scales as a multiple of that, see ``loop.start``.
-        clip: largest gradient norm, of the bound per bin.
+        steps, batch: gradient steps, and trials per step (at most all trials).
+        learning_rate, final_rate: first and last learning rate of Adam, along a half cosine.
+        scale_rate: learning rate of scales, as a multiple of the other parameters', see
+            ``loop.start``.
+        clip: largest norm of the gradient of the bound per bin.
         kl_warmup: steps over which the KL's weight grows to one.
-        posterior: per-trial Laplace, or the paper's Kronecker.
-        iterations, tolerance: of the iLQR solves.
+        posterior: per-trial Laplace approximation, or the paper's Kronecker form.
+        iterations, tolerance: limits of the iLQR solves.
         exact_gradient: implicit gradient with all curvature; else Gauss-Newton.
-        dtype: to train in.
+        dtype: floating-point type of training.
     """
 
     steps: PositiveInt = 500
@@ -73,11 +74,11 @@ class NetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 @dataclass(frozen=True)
 class ExperimentResult:
-    """What an experiment came to.
+    """The result of an experiment.
 
     Attributes:
         figures: plain numbers, lists and names, ready for JSON.
-        draw: puts the picture on a matplotlib figure; None where there is none.
+        draw: draws the picture on a matplotlib figure; None if there is no picture.
     """
 
     figures: dict[str, Any]
@@ -87,7 +88,7 @@ class ExperimentResult:
 def observed_of(
     model: Model, values: Array, mask: Array | None = None, *, group: str = "observations"
 ) -> dict[str, Observed]:
-    """One group of observations in the model's dtype; all of them observed unless masked."""
+    """Return one group of observations in the model's dtype, all observed unless masked."""
     v = torch.as_tensor(values).to(model.initial.mean)
     seen = torch.ones_like(v) if mask is None else torch.as_tensor(mask).to(v)
     return {group: Observed(v * seen, seen)}
@@ -115,7 +116,7 @@ class TrialBatches:
         self._order = np.zeros(0, dtype=np.int64)
 
     def draw(self, batch: int) -> Tensor:
-        """The next ``batch`` trials of a random order that is drawn anew when used up."""
+        """Return the next ``batch`` trials of a random order, which is redrawn once exhausted."""
         while len(self._order) < batch:
             self._order = np.concatenate([self._order, self.rng.permutation(self.count)])
         chosen, self._order = self._order[:batch], self._order[batch:]
@@ -135,7 +136,7 @@ class TrialBatches:
 
 
 def network(net: NetConfig, group: GroupSpec, *, seed: int, dtype: str) -> Model:
-    """A fresh model with one observation group, ``observations``."""
+    """Return a new model with one observation group, ``observations``."""
     torch.manual_seed(seed)
     spec = ModelSpec(
         dynamics=net.dynamics,
@@ -149,7 +150,7 @@ def network(net: NetConfig, group: GroupSpec, *, seed: int, dtype: str) -> Model
 
 
 def poisson_network(net: NetConfig, counts: Array, *, seed: int, dtype: str) -> Model:
-    """A fresh model of Poisson counts (K, T, N) whose rates start at the data's means."""
+    """Return a new model of Poisson counts (K, T, N) whose rates start at the mean rates."""
     log_rate_max = float(np.log(10 * (1 + counts.max())))
     group = GroupSpec(family="poisson", channels=counts.shape[-1], log_rate_max=log_rate_max)
     model = network(net, group, seed=seed, dtype=dtype)
@@ -161,7 +162,7 @@ def poisson_network(net: NetConfig, counts: Array, *, seed: int, dtype: str) -> 
 
 
 def start_noise(model: Model, values: Array, share: float = 0.3) -> None:
-    """Start a Gaussian readout at the data's mean, its noise at a share of their deviation."""
+    """Initialise a Gaussian readout: offset at the mean, noise at a share of the deviation."""
     family = model.group("observations")
     if not isinstance(family, Gaussian):
         raise ShapeError("observations", expected="a Gaussian group", got=family.family)
@@ -175,9 +176,9 @@ class Fit:
     """A fitted model.
 
     Attributes:
-        run: model, posterior and warm starts as training left them.
-        bounds: nats per bin at each step (noisy: one sample of one batch).
-        seconds: wall-clock.
+        run: model, posterior and warm starts after training.
+        bounds: bound at each step in nats per bin (noisy: one sample of one batch).
+        seconds: wall-clock time.
     """
 
     run: TrainingRun
@@ -198,10 +199,10 @@ def fit(
     """Train on trials.
 
     Args:
-        after: called after every step, e.g. to evaluate.
+        after: called after each step, e.g. to evaluate.
 
     Raises:
-        TrainingError: a bound or gradient that is not finite.
+        TrainingError: a bound or gradient is not finite.
     """
     began = time.monotonic()
     own: dict[str, Any] = msgspec.structs.asdict(config) | {

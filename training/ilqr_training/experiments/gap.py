@@ -1,7 +1,7 @@
 """The inference gap: how far the bound lies below log p(o), for iLQR and for an amortised encoder.
 
 Both train the same generator from the same start. The encoder is a bidirectional GRU that reads the
-observations and answers mean and standard deviation of z_0 and of every input.
+observations and returns the mean and standard deviation of z_0 and of each input.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from ilqr_vae.progress import Progress
 
 
 class GapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """76 trials of 100 bins of a linear system with sparse inputs.
+    """Settings of ``inference-gap``: trials of a linear system with sparse inputs.
 
     Attributes:
-        samples: of the importance-weighted bound that stands for log p(o).
-        checks: how often the gap is measured while training.
-        hidden: units of each direction of the encoder.
+        samples: samples of the importance-weighted bound, which approximates log p(o).
+        checks: number of times that the gap is measured during training.
+        hidden: hidden units in each direction of the encoder.
     """
 
     trials: PositiveInt = 76
@@ -61,7 +61,7 @@ class GapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Encoder(nn.Module):
-    """Bidirectional GRU: (B, T, N) observations -> moments of z_0 and of every input."""
+    """Bidirectional GRU: (B, T, N) observations -> moments of z_0 and of each input."""
 
     def __init__(self, channels: int, n: int, m: int, hidden: int, *, scale: float = 0.3) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
                 layer.bias[size:] = math.log(scale)
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means and log standard deviations: z_0 (B, n) twice, u (B, T, m) twice."""
+        """Return mean and log standard deviation of z_0 (B, n), then of u (B, T, m)."""
         read, _ = self.gru(values)
         u, u_log = self.inputs(read).split(self.m, -1)
         z0, z0_log = self.initial(read[:, 0]).split(self.n, -1)
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
 
 
 def draw_of(z0_log: Tensor, u_log: Tensor, generator: torch.Generator, samples: int = 1) -> Draw:
-    """Samples of the encoder's diagonal posterior, sample by sample."""
+    """Draw from the encoder's diagonal posterior; the batch is repeated for each sample."""
     z0_log, u_log = z0_log.repeat(samples, 1), u_log.repeat(samples, 1, 1)
     e0 = torch.randn(z0_log.shape, generator=generator, dtype=z0_log.dtype)
     e = torch.randn(u_log.shape, generator=generator, dtype=u_log.dtype)
@@ -104,7 +104,7 @@ def draw_of(z0_log: Tensor, u_log: Tensor, generator: torch.Generator, samples: 
 
 
 class Gap(msgspec.Struct, frozen=True):
-    """One measurement, nats per bin: bound, importance-weighted bound, what lies between."""
+    """One measurement in nats per bin: bound, importance-weighted bound, their difference."""
 
     step: int
     bound: float
@@ -118,8 +118,8 @@ class Gap(msgspec.Struct, frozen=True):
 def _of_ilqr(
     model: Model, observed: dict[str, Observed], trials: TrialBatches, config: GapConfig, step: int
 ) -> Gap:
-    # from where training's own solves ended: the Student's cost is not convex, and inputs that
-    # start at zero may be held there
+    # start from the solutions of training: the cost under a Student prior is not convex, and inputs
+    # that start at zero may stay there
     warm = trials.warm(torch.arange(trials.count))
     generator = torch.Generator().manual_seed(step)
     solver = SolverConfig(iterations=40, tolerance=1e-6)
@@ -168,7 +168,8 @@ def _train_encoder(
         weight = min(1.0, (step + 1) / max(1, how.kl_warmup))
         loss = -parts.value(kl_weight=weight).mean() / config.bins
         for group in optimiser.param_groups:
-            group["lr"] = 0.3 * how.rate(step)  # the encoder diverges at the generator's own rate
+            # the encoder diverges at the learning rate of the generator
+            group["lr"] = 0.3 * how.rate(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, how.clip)
@@ -185,7 +186,7 @@ def _train_encoder(
 
 
 def inference_gap(config: GapConfig, seed: int, progress: Progress) -> ExperimentResult:
-    """Train both ways from the same start; measure both gaps as training goes on."""
+    """Train both ways from the same start; measure both gaps during training."""
     began = time.monotonic()
     rng = np.random.default_rng(seed)
     system = LinearSystem.draw(rng, config.net.latents, config.net.inputs, config.outputs)

@@ -1,6 +1,6 @@
 """Simulated data with known truth: linear systems, the Lorenz attractor, Duffing oscillators.
 
-All shapes are (trials, bins, channels), float64; everything drawn comes from the generator given.
+All arrays are (trials, bins, channels), float64. All random numbers come from the given generator.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Array = NDArray[np.float64]
 
 
 START = 0.5
-"""Standard deviation of initial states, unless they are given."""
+"""Standard deviation of the initial states that are drawn."""
 
 
 class LinearSystem(NamedTuple):
-    """z' = A z + B u, seen through C."""
+    """z' = A z + B u, observed through C."""
 
     A: Array
     B: Array
@@ -27,7 +27,7 @@ class LinearSystem(NamedTuple):
 
     @staticmethod
     def draw(rng: np.random.Generator, n: int, m: int, outputs: int) -> LinearSystem:
-        """A stable A, orthonormal columns of B, a random C (outputs, n)."""
+        """Draw a stable A, a B with orthonormal columns, and a random C (outputs, n)."""
         A = stable_matrix(n, rng, slowest=0.97, fastest=0.85)
         B = np.linalg.qr(rng.normal(size=(n, m)))[0]
         return LinearSystem(A, B, rng.normal(size=(outputs, n)))
@@ -35,7 +35,7 @@ class LinearSystem(NamedTuple):
     def run(
         self, rng: np.random.Generator, inputs: Array, *, noise: float, start: Array | None = None
     ) -> LinearData:
-        """Trials under ``inputs`` (K, T, m), from ``start`` (K, n) or random initial states."""
+        """Simulate trials with ``inputs`` (K, T, m) from ``start`` (K, n) or random states."""
         K, T, _ = inputs.shape
         n = len(self.A)
         z = np.empty((K, T + 1, n))
@@ -51,7 +51,7 @@ class LinearData(NamedTuple):
 
     Attributes:
         values: (K, T, N) noisy observations.
-        inputs: (K, T, m); states: (K, T + 1, n), states[:, k + 1] seen in bin k.
+        inputs: (K, T, m); states: (K, T + 1, n), states[:, k + 1] observed in bin k.
         A, B, C: the system.
     """
 
@@ -64,10 +64,10 @@ class LinearData(NamedTuple):
 
 
 def stable_matrix(n: int, rng: np.random.Generator, *, slowest: float, fastest: float) -> Array:
-    """A random n x n matrix whose eigenvalues have moduli between ``fastest`` and ``slowest``.
+    """Draw an n x n matrix whose eigenvalues have moduli between ``fastest`` and ``slowest``.
 
-    Conjugate pairs that turn 0.05 to 0.4 radians a step, and one real one where n is odd, in a
-    random, moderately skewed basis.
+    The eigenvalues are conjugate pairs that turn by 0.05 to 0.4 radians a step, and a real one if n
+    is odd. The basis is random and moderately skewed.
     """
     block = np.zeros((n, n))
     for i in range(0, n - 1, 2):
@@ -84,7 +84,7 @@ def stable_matrix(n: int, rng: np.random.Generator, *, slowest: float, fastest: 
 def sparse_inputs(
     rng: np.random.Generator, trials: int, bins: int, m: int, probability: float
 ) -> Array:
-    """(trials, bins, m): zero, but for events that hit all channels of a bin, N(0, I) each."""
+    """Draw inputs (trials, bins, m) that are zero except at events, each N(0, I)."""
     event = rng.random((trials, bins, 1)) < probability
     return event * rng.normal(size=(trials, bins, m))
 
@@ -92,7 +92,7 @@ def sparse_inputs(
 def autoregressive_inputs(
     rng: np.random.Generator, trials: int, bins: int, m: int, *, memory: float = 0.5
 ) -> Array:
-    """(trials, bins, m) of AR(1) channels with the variance sparse events of 0.03 have."""
+    """Draw AR(1) inputs (trials, bins, m) of variance 0.03, as sparse inputs have by default."""
     u = np.empty((trials, bins, m))
     scale = np.sqrt(0.03)
     u[:, 0] = scale * rng.normal(size=(trials, m))
@@ -117,12 +117,12 @@ def _lorenz(x: Array) -> Array:
 def lorenz_bouts(
     rng: np.random.Generator, bouts: int, bins: int, *, dt: float = 0.01, spread: float = 10.0
 ) -> Array:
-    """(bouts, bins, 3) of the Lorenz system, each from its own point near the attractor.
+    """Simulate the Lorenz system, (bouts, bins, 3), each bout from its own initial state.
 
-    Starts are drawn around the attractor's centre and run for 50 time units, so that every bout
-    lies on it: a start beside one of the two unstable points between which the attractor turns
-    leaves it at a rate of only 0.09, and after 5 units would still sit there, hardly moving.
-    Fourth-order Runge-Kutta at the bin width.
+    Initial states are drawn around the centre of the attractor and run for 50 time units, so that
+    each bout lies on the attractor. A state close to one of the two unstable fixed points leaves it
+    at a rate of only 0.09: after 5 units it would hardly move. Integrated by fourth-order
+    Runge-Kutta with steps of one bin.
     """
     x = np.array([0.0, 0.0, 25.0]) + spread * rng.normal(size=(bouts, 3))
     out = np.empty((bouts, bins, 3))
@@ -137,9 +137,9 @@ def lorenz_bouts(
 def duffing_trials(
     rng: np.random.Generator, trials: int, bins: int, *, dt: float = 0.05, damping: float = 0.05
 ) -> Array:
-    """(trials, bins, 2): position and velocity of x'' = x - x^3 - damping x', two wells.
+    """Simulate x'' = x - x^3 - damping x', two wells: position and velocity (trials, bins, 2).
 
-    Starts are uniform over [-1.5, 1.5] x [-1, 1]; no input.
+    Initial states are uniform over [-1.5, 1.5] x [-1, 1]. There is no input.
     """
 
     def field(x: Array) -> Array:
@@ -158,7 +158,7 @@ class Spiking(NamedTuple):
     """Poisson units driven by a few variables.
 
     Attributes:
-        counts, rates: (K, T, N); rates in expected counts per bin.
+        counts, rates: (K, T, N); rates are expected counts per bin.
     """
 
     counts: Array
@@ -174,13 +174,13 @@ def spiking(
     gain: float,
     weights: Array | None = None,
 ) -> Spiking:
-    """Counts of units with log rate = log mean_rate + gain w . (standardised variables).
+    """Draw counts of units with log rate = log mean_rate + gain w . (standardised variables).
 
     Args:
         variables: (K, T, d).
-        mean_rate: expected counts per bin at the variables' mean, times a factor per unit.
-        gain: how strongly log rates vary.
-        weights: (units, d + 1) to reuse between calls, the last column the log factor.
+        mean_rate: expected counts per bin at the mean of the variables, times a factor per unit.
+        gain: scale of the variation of log rates.
+        weights: (units, d + 1) from ``tuning``, to use the same in several calls.
     """
     x = variables - variables.mean((0, 1))
     x = x / x.std((0, 1))
@@ -192,7 +192,7 @@ def spiking(
 
 
 def tuning(rng: np.random.Generator, units: int, d: int) -> Array:
-    """(units, d + 1): directions of unit length, then log factors of the rates."""
+    """Draw weights (units, d + 1): directions of unit length, then log factors of the rates."""
     w = rng.normal(size=(units, d))
     w /= np.linalg.norm(w, axis=1, keepdims=True)
     return np.concatenate([w, 0.3 * rng.normal(size=(units, 1))], 1)

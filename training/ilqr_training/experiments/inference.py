@@ -1,4 +1,4 @@
-"""Inference where training did not look: long sequences after chunks, missing bins and units."""
+"""Inference beyond the training data: a sequence longer than the chunks, missing bins and units."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ _SOLVER = SolverConfig(iterations=60, tolerance=1e-7)
 
 
 class LongConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A linear system with sparse inputs: chunks of mixed lengths to train on, one long sequence.
+    """Settings of ``long-trial``: a linear system with sparse inputs.
 
     Attributes:
-        chunks: training chunks; lengths: each is drawn from these, all in one padded batch.
-        chunk: bins of the chunks the long sequence is cut into for comparison.
-        times: how many of them it holds.
-        samples: of the importance-weighted bound.
+        chunks: number of training chunks, in one padded batch.
+        lengths: lengths in bins, from which each chunk's is drawn.
+        chunk: bins of each chunk into which the long sequence is cut for comparison.
+        times: length of the long sequence in such chunks.
+        samples: posterior samples for the scores.
     """
 
     chunks: PositiveInt = 40
@@ -63,7 +64,7 @@ class LongConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def long_trial(config: LongConfig, seed: int, progress: Progress) -> ExperimentResult:
-    """Train on chunks of different lengths; infer on one sequence ``times`` longer."""
+    """Train on chunks of different lengths; infer on one sequence of ``times`` chunks."""
     began = time.monotonic()
     rng = np.random.default_rng(seed)
     system = LinearSystem.draw(rng, config.net.latents, config.net.inputs, config.outputs)
@@ -136,10 +137,10 @@ def long_trial(config: LongConfig, seed: int, progress: Progress) -> ExperimentR
 
 
 class MissingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Spikes driven by the Lorenz system, with bins and units missing from every trial.
+    """Settings of ``missing-data``: spikes driven by the Lorenz system, some not observed.
 
     Attributes:
-        bins_missing, units_missing: shares missing, drawn anew for each trial.
+        bins_missing, units_missing: shares that are missing, drawn for each trial.
     """
 
     trials: PositiveInt = 80
@@ -158,10 +159,10 @@ class MissingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 def masks(
     rng: np.random.Generator, shape: tuple[int, int, int], bins: float, units: float
 ) -> tuple[Array, Array]:
-    """Per trial, which bins and which units are there.
+    """Draw the bins and the units that are observed in each trial.
 
     Returns:
-        (K, T, 1) and (K, 1, N), ones and zeros, with the exact share of zeros in every trial.
+        Ones and zeros, (K, T, 1) and (K, 1, N), with the exact share of zeros in each trial.
     """
     K, T, N = shape
 
@@ -173,10 +174,10 @@ def masks(
 
 
 def bits_where(rates: Array, counts: Array, where: Array) -> float:
-    """Bits per spike over the entries chosen, against each unit's mean over all entries.
+    """Return bits per spike on the chosen entries, relative to each unit's mean count.
 
     Args:
-        rates, counts: (K, T, N); where: the same shape, one for entries that count.
+        rates, counts: (K, T, N); where: the same shape, positive for entries to score.
     """
     keep = where > 0
     null = np.broadcast_to(counts.mean((0, 1)), counts.shape)
@@ -185,7 +186,7 @@ def bits_where(rates: Array, counts: Array, where: Array) -> float:
 
 
 def missing_data(config: MissingConfig, seed: int, progress: Progress) -> ExperimentResult:
-    """Train and infer with entries masked; score what was imputed against a fit that saw all."""
+    """Fit and infer with entries masked, and score the imputed rates beside an unmasked fit."""
     rng = np.random.default_rng(seed)
     bouts = lorenz_bouts(rng, config.trials, config.bins, dt=0.02)
     made = spiking(rng, bouts, config.units, mean_rate=config.mean_rate, gain=config.gain)

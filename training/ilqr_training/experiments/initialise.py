@@ -1,10 +1,10 @@
 """Initialisation by least squares on the observations.
 
-A random start makes the first hundreds of steps a search for scales: how noisy the observations
-are, how strong the inputs, how fast the state moves. All three can be estimated from the data: the
-functions here set the readout to the principal components of the observations (so that the first
-latents are seen directly, at unit variance), regress each state on the one before, and let the
-inputs begin as strong as the residuals of the regression. Training itself is unchanged.
+From random parameters, the first hundreds of steps only search for scales: of the noise, of the
+inputs, and of the speed of the state. All three can be estimated from the data. The functions here
+set the readout to the principal components of the observations (so that the first latents are
+observed directly, at unit variance), regress each state on the previous one, and set the scale of
+the inputs to that of the residuals. Training itself is unchanged.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Array = NDArray[np.float64]
 
 
 class StartConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Least-squares start of the residual network.
+    """Settings of ``start_residual``.
 
     Attributes:
-        window, degree: Savitzky-Golay smoothing of the observations before the regression.
-        gain: size of the hidden layer's weights on latents that are seen; small ones keep its units
-            in their nearly linear range, where few of them fit a smooth field.
-        ridge: of the regression, relative to the number of samples.
-        hidden: standard deviation of z_0 in latents that nothing is seen of yet.
+        window, degree: of the Savitzky-Golay filter that smooths the observations.
+        gain: scale of the hidden layer's weights on observed latents. Small weights keep its units
+            nearly linear, where few of them suffice for a smooth vector field.
+        ridge: penalty of the regression, relative to the number of samples.
+        hidden: standard deviation of z_0 in latents that are not observed.
     """
 
     window: PositiveInt = 9
@@ -56,8 +56,8 @@ class Components(NamedTuple):
 
     Attributes:
         C: (N, r); b: (N,).
-        back: (N, r), z = (values - b) back.
-        rest: root mean variance of the components left out; NaN where none is.
+        back: (N, r); z = (values - b) back.
+        rest: root mean variance of the other components; NaN if there are none.
     """
 
     C: Array
@@ -67,7 +67,7 @@ class Components(NamedTuple):
 
 
 def components(values: Array, r: int) -> Components:
-    """The first r principal components of (K, T, N) values; fewer where N is smaller."""
+    """Return the first r principal components of (K, T, N) values, or N if that is less."""
     flat = values.reshape(-1, values.shape[-1])
     variance, E = np.linalg.eigh(np.atleast_2d(np.cov(flat.T)))
     variance, E = variance[::-1], E[:, ::-1]
@@ -78,10 +78,10 @@ def components(values: Array, r: int) -> Components:
 
 
 def difference_noise(values: Array, order: int = 6) -> Array:
-    """(N,): standard deviation of white noise on top of a smooth signal.
+    """Return the standard deviation (N,) of white noise on top of a smooth signal.
 
-    A signal sampled finely for how fast it moves vanishes under repeated differences, while white
-    noise of variance s^2 comes out with variance binom(2 order, order) s^2.
+    Repeated differences of a finely sampled smooth signal vanish, while those of white noise of
+    variance s^2 have variance binom(2 order, order) s^2.
 
     Args:
         values: (K, T, N), more than ``order`` bins.
@@ -103,11 +103,11 @@ def _set(parameter: Tensor, value: NDArray[Any] | float) -> None:
 
 @torch.no_grad()
 def start_linear(model: Model, values: Array, *, group: str = "observations") -> None:
-    """Start linear dynamics at the regression of each principal component vector on the last.
+    """Initialise linear dynamics by regressing each principal component vector on the last.
 
-    White components make ||A|| < 1, which is what the family can express. Inputs start along the
-    principal directions of the regression's residuals, at their standard deviations; the noise at
-    that of the components left out.
+    White components make ||A|| < 1, which the family requires. The inputs start along the principal
+    directions of the residuals, with their standard deviations. The noise starts at the standard
+    deviation of the components that are left out.
 
     Args:
         values: (K, T, N) with more channels N than latents.
@@ -126,11 +126,11 @@ def start_linear(model: Model, values: Array, *, group: str = "observations") ->
     before, after = z[:, :-1].reshape(-1, n), z[:, 1:].reshape(-1, n)
     A = np.linalg.lstsq(before, after, rcond=None)[0].T
     left, gain, right = np.linalg.svd(A)
-    if np.linalg.det(left) < 0:  # rotations only: turn one pair of singular vectors round
+    if np.linalg.det(left) < 0:  # rotations only: flip one pair of singular vectors
         left[:, -1] *= -1
         right[-1] *= -1
     gain = np.clip(gain, 1e-3, 0.999)
-    if np.linalg.det(right) < 0:  # det A < 0 is out of reach: give the weakest direction up
+    if np.linalg.det(right) < 0:  # det A < 0 cannot be expressed: drop the weakest direction
         right[-1] *= -1
         gain[-1] = 1e-3
     # exp(S - S') with S half the logarithm of a rotation is that rotation
@@ -152,11 +152,11 @@ def start_linear(model: Model, values: Array, *, group: str = "observations") ->
 def start_residual(
     model: Model, values: Array, config: StartConfig, *, group: str = "observations"
 ) -> None:
-    """Start a residual network (tanh) at the regression of smoothed steps on its hidden layer.
+    """Initialise a residual network (tanh) by regressing smoothed steps on its hidden layer.
 
-    The hidden layer's weights on the seen latents stay random; its readout is a ridge regression,
-    in closed form. Latents beyond the components start unseen by the others and nearly at rest.
-    Each of the first inputs moves one seen latent by its own size.
+    The hidden layer's weights on the observed latents stay random; its output weights are a ridge
+    regression. Latents beyond the components start nearly at rest, without effect on the others.
+    Each of the first inputs moves one observed latent by its own size.
 
     Args:
         values: (K, T, N), smooth in time; more bins than ``config.window``.
@@ -176,7 +176,7 @@ def start_residual(
     r = seen.C.shape[1]
     smooth: Array = np.asarray(savgol_filter(values, config.window, config.degree, axis=1), float)
     z = (smooth - seen.b) @ seen.back
-    half = config.window // 2  # the filter's ends are extrapolations
+    half = config.window // 2  # the filter extrapolates at both ends
     before, after = z[:, half : -half - 1].reshape(-1, r), z[:, half + 1 : -half].reshape(-1, r)
 
     up = dynamics.up.double().numpy().copy()

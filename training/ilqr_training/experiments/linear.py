@@ -41,11 +41,11 @@ from ilqr_vae.progress import Progress
 
 
 class AutonomousConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Autonomous linear data, n = 8, m = 3, 8 outputs, 56 trials.
+    """Settings of ``autonomous-linear``: a linear system without inputs.
 
     Attributes:
-        noise: standard deviation of the observations, whose signal has about one.
-        bound_samples: posterior samples the final bounds are averaged over.
+        noise: standard deviation of the noise; that of the signal is about one.
+        bound_samples: number of posterior samples in the final bounds.
     """
 
     trials: PositiveInt = 56
@@ -93,10 +93,9 @@ def _fit_linear(
 
 
 def initial_share(model: Model, z: torch.Tensor, u: torch.Tensor) -> float:
-    """Energy put into the state at the start, as a share of all of it.
+    """Return the share of the energy put into the state that is put in at the start.
 
-    |z_0|^2 (what surrogate bins write) and |B u_0|^2 over these and every later |B u_k|^2, summed
-    over trials.
+    |z_0|^2 + |B u_0|^2 divided by the same plus all later |B u_k|^2, summed over trials.
     """
     dynamics = model.dynamics
     _, B = dynamics.jacobians(dynamics.weights(), z[:, :-1], u)
@@ -106,7 +105,7 @@ def initial_share(model: Model, z: torch.Tensor, u: torch.Tensor) -> float:
 
 
 def autonomous(config: AutonomousConfig, seed: int, progress: Progress) -> ExperimentResult:
-    """Fit with inputs free and with inputs forced to zero; compare bounds, see where inputs are."""
+    """Fit with free inputs and with none; compare the bounds and locate the inferred inputs."""
     data = _autonomous_data(config, np.random.default_rng(seed))
     fits: dict[str, Fit] = {}
     figures: dict[str, Any] = {}
@@ -160,16 +159,16 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Sparse inputs into a linear system, n = m = 3, 10 outputs, one trial of 1000 bins.
+    """Settings of ``sparse-inputs``: a linear system with sparse inputs.
 
     Attributes:
-        probability: of an event in a bin; an event hits all inputs, N(0, 1) each.
-        noise: standard deviation of the observations.
-        start: from a regression of the observations on their past (``initialise.start_linear``), or
-            from random parameters.
-        memory: of autoregressive inputs, from one bin to the next.
-        seeds: how many data sets, seeds upwards from the one given.
-        variants: further sizes, one data set each.
+        probability: probability of an event in a bin; it sets all inputs, N(0, 1) each.
+        noise: standard deviation of the noise of the observations.
+        start: initial parameters, from a regression of the observations on their past
+            (``initialise.start_linear``) or random.
+        memory: correlation of autoregressive inputs from one bin to the next.
+        seeds: number of data sets, with consecutive seeds.
+        variants: other sizes, one data set each.
     """
 
     trials: PositiveInt = 1
@@ -188,9 +187,9 @@ class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 def input_r2(truth: Array, found: Array) -> float:
-    """R2 of true inputs from found ones, through the best linear map (it is not identifiable).
+    """Return R2 of the true inputs from the inferred ones through the best linear map.
 
-    NaN where there are no inputs.
+    Inputs are identifiable only up to such a map. NaN if the true inputs are all zero.
 
     Args:
         truth, found: (K, T, m).
@@ -202,7 +201,7 @@ def input_r2(truth: Array, found: Array) -> float:
 
 
 def eigenvalue_error(A: Array, found: Array) -> float:
-    """Largest distance between eigenvalues, matched as well as can be."""
+    """Return the largest distance between eigenvalues under their best matching."""
     a, b = np.linalg.eigvals(A), np.linalg.eigvals(found)
     return float(min(np.abs(a - b[list(p)]).max() for p in permutations(range(len(b)))))
 
@@ -223,8 +222,8 @@ def _sparse_one(
         data.values, config.net, config.fit, seed, progress, what, regress=regress
     )
     model = f.run.model
-    # the Student's cost is not convex: a narrow one holds inputs that start at zero near zero, so
-    # inference goes on from where training's own solves ended
+    # the cost under a Student prior is not convex, and a narrow prior keeps inputs that start at
+    # zero near zero: start from the solutions of training
     warm = trials.warm(torch.arange(trials.count))
     posterior = prediction.infer(model, observed_of(model, data.values), start=warm)
     found = posterior.u.double().numpy()
@@ -241,7 +240,7 @@ def _sparse_one(
 
 
 def sparse(config: SparseConfig, seed: int, progress: Progress) -> ExperimentResult:
-    """Recover inputs and eigenvalues, over several seeds, and at other sizes if asked to."""
+    """Recover inputs and eigenvalues for several seeds, and for the variants."""
     began = time.monotonic()
     size = Variant(config.trials, config.bins)
     seeds = range(seed, seed + config.seeds)

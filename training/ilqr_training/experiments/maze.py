@@ -1,7 +1,7 @@
-"""The size of the Neural Latents Benchmark's maze recording: does it train, how fast, how large?
+"""Training speed and memory at the size of the Neural Latents Benchmark's maze recording.
 
-The file has the benchmark's own layout (HDF5, ``train_spikes_heldin`` and ``train_spikes_heldout``,
-trials x bins x units), so that a user's file of the real recording takes its place.
+The simulated file has the benchmark's layout (HDF5, ``train_spikes_heldin`` and
+``train_spikes_heldout``, trials x bins x units), so that the real file can be used in its place.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ HELD_IN, HELD_OUT = "train_spikes_heldin", "train_spikes_heldout"
 
 
 class MazeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """182 units (137 held in, 45 held out), 140 bins of 5 ms, n = 60, m = 15, batches of 168.
+    """Settings of ``maze-size``: 137 units held in and 45 held out, 140 bins of 5 ms.
 
     Attributes:
-        file: an HDF5 file in the benchmark's layout; empty makes one up.
-        trials: of the made-up file.
+        file: an HDF5 file in the benchmark's layout; if empty, one is simulated.
+        trials: number of trials of the simulated file.
         device: cpu, cuda or cuda:N.
     """
 
@@ -61,7 +61,7 @@ class MazeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def write_layout(path: Path, config: MazeConfig, seed: int) -> None:
-    """Make up a file in the benchmark's layout."""
+    """Simulate a file in the benchmark's layout."""
     import h5py
 
     rng = np.random.default_rng(seed)
@@ -74,10 +74,10 @@ def write_layout(path: Path, config: MazeConfig, seed: int) -> None:
 
 
 def read_layout(path: Path) -> Array:
-    """(trials, bins, units), held-in units first; units that never fire are left out.
+    """Read counts (trials, bins, units), held-in units first, without units that never fire.
 
     Raises:
-        RecordingError: no such file, not HDF5, or without the benchmark's arrays.
+        RecordingError: there is no such file, or it is not HDF5 or lacks the benchmark's arrays.
     """
     import h5py
 
@@ -101,14 +101,14 @@ def read_layout(path: Path) -> Array:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory so far: a GPU's allocated, else this process's resident."""
+    """Return the peak memory so far: allocated on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_memory()
 
 
 def maze_size(config: MazeConfig, seed: int, progress: Progress) -> ExperimentResult:
-    """A few gradient steps at the recording's size; seconds and memory of each."""
+    """Run a few gradient steps at the recording's size; return their time and memory."""
     if config.file:
         counts = read_layout(Path(config.file))
     else:

@@ -1,4 +1,4 @@
-"""How well inputs of a linear system could be known at best: inference with the true parameters."""
+"""The best possible estimate of a linear system's inputs: inference with the true parameters."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ Array = NDArray[np.float64]
 
 
 def smoothed_inputs(data: LinearData, *, noise: float, start: float, variance: Array) -> Array:
-    """Posterior mean of the inputs under the true system and Gaussian inputs.
+    """Return the posterior mean (K, T, m) of Gaussian inputs under the true system.
 
     Args:
-        noise: standard deviation of the observations.
+        noise: standard deviation of the noise of the observations.
         start: standard deviation of the initial state.
-        variance: (K, T), of every input of a bin; zero where there is none.
-
-    Returns:
-        (K, T, m).
+        variance: (K, T) prior variance of the inputs of each bin; zero for no input.
     """
 
     def each(matrix: Array) -> torch.Tensor:
@@ -34,7 +31,7 @@ def smoothed_inputs(data: LinearData, *, noise: float, start: float, variance: A
     Q[:, 1:] = torch.as_tensor(data.C.T @ data.C) / noise**2
     q = torch.zeros(K, T + 1, n, dtype=torch.float64)
     q[:, 1:] = torch.as_tensor(-data.values @ data.C) / noise**2
-    # where there is no input, one so dear that it is none to ten digits
+    # where there is no input, a precision so high that the input is zero to ten digits
     precision = torch.as_tensor(1.0 / np.maximum(variance, 1e-10))
     problem = LQRProblem(
         A=each(data.A).contiguous(),
@@ -50,11 +47,10 @@ def smoothed_inputs(data: LinearData, *, noise: float, start: float, variance: A
 
 
 def oracle_scores(data: LinearData, *, noise: float, start: float) -> dict[str, float]:
-    """R2 of the inputs, true parameters known, no map fitted.
+    """Return R2 of the inputs inferred with the true parameters, without a fitted map.
 
-    ``white``: under Gaussian inputs of their average variance (the best linear estimate of sparse
-    events). ``events``: knowing besides which bins have an event, which no estimate from the
-    observations can beat on average.
+    ``white``: with Gaussian inputs of the average variance (the best linear estimate). ``events``:
+    knowing also which bins have an event; no estimate from the observations is better on average.
     """
     u = data.inputs
     total = ((u - u.mean((0, 1))) ** 2).sum()

@@ -1,4 +1,4 @@
-"""Nonlinear oscillators: the Lorenz attractor forecast ahead, Duffing wells seen through spikes."""
+"""Nonlinear oscillators: forecasts of the Lorenz attractor, and a Duffing oscillator in spikes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ilqr_vae.scoring.metrics import r2
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A stretch of training: bouts are cut into windows of so many bins."""
+    """A stage of training, on bouts cut into windows of ``bins`` bins."""
 
     bins: PositiveInt
     fit: FitConfig
@@ -54,15 +54,15 @@ _PIECES: dict[str, Any] = {
 
 
 class LorenzConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """112 bouts of 100 steps, dt 0.01, noise 0.1 in the Lorenz system's own units.
+    """Settings of ``lorenz``; dt and noise are in units of the Lorenz system.
 
     Attributes:
-        test_bouts: further bouts, never trained on, which every score is of.
-        pieces: training on windows, shorter ones first.
-        start: the first guess, see ``initialise.start_residual``.
-        horizons: steps ahead to score.
-        autonomous: steps of the free run.
-        chunk: bins that inference on test bouts solves at a time before the whole.
+        test_bouts: further bouts, which are not trained on; all scores are on these.
+        pieces: stages of training, the shortest windows first.
+        start: initial parameters, see ``initialise.start_residual``.
+        horizons: numbers of steps ahead to score.
+        autonomous: number of steps of the free run.
+        chunk: bins of each chunk that inference on test bouts solves before the whole bout.
     """
 
     bouts: PositiveInt = 112
@@ -91,7 +91,7 @@ class LorenzConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 def ahead_r2(values: Array, forecasts: Array, step: int) -> float:
-    """Mean over trials of 1 - SSE/SST of the bins ``step`` ahead, channels pooled.
+    """Return the mean over trials of R2 of the bins ``step`` ahead, with channels pooled.
 
     Args:
         values: (K, T, N).
@@ -106,7 +106,7 @@ def ahead_r2(values: Array, forecasts: Array, step: int) -> float:
 def _free_run(
     model: Model, z: torch.Tensor, steps: int, values: Array
 ) -> tuple[Array, dict[str, Any]]:
-    """The model alone for many steps from one state; is it still on the attractor?"""
+    """Run the model without inputs from one state; check that it stays on the attractor."""
     states = prediction.extrapolate(model, z, steps)
     path = model.group("observations").mean(states).detach().double().numpy()
     flat = values.reshape(-1, values.shape[-1])
@@ -115,7 +115,7 @@ def _free_run(
     late = path[steps // 2 :]
     inside = ((path > low - margin) & (path < high + margin)).all(-1)
     spread = late.std(0) / flat.std(0)
-    # the lobes of x and y lie left and right of zero
+    # x and y are positive in one lobe and negative in the other
     wings = float((late[:, 0] > 0).mean())
     on = bool(inside.mean() > 0.99 and (np.abs(np.log(spread)) < np.log(1.5)).all())
     figures = {
@@ -128,7 +128,7 @@ def _free_run(
 
 
 def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> ExperimentResult:
-    """Fit; infer test bouts, forecast with inputs zeroed; then let the model run on its own."""
+    """Fit, infer test bouts, forecast them without inputs, then let the model run freely."""
     rng = np.random.default_rng(seed)
     clean = lorenz_bouts(rng, config.bouts + config.test_bouts, config.bins, dt=config.dt)
     noisy = clean + config.noise * rng.normal(size=clean.shape)
@@ -147,14 +147,14 @@ def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> ExperimentRes
     trained = time.monotonic() - began[0]
     observed = observed_of(model, values)
     solver = SolverConfig(iterations=50, tolerance=1e-6)
-    # inputs have all but vanished by now, and a bout shot from the prior's mean without them is a
-    # chaotic path to start from: chunks first
+    # the inputs have nearly vanished by now, and a rollout from the prior mean without them is a
+    # chaotic path, a poor start: solve chunks first
     posterior = prediction.infer_long(model, observed, chunk=config.chunk, solver=solver)
     steps = max(config.horizons)
     ahead = prediction.forecasts(model, posterior.z, steps, "observations").double().numpy()
     scores = {f"r2_{k}": ahead_r2(values, ahead, k) for k in config.horizons}
     clean_scores = {f"clean_r2_{k}": ahead_r2(clean / scale, ahead, k) for k in config.horizons}
-    # a bout that hardly moves has little but noise to explain: what the noise-free paths score
+    # the scores of the noise-free paths: in a bout that hardly moves, most variance is noise
     perfect = np.stack([np.roll(clean / scale, -k, axis=1) for k in range(1, steps + 1)], 2)
     ceiling = {f"ceiling_r2_{k}": ahead_r2(values, perfect, k) for k in config.horizons}
     seconds, cpu = time.monotonic() - began[0], time.process_time() - began[1]
@@ -189,10 +189,10 @@ def lorenz(config: LorenzConfig, seed: int, progress: Progress) -> ExperimentRes
 
 
 class DuffingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A damped oscillator with two wells seen through 200 Poisson units; 112 + 112 trials.
+    """Settings of ``duffing``: a damped oscillator with two wells observed by Poisson units.
 
     Attributes:
-        mean_rate: expected counts per bin and unit; gain: how far log rates swing.
+        mean_rate: expected counts per bin and unit; gain: scale of the variation of log rates.
     """
 
     trials: PositiveInt = 112
@@ -208,7 +208,7 @@ class DuffingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 def duffing(config: DuffingConfig, seed: int, progress: Progress) -> ExperimentResult:
-    """Fit on training trials; rates and phase portrait of test trials."""
+    """Fit on training trials; score the rates and the phase portrait of test trials."""
     rng = np.random.default_rng(seed)
     both = duffing_trials(rng, config.trials + config.test_trials, config.bins)
     weights = tuning(rng, config.units, 2)
