@@ -1,8 +1,9 @@
-"""An archive of recordings, each trained on, evaluated or decoded by a Ray task of its own.
+"""An archive of recordings: train on, evaluate or decode each in a Ray task of its own.
 
-Each recording has one result file, ``OUT/NAME.json``, written whole once its task is done: what is
-there and of the same settings is not done again. A failure is such a file too, and is tried again
-the next time. Files of a folder keep their path below it, so that no two results share a name.
+Each recording has one result file, ``OUT/NAME.json``, written atomically when its task is done. A
+result of the same settings is not computed again. A failure is recorded in the same way, and is
+retried in the next run. Results of a folder keep the path below that folder, so that no two share a
+name.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from ilqr_vae.scoring.score import OURS
 Task = Literal["train", "evaluate", "decode"]
 SUFFIXES = (".nwb", ".mat", ".h5", ".hdf5")
 _RETRIES = 2
-"""Of a task whose node or worker dies."""
+"""Retries of a task whose node or worker dies."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What is done with one recording.
+    """The task for one recording.
 
     Attributes:
         task: train, evaluate or decode.
-        name: of the recording within the archive.
-        recording, model, out: files; ``model`` is written by ``train`` and read by the others, and
-            ``out`` is the result file.
-        config: of ``train``.
-        span: what ``evaluate`` and ``decode`` go over.
-        cpus: threads.
-        identity: of the recording and everything that decides the result.
+        name: name of the recording within the archive.
+        recording, model, out: files. ``train`` writes ``model``, the other tasks read it; ``out``
+            is the result file.
+        config: configuration of ``train``.
+        span: part of the recording that ``evaluate`` and ``decode`` process.
+        cpus: number of threads.
+        identity: digest of the recording and of all settings that affect the result.
     """
 
     task: Task
@@ -57,15 +58,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecordingResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one recording: its result file.
+    """The content of the result file of one recording.
 
     Attributes:
         identity: see ``Job``.
-        bins, units: of the recording.
-        scores: by name: ``r2`` (mean over channels) where there is something to decode, and
+        bins, units: size of the recording.
+        scores: by name: ``r2`` (mean over channels) if there are kinematics, and
             ``bits_per_spike``.
-        error: why there is no result; "" where there is one.
-        report: everything measured, as ``evaluate --json`` writes it.
+        error: why there is no result; "" if there is one.
+        report: all measurements, as ``evaluate --json`` writes them.
     """
 
     recording: str
@@ -81,11 +82,12 @@ class RecordingResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def recordings_in(archive: Path) -> dict[str, Path]:
-    """The recordings of an archive by name: all of a folder, or those that a text file lists, one
-    path a line, relative to the file's folder.
+    """Return the recordings of an archive by name.
+
+    An archive is a folder, or a text file that lists one path a line, relative to its own folder.
 
     Raises:
-        ConfigError: no such folder or file, no recording in it, or one named twice.
+        ConfigError: there is no such folder or file, it has no recording, or one is named twice.
     """
     if archive.is_dir():
         paths = sorted(p for p in archive.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -100,7 +102,7 @@ def recordings_in(archive: Path) -> dict[str, Path]:
                 got=f"{archive} ({error})",
             ) from error
         texts = [t for line in lines if (t := line.strip()) and not t.startswith("#")]
-        # an absolute path, or one that leaves the folder, is named by its last part
+        # an absolute path, or one outside the folder, is named by its last part
         named = [(t if _below(t) else Path(t).name, archive.absolute().parent / t) for t in texts]
     found: dict[str, Path] = {}
     for name, path in named:
@@ -129,10 +131,10 @@ def jobs_of(
     span: str = "test",
     cpus: int = 1,
 ) -> list[Job]:
-    """A job for each recording.
+    """Return a job for each recording.
 
     Args:
-        model: a model file for all, or a folder of those that ``train`` wrote.
+        model: one model file for all, or the folder of models that ``train`` wrote.
 
     Raises:
         ConfigError: as ``recordings_in``.
@@ -158,7 +160,7 @@ def jobs_of(
 
 
 def _identity(job: Job) -> str:
-    """Of the settings and of the files, by size and time of change."""
+    """Return the digest of the settings and of the files, by size and time of change."""
     content = msgspec.json.encode([job.task, job.config, job.span])
     for path in [job.recording] + ([] if job.task == "train" else [job.model]):
         try:
@@ -170,7 +172,7 @@ def _identity(job: Job) -> str:
 
 
 def known(job: Job) -> RecordingResult | None:
-    """The job's result where it is there, whole, and of the same settings."""
+    """Return the job's result if a complete one of the same settings exists."""
     try:
         outcome = msgspec.json.decode(Path(job.out).read_bytes(), type=RecordingResult)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
@@ -180,14 +182,14 @@ def known(job: Job) -> RecordingResult | None:
 
 
 def carried_out(job: Job) -> RecordingResult:
-    """Do a job and write its result file; what the recording is to blame for is in the result."""
+    """Do a job and write its result file; errors caused by the recording go into the result."""
     began = time.monotonic()
     Path(job.out).parent.mkdir(parents=True, exist_ok=True)
     try:
         outcome = _train(job) if job.task == "train" else _evaluate(job)
     except IlqrVaeError as error:
         outcome = _failed(job, str(error))
-    except Exception as error:  # of a library, on a file of a kind that nobody has seen
+    except Exception as error:  # raised by a library on an unexpected file
         outcome = _failed(job, f"{type(error).__name__}: {error}")
     outcome = msgspec.structs.replace(outcome, seconds=time.monotonic() - began)
     write_whole(Path(job.out), msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
@@ -199,7 +201,8 @@ def _failed(job: Job, why: str) -> RecordingResult:
 
 
 def _train(job: Job) -> RecordingResult:
-    from ilqr_training.fit.train import checkpoint_path, train  # torch: not in the driver
+    # imports torch, which the driver does not need
+    from ilqr_training.fit.train import checkpoint_path, train
     from ilqr_training.options import use_threads
 
     use_threads(job.cpus)
@@ -210,7 +213,7 @@ def _train(job: Job) -> RecordingResult:
     except TrainingError as error:
         if not error.field.startswith("checkpoint"):
             raise
-        checkpoint_path(out).unlink(missing_ok=True)  # of other settings, or torn
+        checkpoint_path(out).unlink(missing_ok=True)  # of other settings, or incomplete
         done = train(job.config, recording, out)
     scores = done.manifest.scores
     return RecordingResult(
@@ -259,14 +262,14 @@ def _evaluate(job: Job) -> RecordingResult:
 def run(
     jobs: Sequence[Job], *, gpus: float = 0.0, progress: Progress = SILENT
 ) -> list[RecordingResult]:
-    """The outcome of every job, in their order; those that are known are not done again.
+    """Run the jobs whose results are not known, and return the outcome of every job in order.
 
     Args:
-        gpus: of each task; a share of one is possible.
-        progress: receives how many are done, and a line for each failure.
+        gpus: GPUs per task; may be a fraction.
+        progress: receives the number of jobs done, and a line for each failure.
 
     Raises:
-        ConfigError: a result file cannot be written.
+        ConfigError: a result file could not be written.
     """
     import ray
     from ray import exceptions
@@ -285,8 +288,9 @@ def run(
             try:
                 outcome: RecordingResult = cast(Any, ray.get(reference))
             except exceptions.RayTaskError as error:
-                raise (error.cause or error) from error  # the disk, say: not the recording
-            except exceptions.RayError as error:  # its worker died each time
+                # e.g. a full disk: not an error of the recording
+                raise (error.cause or error) from error
+            except exceptions.RayError as error:  # the worker died on each attempt
                 outcome = _failed(job, f"{type(error).__name__}: {str(error).splitlines()[0]}")
                 write_whole(Path(job.out), msgspec.json.encode(outcome) + b"\n")
             outcomes[job.name] = outcome
@@ -310,7 +314,7 @@ def _as_they_end(running: dict[Any, Job]) -> Iterator[tuple[Any, Job]]:
 
 
 def table_of(outcomes: Sequence[RecordingResult]) -> Table:
-    """One row a recording."""
+    """Return the table of results, one row per recording."""
     rows = tuple(
         (
             o.recording,

@@ -1,4 +1,4 @@
-"""Early stopping that outlives its driver."""
+"""Early stopping that survives a restart of its driver."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ray.tune.schedulers import ASHAScheduler
 
 
 class Halving(ASHAScheduler):
-    """Asynchronous successive halving that knows what trials reported before a crash.
+    """Asynchronous successive halving that remembers what trials reported before a crash.
 
-    Ray Tune restores trials, and begins their scheduler anew: a trial that goes on would be
-    compared with none of those before, and one that was behind would run on. So the reports in the
-    files of the trials are read when the first trial is added.
+    Ray Tune restores trials but restarts their scheduler: a resumed trial would not be compared
+    with earlier ones, and a poor one would run on. So the reports in the trials' files are read
+    when the first trial is added.
 
     Args:
         trials: folder of the trials, each with its reports in ``result.json``.
-        settings: of ``ASHAScheduler``.
+        settings: settings of ``ASHAScheduler``.
     """
 
     def __init__(self, trials: Path, **settings: Any) -> None:
@@ -36,14 +36,14 @@ class Halving(ASHAScheduler):
 
     @property
     def recorded(self) -> dict[int, list[float]]:
-        """The scores that trials are compared with, by the number of validations."""
+        """Return the scores that trials are compared with, by the number of validations."""
         sign, bracket = self._metric_op or 1.0, self._brackets[0]
         rungs: Any = bracket._rungs  # pyright: ignore[reportPrivateUsage]
         return {int(at): sorted(sign * s for s in scores.values()) for at, scores in rungs}
 
 
 class _Report(NamedTuple):
-    """A report, named as the scheduler wants it."""
+    """A report, with the field names that the scheduler expects."""
 
     trial_id: str
     validation: int
@@ -51,7 +51,7 @@ class _Report(NamedTuple):
 
 
 def _reports(trials: Path) -> list[_Report]:
-    """What trials reported; a line that was cut short is left out."""
+    """Return the reports of a trial; an incomplete line is skipped."""
     found: list[_Report] = []
     for file in sorted(trials.glob("*/result.json")):
         for line in file.read_text(errors="replace").splitlines():

@@ -13,9 +13,9 @@ from ilqr_vae.terminal import console, visible
 
 
 class LiveTable(Callback):
-    """Shows the trials in the terminal while they run; elsewhere a line for each that ends.
+    """Show a live table of the trials in a terminal; elsewhere print a line as each one ends.
 
-    Ray Tune keeps a copy of it in its files: what is shown is made when the sweep begins.
+    Ray Tune pickles this callback, so the display is created only when the sweep begins.
     """
 
     def __init__(self, keys: tuple[str, ...]) -> None:

@@ -1,10 +1,10 @@
-"""Search spaces: keys of the configuration by their path, each with the values it may have.
+"""Search spaces: keys of the configuration by their path, each with the values to try.
 
 ``KEY=SPACE`` with one of
 
-- ``[10, 20, 30]``: one of these values, as TOML writes them;
-- ``uniform(a, b)``: a number between a and b, a whole one where the key takes whole ones;
-- ``log(a, b)``: the same, uniform in its logarithm.
+- ``[10, 20, 30]``: one of these values, in TOML syntax;
+- ``uniform(a, b)``: a number between a and b, an integer if the key takes integers;
+- ``log(a, b)``: the same, uniform in the logarithm.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _FORMS = "KEY=[VALUE, ...], KEY=uniform(LOW, HIGH) or KEY=log(LOW, HIGH)"
 
 
 class Axis(msgspec.Struct, frozen=True, kw_only=True):
-    """The values of one key.
+    """The values to try for one key.
 
     Attributes:
-        kind: ``choice`` of ``values``, or ``uniform`` or ``log`` between the two of them.
-        whole: whether the key takes whole numbers alone.
+        kind: ``choice`` of ``values``, or ``uniform`` or ``log`` between the two values.
+        whole: whether the key takes integers only.
     """
 
     key: str
@@ -38,7 +38,7 @@ class Axis(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def domain(self) -> Any:
-        """What Ray Tune draws from."""
+        """Return the Ray Tune domain of this axis."""
         from ray import tune
 
         if self.kind == "choice":
@@ -50,7 +50,7 @@ class Axis(msgspec.Struct, frozen=True, kw_only=True):
         return (tune.loguniform if self.kind == "log" else tune.uniform)(low, high)
 
     def clipped(self, value: Any) -> Any:
-        """The nearest value that the axis has."""
+        """Return the nearest value that the axis allows."""
         if self.kind == "choice":
             return value
         low, high = self.values
@@ -59,16 +59,15 @@ class Axis(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def at(config: TrainConfig, point: Mapping[str, Any]) -> TrainConfig:
-    """The configuration at a point of the space. Raises ConfigError naming the key."""
+    """Return the configuration at a point. Raises ConfigError naming an invalid key."""
     return check(with_settings(config, dict(point)))
 
 
 def parse(searched: Sequence[str], config: TrainConfig) -> tuple[Axis, ...]:
-    """The axes of a search, each of its ends or values tried on the configuration.
+    """Parse the axes of a search, and check each of their values on the configuration.
 
     Raises:
-        ConfigError: a text that is none of the forms, an unknown key, or a value that it cannot
-            have.
+        ConfigError: a text has none of the forms, a key is unknown, or a value is not valid for it.
     """
     axes = [_axis(text, config) for text in searched]
     keys = [axis.key for axis in axes]
@@ -103,7 +102,7 @@ def _axis(text: str, config: TrainConfig) -> Axis:
 
 
 def _value(config: TrainConfig, key: str) -> Any:
-    """What the key has now; a number where it may have one. False is a whole number of none."""
+    """Return the current value of the key, as a number if it may be one."""
     value: Any = msgspec.to_builtins(config)
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:

@@ -1,10 +1,10 @@
-"""Sweeps: many configurations trained on one recording, chosen on its validation part by Ray Tune.
+"""Sweeps: train many configurations on one recording and choose on its validation part (Ray Tune).
 
-A trial is a point of the space. It trains the seeds of its point one after another and reports
-after each validation the mean, over the seeds so far, of the objective on the validation part; so
+A trial is a point of the space. It trains the seeds of its point one after another. After each
+validation it reports the objective on the validation part, averaged over the seeds so far, so that
 trials are compared after the same number of validations of the same seeds. Its checkpoint holds the
-model files of the seeds that are done and the training's own checkpoint of the one that is not: an
-interrupted trial ends as one that never stopped.
+model files of the seeds that are done and the training checkpoint of the current one. So an
+interrupted trial gives the same result as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from ilqr_vae.files import write_whole
 Objective = Literal["r2", "bits_per_spike"]
 Method = Literal["random", "bayesian", "population"]
 MUTABLE = ("learning_rate", "decay", "clip", "kl_warmup", "kinematic_weight", "tolerance")
-"""Keys of ``training`` that may change while a model is trained."""
+"""Keys of ``training`` that may change during training."""
 
 _SCORES = "scores.json"
 _TRIALS = "trials"
 _PERTURB_EVERY = 2
 _KEPT = 4
-"""Checkpoints of a trial: what Ray Tune knows after a crash may be some of them behind."""
+"""Checkpoints kept of a trial: after a crash Ray Tune may resume from an earlier one."""
 
 
 class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """A sweep.
 
     Attributes:
-        config: what holds where nothing is searched.
-        recording: file, with its size and time of change.
+        config: values of the keys that are not searched.
+        recording: the file, with its size and time of change.
         axes: the space.
-        trials: points, or the size of the population.
-        seeds: of each point, counted from the config's.
-        method, objective: how it searches, and for what.
-        early_stop: stop trials that are behind, by asynchronous successive halving.
-        cpus, gpus: of each trial.
+        trials: number of points, or size of the population.
+        seeds: number of seeds per point, counted from the seed of ``config``.
+        method, objective: search method, and the score to maximise.
+        early_stop: stop poor trials by asynchronous successive halving.
+        cpus, gpus: resources of each trial.
     """
 
     config: TrainConfig
@@ -62,7 +62,7 @@ class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
     gpus: float = 0.0
 
     def checked(self) -> SweepPlan:
-        """Raises ConfigError: options that do not go together."""
+        """Return itself. Raises ConfigError if options contradict each other."""
         keys = [axis.key for axis in self.axes]
         if not keys:
             raise ConfigError("--search", expected="at least one key", got="none")
@@ -84,22 +84,22 @@ class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slots(self) -> int:
-        """Reports of a seed at most: its validations, and the thorough one at its end."""
+        """Return the largest number of reports per seed: its validations and the final one."""
         loop = self.config.training
         return -(-loop.steps // loop.validate_every) + 1
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of the table.
+    """A row of the results table.
 
     Attributes:
-        point: the searched keys.
-        score: mean of the objective over the seeds so far; None where there is none.
-        seeds: score of each seed that is done.
-        validations: reported.
-        state: done, stopped early, or why it failed.
-        curve: (validations, score).
-        model: the best seed's model file; "" where no seed is done.
+        point: values of the searched keys.
+        score: mean of the objective over the seeds so far; None if there is none.
+        seeds: score of each finished seed.
+        validations: number of validations reported.
+        state: done, stopped early, or the reason of its failure.
+        curve: pairs (validations, score).
+        model: model file of the best seed; "" if no seed is done.
     """
 
     point: dict[str, Any]
@@ -112,7 +112,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stamp_of(recording: Path) -> str:
-    """Changes where the file does. Raises ConfigError: there is none."""
+    """Return a text that changes whenever the file does. Raises ConfigError if there is no file."""
     try:
         stat = recording.stat()
     except OSError as error:
@@ -121,7 +121,7 @@ def stamp_of(recording: Path) -> str:
 
 
 def train_point(point: dict[str, Any], plan: SweepPlan) -> None:
-    """What a trial does; called by Ray Tune, away from the driver."""
+    """Train the seeds of one trial; Ray Tune calls this in a worker process."""
     from ray import tune
 
     from ilqr_training.fit.train import train_on
@@ -178,10 +178,10 @@ def _objective(scores: Mapping[str, float], plan: SweepPlan) -> float:
 
 
 def tuner_of(plan: SweepPlan, out: Path, callbacks: list[Any]) -> Any:
-    """A new sweep, or the one in ``out`` where it was left.
+    """Return a new sweep, or the interrupted one in ``out``.
 
     Raises:
-        ConfigError: what is in ``out`` is another sweep.
+        ConfigError: ``out`` holds another sweep.
     """
     from ray import tune
 
@@ -195,7 +195,8 @@ def tuner_of(plan: SweepPlan, out: Path, callbacks: list[Any]) -> Any:
         if written.read_bytes() != stated:
             raise ConfigError("--out", expected="a folder of the same sweep", got="another's")
         return tune.Tuner.restore(str(trials), trainable, restart_errored=True)
-    shutil.rmtree(trials, ignore_errors=True)  # begun, and not so far that it can go on
+    # it was interrupted before Ray Tune could save anything
+    shutil.rmtree(trials, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(written, stated)
     return tune.Tuner(
@@ -207,7 +208,7 @@ def tuner_of(plan: SweepPlan, out: Path, callbacks: list[Any]) -> Any:
             num_samples=plan.trials,
             search_alg=_search(plan),
             scheduler=_scheduler(plan, trials),
-            reuse_actors=True,  # a process takes seconds to begin
+            reuse_actors=True,  # a process takes seconds to start
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),
@@ -257,13 +258,13 @@ def _scheduler(plan: SweepPlan, trials: Path) -> Any:
     if not plan.early_stop:
         return None
     most = plan.seeds * plan.slots
-    from ilqr_training.distributed.halving import Halving  # Ray is there
+    from ilqr_training.distributed.halving import Halving  # Ray is installed
 
     return Halving(trials, time_attr="validation", max_t=most + 1, grace_period=min(2, most))
 
 
 def table(grid: Any, plan: SweepPlan) -> list[Trial]:
-    """The trials of a sweep, the best first; those that are not done after those that are."""
+    """Return the trials of a sweep: finished ones first, the best at the top."""
     rows = [_row(result, plan) for result in grid]
     order = {"done": 0, "stopped early": 1}
     return sorted(rows, key=lambda t: (order.get(t.state, 2), -(t.score or 0.0), str(t.point)))
@@ -278,7 +279,7 @@ def _row(result: Any, plan: SweepPlan) -> Trial:
     frame, curve = result.metrics_dataframe, dict[int, float]()
     if frame is not None and "score" in frame:
         pairs = zip(frame["validation"], frame["score"], strict=True)
-        curve = {int(v): float(s) for v, s in pairs}  # what came twice came the same
+        curve = {int(v): float(s) for v, s in pairs}  # a repeated report has the same content
     model = ""
     if done and result.checkpoint is not None:
         best = max(range(len(done)), key=lambda k: done[k])

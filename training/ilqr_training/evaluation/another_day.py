@@ -1,11 +1,11 @@
-"""Decoders on a stream whose units changed: left as they are, adapted, or given labels.
+"""Decoders on a stream whose units changed: unchanged, adapted, or fitted with labels.
 
-All decoders see the same stream. The model is adapted as `ilqr-vae follow` does it, and as if the
-stream began where it is changed: once ``least`` seconds were heard, the rows are fitted on the last
-``window`` seconds; what the guard does not refuse runs in the shadow for ``trial`` seconds, and
-serves from then on if it predicts these better than the model that serves. Decoders with labels are
-fitted on the same seconds and used at once: the model is their ceiling. So is the alignment of
-factors, which needs none.
+All decoders receive the same stream. The model is adapted as `ilqr-vae follow` does, as if the
+stream began at the change. After ``least`` seconds the rows are fitted on the last ``window``
+seconds. A candidate that passes the check runs in the shadow for ``trial`` seconds, and serves from
+then on if it predicted these better than the serving model. Decoders with labels are fitted on the
+same seconds and used at once; the model with labels is the ceiling. The alignment of factors, which
+needs no labels, is also used at once.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _STEP_S, _WIDTH_S = 5.0, 30.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """When decoders are fitted again, in seconds of stream.
+    """When decoders are refitted, in seconds of the stream.
 
     Attributes:
-        least: heard before the first fit, and between a refused or dropped one and the next.
-        window: fitted on at most, the latest ones.
-        trial: in the shadow.
-        steps: gradient steps of the GRU on labels.
+        least: data required before the first fit, and after a refused or dropped one.
+        window: most recent data that a fit uses at most.
+        trial: time that a candidate runs in the shadow.
+        steps: gradient steps of the GRU with labels (a number, not seconds).
     """
 
     least: float = 30.0
@@ -60,7 +60,7 @@ class Schedule:
     steps: int = 200
 
     def checked(self) -> Schedule:
-        """Return itself. Raises ConfigError naming what is out of range."""
+        """Return itself. Raises ConfigError naming a value that is out of range."""
         if not (0 < self.least <= self.window and self.trial > 0):
             raise ConfigError(
                 "--least, --window, --trial",
@@ -75,11 +75,12 @@ class Refit:
     """A fit without labels.
 
     Attributes:
-        at: seconds since the change.
+        at: time of the fit, in seconds since the change.
         outcome: "refused", "dropped" or "swapped in".
-        why: of a refusal.
-        bits: predicted of a bin in the shadow, by what served and by the candidate.
-        units: by verdict.
+        why: reason of a refusal.
+        bits: bits per bin gained over constant rates in the shadow, by the serving model and by the
+            candidate.
+        units: number of units by verdict.
     """
 
     at: float
@@ -91,7 +92,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted before anything changed, all on the same units and bins."""
+    """The decoders fitted before the change, all on the same units and bins."""
 
     artifact: Artifact
     kalman: Baseline
@@ -108,13 +109,13 @@ class Fitted:
         seed: int,
         progress: Progress,
     ) -> Fitted:
-        """A model and its baselines.
+        """Fit the baselines of a model.
 
         Args:
-            steps: gradient steps of the GRU at most.
+            steps: largest number of gradient steps of the GRU.
 
         Raises:
-            ShapeError: no kinematics, or a part without a bin to fit or choose on.
+            ShapeError: there are no kinematics, or a part has no bin to fit or choose on.
         """
         steps = min(steps, GRUConfig.steps)
         size = GRUConfig(steps=steps, schedule=steps)
@@ -126,9 +127,9 @@ class Fitted:
 def streamed(
     fitted: Fitted, stream: Stream, schedule: Schedule, seed: int, progress: Progress
 ) -> tuple[dict[str, Array], list[Refit]]:
-    """Decodes (T, D) of the stream's bins by name, and what came of each fit without labels.
+    """Return decodes (T, D) of the stream by decoder, and the fits without labels.
 
-    Of a stream to which nothing may be adapted there are no decodes.
+    There are no decodes of a stream to which nothing may be adapted.
     """
     adapted, attempts = _followed(fitted.artifact, stream, schedule, seed, progress)
     if stream.wrong:
@@ -176,7 +177,7 @@ def streamed(
 
 
 def _decodes(artifact: Artifact, recording: Recording) -> Decode:
-    """Of the model's units among the recording's."""
+    """Return the decodes by the model of its units in the recording."""
     read = recording.select_units(artifact.manifest.unit_names)
     return lambda a, b: (
         causal_pass(artifact.estimator(), read, a, b, run_in=min(_RUN_IN, a)).kinematics
@@ -184,7 +185,7 @@ def _decodes(artifact: Artifact, recording: Recording) -> Decode:
 
 
 def _pieced(decoders: Sequence[tuple[int, Decode]], stop: int) -> Array:
-    """What decoders answer one after the other, each from its bin on."""
+    """Return the decodes of consecutive decoders, each from its first bin on."""
     ends = [at for at, _ in decoders[1:]] + [stop]
     parts = [d(at, end) for (at, d), end in zip(decoders, ends, strict=True)]
     return np.concatenate(parts).astype(np.float64)
@@ -193,21 +194,22 @@ def _pieced(decoders: Sequence[tuple[int, Decode]], stop: int) -> Array:
 def _followed(
     artifact: Artifact, stream: Stream, schedule: Schedule, seed: int, progress: Progress
 ) -> tuple[list[tuple[int, Artifact]], list[Refit]]:
-    """The models that serve, each from its bin on, and the attempts."""
+    """Return the serving models, each with its first bin, and all attempts."""
     own, stop, width = stream.own, stream.bins[1], stream.own.bin_width
     least, window, trial = (
         round(s / width) for s in (schedule.least, schedule.window, schedule.trial)
     )
     serving, served, attempts = artifact, [(stream.bins[0], artifact)], list[Refit]()
     begin, at = stream.change, stream.change + least
-    while at + trial < stop:  # one that is tried to the end serves no bin
+    # a candidate whose trial reaches the end of the stream would serve no bin
+    while at + trial < stop:
         progress("fits without labels", at - stream.change, stop - stream.change, stream.name)
         made = adapt(serving, own, (max(begin, at - window), at), seed=seed)
         since = (at - stream.change) * width
         units = {verdict.name.lower(): made.count(verdict) for verdict in UnitVerdict}
         if made.refused:
             attempts.append(Refit(since, "refused", made.refused, units=units))
-            begin, at = at, at + least  # no second try on what has just failed
+            begin, at = at, at + least  # do not retry on the data that has just failed
             continue
         end = at + trial
         bits = made.bits
@@ -227,7 +229,7 @@ def _followed(
 
 
 def _bits(artifact: Artifact, recording: Recording, bins: tuple[int, int]) -> float:
-    """Predicted of a bin's spikes beyond their mean rates."""
+    """Return bits per bin gained over constant mean rates."""
     found = causal_pass(artifact.estimator(), recording, *bins, run_in=min(_RUN_IN, bins[0]))
     return float(found.bits.mean())
 
@@ -238,10 +240,10 @@ def _bits(artifact: Artifact, recording: Recording, bins: tuple[int, int]) -> fl
 def scored(
     stream: Stream, decodes: dict[str, Array], attempts: list[Refit], after: float
 ) -> dict[str, Any]:
-    """R2 of each decoder: each minute since the change, from ``after`` seconds on, and over time.
+    """Return R2 of each decoder: per minute since the change, after ``after`` s, and over time.
 
     Returns:
-        JSON-like; R2 over time is of ``_WIDTH_S`` seconds around each of ``times``.
+        A dict for JSON. R2 over time is computed in ``_WIDTH_S`` seconds around each of ``times``.
     """
     recording, (start, stop) = stream.recording, stream.bins
     assert recording.kinematics is not None
@@ -274,6 +276,6 @@ def scored(
 
 
 def regained(found: float, frozen: float, unchanged: float) -> float:
-    """The share of the R2 lost that is regained; NaN where little or nothing was lost."""
+    """Return the share of the lost R2 that is regained; NaN if little or nothing was lost."""
     lost = unchanged - frozen
     return (found - frozen) / lost if lost > 0.02 else float("nan")

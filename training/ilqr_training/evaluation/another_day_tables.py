@@ -24,7 +24,7 @@ from ilqr_vae.report import Table
 from ilqr_vae.report.table import number, once, percent
 
 UNCHANGED = "nothing"
-"""Name of the stream in which nothing changes."""
+"""Name of the unchanged stream."""
 
 _LOOKS: dict[str, dict[str, Any]] = {
     FROZEN: {"color": BLUE, "ls": ":"},
@@ -38,7 +38,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
 
 
 def mean_of(result: dict[str, Any], change: str, decoder: str, *path: str | int) -> float:
-    """The mean over seeds of one number; NaN where it is not known."""
+    """Return the mean of one number over seeds; NaN if it is not known."""
     values: list[float] = []
     for seed in result["seeds"]:
         for stream in seed["streams"]:
@@ -52,7 +52,7 @@ def mean_of(result: dict[str, Any], change: str, decoder: str, *path: str | int)
 
 
 def share_of(result: dict[str, Any], change: str, decoder: str) -> float:
-    """The share of the R2 that the frozen model lost which a decoder regains."""
+    """Return the share of the frozen model's R2 loss that a decoder regains."""
     found, frozen = (mean_of(result, change, d, "settled") for d in (decoder, FROZEN))
     return regained(found, frozen, mean_of(result, UNCHANGED, FROZEN, "settled"))
 
@@ -62,7 +62,7 @@ def _changes(result: dict[str, Any]) -> list[str]:
 
 
 def scores_table(result: dict[str, Any]) -> Table:
-    """R2 by change and decoder, means over seeds."""
+    """Return the table of R2 by change and decoder, averaged over seeds."""
     changes, after = _changes(result), result["after"]
     count = max(len(s["decoders"][FROZEN]["minutes"]) for s in _first(result) if s["decoders"])
     rows = [(change, decoder) for change in changes for decoder in DECODERS]
@@ -94,7 +94,7 @@ def scores_table(result: dict[str, Any]) -> Table:
 
 
 def attempts_table(result: dict[str, Any]) -> Table:
-    """Every fit without labels and what came of it."""
+    """Return the table of all fits without labels and their outcomes."""
     rows = [
         (f"seed {seed['seed']}", stream["change"], attempt)
         for seed in result["seeds"]
@@ -125,7 +125,7 @@ def _first(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 @styled
 def picture(result: dict[str, Any]) -> Figure:
-    """R2 over time, a panel for each change, means over seeds."""
+    """Draw R2 over time, averaged over seeds, one panel per change."""
     changes = _changes(result)
     figure = blank((PANEL[0] * 1.25 * min(len(changes), 4), PANEL[1] * 1.4))
     panels = figure.subplots(1, len(changes), sharey=True, squeeze=False)[0]
