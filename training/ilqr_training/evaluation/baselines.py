@@ -1,8 +1,8 @@
 """Baselines on the same bins: a Wiener filter, a Kalman filter and networks.
 
-Each is fitted on the training part, what it may choose is chosen on the validation part, and what
-was chosen is fitted again on both, as the readout beside them is. None can mask a unit, and
-only the Kalman filter can skip a bin: ``Filling`` says what replaces missing counts.
+Each is fitted on the training part, its hyperparameters are chosen on the validation part, and the
+choice is refitted on both, as for the model's readout. None can mask a unit, and only the Kalman
+filter can skip a bin. ``Filling`` names what replaces missing counts.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ _AVERAGED, _SEEDS_APART = 5, 101
 
 
 def names_of(gru: bool, *, others: bool = False, transformer: bool = True) -> tuple[str, ...]:
-    """The baselines: with or without the GRU, which takes minutes to fit, and the other networks,
-    which take several times that; the transformer alone about half of it."""
+    """Return the names of the baselines that are asked for.
+
+    The GRU takes minutes to fit. The other networks take several times that, half of it for the
+    transformer.
+    """
     if not gru:
         return (WIENER, KALMAN)
     more = (GRUS, LSTM, *((TRANSFORMER,) if transformer else ())) if others else ()
@@ -62,13 +65,13 @@ class Baseline:
     """A fitted decoder.
 
     Attributes:
-        name: of it.
-        validation_r2: mean R2 on the validation part, fitted on the training part alone.
-        habit: what stands for a missing bin unless another filling is asked for.
-        fillings: what may stand for one.
-        chosen: of a network what was chosen, for people.
-        seconds: fitting it took, all candidates and the last fit.
-        answer_seconds: decoding one more bin takes; NaN where it was not measured.
+        name: name for tables.
+        validation_r2: mean R2 on the validation part of the fit on the training part.
+        habit: default replacement for a missing bin.
+        fillings: supported replacements.
+        chosen: the chosen hyperparameters of a network, as text.
+        seconds: time to fit all candidates and the final fit.
+        answer_seconds: time to decode one more bin; NaN if not measured.
     """
 
     name: str
@@ -90,15 +93,15 @@ class Baseline:
         missing: Flags | None = None,
         filling: Filling | None = None,
     ) -> Array:
-        """Decodes (stop - start, D) of the bins [start, stop), each from its own bin and earlier.
+        """Return causal decodes (stop - start, D) of the bins [start, stop).
 
         Args:
-            counts: (T, N) instead of the recording's.
-            missing: (T, N) besides what the recording says is; a row of True is a lost bin.
-            filling: what stands where something is missing.
+            counts: (T, N), used instead of the recording's.
+            missing: (T, N), True for further missing counts; a row of True is a lost bin.
+            filling: what replaces missing counts.
 
         Raises:
-            ShapeError: a filling this decoder has no use for.
+            ShapeError: this decoder does not support the filling.
         """
         how = filling or self.habit
         if how not in (*self.fillings, "mean"):
@@ -113,14 +116,14 @@ class Baseline:
 
 
 def filled(counts: NDArray[Any], missing: Flags, filling: Filling, mean: Array) -> Array:
-    """Counts (T, N) with something where they are missing.
+    """Return counts (T, N) with missing values replaced.
 
-    ``last value`` is the unit's last count that came, 0 before the first. ``no update`` puts the
-    mean where single units are missing: whole bins are not looked at then.
+    ``last value`` is the unit's last observed count, 0 before the first. ``no update`` uses the
+    mean for single missing units; the decoder skips bins that are missing entirely.
 
     Args:
         missing: (T, N).
-        mean: (N,), of the training part.
+        mean: (N,) mean counts in the training part.
     """
     x = np.asarray(counts, dtype=np.float64)
     if filling == "zeros":
@@ -142,7 +145,7 @@ def _wiener(recording: Recording, split: SplitSpec) -> Baseline:
 
 
 def _states(recording: Recording, kinematics: Array) -> Array:
-    """(T, 2D): the kinematics and their integrals, which begin at zero with each segment."""
+    """Return (T, 2D): the kinematics and their integrals, which start at zero in each segment."""
     integral = np.zeros_like(kinematics)
     for a, b in recording.segments():
         integral[a:b] = np.cumsum(kinematics[a:b], axis=0) * recording.bin_width
@@ -150,7 +153,7 @@ def _states(recording: Recording, kinematics: Array) -> Array:
 
 
 def _delayed(recording: Recording, values: NDArray[Any], lag: int) -> NDArray[Any]:
-    """What was ``lag`` bins before, within each segment."""
+    """Return the values ``lag`` bins before, within each segment."""
     made = values.copy()
     for a, b in recording.segments():
         made[a + lag : b] = values[a : max(b - lag, a)]
@@ -159,7 +162,7 @@ def _delayed(recording: Recording, values: NDArray[Any], lag: int) -> NDArray[An
 
 @dataclass(frozen=True)
 class _Kalman:
-    """Position and velocity as the filter's state; its lag chosen."""
+    """A Kalman filter with position and velocity as its state, and a chosen lag."""
 
     best: KalmanFilter
     lag: int
@@ -177,7 +180,7 @@ def _fit_kalman(recording: Recording, split: SplitSpec) -> _Kalman:
     counts = np.where(recording.mask(), recording.counts, mean)
     both = (min(train[0], validation[0]), max(train[1], validation[1]))
     states = _states(recording, truth)
-    # no step of the state leads from one segment to the next
+    # the state does not evolve across segments
     valid = recording.scored.copy()
     valid[recording.breaks] = False
     scored = recording.scored[slice(*validation)]
@@ -216,7 +219,7 @@ def _kalman(recording: Recording, split: SplitSpec) -> Baseline:
 def _networks(
     name: str, made: Sequence[GRUDecoder], recording: Recording, split: SplitSpec
 ) -> Baseline:
-    """The mean of some networks, or one of them."""
+    """Return a baseline that is the mean of some networks, or one of them."""
 
     def decode(counts: Array, bins: tuple[int, int], _: Flags) -> Array:
         return np.mean([one.decode(recording, counts, bins) for one in made], axis=0)
@@ -238,7 +241,7 @@ def _networks(
 def _several(
     first: GRUDecoder, recording: Recording, split: SplitSpec, seed: int
 ) -> list[GRUDecoder]:
-    """The network and more of the same candidate from other seeds."""
+    """Return the network and others of the same candidate from other seeds."""
     return [
         first,
         *(
@@ -256,12 +259,12 @@ def fit_baselines(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> dict[str, Baseline]:
-    """The baselines asked for, fitted; everything they may choose is chosen on the validation part.
+    """Fit the named baselines, with all choices made on the validation part.
 
     Args:
-        recording: all of it, with kinematics.
-        names: which, in this order.
-        seed: of the GRU.
+        recording: the whole recording, with kinematics.
+        names: names of the baselines; the result keeps this order.
+        seed: seed of the networks.
 
     Raises:
         ShapeError: no kinematics, or a part without a bin to fit or choose on.

@@ -1,8 +1,8 @@
-"""Streams of other units than a decoder was trained on: made from one recording, or of later days.
+"""Streams of units that a decoder was not trained on, from one recording or from later days.
 
-From one recording: a share of the units is left out of training, and later takes the place of
-others under their names; or rates change. From several days: the first is trained on, and each
-later one is streamed after it, with units of its own.
+From one recording: a share of the units is excluded from training and later replaces others under
+their names, or rates change. From several days: decoders are trained on the first, and each later
+one is streamed after it, with units of its own.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ilqr_vae.recordings.split import nested_split
 from ilqr_vae.simulated.subject import simulate_session
 
 _TRAINED = 2 / 3
-"""Of the units: the others are kept to take their places."""
+"""Share of the units to train on; the others are kept to replace some of them."""
 _SHIFT_HZ = 1.0
 _SHARES = (0.25, 0.5)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What is streamed after training.
+    """A stream after the training data.
 
     Attributes:
-        name: what is changed.
-        recording: what was trained on, then the stream, in the model's units; one that is gone is
+        name: name of the change.
+        recording: the training data, then the stream, in the model's units; a unit that is gone is
             not observed there.
-        own: the same bins in the stream's own units.
-        bins: the stream's.
-        change: the first bin that is changed.
-        wrong: whether nothing of it may be adapted to.
+        own: the same bins in the units of the stream.
+        bins: range of the stream.
+        change: first changed bin.
+        wrong: whether adaptation to this stream must be refused.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Stream:
 
 
 def earlier_split(recording: Recording, split: SplitSpec) -> Recording:
-    """The recording without its test part, the last of what is left, as long as that, in its place.
+    """Return the recording without its test part, and a split whose test part precedes it.
 
-    Nothing of the test part is left, so nothing can be fitted to it or chosen on it. Where too
-    little would be left to train on, the validation part stands for the test part.
+    The new test part is as long as the removed one, which nothing can therefore be fitted to or
+    chosen on. If too little would be left to train on, the validation part becomes the test part.
     """
     trained, (start, stop) = split.span("train", recording)[1], split.span("test", recording)
     held = 2 * start - stop
@@ -61,7 +61,9 @@ def earlier_split(recording: Recording, split: SplitSpec) -> Recording:
 
 
 def divided(names: tuple[str, ...], seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Units to train on, and those kept to take their places. Raises ConfigError: too few."""
+    """Draw units to train on, and units to replace them. Raises ConfigError if there are too
+    few.
+    """
     if len(names) < 3:
         raise ConfigError("--recording", expected="three units or more", got=str(len(names)))
     order = np.random.default_rng([seed, 0]).permutation(len(names))
@@ -73,11 +75,13 @@ def divided(names: tuple[str, ...], seed: int) -> tuple[tuple[str, ...], tuple[s
 def turnover(
     base: Recording, others: Recording, bins: tuple[int, int], change: int, seed: int
 ) -> list[Stream]:
-    """The stream unchanged, then changed in several ways, then ones that nothing fits.
+    """Return the unchanged stream, changed ones, and ones that must be refused.
 
     Args:
-        base: the units trained on. others: the same bins of the units kept.
-        bins: streamed after training. change: the first that is changed.
+        base: units to train on.
+        others: the same bins of the replacement units.
+        bins: range streamed after training.
+        change: first changed bin.
     """
     counts = base.counts[change : bins[1]]
 
@@ -105,7 +109,7 @@ def turnover(
 def _drifted(
     counts: NDArray[np.uint16], bin_width: float, rng: np.random.Generator
 ) -> NDArray[np.uint16]:
-    """Rates times 0.5 to 2, and more or less by about a spike a second."""
+    """Scale rates by 0.5 to 2, and shift them by about a spike per second."""
     units = counts.shape[1]
     factor = 2 ** rng.uniform(-1, 1, units)
     shift = _SHIFT_HZ * bin_width * rng.normal(size=units)
@@ -116,7 +120,7 @@ def _drifted(
 
 
 def _stranger(shape: tuple[int, int], like: Recording, seed: int) -> NDArray[np.uint16]:
-    """Another brain, simulated, under the same names."""
+    """Return a simulated recording of another brain under the same unit names."""
     minutes = (shape[0] + 2) * like.bin_width / 60
     session = simulate_session(1000 + seed, minutes=max(minutes, 0.05), units=shape[1])
     return session.to_recording(like.bin_width).counts[: shape[0]]
@@ -128,16 +132,16 @@ def _stranger(shape: tuple[int, int], like: Recording, seed: int) -> NDArray[np.
 def days_after(
     first: Recording, days: Mapping[str, Recording], split: SplitSpec, minutes: float
 ) -> tuple[Recording, list[Stream]]:
-    """The first day and after it the others, in its units; and a stream a day.
+    """Return the first day, and one stream per later day.
 
     Args:
-        first: the units trained on.
-        days: by name, in order; a unit is known by its name.
-        split: of the first day.
-        minutes: of each day that are streamed, from its beginning.
+        first: the units to train on.
+        days: later days by name, in order; units are matched by name.
+        split: split of the first day.
+        minutes: length of each stream, from the start of the day.
 
     Raises:
-        RecordingError: a day of other bins, channels or units of measure, or without kinematics.
+        RecordingError: a day lacks kinematics, or has other bins, channels or units of measure.
     """
     cut: list[Recording] = []
     for name, day in days.items():
@@ -163,7 +167,7 @@ def days_after(
 
 
 def _joined(parts: list[Recording], names: tuple[str, ...], bounds: tuple[int, int]) -> Recording:
-    """One after the other, in these units."""
+    """Concatenate two recordings in these units."""
     index = {name: i for i, name in enumerate(names)}
     counts, observed = ([], [])
     for part in parts:

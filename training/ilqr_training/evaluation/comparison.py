@@ -1,14 +1,14 @@
-"""The comparison on one recording: a model and baselines, several seeds, also under stress.
+"""Compare a model and baselines on one recording, over several seeds and under stress.
 
-For each seed the model is trained on the full training part and on a share of it, and compared
+For each seed the model is trained on the full training part and on a share of it. It is compared
 with a Wiener filter, a Kalman filter and a GRU of that seed on the same bins: R2, coverage of the
 90 % interval, silent units and lost bins, co-smoothing, training time.
 
-It takes hours, so each result is a file in one folder. A result of the same configuration,
-recording and span is not computed again; a half-trained model continues from its checkpoint.
+This takes hours, so each result is saved in its own file. A result of the same configuration,
+recording and span is not computed again; an interrupted training continues from its checkpoint.
 
-The span ``validation`` takes a nested split (``recordings.split``): the test part is cut off
-before anything is fitted, and the validation part stands for it. The span ``test`` is for the end.
+The span ``validation`` uses a nested split (``recordings.split``): the test part is removed before
+anything is fitted, and the validation part takes its place. ``test`` is for the final run.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class ComparisonPlan:
     """What to compare.
 
     Attributes:
-        span: scored: the test part, or the validation part in a nested split.
-        seeds: of training and of the GRU, of what is drawn, from the configuration's on.
-        fraction: of the recording that is learnt from where there is little; zero for not at all.
+        span: the scored part: test, or validation in a nested split.
+        seeds: number of seeds, counted from the configuration's.
+        fraction: share of the recording in the small training part; zero for no such fit.
         held_out: share of the units held out in co-smoothing; zero for none.
-        stress: what goes wrong; its own seed is the first seed's.
-        gru: whether there is a GRU, which takes minutes.
+        stress: the faults; their seed is the first seed.
+        gru: whether to fit a GRU, which takes minutes.
     """
 
     span: Scored = "validation"
@@ -67,7 +67,7 @@ class ComparisonPlan:
     gru: bool = True
 
     def checked(self) -> ComparisonPlan:
-        """Return itself. Raises ConfigError naming the option that is out of range."""
+        """Return itself. Raises ConfigError naming an option that is out of range."""
         if self.seeds < 1:
             raise ConfigError("--seeds", expected="1 or more", got=str(self.seeds))
         for name, value in (("--fraction", self.fraction), ("--held-out", self.held_out)):
@@ -79,14 +79,14 @@ class ComparisonPlan:
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """Results of one identity by name, a file each in a folder."""
+    """Results of one identity by name, one file each in a folder."""
 
     folder: Path
     identity: str
     progress: Progress
 
     def get(self, name: str, make: Callable[[], Piece]) -> Piece:
-        """The piece; computed if it is not there or has another identity."""
+        """Return the result; compute it if it is missing or has another identity."""
         path = self.folder / f"{name}.json"
         if path.exists():
             held: Piece = json.loads(path.read_text())
@@ -100,7 +100,7 @@ class ResultFiles:
 
 
 class _Run:
-    """One seed on one amount of data: its model and its baselines, fitted when first needed."""
+    """The model and baselines of one seed and amount of data, fitted when first needed."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class _Run:
 
     @cached_property
     def artifact(self) -> Artifact:
-        if not self.model.exists():  # deleted since it was trained
+        if not self.model.exists():  # deleted after training
             self.train()
         return load_artifact(self.model)
 
@@ -197,7 +197,7 @@ class _Run:
 
 
 def identity_of(config: TrainConfig, recording: Recording, plan: ComparisonPlan) -> str:
-    """Digest of everything the results of one table share; of the code, only the version."""
+    """Return the digest of all that affects the results; of the code, only the version."""
     said = msgspec.json.encode([config, recording.sha256, len(recording), version("ilqr-vae")])
     asked = repr(replace(plan, seeds=1)).encode()
     return hashlib.sha256(said + asked).hexdigest()[:16]
@@ -210,22 +210,23 @@ def compare(
     plan: ComparisonPlan,
     progress: Progress = SILENT,
 ) -> Piece:
-    """Compute every piece that is not there yet; returns all of them, ready for ``json.dumps``.
+    """Compute the missing results; return all of them, ready for ``json.dumps``.
 
     Args:
-        recording: all of it, with kinematics.
-        folder: of pieces and models; made if need be.
+        recording: the whole recording, with kinematics.
+        folder: folder of results and models; created if it does not exist.
 
     Raises:
-        ConfigError: no kinematics to decode. RecordingError, ShapeError: parts too short.
+        ConfigError: there are no kinematics to decode.
+        RecordingError, ShapeError: a part is too short.
     """
     if recording.kinematics is None:
         raise ConfigError("--recording", expected="one with kinematics to decode", got="none")
     seen, fraction = recording, plan.fraction
     if plan.span == "validation":
         seen = nested_split(recording, config.data.split)
-        fraction = min(1.0, fraction * len(recording) / len(seen))  # as many bins
-    for share in {1.0, fraction or 1.0}:  # before hours are spent on the first of them
+        fraction = min(1.0, fraction * len(recording) / len(seen))  # the same number of bins
+    for share in {1.0, fraction or 1.0}:  # check before hours are spent on the first run
         prepare(seen, with_fraction(config, share).data, chunk=config.training.chunk)
     folder.mkdir(parents=True, exist_ok=True)
     identity = identity_of(config, recording, plan)

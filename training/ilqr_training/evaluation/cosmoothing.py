@@ -1,14 +1,14 @@
 """Co-smoothing: how well held-out units are predicted from the others.
 
 Offline, as in the Neural Latents Benchmark: training uses all units, inference on the scored span
-only those held in. Rates of the held-out ones are predicted from all bins, also later ones.
+only the held-in ones. Rates of the held-out units are predicted from all bins, including later
+ones.
 
-The model is scored twice. First, the smoothing solve with the held-out units masked, and their
-rates under its posterior, by the rows of the likelihood that training fitted: nothing is fitted
-again. Second, a Poisson regression for each unit on the latents of that solve, fitted and chosen as
-the baselines' regressions are (``cosmoothing_baselines``): fitted on the training part, where
-latents are inferred without the held-out units too, chosen on the validation part, fitted again on
-both.
+The model is scored twice. First, by the rates of the held-out units under the posterior of a
+smoothing solve in which they are masked; nothing is refitted. Second, by a Poisson regression of
+each unit on the latents of that solve. It is fitted as the baselines' regressions are
+(``cosmoothing_baselines``): on the training part, where latents are also inferred without the
+held-out units, chosen on the validation part, and refitted on both.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Flags = NDArray[np.bool_]
 
 OURS_REGRESSED = f"{OURS}, regression on latents"
 LONG = 400
-"""Bins from which on a segment is solved chunk by chunk first."""
+"""Segments of at least this many bins are first solved in chunks."""
 _CHUNK, _AT_ONCE = 100, 32
 
 
@@ -57,8 +57,8 @@ class CoSmoothing:
 
     Attributes:
         bits: bits per spike of the held-out units by method, over their own mean rates there.
-        chosen: what each baseline chose on the validation part, for people.
-        held_out: names of the units.
+        chosen: the hyperparameters of each baseline, chosen on the validation part, as text.
+        held_out: names of the held-out units.
         selection: how they were chosen, as text.
     """
 
@@ -87,10 +87,12 @@ class CoSmoothing:
 
 
 def held_out_units(recording: Recording, share: float, seed: int) -> tuple[Flags, str]:
-    """(N,) which units are held out, and how they were chosen: those the file names, else a draw.
+    """Return which units (N,) are held out, and how they were chosen.
+
+    They are those that the file names, else a random share.
 
     Raises:
-        ConfigError: it is no share, or one that holds out no unit, or all of them.
+        ConfigError: the share is not between 0 and 1, or would hold out no unit or all.
     """
     if not 0 <= share <= 1:
         raise ConfigError("--held-out", expected="a share of the units, 0 to 1", got=f"{share:g}")
@@ -113,12 +115,13 @@ def held_out_units(recording: Recording, share: float, seed: int) -> tuple[Flags
 def smoothing_solve(
     artifact: Artifact, recording: Recording, bins: tuple[int, int], held_out: Flags
 ) -> tuple[Array, Array]:
-    """Latents (T, n) and expected counts (T, N) of the bins [start, stop), from all their held-in
-    counts and from nothing outside them.
+    """Infer latents (T, n) and expected counts (T, N) of the bins [start, stop).
+
+    Inference uses the held-in counts of these bins only.
 
     Args:
-        recording: all of it, the model's units alone.
-        held_out: (N,), units whose counts are not looked at.
+        recording: the whole recording, with only the model's units.
+        held_out: (N,), True for units whose counts are ignored.
     """
     model = artifact.model
     like = model.initial.mean
@@ -147,7 +150,7 @@ def smoothing_solve(
 
 
 def _together(segments: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Segments to be solved as one batch: short ones of about a length; long ones alone."""
+    """Group segments for batched solves: short ones of similar length; long ones alone."""
     batch: list[tuple[int, int]] = []
     for segment in sorted(segments, key=lambda s: s[1] - s[0]):
         alone = segment[1] - segment[0] > LONG
@@ -175,18 +178,18 @@ def cosmooth(
     """Score the model and the baselines on the bins [start, stop).
 
     Args:
-        recording: all of it, the model's units alone.
-        held_out: (N,), and ``selection`` how they were chosen (``held_out_units``).
+        recording: the whole recording, with only the model's units.
+        held_out, selection: see ``held_out_units``.
 
     Raises:
-        ShapeError: a part of the split without a bin, or without a spike of the held-out units.
+        ShapeError: a part of the split has no bin, or no spike of the held-out units.
     """
     part, held_in = slice(*bins), ~held_out
     truth = np.where(recording.mask()[part], recording.counts[part], np.nan)[:, held_out]
     progress("co-smoothing", 0, 4, OURS)
     latents = np.zeros((len(recording), artifact.model.n))
     rates = np.empty(0)
-    # the scored bins last: what is left of the latents there saw those bins alone
+    # the scored bins last, so that their latents depend on these bins only
     for span in (split.span("train", recording), split.span("validation", recording), bins):
         latents[slice(*span)], rates = smoothing_solve(artifact, recording, span, held_out)
     bits = {OURS: bits_per_spike(rates[:, held_out], truth)}

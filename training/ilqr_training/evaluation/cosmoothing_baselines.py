@@ -1,10 +1,10 @@
-"""Co-smoothing by Poisson regressions (scikit-learn), and its baselines: smoothing, and factors.
+"""Co-smoothing by Poisson regression (scikit-learn), and its baselines: smoothing, and factors.
 
-Both baselines smooth the held-in units' counts with a Gaussian in time, both ways, within each
-segment. A Poisson regression then predicts each held-out unit: from the logarithm of the smoothed
-counts, as the Neural Latents Benchmark's own baseline does; or from the factors of a factor
-analysis of their square roots, the two-step relative of GPFA. Width of the Gaussian, number of
-factors and the regression's penalty are chosen on the validation part.
+Both baselines smooth the held-in units' counts with a symmetric Gaussian kernel within each
+segment. A Poisson regression then predicts each held-out unit from the logarithm of the smoothed
+counts, as the Neural Latents Benchmark's baseline does, or from a factor analysis of their square
+roots, the two-step variant of GPFA. The width of the kernel, the number of factors and the penalty
+are chosen on the validation part.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ SIZES = (5, 10, 20, 40, 60)
 ALPHAS = {SMOOTHING: (1e-3, 1e-2, 1e-1, 1.0), FACTORS: (1e-4, 1e-3, 1e-2, 1e-1)}
 _OFFSET = 1e-2
 _TOLERANCE = 1e-4
-"""Nats a bin below which a step of the factor analysis ends it."""
+"""The factor analysis stops when a step gains less, in nats per bin."""
 _BINS_TO_CHOOSE = 6000
-"""Bins of the training part, evenly spaced, that candidates are fitted on; what was chosen is
-fitted on all."""
+"""Number of evenly spaced training bins for fitting candidates; the chosen one uses all bins."""
 
 
 def smoothed(recording: Recording, units: Flags, width_s: float) -> Array:
-    """(T, units) counts smoothed within each segment; what is missing weighs nothing."""
+    """Smooth counts (T, units) within each segment; missing counts have no weight."""
     sigma = width_s / recording.bin_width
     seen = recording.mask()[:, units].astype(np.float64)
     made = np.empty(seen.shape)
@@ -51,21 +50,21 @@ def smoothed(recording: Recording, units: Flags, width_s: float) -> Array:
 
 
 def standard(x: Array, rows: NDArray[np.int64]) -> Array:
-    """Columns (T, F) less their means over these rows, in standard deviations there."""
+    """Standardise columns (T, F) by their means and deviations over these rows."""
     return (x - x[rows].mean(axis=0)) / (x[rows].std(axis=0) + 1e-9)
 
 
 def _regressions(
     x: Array, y: Array, seen: Flags, rows: NDArray[np.int64], alpha: float
 ) -> Callable[[Array], Array]:
-    """A Poisson regression a unit, on the rows where it was seen: features (T, F) to rates."""
+    """Fit a Poisson regression of each unit on features (T, F), on rows where it was observed."""
     from sklearn.linear_model import PoissonRegressor
 
     made: list[Any] = []
     for unit in range(y.shape[1]):
         used = rows[seen[rows, unit]]
         if not y[used, unit].any():
-            made.append(None)  # one that never fired there: nothing to learn
+            made.append(None)  # a unit that never fired there has nothing to learn from
             continue
         regressor = PoissonRegressor(alpha=alpha, solver="newton-cholesky", max_iter=300)
         made.append(regressor.fit(x[used], y[used, unit]))
@@ -83,8 +82,8 @@ class Offline:
     """A fitted baseline.
 
     Attributes:
-        chosen: on the validation part, for people.
-        validation_bits: bits per spike there, fitted on the training part alone.
+        chosen: hyperparameters chosen on the validation part, as text.
+        validation_bits: bits per spike there, of the fit on the training part.
     """
 
     chosen: str
@@ -93,18 +92,18 @@ class Offline:
     _rates: Callable[[Array], Array]
 
     def rates(self, bins: tuple[int, int]) -> Array:
-        """(stop - start, held-out units) expected counts of the bins [start, stop)."""
+        """Return expected counts (stop - start, held-out units) of the bins [start, stop)."""
         return self._rates(self._features[slice(*bins)])
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to features.
+    """One choice of features.
 
     Attributes:
-        description: for people.
-        features: (T, F) of the whole recording; whatever it learns, from these rows alone.
-        alphas: penalties of the regression on them.
+        description: text for tables.
+        features: returns features (T, F) of the whole recording, learnt from the given rows only.
+        alphas: penalties of the regression to try.
     """
 
     description: str
@@ -117,7 +116,7 @@ def _widths(recording: Recording) -> list[float]:
 
 
 def smoothing(recording: Recording, held_in: Flags) -> list[Candidate]:
-    """Logarithms of smoothed counts, by width."""
+    """Return candidates: logarithms of smoothed counts, by width."""
 
     def features(width: float) -> Callable[[NDArray[np.int64]], Array]:
         return lambda rows: standard(np.log(smoothed(recording, held_in, width) + _OFFSET), rows)
@@ -127,13 +126,13 @@ def smoothing(recording: Recording, held_in: Flags) -> list[Candidate]:
 
 
 def factors(recording: Recording, held_in: Flags) -> list[Candidate]:
-    """Factors of the square roots of smoothed counts, by width and number."""
+    """Return candidates: factors of square roots of smoothed counts, by width and number."""
     from sklearn.decomposition import FactorAnalysis
 
     def features(width: float, size: int) -> Callable[[NDArray[np.int64]], Array]:
         def made(rows: NDArray[np.int64]) -> Array:
             root = standard(np.sqrt(smoothed(recording, held_in, width)), rows)
-            # its tolerance is on the log-likelihood of all rows together
+            # the tolerance applies to the log-likelihood summed over rows
             analysis = FactorAnalysis(size, tol=_TOLERANCE * len(rows), max_iter=500)
             return standard(analysis.fit(root[rows]).transform(root), rows)
 
@@ -149,15 +148,14 @@ def factors(recording: Recording, held_in: Flags) -> list[Candidate]:
 def fit_offline(
     candidates: list[Candidate], recording: Recording, split: SplitSpec, held_out: Flags
 ) -> Offline:
-    """Fit every candidate on the training part, keep the best on the validation part, fit it again
-    on both.
+    """Fit candidates on the training part; refit the best on the validation part on both.
 
     Args:
-        recording: all of it.
-        held_out: (N,), the units to predict.
+        recording: the whole recording.
+        held_out: (N,), True for the units to predict.
 
     Raises:
-        ShapeError: a part without a bin, or without a spike of the held-out units.
+        ShapeError: a part has no bin, or no spike of the held-out units.
     """
     train, validation = split.span("train", recording), split.span("validation", recording)
     valid = recording.valid

@@ -1,14 +1,13 @@
-"""Baselines that a lab might train instead: causal networks from spike counts to kinematics.
+"""Baseline networks: causal maps from spike counts to kinematics.
 
     x_t = (counts_t - mean) / std,   h_t = net(x_t, x_{t-1}, ...),   y_t = W h_t + b
 
-The net is a GRU, an LSTM, or a transformer whose layers attend to the last ``_ATTENDED_S`` seconds,
-to older bins the less, by a learned slope. One pass over time, so bin t knows nothing later. Fitted
-on random crops of the training part with dropout on its inputs and its outputs and a cosine
-learning rate. Size, dropout (over ``GRID`` and its like) and the number of steps are chosen on the
-validation part; what was chosen is fitted again on both, as the other decoders are. Missing counts
-have to be replaced by something, since a network takes no mask. The state restarts where the
-recording does.
+The net is a GRU, an LSTM, or a transformer whose layers attend to the last ``_ATTENDED_S`` seconds
+with a learned linear bias against older bins. All are causal. They are fitted on random crops of
+the training part, with dropout on inputs and outputs and a cosine learning rate. Size and dropout
+(``GRID`` for the GRU) and the number of steps are chosen on the validation part, and the choice is
+refitted on both, as for the other decoders. Missing counts must be replaced, since a network takes
+no mask. The state restarts with each segment.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ Array = NDArray[np.float64]
 _BATCH = 64
 _TIMED = 50
 _CROP_S, _CROP_BINS = 3.0, (60, 200)
-"""Crops are this long, but of no fewer and no more bins; the error counts after a sixth of them."""
+"""Length of a crop, and its fewest and most bins; the error counts after its first sixth."""
 
 
 @dataclass(frozen=True)
 class GRUConfig:
-    """One candidate.
+    """A candidate.
 
     Attributes:
-        kind: of network.
-        hidden: units; of a transformer its width.
-        dropout: of inputs and outputs.
-        steps: gradient steps at most.
-        schedule: steps of the cosine that the learning rate follows.
+        kind: kind of network.
+        hidden: hidden units, or the width of a transformer.
+        dropout: dropout of inputs and outputs.
+        steps: largest number of gradient steps.
+        schedule: length of the cosine schedule in steps.
         rate: highest learning rate of Adam.
         decay: weight decay.
     """
@@ -76,14 +75,14 @@ TRANSFORMER_GRID = tuple(
 )
 
 _ATTENDED_S, _ATTENDED_BINS = 1.0, (10, 40)
-"""What a layer of a transformer looks back on, and in bins at least and at most."""
+"""How far back a transformer layer attends, and its fewest and most bins."""
 _LAYERS, _HEADS = 2, 4
 _BLOCK = 512
-"""Bins that a transformer decodes at once."""
+"""Number of bins that a transformer decodes at once."""
 
 
 class _Net(nn.Module):
-    """Attributes: context, earlier bins that a decode depends on; 0 where a state carries them."""
+    """Attributes: context, number of earlier bins that a decode reads; 0 with a recurrent state."""
 
     def __init__(self, units: int, channels: int, config: GRUConfig, attended: int) -> None:
         super().__init__()
@@ -108,8 +107,10 @@ class _Net(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and a layer of its own for each bin, both added to their input. Not torch's own
-    layer, which takes a mask of numbers for one of truth values where no gradient is needed."""
+    """Attention and a feedforward layer, each with a residual connection.
+
+    Torch's own layer is not used: without gradients it treats a float mask as a boolean one.
+    """
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -147,12 +148,12 @@ class _Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class GRUDecoder:
-    """A fitted GRU.
+    """A fitted network.
 
     Attributes:
-        config: the candidate chosen, with the number of steps chosen.
-        validation_r2: its mean R2 on the validation part, before it was fitted on that too.
-        candidate: as it was in the grid.
+        config: the chosen candidate, with the chosen number of steps.
+        validation_r2: its mean R2 on the validation part, before it was refitted on both.
+        candidate: the chosen candidate as in the grid.
     """
 
     config: GRUConfig
@@ -171,13 +172,13 @@ class GRUDecoder:
         grid: tuple[GRUConfig, ...] = GRID,
         progress: Progress = SILENT,
     ) -> GRUDecoder:
-        """Fit every candidate; keep the best on the validation part; fit it again on both.
+        """Fit all candidates, and refit the best on the validation part on both parts.
 
         Args:
-            recording: with kinematics.
+            recording: the whole recording, with kinematics.
 
         Raises:
-            ShapeError: no kinematics, or a part without a bin to score.
+            ShapeError: there are no kinematics, or a part has no bin to score.
         """
         train, validation = split.span("train", recording), split.span("validation", recording)
         table = _Table.of(recording, train)
@@ -198,14 +199,14 @@ class GRUDecoder:
     def trained_on(
         self, recording: Recording, bins: tuple[int, int], *, steps: int = 200, seed: int = 0
     ) -> GRUDecoder:
-        """The network trained further on other bins, of units in the same order.
+        """Return the network after further training on other bins, with units in the same order.
 
         Args:
             recording: with kinematics.
             steps: gradient steps, at a third of the first learning rate.
 
         Raises:
-            ShapeError: no kinematics, or no bin to learn from.
+            ShapeError: there are no kinematics, or no bin to learn from.
         """
         scales = self._x, self._y
         table = _Table.of(recording, bins, scales)
@@ -214,8 +215,10 @@ class GRUDecoder:
 
     @torch.no_grad()
     def answer_seconds(self) -> float:
-        """What decoding one more bin takes: the median of some runs. A transformer decodes it from
-        all the bins that it depends on."""
+        """Measure the time to decode one more bin, as the median of several runs.
+
+        A transformer decodes it from all bins in its context.
+        """
         units = len(self._x[0])
         x, took = torch.zeros(1, 1 + self._net.context, units), list[float]()
         self._net.eval()
@@ -226,7 +229,7 @@ class GRUDecoder:
         return float(np.median(took))
 
     def weights(self) -> GRUWeights:
-        """For decoding without torch."""
+        """Return the weights for decoding without torch."""
         net = {name: t.double().numpy() for name, t in self._net.state_dict().items()}
         return GRUWeights(
             inputs=net["gru.weight_ih_l0"],
@@ -242,11 +245,11 @@ class GRUDecoder:
         )
 
     def decode(self, recording: Recording, counts: Array, bins: tuple[int, int]) -> Array:
-        """Decodes (stop - start, D) of bins [start, stop), causally, from their segment's start on.
+        """Return causal decodes (stop - start, D) of bins [start, stop), run from segment starts.
 
         Args:
-            recording: all of it, for where its segments are.
-            counts: (T, N) of it, with something in place of what is missing.
+            recording: the whole recording, for its segments.
+            counts: (T, N) counts, with missing values replaced.
         """
         x = torch.as_tensor((counts - self._x[0]) / self._x[1], dtype=torch.float32)
         y = _run(self._net, x, recording.segments(), bins)
@@ -255,7 +258,7 @@ class GRUDecoder:
 
 @torch.no_grad()
 def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]], bins: tuple[int, int]) -> Tensor:
-    """(stop - start, D) of bins [start, stop), each segment among them from its own start on."""
+    """Return decodes (stop - start, D) of bins [start, stop), each segment from its start."""
     net.eval()
     parts: list[Tensor] = []
     for a, b in reaching(segments, bins):
@@ -270,7 +273,7 @@ def _run(net: _Net, x: Tensor, segments: list[tuple[int, int]], bins: tuple[int,
 
 @dataclass(frozen=True)
 class _Table:
-    """Standardised counts and kinematics, and which bins count."""
+    """Standardised counts and kinematics, and which bins are valid."""
 
     x: Tensor
     y: Tensor
@@ -311,7 +314,7 @@ class _Table:
         )
 
     def crops(self, part: tuple[int, int]) -> tuple[Tensor, int]:
-        """First bins of all crops of a part that cross no segment's end, and their length."""
+        """Return the first bins of all crops within the segments of a part, and their length."""
         inside = [(max(a, part[0]), min(b, part[1])) for a, b in self.segments]
         inside = [(a, b) for a, b in inside if b > a]
         wished = int(np.clip(round(_CROP_S / self.bin_width), *_CROP_BINS))
@@ -329,7 +332,7 @@ def _fit(
     say: Callable[[int], None],
     begin: dict[str, Tensor] | None = None,
 ) -> GRUDecoder:
-    """Train one candidate, from ``begin`` or anew; without ``validation`` for all its steps."""
+    """Train a candidate, from ``begin`` if given; without ``validation`` for all its steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attended = int(np.clip(round(_ATTENDED_S / table.bin_width), *_ATTENDED_BINS))

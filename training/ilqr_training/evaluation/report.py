@@ -1,4 +1,4 @@
-"""An offline evaluation as a report, and in the terminal."""
+"""An offline evaluation as a report and in the terminal."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ FITTED_HERE = (
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """A model on a span of a recording.
+    """The evaluation of a model on a span of a recording.
 
     Attributes:
-        span, bins: which, and its half-open range.
-        result: what was streamed.
-        scores: of its decodes, or None where there is nothing to score on.
-        drops: (T,) bins of the recording left out.
-        seconds: the stream took.
-        learning: curves of the model's training; notes: sentences on them.
-        tables, more: what else was asked for, for people and for the JSON form.
+        span, bins: name of the span, and its half-open range.
+        result: estimates of the stream.
+        scores: scores of its decodes; None if there is nothing to score on.
+        drops: (T,), True for bins that were left out.
+        seconds: duration of the stream.
+        learning, notes: learning curves of the model, and notes on them.
+        tables, more: further results, as tables and for JSON.
     """
 
     artifact: Artifact
@@ -61,7 +61,7 @@ class EvaluationReport:
 
     @property
     def probabilities(self) -> NDArray[np.float64] | None:
-        """(T, C), of each class; None for a model without classes."""
+        """Probabilities (T, C) of the classes; None for a model without classes."""
         found = self.artifact.classes
         return None if found is None else found.probabilities(self.result.window)
 
@@ -72,7 +72,7 @@ class EvaluationReport:
         return score_classes(found, self.recording.labels(names)[slice(*self.bins)], names)
 
     def report(self) -> ReportData:
-        """For page and JSON."""
+        """Return the report for the page and for JSON."""
         artifact, recording, scores = self.artifact, self.recording, self.scores
         result, span, drops = self.result, self.span, self.drops
         manifest, (start, stop) = artifact.manifest, self.bins
@@ -141,7 +141,7 @@ class EvaluationReport:
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Every answer, for ``--arrays``."""
+        """Return all estimates, for ``--arrays``."""
         start, result = self.bins[0], self.result
         latents, classes = self.artifact.manifest.latents, self.probabilities
         return ({} if classes is None else {"classes": classes}) | {
@@ -157,7 +157,7 @@ class EvaluationReport:
 
 
 def evaluated(artifact: Artifact, read: Recording, span: Span) -> EvaluationReport:
-    """The causal decodes of a span of a recording, every bin of it, with their scores.
+    """Stream a span of a recording, and score its causal decodes.
 
     Raises:
         RecordingError: the recording is too short for the span.

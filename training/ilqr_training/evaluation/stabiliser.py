@@ -1,11 +1,11 @@
-"""A decoder of factor-analysis latents whose units are aligned anew (Degenhart et al. 2020).
+"""A decoder of factor-analysis latents that are realigned to new units (Degenhart et al. 2020).
 
     s_t = L f_t + mu + e_t,   f_t ~ N(0, I),   e_t ~ N(0, diag psi)
 
 s are square roots of the counts. A Wiener filter decodes the posterior means of f. On other units
-the model is fitted again, and its loadings are turned by the rotation that brings those of stable
-units nearest to the old ones (Procrustes); units that stay farthest away are dropped from it, one
-by one, until half are left. The filter stays as it is. (Nature Biomedical Engineering 4:672.)
+the factor model is refitted, and its loadings are rotated so that those of stable units come
+closest to the old ones (Procrustes). The units that remain farthest are dropped from the alignment
+one by one until half are left. The filter does not change. (Nature Biomedical Engineering 4:672.)
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class _Factors:
 
     @staticmethod
     def fit(values: Array, mask: NDArray[np.bool_], factors: int) -> _Factors:
-        """Of square roots of counts (T, N), by expectation and maximisation from principal
-        components on (Rubin & Thayer 1982); of a unit that was never observed nothing is read."""
+        """Fit square roots of counts (T, N) by EM from principal components (Rubin & Thayer 1982).
+
+        A unit that was never observed is ignored.
+        """
         seen = mask.any(0)
         mean = np.where(mask, values, 0).sum(0) / np.maximum(mask.sum(0), 1)
         x = np.where(mask, values - mean, 0)[:, seen]
@@ -59,7 +61,7 @@ class _Factors:
         return _Factors(mean, loadings, noise)
 
     def latents(self, values: Array, mask: NDArray[np.bool_]) -> Array:
-        """(T, k), posterior means; a unit that is missing is taken to be at its mean."""
+        """Return posterior means (T, k); a missing unit is assumed to be at its mean."""
         x = np.where(mask, values - self.mean, 0)
         weighted = self.loadings / self.noise[:, None]
         precision = np.eye(self.loadings.shape[1]) + self.loadings.T @ weighted
@@ -71,8 +73,8 @@ class Stabiliser:
     """A fitted decoder.
 
     Attributes:
-        factors: of the units as they are now.
-        reference: loadings as they were at training.
+        factors: factor model of the current units.
+        reference: loadings at training.
         wiener: decodes latents.
     """
 
@@ -82,7 +84,8 @@ class Stabiliser:
 
     @staticmethod
     def fit(recording: Recording, split: SplitSpec) -> Stabiliser:
-        """Fit on the training part; choose penalty and number of factors on the validation part.
+        """Fit on the training part; choose the penalty and number of factors on the validation
+        part.
 
         Raises:
             ShapeError: no kinematics, or a part without a bin.
@@ -108,10 +111,10 @@ class Stabiliser:
         return max(made, key=lambda s: s.wiener.validation_r2)
 
     def aligned(self, recording: Recording, bins: tuple[int, int]) -> Stabiliser:
-        """With loadings fitted on these bins and turned towards those at training.
+        """Return a decoder whose loadings are fitted on these bins and aligned with the reference.
 
         Args:
-            recording: of units with the names of those fitted on, in the same order.
+            recording: a recording with the same unit names in the same order.
         """
         part = slice(*bins)
         values = np.sqrt(recording.counts[part].astype(np.float64))
@@ -128,7 +131,7 @@ class Stabiliser:
         return Stabiliser(turned, self.reference, self.wiener)
 
     def decode(self, recording: Recording, bins: tuple[int, int]) -> Array:
-        """Decodes (stop - start, D) of bins [start, stop), causally."""
+        """Return causal decodes (stop - start, D) of bins [start, stop)."""
         first = max(0, bins[0] - self.wiener.history)
         part = slice(first, bins[1])
         values = np.sqrt(recording.counts[part].astype(np.float64))

@@ -1,14 +1,15 @@
-"""R2 that decoders lose when units fall silent or bins are lost, on the same bins and draws.
+"""R2 that decoders lose when units fall silent or bins are lost.
 
-Units fall silent at the first bin of the span: their counts are zero from there on.
+All decoders are scored on the same bins and random draws. Units fall silent at the first bin of the
+span: their counts are zero from then on.
 
-- *unannounced*: the model watches its units as the service does (``UnitWatch``) and masks those it
-  finds dead after some delay; the baselines receive the zeros.
-- *announced*: the model receives a mask. The baselines accept none: they receive zeros and, in
-  separate rows, each unit's mean count, which hurts least.
+- *unannounced*: the model watches its units as the service does (``UnitWatch``) and masks, after a
+  delay, those that it finds dead; the baselines receive the zeros.
+- *announced*: the model receives a mask. The baselines accept none: they receive zeros or, in
+  separate rows, each unit's mean count, which costs least.
 
 Bins are lost independently. The model predicts them, the Kalman filter skips its update, and the
-other baselines receive zeros, the last value or the mean, a row each. Nothing is refitted.
+other baselines receive zeros, the last value or the mean, in separate rows. Nothing is refitted.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def silent_units(n_units: int, share: float, seed: int) -> NDArray[np.int64]:
 
 
 class _Bench:
-    """Ours and the baselines on the bins [start, stop), scored alike."""
+    """The model and the baselines, scored alike on the bins [start, stop)."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class _Bench:
         )
 
     def ours_row(self, condition: str, given: str, results: list[Causal]) -> StressRow:
-        """The model's row, a result a draw; its intervals are kept."""
+        """Return the model's row from one result per draw, and keep its intervals."""
         if len(self.live):
             kept = np.ix_(self.scored, self.live)
             truth, decoded, std = (
@@ -103,7 +104,7 @@ class _Bench:
     def others(
         self, condition: str, given: dict[Filling, str], made: list[tuple[NDArray[Any], Flags]]
     ) -> list[StressRow]:
-        """The baselines' rows: counts and what of them is missing, a pair a draw."""
+        """Return the baselines' rows from counts and missing entries, one pair per draw."""
         rows: list[StressRow] = []
         for baseline in self.baselines:
             for filling, words in given.items():
@@ -130,13 +131,13 @@ def under_stress(
     """Score the model and the baselines under every condition.
 
     Args:
-        estimator: of the model, with its readout.
-        recording: all of it, the model's units alone.
-        bins: half-open range scored.
-        clean: our estimates of these bins where nothing is wrong, if they are known.
+        estimator: estimator of the model, with its readout.
+        recording: the whole recording, with only the model's units.
+        bins: half-open range to score.
+        clean: the model's estimates of these bins without faults, if known.
 
     Raises:
-        ShapeError: no kinematics to score on.
+        ShapeError: there are no kinematics to score on.
     """
     bench = _Bench(estimator, recording, bins, baselines)
     passes = (0 if clean is not None else 1) + (1 + 2 * plan.draws if plan.silent else 0)
@@ -206,7 +207,7 @@ def _silent(
 
 @dataclass(frozen=True)
 class _Noticed:
-    """Bins until each silent unit that was masked at the end was; and how many others were."""
+    """Return the delay of each silent unit masked by the end, and the number of others masked."""
 
     after: NDArray[np.int64]
     wrongly: int

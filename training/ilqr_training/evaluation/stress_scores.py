@@ -1,4 +1,4 @@
-"""What ``evaluation.stress`` finds: scores and intervals under each condition, and their tables."""
+"""Results of ``evaluation.stress``: scores and intervals under each condition, and their tables."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class StressPlan:
     Attributes:
         silent: share of the units that fall silent; zero for none.
         lost: shares of the bins that are lost.
-        draws: of units and of bins, over which R2 is averaged.
-        seed: of the first draw; the next draws' are the numbers after it.
+        draws: number of random draws over which R2 is averaged.
+        seed: seed of the first draw; later draws use consecutive seeds.
     """
 
     silent: float = 0.25
@@ -30,7 +30,7 @@ class StressPlan:
     seed: int = 0
 
     def checked(self) -> StressPlan:
-        """Return itself. Raises ConfigError naming the option that is out of range."""
+        """Return itself. Raises ConfigError naming an option that is out of range."""
         if not 0 <= self.silent < 1:
             raise ConfigError("--silent", expected="0 or more, below 1", got=str(self.silent))
         for share in self.lost:
@@ -49,7 +49,7 @@ class StressRow:
     Attributes:
         condition: the fault.
         decoder: name of the decoder.
-        given: its replacement for missing counts.
+        given: what it receives for missing counts.
         r2: mean R2 of each draw.
         clean: mean R2 without a fault.
     """
@@ -72,12 +72,12 @@ class StressRow:
 
 @dataclass(frozen=True)
 class StressIntervals:
-    """The model's 90 % intervals under one condition, the bins of all draws together.
+    """The model's 90 % intervals under one condition, over the bins of all draws.
 
     Attributes:
         condition: the fault.
-        coverage: share of the true values inside.
-        by_decoded_speed, by_speed: the same in quarters of decoded and of true speed.
+        coverage: share of the true values inside the interval.
+        by_decoded_speed, by_speed: the same by quarter of decoded and of true speed.
     """
 
     condition: str
@@ -91,11 +91,11 @@ class Stress:
     """Scores under stress.
 
     Attributes:
-        plan: as asked.
-        units: of the model.
+        plan: the conditions.
+        units: number of units of the model.
         rows: in the order of the table.
         watched: statistics of the detection of silent units, by name.
-        intervals: of the model, a row for each condition.
+        intervals: intervals of the model, one row per condition.
     """
 
     plan: StressPlan
@@ -108,7 +108,7 @@ class Stress:
         return tuple(r for r in self.rows if r.condition == condition and r.decoder == decoder)
 
     def share(self, row: StressRow) -> float:
-        """Our loss under the row's condition as a share of its own; NaN where it loses nothing."""
+        """Return our loss as a share of this decoder's; NaN if it loses nothing."""
         (ours,) = self.of(row.condition, OURS)
         return ours.loss / row.loss if row.loss > 0 else float("nan")
 
@@ -151,7 +151,7 @@ class Stress:
         }
 
     def intervals_table(self) -> Table:
-        """For terminal and page."""
+        """Return the intervals as a table."""
 
         def each(by: BySpeed) -> tuple[str, str]:
             return (
@@ -171,7 +171,7 @@ class Stress:
         )
 
     def table(self) -> Table:
-        """For terminal and page."""
+        """Return the scores as a table."""
         text = f"Mean R2 over {self.plan.draws} draws from seed {self.plan.seed}, on the same bins."
         if self.watched:
             w = self.watched

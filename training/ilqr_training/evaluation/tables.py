@@ -1,4 +1,4 @@
-"""The results of ``comparison.compare`` as tables, and as one number a row."""
+"""The results of ``comparison.compare`` as tables, and in long form with one number per row."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DIGITS = {"training, s": 0}
 
 
 Path = tuple[str | int, ...]
-"""Where a number stands in a seed's piece: keys of dicts and indices of lists."""
+"""Path of a number in the results of a seed: keys of dicts and indices of lists."""
 
 
 def _row(result: Piece, path: Path, **cells: str) -> Row:
-    """A number of every seed, NaN where it is not known, and their mean."""
+    """Return a number for each seed, NaN if it is not known, and their mean."""
     seeds = [_number(seed, path) for seed in result["seeds"]]
     return {**cells, "seeds": seeds, "mean": float(np.mean(seeds))}
 
@@ -36,7 +36,7 @@ def _number(piece: Any, path: Path) -> float:
 
 
 def rows_of(result: Piece) -> list[Row]:
-    """Rows ``what``, ``decoder``, ``measure``, ``seeds``, ``mean``: all but the stress."""
+    """Return rows ``what``, ``decoder``, ``measure``, ``seeds``, ``mean``, without stress."""
     rows: list[Row] = []
     first: Piece = result["seeds"][0]
     whats = {FULL: "full training part", LESS: _share(result)}
@@ -59,10 +59,12 @@ def rows_of(result: Piece) -> list[Row]:
 
 
 def stress_rows(result: Piece) -> list[Row]:
-    """Rows ``condition``, ``decoder``, ``given``; ``r2`` and ``loss`` with ``seeds`` and ``mean``;
-    ``our_loss_of_its``: our mean loss over its mean loss, NaN where that is not above zero."""
+    """Return rows ``condition``, ``decoder``, ``given``, ``r2`` and ``loss`` (``seeds``, ``mean``).
+
+    ``our_loss_of_its`` is our mean loss over the decoder's; NaN unless that is positive.
+    """
     rows: list[Row] = []
-    # conditions, decoders and fillings are the same for every seed, in the same order
+    # all seeds have the same conditions, decoders and fillings, in the same order
     for i, at in enumerate(result["seeds"][0][FULL]["stress"]["rows"]):
         if at["condition"] != CLEAN:
             row = {key: at[key] for key in ("condition", "decoder", "given")}
@@ -80,7 +82,7 @@ def _share(result: Piece) -> str:
 
 
 def tables(result: Piece) -> tuple[Table, Table]:
-    """The scores, and the scores under stress: means over seeds and each seed."""
+    """Return the tables of scores and of scores under stress: means and single seeds."""
     names = [f"seed {seed['seed']}" for seed in result["seeds"]]
     scored = "the test part"
     if result["span"] == "validation":
