@@ -1,4 +1,4 @@
-"""A new model of the right sizes for a recording, its rates started at the data's."""
+"""A new model of the right sizes for a recording, with rates initialised from the data."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ilqr_vae.model.likelihoods import Gaussian, Poisson, SoftplusPoisson
 
 
 def model_spec(config: ModelConfig, data: Prepared) -> ModelSpec:
-    """Families and sizes for a recording."""
+    """Return the families and sizes of a model for a recording."""
     a, b = data.train
     counts = data.recording.counts[a:b]
     poisson = SoftplusPoisson if config.link == "softplus" else Poisson
     family = Gaussian if config.likelihood == "gaussian" else poisson
-    # the exponential link goes linear beyond any rate the data could ask for
+    # the exponential link becomes linear beyond any rate that the data could require
     log_rate_max = math.log(10.0 * (1.0 + float(counts.max())))
     groups = {
         "spikes": GroupSpec(
@@ -47,7 +47,7 @@ def model_spec(config: ModelConfig, data: Prepared) -> ModelSpec:
 
 
 def build_model(config: ModelConfig, data: Prepared) -> Model:
-    """A fresh model whose rates start at the training part's."""
+    """Return a new model whose rates start at those of the training part."""
     model = build(model_spec(config, data))
     mean = data.recording.mean_counts(*data.train)
     spikes = model.group("spikes")

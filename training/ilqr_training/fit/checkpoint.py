@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run continues from, so that a resumed run equals one never stopped."""
+"""Checkpoints: the whole state of a run, so that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ilqr_vae.progress import Progress
 
 @dataclass
 class EarlyStopping:
-    """The best validation so far, and how long ago it was.
+    """The best validation so far, and the number of validations since.
 
     Attributes:
-        best_score, best_step: of the best causal validation so far.
-        best_model: the parameters then.
-        waited: validations since.
+        best_score, best_step: score and step of the best causal validation so far.
+        best_model: the parameters at that step.
+        waited: validations since then.
         history: (step, score) of each validation.
     """
 
@@ -34,11 +34,11 @@ class EarlyStopping:
     history: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
 
     def over(self, patience: int) -> bool:
-        """Whether training has gone on long enough without a better score; never if zero."""
+        """Return whether the score has not improved for ``patience`` validations; zero is never."""
         return bool(patience and self.waited >= patience)
 
     def offer(self, step: int, score: float, model: torch.nn.Module) -> bool:
-        """Record a validation; True where it is the best so far.
+        """Record a validation; return whether it is the best so far.
 
         Raises:
             TrainingError: the score is not a number.
@@ -60,10 +60,10 @@ def save_checkpoint(path: Path, identity: str, run: TrainingRun, stopping: Early
     """Write a checkpoint.
 
     Args:
-        identity: names the configuration and the recording.
+        identity: digest of the configuration and the recording.
 
     Raises:
-        ConfigError: it cannot be written; the last one stays.
+        ConfigError: the file could not be written; the previous one is kept.
     """
     crops = run.crops
     content: dict[str, Any] = {
@@ -82,14 +82,15 @@ def save_checkpoint(path: Path, identity: str, run: TrainingRun, stopping: Early
 
 
 def load_checkpoint(path: Path, identity: str, run: TrainingRun, stopping: EarlyStopping) -> None:
-    """Continue ``run`` and ``stopping`` from a checkpoint, in place.
+    """Restore ``run`` and ``stopping`` from a checkpoint, in place.
 
     Raises:
-        TrainingError: unreadable, no checkpoint of ours, or of another configuration or recording.
+        TrainingError: the file is not readable, not such a checkpoint, or of another configuration
+            or recording.
     """
     try:
         content: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many types for a file that is no checkpoint
+    except Exception as error:  # torch raises many types for a file that is not a checkpoint
         raise TrainingError(
             f"checkpoint {path.name}", expected="a readable checkpoint", got=str(error)
         ) from error
@@ -120,7 +121,7 @@ def load_checkpoint(path: Path, identity: str, run: TrainingRun, stopping: Early
 def keep_checkpoint(
     path: Path, identity: str, run: TrainingRun, stopping: EarlyStopping, progress: Progress
 ) -> None:
-    """Write a checkpoint. One that cannot be written is a warning: training goes on."""
+    """Write a checkpoint. If that fails, warn and continue training."""
     try:
         save_checkpoint(path, identity, run, stopping)
     except ConfigError as error:

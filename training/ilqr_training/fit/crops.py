@@ -21,10 +21,10 @@ class Prepared:
     """A recording with the model's units, and its spans.
 
     Attributes:
-        recording: units selected on the training part.
+        recording: the recording with units selected on the training part.
         train, validation, test: half-open bin ranges.
-        kinematic_mean, kinematic_scale: of the training part; the joint model sees standardised
-            kinematics. The scale of a channel that never varies is zero: it is not modelled.
+        kinematic_mean, kinematic_scale: statistics of the training part. A joint model observes
+            standardised kinematics. A channel that never varies has scale zero and is not modelled.
     """
 
     recording: Recording
@@ -35,7 +35,7 @@ class Prepared:
     kinematic_scale: NDArray[np.float64]
 
     def standardised(self) -> NDArray[np.float64] | None:
-        """Kinematics (T, D) in training standard deviations, or None."""
+        """Return standardised kinematics (T, D), or None."""
         k = self.recording.kinematics
         scale = np.where(self.kinematic_scale > 0, self.kinematic_scale, 1.0)
         return None if k is None else (k - self.kinematic_mean) / scale
@@ -45,8 +45,8 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
     """Select units by rate on the training part and cut the spans.
 
     Raises:
-        RecordingError: no unit is fast enough, a span is too short for one crop, or nothing moves
-            in the training or the validation part.
+        RecordingError: no unit fires fast enough, a span is too short for one crop, or no
+            kinematics vary in the training or the validation part.
     """
     T = len(recording)
     train = spec.split.span("train", recording)
@@ -81,15 +81,14 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
             )
         mean, scale = part.mean(0), np.where(varies(part), part.std(0), 0.0)
         _movement(recording, spec.split)
-        said = recording.warnings  # of a file they are there already
+        said = recording.warnings  # a recording read from a file has them already
         still = tuple(w for w in at_rest(recording, spec.split) if w not in said)
         recording = replace(recording, warnings=said + still)
     return Prepared(recording, train, validation, spec.split.span("test", recording), mean, scale)
 
 
 def _movement(recording: Recording, split: SplitSpec) -> None:
-    """Raises RecordingError where nothing moves in the training part, so that there is nothing to
-    learn, or in the validation part, so that there is nothing to choose by."""
+    """Raise RecordingError if no kinematics vary in the training or the validation part."""
     k = recording.kinematics
     for span in ("train", "validation"):
         start, stop = split.span(span, recording)
@@ -103,10 +102,10 @@ def _movement(recording: Recording, split: SplitSpec) -> None:
 
 
 class Crops:
-    """Random crops of the training part, each starting warm where its bins were solved before.
+    """Random crops of the training part, with warm starts from earlier solutions of their bins.
 
     A crop never crosses from one segment into the next (``Recording.segments``). A segment shorter
-    than a crop is drawn from its first bin; what follows its end is masked and not ``live``.
+    than a crop is drawn from its first bin; later bins are masked and not ``live``.
     """
 
     def __init__(self, data: Prepared, model: Model, chunk: int, seed: int) -> None:
@@ -130,17 +129,17 @@ class Crops:
         self.rng = np.random.default_rng(seed)
 
     def draw(self, batch: int) -> Tensor:
-        """Bin indices (B, chunk) of random crops."""
+        """Return bin indices (B, chunk) of random crops."""
         starts = self.starts[self.rng.integers(0, len(self.starts), size=batch)]
         return torch.as_tensor(starts[:, None] + np.arange(self.chunk)[None]).to(self.z.device)
 
     def _inside(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The index, bins beyond a segment's end moved to its last; and which are not beyond."""
+        """Clip indices to the end of their segment; also return which were inside it."""
         last = self.stop_of[index[:, :1]] - 1
         return torch.minimum(index, last), index <= last
 
     def observed(self, index: Tensor) -> dict[str, Observed]:
-        """Every group's values and masks at these bins."""
+        """Return the values and masks of all groups at these bins."""
         index, inside = self._inside(index)
         live = inside.unsqueeze(-1).to(self.mask)
         counts, mask = self.counts[index], self.mask[index] * live
@@ -151,16 +150,16 @@ class Crops:
         return groups
 
     def live(self, index: Tensor) -> Tensor | None:
-        """(B, chunk) one up to each segment's end; None where no segment is shorter than a crop."""
+        """Return (B, chunk) ones within segments; None if no segment is shorter than a crop."""
         return None if self.whole else self._inside(index)[1].to(self.mask)
 
     def warm(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Initial state and inputs as last solved (zeros before)."""
+        """Return the initial state and inputs of the last solution, or zeros."""
         inside, live = self._inside(index)
         return self.z[index[:, 0]], self.u[inside] * live.unsqueeze(-1).to(self.u)
 
     def remember(self, index: Tensor, z: Tensor, u: Tensor) -> None:
-        """Keep a solution for the next time these bins are drawn."""
+        """Store a solution for the next time these bins are drawn."""
         live = self._inside(index)[1]
         self.z[index[live]], self.u[index[live]] = z[:, :-1][live], u[live]
 
@@ -168,7 +167,7 @@ class Crops:
 def _starts(
     segments: list[tuple[int, int]], first: int, chunk: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bins a crop may start at, and for each bin where its segment stops; ``first`` is bin zero."""
+    """Return possible first bins of crops, and each bin's segment end, relative to ``first``."""
     starts = [np.arange(a, max(a + 1, b - chunk + 1), dtype=np.int64) - first for a, b in segments]
     stops = [np.full(b - a, b - first, dtype=np.int64) for a, b in segments]
     return np.concatenate(starts), np.concatenate(stops)

@@ -15,15 +15,15 @@ Curves = dict[str, tuple[tuple[int, float], ...]]
 
 
 def log_folder(model: Path) -> Path:
-    """Where training a model leaves its TensorBoard events unless told otherwise."""
+    """Return the default folder for the TensorBoard events of training a model."""
     return model.with_name(model.stem + "-log")
 
 
 def learning_curves(model: Path, manifest: Manifest) -> tuple[Curves, tuple[str, ...]]:
-    """(step, value) by name, at most ``_MOST_POINTS`` of each; and sentences on what is missing.
+    """Return curves of (step, value) by name, and notes on missing ones.
 
-    The validations are in the model file. The bound is in the log, where that is still beside the
-    model; a log that cannot be read is said and is no error, since nothing depends on it.
+    A curve has at most ``_MOST_POINTS`` points. Validations are in the model file. The bound is in
+    the log, if it is still beside the model. A log that cannot be read is a note, not an error.
     """
     curves: Curves = {}
     notes: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ def learning_curves(model: Path, manifest: Manifest) -> tuple[Curves, tuple[str,
     if folder.is_dir():
         try:
             curves = _logged(folder)
-        except Exception as error:  # whatever its parsers raise on a damaged file
+        except Exception as error:  # its parsers may raise anything on a damaged file
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             notes = (f"No learning curve of the bound: {folder.name} cannot be read ({why}).",)
     if manifest.history:
@@ -44,7 +44,7 @@ def learning_curves(model: Path, manifest: Manifest) -> tuple[Curves, tuple[str,
 def _logged(folder: Path) -> Curves:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    # what it says of a resumed run's log is no concern of a reader of the report
+    # silence its warnings about the log of a resumed run
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(folder), size_guidance={"scalars": _MOST_POINTS})
     events.Reload()

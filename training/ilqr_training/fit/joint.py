@@ -1,8 +1,8 @@
 """Several sessions with different units: shared dynamics, a model file for each session's units.
 
-Recognition is optimal control, not a network, so that a session needs no read-in: its spikes enter
-through its own rows of the likelihood. Those rows and its kinematic readout are a session's own;
-dynamics, prior and initial state are everyone's.
+Inference is optimal control, not a network, so a session needs no read-in: its spikes enter through
+its own rows of the likelihood. These rows and the readout belong to a session; dynamics, prior and
+initial state are shared.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from ilqr_vae.recordings.joined import SEPARATOR, join
 
 
 def session_path(out: Path, name: str) -> Path:
-    """The model file of one session beside the joint one: ``m.safetensors``, ``m-monday...``."""
+    """Return the model file of a session, beside the joint one: ``m-monday.safetensors``."""
     return out.with_name(f"{out.stem}-{name}{out.suffix}")
 
 
 def load_sessions(config: TrainConfig, recordings: list[Path]) -> dict[str, Recording]:
-    """The recordings by the names of their sessions, each looked at as training will.
+    """Read the recordings, by session name, and check each as for training.
 
     Raises:
-        RecordingError: two files of one name, or one that cannot be read or trained on.
+        RecordingError: two files have the same name, or one cannot be read or trained on.
     """
     names = [path.stem for path in recordings]
     if len(set(names)) < len(names):
         raise RecordingError("--recording", expected="files of different names", got=str(names))
     sessions = {p.stem: load_recording(p, config.data) for p in recordings}
-    for recording in sessions.values():  # each has a readout of its own
+    for recording in sessions.values():  # each session has its own readout
         prepare(recording, config.data, chunk=1)
     return sessions
 
@@ -54,24 +54,25 @@ def train_sessions(
     resume: bool = False,
     log_dir: Path | None = None,
 ) -> tuple[Trained, dict[str, Manifest]]:
-    """Train on all sessions together, then write one model file a session.
+    """Train on all sessions together, then write one model file per session.
 
     Args:
-        recordings: two or more files; a session is called as its file without the suffix.
-        out: the joint model of all units; ``session_path`` says where the sessions' own go.
-        progress, resume, log_dir: as ``train``.
+        recordings: two or more files; the name of a session is its file name without suffix.
+        out: file of the joint model of all units; for the others see ``session_path``.
+        progress, resume, log_dir: as for ``train``.
 
     Returns:
-        The joint run, and each session's manifest by its name.
+        The joint run, and the manifest of each session by name.
 
     Raises:
-        RecordingError: two files of one name, sessions that differ in bin width or kinematics, or
-            one of which no unit is left. ConfigError, TrainingError: see their places.
+        RecordingError: two files have the same name, sessions differ in bin width or kinematics, or
+            a session has no unit left.
+        ConfigError, TrainingError: as for ``train``.
     """
     refuse_sessions(config)
     sessions = load_sessions(config, recordings)
     joined = join(sessions, config.data.split)
-    # what is left out of each session is left out already
+    # the split of each session is applied already
     done = train_on(
         with_fraction(config, 1.0),
         joined,
@@ -97,14 +98,14 @@ def _own(
     done: Trained,
     progress: Progress,
 ) -> Manifest:
-    """Write the session's rows of the joint model with a readout fitted on its own parts."""
+    """Write the model of one session: its rows, and a readout fitted on its own parts."""
     prefix = name + SEPARATOR
     kept = [i for i, unit in enumerate(joint.manifest.unit_names) if unit.startswith(prefix)]
     if not kept:
         raise RecordingError(
             "data.min_rate", expected=f"a rate that leaves a unit of {name}", got="none left"
         )
-    # the joint model's units were chosen on the training part: no further choice here
+    # units were selected for the joint model: do not select again
     chosen = recording.select_units(
         tuple(joint.manifest.unit_names[i].removeprefix(prefix) for i in kept)
     )
@@ -130,7 +131,7 @@ def _fewer(spec: ModelSpec, units: int) -> ModelSpec:
 
 
 def restricted(model: Model, spec: ModelSpec, units: list[int]) -> Model:
-    """The model with these units' rows of the likelihood alone; ``spec`` is of that many units."""
+    """Return the model with only the rows of these units; ``spec`` has that many units."""
     made = build(spec).to(model.initial.mean)
     index = torch.as_tensor(units)
     state = {

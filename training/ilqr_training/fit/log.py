@@ -12,19 +12,19 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ilqr_vae.progress import Progress
 
-# protobuf makes these when imported: nothing for a type checker to see
+# protobuf creates these at import: a type checker cannot see them
 _events: Any = event_pb2
 _summaries: Any = summary_pb2
 
 
 class TrainingLog:
-    """Writes scalars as TensorBoard events, without a thread.
+    """Write scalars as TensorBoard events, without a thread.
 
-    A log that cannot be written, e.g. on a full disk, is a warning: training goes on without one.
+    If the log cannot be written, e.g. on a full disk, warn and continue without one.
 
     Args:
-        folder: made if need be; None for no log.
-        first: the step that comes next; what an interrupted run logged from there on is void.
+        folder: folder to write to, created if it does not exist; None for no log.
+        first: next step; events of an interrupted run from this step on are discarded.
     """
 
     def __init__(self, folder: Path | None, first: int, progress: Progress) -> None:
@@ -45,7 +45,7 @@ class TrainingLog:
         )
 
     def add(self, part: str, values: dict[str, float], step: int) -> None:
-        """Log ``part/name`` for every value."""
+        """Log each value as ``part/name``."""
         scalars = [
             _summaries.Summary.Value(tag=f"{part}/{k}", simple_value=v) for k, v in values.items()
         ]

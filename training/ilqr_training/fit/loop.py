@@ -1,6 +1,6 @@
-"""The training loop: solve, attach the implicit gradient, raise the bound, step.
+"""The training loop: solve, attach the implicit gradient, evaluate the bound, step.
 
-A run continues from its ``TrainingRun``, which holds all that changes. ``train_steps`` is the loop.
+``TrainingRun`` holds the state that changes. ``train_steps`` is the loop.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ilqr_vae.model.likelihoods import Observed
 
 
 class Batches(Protocol):
-    """Where a batch comes from: random crops of a recording, or whole trials.
+    """Source of batches: random crops of a recording, or whole trials.
 
     Attributes:
         chunk: bins per batch member.
         z, u: solutions kept as warm starts.
-        rng: which members are drawn.
+        rng: generator that draws the members.
     """
 
     chunk: int
@@ -40,32 +40,32 @@ class Batches(Protocol):
     rng: np.random.Generator
 
     def draw(self, batch: int) -> Tensor:
-        """An index of ``batch`` members, for the methods below."""
+        """Draw the index of ``batch`` members, for the methods below."""
         ...
 
     def observed(self, index: Tensor) -> Mapping[str, Observed]:
-        """Every group's values and masks."""
+        """Return the values and masks of all groups."""
         ...
 
     def live(self, index: Tensor) -> Tensor | None:
-        """(B, chunk) one up to each member's end; None where all have the same length."""
+        """Return (B, chunk) ones within each member; None if all have the same length."""
         ...
 
     def warm(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Initial state and inputs to start from."""
+        """Return the initial state and inputs to start from."""
         ...
 
     def remember(self, index: Tensor, z: Tensor, u: Tensor) -> None:
-        """Keep a solution."""
+        """Store a solution."""
         ...
 
 
 @dataclass
 class TrainingRun:
-    """What changes while training.
+    """The state of training.
 
-    ``condition`` names the groups recognition sees; ``rate``, step -> learning rate, replaces the
-    configured schedule where it is given.
+    ``condition`` names the groups that inference observes. ``rate`` (step -> learning rate), if
+    given, replaces the configured schedule.
     """
 
     model: Model
@@ -80,16 +80,16 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Report:
-    """One gradient step, per bin where a quantity grows with length.
+    """Result of one gradient step.
 
     Attributes:
         step: counted from one.
-        bound: nats per bin (unweighted).
+        bound: unweighted bound, nats per bin.
         spikes, kinematics: expected log-likelihood of each group, nats per bin.
-        kl: nats per bin.
-        gradient_norm: before clipping.
+        kl: KL divergence from the prior, nats per bin.
+        gradient_norm: norm before clipping.
         iterations: mean iLQR iterations per crop.
-        unsolved: share of crops whose solve did not converge.
+        unsolved: share of crops whose solve did not converge. ¶¶
     """
 
     step: int
@@ -105,12 +105,12 @@ class Report:
 def start(
     model: Model, crops: Batches, config: LoopConfig, *, scale_rate: float = 1.0
 ) -> TrainingRun:
-    """Optimiser and posterior of a new run.
+    """Create the optimiser and posterior of a new run.
 
     Args:
-        scale_rate: learning rate of the scales (of priors and noise, and the Student's degrees of
-            freedom), as a multiple of everything else's. Adam moves a log scale by about one
-            learning rate a step, so scales that have far to go need more than weights do.
+        scale_rate: learning rate of scales (of priors and noise, and the degrees of freedom), as a
+            multiple of the other parameters'. Adam moves a log scale by about one learning rate per
+            step, so scales that start far off need a higher one than weights.
     """
     like = model.initial.mean
     posterior = None
@@ -138,11 +138,11 @@ def _draw(run: TrainingRun, problem: Problem, state: State) -> Draw:
 
 
 def gradient_step(run: TrainingRun, config: LoopConfig) -> Report:
-    """Draw crops, solve, ascend once.
+    """Draw a batch, solve it, and take one gradient step.
 
     Raises:
-        TrainingError: the bound or a gradient is not finite; names the parameter, group or bin
-            it comes from.
+        TrainingError: the bound or a gradient is not finite. The message names the parameter, group
+            or bin that caused it.
     """
     model, crops = run.model, run.crops
     index = crops.draw(config.batch)
@@ -169,7 +169,7 @@ def gradient_step(run: TrainingRun, config: LoopConfig) -> Report:
     if run.rate is not None:
         rate = run.rate(run.step)
     for group in run.optimiser.param_groups:
-        # a checkpoint from before there were factors has none
+        # older checkpoints have no factors
         group["lr"] = rate * group.get("factor", 1.0)
     run.optimiser.zero_grad(set_to_none=True)
     loss.backward()
@@ -198,6 +198,6 @@ def gradient_step(run: TrainingRun, config: LoopConfig) -> Report:
 
 
 def train_steps(run: TrainingRun, config: LoopConfig) -> Iterator[Report]:
-    """Gradient steps until the configured number; what happens between them is the caller's."""
+    """Yield the report of each gradient step up to the configured number."""
     while run.step < config.steps:
         yield gradient_step(run, config)

@@ -1,9 +1,9 @@
-"""Training an ensemble: its members side by side, then one model file.
+"""Training of an ensemble: the members in parallel, then one model file.
 
-Each member is trained in a process of its own, with its own seed, as a model file and the decodes
-of the validation part beside ``--out``. What is there already, of the same configuration and
-recording, is used again with ``--resume``. The intervals of the whole are scaled on the members'
-mean decode of the validation part.
+Each member is trained in its own process with its own seed, and writes a model file and its decodes
+of the validation part beside ``--out``. With ``--resume``, results of the same configuration and
+recording are reused. The intervals of the ensemble are calibrated on the members' mean decode of
+the validation part.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from ilqr_vae.progress import Progress
 from ilqr_vae.recordings import Recording
 
 _SEEDS_APART = 10_007
-"""Between the seeds of two members, so that runs of neighbouring seeds share no member."""
+"""Distance between members' seeds, so that runs with adjacent seeds share no member."""
 
 
 @dataclass(frozen=True)
 class MemberJob:
-    """One member's training.
+    """The training of one member.
 
     Attributes:
-        config: of one member, with its seed.
-        out: where its model file is written.
-        log_dir: TensorBoard events, or None.
-        threads: of the kernels.
-        identity: of configuration and recording.
-        resume: from its checkpoint.
+        config: configuration of one member, with its seed.
+        out: its model file.
+        log_dir: folder for TensorBoard events, or None.
+        threads: number of threads of the kernels.
+        identity: digest of configuration and recording.
+        resume: whether to continue from its checkpoint.
     """
 
     config: TrainConfig
@@ -60,12 +60,12 @@ class MemberJob:
 
     @property
     def decodes(self) -> Path:
-        """Where the decodes of the validation part are written."""
+        """File of the decodes of the validation part."""
         return self.out.with_name(self.out.name + ".npz")
 
     @property
     def done(self) -> bool:
-        """Whether its results are there."""
+        """Return whether its results exist."""
         if not (self.out.exists() and self.decodes.exists()):
             return False
         with np.load(self.decodes) as held:
@@ -73,7 +73,7 @@ class MemberJob:
 
 
 def _plain(value: object) -> object:
-    """What a job holds beside numbers, text and structs, for msgpack."""
+    """Encode the fields that msgpack does not know."""
     match value:
         case np.ndarray():
             return value.dtype.str, value.shape, value.tobytes()
@@ -86,7 +86,7 @@ def _plain(value: object) -> object:
 
 
 def _made(kind: type, value: Any) -> object:
-    """The reverse of ``_plain``."""
+    """Decode what ``_plain`` encoded."""
     if kind is Path:
         return Path(value)
     dtype, shape, content = value
@@ -94,12 +94,12 @@ def _made(kind: type, value: Any) -> object:
 
 
 def seeds_of(config: TrainConfig) -> list[int]:
-    """The members' seeds; the first member's is that of a run of one."""
+    """Return the seeds of the members; the first one is that of a single model."""
     return [config.training.seed + _SEEDS_APART * i for i in range(config.training.members)]
 
 
 def side_by_side(config: TrainConfig) -> int:
-    """How many members are trained at once: one a core; one on a GPU."""
+    """Return how many members are trained at once: one per core, or one on a GPU."""
     on_cpu = device_of(config.training.device).type == "cpu"
     return min(config.training.members, cores()) if on_cpu else 1
 
@@ -113,7 +113,7 @@ def jobs_of(
     *,
     resume: bool,
 ) -> list[MemberJob]:
-    """The members' jobs; the first one's events lie where those of a run of one would."""
+    """Return the members' jobs; the first one logs where a single model would."""
     threads = max(1, cores() // side_by_side(config))
     made: list[MemberJob] = []
     for i, seed in enumerate(seeds_of(config), 1):
@@ -126,10 +126,10 @@ def jobs_of(
 
 
 def train_members(jobs: Sequence[MemberJob], at_once: int, progress: Progress) -> None:
-    """Run the jobs that are not done.
+    """Run the unfinished jobs.
 
     Raises:
-        IlqrVaeError: what the first member that failed raised; the others are stopped.
+        IlqrVaeError: a member failed; the others are stopped.
     """
     running: list[subprocess.Popen[bytes]] = []
     failed = threading.Event()
@@ -160,7 +160,7 @@ def train_members(jobs: Sequence[MemberJob], at_once: int, progress: Progress) -
     with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(work, numbered) for numbered in enumerate(jobs, 1)]
         try:
-            # the first to fail is told, not those that were stopped for it
+            # report the first failure, not the members stopped because of it
             errors_ = [e for f in futures if (e := f.exception()) is not None]
         finally:
             failed.set()
@@ -176,7 +176,7 @@ class _Stopped(TrainingError):
 
 
 def _follow(process: subprocess.Popen[bytes], name: str, progress: Progress) -> None:
-    """Pass on what a member says until it ends. Raises what it raised."""
+    """Forward the progress of a member until it ends. Raises the error that it raised."""
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:
@@ -194,7 +194,7 @@ def _follow(process: subprocess.Popen[bytes], name: str, progress: Progress) -> 
 
 
 def mean_of(jobs: Sequence[MemberJob]) -> HeldOut | None:
-    """The members' decodes of the validation part as one; None without kinematics."""
+    """Return the mean of the members' decodes of the validation part; None without kinematics."""
     parts: list[HeldOut] = []
     for job in jobs:
         with np.load(job.decodes) as held:
@@ -205,7 +205,7 @@ def mean_of(jobs: Sequence[MemberJob]) -> HeldOut | None:
 
 
 def remove(jobs: Sequence[MemberJob]) -> None:
-    """What the members left beside the model file."""
+    """Remove the members' files beside the model file."""
     for job in jobs:
         job.out.unlink(missing_ok=True)
         job.decodes.unlink(missing_ok=True)
@@ -216,7 +216,7 @@ class _Pipe:
 
     def __init__(self) -> None:
         self._to = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)  # whatever else prints must not be in between
+        os.dup2(2, 1)  # other prints must not interleave with it
         self._last: tuple[str, int] = ("", -1)
 
     def __call__(
@@ -234,7 +234,7 @@ class _Pipe:
 
 
 def main() -> None:
-    """Train the member whose job comes through standard input."""
+    """Train the member whose job is read from standard input."""
     from ilqr_training.fit.train import train_on
     from ilqr_training.options import use_threads
 
@@ -264,7 +264,7 @@ def main() -> None:
 
 
 def refuse_sessions(config: TrainConfig) -> None:
-    """Raises ConfigError: an ensemble of several recordings' shared dynamics."""
+    """Raise ConfigError if an ensemble is to be trained on several recordings."""
     if config.training.members > 1:
         raise ConfigError(
             "training.members",

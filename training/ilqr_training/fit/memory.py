@@ -15,27 +15,27 @@ from ilqr_vae.machine import available_memory, peak_memory
 
 GIB = 2**30
 HOPELESS = 4
-"""Times the free memory."""
+"""Refuse a run that needs more than this multiple of the free memory."""
 
-# How many tensors of each size are alive at the peak of a step, counted from measured peaks
-# (tests/test_memory.py holds the estimate against one).
+# Number of tensors of each size that are alive at the peak of a step, from measured peaks
+# (tests/test_memory.py compares the estimate with one).
 _BLOCKS, _PATHS, _CHANNELS = 12, 60, 14
-_STREAMS = 64  # pieces a validation runs side by side, at most
-_COPIES = 2.5  # of what a validation keeps: as it came, stacked, and in order
-_LIBRARIES = 280 * 2**20  # torch's and numba's own, taken when they are first used
+_STREAMS = 64  # largest number of pieces that a validation streams in parallel
+_COPIES = 2.5  # copies of the results of a validation: as computed, stacked, and in order
+_LIBRARIES = 280 * 2**20  # of torch and numba themselves, on first use
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes.
+    """An estimate in bytes.
 
     Attributes:
-        now: resident in this process already (the interpreter, its libraries, the recording).
+        now: already resident in this process (interpreter, libraries, recording).
         data: the training part as tensors, with its warm starts.
         step: one gradient step.
         validation: latents, rates and covariances of the training and validation part, and the
             design the readout is fitted on.
-        available: what this process can still allocate, see ``machine.available_memory``.
+        available: memory that this process can still allocate, see ``machine.available_memory``.
     """
 
     now: int
@@ -46,12 +46,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The most that is needed at once, this process and all."""
+        """Peak memory of this process."""
         return self.now + _LIBRARIES + self.data + max(self.step, self.validation)
 
     @property
     def more(self) -> int:
-        """What is needed beyond what is resident already."""
+        """Memory needed beyond what is already resident."""
         return self.peak - self.now
 
     @property
@@ -71,7 +71,7 @@ class MemoryEstimate:
 
 
 def estimate(config: TrainConfig, data: Prepared) -> MemoryEstimate:
-    """Estimate the memory of a run; measurements agree within a factor of two."""
+    """Estimate the memory of a run, within a factor of two of measurements."""
     recording, loop = data.recording, config.training
     n, m, N = config.model.latents, config.model.inputs, recording.n_units
     D = 0 if recording.kinematics is None else recording.kinematics.shape[1]
@@ -86,8 +86,8 @@ def estimate(config: TrainConfig, data: Prepared) -> MemoryEstimate:
     features = n * (reads.lags + 1) + N * reads.residuals
     bins = train + validation
     bins += len(reads.lost) * sum(min(part, LOST_BINS) for part in (train, validation))
-    # float64: window, covariance, rates; float32: counts that are recalled; then the design,
-    # standardised, and its copies
+    # float64: window, covariance, rates; float32: recalled counts; then the standardised design and
+    # its copies
     recalled = 4 * reads.lags * N if reads.recurrent else 0
     kept = bins * (8 * (n * n + n + N + m + 2 * features + 4 * D) + 2 * recalled)
     fit = 8 * (bins * 3 * features + 3 * features**2)
@@ -102,13 +102,13 @@ def estimate(config: TrainConfig, data: Prepared) -> MemoryEstimate:
 
 
 def refuse_hopeless(config: TrainConfig, data: Prepared) -> None:
-    """Refuse what is far from fitting.
+    """Refuse a run that is far from fitting in memory.
 
-    The estimate is right within a factor of two and swap helps a little, so a tight fit is only a
-    warning in the estimate's text.
+    The estimate is accurate within a factor of two and swap helps a little, so a tight fit is only
+    a warning in the text of the estimate.
 
     Raises:
-        ConfigError: naming the setting without which the least would be needed.
+        ConfigError: the message names the setting that contributes most.
     """
     whole = _on_host(config, data)
     if whole.more <= HOPELESS * whole.available:
@@ -128,6 +128,6 @@ def refuse_hopeless(config: TrainConfig, data: Prepared) -> None:
 
 
 def _on_host(config: TrainConfig, data: Prepared) -> MemoryEstimate:
-    """The estimate without what a gradient step takes elsewhere."""
+    """Return the estimate without a gradient step that runs on another device."""
     made = estimate(config, data)
     return made if device_of(config.training.device).type == "cpu" else replace(made, step=0)

@@ -19,16 +19,16 @@ def find_not_finite(
     observed: Mapping[str, Observed],
     bound: Bound,
 ) -> str:
-    """What is not finite, the cause before its effects.
+    """Describe what is not finite, the cause before its effects.
 
-    Parameters come first, since one spoils every other thing; then the data, the state, what a
-    group's likelihood made of them, the divergence from the prior, and the gradients.
+    Parameters come first, since they affect everything else; then the data, the state, the
+    likelihood of each group, the divergence from the prior, and the gradients.
 
     Args:
-        posterior: with parameters of its own, or None.
-        index: (B, chunk) bins of the training part, or (B,) trials: what the batch was drawn as.
-        observed: (B, chunk, channels) a group.
-        bound: of the step; its ``z`` is (B, chunk + 1, n).
+        posterior: a posterior with parameters, or None.
+        index: (B, chunk) bins of the training part, or (B,) trials, as drawn.
+        observed: (B, chunk, channels) per group.
+        bound: result of the step; its ``z`` is (B, chunk + 1, n).
     """
     parts = {"": model} if posterior is None else {"": model, "posterior.": posterior}
     named = [(prefix + n, p) for prefix, m in parts.items() for n, p in m.named_parameters()]
@@ -59,7 +59,7 @@ def _which(values: Tensor) -> str:
 
 
 def _where(finite: Tensor, index: Tensor) -> str:
-    """The first bad (member, bin) of (B, chunk), in the recording's terms where they are known."""
+    """Name the first bad (member, bin) of (B, chunk), by bin or trial of the recording."""
     bad = (~finite).nonzero()
     if not len(bad):  # the state before the first bin
         return "the first bin of a crop"

@@ -1,8 +1,8 @@
-"""Training that begins with a model of other units: ``train --from``.
+"""Training from a model of other units: ``train --from``.
 
-Dynamics, input prior and initial state are the model's and stay. The observation rows of units that
-it knows begin as they are, those of others with a fit to the behaviour (``adaptation.units``); all
-rows are then trained, and the readout is fitted as after any training.
+Dynamics, input prior and initial state of the model stay. The observation rows of units that it
+knows are kept as a start; those of other units start from a fit to the behaviour
+(``adaptation.units``). All rows are then trained, and the readout is fitted as usual.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ilqr_vae.model.likelihoods import Counts, Observed
 from ilqr_vae.progress import Progress
 
 STEPS = 150
-"""Gradient steps at most, unless a number is asked for."""
+"""Default number of gradient steps."""
 _FIRST_FIT = 6000
-"""Bins, the last of the training part, of the first fit of rows."""
+"""Number of last training bins for the first fit of the rows."""
 
 
 def begun_from(config: TrainConfig, origin: Artifact, steps: int | None) -> TrainConfig:
-    """The configuration with the model's own ``[model]`` part, and fewer steps.
+    """Return the configuration with the ``[model]`` part of the model, and fewer steps.
 
     Raises:
-        ConfigError: several members are to be trained, or the model does not say how it was made.
+        ConfigError: several members are to be trained, or the model file lacks its configuration.
     """
     if config.training.members > 1 or origin.others:
         raise ConfigError(
@@ -54,10 +54,11 @@ def begun_from(config: TrainConfig, origin: Artifact, steps: int | None) -> Trai
 
 
 def first_model(origin: Artifact, data: Prepared, seed: int, progress: Progress) -> Model:
-    """The model that training begins with; only its observation rows are to be trained.
+    """Return the initial model, of which only the observation rows are to be trained.
 
     Raises:
-        ConfigError: other channels than the model's. RecordingError: bins of another width.
+        ConfigError: the channels differ from the model's.
+        RecordingError: the bin width differs.
     """
     recording, manifest = data.recording, origin.manifest
     recording.require_bin_width(manifest.bin_width)
@@ -98,7 +99,7 @@ def first_model(origin: Artifact, data: Prepared, seed: int, progress: Progress)
 
 
 def stamped(manifest: Manifest, origin: Artifact) -> Manifest:
-    """The manifest of what was trained, with where it came from."""
+    """Return the manifest of the trained model, with its origin."""
     return msgspec.structs.replace(
         manifest,
         model=carried_spec(origin, len(manifest.unit_names)),

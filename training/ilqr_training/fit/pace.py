@@ -1,10 +1,10 @@
-"""How long the rest of a training run will take: all of it, to the written model file.
+"""An estimate of the time until a training run has written its model file.
 
-What is left to do is known from the settings: gradient steps, validations, and the final validation
-with its passes over the recording and its readout fits. What each costs is measured: passes and
-readout fits on a few bins and a few steps, before the first gradient step; gradient steps and
-validations as they are done. Other work on the machine comes and goes, so the newest measurements
-count: at each validation passes are timed again, and a few steps of the readout fits repeated.
+The remaining work follows from the settings: gradient steps, validations, and the final validation
+with its passes over the recording and its readout fits. The cost of each is measured. Passes and
+readout fits are timed on a few bins and steps before the first gradient step; gradient steps and
+validations are timed as they run. The load of the machine varies, so the latest measurements count:
+at each validation passes are timed again, and a few steps of the readout fits repeated.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _RECENT = 50
 _BINS, _STREAMS = 16, 16
 _PROBED = 10
 _FORWARD = 0.4
-"""What a row costs that a layer only decodes, as a share of one that it learns from."""
+"""Cost of a row that a layer only decodes, as a share of the cost of one it learns from."""
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What the parts of a run take, in seconds.
+    """Times of the parts of a run, in seconds.
 
     Attributes:
-        bin: a bin of a causal pass, whatever the number of its streams; ``stream``: each stream's.
-        hidden, recurrent: a gradient step of the layers of the readout; 0 for none.
+        bin, stream: a bin of a causal pass takes ``bin``, and ``stream`` more for each stream.
+        hidden, recurrent: a gradient step of each layer of the readout; 0 for none.
     """
 
     bin: float
@@ -54,12 +54,12 @@ class Costs:
     recurrent: float = 0.0
 
     def passes(self, planned: list[tuple[int, int]]) -> float:
-        """Of causal passes, given as (bins a stream, streams)."""
+        """Return the time of causal passes, given as (bins per stream, streams)."""
         return sum(bins * (self.bin + self.stream * streams) for bins, streams in planned)
 
 
 def _timed(do: Callable[[], object], clock: Clock) -> float:
-    """Seconds of the second call: what is compiled or set up at the first is not counted."""
+    """Time the second call; the first one includes compilation and setup."""
     do()
     began = clock()
     do()
@@ -67,9 +67,9 @@ def _timed(do: Callable[[], object], clock: Clock) -> float:
 
 
 def measure(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -> Costs:
-    """Measure what passes and readout fits cost, on a few bins and steps.
+    """Measure the cost of passes and readout fits on a few bins and steps.
 
-    Changes nothing, random numbers included.
+    The state does not change, including that of random number generators.
     """
     with torch.random.fork_rng():
         return _measured(model, data, config, clock)
@@ -87,7 +87,7 @@ def _measured(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -
         )
 
     def seconds_a_bin(streams: int) -> float:
-        """Without what a pass costs however short it is."""
+        """Return the time per bin, without the fixed cost of a pass."""
         return max(0.0, seconds(3 * _BINS, streams) - seconds(_BINS, streams)) / (2 * _BINS)
 
     one, many = seconds_a_bin(1), seconds_a_bin(_STREAMS)
@@ -100,7 +100,7 @@ def _measured(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -
 
 
 def _layers(n: int, data: Prepared, config: TrainConfig, clock: Clock) -> tuple[float, float]:
-    """Seconds of a gradient step of the hidden and of the recurrent layers, on made-up rows."""
+    """Time a gradient step of the hidden and of the recurrent layers on random rows."""
     assert data.recording.kinematics is not None
     reads = config.readout.within(config.estimator.horizon)
     units, channels = data.recording.n_units, data.recording.kinematics.shape[1]
@@ -126,7 +126,7 @@ def _layers(n: int, data: Prepared, config: TrainConfig, clock: Clock) -> tuple[
 
 
 class _Passes:
-    """A progress that times the causal passes among what it is told of, and hands all of it on."""
+    """A progress that times causal passes and forwards everything."""
 
     def __init__(self, progress: Progress, clock: Clock) -> None:
         self._progress, self._clock = progress, clock
@@ -152,8 +152,8 @@ class Pace:
 
     Args:
         model, data, config: of the run.
-        afterwards: thorough validations that follow the run's own, each of a part of its bins.
-        clock: seconds.
+        afterwards: number of thorough validations after the run's own, each on a part of its bins.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -170,13 +170,13 @@ class Pace:
         self._costs = measure(model, data, config, clock)
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._validation = self._passes(thorough=False)
-        self._linear = 0.0  # a ridge's share of it
-        self._slower = 1.0  # passes, against when they were measured
+        self._linear = 0.0  # share of the ridge regressions
+        self._slower = 1.0  # ratio of the time of passes to that first measured
         self._done = 0
 
     @contextmanager
     def step(self) -> Generator[None]:
-        """Time a gradient step. The first of a run sets things up and is not counted."""
+        """Time a gradient step. The first one includes setup and is not counted."""
         began = self._clock()
         yield
         self._done += 1
@@ -185,7 +185,7 @@ class Pace:
 
     @contextmanager
     def validation(self, progress: Progress) -> Generator[Progress]:
-        """Time a validation, which reports to what this gives it; then time the readout's fits."""
+        """Time a validation, which reports to the progress given to it, then the readout fits."""
         timed, began = _Passes(progress, self._clock), self._clock()
         yield timed
         self._validation = self._clock() - began
@@ -199,7 +199,7 @@ class Pace:
             self._costs = dataclasses.replace(self._costs, hidden=layers[0], recurrent=layers[1])
 
     def left(self, step: int) -> float:
-        """Seconds left after so many gradient steps; NaN before any was timed."""
+        """Return the seconds left after this many gradient steps; NaN before any was timed."""
         loop = self._config.training
         if not self._steps:
             return float("nan")
@@ -215,7 +215,7 @@ class Pace:
         return self._costs.passes(self._planned(thorough=thorough))
 
     def _final(self) -> float:
-        """The thorough validation at the end, its readout fitted twice."""
+        """Return the time of the thorough final validation, which fits the readout twice."""
         costs = self._costs
         passes = self._slower * self._passes(thorough=True)
         fits = 0.0

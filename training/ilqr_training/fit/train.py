@@ -47,22 +47,22 @@ from ilqr_vae.recordings import Recording, load_recording
 from ilqr_vae.report.table import number
 
 _READOUT_BYTES = 2**24
-"""Of a model file beside the model's own parameters, at most."""
+"""Largest size of a model file beyond its parameters, in bytes."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training run that has ended.
+    """A finished training run.
 
     Attributes:
-        manifest: as written into the model file.
-        seconds: wall-clock, this call's.
-        steps: gradient steps done in all.
+        manifest: manifest in the model file.
+        seconds: wall-clock time of this call.
+        steps: total number of gradient steps.
         best_step: the step whose parameters were kept.
         history: (step, validation score).
-        reports: every gradient step of this call.
-        data: what it was trained on.
-        validation: of the parameters kept; of an ensemble the first member's.
+        reports: gradient steps of this call.
+        data: the training data.
+        validation: validation of these parameters; of the first member of an ensemble.
     """
 
     manifest: Manifest
@@ -76,7 +76,7 @@ class Trained:
 
 
 def checkpoint_path(out: Path) -> Path:
-    """Where a run that writes ``out`` keeps its checkpoint."""
+    """Return the checkpoint file of a run that writes ``out``."""
     return out.with_name(out.name + ".checkpoint")
 
 
@@ -100,17 +100,17 @@ def train(
     """Fit a model to a recording and write it.
 
     Args:
-        out: the model file; nothing is there until training has ended well.
-        progress: receives steps, validations and what is known of the recording.
+        out: the model file, written when training has succeeded.
+        progress: receives steps, validations and a description of the recording.
         resume: continue from the checkpoint beside ``out`` if there is one.
-        log_dir: TensorBoard events, or None.
+        log_dir: folder for TensorBoard events, or None.
         before: called with the prepared recording before the first step.
-        origin: the model to begin with, see ``fit.origin``.
+        origin: model to start from, see ``fit.origin``.
 
     Raises:
         RecordingError: the recording cannot be read, or a part of it is too short.
-        ConfigError: a setting is wrong, or memory or disk are too small.
-        TrainingError: a value is not finite, the checkpoint is another run's, or the model file
+        ConfigError: a setting is invalid, or memory or disk space do not suffice.
+        TrainingError: a value is not finite, the checkpoint is of another run, or the model file
             could not be written (the message says where it was saved instead).
     """
     recording = load_recording(recording_path, config.data)
@@ -140,14 +140,12 @@ def train_on(
     identity: str = "",
     origin: Artifact | None = None,
 ) -> Trained:
-    """``train``, on a recording that is read already.
+    """Train on a recording that has been read; otherwise as ``train``.
 
     Args:
-        before: called with the prepared recording before the first step.
-        afterwards: thorough validations that the caller does afterwards, for the time left.
-        validated: called with the step and the scores of each validation while training, once the
-            checkpoint is written.
-        identity: names the run in its checkpoint; default the configuration and the recording.
+        afterwards: number of thorough validations that the caller adds, for the time left.
+        validated: called with step and scores after each validation and its checkpoint.
+        identity: identity of the run in its checkpoint; default: configuration and recording.
     """
     if config.training.members > 1:
         return _ensemble(config, recording, out, progress, resume, log_dir, before)
@@ -155,7 +153,7 @@ def train_on(
     loop = config.training
     data = prepare(recording, config.data, chunk=loop.chunk)
     if config.readout.classes:
-        class_names(data)  # what is wrong with them is said before the first step
+        class_names(data)  # so that errors in them are raised before the first step
     describe(config, data, progress)
     refuse_hopeless(config, data)
     torch.manual_seed(loop.seed)
@@ -193,9 +191,8 @@ def train_on(
             with pace.validation(progress) as timed:
                 found = validate(model, data, config, thorough=False, progress=timed)
             best = stopping.offer(report.step, found.score, model)
-            shown = {
-                k: v for k, v in found.scores.items() if k != "coverage_90"
-            }  # see ``measured``
+            # intervals are calibrated on these bins: their coverage says nothing
+            shown = {k: v for k, v in found.scores.items() if k != "coverage_90"}
             log.add("validation", shown, report.step)
             newest = f", R2 {shown['r2']:.3f}" if "r2" in shown else ""
             progress.log(
@@ -241,7 +238,7 @@ def _ensemble(
     log_dir: Path | None,
     before: Callable[[Prepared], object] | None,
 ) -> Trained:
-    """``train_on`` of several members; see ``fit.members``."""
+    """Train several members as ``train_on`` does; see ``fit.members``."""
     began = time.monotonic()
     data = prepare(recording, config.data, chunk=config.training.chunk)
     if before is not None:
@@ -288,19 +285,18 @@ def _ensemble(
 
 
 def _took(began: float) -> dict[str, str]:
-    """For the provenance; of a run that was resumed, since then."""
+    """Return the training time for the provenance; of a resumed run, since it was resumed."""
     return {"training_seconds": f"{time.monotonic() - began:.0f}"}
 
 
 def _left(pace: Pace, step: int) -> str:
-    """The time that is left of the whole run."""
+    """Describe the time left of the whole run."""
     seconds = pace.left(step)
-    known = "time left unknown"
-    return known if math.isnan(seconds) else f"about {duration(seconds)} left in all"
+    return "time left unknown" if math.isnan(seconds) else f"about {duration(seconds)} left in all"
 
 
 def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:
-    """Log what the recording holds, how it is split, and the memory training will take."""
+    """Log the contents of the recording, its split, and the estimated memory."""
     r, spans = data.recording, (data.train, data.validation, data.test)
     train, validation, test = (f"{a}:{b}" for a, b in spans)
     progress.log(
@@ -318,10 +314,11 @@ def _scores(scores: dict[str, float]) -> str:
 
 
 def _output_bytes(run: TrainingRun) -> int:
-    """Of the model file and two checkpoints, the new one written beside the last."""
+    """Estimate the bytes of the model file and two checkpoints (the new one beside the last)."""
     modules = [run.model] if run.posterior is None else [run.model, run.posterior]
     tensors = [t for m in modules for t in m.state_dict().values()]
-    numbers = 4 * sum(t.numel() for t in tensors)  # parameters, the best ones, Adam's two moments
+    # parameters, best parameters, two moments of Adam
+    numbers = 4 * sum(t.numel() for t in tensors)
     numbers += run.crops.z.numel() + run.crops.u.numel()
     return 2 * numbers * run.crops.z.element_size() + _READOUT_BYTES
 
@@ -333,14 +330,14 @@ def save_model(
     final: Validation,
     others: Sequence[Artifact] = (),
 ) -> Manifest:
-    """Write the model file; returns the manifest with its hash.
+    """Write the model file; return the manifest with its hash.
 
     Args:
-        others: of an ensemble the members after the first.
+        others: the further members of an ensemble.
 
     Raises:
-        TrainingError: it cannot be written there. The model is then saved in a temporary folder or
-            the home folder if one of them can be written; the message says where.
+        TrainingError: the file could not be written. The model is then saved in a temporary folder
+            or the home folder if possible; the message says where.
     """
     classes = None if final.classes is None else final.classes.readout
     written = (final.readout, final.mean_rate, final.seen, final.intervals, others, classes)
@@ -369,7 +366,7 @@ def save_model(
 def manifest_of(
     config: TrainConfig, data: Prepared, final: Validation, steps: int, best_step: int
 ) -> Manifest:
-    """The manifest of a trained model: shapes, causal validation scores, where it came from."""
+    """Return the manifest of a trained model: shapes, causal validation scores, provenance."""
     recording = data.recording
     decoded = final.readout is not None
     return Manifest(

@@ -1,4 +1,4 @@
-"""Causal validation: what the streaming service would score with the parameters as they are."""
+"""Causal validation: the scores of the streaming service with the current parameters."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from ilqr_vae.streaming.bounds import TrainingRange, highest_counts
 from ilqr_vae.streaming.horizon import MovingHorizon
 
 LOST_BINS = 10_000
-"""Of each part, in a pass with lost bins; more would cost memory and hardly add."""
+"""Bins of each part in a pass with lost bins; more would cost memory and gain little."""
 
 
 _STREAMS = {True: (16, 1), False: (48, 24)}
-"""Pieces that the training and the validation part are cut into, thorough or not."""
+"""Number of pieces of the training and the validation part, thorough or not."""
 
 _LOST_STREAMS, _RUN_IN = 16, 40
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Scores on the validation part, and the readout they are of.
+    """Scores on the validation part, and the readout that was scored.
 
     Attributes:
-        score: what training maximises: mean velocity R2, or bits per spike without kinematics.
-        scores: by name; none of a channel that does not move in the validation part.
-        readout: None without kinematics.
-        mean_rate: (N,) of the training part.
-        seen: what the training part showed.
+        score: the objective of early stopping: mean R2, or bits per spike without kinematics.
+        scores: scores by name, without channels that do not vary in the validation part.
+        readout: the fitted readout; None without kinematics.
+        mean_rate: (N,) mean counts in the training part.
+        seen: statistics of the training part.
         intervals: scale of the deviations by speed, or None.
-        held_out: decodes of the validation part, None without kinematics.
-        classes: the discrete output, where it is asked for and the validation is thorough.
+        held_out: decodes of the validation part; None without kinematics.
+        classes: discrete output, if configured and the validation is thorough.
     """
 
     score: float
@@ -64,8 +64,7 @@ class Validation:
 
 
 class HeldOut(NamedTuple):
-    """Decodes of bins that the readout was not fitted on, (T, D) each: the truth, the decodes, and
-    their deviations before they are scaled by speed."""
+    """Bins that the readout was not fitted on, (T, D) each: truth, decodes, unscaled deviations."""
 
     truth: NDArray[np.float64]
     decoded: NDArray[np.float64]
@@ -73,13 +72,13 @@ class HeldOut(NamedTuple):
 
 
 def scored(held: HeldOut, data: Prepared) -> tuple[SpeedScale | None, dict[str, float]]:
-    """The scale of the deviations by speed, and scores with it."""
+    """Return the scale of the deviations by speed, and the scores with it."""
     r, k = data.recording, held.truth
     unit = speed_unit(k, r.kinematic_units)
     intervals = fit_intervals(*held, unit, r.bin_width)
     std = stated(intervals, held.decoded, held.std)
     each = zip(r.kinematic_names, r2_per_axis(k, held.decoded), strict=True)
-    # a channel at rest has no R2, and one that never moves is always covered
+    # a constant channel has no R2 and is always covered
     scores = {"r2": r2(k, held.decoded)}
     scores |= {f"r2.{n}": float(v) for n, v in each if np.isfinite(v)}
     some = data.kinematic_scale > 0
@@ -88,7 +87,7 @@ def scored(held: HeldOut, data: Prepared) -> tuple[SpeedScale | None, dict[str, 
 
 
 def _seen(data: Prepared, latents: NDArray[np.float64]) -> TrainingRange:
-    """What the training part showed, its causal latents among it."""
+    """Return statistics of the training part, including its causal latents."""
     recording, part = data.recording, slice(*data.train)
     k = np.zeros((1, 0)) if recording.kinematics is None else recording.kinematics[part]
     k = k[np.isfinite(k).all(-1)]
@@ -105,9 +104,9 @@ def _reads(config: TrainConfig, thorough: bool = True) -> ReadoutConfig:
 def estimator_of(
     model: Model, data: Prepared, config: TrainConfig, *, thorough: bool = True
 ) -> MovingHorizon:
-    """A float64 copy of the model as a moving-horizon estimator without a fitted readout.
+    """Return a float64 copy of the model as a moving-horizon estimator with a blank readout.
 
-    The blank readout only sets how many lags each answer's window holds.
+    The blank readout only sets the number of lags in the window of each estimate.
     """
     k = data.recording.kinematics
     blank = None
@@ -131,11 +130,11 @@ def validate(
     thorough: bool,
     progress: Progress = SILENT,
 ) -> Validation:
-    """Fit the readout on causal latents of the training part, score it on the validation part.
+    """Fit the readout on causal latents of the training part; score it on the validation part.
 
     Args:
-        thorough: the validation part as the one exact stream, as the final scores are; else in
-            parallel pieces, quick enough to do while training.
+        thorough: stream the validation part as a single exact stream, as for the final scores; else
+            in parallel pieces, which is fast enough during training.
     """
     estimator = estimator_of(model, data, config, thorough=thorough)
     streams = _STREAMS[thorough]
@@ -194,9 +193,9 @@ def validate(
 def _later(
     fit: ReadoutFit, train: Causal, held: Causal, data: Prepared, reads: ReadoutConfig
 ) -> KinematicReadout:
-    """The readout with the maps that decode bins once more after later ones."""
+    """Return the readout with maps that decode a bin again after later bins."""
     r, readout = data.recording, fit.readout
-    assert r.kinematics is not None  # else nothing was fitted
+    assert r.kinematics is not None  # otherwise nothing was fitted
     segment = np.zeros(len(r), dtype=np.int64)
     segment[r.breaks] = 1
     segment = segment.cumsum()
@@ -214,13 +213,13 @@ def _later(
 
 
 def _run_in(data: Prepared, thorough: bool) -> int:
-    """Bins before the validation part that its pass streams first."""
+    """Return the number of bins that are streamed before the validation part."""
     begin = data.validation[0]
     return begin - warmup_start(begin) if thorough else _RUN_IN
 
 
 def planned_passes(data: Prepared, config: TrainConfig, *, thorough: bool) -> list[tuple[int, int]]:
-    """The causal passes of a validation: (bins of each stream, streams)."""
+    """Return the causal passes of a validation: (bins per stream, streams)."""
     spans = [data.train, data.validation]
     plan = list(zip(spans, _STREAMS[thorough], (_RUN_IN, _run_in(data, thorough)), strict=True))
     if data.recording.kinematics is not None:
@@ -230,12 +229,12 @@ def planned_passes(data: Prepared, config: TrainConfig, *, thorough: bool) -> li
 
 
 def _latest(span: tuple[int, int]) -> tuple[int, int]:
-    """The last bins of a span that a pass with lost bins uses."""
+    """Return the last bins of a span, which a pass with lost bins uses."""
     return max(span[0], span[1] - LOST_BINS), span[1]
 
 
 def _lost(data: Prepared, share: float, seed: tuple[int, int]) -> NDArray[np.bool_]:
-    """Bins of the recording that are lost, each on its own."""
+    """Draw independently lost bins of the recording."""
     return np.random.default_rng(seed).random(len(data.recording)) < share
 
 
