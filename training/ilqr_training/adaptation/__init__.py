@@ -1,1 +1,1 @@
-"""Units that come, go and change: a model file for another day, without labels."""
+"""Adaptation of a model to units that appear, vanish and change, without labels."""

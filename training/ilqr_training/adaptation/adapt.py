@@ -1,10 +1,10 @@
-"""A model file for other units of the same brain, without labels.
+"""Adapt a model to other units of the same brain, without labels.
 
-Dynamics, priors and the readout stay as they were trained; the rows of the units are fitted again
-on bins of the new recording (``units``), and the readout reads units only whose rows held
+Dynamics, priors and readout do not change. The rows of the units are refitted on bins of the new
+recording (``units``), and the readout reads only units whose rows did not change
 (``model.readout``). A candidate fitted on the first part of the bins is then streamed through the
-rest beside the model as it was, and refused unless it predicts them better, from latents that lie
-where training's did.
+rest beside the previous model. It is refused unless it predicts them better, with latents that stay
+in their range in training.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Adaptation:
     """A model adapted to other units.
 
     Attributes:
-        artifact: the adapted model; its units are those of the recording.
-        verdicts: of each of them.
+        artifact: the adapted model, with the units of the recording.
+        verdicts: verdict on each unit.
         gone: units of the model that the recording lacks.
-        bits: predicted of a bin's spikes beyond their mean rates, on bins not fitted on: by the
-            model as it was, and by the candidate.
-        outside: share of these bins in which a latent lies outside its range in training.
-        refused: why the candidate must not be used; "" if it may be.
+        bits: bits per bin that the previous model, and the candidate, gain over constant mean rates
+            on bins that were not used for the fit.
+        outside: share of these bins in which a latent is outside its range in training.
+        refused: why the candidate must not be used; "" if it may be used.
     """
 
     artifact: Artifact
@@ -51,7 +51,7 @@ class Adaptation:
     refused: str
 
     def count(self, verdict: UnitVerdict) -> int:
-        """Units of that verdict."""
+        """Return the number of units with this verdict."""
         return sum(v is verdict for v in self.verdicts.values())
 
 
@@ -63,17 +63,17 @@ def adapt(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Adaptation:
-    """Fit the rows of a recording's units on some of its bins; of an ensemble each member's.
+    """Fit the rows of a recording's units on some of its bins, for each member of an ensemble.
 
     Args:
-        artifact: in float64 on the CPU; its spikes are counts.
-        recording: of the units to stream from now on; those with the names of the model's are
-            taken for the same until their spikes say otherwise.
-        bins: half-open.
-        seed: of folds and draws.
+        artifact: a model of counts, in float64 on the CPU.
+        recording: recording with the units to stream. A unit with a name that the model knows is
+            assumed to be the same until its spikes contradict it.
+        bins: half-open range to fit on.
+        seed: seed of folds and draws.
 
     Raises:
-        ConfigError: a model of spikes that are not counts; too few bins.
+        ConfigError: the model's spikes are not counts, or there are too few bins.
     """
     if artifact.others:
         return _together(
@@ -116,7 +116,7 @@ def adapt(
 
 
 def _together(artifact: Artifact, members: list[Adaptation]) -> Adaptation:
-    """The members' adaptations as one: refused where one is, the verdicts the first one's."""
+    """Combine the members' adaptations: refused if one is, with the verdicts of the first."""
     first, *others = members
     before, after = np.mean([member.bits for member in members], axis=0).tolist()
     return replace(
@@ -139,7 +139,7 @@ def _judged(
     bins: tuple[int, int],
     progress: Progress,
 ) -> list[Causal]:
-    """What the model as it was and the candidate predict of these bins."""
+    """Score the previous model and the candidate on these bins."""
     passes: list[Causal] = []
     for model in (before, candidate.model):
         estimator = MovingHorizon(

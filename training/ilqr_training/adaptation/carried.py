@@ -1,4 +1,4 @@
-"""A model carried to the units of a recording: rows it knows, rows fitted anew, and its readout."""
+"""A model transferred to the units of a recording: known rows, new rows, and the readout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class CarriedUnits:
     """The model's units among those of a recording.
 
     Attributes:
-        here: (N,) of each unit of the recording the model's index, -1 for one it does not know.
+        here: (N,) index in the model of each unit of the recording; -1 if the model does not know
+            the unit.
     """
 
     here: NDArray[np.int64]
@@ -39,7 +40,9 @@ class CarriedUnits:
         return torch.as_tensor(self.here >= 0)
 
     def rows(self, old: Tensor, new: Tensor) -> Tensor:
-        """Of each unit the model's entry, where it knows the unit; else the new one."""
+        """Return the model's entry for each unit that it knows, and the new entry for the
+        others.
+        """
         entry = old[torch.as_tensor(np.maximum(self.here, 0))]
         return torch.where(self.known.view(-1, *[1] * (entry.ndim - 1)), entry, new)
 
@@ -66,7 +69,7 @@ def fitted_rows(
     seed: int,
     progress: Progress,
 ) -> tuple[Artifact, Rows]:
-    """The model with rows fitted on these bins."""
+    """Return the model with rows fitted on these bins."""
     model = carried_model(artifact, units, recording.mean_counts(part.start, part.stop))
     y = torch.as_tensor(recording.counts[part].astype(np.float64))
     mask = torch.as_tensor(recording.mask()[part].astype(np.float64))
@@ -78,7 +81,7 @@ def fitted_rows(
 
 
 def carried_model(artifact: Artifact, units: CarriedUnits, mean: NDArray[np.float64]) -> Model:
-    """The model of the recording's units: the rows it knows, and constant rates."""
+    """Return the model for the recording's units: known rows, and constant rates otherwise."""
     model = build(carried_spec(artifact, len(units.here))).double()
     old, new = artifact.model.group("spikes"), model.group("spikes")
     of_units = {id(p) for p in old.parameters()}
@@ -116,8 +119,8 @@ def _adapted(
         spikes.C.copy_(rows.w[:, :-1])
         spikes.b.copy_(rows.w[:, -1])
     mean = torch.as_tensor(recording.mean_counts(part.start, part.stop))
-    # bits are of what is predicted beyond these rates: those of two models are comparable only
-    # where they are the same
+    # bits are relative to these rates: they can be compared between models only if both have the
+    # same rates
     mean = units.rows(artifact.mean_rate, mean)
     seen = artifact.seen
     if seen is not None:
@@ -152,10 +155,10 @@ def _readout(
     own_gain: Tensor,
     mean_rate: Tensor,
 ) -> KinematicReadout:
-    """The readout of the model's units as one of the recording's.
+    """Return the readout for the units of the recording.
 
-    Units that are gone, or whose rows changed, are missing to it. Of those that are gone it cannot
-    infer rates any more: their mean counts take their place.
+    It ignores units that are gone or whose rows changed. The rates of units that are gone can no
+    longer be inferred: their mean counts are used instead.
     """
     n, N = old.n, len(units.here)
     shape = msgspec.structs.replace(old.shape, own_rows=True)
@@ -180,8 +183,8 @@ def _readout(
         own, own_gain = units.rows(old.rows, own), units.rows(old.log_gain, own_gain)
     new.rows.copy_(own)
     new.log_gain.copy_(own_gain)
-    # A unit that fires at another level is missing too: its counts, brought back to the old level,
-    # were tried, and decode worse where rows change as well.
+    # A unit that fires at another level is ignored too. Rescaling its counts to the old level was
+    # tried, and decodes worse if rows change as well.
     shift = own[:, -1] - rows.w[:, -1]
     read = (shift.abs() < _SHIFT) & rows.anchors & known
     new.reads.copy_(read * units.rows(was, torch.zeros(()).to(own)))

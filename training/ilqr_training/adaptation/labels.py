@@ -1,8 +1,8 @@
-"""A model carried to other units by a few minutes whose behaviour is known.
+"""Adapt a model to other units from a few minutes of known behaviour.
 
-The rows are fitted as without labels, but latents are inferred from the behaviour as well. The
+The rows are fitted as without labels, but latents are also inferred from the behaviour. The
 readout's map of the latents is then corrected by a ridge regression of its errors, in which the
-latest bins weigh most. The penalty is chosen on parts of the bins that were not fitted on.
+latest bins have the largest weight. The penalty is chosen by cross-validation.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def adapt_with_labels(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Artifact:
-    """Fit the rows and correct the readout on bins whose behaviour is known.
+    """Fit the rows and correct the readout on bins with known behaviour.
 
     Args:
-        recording: as of ``adapt``, with the model's kinematics.
-        half_life: seconds after which a bin weighs half in the readout's correction.
+        recording: as for ``adapt``, with the model's kinematics.
+        half_life: age in seconds at which a bin has half the weight in the correction.
 
     Raises:
-        ConfigError: as ``adapt``; a recording without the model's kinematics.
+        ConfigError: as for ``adapt``, or the recording lacks the model's kinematics.
     """
     if artifact.others:
         first, *others = (
@@ -76,10 +76,10 @@ def _corrected(
     half_life: float,
     progress: Progress,
 ) -> Artifact:
-    """With a readout to whose map of the latents a ridge regression of its errors is added.
+    """Add a ridge regression of the errors to the readout's map of the latents.
 
-    The penalty is chosen on quarters of the bins that were not fitted on; no correction is one of
-    the choices.
+    The penalty is chosen by cross-validation in quarters of the bins. No correction is one of the
+    choices.
     """
     readout, k = copy.deepcopy(made.readout), recording.kinematics
     assert readout is not None

@@ -1,14 +1,14 @@
-"""The M-step: one observation row a unit, by a convex regression on what is known of the latents.
+"""The M-step: the observation row of each unit, by convex regression on draws of the latents.
 
 Notation: unit i has the row w_i = (C_i, b_i), and x = (z, 1). Given draws z_k of the latents of T
 bins from their posterior, each with weight 1 / K, the row is the maximum of
 
     sum_tk mask_ti / K log p(y_ti | w_i' x_tk) - 1/2 (w_i - v_i)' S_i (w_i - v_i)
 
-with a Gaussian prior of mean v_i and precision S_i. Newton steps of all units at once; a unit whose
-step does not improve takes half of it. The families are concave in their affine argument, so the
-maximum is unique (Dempster, Laird & Rubin 1977 for EM; Smith & Brown 2003 for latent point
-processes).
+with a Gaussian prior of mean v_i and precision S_i. It is found by Newton steps for all units at
+once; a step that does not improve a unit is halved. The families are concave in their affine
+argument, so the maximum is unique (Dempster, Laird & Rubin 1977 for EM; Smith & Brown 2003 for
+latent point processes).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ilqr_vae.model.likelihoods import Counts
 _STEPS = 25
 _HALVINGS = 8
 _CLOSE = 1e-10
-_AT_ONCE = 4096  # draws whose outer products are laid out
+_AT_ONCE = 4096  # number of draws whose outer products are held at once
 
 
 @dataclass(frozen=True)
 class RowPrior:
-    """Gaussian priors of N rows of n + 1 weights, the last that of the constant.
+    """Gaussian priors of N rows of n + 1 weights, of which the last is the constant's.
 
     Attributes:
         mean: (N, n + 1).
@@ -41,7 +41,7 @@ class RowPrior:
 
     @staticmethod
     def of(mean: Float[Tensor, "N F"], loadings: Float[Tensor, "n n"], level: float) -> RowPrior:
-        """The same precision of C for each unit, and a standard deviation of b."""
+        """Build priors with the same precision of C for all units, and a deviation of b."""
         N, F = mean.shape
         precision = mean.new_zeros(N, F, F)
         precision[:, :-1, :-1] = loadings
@@ -49,16 +49,16 @@ class RowPrior:
         return RowPrior(mean, precision)
 
     def where(self, units: Bool[Tensor, " N"], other: RowPrior) -> RowPrior:
-        """These units' priors, and the others' of ``other``."""
+        """Return these priors for the chosen units, and those of ``other`` for the rest."""
         mean = torch.where(units.view(-1, 1), self.mean, other.mean)
         return RowPrior(mean, torch.where(units.view(-1, 1, 1), self.precision, other.precision))
 
     def of_units(self, units: Int[Tensor, " M"]) -> RowPrior:
-        """The priors of some units."""
+        """Return the priors of some units."""
         return RowPrior(self.mean[units], self.precision[units])
 
     def cost(self, w: Float[Tensor, "N F"]) -> Float[Tensor, " N"]:
-        """Half the squared distance of each row."""
+        """Return half the squared Mahalanobis distance of each row from its prior mean."""
         apart = w - self.mean
         return 0.5 * torch.einsum("na,nab,nb->n", apart, self.precision, apart)
 
@@ -66,7 +66,7 @@ class RowPrior:
 def log_p(
     spikes: Counts, a: Float[Tensor, "*batch N"], y: Float[Tensor, "*batch N"]
 ) -> Float[Tensor, "*batch N"]:
-    """log p of each count less that under an expected count of one, nats."""
+    """Return log p of each count relative to that under an expected count of one, in nats."""
     return spikes.evidence(spikes.expected(a), torch.ones_like(a), y)
 
 
@@ -78,12 +78,13 @@ def fit_rows(
     mask: Float[Tensor, "T N"],
     prior: RowPrior,
 ) -> Float[Tensor, "N F"]:
-    """The rows of N units, from the prior's mean on.
+    """Fit the rows (N, n + 1) of N units, starting from the prior mean.
 
     Args:
-        spikes: the family; its own rows are not used.
+        spikes: the observation family; its own rows are not used.
         z: K draws of the latents.
-        y: counts. mask: one where observed, else zero.
+        y: counts.
+        mask: one for observed counts, else zero.
 
     Returns:
         (N, n + 1).

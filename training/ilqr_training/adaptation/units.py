@@ -1,17 +1,17 @@
-"""The E-step and the evidence: which units still fit, and the rows of those that do not.
+"""The E-step and the evidence: which units still fit, and new rows for those that do not.
 
-Unit i's latents are inferred from the other units, in folds, so that no unit speaks for itself.
-With draws z of these latents, and y the unit's counts,
+The latents for unit i are inferred from other units, in folds, so that no unit predicts itself.
+With draws z of these latents, and the counts y of the unit,
 
     old_i   = max_c sum_t log p(y_ti | C_i z_t + b_i + c)       the row as it was, at another level
     none_i  = max_c sum_t log p(y_ti | c)                       a constant rate
 
-A unit is an *anchor* if old_i > none_i. Latents are inferred from the anchors alone, which decides
-again; three rounds suffice. Where behaviour is known, latents are inferred from it as well.
-Anchors hold the latent frame: C of theirs is kept, or fitted again near its old value where that
+A unit is an *anchor* if old_i > none_i. Latents are then inferred from the anchors only, and
+anchors are chosen again; three rounds suffice. If behaviour is known, latents are also inferred
+from it. Anchors fix the latent frame: their C is kept, or refitted near its old value if that
 predicts the other half of the bins better. The rows of all other units are fitted under a prior of
-the size of the model's own rows, and used where they predict the other half of the bins better
-than a constant rate does; then latents are inferred with them too.
+the size of the model's rows. They are used if they predict the other half of the bins better than a
+constant rate; latents are then inferred with them too.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _CHUNK = 40
 _DRAWS = 4
 _FOLDS = 4
 _ROUNDS = 3
-_SURE = 3.0  # nats by which a new row must beat what it replaces
-_NEAR = 0.15  # of the rows' own spread: how far an anchor's row is expected to have moved
-_LEVEL = 0.5  # how far a log rate is expected to have moved
+_SURE = 3.0  # a new row must beat the row it replaces by this many nats
+_NEAR = 0.15  # expected change of an anchor's row, as a share of the spread of the rows
+_LEVEL = 0.5  # expected change of a log rate
 _ANY_LEVEL = 3.0
 
 
 class UnitVerdict(Enum):
-    """What was done with a unit; the values are for people."""
+    """What was done with a unit; the values are shown to users."""
 
     KEPT = "row kept"
     MOVED = "row fitted again, near the old one"
@@ -58,7 +58,7 @@ class Rows:
 
     Attributes:
         w: (N, n + 1), C and b.
-        verdicts: one a unit.
+        verdicts: one per unit.
     """
 
     w: Float[Tensor, "N F"]
@@ -66,12 +66,12 @@ class Rows:
 
     @property
     def anchors(self) -> Bool[Tensor, " N"]:
-        """Units whose row is the old one, or near it."""
+        """Units whose row is the old one or close to it."""
         return torch.tensor([v in (UnitVerdict.KEPT, UnitVerdict.MOVED) for v in self.verdicts])
 
 
 def family_of(spikes: Counts, units: Tensor) -> Counts:
-    """The family of these units alone."""
+    """Return the observation family restricted to these units."""
     part = copy.deepcopy(spikes)
     for name, value in spikes.named_parameters():
         setattr(part, name, nn.Parameter(value.detach()[units]))
@@ -79,7 +79,7 @@ def family_of(spikes: Counts, units: Tensor) -> Counts:
 
 
 def with_rows(model: Model, w: Float[Tensor, "N F"]) -> Model:
-    """A copy of the model with these rows."""
+    """Return a copy of the model with these rows."""
     made = copy.deepcopy(model)
     spikes = made.group("spikes")
     with torch.no_grad():
@@ -89,7 +89,7 @@ def with_rows(model: Model, w: Float[Tensor, "N F"]) -> Model:
 
 
 class _Bins:
-    """Counts of some bins, and the latents that others than the unit itself give."""
+    """Counts of some bins, and latents inferred without the unit itself."""
 
     def __init__(
         self,
@@ -110,10 +110,10 @@ class _Bins:
         self.constant = level.b.detach()
 
     def latents(self, w: Tensor, used: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Units of each fold, and draws (K, T, n) of the latents that the other folds' units give.
+        """Yield the units of each fold, and draws (K, T, n) of latents from the other folds' units.
 
         Args:
-            used: (N,) one for units that latents are inferred from, else zero.
+            used: (N,) one for units from which latents are inferred, else zero.
         """
         order = torch.randperm(self.N, generator=self.generator)
         folds = [order[f::_FOLDS].sort().values for f in range(min(_FOLDS, self.N))]
@@ -135,7 +135,7 @@ class _Bins:
         return [(units, draws[:, f]) for f, units in enumerate(folds)]
 
     def evidence(self, units: Tensor, a: Tensor, bins: slice = slice(None)) -> Tensor:
-        """log p of the units' counts given affine arguments (K, T, N), over a constant's."""
+        """Return log p of the counts given affine arguments (K, T, N), relative to a constant."""
         y, mask = self.y[bins][:, units], self.mask[bins][:, units]
         family = family_of(self.spikes, units)
         gained = log_p(family, a, y.expand_as(a)).mean(0)
@@ -143,7 +143,7 @@ class _Bins:
         return (gained * mask).sum(0)
 
     def level(self, units: Tensor, a: Tensor) -> Tensor:
-        """The constant that, added to affine arguments, makes the counts most likely."""
+        """Return the constant added to the affine arguments that maximises the likelihood."""
         y, mask = self.y[:, units], self.mask[:, units]
         family, c = family_of(self.spikes, units), a.new_zeros(len(units))
         tight = 1 / _ANY_LEVEL**2
@@ -154,14 +154,14 @@ class _Bins:
         return c
 
     def fit(self, units: Tensor, z: Tensor, prior: RowPrior, bins: slice = slice(None)) -> Tensor:
-        """Rows of the units."""
+        """Fit rows of the units."""
         y, mask = self.y[bins][:, units], self.mask[bins][:, units]
         return fit_rows(family_of(self.spikes, units), z[:, bins], y, mask, prior)
 
     def crossed(
         self, units: Tensor, z: Tensor, rows: Callable[[slice], Tensor]
     ) -> Float[Tensor, " units"]:
-        """Evidence of rows fitted on each half of the bins, on the other half."""
+        """Return the evidence of rows fitted on each half of the bins, on the other half."""
         half = len(self.y) // 2
         total = z.new_zeros(len(units))
         for fitted, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
@@ -186,15 +186,16 @@ def refit(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Rows:
-    """The rows of all units, by a few rounds of expectation and maximisation.
+    """Fit the rows of all units by a few rounds of EM.
 
     Args:
         model: float64; the group "spikes" has N units.
-        known: units whose rows the model has learnt; the others' are ignored.
-        y: counts. mask: one where observed, else zero.
-        like: rows of C of other units, of the size that a new unit's is expected to have.
-        behaviour: (T, D) of the model's group "kinematics", where it is known.
-        seed: of folds and draws.
+        known: units whose rows the model has learnt; the rows of others are ignored.
+        y: counts.
+        mask: one for observed counts, else zero.
+        like: rows of C of other units, for the expected size of a new unit's.
+        behaviour: (T, D) observations of the group "kinematics", if known.
+        seed: seed of folds and draws.
     """
     bins = _Bins(model, y, mask, torch.Generator().manual_seed(seed), behaviour)
     spikes = bins.spikes

@@ -89,7 +89,7 @@ class Report:
         kl: KL divergence from the prior, nats per bin.
         gradient_norm: norm before clipping.
         iterations: mean iLQR iterations per crop.
-        unsolved: share of crops whose solve did not converge. ¶¶
+        unsolved: share of crops whose solve did not converge.
     """
 
     step: int

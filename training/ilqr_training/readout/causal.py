@@ -1,8 +1,8 @@
-"""Causal latents of a recording: the same estimator that streams, run over many pieces at once.
+"""Causal latents of a recording: the streaming estimator run over many pieces in parallel.
 
-For fitting readouts and for validation while training, a span is cut into pieces that run as
-parallel streams, each after a run-in on the bins before it. ``stream`` is the exact thing: one
-stream, bin by bin, as the service does it.
+To fit readouts and to validate during training, a span is cut into pieces that run as parallel
+streams, each after a run-in on the bins before it. With ``streams=1`` the pass is exact: one
+stream, bin by bin, as in the service.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ class Causal:
     """Estimates for each bin of a span, in order.
 
     Attributes:
-        window: (T, F), x of the readout at each bin; z is its first n columns.
+        window: (T, F) features x of the readout at each bin; the first n columns are z.
         latent_std: (T, n).
-        covariance: (T, n, n), of z.
+        covariance: (T, n, n) covariance of z.
         rates: (T, N), expected counts per bin.
         kinematics, kinematics_std: (T, D).
-        inputs: (T, m), of each bin as known ``INPUT_DELAY`` bins later (a bin alone tells little
-            of its own input); NaN for the last of a segment.
+        inputs: (T, m) input of each bin, inferred ``INPUT_DELAY`` bins later (a bin alone says
+            little about its own input); NaN for the last bins of a segment.
         bits, spikes: (T,), see ``horizon.Estimate``.
-        statuses: solver status -> bins.
-        iterations: mean per bin.
-        recalled: (T, 1 + L N) float32, what the readout's recurrent layer reads beside: how many
-            bins are held, and their counts; None where it has none.
-        masked: (T, N), units that were not believed at each bin; None where none were watched.
-        projected: (T, K + 1, D), of decodes that wait (``model.fixed_lag``); None where the model
-            has none. scales: (K, D) of their deviations.
+        statuses: solver status -> number of bins.
+        iterations: mean number of iterations per bin.
+        recalled: (T, 1 + L N) float32, further features of the recurrent layer: the number of bins
+            in the window, and their counts; None without such a layer.
+        masked: (T, N), True for units that were masked at each bin; None if units were not watched.
+        projected: (T, K + 1, D), terms of fixed-lag decodes (``model.fixed_lag``); None without
+            them.
+        scales: (K, D) factors of their deviations.
     """
 
     window: NDArray[np.float64]
@@ -65,13 +66,12 @@ class Causal:
     def later(
         self, lag: int, breaks: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Decodes and deviations (T, D) once ``lag`` later bins have come; as they were where they
-        do not come.
+        """Return decodes and deviations (T, D) after ``lag`` later bins, or the first ones without.
 
         Args:
-            breaks: bins of the span at which a segment begins.
+            breaks: bins of the span where a segment begins.
         """
-        assert self.projected is not None  # the caller has looked
+        assert self.projected is not None  # checked by the caller
         assert self.scales is not None
         decoded, std = self.kinematics.copy(), self.kinematics_std.copy()
         t = np.arange(lag, len(decoded))
@@ -82,7 +82,7 @@ class Causal:
         return decoded, std
 
     def rows(self, keep: NDArray[np.bool_]) -> Causal:
-        """The bins kept."""
+        """Return the chosen bins."""
         arrays: dict[str, Any] = {
             f.name: value[keep]
             for f in fields(self)
@@ -108,19 +108,20 @@ def causal_pass(
     progress: Progress = SILENT,
     what: str = "streaming offline",
 ) -> Causal:
-    """Estimates for bins [start, stop).
+    """Return estimates for the bins [start, stop).
 
     Args:
-        recording: of the model's units.
-        streams: pieces that run side by side; one is the exact stream.
-        run_in: bins before each piece that are streamed first and not reported (fewer at bin 0).
-        dropped: (T,) bins of the recording to treat as missing.
-        watch: mask units that cannot be believed, as the service does where it is asked to
-            (``units.UnitWatch``); one stream alone.
-        progress: receives the bins of each piece that are done, as ``what``.
+        recording: the recording, with only the model's units.
+        streams: number of parallel pieces; one is the exact stream.
+        run_in: number of bins before each piece that are streamed but not returned (fewer at bin
+            0).
+        dropped: (T,), True for bins of the recording to treat as missing.
+        watch: mask implausible units, as the service can (``unit_watch.UnitWatch``); requires a
+            single stream.
+        progress: receives the number of finished bins per piece, as ``what``.
 
     Raises:
-        ValueError: units are to be watched in several streams.
+        ValueError: ``watch`` is set with several streams.
     """
     if watch and streams != 1:
         raise ValueError("watch: units are watched in one stream")
@@ -148,10 +149,10 @@ def causal_pass(
     iterations = 0
     for j in range(-lead, length):
         bins = first + j
-        # a piece whose run-in would start before the recording sees missing bins there
+        # bins of a run-in before the start of the recording are missing
         inside = (bins >= 0) & (bins < stop)
         index = np.clip(bins, 0, stop - 1)
-        # a step's rows at a time: all bins at once in float64 are much for a long recording
+        # row by row: all bins at once in float64 take much memory for a long recording
         counts = torch.as_tensor(recording.counts[index].astype(np.float64)).to(like)
         observed = seen[index] & inside[:, None]
         believed = observed if units is None else observed & ~units.masked
@@ -180,7 +181,7 @@ def causal_pass(
         iterations += int(answer.iterations.sum())
 
     def in_order(name: str, dtype: torch.dtype = torch.float64) -> NDArray[Any]:
-        # (length, streams, ...) -> pieces one after the other, the last one's overhang cut off
+        # (length, streams, ...) -> concatenated pieces, cut at the end of the span
         x = torch.stack(kept.pop(name)).transpose(0, 1).to(dtype).cpu().numpy()
         return x.reshape(streams * length, *x.shape[2:])[:n_bins]
 
@@ -211,7 +212,7 @@ def _watched(
     again: bool | np.bool_,
     rates: torch.Tensor,
 ) -> UnitWatch:
-    """After a stream's bin. One that begins anew was not predicted: nothing to compare it with."""
+    """Update the watch after a bin. The first bin of a stream has no prediction to compare."""
     if again:
         units = replace(units, predicted=np.full_like(units.predicted, np.nan))
     came = observed.any()

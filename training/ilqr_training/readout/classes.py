@@ -1,8 +1,8 @@
 """Fitting ``ilqr_vae.model.classes``: multinomial logistic regression, calibrated on held-out bins.
 
-The classes are the conditions of the trials of the training part. The regression is fitted on the
-bins of these trials, from causal latents. Its penalty is the one whose log loss on the validation
-part is lowest after temperature scaling (Guo et al. 2017): all logits are divided by the one T that
+The classes are the conditions of the trials in the training part. The regression is fitted to
+causal latents on the bins of these trials. Its penalty is the one with the lowest log loss on the
+validation part after temperature scaling (Guo et al. 2017), which divides all logits by the T that
 minimises that loss.
 """
 
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 MOST_CLASSES = 100
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Inverses of the penalties tried; features have a standard deviation of one."""
+"""Inverse penalties to try; features have unit standard deviation."""
 _LOG_T = (-3.0, 5.0)
 
 
@@ -34,8 +34,8 @@ class ClassFit(NamedTuple):
     """A fitted discrete output.
 
     Attributes:
-        names: C classes.
-        readout: its weights.
+        names: names of the C classes.
+        readout: weights.
     """
 
     names: tuple[str, ...]
@@ -43,11 +43,11 @@ class ClassFit(NamedTuple):
 
 
 def class_names(data: Prepared) -> tuple[str, ...]:
-    """The conditions of the trials in the training part, in order.
+    """Return the conditions of the trials in the training part, in order.
 
     Raises:
-        RecordingError: fewer than two or more than ``MOST_CLASSES``, or the validation part has no
-            trial of any.
+        RecordingError: there are fewer than two or more than ``MOST_CLASSES``, or the validation
+            part has no trial of them.
     """
     recording = data.recording
     found = recording.conditions(*data.train)
@@ -75,11 +75,10 @@ def _labels(data: Prepared, span: tuple[int, int], names: tuple[str, ...]) -> ND
 def fit_classes(
     train: Causal, held: Causal, data: Prepared, features: int
 ) -> tuple[ClassFit, float]:
-    """The discrete output from latents of the training and of the validation part, and the share
-    of the validation part's bins whose most probable class is theirs.
+    """Fit the discrete output; also return its accuracy on the bins of the validation part.
 
     Args:
-        features: how many of the window's first columns it reads.
+        features: number of first columns of the window to read.
 
     Raises:
         RecordingError: see ``class_names``.
@@ -95,7 +94,7 @@ def fit_classes(
         loss, temperature = _calibrated(logits, truth)
         if best is None or loss < best[0]:
             best = loss, W / temperature, b / temperature
-    assert best is not None  # some strength was tried
+    assert best is not None  # at least one strength was tried
     W, b = best[1] / scale, best[2] - (best[1] / scale) @ centre
     readout = ClassReadout(torch.as_tensor(W), torch.as_tensor(b))
     right = readout.probabilities(seen).argmax(1) == truth
@@ -103,20 +102,20 @@ def fit_classes(
 
 
 def _regressions(x: Array, y: NDArray[np.int64]) -> Iterator[tuple[Array, Array]]:
-    """W (C, F) and b (C,) of each strength."""
+    """Fit W (C, F) and b (C,) for each strength."""
     from sklearn.linear_model import LogisticRegression
 
     model: Any = LogisticRegression(max_iter=2000, warm_start=True)
     for strength in _STRENGTHS:
         model.set_params(C=strength).fit(x, y)
         W, b = np.asarray(model.coef_), np.asarray(model.intercept_)
-        if len(b) == 1:  # of two classes the second's log odds
+        if len(b) == 1:  # for two classes: the log odds of the second
             W, b = np.concatenate([0 * W, W]), np.concatenate([0 * b, b])
         yield W, b
 
 
 def _calibrated(logits: Array, truth: NDArray[np.int64]) -> tuple[float, float]:
-    """The least mean log loss in nats, and the temperature that gives it."""
+    """Return the lowest mean log loss in nats, and its temperature."""
 
     def loss(log_t: float) -> float:
         scores = log_softmax(logits / np.exp(log_t), axis=1)

@@ -1,8 +1,8 @@
 """Fitting ``ilqr_vae.model.readout`` on causal latents: linear map, layers, intervals.
 
-Everything is fitted on the training part and chosen on the held-out part; what was chosen is then
-fitted again on both, as the Wiener filter is. The intervals come from the held-out errors of the
-readout that had not seen them.
+All candidates are fitted on the training part, the best is chosen on the held-out part and refitted
+on both, as for the Wiener filter. The intervals are calibrated on the held-out errors of the
+readout before the refit.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from ilqr_vae.scoring.metrics import r2
 Array = NDArray[np.float64]
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of what the hidden layer adds to the linear map, and of the recurrent layer's decode in the mean
-with theirs (not all of it), tried on the held-out part beside none of it."""
+"""Shares to try on the held-out part, beside zero: of the hidden layer's addition to the linear
+map, and of the recurrent layer in the mean decode (there without one).
+"""
 
 
 @dataclass(frozen=True)
 class ReadoutFit:
-    """A fitted readout, and its scores on the held-out part before it was refitted on both.
+    """A fitted readout, and its scores on the held-out part before the refit on both.
 
     Attributes:
         readout: fitted on the training and held-out parts together.
-        score: mean R2 on the held-out part, of the one that saw the training part alone.
-        truth, decoded, std: (T, D) on the held-out part, of that same one.
-        chosen: what was chosen there, for people.
+        score: mean R2 on the held-out part of the fit on the training part.
+        truth, decoded, std: (T, D) on the held-out part, by the same fit.
+        chosen: the chosen hyperparameters, as text.
     """
 
     readout: KinematicReadout
@@ -55,7 +56,7 @@ class ReadoutFit:
 
 @dataclass(frozen=True)
 class _Table:
-    """Features and targets, standardised, with what takes them back to their units."""
+    """Standardised features and targets, with their offsets and scales."""
 
     x: Array
     y: Array
@@ -66,10 +67,10 @@ class _Table:
 
     @staticmethod
     def of(x: Array, y: Array, latents: int) -> _Table:
-        """``latents``: leading columns that are latent estimates, each scaled by its own deviation.
+        """Standardise; each of the first ``latents`` columns is scaled by its own deviation.
 
-        The others are spikes left unexplained. A unit that hardly fires must not be blown up, so
-        their variances get a share of the units' mean added.
+        The others are residual spikes. A share of the units' mean variance is added to theirs, so
+        that units that hardly fire are not amplified.
         """
         variance = x.var(0)
         rest = variance[latents:]
@@ -81,7 +82,7 @@ class _Table:
         )
 
     def in_units(self, maps: Maps) -> Maps:
-        """Maps of standardised features and targets as maps of the original ones."""
+        """Convert maps of standardised features and targets to their original units."""
         W, U = maps.W / self.x_scale, maps.U / self.x_scale
         out = self.y_scale[:, None]
         return Maps(
@@ -95,8 +96,9 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Penalties of the linear map, on latents and on unexplained spikes; hidden units, and how much
-    of what they add is taken; steps of the recurrent layer, and its part in the mean."""
+    """The chosen hyperparameters: penalties of the linear map on latents and on residual spikes,
+    hidden units and the share of their addition, steps of the recurrent layer and its share.
+    """
 
     alpha: float
     beta: float
@@ -113,7 +115,7 @@ class _Choice:
 
 
 def _ridges(table: _Table, latents: int, choices: list[_Choice]) -> Iterator[Maps]:
-    """The linear map of each choice; one Gram matrix serves them all."""
+    """Fit the linear map of each choice from a single Gram matrix."""
     gram, cross = table.x.T @ table.x, table.x.T @ table.y
     F, D = cross.shape
     for choice in choices:
@@ -135,10 +137,10 @@ def _module(
     shape: ReadoutShape,
     choice: _Choice,
 ) -> KinematicReadout:
-    """The readout of standardised maps, of targets' and features' own units.
+    """Build the readout in original units from standardised maps.
 
     Args:
-        sizes: n and N.
+        sizes: (n, N).
     """
     n, units = sizes
     readout = KinematicReadout(n, len(maps.b), shape, units=units).double()
@@ -164,7 +166,7 @@ class ReadoutBins:
 
     Attributes:
         x: (T, F); y: (T, D); covariance: (T, n, n) of the latents.
-        recalled: (T, 1 + L N), see ``Causal``; None where there is none.
+        recalled: (T, 1 + L N), see ``Causal``, or None.
     """
 
     x: Array
@@ -174,12 +176,12 @@ class ReadoutBins:
 
     @staticmethod
     def of(causal: Causal, y: Array) -> ReadoutBins:
-        """Of estimates and kinematics (T, D) of the same bins."""
+        """Build from estimates and kinematics (T, D) of the same bins."""
         return ReadoutBins(causal.window, y, causal.covariance, causal.recalled)
 
     @staticmethod
     def together(parts: Sequence[ReadoutBins]) -> ReadoutBins:
-        """One after the other."""
+        """Concatenate."""
         if len(parts) == 1:
             return parts[0]
         recalled = [p.recalled for p in parts if p.recalled is not None]
@@ -191,7 +193,7 @@ class ReadoutBins:
         )
 
     def everything(self, reads: int, recurrent: bool) -> Array:
-        """All that a readout reads: the first columns of x, and what is recalled."""
+        """Return all inputs of a readout: the first columns of x, and ``recalled``."""
         if not recurrent or self.recalled is None:
             return self.x[:, :reads]
         return np.concatenate([self.x[:, :reads], self.recalled.astype(np.float64)], 1)
@@ -208,15 +210,15 @@ def fit_readout(
     quick: bool = False,
     progress: Progress = SILENT,
 ) -> ReadoutFit:
-    """The readout that does best on the held-out part among those the configuration allows.
+    """Fit the readout that is best on the held-out part among those the configuration allows.
 
     Args:
-        train, held: estimates whose windows hold what ``config`` reads: first with nothing amiss,
-            which is what is chosen on and what intervals are of, then those of passes in which
-            bins were lost.
-        n: latents. units: N.
-        seed: of the layers' starts and dropout.
-        quick: the linear map alone.
+        train, held: estimates with the windows that ``config`` needs. The first pass is complete
+            and used for choices and intervals; bins were lost in the others.
+        n: number of latents.
+        units: number of units N.
+        seed: seed of the layers' initialisation and dropout.
+        quick: fit the linear map only.
         progress: receives the gradient steps of the layers.
     """
     reads = _Reads(n, units, config, seed)
@@ -264,7 +266,7 @@ def fit_readout(
 
 @dataclass(frozen=True)
 class _Reads:
-    """Sizes and settings of a fit."""
+    """The sizes and settings of a fit."""
 
     n: int
     units: int
@@ -273,17 +275,17 @@ class _Reads:
 
     @property
     def latents(self) -> int:
-        """Columns of x that are latents."""
+        """Number of columns of x that are latents."""
         return (self.config.lags + 1) * self.n
 
     def windows(self, bins: ReadoutBins) -> Windows:
-        """What the recurrent layer reads."""
+        """Return the inputs of the recurrent layer."""
         if bins.recalled is None:
             raise ValueError("recalled: a pass without what the recurrent layer reads")
         return Windows.of(bins.x, bins.recalled, self.config.lags, self.n)
 
     def shape(self, choice: _Choice) -> ReadoutShape:
-        """What the readout chosen reads."""
+        """Return the shape of the chosen readout."""
         spikes = np.isfinite(choice.beta) or choice.hidden
         return ReadoutShape(
             lags=self.config.lags,
@@ -296,7 +298,7 @@ class _Reads:
 def _again(
     bins: ReadoutBins, choice: _Choice, reads: _Reads, shape: ReadoutShape, progress: Progress
 ) -> KinematicReadout:
-    """What was chosen, fitted on all bins; without intervals."""
+    """Refit the choice on all bins, without intervals."""
     config, seed = reads.config, reads.seed
     table = _Table.of(bins.x, bins.y, reads.latents)
     (maps,) = _ridges(table, reads.latents, [choice])
@@ -315,17 +317,17 @@ def _again(
 def calibrate(
     readout: KinematicReadout, x: Array, y: Array, covariance: Array
 ) -> tuple[Array, Array]:
-    """Set gain, tau^2 and kappa from errors on bins that the readout was not fitted on.
+    """Fit gain, tau^2 and kappa to errors on bins that the readout was not fitted on.
 
-    Maximum likelihood of e ~ N(0, gain v_t + tau^2 + kappa q_t), per channel (no closed form); then
-    all three are scaled by the one factor that makes the 90 % interval cover 90 % of these bins,
-    since errors have heavier tails than a Gaussian.
+    Maximum likelihood of e ~ N(0, gain v_t + tau^2 + kappa q_t) per channel, found numerically.
+    Then all three are scaled by one factor so that the 90 % interval covers 90 % of these bins,
+    since the errors have heavier tails than a Gaussian.
 
     Args:
         x: (T, F) features; y: (T, D) kinematics; covariance: (T, n, n) of the latents.
 
     Returns:
-        the decodes and their standard deviations on these bins, (T, D) each.
+        Decodes and their standard deviations on these bins, (T, D) each.
     """
     inputs = torch.as_tensor(x), torch.as_tensor(covariance)
     mean = readout.mean(inputs[0])
@@ -346,7 +348,7 @@ def calibrate(
 
         count = int(usable.sum())
         begin = np.full(count, -np.log(count))
-        # the floor keeps a term that is of no use from wandering off to minus infinity
+        # the floor keeps the logarithm of a useless term finite
         found = optimize.minimize(loss, begin, method="L-BFGS-B", bounds=[(-12.0, 5.0)] * count).x
         weights = np.zeros(3)
         weights[usable] = np.exp(found) / size[usable] * total

@@ -1,9 +1,9 @@
-"""Fitting ``ilqr_vae.model.fixed_lag``: what the bins after one add to its decode.
+"""Fitting ``ilqr_vae.model.fixed_lag``: corrections of a decode by later bins.
 
-Ridge maps from windows to the kinematics of their newest bin and of the K bins before it, all of
-one penalty and times one factor, w; both are chosen on the held-out part, with w = 0 for a
-recording where waiting gains nothing. Maps are fitted again on both parts. Deviations are scaled by
-how much smaller the held-out errors are than those of the first decodes.
+Ridge maps from windows to the kinematics of their newest bin and of the K bins before it. They
+share one penalty and one factor w, both chosen on the held-out part; w = 0 if waiting gains
+nothing. The maps are refitted on both parts. Deviations are scaled by the ratio of the held-out
+errors to those of the first decodes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _FACTORS = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of a span and what was to be decoded.
+    """The windows of a span, and their targets.
 
     Attributes:
-        x: (T, F); y: (T, D), scored where ``scored`` (T,).
-        segment: (T,) numbers of the stretches without a break.
+        x: (T, F); y: (T, D); scored: (T,), True for bins with a valid target.
+        segment: (T,) index of the segment of each bin.
     """
 
     x: Array
@@ -43,7 +43,7 @@ class Windows:
     segment: NDArray[np.int64]
 
     def rows(self, lags: int) -> NDArray[np.int64]:
-        """The bins that are scored and so are the ``lags`` before them, of the same segment."""
+        """Return the scored bins whose ``lags`` previous bins are scored, in the same segment."""
         t = np.arange(lags, len(self.x))
         back = t[:, None] - np.arange(lags + 1)
         whole = self.scored[back].all(1) & (self.segment[t] == self.segment[t - lags])
@@ -53,10 +53,10 @@ class Windows:
 def fit_fixed_lag(
     train: Windows, held: Windows, decoded: Array, lags: int, alphas: Sequence[float]
 ) -> FixedLag | None:
-    """The maps; None where a part has no ``lags`` + 1 bins in a row.
+    """Fit the maps; None if a part has no ``lags`` + 1 consecutive bins.
 
     Args:
-        decoded: (T, D) of the held-out bins, by the readout that saw the training part alone.
+        decoded: (T, D) decodes of the held-out bins by the readout fitted on the training part.
         lags: K.
         alphas: penalties to try.
     """
@@ -64,7 +64,7 @@ def fit_fixed_lag(
     if not len(rows) or not len(seen):
         return None
     x_mean, variance = train.x[rows].mean(0), train.x[rows].var(0)
-    # a unit that hardly fires must not be blown up
+    # do not amplify a unit that hardly fires
     x_scale = np.sqrt(variance + 0.1 * variance.mean() + 1e-18)
     y_mean = train.y[rows].mean(0)
     y_scale = np.where(varies(train.y[rows]), train.y[rows].std(0) + 1e-12, 1.0)
@@ -83,7 +83,7 @@ def fit_fixed_lag(
     D = train.y.shape[1]
 
     def later(maps: Array, k: int) -> Array:
-        """Decodes of the bins k before, once more, without the factor's part."""
+        """Return the decodes of the bins k before, without the factor."""
         each = maps.reshape(len(maps), lags + 1, D)
         return (x @ each[:, k] - x_newest[k] @ each[:, 0]) * y_scale
 
@@ -113,7 +113,7 @@ def fit_fixed_lag(
 
 
 def with_fixed_lag(readout: KinematicReadout, lag: FixedLag, units: int) -> KinematicReadout:
-    """The readout of N ``units`` with these maps."""
+    """Return the readout of N ``units`` with these maps."""
     shape = msgspec.structs.replace(readout.shape, later=lag.lags)
     made = KinematicReadout(readout.n, len(readout.b), shape, units=units).double()
     held = {f"later_{name}": values for name, values in lag._asdict().items()}

@@ -1,11 +1,11 @@
 """The readout's hidden layer: beside the linear map, y = W x + b + O relu(U x + c).
 
-W and b are the ridge's and stay; the layer learns what they leave. AdamW on the squared error of
-standardised features and targets, dropout on features and hidden units, a one-cycle learning rate,
-a fixed number of gradient steps however long the recording is. W reads the dropped features too,
-so the layer also learns to stand in for features that are missing; and now and then a unit's
-spikes go out of all bins at once, as when it falls silent. Several members from different starts
-are averaged, which is again one layer.
+W and b come from the ridge regression and stay fixed; the layer learns the residual. It is trained
+by AdamW on the squared error of standardised features and targets, with dropout on features and
+hidden units, a one-cycle learning rate, and a fixed number of gradient steps for any length of
+recording. W reads the dropped features too, so the layer also learns to compensate for missing
+features. At times all bins of a unit are dropped together, as when it falls silent. Several members
+with different initial weights are averaged, which is again one layer.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ class Maps:
 
     @staticmethod
     def linear(W: Array, b: Array) -> Maps:
-        """Without a hidden layer."""
+        """Return maps without a hidden layer."""
         return Maps(W, b, np.zeros((0, W.shape[1])), np.zeros(0), np.zeros((len(W), 0)))
 
     def __call__(self, x: Array) -> Array:
-        """(T, F) -> (T, D)."""
+        """Map features (T, F) to targets (T, D)."""
         return x @ self.W.T + self.b + np.maximum(x @ self.U.T + self.c, 0) @ self.O.T
 
     def share(self, share: float) -> Maps:
-        """With ``share`` of what the hidden layer adds."""
+        """Return maps with ``share`` of the hidden layer's contribution."""
         return Maps(self.W, self.b, self.U, self.c, share * self.O)
 
     def reading(self, columns: slice) -> Maps:
-        """Of some features alone; those left out must not be read."""
+        """Return maps of some features only; the others must have no weight."""
         return Maps(self.W[:, columns], self.b, self.U[:, columns], self.c, self.O)
 
 
 def dropped(values: Tensor, share: float, g: torch.Generator) -> Tensor:
-    """Dropout: that share of the numbers zero, the others scaled up."""
+    """Apply dropout: zero this share of the numbers and scale up the others."""
     kept = torch.rand(values.shape, generator=g) >= share
     return values * kept / (1 - share)
 
@@ -72,14 +72,14 @@ def fit_hidden(
     units: int = 0,
     progress: Progress = SILENT,
 ) -> Maps:
-    """``start`` with ``config.members`` hidden layers of ``config.hidden`` units, averaged.
+    """Add the mean of ``config.members`` hidden layers of ``config.hidden`` units to ``start``.
 
     Args:
         x: (T, F) standardised features; y: (T, D) standardised targets.
         start: the linear map.
-        units: whose unexplained spikes the last ``config.residuals * units`` features are, bin by
-            bin; zero if none are.
-        seed: of starts, order and dropout; the same seed gives the same layer.
+        units: number of units whose residual spikes are the last ``config.residuals * units``
+            features, bin by bin; zero if there are none.
+        seed: seed of initial weights, order and dropout; the same seed gives the same layer.
         progress: receives the gradient steps.
     """
     xs, ys = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=torch.float32)
@@ -95,7 +95,7 @@ def fit_hidden(
     spikes = config.residuals * units
 
     def silence(values: Tensor) -> Tensor:
-        # not scaled up: at mean zero, it is what a missing unit looks like when the stream runs
+        # not scaled up: a unit missing from a stream reads as zero, the mean
         kept = torch.rand((*values.shape[:2], units), generator=g) >= config.dropout / 2
         silent = values[..., F - spikes :] * kept.repeat(1, 1, config.residuals)
         return torch.cat([values[..., : F - spikes], silent], -1)
@@ -106,7 +106,7 @@ def fit_hidden(
         seen = dropped(silence(xs[rows]) if spikes else xs[rows], config.dropout / 2, g)
         active = dropped(torch.baddbmm(c, seen, U.mT).relu(), config.dropout, g)
         error = seen @ W.T + b + active @ O.mT - ys[rows]
-        # a sum over members, whose parameters are apart
+        # the sum over members, which share no parameters
         loss = (error**2).mean((1, 2)).sum()
         optimiser.zero_grad()
         loss.backward()
@@ -124,7 +124,7 @@ def fit_hidden(
 
 
 def _batches(T: int, members: int, g: torch.Generator) -> Iterator[Tensor]:
-    """(members, batch) rows, for each member all rows once, less a remainder, then again."""
+    """Yield rows (members, batch): epochs of all rows, without a remainder, for each member."""
     batch = min(_BATCH, T)
     while True:
         order = torch.stack([torch.randperm(T, generator=g) for _ in range(members)])

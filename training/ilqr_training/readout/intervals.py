@@ -1,15 +1,15 @@
-"""Fitting ``ilqr_vae.model.intervals``: stated over actual error, the same at every speed.
+"""Fitting ``ilqr_vae.model.intervals``: the same ratio of stated to actual error at every speed.
 
-Of held-out bins, cut into bands by decoded and by true speed, with e the errors and s the stated
-deviations, the squared factor of a band is (mean(e^2) + standard error of that mean) / mean(s^2).
-The standard error matters where a few errors make up most of the mean, as where a decode mostly
-rests, and errs by much when the hand begins to move: other bins have other such errors, and more
-often larger than smaller ones. A factor at each median decoded speed of the decoded bands answers
-for its own band and, as far as its bins lie in them, for the bands by true speed: a decode that
-rests while the hand begins to move must not state what rest would allow.
+Held-out bins are divided into bands by decoded and by true speed. With errors e and stated
+deviations s, the squared factor of a band is (mean(e^2) + standard error of that mean) / mean(s^2).
+The standard error matters if a few errors dominate the mean, as at rest, where large errors occur
+when the hand starts to move: in other bins such errors are more often larger than smaller. The
+factor at the median decoded speed of a decoded band combines the factor of that band with those of
+the true-speed bands that share its bins: when a decode is at rest while the hand starts to move,
+the stated deviation must not be that of rest.
 
-A band of few independent bins keeps the factor of all of them (``_PRIOR`` such bins), so that
-little data changes little.
+The factor of a band with few independent bins is shrunk towards the overall factor, which has the
+weight of ``_PRIOR`` such bins.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ LEVEL = 0.9
 """Nominal coverage of the intervals."""
 
 _BANDS, _FEWEST = 8, 40
-"""Bands by speed, and bins in each at least."""
+"""Largest number of bands by speed, and fewest bins in each."""
 _APART_S = 0.25
-"""Errors closer than this in time count as one."""
+"""Errors that are closer in time, in seconds, count as one."""
 _PRIOR = 20.0
 _ROUNDS = 12
 _TRUE = 0.5
-"""Weight of the bands by true speed. Chosen in cross-validation on validation parts."""
+"""Weight of the bands by true speed, chosen by cross-validation on validation parts."""
 
 
 def _bands(speed: Array, bands: int) -> tuple[NDArray[np.intp], int]:
-    """The band of each bin, and their number; bins of one speed are in one band."""
+    """Return the band of each bin, and the number of bands; equal speeds share a band."""
     edges = np.unique(np.quantile(speed, np.arange(1, bands) / bands, method="higher"))
     band = np.searchsorted(edges, speed)
     found, numbered = np.unique(band, return_inverse=True)
@@ -44,7 +44,7 @@ def _bands(speed: Array, bands: int) -> tuple[NDArray[np.intp], int]:
 
 
 def _factor(error: Array, std: Array) -> float:
-    """Logarithm of what the deviations are too small by."""
+    """Return the logarithm of the factor by which the deviations are too small."""
     if not len(error):
         return 0.0
     squares = error**2
@@ -55,11 +55,11 @@ def _factor(error: Array, std: Array) -> float:
 def fit_intervals(
     truth: Array, decoded: Array, std: Array, unit: Array, bin_width: float
 ) -> SpeedScale | None:
-    """The scale of these deviations, or None where the decoded speed has less than two bands.
+    """Fit the scale of these deviations; None if the decoded speed has fewer than two bands.
 
     Args:
         truth, decoded, std: (T, D) of held-out bins.
-        unit: (D,) what the channels are divided by in the speed.
+        unit: (D,) divisors of the channels in the speed.
         bin_width: seconds.
     """
     error = truth - decoded
@@ -89,8 +89,8 @@ def fit_intervals(
         now = stated(scale(log_factors), decoded, std)[:, live]
         own = np.array([_factor(error[band == j], now[band == j]) for j in range(bands)])
         by_truth = np.array([_factor(error[true == j], now[true == j]) for j in range(trues)])
-        # squares are averaged, not their logarithms: where the truth is slow because its error is
-        # small, it is fast elsewhere because that is large
+        # average squares, not logarithms: in bands by true speed, small errors in slow bins come
+        # with large errors in fast ones
         by_truth = 0.5 * np.log(passes @ np.exp(2 * trust[1] * by_truth))
         log_factors = log_factors + 0.5 * (trust[0] * own + _TRUE * by_truth)
     return scale(log_factors)

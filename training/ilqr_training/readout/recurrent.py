@@ -1,9 +1,9 @@
 """Fitting the readout's recurrent layer (``ilqr_vae.model.readout``): y = C h + d.
 
-Each row is a window: the state it begins from, and the counts of the bins it runs over. AdamW on
-the squared error of standardised targets, dropout on its inputs and on h, a cosine learning rate.
-What it reads of missing bins is what the latents expect there, so it is shown passes in which bins
-were lost as well.
+Each row is a window: the initial state, and the counts of the bins to run over. The layer is
+trained by AdamW on the squared error of standardised targets, with dropout on inputs and on h and a
+cosine learning rate. For missing bins it reads the counts that the latents predict, so it is also
+trained on passes in which bins were lost.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _RATE = 3e-3
 _DECAY = 1e-3
 _CLIP = 1.0
 CHECKPOINTS = 3
-"""At so many even parts of its training the layer is looked at."""
+"""Number of equally spaced points of training at which the layer is returned."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What a recurrent layer reads, a row per bin.
+    """The inputs of a recurrent layer, one row per bin.
 
     Attributes:
-        z: (T, n) the state it begins from.
-        held: (T,) bins it runs over.
+        z: (T, n) initial state.
+        held: (T,) number of bins to run over.
         counts: (T, L, N) float32, newest first.
     """
 
@@ -47,7 +47,7 @@ class Windows:
 
     @staticmethod
     def of(x: Array, recalled: NDArray[np.float32], lags: int, n: int) -> Windows:
-        """Of the features ``x`` (latents first) and what ``Causal.recalled`` holds."""
+        """Build from the features ``x`` (latents first) and ``Causal.recalled``."""
         T, L = len(x), lags
         counts = recalled[:, 1:].reshape(T, L, -1)
         return Windows(x[:, L * n : (L + 1) * n], recalled[:, 0].astype(np.int64), counts)
@@ -55,14 +55,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A fitted layer. Attributes: its cell; C (D, g), d (D,), of standardised targets; float64."""
+    """A fitted layer. Attributes: its cell; C (D, g), d (D,), for standardised targets; float64."""
 
     cell: Cell
     C: Array
     d: Array
 
     def __call__(self, windows: Windows) -> Array:
-        """(T, D), in standardised targets."""
+        """Return decodes (T, D) in standardised units."""
         parts: list[Array] = []
         cell = Cell(*(t.float() for t in self.cell))
         for a in range(0, len(windows.z), 4096):
@@ -81,11 +81,11 @@ def fit_recurrent(
     *,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[int, Recurrent]]:
-    """The layer after each part of its training, with the gradient steps taken so far.
+    """Yield the layer at points of its training, with the number of gradient steps so far.
 
     Args:
         y: (T, D) standardised targets.
-        seed: of start, order and dropout; the same seed gives the same layers.
+        seed: seed of initial weights, order and dropout; the same seed gives the same layers.
         progress: receives the gradient steps.
     """
     g = torch.Generator().manual_seed(seed)
@@ -140,7 +140,7 @@ class _Scale:
     x_scale: Array
 
     def undone(self, cell: Cell, C: Array, d: Array) -> Recurrent:
-        """The layer of standardised inputs as one of inputs as they are."""
+        """Convert the layer from standardised inputs to original ones."""
         A = cell.A / torch.as_tensor(self.z_scale)
         P = cell.P / torch.as_tensor(self.x_scale)
         a = cell.a - A @ torch.as_tensor(self.z_mean)
@@ -149,5 +149,5 @@ class _Scale:
 
 
 def _spread(counts: Array) -> Array:
-    # a unit that hardly fires must not be blown up
+    # do not amplify a unit that hardly fires
     return np.sqrt(counts.var(0) + 1e-2)

@@ -1,4 +1,4 @@
-"""Restarts of streams where the recording has a break, and the inputs they report."""
+"""Restarts of streams at breaks of the recording, and their delayed inputs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ilqr_vae.streaming.state import HorizonState
 
 
 def reaching(segments: list[tuple[int, int]], bins: tuple[int, int]) -> list[tuple[int, int]]:
-    """Segments that reach into the bins [start, stop), each from its own start, cut at stop."""
+    """Return the segments that overlap the bins [start, stop), from their starts, cut at stop."""
     start, stop = bins
     return [(a, min(b, stop)) for a, b in segments if b > start and a < stop]
 
 
 def delayed_inputs(state: HorizonState, delay: int) -> torch.Tensor:
-    """(S, m), the input of ``delay`` bins before each stream's newest; NaN in a younger stream."""
+    """Return inputs (S, m) ``delay`` bins before the newest; NaN in a younger stream."""
     slot = state.age - 1 - delay
     row = torch.arange(len(slot), device=slot.device)
     picked = state.u[row, slot.clamp(min=0)]
@@ -27,7 +27,7 @@ def delayed_inputs(state: HorizonState, delay: int) -> torch.Tensor:
 
 
 def moved_back(inputs: NDArray[np.float64], delay: int) -> NDArray[np.float64]:
-    """Delayed inputs (T, m) at the bins they are of; the last ``delay`` bins are NaN."""
+    """Shift delayed inputs (T, m) to their own bins; the last ``delay`` bins are NaN."""
     made = np.full_like(inputs, np.nan)
     if delay < len(inputs):
         made[: len(inputs) - delay] = inputs[delay:]
@@ -35,7 +35,7 @@ def moved_back(inputs: NDArray[np.float64], delay: int) -> NDArray[np.float64]:
 
 
 def restarted(estimator: Horizon, state: HorizonState, rows: NDArray[np.bool_]) -> HorizonState:
-    """The state with the streams ``rows`` (S,) as they are before their first bin."""
+    """Return the state with the streams ``rows`` (S,) reset to before their first bin."""
     if not rows.any():
         return state
     fresh, picked = estimator.init(len(rows)), torch.as_tensor(rows)
