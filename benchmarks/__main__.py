@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME --json F [--quick]`` measures; ``table`` and ``pictures`` write."""
+"""``python -m benchmarks NAME --json F [--quick]``, and ``table`` and ``pictures`` for the page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _page(files: list[Path], page: Path) -> None:
 
 
 def main() -> int:
-    """Measure, or write the page from what was measured."""
+    """Run a benchmark, or write the page from results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its DevTools protocol over a pipe: no driver, no port."""
+"""A headless Chromium, controlled by its DevTools protocol over a pipe, without driver or port."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Browser:
-    """One page. ``problems`` collects console errors, exceptions and refused requests; ``asked``
-    the addresses requested."""
+    """A page. ``problems`` collects console errors, exceptions and failed requests; ``asked``
+    collects the requested addresses.
+    """
 
     def __init__(self, width: int = 1400, height: int = 1000, *, niceness: int = 0) -> None:
         assert CHROMIUM is not None
@@ -79,7 +80,7 @@ class Browser:
         return json.loads(frame)
 
     def call(self, method: str, *, timeout: float = 60.0, **parameters: Any) -> dict[str, Any]:
-        """Send a command and wait for its result; note the events on the way."""
+        """Send a command and wait for its result; record events meanwhile."""
         self._number += 1
         sent: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -105,11 +106,11 @@ class Browser:
             self.asked.append(parameters["request"]["url"])
 
     def open(self, address: str) -> None:
-        """Go there."""
+        """Open an address."""
         self.call("Page.navigate", url=address)
 
     def size(self, width: int, height: int) -> None:
-        """Of the window."""
+        """Set the size of the window."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -119,14 +120,14 @@ class Browser:
         )
 
     def value(self, expression: str) -> Any:
-        """Of a JavaScript expression."""
+        """Evaluate a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"]["text"] + f" in {expression}")
         return found["result"].get("value")
 
     def wait(self, condition: str, timeout: float = 60.0) -> Any:
-        """Until an expression is true; returns its value."""
+        """Wait until an expression is true; return its value."""
         until = time.monotonic() + timeout
         while not (found := self.value(condition)):
             if time.monotonic() > until:
@@ -135,12 +136,12 @@ class Browser:
         return found
 
     def press(self, key: str) -> None:
-        """A key, by its name: ``Tab``, ``ArrowRight``."""
+        """Press a key by its name, e.g. ``Tab``, ``ArrowRight``."""
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **_CODES[key])
 
     def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """With the left button, from one place on the page to another."""
+        """Drag with the left button from one point of the page to another."""
         for kind, (x, y) in (
             ("mousePressed", start),
             ("mouseMoved", end),
@@ -150,6 +151,6 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def picture(self, path: Path) -> None:
-        """Of the whole page, as PNG."""
+        """Return a PNG of the whole page."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))

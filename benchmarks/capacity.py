@@ -1,13 +1,13 @@
-"""What a fleet takes, for docs/capacity.md.
+"""The capacity of a fleet, for docs/capacity.md.
 
     python -m benchmarks.capacity streams --json F    streams a core, bytes, memory, waiting times
     python -m benchmarks.capacity fleet --json F      what the redirect and the replica cost
     python -m benchmarks.capacity carry FILE          from one core to 10^3, 10^5, 10^6 streams
 
-A server runs on one core of its own, with a journal, the load on the others. Waiting times are
-compared with a queue of one server and gated batches: it takes all bins that wait, works D a bin,
-and then answers them together; D is the processor time of a bin with 12 streams; bins come from
-streams with a period of one bin width and phases of their own. The queue is simulated.
+A server with a journal runs on its own core, and the load generator on the others. Waiting times
+are compared with a simulated queue of one server with gated batches: it takes all waiting bins,
+works for D per bin, and then answers them together. D is the processor time of a bin with 12
+streams. Each stream sends a bin per bin width, with its own phase.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ SIZES = {
 }
 LOADS = (0.3, 0.6, 0.85)
 ROOM = 0.9
-"""Share of a core that sessions may take, as the fleet places them."""
+"""Share of a core that the fleet gives to sessions."""
 SECONDS, OPENED, FEW = 12.0, 100, 12
 
 
 def simulated(streams: int, work_s: float, seconds: float = 60.0, seed: int = 0) -> np.ndarray:
-    """Seconds from each bin's arrival to its answer, by the queue above."""
+    """Simulate the queue: seconds from the arrival of each bin to its answer."""
     rng = np.random.default_rng(seed)
     phases = rng.uniform(0, BIN_S, streams)
     times = np.sort((phases[:, None] + BIN_S * np.arange(int(seconds / BIN_S))).ravel())
@@ -94,7 +94,7 @@ def _streams() -> list[Row]:
 
 
 def _compared(name: str, streams: int, load: float, work_s: float, fed: Row) -> Row:
-    """Latency as it was measured, and as the queue has it."""
+    """Return the measured latency, and that of the queue."""
     model = np.concatenate([simulated(streams, work_s, seed=seed) for seed in range(10)]) * 1e3
     late = fed["first_statuses"].get("late", 0) / max(1, fed["answered"])
     return row(
@@ -114,7 +114,7 @@ def _compared(name: str, streams: int, load: float, work_s: float, fed: Row) -> 
 
 
 def _memory(name: str, server: Row, process: psutil.Process, about: Row) -> Row:
-    """Growth of the server by open sessions whose windows are full."""
+    """Return the memory that the server takes for open sessions with full windows."""
     rng = np.random.default_rng(0)
     units, horizon = about["units"], about["horizon"]
     names = tuple(f"unit{i}" for i in range(units))
@@ -139,7 +139,7 @@ def _memory(name: str, server: Row, process: psutil.Process, about: Row) -> Row:
 
 
 def _bytes(server: Row, size: Row) -> int:
-    """Bytes a second of one stream, of its bins and its answers, as ZeroMQ frames carry them."""
+    """Return bytes per second of the bins and answers of one stream, as ZeroMQ frames."""
     units = size["units"]
     context: zmq.Context[Any] = zmq.Context()
     try:
@@ -170,7 +170,7 @@ def _bytes(server: Row, size: Row) -> int:
 
 
 def _fleet() -> list[Row]:
-    """What the redirect costs: opening at the fleet's address, and at the server's own."""
+    """Measure the cost of the redirect: opening at the fleet's address and at the server's."""
     from ilqr_service.fleet.fleet import Fleet
     from ilqr_service.settings import ServiceSettings
 
@@ -203,7 +203,7 @@ def _fleet() -> list[Row]:
 
 
 def carried(measured: list[Row], streams: int) -> list[Row]:
-    """Cores, network and the fleet's address for so many streams, by what one core does."""
+    """Extrapolate cores, network and gateway load to this many streams from one core."""
     found: list[Row] = []
     for one in measured:
         if one["benchmark"] != "capacity":
@@ -235,7 +235,7 @@ def carried(measured: list[Row], streams: int) -> list[Row]:
 
 
 def main() -> int:
-    """Measure, or carry on from what was measured."""
+    """Measure, or extrapolate from results."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.capacity",
         description=__doc__,

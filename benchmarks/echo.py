@@ -1,7 +1,7 @@
-"""The cost of the sockets alone: a server that answers each bin at once without any work.
+"""The cost of the sockets alone: a server that answers each bin at once, without any work.
 
-The paths are those of the service (DEALER to ROUTER, XPUB to SUB), and the messages have the sizes
-of its bins and answers.
+It uses the same sockets as the service (DEALER to ROUTER, XPUB to SUB), and messages of the same
+sizes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _blank(latents: int, units: int) -> messages.Result:
 
 
 def _reply(message: messages.Upstream, units: int, bin_width: float, results: str) -> Any:
-    """What the service would answer, apart from results."""
+    """Return the reply of the service to a request."""
     match message:
         case messages.Describe():
             names = [f"unit{i}" for i in range(units)]

@@ -1,4 +1,4 @@
-"""The same on a GPU, beside the least time its memory and arithmetic allow; else "not measured"."""
+"""The benchmarks on a GPU, relative to its peak bandwidth and arithmetic; else "not measured"."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ STREAMS: list[Row] = [
     {"n": 32, "m": 8, "units": 192, "H": 64, "streams": 1},
     *({"n": 20, "m": 5, "units": 196, "H": 20, "streams": S} for S in (1, 64, 1000, 10_000)),
 ]
-#: Of them, where the step in torch is recorded as a rival, and how long it may take to compile.
+# : Numbers of streams at which the step in torch is measured too, and its time limit to compile.
 RECORDED, PATIENCE = (1, 1000), 100.0
-#: Published peaks of one card, bytes and float32 operations a second: (memory, arithmetic).
+# : Published peaks per card: (bytes, float32 operations) per second.
 PEAKS = {"H200": (4.8e12, 67e12), "H100": (3.35e12, 67e12), "A100": (2.0e12, 19.5e12)}
 
 
 def lqr_floor(batch: int, n: int, m: int, T: int, size: int) -> tuple[float, float]:
-    """(bytes, operations) that one solve cannot do without: each number in and out once."""
+    """Return the least (bytes, operations) of a solve: each number in and out once."""
     read = T * (n * n + n * m + m * m + m) + (T + 1) * (n * n + n)
     written = (T + 1) * (n * n + 3 * n) + T * (m * n + m * m + 2 * m)
     return batch * size * (read + written), batch * operations(n, m, T)
 
 
 def share_of_floor(floor: tuple[float, float], seconds: float) -> Row:
-    """What part of the time the floor is, where the card's peaks are known."""
+    """Return the floor as a share of the measured time, if the card's peaks are known."""
     name = torch.cuda.get_device_name()
     for known, (memory, arithmetic) in PEAKS.items():
         if known in name:
@@ -83,8 +83,11 @@ def _lqr(seconds: float) -> list[Row]:
 
 
 def step_floor(size: Row, itemsize: int, iterations: int) -> tuple[float, float]:
-    """(bytes, operations) of a bin of all streams: states in and out once; of each iteration the
-    LQR problem's solution, curvatures of the units, the Jacobians, one rollout and its cost."""
+    """Return the least (bytes, operations) of a bin of all streams.
+
+    States go in and out once. Each iteration takes the LQR solution, curvatures of the units,
+    Jacobians, one rollout and its cost.
+    """
     n, m, N, H, S = (size[k] for k in ("n", "m", "units", "H", "streams"))
     state = n + n * n + (H + 1) * n + H * m + 2 * H * N
     per_bin = N * n * (n + 1) / 2 + 3 * N * n + n**3 + 2 * n * n + 2 * n * m
@@ -93,8 +96,10 @@ def step_floor(size: Row, itemsize: int, iterations: int) -> tuple[float, float]
 
 
 def _steps(est: MovingHorizon, streams: int, seconds: float) -> list[float]:
-    """Seconds of single steps of full windows, from counts on the host to answers there; the states
-    stay in rows on the GPU, as in the service."""
+    """Time single steps with full windows, from counts on the host to estimates on the host.
+
+    The states stay on the GPU, as in the service.
+    """
     compiled = est.compiled(est.mean_rate)
     assert isinstance(compiled, GpuEstimator), "no kernel: the log says why"
     first = est.init(streams).tensors()
@@ -114,7 +119,7 @@ def _steps(est: MovingHorizon, streams: int, seconds: float) -> list[float]:
 
 
 def _recorded(size: Row, seconds: float) -> list[float] | str:
-    """Seconds of the step in torch, compiled and recorded as a CUDA graph, or why not."""
+    """Time the step in torch, compiled and recorded as a CUDA graph, or say why it failed."""
     given = [str(size[k]) for k in ("n", "m", "units", "H", "streams")]
     command = [sys.executable, "-m", "benchmarks.rivals.recorded_step", *given, str(seconds)]
     try:
@@ -150,7 +155,7 @@ def _streams(quick: bool, seconds: float) -> list[Row]:
 
 
 def _agreement(bins: int) -> Row:
-    """How far float32 on the GPU is from float64 on the CPU, over so many bins of one stream."""
+    """Compare float32 on the GPU with float64 on the CPU over some bins of one stream."""
     here = estimator_of(20, 5, 196, 20, 2)
     there = estimator_of(20, 5, 196, 20, 2, device="cuda", dtype=torch.float32)
     a, b = here.init(1), there.init(1)
@@ -171,8 +176,10 @@ def _agreement(bins: int) -> Row:
 
 
 def run(quick: bool) -> list[Row]:
-    """Rows for LQR, streaming, agreement with the CPU and training, in at most ten minutes; one row
-    that says so where there is no GPU."""
+    """Return rows for LQR, streaming, agreement with the CPU, and training, in ten minutes.
+
+    Without a GPU there is one row that says so.
+    """
     if not torch.cuda.is_available():
         return [absent("gpu", "ilqr-vae gpu", "no CUDA device", device="cuda")]
     seconds = 0.5 if quick else 2.0
@@ -183,7 +190,7 @@ def run(quick: bool) -> list[Row]:
 
 
 def _train(steps: int) -> list[Row]:
-    """Gradient steps of the maze-size model, solves to convergence or 25 iterations."""
+    """Time gradient steps of the maze-size model, with solves of at most 25 iterations."""
     config = MazeConfig(device="cuda")
     config = msgspec.structs.replace(
         config, fit=msgspec.structs.replace(config.fit, steps=steps, iterations=25)

@@ -1,10 +1,10 @@
-"""The live page: what it costs, whether it keeps its memory, and a picture of it.
+"""The live page: its cost, its memory over time, and a picture of it.
 
     python -m benchmarks.live latency DEMO     service latency without and with the page
     python -m benchmarks.live memory DEMO      memory of the page and of its server, 10 minutes
     python -m benchmarks.live picture DEMO --out docs/live.webp
 
-DEMO is the folder that ``make demo`` has written. Chromium is needed.
+DEMO is the folder that ``make demo`` wrote. Chromium is required.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ENVIRONMENT = os.environ | {"PYTHONUNBUFFERED": "1"}
 
 @contextmanager
 def _verb(*words: str | Path, niceness: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-    """A verb as a process, its standard output in a pipe."""
+    """Run a verb as a process, with a pipe for its standard output."""
     command = ["nice", "-n", str(niceness), sys.executable, "-m", "ilqr_vae.cli", *map(str, words)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_ENVIRONMENT
@@ -55,7 +55,7 @@ def _verb(*words: str | Path, niceness: int = 0) -> Iterator[subprocess.Popen[by
 
 @contextmanager
 def _page(ingest: str) -> Iterator[tuple[str, int]]:
-    """The page's address, and the process that serves it."""
+    """Serve the page: its address, and the process."""
     words = ("dashboard", "--to", ingest, "--http", "127.0.0.1:0", "--what-if")
     with _verb(*words) as process:
         assert process.stdout is not None
@@ -64,7 +64,7 @@ def _page(ingest: str) -> Iterator[tuple[str, int]]:
 
 
 def _stalled(address: str) -> socket.socket:
-    """A viewer that asks for the stream and never reads it."""
+    """Open a viewer that requests the stream and never reads it."""
     at = urlsplit(address)
     viewer = socket.create_connection((str(at.hostname), int(at.port or 80)))
     viewer.sendall(f"GET /stream?session=load-0 HTTP/1.1\r\nHost: {at.netloc}\r\n\r\n".encode())
@@ -72,8 +72,7 @@ def _stalled(address: str) -> socket.socket:
 
 
 def latency(ingest: str, rounds: int, seconds: float, speed: float) -> dict[str, Any]:
-    """Milliseconds from a bin's arrival in the service to its answer, by condition, interleaved;
-    and the pictures that the page drew a second."""
+    """Measure the service latency in ms by condition, interleaved, and frames per second."""
     times: dict[str, list[float]] = defaultdict(list)
     frames: list[float] = []
     for _, condition in itertools.product(range(rounds), CONDITIONS):
@@ -111,7 +110,7 @@ def latency(ingest: str, rounds: int, seconds: float, speed: float) -> dict[str,
 
 
 def memory(ingest: str, demo: Path, minutes: float) -> dict[str, Any]:
-    """Megabytes of the page (after a collection) and of its server, while a session streams."""
+    """Measure megabytes of the page (after garbage collection) and of its server."""
     samples: list[dict[str, float]] = []
     replay = ("replay", demo / "session.nwb", "--to", ingest, "--loop", "--span", "all")
     with (
@@ -144,7 +143,7 @@ def memory(ingest: str, demo: Path, minutes: float) -> dict[str, Any]:
 
 
 def picture(ingest: str, demo: Path, out: Path, seconds: float) -> dict[str, Any]:
-    """An animated picture of the page while units fall silent, below 2 MB if it can be."""
+    """Record an animation of the page while units fall silent, if possible below 2 MB."""
     frames: list[Image.Image] = []
     replay = ("replay", demo / "session.nwb", "--to", ingest, "--loop", "--watch-units")
     with (

@@ -1,4 +1,4 @@
-"""LQR alone: one problem and 64, against everything else that solves it."""
+"""LQR alone: batches of 1 and 64 problems, beside other solvers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ BATCHES = [1, 64]
 
 
 def operations(n: int, m: int, T: int) -> int:
-    """Floating-point operations of one solution, a multiplication and an addition each one.
+    """Return the floating-point operations of a solution, counting additions and multiplications.
 
-    Of the square-root form of the recursion, the least of the known ones: per step the triangular
-    product L' [B | A], the symmetric square of that, and a Cholesky decomposition of size n + m.
+    They are those of the square-root form of the recursion, the cheapest known one: per step the
+    triangular product L' [B | A], its symmetric square, and a Cholesky decomposition of size n + m.
     """
     return round(T * (7 / 3 * n**3 + 4 * n**2 * m + 2 * n * m**2 + m**3 / 3))
 
 
 def problem_of(batch: int, n: int, m: int, T: int) -> LQRProblem:
-    """A random stable, well-posed problem; float64."""
+    """Draw a stable, well-posed problem in float64."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -47,7 +47,7 @@ def problem_of(batch: int, n: int, m: int, T: int) -> LQRProblem:
 
 
 def _float64(problem: LQRProblem, truth: Tensor, seconds: float, common: Row) -> list[Row]:
-    """Ours and HPIPM, in turns."""
+    """Time our solver and HPIPM in turns."""
 
     def whole() -> Tensor:
         return solve_lqr(problem, free_initial=True, backend="cpu").dz
@@ -86,7 +86,7 @@ def _others(problem: LQRProblem, truth: Tensor, seconds: float, common: Row) -> 
 
 
 def _compile() -> None:
-    """What is compiled on first use."""
+    """Compile the kernels before timing."""
     problem = problem_of(1, 2, 1, 2)
     for dtype in (torch.float64, torch.float32):
         cast = LQRProblem(**{k: v.to(dtype) for k, v in problem.tensors().items()})
@@ -94,7 +94,7 @@ def _compile() -> None:
 
 
 def run(quick: bool) -> list[Row]:
-    """Rows for every size, batch, implementation and dtype."""
+    """Return rows for each size, batch, implementation and dtype."""
     torch.set_num_threads(1)
     threads.use(cores())
     rows: list[Row] = []
@@ -132,7 +132,7 @@ def run(quick: bool) -> list[Row]:
 
 
 def _products(seconds: float, size: int = 1024) -> list[Row]:
-    """What one core does at best: a product of large matrices by torch's library."""
+    """Time a product of large matrices in torch: the peak of one core."""
     rows: list[Row] = []
     for dtype in (torch.float64, torch.float32):
         X = torch.ones(size, size, dtype=dtype)

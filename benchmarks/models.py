@@ -1,4 +1,4 @@
-"""Made-up models and recordings that benchmarks measure on."""
+"""Models and recordings for the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BIN_S = 0.05
 
 
 def model_of(n: int, m: int, units: int) -> Model:
-    """An MGU2 with Poisson units of about 0.4 spikes per bin; float64."""
+    """Return an MGU2 model with Poisson units of about 0.4 spikes per bin, in float64."""
     groups = {"spikes": GroupSpec(family="poisson", channels=units)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -38,14 +38,14 @@ def estimator_of(
     device: str = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> MovingHorizon:
-    """A moving-horizon estimator of such a model."""
+    """Return a moving-horizon estimator of such a model."""
     rate = torch.full((units,), 0.4, dtype=dtype, device=device)
     config = HorizonConfig(horizon=horizon, iterations=iterations)
     return MovingHorizon(model_of(n, m, units).to(device, dtype), None, rate, config)
 
 
 def recording_of(units: int, bins: int = 6000) -> Recording:
-    """Units tuned to a smooth velocity in the plane."""
+    """Simulate units tuned to a smooth velocity in the plane."""
     rng = np.random.default_rng(0)
     phase = np.arange(bins) * BIN_S * 2 * np.pi
     velocity = 0.2 * np.stack([np.cos(0.31 * phase), np.sin(0.47 * phase)], 1)
@@ -62,7 +62,7 @@ def recording_of(units: int, bins: int = 6000) -> Recording:
 
 
 def training_run(units: int, loop: LoopConfig) -> tuple[TrainingRun, Prepared]:
-    """A fresh training run of the default model on such a recording."""
+    """Return a new training run of the default model on such a recording."""
     spec = RecordingSpec(
         bin_width=BIN_S,
         mat=MatSpec(spikes="spikes"),

@@ -1,4 +1,4 @@
-"""Pictures of docs/performance.md, drawn from the tables of the page itself."""
+"""Pictures of docs/performance.md, drawn from the tables on the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 
 
 def rows(page: Path) -> list[dict[str, str]]:
-    """The rows of every table of a page that has benchmarks, cells by heading."""
+    """Return the rows of each benchmark table of a page, with cells by heading."""
     found: list[dict[str, str]] = []
     for block in TABLE.findall(page.read_text()):
         head, _, *body = ([c.strip() for c in line.split("|")[1:-1]] for line in block.splitlines())
@@ -23,7 +23,7 @@ def rows(page: Path) -> list[dict[str, str]]:
 
 
 def lqr(measured: list[dict[str, str]]) -> Figure:
-    """Median of one LQR problem in double precision, by size and implementation."""
+    """Draw the median time of one LQR problem in double precision, by size and implementation."""
     groups: dict[str, dict[str, float]] = {}
     for row in measured:
         alone = row["benchmark"] == "lqr" and row.get("batch") == "1" and row["dtype"] == "float64"
@@ -36,7 +36,7 @@ def lqr(measured: list[dict[str, str]]) -> Figure:
 
 
 def service(measured: list[dict[str, str]]) -> Figure:
-    """Latency from the intended send to the answer, by how many streams there are."""
+    """Draw the latency from the intended send to the answer, by the number of streams."""
     made = Figure(figsize=(7.2, 3.2), layout="constrained")
     ax = made.subplots()
     for name in ("ilqr-vae serve", "bare ZeroMQ echo"):
@@ -60,12 +60,12 @@ PICTURES = {"lqr": lqr, "service": service}
 
 
 def beside(page: Path, benchmark: str) -> Path:
-    """Where the picture of a benchmark is."""
+    """Return the file of the picture of a benchmark."""
     return page.with_name(f"performance-{benchmark}.png")
 
 
 def draw(page: Path) -> None:
-    """Write the pictures that the page shows."""
+    """Write the pictures of the page."""
     measured, text = rows(page), page.read_text()
     for name, picture in PICTURES.items():
         if f"]({beside(page, name).name})" in text:

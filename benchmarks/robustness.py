@@ -1,4 +1,4 @@
-"""R2 lost with units silent and with bins lost, as bars, from what was recorded.
+"""A bar chart of the R2 lost with silent units and with lost bins, from saved results.
 
     python -m benchmarks.robustness docs/decoding.md docs/robustness.png
     python -m benchmarks.robustness DIR/decode.json picture.png
@@ -24,9 +24,11 @@ UNTOLD, TOLD = "GRU, not told", "GRU, told"
 
 
 def of_page(text: str) -> Losses:
-    """From the first table of docs/decoding.md that says what was lost. "Not told" is the GRU that
-    is fed zeros; "told" the one that is fed the units' mean counts or, of lost bins, the last
-    value."""
+    """Read the first table of losses in docs/decoding.md.
+
+    "Not told" is the GRU that receives zeros. "Told" is the one that receives the units' mean
+    counts or, for lost bins, the last value.
+    """
     lines = text[text.index("\n| R2 lost") + 1 :].splitlines()
     table = [
         [cell.strip() for cell in line.strip("| \n").split("|")]
@@ -58,7 +60,7 @@ def _numbers(cell: str) -> list[float]:
 
 
 def of_result(result: dict[str, object]) -> Losses:
-    """From ``decode.json``: means over the seeds."""
+    """Read ``decode.json``: means over seeds."""
     found: Losses = {}
     rows: list[dict[str, object]] = result["stress"]  # pyright: ignore[reportAssignmentType]
     for row in rows:
@@ -75,7 +77,7 @@ def of_result(result: dict[str, object]) -> Losses:
 
 
 def draw(losses: Losses, path: Path) -> None:
-    """The picture."""
+    """Draw the chart."""
     made = plots.bars(losses, xlabel="R² lost (less is better)", colours=(BLUE, ORANGE, GREY))
     made.savefig(path, dpi=130)
 

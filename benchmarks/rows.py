@@ -1,4 +1,4 @@
-"""What every benchmark shares: rows, timing, and a description of the machine."""
+"""Shared by all benchmarks: rows, timing, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def quantiles(seconds: list[float]) -> Row:
-    """Microseconds and the number of samples they come from."""
+    """Quantiles in microseconds, and the number of samples."""
     us = np.sort(np.asarray(seconds)) * 1e6
 
     def at(q: float) -> float:
@@ -36,7 +36,7 @@ def quantiles(seconds: list[float]) -> Row:
 
 
 def timed(work: Callable[[], object], *, seconds: float, least: int = 5) -> Row:
-    """Quantiles of single calls, after a few that are not counted."""
+    """Time single calls after a few warm-up calls."""
     for _ in range(3):
         work()
     spent: list[float] = []
@@ -49,17 +49,17 @@ def timed(work: Callable[[], object], *, seconds: float, least: int = 5) -> Row:
 
 
 def row(benchmark: str, implementation: str, **values: Any) -> Row:
-    """A row, with the load of the machine while it was measured."""
+    """Return a row, with the load of the machine during the measurement."""
     return {"benchmark": benchmark, "implementation": implementation, "load": load(), **values}
 
 
 def absent(benchmark: str, implementation: str, why: str, **values: Any) -> Row:
-    """A row for what could not be measured."""
+    """Return a row for a missing measurement."""
     return row(benchmark, implementation, not_measured=why, **values)
 
 
 def load() -> float:
-    """Processes that wanted a core over the last minute, this one included."""
+    """Return the load average over the last minute, including this process."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else float("nan")
 
 
@@ -89,7 +89,7 @@ def _processor() -> str:
 
 
 def machine() -> Row:
-    """Hardware, commit and versions."""
+    """Describe the hardware, commit and versions."""
     import torch
 
     from ilqr_vae.machine import cores

@@ -1,8 +1,8 @@
-"""End to end on loopback: open-loop load, timed from the intended send, against a bare echo.
+"""End to end on loopback: open-loop load, timed from the intended send, beside a bare echo.
 
-The service has warmed up before it reports ready. The first ``WARM`` bins of each stream are not
-timed, so that its window is full and moves. The service, the echo and the load generator
-(``ilqr-vae load``) are separate processes that share the machine's cores.
+The service warms up before it reports ready. The first ``WARM`` bins of each stream are not timed,
+so that its window is full. The service, the echo and the load generator (``ilqr-vae load``) are
+separate processes that share the cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WARM = H + 5
 
 
 def model_file(path: Path, n: int = N, m: int = M, units: int = UNITS, horizon: int = H) -> Path:
-    """A model file of such a size, which was never trained."""
+    """Write an untrained model file of this size."""
     shapes = ModelSpec(
         dynamics="mgu2",
         latents=n,
@@ -57,7 +57,7 @@ def _compile_predict_only() -> None:
 
 
 def run(quick: bool) -> list[Row]:
-    """Rows for the echo, and for the service, with one and many streams."""
+    """Return rows for the echo and the service, with one and many streams."""
     rows: list[Row] = []
     echo = ("-m", "benchmarks.echo", str(N), str(UNITS), str(BIN_S))
     with tempfile.TemporaryDirectory() as text:
@@ -68,13 +68,13 @@ def run(quick: bool) -> list[Row]:
             *("--ingest", "tcp://127.0.0.1:*", "--results", "tcp://127.0.0.1:*"),
             *("--ready-file", "-"),
         )
-        # where nothing is compiled yet, the other core can do a part of it for the service
+        # if nothing is compiled yet, compile in parallel with the service
         helping = threading.Thread(target=_compile_predict_only)
         helping.start()
         with running(service) as served, running(echo) as echoed:
             helping.join()
             for streams in (1, 100) if quick else (1, 8, 32, 64, 100):
-                # in real time, but for the few streams that would take long
+                # in real time, except for few streams, which would take long
                 speed = max(1.0, 5.0 / streams**0.5)
                 seconds = 1.5 if quick else 20.0
                 bare = None
@@ -88,7 +88,7 @@ def run(quick: bool) -> list[Row]:
 
 @contextmanager
 def running(command: tuple[str, ...]) -> Generator[Row]:
-    """Run a server; its addresses and process id once it is ready."""
+    """Run a server; yield its addresses and process id once it is ready."""
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
     )
@@ -107,7 +107,7 @@ def running(command: tuple[str, ...]) -> Generator[Row]:
 def fed_by(
     folder: Path, server: Row, streams: int, speed: float, seconds: float, warm: int = WARM
 ) -> Row:
-    """Load a server; the report of ``ilqr-vae load``, and the server's processor time per bin."""
+    """Load a server; return the report of ``ilqr-vae load`` and the server's CPU time per bin."""
     process, report = psutil.Process(server["pid"]), folder / "load.json"
     before = process.cpu_times()
     options = {
@@ -149,8 +149,11 @@ def _row(implementation: str, fed: Row, streams: int, speed: float) -> Row:
 
 
 def _service(fed: Row, echo: Row | None) -> Row:
-    """Figures that only the service's answers carry. ``p99_over_solve_and_echo_us``, where the
-    echo was measured, is the p99 of the latency less those of the solve and of the echo."""
+    """Return figures that only the service's answers contain.
+
+    ``p99_over_solve_and_echo_us``, if the echo was measured, is the p99 of the latency minus those
+    of the solve and of the echo.
+    """
     solve, answers = fed["solve_ms"], fed["first_statuses"]
     over = {}
     if echo is not None:

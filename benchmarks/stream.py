@@ -1,4 +1,4 @@
-"""One bin of one or many streams: how long, where the time goes, how it grows."""
+"""One bin of one or many streams: its time, the parts of it, and how it scales."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ GRID: list[Row] = [
     {"n": 20, "m": 8, "units": 143, "H": 10},
 ]
 QUICK: list[Row] = [{}, {"H": 10}, {"streams": 8}]
-#: What the picture shows: the sizes that vary one at a time.
+# : The sizes in the picture, which vary one at a time.
 AXES = ("H", "n", "units", "streams")
 
 
 def bins_of(est: MovingHorizon, streams: int, count: int = 64) -> torch.Tensor:
-    """Made-up bins (count, S, N)."""
+    """Draw bins (count, S, N)."""
     g = torch.Generator().manual_seed(1)
     N = est.mean_rate.shape[0]
     return torch.poisson(torch.full((count, streams, N), 0.4, dtype=torch.float64), generator=g)
@@ -44,7 +44,7 @@ def bins_of(est: MovingHorizon, streams: int, count: int = 64) -> torch.Tensor:
 def measure(
     est: MovingHorizon, streams: int, seconds: float, stop: Callable[[], bool] | None = None
 ) -> list[float]:
-    """Seconds of single steps of a window that is full."""
+    """Time single steps with a full window."""
     like = est.mean_rate
     counts = bins_of(est, streams).to(like)
     mask = torch.ones_like(counts[0])
@@ -64,8 +64,7 @@ def measure(
 
 
 class _Stopwatch:
-    """Time inside the compiled step, by which parts of it were asked for, as long as it is in
-    place."""
+    """Measure the time inside the compiled step, by its parts, while installed."""
 
     def __init__(self) -> None:
         self.spent: dict[int, list[float]] = defaultdict(list)
@@ -90,9 +89,9 @@ class _Stopwatch:
 
 
 def _parts(est: MovingHorizon, whole: float) -> Row:
-    """Median microseconds of moving the window, solving, answering, and everything in Python.
+    """Return median microseconds of shifting the window, solving, the estimate, and Python.
 
-    The step is done in parts for it, as where someone is asked between iterations.
+    To measure them, the step runs in parts, as it does with a callback between iterations.
     """
     with _Stopwatch() as watch:
         measure(est, 1, 0.3, stop=lambda: False)
@@ -107,7 +106,7 @@ def _parts(est: MovingHorizon, whole: float) -> Row:
 
 
 def exponents(rows: list[Row]) -> dict[str, float]:
-    """Of the fitted power law cost ~ size^e, for each size that varies alone."""
+    """Fit the exponent e of cost ~ size^e for each size that varies alone."""
     found: dict[str, float] = {}
     for axis in AXES:
         points = sorted(line(rows, axis))
@@ -118,7 +117,7 @@ def exponents(rows: list[Row]) -> dict[str, float]:
 
 
 def line(rows: list[Row], axis: str) -> list[tuple[float, float]]:
-    """(size, median us) of our rows where only ``axis`` (m with n) differs from the base."""
+    """Return (size, median us) of our rows in which only ``axis`` (m with n) varies."""
     held = [k for k in BASE if k not in {axis, "m" if axis == "n" else axis}]
     return sorted(
         {
@@ -130,7 +129,7 @@ def line(rows: list[Row], axis: str) -> list[tuple[float, float]]:
 
 
 def run(quick: bool) -> list[Row]:
-    """Rows for every configuration, and the torch definition's for a few."""
+    """Return rows for all configurations, and for the torch definition in a few."""
     torch.set_num_threads(1)
     rows: list[Row] = []
     seconds = 1.0 if quick else 4.0
@@ -156,7 +155,7 @@ def run(quick: bool) -> list[Row]:
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Cost against each size on log axes, with the fitted exponent."""
+    """Plot cost against each size on log axes, with the fitted exponent."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""docs/performance.md, written from the JSON files of the benchmarks and nothing else."""
+"""Writes docs/performance.md from the JSON files of the benchmarks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NOTES = {
     "gpu": "`share of floor`: the least time that moving each number once and doing the "
     "arithmetic would take at the card's published peaks, over the time measured.",
 }
-#: Columns in order: key, heading.
+# : Columns in order: (key, heading).
 COLUMNS = {
     "benchmark": "benchmark", "implementation": "implementation", "n": "n", "m": "m", "T": "T",
     "H": "H", "units": "units", "streams": "streams", "batch": "batch", "threads": "threads",
@@ -69,7 +69,7 @@ def _cell(value: Any) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown of rows, only the columns any of them has."""
+    """Return rows as a Markdown table, with the columns that any of them has."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     lines = [
         "| " + " | ".join(COLUMNS[key] for key in keys) + " |",
@@ -89,7 +89,7 @@ def _where(machine: Row) -> str:
     )
 
 
-#: What the pictures at the head of the page show, by benchmark.
+# : Captions of the pictures at the head of the page, by benchmark.
 CAPTIONS = {
     "service": "Latency through the service, from the intended send to the answer, by the number "
     "of streams; beside it a bare ZeroMQ echo under the same load",
@@ -100,7 +100,7 @@ CAPTIONS = {
 
 
 def write(files: list[Path], page: Path, pictures: dict[str, Path]) -> None:
-    """Write the page from result files: ``pictures`` first, then tables as in ``TITLES``."""
+    """Write the page from result files: first the pictures, then the tables as in ``TITLES``."""
     found = {content["benchmark"]: content for content in map(_read, files)}
     parts = [
         "# Performance\n",

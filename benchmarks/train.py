@@ -1,4 +1,4 @@
-"""Training: seconds per gradient step and to a bound, against the reference path and diffilqrax."""
+"""Training: seconds per gradient step and to a bound, beside the reference path and diffilqrax."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS = 143
 
 
 def _warm(loop: LoopConfig) -> None:
-    """What is compiled on first use is compiled before a run that is timed."""
+    """Compile the kernels before a timed run."""
     run, _ = training_run(UNITS, loop)
     next(train_steps(run, loop))
 
@@ -42,7 +42,7 @@ def _steps(loop: LoopConfig, count: int, seconds: float) -> tuple[list[float], l
 
 
 def _to_bound(spent: list[float], reports: list[Report], target: float) -> float | None:
-    """Seconds until the mean bound of five steps reaches a target."""
+    """Time until the mean bound of five steps reaches a target."""
     bounds = np.asarray([r.bound for r in reports])
     if len(bounds) < 5:
         return None
@@ -64,7 +64,7 @@ def _common(loop: LoopConfig) -> Row:
 
 
 def run(quick: bool) -> list[Row]:
-    """Rows for gradient steps, and for the solves of one step."""
+    """Return rows for gradient steps, and for the solves of one step."""
     torch.set_num_threads(1)
     loop = LoopConfig(steps=100_000)
     common = _common(loop)
@@ -101,7 +101,7 @@ def _mean(reports: list[Report]) -> float:
 
 
 def _solves(loop: LoopConfig, seconds: float) -> list[Row]:
-    """One step's solves alone, from zero, ours and diffilqrax's."""
+    """Time the solves of one step alone, from zero, by our solver and by diffilqrax."""
     threads.use(cores())
     built, _ = training_run(UNITS, loop)
     model, batches = built.model, built.crops

@@ -1,1 +1,1 @@
-"""Other implementations of the same work, measured in the same run."""
+"""Other implementations of the same computation, measured in the same run."""

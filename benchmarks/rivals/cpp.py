@@ -1,4 +1,4 @@
-"""The fixed-size C++ rival, built on the spot where a compiler and Eigen are there."""
+"""The fixed-size C++ rival, compiled when it runs if a compiler and Eigen are available."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from ilqr_vae.lqr import LQRProblem
 
-#: Where Eigen's headers are looked for, after what EIGEN3_INCLUDE names.
+# : Folders to search for Eigen's headers, after EIGEN3_INCLUDE.
 PLACES = ("/usr/include/eigen3", "/usr/local/include/eigen3", "/opt/homebrew/include/eigen3")
 SOURCE = Path(__file__).with_name("lqr.cpp")
 
 
 def eigen() -> Path | None:
-    """The headers' folder."""
+    """Return the folder of the headers."""
     for place in (os.environ.get("EIGEN3_INCLUDE", ""), *PLACES):
         if place and (Path(place) / "Eigen" / "Dense").exists():
             return Path(place)
@@ -26,7 +26,7 @@ def eigen() -> Path | None:
 
 
 def solve(problem: LQRProblem, repeats: int) -> tuple[np.ndarray, np.ndarray, list[float]] | str:
-    """(dz, du, seconds per solve) of the first problem of a batch, or why not."""
+    """Return (dz, du, seconds per solve) of the first problem of a batch, or why it failed."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     include = eigen()
     if compiler is None:

@@ -1,4 +1,4 @@
-"""A Python of their own for rivals: what they need does not come into the project's."""
+"""Separate Python environments for rivals, so that the project need not depend on them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: Names a Python that has the rivals; else environments are made below ``HOME``, once.
+# : Names a Python that has the rivals; otherwise environments are created once, below ``HOME``.
 VARIABLE = "ILQR_VAE_RIVALS"
 HOME = Path.home() / ".cache"
 
 
 @dataclass
 class Environment:
-    """Packages that a rival needs.
+    """The packages that a rival needs.
 
     Attributes:
-        folder: of the environment that is made where no Python at hand has them.
-        packages: as pip is given them; modules: what can then be imported.
+        folder: folder of the environment to create if no available Python has them.
+        packages: requirements for pip.
+        modules: modules that they provide.
     """
 
     folder: str
@@ -39,7 +40,7 @@ class Environment:
         return ran.returncode == 0
 
     def python(self) -> tuple[str | None, str]:
-        """(a Python with the packages, or None, and why not); installs them at the first call."""
+        """Return a Python with the packages, or None and why; the first call installs them."""
         with self._finding:
             if self._found is None:
                 self._found = self._find()
@@ -65,10 +66,10 @@ class Environment:
         return made, ""
 
     def beside(self, work: Callable[[], object], patience: float) -> None:
-        """Do other work, and find or install the packages meanwhile.
+        """Find or install the packages while the caller does other work.
 
         Args:
-            patience: seconds that it may take in all; what is not installed by then is not there.
+            patience: time limit in seconds; packages not installed by then are unavailable.
         """
         self._until = time.monotonic() + patience
         finding = threading.Thread(target=self.python, daemon=True)

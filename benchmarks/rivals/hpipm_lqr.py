@@ -1,11 +1,12 @@
 """HPIPM and PIQP, run by a Python that has them: ``python hpipm_lqr.py PROBLEM.npz``.
 
 Prints one JSON line with the name and the error of each, then answers each line ``N`` on standard
-input with the seconds of N single calls of each. So it can be timed in turns with another process.
+input with the seconds of N single calls of each, so that it can be timed in turns with another
+process.
 
-HPIPM (with BLASFEO, double precision) solves the unconstrained problem with a free initial state
-by its square-root Riccati recursion (``ric_alg`` 1) and by the classical one (0): the solve alone,
-its matrices in its own layout, and with packing in and out. Its whole batch is solved in a row.
+HPIPM (with BLASFEO, double precision) solves the unconstrained problem with a free initial state by
+its square-root Riccati recursion (``ric_alg`` 1) and by the classical one (0). It is timed alone,
+with matrices in its own layout, and with packing and unpacking. A batch is solved sequentially.
 PIQP solves the first problem as a sparse QP by its multistage factorisation.
 """
 
@@ -24,14 +25,14 @@ SPEED_ABS = 0
 
 
 class Hpipm:
-    """A problem in HPIPM's memory. Arrays are (T, ...); ``b`` is zero, as in the problems timed."""
+    """A problem in HPIPM's layout. Arrays are (T, ...); ``b`` is zero, as in all timed problems."""
 
     def __init__(self, library, A, B, Q, q, R, r, square_root):
         self.calls, self.kept = library, []
         T, n, m = B.shape
         self.sizes = T, n, m
         self.given = [(b"A", A), (b"B", B), (b"Q", Q), (b"q", q), (b"R", R), (b"r", r)]
-        # its matrices are by columns
+        # its matrices are column-major
         self.columns = [
             (name, [np.ascontiguousarray(x.T) for x in values]) for name, values in self.given
         ]
@@ -93,9 +94,9 @@ def _pointer(array):
 
 
 def load():
-    """The wheel's library, its sizes declared."""
+    """Load the library of the wheel and declare its functions."""
     folder = Path(acados.__file__).parent / "install" / "lib"
-    ctypes.CDLL(str(folder / "libblasfeo.so"))  # not for all: PIQP has a BLASFEO of its own
+    ctypes.CDLL(str(folder / "libblasfeo.so"))  # not global: PIQP has its own BLASFEO
     library = ctypes.CDLL(str(folder / "libhpipm.so"))
     for name in ("d_ocp_qp_dim", "d_ocp_qp", "d_ocp_qp_sol", "d_ocp_qp_ipm_arg", "d_ocp_qp_ipm_ws"):
         for size in ("_strsize", "_memsize"):
@@ -104,7 +105,7 @@ def load():
 
 
 def multistage(A, B, Q, q, R, r):
-    """PIQP's solver of one problem over (z_0, u_0, z_1, ..., z_T), and where its states are."""
+    """Return PIQP's solver of a problem over (z_0, u_0, z_1, ..., z_T), and the state indices."""
     import piqp
     from scipy import sparse
 

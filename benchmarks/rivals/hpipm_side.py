@@ -1,4 +1,4 @@
-"""HPIPM's and PIQP's side here: their process, asked for timings in turns with ours."""
+"""The process of HPIPM and PIQP, which is timed in turns with our solver."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _A_TURN = 20
 def in_turns(
     problem: LQRProblem, dz: np.ndarray, ours: dict[str, Callable[[], object]], seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, float], str]:
-    """Seconds of single calls, ours and theirs in turns of a few.
+    """Time single calls of our solver and theirs, in alternating blocks.
 
     Args:
         problem: float64.
-        dz: its solution.
-        ours: what is timed here, by name.
-        seconds: about how long the whole takes.
+        dz: solution of the problem.
+        ours: functions to time in this process, by name.
+        seconds: approximate total time.
 
     Returns:
-        Seconds by name; the errors of theirs by name; why there are none, or nothing.
+        Seconds by name, the errors of the others by name, and why they are missing ("" if not).
     """
     spent: dict[str, list[float]] = {name: [] for name in ours}
 

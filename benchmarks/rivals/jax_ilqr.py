@@ -1,7 +1,7 @@
 """diffilqrax's iLQR on a batch of chunks: ``python jax_ilqr.py CHUNKS.npz SECONDS``.
 
 The same model (MGU2, Poisson with an exponential link), jitted over the batch. Its initial state is
-given, ours is free; it is given as many iterations as ours took on average.
+fixed while ours is free, and it runs as many iterations as ours took on average.
 """
 
 from __future__ import annotations

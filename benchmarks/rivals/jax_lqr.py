@@ -1,8 +1,9 @@
-"""JAX rivals, run by a Python that has them: ``python jax_lqr.py PROBLEM.npz SECONDS``.
+"""JAX implementations, run by a Python that has them: ``python jax_lqr.py PROBLEM.npz SECONDS``.
 
-Prints one JSON line per implementation and dtype: microseconds of single calls (results waited
-for), and how far its optimum is from the one in the file. The initial state is given (as solved),
-which is less work than the recursion it is compared with: diffilqrax has no free one.
+Prints one JSON line per implementation and dtype: microseconds of single calls (until results are
+ready), and the distance of its optimum from the one in the file. The initial state is fixed at the
+solution, which is less work than the recursion it is compared with, since diffilqrax has no free
+one.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def scan_solve(A, B, Q, q, R, r):
 
 
 def diffilqrax_solve(start):
-    """diffilqrax's own solver from a given initial state."""
+    """The solver of diffilqrax from a given initial state."""
     from diffilqrax.lqr import solve_lqr
     from diffilqrax.typs import LQR, LQRParams
 

@@ -1,4 +1,4 @@
-"""The JAX rivals' side here: a Python of their own that has jax and diffilqrax."""
+"""The process of the JAX implementations: a Python that has jax and diffilqrax."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _lines(script: Path, arguments: list[str], timeout: float) -> list[dict[str,
 
 
 def solve_lqr(problem: LQRProblem, dz: np.ndarray, seconds: float) -> list[dict[str, Any]] | str:
-    """Times of each JAX implementation on this problem, or why there are none."""
+    """Time each JAX implementation on this problem, or say why it is missing."""
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "problem.npz")
         np.savez(file, dz=dz, **{k: v.numpy() for k, v in problem.tensors().items()})
@@ -49,7 +49,7 @@ def solve_lqr(problem: LQRProblem, dz: np.ndarray, seconds: float) -> list[dict[
 
 
 def solve_ilqr(arrays: dict[str, Any], seconds: float) -> list[dict[str, Any]] | str:
-    """Times of diffilqrax's iLQR on a batch of chunks, or why there are none."""
+    """Time the iLQR of diffilqrax on a batch of chunks, or say why it is missing."""
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "chunks.npz")
         np.savez(file, **arrays)

@@ -1,7 +1,7 @@
-"""The step in torch, compiled and recorded as one CUDA graph: prints seconds of single steps.
+"""Time single steps in torch, compiled and recorded as a CUDA graph.
 
-``python -m benchmarks.rivals.recorded_step N M UNITS H STREAMS SECONDS``; a process of its own, so
-that compilation can be cut short.
+``python -m benchmarks.rivals.recorded_step N M UNITS H STREAMS SECONDS`` is a separate process, so
+that compilation can be interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WARM_UP = 3
 
 
 def step_of(est: MovingHorizon, compiler: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The sync-free step from and to tensors, by torch.compile."""
+    """Return the sync-free step on tensors, compiled by torch.compile."""
 
     def step(*given: Tensor) -> tuple[Tensor, ...]:
         state = HorizonState(*given[:-2])
@@ -36,7 +36,7 @@ def step_of(est: MovingHorizon, compiler: str) -> Callable[..., tuple[Tensor, ..
 
 
 def measure(sizes: list[int], streams: int, seconds: float) -> list[float]:
-    """Seconds from counts on the host to the newest latents there."""
+    """Time steps from counts on the host to the newest latents on the host."""
     est = estimator_of(*sizes, 2, device="cuda", dtype=torch.float32)  # pyright: ignore
     counts = bins_of(est, streams, 16).float().pin_memory()
     state = est.init(streams).tensors()

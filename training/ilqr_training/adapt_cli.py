@@ -1,4 +1,4 @@
-"""``ilqr-vae adapt``: a model file for other units of the same brain, without labels."""
+"""``ilqr-vae adapt``: adapt a model to other units of the same brain, without labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLE = (
 
 
 def read_streamed(path: Path) -> Recording:
-    """Bins that `ilqr-vae follow` wrote."""
+    """Read bins that `ilqr-vae follow` wrote."""
     try:
         with np.load(path, allow_pickle=False) as file:
             mask = np.asarray(file["mask"], bool)
@@ -50,7 +50,7 @@ def read_streamed(path: Path) -> Recording:
 def _recording(
     artifact: Artifact, path: Path, seconds: tuple[float, float]
 ) -> tuple[Recording, tuple[int, int]]:
-    """The units to stream from now on, and the bins to fit on."""
+    """Return the recording, with the units to stream, and the bins to fit on."""
     manifest = artifact.manifest
     if path.suffix == ".npz":
         read = read_streamed(path)
@@ -80,8 +80,8 @@ def _told(made: Adaptation) -> list[str]:
     if made.gone:
         lines.append(f"{len(made.gone):>5} units of the model are not in the recording")
     was, now = made.bits
-    lines.append(f"bits a bin predicted beyond mean rates, on bins not fitted on: {was:.3f} by the")
-    lines.append(f"model as it was, {now:.3f} by the adapted one")
+    lines.append(f"bits per bin over mean rates, on held-out bins: {was:.3f} for the previous")
+    lines.append(f"model, {now:.3f} for the adapted one")
     return lines
 
 
@@ -100,9 +100,9 @@ def run(
 ) -> None:
     """Fit a model's observation rows to the units of a new recording, without labels.
 
-    Dynamics, priors and readout stay. Units that still fit hold the latents in place; the others
-    are learnt anew from them. The last quarter of the bins decides: a candidate that does not
-    predict them better than the model as it was is refused (exit code 4), and nothing is written.
+    Dynamics, priors and readout do not change. Units that still fit anchor the latents, and the
+    rows of the others are learnt from them. A candidate is refused (exit code 4) and nothing is
+    written unless it predicts the last quarter of the bins better than the previous model.
     """
     check_writable(out, "--out")
     check_writable(json_file, "--json")

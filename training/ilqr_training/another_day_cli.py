@@ -1,4 +1,4 @@
-"""``ilqr-vae experiment adapt`` and ``experiment days``: decoders on units that change."""
+"""``ilqr-vae experiment adapt`` and ``experiment days``: decoders while units change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DAYS_EXAMPLE = (
 )
 
 _GRU_STEPS = 4
-"""Of the GRU for each of the model's, up to what it needs."""
+"""Gradient steps of the GRU per step of the model, up to its own number."""
 
 ConfigFile = Annotated[Path, typer.Argument(help="The training configuration (TOML).")]
 Out = Annotated[
@@ -90,11 +90,11 @@ def adapt_experiment(
     json_file: JsonFile = None,
     threads: Threads = None,
 ) -> None:
-    """Replace units of a recording, move gains and baselines, and compare decoders on the stream.
+    """Replace units of a recording, change gains and baselines, and compare decoders.
 
-    A third of the units is left out of training and takes the places of others. The model is left
-    as it is, adapted without labels, and adapted with labels; beside it are a Kalman filter, a GRU
-    without and with labels, and an alignment of factors.
+    A third of the units is excluded from training and replaces others in the stream. The model is
+    compared unchanged, adapted without labels, and adapted with labels; beside it are a Kalman
+    filter, a GRU without and with labels, and an alignment of factors.
     """
     if span not in ("validation", "test"):
         raise ConfigError("--span", expected="validation or test", got=repr(span))
@@ -146,7 +146,7 @@ def days_experiment(
 ) -> None:
     """Train on the first of several days and compare decoders on each later one.
 
-    Units are the same where their names are. Each later day begins with the first day's model.
+    Units are matched by name. Each later day starts with the model of the first day.
     """
     if len(recording) < 2:
         raise ConfigError("--recording", expected="two days or more", got=str(len(recording)))
@@ -169,7 +169,7 @@ def days_experiment(
 
 
 def _chosen(streams: list[Stream], names: list[str] | None) -> list[Stream]:
-    """The first, in which nothing changes, and those named. Raises ConfigError: a name unknown."""
+    """Return the unchanged stream and the named ones. Raises ConfigError for an unknown name."""
     known = [stream.name for stream in streams]
     for name in names or ():
         if name not in known:
@@ -178,7 +178,7 @@ def _chosen(streams: list[Stream], names: list[str] | None) -> list[Stream]:
 
 
 def _active(settings: TrainConfig, base: Recording) -> Any:
-    """Takes of a day the units that the model knows, or that fire often enough."""
+    """Select the units of a day that the model knows, or that fire often enough."""
 
     def of(day: Recording) -> Recording:
         rate = day.mean_counts(0, len(day)) / day.bin_width
@@ -207,7 +207,7 @@ def _by_seed(settings: TrainConfig, seeds: int) -> list[TrainConfig]:
 
 
 def _model(settings: TrainConfig, base: Recording, out: Path, bar: Progress) -> Artifact:
-    """Trained on these units and bins, or the one in the folder that was."""
+    """Train a model on these units and bins, or load it from the folder."""
     said = [settings, base.sha256, base.unit_names, base.bounds, len(base), version("ilqr-vae")]
     digest = hashlib.sha256(msgspec.json.encode(said)).hexdigest()[:12]
     path = out / f"seed{settings.training.seed}-{digest}.safetensors"
@@ -225,7 +225,7 @@ def _compared(
     after: float,
     bar: Progress,
 ) -> dict[str, Any]:
-    """All streams of one seed."""
+    """Compare the decoders on all streams for one seed."""
     split, seed = settings.data.split, settings.training.seed
     steps = _GRU_STEPS * settings.training.steps
     fitted = Fitted.beside(artifact, base, split, steps=steps, seed=seed, progress=bar)
@@ -238,7 +238,7 @@ def _compared(
 
 
 class _Results:
-    """What was found so far, written after each seed."""
+    """The results so far, written after each seed."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class _Results:
         }
 
     def add(self, seed: dict[str, Any]) -> None:
-        """Take the next seed's."""
+        """Add the results of a seed."""
         self._seeds.append(seed)
         content = json.dumps(plain(self.content), indent=1) + "\n"
         write_whole(self._to.with_suffix(".json"), content)

@@ -1,4 +1,4 @@
-"""Training from a notebook; ``ilqr_vae.train`` is this, and loads what was written."""
+"""Training from a notebook; ``ilqr_vae.train`` calls this and loads the result."""
 
 from __future__ import annotations
 
@@ -29,18 +29,17 @@ def train(
     """Fit a model to a recording and write it.
 
     Args:
-        recording: a .nwb, .mat or .h5 file, or a recording that is read already.
+        recording: a .nwb, .mat or .h5 file, or a recording.
         out: the model file.
-        config: a TOML file or a configuration to begin from; else the defaults.
-        kinematics: name of what to decode; None keeps the configuration's.
-        progress: show a bar on standard error, or what receives progress instead.
+        config: a TOML file or a configuration; default: the default configuration.
+        kinematics: name of the series to decode; None keeps the configuration's.
+        progress: whether to show a bar on standard error, or an object that receives progress.
         resume: continue from the checkpoint beside ``out`` if there is one.
-        settings: keys of ``TrainConfig`` instead of the configuration's: ``bin_width=0.02``,
-            ``latents=10``, ``training={"steps": 500}``; see ``files.with_settings``.
+        settings: overrides by key of ``TrainConfig``: ``bin_width=0.02``, ``latents=10``,
+            ``training={"steps": 500}``; see ``files.with_settings``.
 
     Raises:
-        ConfigError: an unknown or ambiguous key, or a value that cannot be; a path that cannot be
-            written.
+        ConfigError: a key is unknown or ambiguous, a value is invalid, or a path is not writable.
         RecordingError, TrainingError: see ``fit.train``.
     """
     out = Path(out)

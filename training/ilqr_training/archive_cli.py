@@ -57,9 +57,9 @@ def archive(
     """Train on, evaluate or decode every recording of a folder, side by side, as Ray tasks.
 
     Each recording has one result file in --out. A second run does only what is missing or has
-    changed. A recording that fails is named and disturbs no other. The summary is summary.json and
-    summary.html in --out. Exit codes: 0 all done; 1 some failed; 2 wrong input or usage. On a
-    cluster all paths must be the same on every node.
+    changed. A failing recording is named and does not affect the others. The summary is
+    summary.json and summary.html in --out. Exit codes: 0 all done; 1 some failed; 2 wrong input or
+    usage. On a cluster all paths must be the same on every node.
     """
     check_ray("archive")
     if (task == "train") != (config is not None):

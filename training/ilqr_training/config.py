@@ -1,4 +1,4 @@
-"""The training configuration: a TOML file holds overrides only; unknown keys are refused."""
+"""The training configuration: a TOML file overrides the defaults; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from ilqr_vae.streaming.horizon import HorizonConfig
 
 
 class ModelConfig(DynamicsOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The ``[model]`` part; beside these keys, those of ``DynamicsOptions``.
+    """The ``[model]`` part; it also takes the keys of ``DynamicsOptions``.
 
     Attributes:
-        latents, inputs: n and m.
-        dynamics: family (``ilqr_vae.model.dynamics``).
-        prior: of the inputs.
-        nu: degrees of freedom at which the Student prior starts.
-        initial_mean: learn the mean of z_0; else it is zero, as in the paper.
-        likelihood: of the counts. With "gaussian" and linear dynamics the estimator is the Kalman
-            filter.
-        link: of Poisson counts.
+        latents, inputs: number of latents n and of inputs m.
+        dynamics: family of the dynamics (``ilqr_vae.model.dynamics``).
+        prior: prior of the inputs.
+        nu: initial degrees of freedom of the Student prior.
+        initial_mean: whether to learn the mean of z_0; if false it is zero, as in the paper.
+        likelihood: likelihood of the counts. With "gaussian" and linear dynamics the estimator is
+            the Kalman filter.
+        link: link function of Poisson counts.
         gain, floor: of Poisson counts: rate = gain (link(C z + b) + floor), with a learned gain for
-            each unit if true; the floor is in counts per bin at a gain of one.
-        kinematics: let the kinematics shape the latents, as a second group of observations; else
-            they are only read out.
+            each unit if ``gain`` is true; the floor is in counts per bin at a gain of one.
+        kinematics: whether kinematics are a second group of observations that shapes the latents;
+            if false they are only decoded.
     """
 
     latents: PositiveInt = 20
@@ -65,23 +65,23 @@ class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The ``[training]`` part.
 
     Attributes:
-        steps: gradient steps at most.
-        batch, chunk: random crops per step, bins per crop.
-        learning_rate, decay: Adam at learning_rate / sqrt(1 + step / decay).
+        steps: largest number of gradient steps.
+        batch, chunk: random crops per step, and bins per crop.
+        learning_rate, decay: Adam with learning rate learning_rate / sqrt(1 + step / decay).
         clip: largest gradient norm.
         kl_warmup: steps over which the KL's weight grows to one.
-        kinematic_weight: of the kinematic term of the bound.
-        posterior: Kronecker (the paper's) or the per-trial Laplace.
-        exact_gradient: implicit gradient with the dynamics' curvature; else Gauss-Newton.
-        iterations, tolerance: of the iLQR solves while training.
-        validate_every: steps between causal validations (zero: only at the end).
-        patience: validations without a better score before stopping.
-        seed: of everything drawn.
-        members: models trained from different seeds, which one model file holds and which are
-            streamed as one: their mean is decoded. More decode better, and cost as many times the
-            training and the solve of one.
-        dtype: of training; the streaming estimator is float64 in any case.
-        device: of the gradient steps: cpu, cuda, cuda:N or auto (cuda where torch sees one).
+        kinematic_weight: weight of the kinematic term of the bound.
+        posterior: Kronecker (the paper's) or per-trial Laplace.
+        exact_gradient: whether the implicit gradient includes the curvature of the dynamics; if
+            false it is Gauss-Newton.
+        iterations, tolerance: limits of the iLQR solves during training.
+        validate_every: steps between causal validations; zero validates only at the end.
+        patience: number of validations without a better score before stopping.
+        seed: seed of all random numbers.
+        members: number of models trained from different seeds and saved in one file, whose mean is
+            decoded. More members decode better, at proportional cost of training and streaming.
+        dtype: floating-point type of training; the streaming estimator is always float64.
+        device: device of the gradient steps: cpu, cuda, cuda:N or auto (cuda if available).
     """
 
     steps: PositiveInt = 1000
@@ -108,23 +108,25 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """The ``[readout]`` part: from causal latents to kinematics, fitted on the training part.
 
     Attributes:
-        lags: how many earlier estimates of the window it reads beside the newest, as far as the
-            estimator's horizon holds them.
-        residuals: bins whose unexplained spikes it may read, as far as the horizon holds them; zero
+        lags: number of earlier estimates of the window to read beside the newest, at most as many
+            as the estimator's horizon holds.
+        residuals: number of bins whose residual spikes may be read, at most as many as the horizon
+            holds; zero for none.
+        hidden: units of each hidden layer; zero for none.
+        members: number of hidden layers that are averaged.
+        steps: gradient steps of the hidden layers.
+        dropout: dropout of hidden units, and half of it of features and of units; also of the
+            recurrent layer's inputs and units.
+        recurrent: units of a recurrent layer over the counts of the last ``lags`` bins; zero for
+            none.
+        recurrent_steps: largest number of gradient steps of the recurrent layer.
+        later: number of later bins after which a bin may be decoded again, at most ``lags``; zero
             for none.
-        hidden: units of each hidden layer it may have; zero for none.
-        members: hidden layers averaged.
-        steps: gradient steps of the hidden layers' training.
-        dropout: share of hidden units left out in it; of features and of units, half of that. Of
-            the recurrent layer's inputs and units as well.
-        recurrent: units of a layer that may run over the last ``lags`` bins' counts; zero for none.
-        recurrent_steps: gradient steps of its training at most.
-        later: bins after which it may decode a bin once more, as far as ``lags``; zero for none.
-        lost: shares of the bins that are left out in further passes over the training part, from
-            which all but the penalties and shares are learnt as well.
-        alphas: ridge strengths tried on the validation part, for latents and unexplained spikes.
-        classes: whether to fit a discrete output too: the probability of each condition of the
-            trials (``data.trials.condition``) from the latents, calibrated on the validation part.
+        lost: shares of bins that are dropped in further passes over the training part, on which all
+            but the penalties and shares are also fitted.
+        alphas: ridge penalties to try on the validation part, for latents and residual spikes.
+        classes: whether to also fit a discrete output: the probability of each condition of the
+            trials (``data.trials.condition``) given the latents, calibrated on the validation part.
     """
 
     lags: Annotated[NonNegativeInt, unit("bins")] = 9
@@ -149,7 +151,7 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     classes: bool = False
 
     def within(self, horizon: int) -> ReadoutConfig:
-        """With no more lags and residuals than the horizon holds."""
+        """Return a copy with at most as many lags and residuals as the horizon holds."""
         lags = min(self.lags, horizon)
         return msgspec.structs.replace(
             self,
@@ -160,7 +162,7 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def shape(self) -> ReadoutShape:
-        """The most it may read."""
+        """Shape of the largest readout."""
         return ReadoutShape(
             lags=self.lags,
             residuals=self.residuals,
@@ -170,7 +172,7 @@ class ReadoutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything that decides a training run, beside the recording itself."""
+    """All settings of a training run."""
 
     data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
     model: ModelConfig = msgspec.field(default_factory=ModelConfig)
@@ -180,7 +182,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 def check(config: TrainConfig) -> TrainConfig:
-    """The configuration, its ranges checked. Raises ConfigError naming the key."""
+    """Return the configuration after range checks. Raises ConfigError naming an invalid key."""
     config = to_struct(config, TrainConfig, "config")
     model = config.model
     if model.activation not in ACTIVATIONS:
@@ -201,7 +203,7 @@ def check(config: TrainConfig) -> TrainConfig:
 
 
 def with_fraction(config: TrainConfig, fraction: float) -> TrainConfig:
-    """The same, learning from that share of the recording (``SplitSpec.fraction``)."""
+    """Return a copy that trains on this share of the recording (``SplitSpec.fraction``)."""
     split = msgspec.structs.replace(config.data.split, fraction=fraction)
     data = msgspec.structs.replace(config.data, split=split)
     return msgspec.structs.replace(config, data=data)
@@ -210,7 +212,7 @@ def with_fraction(config: TrainConfig, fraction: float) -> TrainConfig:
 def overridden(
     config: TrainConfig, *, fraction: float | None = None, **given: int | str | None
 ) -> TrainConfig:
-    """A configuration with ``[training]`` keys replaced where one is given. Raises ConfigError."""
+    """Return a copy with the given ``[training]`` keys replaced. Raises ConfigError."""
     changes = {k: v for k, v in given.items() if v is not None}
     loop = msgspec.structs.replace(config.training, **changes)
     changed = msgspec.structs.replace(config, training=loop)
@@ -218,5 +220,5 @@ def overridden(
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read a config. Raises ConfigError: no file, not TOML, unknown key, wrong type or value."""
+    """Read a TOML file. Raises ConfigError if it is missing or invalid."""
     return check(read_toml(Path(path), TrainConfig))

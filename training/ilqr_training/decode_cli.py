@@ -71,7 +71,7 @@ def decode(
     json_file: JsonFile = None,
     threads: Threads = None,
 ) -> None:
-    """Train a model and its baselines on a recording with several seeds, and compare them."""
+    """Train a model and baselines on a recording with several seeds, and compare them."""
     if span not in ("validation", "test"):
         raise ConfigError("--span", expected="validation or test", got=repr(span))
     shares = StressPlan.lost if lost is None else tuple(lost)

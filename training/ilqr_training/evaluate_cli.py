@@ -1,4 +1,4 @@
-"""``ilqr-vae evaluate``: score a model's causal decodes on a span of a recording, offline."""
+"""``ilqr-vae evaluate``: score the causal decodes of a model on a span of a recording."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXAMPLE = "Example: ilqr-vae evaluate reach.safetensors --recording reach.nwb --
 def decodes_of(
     baselines: dict[str, Baseline], bins: tuple[int, int], drops: NDArray[np.bool_]
 ) -> dict[str, NDArray[np.float64]]:
-    """Decodes of all baselines but the Wiener filter; ``drops`` (T,) marks the bins left out."""
+    """Return decodes of all baselines but the Wiener filter; ``drops`` (T,) marks dropped bins."""
     missing = drops[:, None]
     decodes = {
         name: b.decode(bins, missing=missing) for name, b in baselines.items() if name != WIENER
@@ -50,7 +50,7 @@ def decodes_of(
 def _later(
     result: Causal, read: Recording, bins: tuple[int, int]
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Decodes and deviations of bins that waited for later ones, by name."""
+    """Return fixed-lag decodes and their deviations by name."""
     if result.scales is None:
         return {}
     inside = (read.breaks > bins[0]) & (read.breaks < bins[1])
@@ -59,7 +59,7 @@ def _later(
 
 
 def _costs(fitted: dict[str, Baseline], artifact: Artifact, answer: float) -> Table:
-    """What decoders take beside ours."""
+    """Return the table of the decoders' costs."""
     trained = artifact.manifest.provenance.get("training_seconds", "")
     rows = [(OURS, "", trained, f"{1e3 * answer:.2f}")]
     rows += [
@@ -119,9 +119,9 @@ def evaluate(
     ] = None,
     draws: Draws = StressPlan.draws,
 ) -> None:
-    """Score causal decodes on a span, beside a Wiener filter's on the same bins.
+    """Score causal decodes on a span, beside those of a Wiener filter on the same bins.
 
-    The estimator is the one the service streams with, so its answers are the same.
+    The estimator is the one that the service uses, so the estimates are the same.
     """
     chosen = parse_span(span)
     outputs = Outputs(json_file=json_file, html_file=html_file, arrays_file=arrays_file)

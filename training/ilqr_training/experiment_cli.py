@@ -1,4 +1,4 @@
-"""``ilqr-vae experiment``: the paper's experiments on simulated data, and a recording of yours."""
+"""``ilqr-vae experiment``: the paper's experiments on simulated data, and ones on a recording."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ from ilqr_vae.terminal import console
 
 
 class _Named(TyperGroup):
-    """Names the experiments there are when one is unknown."""
+    """A command group that lists the experiments if one is unknown."""
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # click's types: typer ships its own
+    # typer ships its own copy of click's types
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         found, names = super().get_command(ctx, cmd_name), (*NAMES, "decode", "adapt", "days")
         if found is None:
             raise ConfigError(
@@ -49,10 +50,10 @@ app = typer.Typer(cls=_Named, add_completion=False, pretty_exceptions_enable=Fal
 
 
 def settings_of(name: str, config: Path | None) -> msgspec.Struct:
-    """An experiment's settings: its defaults, with what a TOML file overrides.
+    """Return the settings of an experiment: its defaults with the overrides of a TOML file.
 
     Raises:
-        ConfigError: no such experiment, no such file, not TOML, an unknown key or a wrong type.
+        ConfigError: there is no such experiment, or the file is missing or invalid.
     """
     kind = find(name).settings
     return kind() if config is None else read_toml(config, kind)
@@ -72,7 +73,7 @@ def _picture(outcome: ExperimentResult, path: Path) -> None:
 def run_paper(
     name: str, seed: int, config: Path | None, json_file: Path | None, threads: int | None
 ) -> None:
-    """Run one of the paper's experiments and print its figures. Raises ConfigError."""
+    """Run an experiment of the paper and print its figures. Raises ConfigError."""
     settings = settings_of(name, config)
     check_writable(json_file, "--json")
     use_threads(threads)
@@ -99,7 +100,7 @@ def run_paper(
 
 
 def _shown(name: str, value: Any) -> str:
-    """A figure for the terminal."""
+    """Format a figure for the terminal."""
     if isinstance(value, dict):
         return "; ".join(f"{k} {_shown(k, v)}" for k, v in value.items())
     if isinstance(value, list | tuple):

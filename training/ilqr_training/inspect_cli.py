@@ -1,4 +1,4 @@
-"""``ilqr-vae inspect``: what is inside a model file, a recording, or a service's journal."""
+"""``ilqr-vae inspect``: the contents of a model file, a recording, or a journal."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ilqr_vae.recordings.contents import contents_of
 from ilqr_vae.report.table import Section, named, number, show_sections
 from ilqr_vae.terminal import console
 
-if TYPE_CHECKING:  # torch is needed for models alone
+if TYPE_CHECKING:  # torch is needed for models only
     from ilqr_vae.artifact import Manifest
 
 GROUP = "ilqr_vae.inspect"
-"""Entry points of what other packages can look into; the value is called with the path."""
+"""Entry points of other packages that inspect folders; each is called with the path."""
 
 _SCORES = {
     "r2": "causal R2, mean",
@@ -29,19 +29,19 @@ _SCORES = {
     "iterations": "iterations per bin",
     "class_accuracy": "bins whose class is right, share",
 }
-"""What the scores of a manifest are called."""
+"""Labels of the scores in a manifest."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class _Config(msgspec.Struct):
-    """The part of a training configuration that says how to read a recording."""
+    """The part of a training configuration that controls how to read a recording."""
 
     data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
 
 
 def model_sections(manifest: Manifest) -> list[Section]:
-    """A model file's manifest."""
+    """Return the manifest of a model file as sections."""
     spec = manifest.model
     groups = ", ".join(f"{k} ({g.family}, {g.channels})" for k, g in spec.groups.items())
     channels = zip(manifest.kinematic_names, manifest.kinematic_units, strict=True)
@@ -74,7 +74,7 @@ def model_sections(manifest: Manifest) -> list[Section]:
 
 
 def _looked_into(path: Path, config: Path | None) -> tuple[Any, list[Section]]:
-    """What is there, for JSON, and as sections."""
+    """Return the contents for JSON, and as sections."""
     if path.is_dir():
         found = next(iter(entry_points(group=GROUP, name="journal")), None)
         if found is None:
@@ -108,9 +108,9 @@ def inspect(
 ) -> None:
     """Show what is inside a model, a recording or a journal.
 
-    Of a model: shapes, units, scores, where it came from; the file is checked. Of a recording: its
-    units, series and trials, and what would be read with the defaults or with --config, and why. Of
-    a journal: its sessions, models and answers. Exit codes: 0 shown, 2 not readable.
+    For a model: shapes, units, scores and provenance; the file is checked. For a recording: units,
+    series and trials, and what would be read with the defaults or with --config, and why. For a
+    journal: sessions, models and answers. Exit codes: 0 shown, 2 not readable.
     """
     check_writable(json_file, "--json")
     found, sections = _looked_into(path, config)

@@ -33,12 +33,12 @@ Draws = Annotated[int, typer.Option(help="With --stress: the number of random dr
 
 
 def use_threads(count: int | None) -> None:
-    """Give the compiled kernels the cores, and torch one thread.
+    """Use this many threads for the compiled kernels, and one for torch.
 
-    The batched torch operations here are small, and two pools of threads on the same cores slow
-    each other by an order of magnitude on a busy machine.
+    The batched torch operations here are small, and on a busy machine two thread pools on the same
+    cores slow each other by an order of magnitude.
     """
-    import torch  # imported late: verbs that do not need it start faster
+    import torch  # imported late, so that verbs that do not need it start faster
 
     from ilqr_vae.kernels.cpu import threads
 

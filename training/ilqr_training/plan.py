@@ -1,4 +1,4 @@
-"""What ``ilqr-vae train --check`` says: what training would do, without a step of it."""
+"""The output of ``ilqr-vae train --check``: what training would do."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from ilqr_vae.report.table import Section, named
 
 
 class TrainingPlan(msgspec.Struct, frozen=True):
-    """What training would do.
+    """A description of a training run.
 
     Attributes:
         recordings: names of the files.
-        units, left_out: units trained on, and those read but slower than ``data.min_rate``.
-        bins, bin_width, masked: of the recording, seconds, and bins that are no data.
+        units, left_out: units to train on, and those that fire more slowly than ``data.min_rate``.
+        bins, bin_width, masked: number of bins, their width in seconds, and the number of masked
+            bins.
         split: first and last bin of each part.
         kinematics: channels with their units of measure.
-        classes: of the discrete output, where it is asked for.
+        classes: classes of the discrete output, if configured.
         warnings, notes: see ``Recording``.
-        settings: of model and training.
-        device: of the gradient steps.
-        memory, free: bytes at most, and what is free now.
-        seconds: None: the time is known after the first steps alone.
+        settings: settings of model and training.
+        device: device of the gradient steps.
+        memory, free: peak memory and free memory, in bytes.
+        seconds: None: the time is known only after the first steps.
     """
 
     recordings: list[str]
@@ -55,10 +56,10 @@ class TrainingPlan(msgspec.Struct, frozen=True):
 
 
 def plan_of(config: TrainConfig, recordings: list[Path]) -> TrainingPlan:
-    """Read the recordings as training would and stop there.
+    """Read the recordings as training would, and describe the run.
 
     Raises:
-        RecordingError, ConfigError: what training would be refused for.
+        RecordingError, ConfigError: training would be refused.
     """
     read, data = _data(config, recordings)
     refuse_hopeless(config, data)
@@ -85,7 +86,7 @@ def plan_of(config: TrainConfig, recordings: list[Path]) -> TrainingPlan:
 
 
 def _data(config: TrainConfig, recordings: list[Path]) -> tuple[Recording, Prepared]:
-    """As read, and as it would be trained on."""
+    """Return the recordings as read, and the data to train on."""
     if len(recordings) == 1:
         read = load_recording(recordings[0], config.data)
         return read, prepare(read, config.data, chunk=config.training.chunk)
@@ -95,7 +96,7 @@ def _data(config: TrainConfig, recordings: list[Path]) -> tuple[Recording, Prepa
 
 
 def sections_of(plan: TrainingPlan) -> list[Section]:
-    """A plan for the terminal."""
+    """Return the plan as sections for the terminal."""
     loop, model, width = plan.settings.training, plan.settings.model, plan.bin_width
     seconds = {span: (b - a) * width for span, (a, b) in plan.split.items()}
     split = (f"{s} {a} to {b} ({seconds[s]:.4g} s)" for s, (a, b) in plan.split.items())

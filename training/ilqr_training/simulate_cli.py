@@ -59,7 +59,7 @@ def simulate(
 
 
 def write_session(path: Path, session: SimulatedSession, *, force: bool = False) -> Path:
-    """Write a simulated session as NWB. Raises RecordingError (see ``write_nwb``)."""
+    """Write a simulated session as NWB. Raises RecordingError, see ``write_nwb``."""
     trials = session.trials
     return write_nwb(
         path,
@@ -119,7 +119,7 @@ def write_session(path: Path, session: SimulatedSession, *, force: bool = False)
 
 
 def summarise(path: Path, session: SimulatedSession) -> dict[str, Any]:
-    """A summary of the session, ready for JSON."""
+    """Return a summary of the session, ready for JSON."""
     return {
         "file": str(path),
         "seed": session.seed,

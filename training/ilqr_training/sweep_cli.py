@@ -80,9 +80,9 @@ def sweep(
 ) -> None:
     """Search for the settings whose models score best on the validation part, side by side.
 
-    The test part is never looked at. In --out: best.safetensors, the best trial's best seed, which
-    serves; sweep.json, every trial; sweep.png, their picture. After an interruption of any kind the
-    same command goes on. On a cluster --out and --recording must be the same on every node.
+    The test part is never used. --out receives best.safetensors (the model of the best seed of the
+    best trial), sweep.json (all trials) and sweep.png (their picture). After an interruption the
+    same command continues. On a cluster --out and --recording must be the same on every node.
     """
     check_ray("sweep")
     settings = overridden(load_config(config), steps=steps)
@@ -106,7 +106,7 @@ def sweep(
     check_folder(out, "--out")
     check_writable(json_file, "--json")
     check_html(out / "sweep.png" if out.is_dir() else None, "--out")
-    from ilqr_training.distributed.live import LiveTable  # Ray is there
+    from ilqr_training.distributed.live import LiveTable  # Ray is installed
 
     with connected(address):
         tuner = tuner_of(plan, out, [LiveTable(tuple(axis.key for axis in axes))])

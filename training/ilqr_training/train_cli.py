@@ -31,7 +31,7 @@ from ilqr_vae.terminal import console
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _RIVAL_STEPS = 600
-"""Of the rivals' GRU at most: seconds."""
+"""Largest number of gradient steps of the rivals' GRU, which then takes seconds to fit."""
 
 EXAMPLE = "Example: ilqr-vae train mine.toml --recording reach.nwb --out reach.safetensors"
 
@@ -110,8 +110,8 @@ def train_command(
 ) -> None:
     """Fit a model to a recording: its latent dynamics, and a causal readout of its kinematics.
 
-    Trains on the first part of the recording, chooses everything on the validation part, never
-    looks at the test part. Interrupted runs continue with --resume, to the same result.
+    Trains on the first part of the recording, makes all choices on the validation part and never
+    uses the test part. Interrupted runs continue with --resume, to the same result.
     """
     if out.suffix != ".safetensors":
         raise ConfigError("--out", expected="a name ending in .safetensors", got=str(out))
@@ -198,7 +198,7 @@ def train_command(
 
 
 def _show_scores(manifest: Manifest, beside: dict[str, float], screen: Console) -> None:
-    """Print the scores on the validation part, on which everything was chosen."""
+    """Print the scores on the validation part, on which all choices were made."""
     scores = manifest.measured
     if "r2" in scores:
         methods = {OURS: scores} | {name: {"r2": score} for name, score in beside.items()}
@@ -218,7 +218,7 @@ def _say_plan(plan: TrainingPlan, json_file: Path | None) -> None:
 
 
 def _baselines(data: Prepared, settings: TrainConfig, gru: bool, bar: Bar) -> dict[str, float]:
-    """Return the baselines' mean R2 on the validation part by name."""
+    """Return the mean R2 of each baseline on the validation part."""
     if data.recording.kinematics is None:
         return {}
     try:
@@ -229,7 +229,7 @@ def _baselines(data: Prepared, settings: TrainConfig, gru: bool, bar: Bar) -> di
             seed=settings.training.seed,
             progress=bar,
         )
-    except ShapeError as error:  # a baseline that cannot be fitted must not hide the model's scores
+    except ShapeError as error:  # the model's scores are shown even if a baseline cannot be fitted
         bar.log(f"no baselines: {error}")
         return {}
     return {name: baseline.validation_r2 for name, baseline in fitted.items()}
