@@ -1,6 +1,6 @@
-"""Answers to requests about the service itself: what it is, what it serves, and to serve another.
+"""Answers to requests about the service itself: its description, its models, and changes of model.
 
-No sockets: what is asked for comes back as ``Effects``, like everything else the service does.
+No sockets: the results are ``Effects``, as for the session table.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Request = (
 
 
 class Control:
-    """Takes requests. Used by the I/O thread alone.
+    """Handles requests. Only the I/O thread may use it.
 
     Args:
-        table, slots: what they are about.
-        journal: where a request that changes something is recorded.
-        rate: requests a second of one sender.
-        described: what the service says of itself.
+        table, slots: sessions and models that requests refer to.
+        journal: records requests that change something.
+        rate: requests per second of one sender.
+        described: description of the service.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Control:
     def answer(
         self, owner: bytes, user: str, message: Request, frame: bytes, received: int
     ) -> Effects:
-        """What a request asks for. Raises ProtocolError: too many, or one that cannot be met."""
+        """Carry out a request. Raises ProtocolError if there are too many or it is refused."""
         self._limit.check(owner, received)
         began_ns = time.thread_time_ns()
         try:
@@ -76,5 +76,5 @@ class Control:
                 effects = self._slots.swap(owner, message)
             case messages.Rollback():
                 effects = self._slots.rollback(owner, message)
-        self._journal.control(user, frame)  # only what was accepted
+        self._journal.control(user, frame)  # only accepted requests
         return effects

@@ -50,7 +50,7 @@ def export(
     institution: Institution = "",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a session as NWB: its bins, the answers, the model's manifest and the settings."""
+    """Write a session as NWB: bins, answers, the manifest of the model and the settings."""
     check_writable(out, "--out")
     damage: list[str] = []
     with Bar() as bar:

@@ -65,10 +65,10 @@ def fleet(
 
     Example: ilqr-vae fleet model.safetensors --journal /shared/journals --servers 2:8
 
-    A client opens a session at the fleet's address and follows to its server. The sessions of a
-    server that dies or hangs are taken up by another one from its journal. Monitor, dashboard and
-    models take the fleet's address: a model is tried on all servers, then served by one after the
-    other. Model, journals and keys are files that every node sees at the same path; without a
+    A client opens a session at the fleet's address and is redirected to its server. If a server
+    dies or hangs, another one takes over its sessions from its journal. Monitor, dashboard and
+    models use the fleet's address; a new model is tried on all servers, then served by one after
+    the other. Model, journals and keys must be visible to every node at the same path. Without a
     shared folder for journals, --replicate copies each to a second node as it is written.
     """
     check_ray("fleet")
@@ -80,7 +80,7 @@ def fleet(
     if bool(settings.keys) != (key is not None):
         raise ConfigError("--key", expected="a key with --keys, and none without", got=str(key))
     logs.configure(settings.log)
-    from ilqr_service.fleet.fleet import Fleet  # its libraries take seconds
+    from ilqr_service.fleet.fleet import Fleet  # importing Ray takes seconds
 
     with stop_on_signals() as stop, connected(address):
         running = Fleet(

@@ -1,8 +1,9 @@
-"""Many servers behind one address: Ray actors that serve, and a gateway that knows where.
+"""Many servers behind one address: servers in Ray actors, and a gateway that locates sessions.
 
-A client opens a session at the gateway and is told where it lives; bins and answers then go between
-the client and its server alone. A server that dies leaves its journal: another one takes it up.
+A client opens a session at the gateway and is redirected to a server. Bins and answers then go
+directly between client and server. When a server dies, another one takes over its sessions from its
+journal.
 """
 
 PATIENCE_S = 3.0
-"""How long a server may not answer until it counts as dead."""
+"""Seconds without a reply after which a server counts as dead."""

@@ -1,6 +1,6 @@
-"""A fleet: sessions placed on its members, their number changed by the load, one page of metrics.
+"""A fleet: places sessions on members, scales with the load, and collects all metrics.
 
-Clients of a server that was taken up are told where it is as soon as it is there.
+Clients of a server that was taken over are sent its new address as soon as it runs.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ _QUIET_S = 60.0
 
 
 class Fleet:
-    """Servers of one model on a Ray cluster that this process is connected to.
+    """Servers of one model on the Ray cluster to which this process is connected.
 
     Args:
-        model: file that every node sees.
-        settings: of every server; its addresses and ``http`` are the fleet's.
-        root: folder of the journals, which every node sees; sessions left in it go on.
-        replicate: ``root`` is each node's own, and journals are copied to a second node.
-        fewest, most: members; between the two it follows the load.
-        cpus, gpus: of each member; also its threads.
-        key: to reach servers that have keys.
-        host: address of their nodes that servers bind to; loopback without keys.
+        model: model file, visible to every node.
+        settings: settings of every server; the addresses and ``http`` are those of the fleet.
+        root: folder of the journals, visible to every node; open sessions in it are resumed.
+        replicate: ``root`` is local to each node, and journals are copied to a second node.
+        fewest, most: limits of the number of members, which follows the load.
+        cpus, gpus: resources of each member; ``cpus`` is also its number of threads.
+        key: key for access to servers that require keys.
+        host: address that servers bind to on their node; loopback without keys.
         patience: seconds without a reply after which a server counts as dead.
 
     Raises:
-        ArtifactError: the model file cannot be read.
-        ServiceError: the cluster has no room for ``fewest``, or an address cannot be bound.
+        ArtifactError: the model file could not be read.
+        ServiceError: the cluster has no room for ``fewest`` members, or an address could not be
+            bound.
     """
 
     def __init__(
@@ -78,10 +79,10 @@ class Fleet:
             ingest=f"tcp://{host}:*",
             results=f"tcp://{host}:*",
             http="",
-            # a member without a share of a GPU may be on a node that has one
+            # a member that uses no GPU may run on a node that has one
             device="cpu" if settings.device == "auto" and not gpus else settings.device,
             threads=settings.threads or max(1, int(cpus)),
-            control_rate=1e9,  # the gateway asks for everybody
+            control_rate=1e9,  # the gateway enforces the limit for all senders
             models=str(folder),
         )
         self._model = read_manifest(model).model_id
@@ -133,20 +134,20 @@ class Fleet:
 
     @property
     def takeovers(self) -> list[tuple[str, float]]:
-        """Names of servers that were taken up, and how many seconds they were down."""
+        """Servers that were taken over, and their seconds of downtime."""
         return list(self._members.takeovers)
 
     @property
     def copies(self) -> int:
-        """Servers whose journal has a copy on a second node."""
+        """Servers with a complete copy of their journal on a second node."""
         return self._members.in_step
 
     def servers(self) -> list[Server]:
-        """Those that answer."""
+        """Servers that answer."""
         return self._members.servers()
 
     def places(self) -> list[tuple[Place, list[str]]]:
-        """Of each member where it runs, and its servers' names."""
+        """Return where each member runs, and the names of its servers."""
         with self._members.lock:
             return [(member.place, sorted(member.servers)) for member in self._members.alive]
 
@@ -154,7 +155,7 @@ class Fleet:
         return len(self._members)
 
     def close(self) -> None:
-        """Answer what is queued, end all sessions and members. A second call does nothing."""
+        """Answer queued bins, end all sessions and members. A second call has no effect."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -166,10 +167,10 @@ class Fleet:
         self._members.close()
 
     def scale(self, count: int) -> None:
-        """Have so many members from here on. Sessions of those that go live on with the others.
+        """Set the number of members. Sessions of removed members continue on others.
 
         Raises:
-            ServiceError: the cluster has no room for as many.
+            ServiceError: the cluster has no room for that many.
         """
         with self._sizing:
             self.fewest, self.most = count, max(count, self.most)
@@ -193,7 +194,7 @@ class Fleet:
                 logs.exception("the fleet goes on")
 
     def _measure(self) -> None:
-        """What each member uses, and how many sessions it has."""
+        """Measure what each member uses, and count its sessions."""
         import ray
         from ray.exceptions import RayError
 
@@ -217,7 +218,7 @@ class Fleet:
             busy = (now.cpu_s - before.cpu_s) / max(1e-3, now.at_s - before.at_s)
             sessions = sum(counts.get(name, 0) for name in list(member.servers))
             with self._members.lock:
-                # what was measured is as old as the call
+                # the measurement is as old as the call
                 while member.placed and member.placed[0] < time.monotonic() - 3 * _MEASURE_S:
                     member.placed.popleft()
                 member.load = ServerLoad(
@@ -227,8 +228,7 @@ class Fleet:
                 member.quiet_since = time.monotonic()
 
     def _resize(self) -> None:
-        """Between ``fewest`` and ``most`` members: one more where there is little room, one less
-        where one had no session for long."""
+        """Add a member if there is little room; remove one that had no session for long."""
         loads = [member.load for member in list(self._members.alive)]
         if not loads:
             return
@@ -244,7 +244,7 @@ class Fleet:
             self._members.retire(idle[0])
 
     def _fits(self) -> bool:
-        """Whether the cluster has room for one more member now: else it would be waited for."""
+        """Return whether a member would fit now; otherwise starting one would block."""
         import ray
 
         free = ray.available_resources()
@@ -269,7 +269,7 @@ class Fleet:
             return min(member.servers.values(), key=lambda server: server.name)
 
     def _taken_up(self, name: str, there: bool) -> None:
-        """Remember how long it was down, and tell its clients."""
+        """Record the downtime of a server, and redirect its clients."""
         if not there:
             self.gateway.forget(name)
             return
@@ -282,13 +282,13 @@ class Fleet:
         return round(down * 1e9) if time.monotonic() - at < _NEWS_S else 0
 
     def _served(self, name: str, listed: messages.ModelList, path: str) -> None:
-        """Follow a change of model: what a server is started with when it is taken up."""
+        """Record a change of model, for servers that are taken over later."""
         with self._members.lock:
             for info in listed.models:
                 if path and info.role in ("serving", "shadow"):
                     found = (Path(self._settings.models) / path).resolve()
                     self._paths.setdefault(info.model, str(found))
-            first = listed.models[0]  # what the first slot serves
+            first = listed.models[0]  # the model of the first slot
             self._serving[name] = first.model
             if {self._serving.get(s.name, self._model) for s in self.servers()} == {first.model}:
                 self._model = first.model
@@ -296,7 +296,7 @@ class Fleet:
     # ---- /metrics ------------------------------------------------------------------------------
 
     def collect(self) -> list[Metric]:
-        """The fleet's own metrics, and those of every server with its name."""
+        """Yield the metrics of the fleet, and those of each server labelled by its name."""
         import ray
         from ray.exceptions import RayError
 

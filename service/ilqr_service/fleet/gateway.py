@@ -1,7 +1,7 @@
-"""The one address of a fleet: says where sessions live, and asks all servers what is asked of it.
+"""The address of a fleet: redirects clients to servers, and forwards requests to all servers.
 
-Bins and answers do not pass here, but for subscribers at the gateway's own results address: topics
-that somebody subscribed to are subscribed to at every server.
+Bins and answers do not pass through it. The exception are subscribers at its own results address:
+it subscribes to their topics at every server.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ Reply = TypeVar("Reply", bound=messages.Message)
 
 
 class _Home(NamedTuple):
-    """Where a session lives: its server, when this was said to one that opens it, and its client's
-    connection, where it came here."""
+    """Location of a session: server, time of the redirect, and the client's connection if any."""
 
     server: str
     at: float
@@ -46,16 +45,16 @@ class _Home(NamedTuple):
 
 
 class Gateway:
-    """Binds the fleet's addresses. Its thread owns all sockets.
+    """Binds the addresses of the fleet. Its thread owns all sockets.
 
     Args:
-        settings: of the addresses and keys.
-        key: with which it speaks to the servers, where they have keys; of a user with all roles.
-        servers: those that answer now.
-        place: the server for a new session. Raises ProtocolError: all are full.
-        took_up: how long sessions of a server were down, by name, while this is news.
-        missing: whether servers are being taken up at this moment.
-        served: told which models a server has after a change, and from which file.
+        settings: addresses and keys.
+        key: key of a user with all roles, to connect to servers that require keys.
+        servers: returns the servers that answer.
+        place: returns the server for a new session. Raises ProtocolError if all are full.
+        took_up: returns the downtime of recently taken-over servers by name.
+        missing: returns whether servers are being taken over.
+        served: called with the models of a server after a change, and the loaded file.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Gateway:
         self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start to answer."""
         self._thread.start()
 
     def close(self) -> None:
@@ -108,15 +107,15 @@ class Gateway:
         self._context.destroy(linger=0)
 
     def announce(self, name: str) -> None:
-        """Send the clients of a server's sessions to its new address. From any thread."""
+        """Redirect the clients of a server to its new address. Thread-safe."""
         self._news.put((name, True))
 
     def forget(self, name: str) -> None:
-        """The sessions of a server cannot be taken up. From any thread."""
+        """Drop the sessions of a server, which cannot be taken over. Thread-safe."""
         self._news.put((name, False))
 
     def infos(self) -> list[tuple[Server, messages.SessionInfo]]:
-        """The open sessions of all servers that answer, and where each is. From any thread."""
+        """Return the open sessions of all servers that answer, with their servers. Thread-safe."""
         asked = self._ask_all(messages.Sessions(), messages.SessionList)
         found = [(server, info) for server, listed in asked for info in listed.sessions]
         answered, now = {server.name for server, _ in asked}, time.monotonic()
@@ -168,7 +167,7 @@ class Gateway:
                 self._connections.expel("results")
 
     def _relay(self) -> None:
-        """Follow servers and subscriptions, and pass on what came."""
+        """Update connections and subscriptions, and forward messages."""
         servers = {server.name: server for server in self._servers()}
         for name, server in list(self._heard.items()):
             if servers.get(name) != server:
@@ -188,7 +187,7 @@ class Gateway:
             topic, frame = self._sub.recv_multipart()
             message = messages.decode_published(frame)
             if isinstance(message, messages.Notice) and message.what == "subscribed":
-                continue  # of each server; the gateway has said so itself
+                continue  # each server sends one; the gateway has sent its own
             exact = not isinstance(message, messages.Notice | messages.Result)
             self._publisher.publish(topic, frame, exact=exact)
 
@@ -281,7 +280,7 @@ class Gateway:
         return _moved(message.session, message.epoch, server, down_ns)
 
     def _tell(self, name: str, there: bool) -> None:
-        """Send the clients of a server's sessions to where it is now, or forget the sessions."""
+        """Redirect the clients of a server to its current address, or drop its sessions."""
         server = next((s for s in self._servers() if s.name == name), None)
         with self._lock:
             homes = {session: h for session, h in self._homes.items() if h.server == name}
@@ -295,12 +294,12 @@ class Gateway:
                 self._reply(home.owner, moved)
 
     def _where(self, session: str) -> Server | None:
-        """The server that has the session, or was named for it just now.
+        """Return the server that has the session, or to which it was just redirected.
 
-        Raises ProtocolError: it died, and no other one has taken the session up yet.
+        Raises ProtocolError if it died and no other one has taken over yet.
         """
         if session not in self._homes:
-            self.infos()  # opened at a server's own address
+            self.infos()  # opened directly at a server
         home = self._homes.get(session)
         if home is None:
             return None
@@ -314,7 +313,7 @@ class Gateway:
     def _ask(
         self, server: Server, message: messages.Message, kind: type[Reply], limit: float = _ASK_S
     ) -> Reply:
-        """What one server answers. Raises ProtocolError: refused, or no answer."""
+        """Ask one server. Raises ProtocolError if it refuses or does not answer."""
         for _, reply in self._ask_all(message, kind, [server], limit):
             return reply
         raise ProtocolError("service", expected="an answer", got=f"none of {server.name}")
@@ -331,7 +330,7 @@ class Gateway:
         servers: list[Server] | None = None,
         limit: float = _ASK_S,
     ) -> list[tuple[Server, Reply]]:
-        """What servers answer in time, by sockets of this call. Raises ProtocolError: refused."""
+        """Ask servers; return the answers that come in time. Raises ProtocolError if refused."""
         sockets: dict[Any, Server] = {}
         found: list[tuple[Server, Reply]] = []
         poller, end = zmq.Poller(), time.monotonic() + limit

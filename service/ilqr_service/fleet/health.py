@@ -1,8 +1,8 @@
-"""Which servers of a fleet answer: a probe each 0.3 s, and the connection it goes by.
+"""Detection of dead servers, by a probe every 0.3 s and by the state of its connection.
 
-A process that is killed closes its connections, and nobody listens at its address: that is known
-within a fraction of a second. One that hangs, or whose machine lost its power, only stays silent:
-that is known after ``patience`` seconds of probes without a reply.
+When a process is killed, its connections close and its address refuses new ones: this is detected
+within a fraction of a second. A process that hangs, or whose machine lost power, is only silent:
+this is detected after ``patience`` seconds of probes without a reply.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from ilqr_vae.protocol.keys import ClientKey
 _PROBE_S = 0.3
 _RECONNECT_MS = 50
 _REFUSED = 3
-"""Attempts to connect again: the first is announced as the connection breaks, two have failed."""
+"""Attempts to reconnect after which a server is dead; the first is reported when the connection
+breaks, so two have failed.
+"""
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 
 
 class _Pulse:
-    """Probes to one server. Time comes in: seconds of a monotonic clock."""
+    """Probes to one server. The caller passes the time in seconds of a monotonic clock."""
 
     def __init__(self, socket: zmq.Socket[bytes], server: Server, now: float) -> None:
         self.server = server
@@ -43,9 +45,9 @@ class _Pulse:
         socket.connect(server.ingest)
 
     def look(self, now: float) -> None:
-        """Take what came, count a probe without reply, and send the next.
+        """Read replies, count a missed probe, and send the next one.
 
-        However long nobody looked, one probe is missed at most.
+        At most one probe is counted as missed per call, however long ago the last call was.
         """
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
@@ -71,10 +73,10 @@ class _Pulse:
 
 
 class Health:
-    """Watches servers. One thread uses it.
+    """Watches servers. Only one thread may use it.
 
     Args:
-        key: with which the fleet speaks to its servers, where they have keys.
+        key: key of the fleet, if servers require keys.
         patience: seconds without a reply after which a server counts as dead.
     """
 
@@ -85,9 +87,9 @@ class Health:
         self._pulses: dict[Server, _Pulse] = {}
 
     def look(self, servers: Iterable[Server]) -> dict[Server, float]:
-        """The servers that are dead, and when each was last heard (``time.monotonic``).
+        """Return the dead servers, and when each was last heard from (``time.monotonic``).
 
-        A server that never answered a probe is not among them: the way to it may be wrong.
+        A server that never answered is not included: its address may be unreachable from here.
         """
         now, wanted = time.monotonic(), set(servers)
         for server in self._pulses.keys() - wanted:
@@ -100,7 +102,7 @@ class Health:
             if pulse.ever and (pulse.attempts >= _REFUSED or pulse.misses >= self._misses):
                 dead[server] = pulse.heard
             elif pulse.misses == self._misses and not pulse.ever:
-                pulse.misses += 1  # said once
+                pulse.misses += 1  # log it once
                 logs.warning("a server does not answer the fleet", address=server.ingest)
         return dead
 

@@ -1,7 +1,7 @@
-"""A member of a fleet: a process on some node that runs servers, as a Ray actor.
+"""A member of a fleet: a Ray actor that runs servers.
 
-A server is a ``Service`` with a journal folder of its own. A member begins with one, and takes up
-those of members that died: what is in the folder goes on as after a restart.
+A server is a ``Service`` with its own journal folder. A member starts with one and takes over those
+of members that died: their sessions continue as after a restart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SWITCH_INTERVAL_S = 2e-4
 
 
 class Server(msgspec.Struct, frozen=True):
-    """A server of a fleet: its name (that of its journal folder) and its addresses."""
+    """A server of a fleet: its name, which is that of its journal folder, and its addresses."""
 
     name: str
     ingest: str
@@ -40,7 +40,7 @@ class Server(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Seconds of CPU that a member's process has used, at a time of its monotonic clock."""
+    """CPU seconds used by a member's process, at a time of its monotonic clock."""
 
     cpu_s: float
     at_s: float
@@ -48,8 +48,7 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """A process of a cluster: its node by Ray's name of it, its number, when it began there, and
-    where it takes copies of journals."""
+    """A process in the cluster: its node in Ray, its id and start time, and its journal store."""
 
     node: str
     pid: int
@@ -58,12 +57,12 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Member:
-    """Runs servers; every method is called through Ray.
+    """Runs servers. All methods are called through Ray.
 
     Args:
-        settings: of every server; addresses and journal are its own.
-        root: folder of the journals, which every node sees, or of its own machine.
-        secret: of the fleet, where journals are copied to a second node; else empty.
+        settings: settings of every server, except addresses and journal.
+        root: folder of the journals, shared or local.
+        secret: secret of the fleet if journals are copied to a second node; else empty.
     """
 
     def __init__(self, settings: ServiceSettings, root: str, secret: bytes = b"") -> None:
@@ -80,14 +79,14 @@ class Member:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
     def start(self, name: str, models: dict[str, str], model: str) -> Server:
-        """Start a server on the journal of that name, which may be a dead one's.
+        """Start a server on the journal of this name, possibly that of a dead server.
 
         Args:
-            models: files by the model's id, for sessions that are on another than is served.
-            model: id of the one that it serves.
+            models: model files by id, for sessions of models that are no longer served.
+            model: id of the model to serve.
 
         Raises:
-            ServiceError: it cannot start, or the journal is still in use.
+            ServiceError: the server could not start, or the journal is still in use.
         """
         settings = msgspec.structs.replace(self._settings, journal=str(self._root / name))
 
@@ -102,7 +101,7 @@ class Member:
             try:
                 service = Service(engine, settings, find=find, copy=copier)
                 break
-            except ServiceError as error:  # who held it may still be dying
+            except ServiceError as error:  # the previous process may still be exiting
                 if error.field != "journal" or time.monotonic() > end:
                     raise
                 time.sleep(_AGAIN_S)
@@ -118,28 +117,28 @@ class Member:
         return Server(name, _seen(service.ingest), _seen(service.results))
 
     def stop(self, name: str, *, leave: bool) -> None:
-        """Stop a server; with ``leave`` its sessions stay open in the journal, for another."""
+        """Stop a server; with ``leave`` its sessions stay open in the journal for another one."""
         self._services.pop(name).stop(leave=leave)
         if (copier := self._copiers.pop(name, None)) is not None:
             copier.close()
 
     def hold(self, name: str) -> str:
-        """Keep a copy of a server's journal from here on; the address to send it to."""
+        """Keep a copy of a server's journal from now on; return the address to send it to."""
         assert self._store is not None
         self._store.hold(name, self._root / name)
         return _seen(self._store.address)
 
     def aim(self, name: str, address: str) -> None:
-        """Copy a server's journal to that store; "" is to none."""
+        """Copy a server's journal to this store; "" for none."""
         if (copier := self._copiers.get(name)) is not None:
             copier.aim(address)
 
     def in_step(self) -> dict[str, str]:
-        """The stores that have all of a server's journal, by the server's name."""
+        """Return the stores with a complete copy of a server's journal, by server."""
         return {name: at for name, copier in list(self._copiers.items()) if (at := copier.in_step)}
 
     def close(self) -> None:
-        """Stop all servers, end their sessions, and end ``lives``."""
+        """Stop all servers, end their sessions, and let ``lives`` return."""
         for name in list(self._services):
             self.stop(name, leave=False)
         if self._store is not None:
@@ -147,22 +146,22 @@ class Member:
         self._ended.set()
 
     def lives(self) -> bool:
-        """Returns when the member is closed; fails when it dies."""
+        """Return when the member is closed; the call fails when it dies."""
         return self._ended.wait()
 
     def measured(self) -> Measured:
-        """What it costs so far."""
+        """Return the CPU time used so far."""
         process = psutil.Process()
         times = process.cpu_times()
         memory = process.memory_info().rss
         return Measured(times.user + times.system, time.monotonic(), memory)
 
     def metrics(self) -> dict[str, bytes]:
-        """What each server's /metrics would show, by its name."""
+        """Return the metrics of each server by name."""
         return {n: generate_latest(s.telemetry.registry) for n, s in self._services.items()}
 
     def place(self) -> Place:
-        """Where it runs."""
+        """Return where it runs."""
         began_s = psutil.Process().create_time()
         store = "" if self._store is None else _seen(self._store.address)
         return Place(self._node(), os.getpid(), began_s, store)
@@ -174,8 +173,10 @@ class Member:
 
 
 def _seen(address: str) -> str:
-    """An address as other machines see it: a server that binds to all addresses of its node is
-    reached at the one that Ray knows the node by."""
+    """Return an address as seen from other machines.
+
+    A server that binds to all addresses is reached at its node's address in Ray.
+    """
     import ray
 
     host, _, port = address.removeprefix("tcp://").rpartition(":")
@@ -186,7 +187,7 @@ def _seen(address: str) -> str:
 
 
 def actor(cpus: float, gpus: float) -> Any:
-    """The Ray actor class of a member that has so many cores and GPUs."""
+    """Return the Ray actor class of a member with these resources."""
     import ray
 
     made: Any = ray.remote(Member)
@@ -199,10 +200,10 @@ def actor(cpus: float, gpus: float) -> Any:
 
 
 def end(made: Any, place: Place) -> None:
-    """End a member's process, whatever it is doing. Does not wait.
+    """Kill a member's process in any state, without waiting.
 
-    Ray asks a process first, and gives one that hangs seconds. So it is ended from beside it too:
-    from here, where that is the same machine, and by a task on its node.
+    Ray first asks a process to exit, which takes seconds if it hangs. So the process is also killed
+    directly, if it runs on this machine, and by a task on its node.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

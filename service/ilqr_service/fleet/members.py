@@ -1,9 +1,8 @@
-"""The members of a fleet: started, watched, replaced, and their servers handed on.
+"""The members of a fleet: start, watch and replace them, and hand over their servers.
 
-A member that dies or does not answer is killed, so that it can answer nothing later, and each of
-its servers is started again, on its journal, by the living member with the most free room. So a
-session goes on as after a restart: from its newest snapshot and the bins since, with the answers it
-gave.
+A member that dies or does not answer is killed, so that it cannot answer later. Each of its servers
+is restarted on its journal by the living member with the most free room. So its sessions continue
+as after a restart: from the newest snapshot, the bins since, and the answers given.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ _COPIED_S = 30.0
 
 @dataclass(eq=False)
 class Running:
-    """A member as the fleet knows it: its actor, a call that ends when it dies, its servers, what
-    was measured."""
+    """A running member: its actor, a call that ends when it dies, its servers, measurements."""
 
     actor: Any
     lives: Any
@@ -50,7 +48,7 @@ class Running:
 
 @dataclass(eq=False)
 class _Lost:
-    """A server that nobody runs: since when, and who starts it again."""
+    """A server that no member runs: since when, and which member restarts it."""
 
     since: float
     heir: Running | None = None
@@ -60,7 +58,7 @@ class _Lost:
 
 @dataclass(eq=False)
 class _Copy:
-    """Of a server's journal: who has it, and whether it has been all there once."""
+    """The copy of a server's journal: which member has it, and whether it was ever complete."""
 
     holder: Running
     in_step: bool = False
@@ -70,18 +68,18 @@ class Members:
     """Runs servers as Ray actors.
 
     Args:
-        settings: of every server.
-        root: folder of the journals, which every node sees.
-        cpus, gpus: of each member.
-        models: the files of all models by id, and the id that a server is to serve.
-        health: says which servers do not answer.
-        taken_up: called with the name of a server that is there again, or (False) never will be.
-        replicate: the journals are on each node's own disk, and copied to a second node.
+        settings: settings of every server.
+        root: folder of the journals, visible to every node.
+        cpus, gpus: resources of each member.
+        models: returns the files of all models by id, and the id that a server is to serve.
+        health: detects servers that do not answer.
+        taken_up: called with the name of a server once it runs again, or (False) if it never will.
+        replicate: journals are on local disks and copied to a second node.
 
     Attributes:
-        alive: those that live.
-        lost: servers that nobody runs now.
-        takeovers: names of servers that were taken up, and how many seconds they were down.
+        alive: living members.
+        lost: servers that no member runs now.
+        takeovers: servers that were taken over, and their seconds of downtime.
     """
 
     def __init__(
@@ -116,24 +114,24 @@ class Members:
 
     @property
     def watched(self) -> bool:
-        """Whether deaths are noticed."""
+        """Whether members are watched."""
         return self._thread.is_alive()
 
     @property
     def in_step(self) -> int:
-        """Servers whose journal has a copy on a second node."""
+        """Servers with a complete copy of their journal on a second node."""
         return sum(copy.in_step for copy in list(self.copies.values()))
 
     def watch(self) -> None:
-        """Begin to notice deaths."""
+        """Start to watch members."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Start, replace and wait for none from here on."""
+        """Stop starting, replacing and waiting for members."""
         self._stop.set()
 
     def close(self) -> None:
-        """Answer what is queued, end all sessions and members."""
+        """Answer queued bins, end all sessions and members."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -143,7 +141,7 @@ class Members:
         self.alive = []
 
     def servers(self) -> list[Server]:
-        """Those that answer."""
+        """Servers that answer."""
         with self.lock:
             return [server for member in self.alive for server in member.servers.values()]
 
@@ -152,7 +150,7 @@ class Members:
         return f"{self._number:04d}"
 
     def _start(self, made: Any, name: str) -> Any:
-        """A call that starts a server on the journal of that name, with the model it had."""
+        """Call a member to start a server on the journal of this name, with its last model."""
         return made.start.remote(name, *self._models(name))
 
     def grow(self, journals: list[list[str]]) -> None:
@@ -193,7 +191,7 @@ class Members:
             self.alive += members
 
     def _let_go(self, members: list[Running]) -> None:
-        """Have servers wait for no copy: they end, and so may those who have the copies."""
+        """Stop copying journals, since servers and stores are about to end."""
         import ray
 
         names = [(member, name) for member in members for name in member.servers]
@@ -214,7 +212,7 @@ class Members:
             ray.kill(member.actor)
 
     def retire(self, member: Running) -> None:
-        """Hand a member's servers to others, and end it."""
+        """Hand a member's servers over to others, and end it."""
         import ray
         from ray.exceptions import RayError
 
@@ -260,7 +258,7 @@ class Members:
                 logs.exception("the fleet goes on")
 
     def _bury(self) -> None:
-        """Notice members that died or hang; one that hangs is killed."""
+        """Detect members that died or hang; kill those that hang."""
         import ray
 
         silent = self._health.look(self.servers())
@@ -283,7 +281,7 @@ class Members:
             logs.warning("a member died", servers=", ".join(member.servers))
 
     def _take_up(self) -> None:
-        """Start again the servers that nobody runs, on the members with the most room."""
+        """Restart the servers that no member runs, on the members with the most room."""
         import ray
         from ray.exceptions import RayError
 
@@ -317,8 +315,9 @@ class Members:
             logs.info("server taken up", server=name, ingest=server.ingest, down_s=round(down, 2))
 
     def _heir(self, name: str) -> Running | None:
-        """Who takes a server up: where journals are copied whoever has the copy, else the one with
-        the most room."""
+        """Return the member to take over a server: the one with the copy, else with the most
+        room.
+        """
         if self._secret:
             copy = self.copies.get(name)
             usable = copy is not None and copy.in_step and copy.holder in self.alive
@@ -330,7 +329,7 @@ class Members:
         return max(self.alive, key=lambda m: (-taking.count(m), room(m.load, each)))
 
     def _replicate(self) -> None:
-        """See that each server's journal is copied to a member on another node."""
+        """Ensure that each server's journal is copied to a member on another node."""
         import ray
         from ray.exceptions import RayError
 
@@ -347,7 +346,7 @@ class Members:
                     self.copies[name] = _Copy(holder)
                     member.actor.aim.remote(name, holder.actor.hold.remote(name))
                 elif self.copies.pop(name, None) is not None:
-                    member.actor.aim.remote(name, "")  # it waits for nobody
+                    member.actor.aim.remote(name, "")  # it then waits for no copy
         for member in {member for member, name in pairs if not self._in_step(name)}:
             call, member.asked = member.asked, member.asked or member.actor.in_step.remote()
             if call is None or not ray.wait([call], timeout=0)[0]:

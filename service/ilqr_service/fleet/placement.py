@@ -1,5 +1,7 @@
-"""Where a new session goes, by free room and by what streams were measured to cost. Pure: no
-sockets, no clock."""
+"""Placement of new sessions, by free room and by the measured cost of streams.
+
+Pure: no sockets, no clock.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FULL = 0.9
-"""Share of a server's cores that sessions may take: a queue grows without bound towards one."""
+"""Share of a server's cores for sessions: queues grow without bound as it approaches one."""
 
 _PLENTY = 0.25
-"""Share of a server's cores that is plenty of room."""
+"""Share of free cores above which a server has plenty of room."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLoad:
-    """What a server does.
+    """The load of a server.
 
     Attributes:
-        cores: that it may use.
-        busy: cores that it was measured to use.
-        sessions: open.
-        placed: of these, how many the measurement has not seen.
+        cores: cores that it may use.
+        busy: measured use, in cores.
+        sessions: number of open sessions.
+        placed: number of sessions opened since the measurement.
     """
 
     cores: float
@@ -31,21 +33,21 @@ class ServerLoad:
 
 
 def cost(loads: Sequence[ServerLoad]) -> float:
-    """Cores that a session takes on average; 0 where none was measured."""
+    """Return the mean cores per session; 0 if none was measured."""
     seen = sum(load.sessions - load.placed for load in loads)
     return sum(load.busy for load in loads) / seen if seen else 0.0
 
 
 def room(load: ServerLoad, each: float) -> float:
-    """Cores that are free on a server where each session takes ``each``."""
+    """Return the free cores of a server if each session takes ``each``."""
     return _FULL * load.cores - load.busy - each * load.placed
 
 
 def place(loads: Sequence[ServerLoad]) -> int | None:
-    """Which server takes one more session; None where all are full.
+    """Return the server for one more session; None if all are full.
 
-    Of the servers with plenty of room the one with the fewest sessions a core: what few sessions
-    cost is not known well. Where none has plenty, the one with the most room.
+    Among servers with plenty of room, it is the one with the fewest sessions per core, since the
+    cost of few sessions is not well known. If none has plenty, it is the one with the most room.
     """
     each = cost(loads)
     free = [room(load, each) for load in loads]

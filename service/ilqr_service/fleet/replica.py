@@ -1,11 +1,11 @@
-"""Journals copied to a second node as they are written, for machines without a shared folder.
+"""Continuous copies of journals on a second node, for machines without a shared folder.
 
-A server sends each piece of its journal's files to a store on another node, which writes the same
-files and acknowledges. A copy begins with a new segment, which has everything needed to go on from
-it. Once the store has had all of it the copy is in step: from then on the server tells nothing that
-the store has not acknowledged, until the fleet names another store or none. So whoever takes its
-sessions up from the copy has every answer that anybody has seen; and a server that was given up and
-wakes later tells nothing more, because its store acknowledges nothing more.
+A server sends each write of its journal to a store on another node, which writes the same files and
+acknowledges. A copy begins with a new segment, which suffices to continue from. Once the store has
+caught up, the copy is in step: from then on the server publishes nothing that the store has not
+acknowledged, until the fleet names another store or none. So a server that takes over from the copy
+has every answer that anyone has received. A server that was given up and wakes later publishes
+nothing more, because its store acknowledges nothing more.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _ALL = 2**62
 
 
 class Copier:
-    """A server's side. ``aim`` and ``in_step`` are for any thread, the rest for the writer's.
+    """The side of the server. ``aim`` and ``in_step`` are thread-safe; the rest is for the writer.
 
     Args:
-        name: of the server.
-        secret: of the fleet.
-        key: of the servers, where they have keys.
+        name: name of the server.
+        secret: secret of the fleet.
+        key: key of the servers, if they have keys.
     """
 
     def __init__(self, name: str, secret: bytes, key: ServerKey | None) -> None:
@@ -51,16 +51,16 @@ class Copier:
         self._heard = 0.0
 
     def aim(self, address: str) -> None:
-        """Copy to the store at this address from here on; "" is to none."""
+        """Copy to the store at this address from now on; "" for none."""
         self._wanted = address
 
     @property
     def in_step(self) -> str:
-        """The store that has had everything; "" where none has yet."""
+        """The store with a complete copy; "" if there is none yet."""
         return self._aimed if self._in_step else ""
 
     def renewed(self) -> bool:
-        """Whether a copy begins anew: another store, or one that did not get everything."""
+        """Return whether a copy restarts, with another store or after a lost piece."""
         self.copied()
         if self._wanted != self._aimed:
             self._aimed, self._in_step, self._begin = self._wanted, False, bool(self._wanted)
@@ -74,31 +74,31 @@ class Copier:
         return True
 
     def write(self, segment: int, offset: int, data: bytes) -> None:
-        """Send what was written."""
+        """Send bytes that were written."""
         if self._copied >= self.position:
-            self._heard = time.monotonic()  # from here on it is waited for
+            self._heard = time.monotonic()  # from here on publishing waits for it
         self.position += 1
         if self._socket is None:
             return
         place = _PLACE.pack(self.position, segment, offset)
-        with suppress(zmq.Again):  # it does not read: the copy begins anew
+        with suppress(zmq.Again):  # it does not read: restart the copy
             parts = [self._secret, self._name, place, data]
             self._socket.send_multipart(parts, zmq.NOBLOCK)
 
     def copied(self) -> int:
-        """Up to where what was written may be told."""
+        """Return the position up to which results may be published."""
         while self._socket is not None and self._socket.poll(0):
             (position,) = struct.unpack("<Q", self._socket.recv())
             if position >= self._first:
                 self._copied, self._heard = position, time.monotonic()
             else:
-                self._begin = True  # something is missing there
+                self._begin = True  # the store misses a piece
         reached = self._copied >= max(self._first, self.position)
         self._in_step = self._in_step or (self._socket is not None and reached)
         return self._copied if self._in_step else _ALL
 
     def _connect(self) -> None:
-        """A connection in which nothing waits."""
+        """Open a new connection, with an empty queue."""
         if self._socket is not None:
             self._socket.close()
         self._socket, self._heard = None, time.monotonic()
@@ -118,15 +118,15 @@ class Copier:
 
 
 class Store:
-    """A member's side: writes the journals of servers on other nodes.
+    """The side of the member: writes the journals of servers on other nodes.
 
     Args:
         host: address to bind to.
-        secret: of the fleet; what does not state it is not written.
+        secret: secret of the fleet; messages without it are refused.
         key: of the servers, where they have keys.
 
     Attributes:
-        address: of the store, as bound.
+        address: bound address of the store.
     """
 
     def __init__(self, host: str, secret: bytes, key: ServerKey | None) -> None:
@@ -147,13 +147,13 @@ class Store:
         self._thread.start()
 
     def hold(self, name: str, folder: Path) -> None:
-        """Write what a server sends into a folder."""
+        """Write the journal of a server into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
             self._folders[name] = folder
 
     def release(self, name: str) -> None:
-        """Write no more of a server, and acknowledge no more."""
+        """Stop writing and acknowledging for a server."""
         with self._lock:
             self._folders.pop(name, None)
             if (open_ := self._files.pop(name, None)) is not None:
@@ -182,7 +182,7 @@ class Store:
                     self._socket.send_multipart([sender, struct.pack("<Q", reply)], zmq.NOBLOCK)
 
     def _taken(self, parts: list[bytes]) -> int | None:
-        """Write a piece. Returns its position; 0 where one before it is missing."""
+        """Write a piece. Return its position; 0 if an earlier piece is missing."""
         secret, given, place, data = parts
         if not hmac.compare_digest(secret, self._secret):
             raise ValueError("a piece without the fleet's secret")

@@ -1,8 +1,8 @@
-"""A change of model over a fleet: tried on every server, then made on one after the other.
+"""A change of model in a fleet: tried on all servers, then applied to one after the other.
 
-To load a model, each server first takes it as the shadow of its slot: the file is read, checked
-against what is served, and warmed up. Where one server refuses, the shadows are dropped and nothing
-has changed. Only then each server swaps, and its sessions change over at their next bin.
+To load a model, each server first loads it as the shadow of its slot: the file is read, checked
+against the served model, and warmed up. If one server refuses, the shadows are dropped and nothing
+has changed. Only then does each server swap, and its sessions switch at their next bin.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Served = Callable[[str, messages.ModelList, str], None]
 
 
 class Rolling:
-    """Makes one change at a time, in a thread of its own.
+    """Applies one change at a time, in its own thread.
 
     Args:
-        ask: what one server answers to a message. Raises ProtocolError.
-        servers: those that answer now.
-        served: told what a server has from here on: its name, its list, and the path of the file
-            that was loaded ("" where none was).
+        ask: sends a message to a server and returns the reply. Raises ProtocolError.
+        servers: returns the servers that answer.
+        served: called after a change with the server's name, its list of models, and the path of
+            the loaded file ("" if none).
     """
 
     def __init__(self, ask: Ask, servers: Callable[[], list[Server]], served: Served) -> None:
@@ -38,7 +38,7 @@ class Rolling:
         self._thread: threading.Thread | None = None
 
     def begin(self, owner: bytes, message: messages.Control) -> None:
-        """Begin a change. Raises ProtocolError: another one is under way."""
+        """Start a change. Raises ProtocolError if another one is in progress."""
         if self._thread is not None and self._thread.is_alive():
             raise ProtocolError("model", expected="one change at a time", got="another one")
         self._thread = threading.Thread(
@@ -47,7 +47,7 @@ class Rolling:
         self._thread.start()
 
     def done(self) -> Iterator[tuple[bytes, messages.Message]]:
-        """Replies to those whose change has ended."""
+        """Return the replies for changes that have ended."""
         while not self._done.empty():
             yield self._done.get()
 
@@ -71,7 +71,8 @@ class Rolling:
             listed = self._ask(server, messages.Models())
             if _in(listed, slot, "serving") == model:
                 return None
-            tried_here = _in(listed, slot, "shadow") == model  # not where it began meanwhile
+            # not if another one started meanwhile
+            tried_here = _in(listed, slot, "shadow") == model
             return messages.Swap(slot=slot) if tried_here else message
 
         return self._each(change, message.path)
@@ -98,7 +99,7 @@ class Rolling:
     def _each(
         self, change: Callable[[Server], messages.Control | None], path: str = ""
     ) -> list[messages.ModelList]:
-        """Change one server after the other; the first that refuses ends it."""
+        """Change one server after the other; stop at the first refusal."""
         done: list[messages.ModelList] = []
         servers = self._servers()
         for server in servers:
@@ -118,11 +119,11 @@ def _at(server: Server, error: ProtocolError, so_far: str) -> ProtocolError:
 
 
 def _in(listed: messages.ModelList, slot: str, role: str) -> str:
-    """Id of the model that has a role in a slot; "" where none has."""
+    """Return the id of the model with a role in a slot; "" if there is none."""
     return next((m.model for m in listed.models if (m.slot, m.role) == (slot, role)), "")
 
 
 def models_of(lists: Iterable[messages.ModelList]) -> messages.ModelList:
-    """The models of all servers, each once."""
+    """Return the models of all servers, each once."""
     found = {(m.slot, m.model, m.role): m for listed in lists for m in listed.models}
     return messages.ModelList(models=tuple(found.values()))
