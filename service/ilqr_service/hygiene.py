@@ -1,4 +1,4 @@
-"""What the operating system can do for steady latency: each thing optional, and reported."""
+"""Optional settings of the operating system for steady latency, each with a report."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # the number of the system cal
 _MCL_CURRENT_AND_FUTURE = 3
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20
-_LARGEST_KEPT_BYTES = 32 << 20  # more is not accepted
+_LARGEST_KEPT_BYTES = 32 << 20  # the largest accepted value
 
 
 _MOST_CPUS = 1 << 16
 _COLLECT_S, _OVERDUE_S = 5.0, 60.0
 _FULL_EVERY = 12
-"""One collection in so many looks at all that was made since the start."""
+"""One in this many collections is a full one, over all objects since the start."""
 
 
 def parse_cpus(text: str) -> set[int]:
-    """``0,2-3`` as {0, 2, 3}. Raises ValueError: not that, or a number that no core can have."""
+    """Parse ``0,2-3`` as {0, 2, 3}. Raises ValueError if it is malformed or out of range."""
     cpus: set[int] = set()
     for part in filter(None, text.split(",")):
         first, dash, last = part.partition("-")
@@ -60,14 +60,14 @@ class _Metrics(Collector):
 
 
 class Hygiene:
-    """Applies what the settings ask for and remembers what came of it.
+    """Applies the settings, and records whether each is in force.
 
     Args:
         settings: see ``ServiceSettings``.
         clock: seconds, monotonic.
 
     Attributes:
-        report: by what was asked: ``on``, or why not.
+        report: ``on``, or why not, by setting.
         metrics: the same for /metrics: 1 or 0.
     """
 
@@ -80,7 +80,7 @@ class Hygiene:
         self.metrics = _Metrics(self.report)
 
     def process(self) -> None:
-        """What holds for the whole process: memory, garbage collector."""
+        """Apply the settings of the process: memory and garbage collector."""
         settings = self._settings
         if settings.lock_memory:
             self._try("lock_memory", _lock_memory)
@@ -91,7 +91,7 @@ class Hygiene:
             self._try("malloc", _keep_freed_memory)
 
     def thread(self) -> None:
-        """What holds for the calling thread: cores and scheduling class."""
+        """Apply the settings of the calling thread: cores and scheduling class."""
         settings, name = self._settings, threading.current_thread().name
         if settings.cpus:
             self._try(f"cpus {name}", lambda: _pin(settings.cpus))
@@ -101,11 +101,12 @@ class Hygiene:
             self._try(f"realtime {name}", lambda: _realtime(settings.realtime))
 
     def collect(self, *, idle: bool) -> None:
-        """Collect garbage where it is time: every few seconds while the service is idle, every
-        minute whether it is or not. To be called often.
+        """Collect garbage if it is due; call often.
 
-        Objects that live long are looked at every dozen times. Those of the start are not: they
-        were frozen.
+        It is due every few seconds while the service is idle, and every minute in any case.
+
+        Long-lived objects are examined every dozen times. Those of the start are not: they were
+        frozen.
         """
         waited = self._clock() - self._collected
         if self._settings.gc != "idle" or waited < (_COLLECT_S if idle else _OVERDUE_S):
@@ -133,8 +134,9 @@ def _lock_memory() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Use freed memory again, rather than give it back and be given it page by page at every step
-    of many streams."""
+    """Keep freed memory in the process, so that steps of many streams need not fault it in
+    again.
+    """
     if not sys.platform.startswith("linux"):
         raise OSError("not on this system")
     libc = ctypes.CDLL(None)
@@ -151,12 +153,14 @@ def _pin(cpus: str) -> None:
 
 
 def _short_slice(milliseconds: float) -> None:
-    """Of the calling thread, by sched_setattr(2), for which Python and the C library have no call.
-    From Linux 6.12 on a thread with a short slice waits less for one with a longer slice."""
+    """Shorten the time slice of the calling thread by sched_setattr(2), which Python does not wrap.
+
+    Since Linux 6.12 a thread with a short slice waits less for one with a longer slice.
+    """
     number = _SCHED_SETATTR.get(platform.machine())
     if not sys.platform.startswith("linux") or number is None:
         raise OSError("not on this system")
-    # size, policy (that of every program), flags, nice, priority, runtime in ns, deadline, period
+    # size, policy (the default one), flags, nice, priority, runtime in ns, deadline, period
     nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, nice, 0, round(1e6 * milliseconds), 0, 0)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -166,6 +170,7 @@ def _short_slice(milliseconds: float) -> None:
 
 
 def _realtime(priority: int) -> None:
-    # not for threads started from here: one that loads a model must not compete with the solver
+    # not inherited by threads started from here: one that loads a model must not compete with the
+    # solver
     policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
     os.sched_setscheduler(0, policy, os.sched_param(priority))

@@ -1,4 +1,4 @@
-"""Logging to stderr: plain lines for people, or one JSON object a line for machines."""
+"""Logging to stderr: plain lines, or one JSON object per line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOGGER = logging.getLogger("ilqr_service")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, message, the record's ``extra["data"]``, traceback."""
+    """One JSON object per line: time, level, message, the record's ``extra["data"]``, traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -41,7 +41,7 @@ class PlainFormatter(logging.Formatter):
     """Time, level, message and the record's ``extra["data"]`` as key=value; tables below them.
 
     Args:
-        width: of a terminal, to wrap lines to; None leaves them whole.
+        width: width of a terminal to wrap lines to; None for no wrapping.
     """
 
     def __init__(self, width: int | None = None) -> None:
@@ -71,7 +71,7 @@ class PlainFormatter(logging.Formatter):
 
 
 def _lines(key: str, table: dict[str, Any]) -> list[str]:
-    """A table as ``key: name value, ...``; a table of tables as one such line each."""
+    """Format a dict as ``key: name value, ...``; a dict of dicts as one such line each."""
     flat = ", ".join(f"{k} {v}" for k, v in table.items() if not isinstance(v, dict))
     made = [f"{key}: {flat}"] if flat else []
     for name, inner in table.items():
@@ -81,7 +81,9 @@ def _lines(key: str, table: dict[str, Any]) -> list[str]:
 
 
 class StderrHandler(logging.Handler):
-    """Writes to a file descriptor and never waits: lines that its reader does not take are lost."""
+    """Writes to a file descriptor without blocking: lines that its reader does not take are
+    lost.
+    """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -99,10 +101,10 @@ class StderrHandler(logging.Handler):
 
 
 def configure(kind: Literal["plain", "json"], level: int = logging.INFO) -> None:
-    """Send the service's log to stderr, and nowhere else."""
+    """Send the log of the service to stderr only."""
     try:
         handler: logging.Handler = StderrHandler(sys.stderr.fileno())
-    except (OSError, AttributeError):  # stderr is closed, or no file; or there is no select.poll
+    except (OSError, AttributeError):  # stderr is closed or not a file, or there is no select.poll
         handler = logging.StreamHandler(sys.stderr)
     width = shutil.get_terminal_size().columns if sys.stderr and sys.stderr.isatty() else None
     handler.setFormatter(JsonFormatter() if kind == "json" else PlainFormatter(width))
@@ -124,12 +126,12 @@ def error(message: str, **data: Any) -> None:
 
 
 def exception(message: str, **data: Any) -> None:
-    """With the traceback of the exception being handled."""
+    """Log with the traceback of the exception being handled."""
     LOGGER.exception(message, extra={"data": data})
 
 
 class Paced:
-    """Lines that whoever can reach the service causes: so many at once, then one a second."""
+    """Rate limit for lines that any peer can cause: a burst, then one per second."""
 
     def __init__(self, at_once: int = 20) -> None:
         self._room, self._most, self._at, self._left_out = float(at_once), at_once, 0.0, 0

@@ -35,14 +35,14 @@ EXAMPLE = (
     "    --results 'tcp://127.0.0.1:*' --http 127.0.0.1:0 --ready-file ready.json"
 )
 
-# The solver holds the interpreter between torch's calls; the I/O thread should not wait for it the
-# default 5 ms.
+# The solver holds the interpreter lock between torch calls; the I/O thread should not wait the
+# default 5 ms for it.
 _SWITCH_INTERVAL_S = 2e-4
 _WARM_UP_S = 600.0
 _DESCRIPTORS = 64
-"""File descriptors that a service takes with a few clients."""
+"""File descriptors that a service with a few clients needs."""
 _ADDRESSES_MB = 1200
-"""Address space that the libraries and a small model take; LLVM aborts where it gets none."""
+"""Address space for the libraries and a small model, in MB; LLVM aborts without it."""
 
 
 @app.command(epilog=EXAMPLE)
@@ -148,9 +148,9 @@ def serve(
 ) -> None:
     """Load a model and answer spike bins over ZeroMQ until SIGINT, SIGTERM or SIGHUP.
 
-    When stopped, it answers what is queued, tells feeders and subscribers, logs latency quantiles
+    When stopped, it answers queued bins, notifies feeders and subscribers, logs latency quantiles
     and exits with 0; while it warms up, it exits at once. Exit codes: 2 wrong model, setting or
-    usage; 3 an address cannot be used, or the service broke.
+    usage; 3 an address cannot be used, or the service failed.
     """
     overrides: dict[str, Any] = {
         "ingest": ingest,
@@ -202,8 +202,8 @@ def serve(
                         Path(ready_file), msgspec.json.encode(ready) + b"\n", "--ready-file"
                     )
             elif stop.is_set() and service.warming:
-                # The kernels may compile for minutes, in a thread that nobody can interrupt.
-                # Nothing was accepted, and what the journal says is open may stay so.
+                # Kernels may compile for minutes, in a thread that cannot be interrupted. Nothing
+                # was accepted, and open sessions may stay open in the journal.
                 logs.info("stopped while warming up")
                 os._exit(0)
             while not stop.is_set() and not service.ended.is_set():
@@ -220,9 +220,9 @@ def serve(
 
 
 def _check_limits() -> None:
-    """Take as many file descriptors as the system allows: each client needs two.
+    """Raise the limit of file descriptors: each client needs two.
 
-    Raises ServiceError: too few to serve anybody, or too little address space."""
+    Raises ServiceError if there are too few for any client, or too little address space."""
     _, most = file_limits()
     if most < _DESCRIPTORS:
         raise ServiceError(
@@ -239,10 +239,12 @@ def _check_limits() -> None:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Generator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set; they do nothing else meanwhile. Under nohup
-    SIGHUP stays ignored."""
+    """Yield an event that SIGINT, SIGTERM and SIGHUP set, instead of their default action.
+
+    Under nohup SIGHUP stays ignored.
+    """
     stop = threading.Event()
-    hung_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    hung_up = getattr(signal, "SIGHUP", None)  # not on Windows
     before = {
         number: signal.signal(number, lambda *_: stop.set())
         for number in STOP_SIGNALS
@@ -256,7 +258,7 @@ def stop_on_signals() -> Generator[threading.Event]:
 
 
 def _more(slots: list[str], settings: ServiceSettings) -> dict[str, Engine]:
-    """Engines of the further slots. Raises ConfigError, ArtifactError."""
+    """Load the engines of further slots. Raises ConfigError, ArtifactError."""
     more: dict[str, Engine] = {}
     for text in slots:
         name, equals, path = text.partition("=")
@@ -267,10 +269,10 @@ def _more(slots: list[str], settings: ServiceSettings) -> dict[str, Engine]:
 
 
 def await_ready(service: Service, stop: threading.Event) -> bool:
-    """Wait until bins are answered; False where it is stopped or ends before.
+    """Wait until bins are answered; return False if it is stopped or ends before.
 
     Raises:
-        ServiceError: it has been warming up for too long.
+        ServiceError: warming up takes too long.
     """
     waited = 0.0
     while not service.wait_ready(0.1):

@@ -1,8 +1,8 @@
-"""The service: the only sockets, and the thread that owns them.
+"""The service: its sockets, and the thread that owns them.
 
-The I/O thread binds the ingest and results addresses, stamps every message as it takes it off the
-socket, and keeps the session table. The solver thread runs the engine. They meet in a queue each
-way. Nothing in a message, and nothing that a solve raises, ends either of them.
+The I/O thread binds the ingest and results addresses, timestamps each message as it is read, and
+owns the session table. The solver thread runs the engine. They communicate by one queue in each
+direction. No message and no error in a solve ends either thread.
 """
 
 from __future__ import annotations
@@ -39,34 +39,35 @@ from ilqr_vae.protocol import messages
 
 _POLL_S = 0.1
 _HELD_S = 0.001  # while answers wait for the journal's copy
-_TOGETHER = 16  # messages or answers that are journalled, and told to the solver, at once
+_TOGETHER = 16  # messages or answers that are journalled and passed to the solver together
 _LINGER_S = 0.5
-_REPLIES_BYTES = 1 << 20  # that may wait for one that does not read them
+_REPLIES_BYTES = 1 << 20  # replies kept for a peer that does not read
 _REPLIES = 10_000
 _HELD_UP_S = 0.5
 _STALL_S = 5.0
 
 
 class Service:
-    """Models being served.
+    """A running service.
 
     Args:
-        engine: the first slot's model, for sessions that name none.
+        engine: engine of the first slot, for sessions that name no model.
         settings: addresses and limits.
-        more: further slots by name.
-        hygiene: applied to the threads.
-        find: an engine by its model's id, for open sessions of the journal that are on no slot's.
-        copy: of the journal, kept elsewhere.
+        more: engines of further slots by name.
+        hygiene: settings applied to the threads.
+        find: returns an engine by model id, for open sessions of the journal whose model is in no
+            slot.
+        copy: copy of the journal on another node.
 
     Attributes:
-        ingest, results, http: the addresses in use, once started.
-        model, device: the first model's id and where it computes.
-        ended: set when the service has stopped, by itself or not.
-        failure: what ended it, if something did.
+        ingest, results, http: bound addresses, once started.
+        model, device: id of the first model, and its device.
+        ended: set when the service has stopped for any reason.
+        failure: the error that ended it, if any.
 
     Raises:
-        ConfigError: keys that cannot be read.
-        JournalError: a journal that cannot be read.
+        ConfigError: the keys cannot be read.
+        JournalError: the journal cannot be read.
     """
 
     def __init__(
@@ -126,10 +127,10 @@ class Service:
     # ---- from any thread -----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Bind everything and begin warming up.
+        """Bind the addresses and start to warm up.
 
         Raises:
-            ServiceError: an address is wrong, in use, or beyond loopback. Nothing is left bound.
+            ServiceError: an address is invalid, in use, or beyond loopback. Nothing stays bound.
         """
         try:
             self._journal.start()
@@ -155,29 +156,29 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Bins are answered."""
+        """Whether bins are answered."""
         return self._accepting.is_set() and self.healthy and not self._stop.is_set()
 
     @property
     def warming(self) -> bool:
-        """Nothing was accepted yet."""
+        """Whether the service is warming up and has accepted nothing yet."""
         return not self._accepting.is_set()
 
     @property
     def healthy(self) -> bool:
-        """Both threads are alive and the I/O thread is not stuck."""
+        """Whether both threads are alive and the I/O thread is not stuck."""
         failed = self.failure or self._solver.failure or self.ended.is_set()
         return not failed and time.monotonic() - self._seen < _STALL_S
 
     def wait_ready(self, timeout: float) -> bool:
-        """Wait until bins are answered; False after ``timeout`` seconds."""
+        """Wait until bins are answered; return False after ``timeout`` seconds."""
         return self._accepting.wait(timeout) and self.ready
 
     def stop(self, *, leave: bool = False) -> None:
-        """Answer what is queued (for at most ``drain_s``), end the sessions, free the addresses.
+        """Answer queued bins (for at most ``drain_s``), end the sessions, free the addresses.
 
         Args:
-            leave: the sessions open in the journal, for another service to go on with.
+            leave: leave the sessions open in the journal, for another service to resume.
         """
         self._leave = leave
         self._stop.set()
@@ -225,7 +226,7 @@ class Service:
         while self._solver.failure is None:
             came = self._connections.poll(_HELD_S if self._teller.holding else _patience_s(due))
             now = time.monotonic_ns()
-            if now / 1e9 - self._seen > _HELD_UP_S:  # first read what came meanwhile
+            if now / 1e9 - self._seen > _HELD_UP_S:  # first read messages that arrived meanwhile
                 ticked, resume = now, now + round(_POLL_S * 1e9)
             self._seen = now / 1e9
             self._teller.go_on()
@@ -260,7 +261,7 @@ class Service:
             self._reply(owner, credit)
 
     def _housekeeping(self) -> None:
-        """Ten times a second."""
+        """Do periodic work, ten times a second."""
         waiting = self._table.waiting
         self.telemetry.gauge(sessions=len(self._table), queued=waiting)
         self.telemetry.masked(sum(len(s.flagged) for s in self._table))
@@ -290,7 +291,7 @@ class Service:
         self._carry_out(step)
 
     def _messages(self, came: list[Received]) -> None:
-        """Handle what has come; answers go first."""
+        """Handle messages; answers have priority."""
         for first in range(0, len(came), _TOGETHER):
             self._answers()
             step: list[Effects] = []
@@ -327,7 +328,7 @@ class Service:
                 effects.name_ignored(messages.unknown_fields(incoming.body, message))
             return effects
         if not isinstance(message, messages.Control) and self._connections.full(owner):
-            return Effects(events={"unreachable": 1})  # the answer would be dropped
+            return Effects(events={"unreachable": 1})  # its reply would be dropped
         return self._control.answer(owner, user, message, incoming.body, at_ns)
 
     def _described(self) -> messages.Described:
@@ -342,19 +343,19 @@ class Service:
         )
 
     def _noted(self, effects: Effects) -> None:
-        """Carry out what no message and no answer brought."""
+        """Carry out effects that no message or answer caused."""
         self._journal.note(effects, None)
         self._carry_out([effects])
 
     def _carry_out(self, steps: list[Effects]) -> None:
-        """Do what the table asks, in its order; written to the journal before it counts."""
+        """Carry out effects in order; they are journalled before they count."""
         if not steps:
             return
         self._journal.flush()
         works: list[Work] = []
         for effects in steps:
             for run in effects.forget:
-                # what it queued in this very step goes with it
+                # drop also what it queued in this step
                 mine = [work for work in works if work.run == run]
                 works = [work for work in works if work.run != run]
                 if dropped := len(mine) + self._solver.forget(run):
@@ -368,7 +369,7 @@ class Service:
         self._teller.tell(steps)
 
     def _reply(self, owner: bytes, message: messages.Message) -> bool:
-        """Send to a feeder; false if its connection is gone, or it has none yet."""
+        """Send to a feeder; return False if it has no connection."""
         if not owner:
             return False
         if self._connections.reply(owner, messages.encode(message)):
@@ -378,7 +379,7 @@ class Service:
 
 
 def _patience_s(due_ns: int | None) -> float:
-    """How long to wait for a message where something is due then."""
+    """Return how long to wait for a message before something is due."""
     if due_ns is None:
         return _POLL_S
     return min(_POLL_S, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))

@@ -1,4 +1,4 @@
-"""The service's settings: defaults, a TOML file, and options on the command line, in that order."""
+"""Settings of the service: defaults, overridden by a TOML file, overridden by options."""
 
 from __future__ import annotations
 
@@ -22,40 +22,41 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         ingest: ZeroMQ address for feeders and requests; ``tcp://127.0.0.1:*`` takes a free port.
         results: ZeroMQ address for subscribers.
         http: HOST:PORT of /metrics, /healthz and /readyz; port 0 takes a free one; "" for none.
-        device: cpu, cuda, cuda:N, or auto (cuda where torch sees one).
-        threads: that share the bins solved together; 0 is as many as there are cores. A bin that
-            is solved alone takes one.
-        iterations, horizon: instead of the model's own; 0 keeps them.
-        deadline_ms: for sessions that state none; 0 is the bin width.
-        credits: bins a feeder may have unanswered.
-        gap_limit: longest gap answered bin by bin.
-        max_sessions: open at once.
-        idle_s: a session silent for longer ends.
-        drain_s: longest time to answer what is queued when it is stopped.
-        max_message_bytes: a larger message is refused; one beyond four times that cuts its sender
-            off.
-        results_queue: results kept for a subscriber that does not read.
-        log: plain lines or JSON ones.
-        journal: folder of the journal; "" is none.
+        device: cpu, cuda, cuda:N, or auto (cuda if available).
+        threads: threads that share the bins solved together; 0 for all cores. A single bin uses
+            one.
+        iterations, horizon: override the model's own; 0 keeps them.
+        deadline_ms: deadline of sessions that state none; 0 is the bin width.
+        credits: number of bins that a feeder may have unanswered.
+        gap_limit: longest gap, in bins, that is answered bin by bin.
+        max_sessions: largest number of open sessions.
+        idle_s: a session that is silent for longer ends.
+        drain_s: longest time to answer queued bins when stopped.
+        max_message_bytes: a larger message is refused; one of more than four times that disconnects
+            its sender.
+        results_queue: number of results kept for a subscriber that does not read.
+        log: plain lines or JSON.
+        journal: folder of the journal; "" for none.
         journal_sync: ``always`` (an fsync before anything counts), ``interval`` (each second),
             ``never``.
-        journal_segment_mb: megabytes after which a new file is begun.
-        journal_keep: files kept; 0 is all.
+        journal_segment_mb: size in megabytes at which a new file is started.
+        journal_keep: number of files to keep; 0 for all.
         snapshot_every: bins of a session between snapshots.
         keys: folder of CURVE keys and the allow-list (``ilqr-vae keys``); "" is open to all on
             loopback.
-        control_rate: requests other than bins a second, of one sender.
-        models: folder that models are loaded from; "" is that of the first.
-        keep_warm_ms: a step that nobody sees is made after so long without a bin; 0 is never.
-        cpus: cores for the I/O and solver threads, e.g. ``2-3``; "" is any.
-        slice_ms: processor time that the I/O and solver threads ask for at a stretch. The shorter,
-            the sooner Linux lets them run once there is something to do; 0 does not ask.
-        realtime: SCHED_FIFO priority of those threads; 0 is none.
+        control_rate: requests other than bins per second and sender.
+        models: folder from which models are loaded; "" is that of the first model.
+        keep_warm_ms: after this time without a bin a hidden step keeps caches and clocks warm; 0 is
+            never.
+        cpus: cores for the I/O and solver threads, e.g. ``2-3``; "" for any.
+        slice_ms: time slice of the I/O and solver threads. The shorter it is, the sooner Linux
+            schedules them; 0 keeps the default.
+        realtime: SCHED_FIFO priority of these threads; 0 for none.
         lock_memory: keep all memory out of swap.
-        malloc: ``keep`` has the C library keep up to 64 MB of freed memory for what comes next,
-            where it can; ``auto`` leaves it alone.
-        gc: ``idle`` collects garbage while nothing is queued, at the latest each minute; ``auto``
-            is Python's own way.
+        malloc: ``keep`` lets the C library retain up to 64 MB of freed memory, if supported;
+            ``auto`` is its default.
+        gc: ``idle`` collects garbage while nothing is queued, or at the latest each minute;
+            ``auto`` is Python's default.
     """
 
     ingest: str = "tcp://127.0.0.1:5555"
@@ -92,10 +93,11 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettings:
-    """Settings from a TOML file (or none), with overrides that are not None on top.
+    """Load settings from a TOML file, if any, and apply the overrides that are not None.
 
     Raises:
-        ConfigError: no such file, not TOML, an unknown key, a value of the wrong type or range.
+        ConfigError: there is no such file, it is not TOML, a key is unknown, or a value has the
+            wrong type or range.
     """
     values: dict[str, Any] = {} if path is None else read_toml(path, dict[str, Any])
     values |= {key: value for key, value in overrides.items() if value is not None}
@@ -108,7 +110,7 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettin
 def _encodable(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
+    except UnicodeEncodeError:  # a command line may hold bytes that are not UTF-8
         return False
     return True
 
@@ -117,11 +119,11 @@ _ENDPOINT = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+|\*):(\d{1,5}|\*
 
 
 def loopback_endpoint(field: str, endpoint: str, *, secured: bool = False) -> str:
-    """``endpoint`` as libzmq binds it; port 0 becomes ``*`` (a free port).
+    """Return ``endpoint`` in the form of libzmq; port 0 becomes ``*`` (a free port).
 
     Raises:
-        ServiceError: not tcp://HOST:PORT, or beyond loopback, which is refused where the service
-            cannot tell who connects (it has no keys).
+        ServiceError: it is not tcp://HOST:PORT, or is beyond loopback while the service has no keys
+            and cannot tell who connects.
     """
     match = _ENDPOINT.fullmatch(endpoint)
     port = match[2] if match else ""
@@ -145,7 +147,7 @@ def loopback_endpoint(field: str, endpoint: str, *, secured: bool = False) -> st
 
 
 def http_address(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT. Raises ServiceError where it is not that."""
+    """Split HOST:PORT. Raises ServiceError if it is malformed."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise ServiceError("http", expected="HOST:PORT", got=repr(address))

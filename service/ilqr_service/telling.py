@@ -1,7 +1,7 @@
-"""What the service tells: results, notices, replies; once the journal says that they may be told.
+"""Delivery of results, notices and replies, once the journal permits it.
 
-Where a copy of the journal is kept elsewhere, nothing is told before the copy has what was written
-up to then. So whoever goes on from the copy knows every answer that anybody has seen.
+With a copy of the journal on another node, nothing is sent before the copy has everything written
+so far. So a server that takes over from the copy knows every answer that anyone has received.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _LIFE = ("opened", "reconnected", "resumed", "restarted", "closed", "idle", "shu
 
 
 class Teller:
-    """Tells. Used by the I/O thread alone.
+    """Delivers effects. Only the I/O thread may use it.
 
     Args:
-        journal: says what has been copied.
-        publisher, reply: to subscribers, and to one connection.
-        telemetry: counts.
+        journal: reports what has been copied.
+        publisher, reply: send to subscribers, and to one connection.
+        telemetry: counters.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class Teller:
 
     @property
     def holding(self) -> bool:
-        """Whether something waits for the copy."""
+        """Whether anything waits for the copy."""
         return bool(self._held)
 
     def tell(self, steps: list[Effects]) -> None:
-        """Tell what these steps of the table brought, now or when the copy has it."""
+        """Deliver these effects, now or when the copy has them."""
         position = self._journal.position
         if self._journal.copied() >= position and not self._held:
             self._out(steps)
             return
         for effects in steps:
-            # whoever probes asks whether the service is alive, and it is
+            # a probe asks whether the service is alive, which it is
             probed = [r for r in effects.replies if isinstance(r[1], messages.Probed)]
             for owner, reply in probed:
                 self._reply(owner, reply)
@@ -61,14 +61,14 @@ class Teller:
         self._held.append((position, steps))
 
     def go_on(self) -> None:
-        """Tell what was held and has been copied since."""
+        """Deliver what was held and has been copied since."""
         if self._held:
             copied = self._journal.copied()
             while self._held and self._held[0][0] <= copied:
                 self._out(self._held.popleft()[1])
 
     def _out(self, steps: list[Effects]) -> None:
-        # before anyone is told: who was told may look
+        # count first: a recipient may read the counters
         self._telemetry.count(*counted(steps))
         publish = self._publisher.publish
         for effects in steps:

@@ -1,4 +1,4 @@
-"""``ilqr-vae verify``: run a journal again and compare every answer."""
+"""``ilqr-vae verify``: recompute all answers in a journal and compare."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def command(
         Path | None, typer.Option("--json", help="Write the numbers here; - is standard output.")
     ] = None,
 ) -> None:
-    """Run everything a service took once more, offline, and compare with what it answered.
+    """Recompute all answers in a journal offline, and compare.
 
-    Each part is run with the settings it was served with. On the build and device that served,
-    answers are the same to the last bit; elsewhere state a --tolerance (1e-6 is usual). Exit codes:
-    0 the same, 1 different, 2 wrong input: no journal, a model that it names and that is not given.
+    Each part is run with the settings of its service. On the same build and device, answers are
+    identical to the last bit; elsewhere give a --tolerance (1e-6 is usual). Exit codes: 0
+    identical, 1 different, 2 wrong input: not a journal, or a model is missing.
     """
     if not math.isfinite(tolerance):
         raise ConfigError("--tolerance", expected="a finite number", got=str(tolerance))
@@ -44,7 +44,7 @@ def command(
     torch.set_num_threads(1)
     with Bar() as bar:
         verdict = verify(journal, model, bar)
-    # a difference that is infinite is null there: JSON has no such number
+    # JSON has no infinity: it becomes null
     text = msgspec.json.format(msgspec.json.encode(verdict), indent=2).decode()
     if json_file is not None:
         write_whole(json_file, text + "\n")
@@ -55,7 +55,7 @@ def command(
 
 
 def summary(verdict: Comparison) -> str:
-    """One line that says what was found."""
+    """Return a line that summarises the result."""
     text = (
         f"{verdict.answers} answers of {verdict.runs} runs: {verdict.identical} identical to the "
         f"last bit"

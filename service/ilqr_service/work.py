@@ -1,4 +1,4 @@
-"""What travels between the sessions and the engine: what to do for a run, and a bin's answer.
+"""Data passed between sessions and engine: works of a run, and answers to bins.
 
 Plain data: numpy arrays and integers, no sockets, no torch. Times are nanoseconds of the service's
 monotonic clock. N units, n latents, D kinematic channels. Structs, because one of each is made for
@@ -20,15 +20,15 @@ from ilqr_vae.protocol.answer import Vector as Vector
 from ilqr_vae.protocol.base import Offset, Status
 
 STOPPED = "stopped"
-"""The solver's own status where the deadline cut a solve short."""
+"""Status of a solve that the deadline cut short."""
 
 FAILED = "failed"
-"""In place of the solver's status where the solve raised: the answer is a prediction."""
+"""Status if the solve raised an error: the answer is a prediction."""
 
 NOT_FINITE = "not_finite"
 
 SHED = "shed"
-"""In place of the solver's status where a bin was taken into the window without a solve."""
+"""Status if a bin was taken into the window without a solve."""
 
 TROUBLE = {
     FAILED: "solve_failed",
@@ -36,7 +36,7 @@ TROUBLE = {
     NOT_FINITE: "non_converged",
     "stalled": "non_converged",
 }
-"""What answers are counted as beside their status, by the solver's status."""
+"""Further event to count per answer, by the status of its solve."""
 
 NO_SOLVE = -1
 """A ``budget``: take the bin in without a solve."""
@@ -44,10 +44,10 @@ NO_SOLVE = -1
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the sessions must know of the model.
+    """What sessions need to know about a model.
 
     Attributes:
-        model: its id.
+        model: id of the model.
         unit_names: N names, in the order of the counts.
         bin_width_ns: nanoseconds.
         latents: n.
@@ -55,9 +55,9 @@ class EngineInfo:
         horizon: bins in the estimator's window.
         iterations: iLQR iterations per bin.
         class_names: C; none for a model without classes.
-        bits_per_spike: on data that it was not fitted on; NaN where that is not known.
-        mean_rates: of training, N; none where the units are not counted.
-        lags: bins after which it can answer a bin once more, at most.
+        bits_per_spike: on data that it was not fitted on; NaN if not known.
+        mean_rates: N mean rates in training; empty if units are not counts.
+        lags: largest number of later bins after which a bin can be answered again.
     """
 
     model: str
@@ -75,18 +75,18 @@ class EngineInfo:
 
 
 class _Queued(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Something to do for a run of a session, in the run's order.
+    """A work for a run of a session; the works of a run are done in order.
 
     Attributes:
-        run: serial number of the run; two runs never share one, whatever they are called.
-        index: the bin's index.
-        serial: the work's place in its run, from 0.
+        run: serial number of the run, which is unique over all sessions.
+        index: index of the bin.
+        serial: position of the work in its run, from 0.
         received_ns: arrival of the bin, or of the bin that showed this one to be missing.
-        due_ns: when the answer is due.
-        model: id of the model that the run is on; "" is the only one.
-        slot: that the session is of.
-        watch: mask units that misbehave.
-        lag: answer each bin once more after so many others; 0 is not.
+        due_ns: time when the answer is due.
+        model: id of the model of the run; "" is the only one.
+        slot: slot of the session.
+        watch: whether to mask implausible units.
+        lag: answer each bin again after this many later bins; 0 for never.
     """
 
     run: int
@@ -104,10 +104,10 @@ class _Bin(_Queued, frozen=True, kw_only=True, gc=False):
     """A bin.
 
     Attributes:
-        counts: (N,) spikes, or None where no bin came.
+        counts: (N,) spike counts, or None if no bin came.
         mask: bool (N,), True where observed; None means all.
-        source_ns: the feeder's time stamp; 0 where no bin came.
-        clock: of the feeder, where it states one.
+        source_ns: time stamp of the feeder; 0 if no bin came.
+        clock: clock offset that the feeder stated, if any.
     """
 
     counts: Vector | None
@@ -117,12 +117,12 @@ class _Bin(_Queued, frozen=True, kw_only=True, gc=False):
 
     @property
     def missing(self) -> bool:
-        """No bin came."""
+        """Whether no bin came."""
         return self.counts is None
 
     @property
     def blind(self) -> bool:
-        """No unit of the bin was observed."""
+        """Whether no unit of the bin was observed."""
         return self.counts is None or (self.mask is not None and not self.mask.any())
 
 
@@ -131,10 +131,10 @@ class Solve(_Bin, frozen=True, kw_only=True, gc=False):
 
     Attributes:
         restart: start from the model's initial condition instead of the previous bin.
-        anytime: the solver stops at ``due_ns`` with what it has.
-        budget: stop the solve after so many iterations (how a replay repeats a solve that the
-            clock had cut short); 0 is none, ``NO_SOLVE`` not at all.
-        sheds: while it is the newest of its run, older ones may go without a solve.
+        anytime: the solver stops at ``due_ns`` with its current solution.
+        budget: stop the solve after this many iterations, to repeat one that the clock cut short; 0
+            for no limit, ``NO_SOLVE`` for no solve.
+        sheds: while this is the newest bin of its run, older ones may go without a solve.
     """
 
     restart: bool = False
@@ -144,12 +144,13 @@ class Solve(_Bin, frozen=True, kw_only=True, gc=False):
 
 
 class Insert(_Bin, frozen=True, kw_only=True, gc=False):
-    """A late bin, or one whose counts changed: put it in its place in the window, and solve again
-    from there."""
+    """A late bin, or one whose counts changed: insert it into the window and solve again from
+    it.
+    """
 
 
 class SwapModel(_Queued, frozen=True, kw_only=True, gc=False):
-    """Go on with the model ``to``, its window refilled from the bins of the run."""
+    """Continue with the model ``to``, whose window is refilled from the bins of the run."""
 
     to: str
 
@@ -158,24 +159,24 @@ Work = Solve | Insert | SwapModel
 
 
 class EngineAnswer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
-    """The engine's answer for one bin.
+    """The answer of the engine to a bin.
 
     Attributes:
         work: the bin.
-        solver: the solver's status in lower case, or ``FAILED``.
+        solver: status of the solver in lower case, or ``FAILED``.
         revised: the bin was answered before.
         settles: no other answer follows for the work that caused this one.
-        void: no answer; the late bin could not be put in its place.
-        due_ns: instead of the work's own; 0 is that.
-        serial: of the work that caused this answer.
-        flags: what changed about units, for people.
-        flagged: ``NAME:reason`` of all masked units, None where they are not watched.
-        beyond: the answer is beyond what training showed (``ilqr_vae.streaming.bounds``).
-        restarted: the estimate began anew with this bin, its state being lost.
-        inputs: (m,), of the dynamics, ``input_delay`` bins before this one; None where nothing was
-            solved or its window does not reach so far back.
-        used: bool (N,), the units that were used; None means all.
-        members: (K, n), the latents of an ensemble's members; None for one model.
+        void: not an answer; the late bin could not be inserted.
+        due_ns: overrides the due time of the work; 0 keeps it.
+        serial: serial of the work that caused this answer.
+        flags: changes of masked units, as text.
+        flagged: ``NAME:reason`` of all masked units; None if units are not watched.
+        beyond: the answer exceeds the range in training (``ilqr_vae.streaming.bounds``).
+        restarted: the estimate restarted with this bin, because its state was lost.
+        inputs: (m,) input of the dynamics ``input_delay`` bins before this one; None if nothing was
+            solved or the window is shorter.
+        used: bool (N,), units that were used; None means all.
+        members: (K, n) latents of the members of an ensemble; None for a single model.
     """
 
     work: Solve | Insert
@@ -195,12 +196,12 @@ class EngineAnswer(Estimated[Vector], frozen=True, kw_only=True, gc=False):
 
 
 def status_of(answer: EngineAnswer, published_ns: int) -> Status:
-    """The flag an answer goes out with: a pure function of the answer and the clock.
+    """Return the status of an answer: a pure function of the answer and the clock.
 
-    First that holds: ``missing`` (no bin came), ``extrapolated`` (a bin came and the answer is a
-    prediction all the same: none of its units could be used, its solve failed or was shed; or the
-    answer is beyond what training showed), ``late`` (after its due time), ``degraded`` (the
-    deadline cut the solve short), ``ok``.
+    The first that applies: ``missing`` (no bin came), ``extrapolated`` (a bin came, but the answer
+    is a prediction, since no unit could be used or its solve failed or was shed; or the answer
+    exceeds the range in training), ``late`` (after its due time), ``degraded`` (the deadline cut
+    the solve short), ``ok``.
     """
     if answer.work.missing:
         return "missing"
@@ -212,5 +213,5 @@ def status_of(answer: EngineAnswer, published_ns: int) -> Status:
 
 
 def budget_of(result: Estimated[Any]) -> int:
-    """The ``budget`` that solves a bin again as the clock had it solved for this answer."""
+    """Return the ``budget`` that repeats the solve of this answer without the clock."""
     return {STOPPED: result.iterations, SHED: NO_SOLVE}.get(result.solver, 0)

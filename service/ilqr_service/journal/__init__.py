@@ -1,1 +1,1 @@
-"""The append-only journal of a running service, and what is made from it."""
+"""The append-only journal of a service: writing, resuming, verifying and exporting it."""

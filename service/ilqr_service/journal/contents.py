@@ -1,4 +1,4 @@
-"""What is in a journal: its sessions, the models they ran on, and how they were answered."""
+"""The contents of a journal: sessions, their models, and how they were answered."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from ilqr_vae.protocol import messages
 from ilqr_vae.report.table import Section
 
 _NAMED = 12
-"""Most names of events that are shown of a run."""
+"""Largest number of event names shown per run."""
 
 
 class RecordedRun(msgspec.Struct):
     """A session's run, from its opening to its end.
 
     Attributes:
-        session, epoch, run: its name, and its number in the session and in the journal.
-        model, user: what it ran on last, and who fed it.
-        bin_ms, units: as it was opened.
-        bins, first, last: how many were taken, and the lowest and highest index answered.
-        began, ended: UTC of the first and the last answer; "" where there is none.
-        statuses: of the newest answer of each bin.
-        end: why it ended; "" where the journal does not say.
-        events: how many of each name.
+        session, epoch, run: name of the session, epoch, and serial number in the journal.
+        model, user: its last model, and the user that fed it.
+        bin_ms, units: bin width and number of units.
+        bins, first, last: number of bins taken, and the lowest and highest index answered.
+        began, ended: UTC of the first and the last answer; "" if there is none.
+        statuses: counts of statuses, from the newest answer to each bin.
+        end: why it ended; "" if the journal does not say.
+        events: number of events by name.
     """
 
     session: str
@@ -60,7 +60,7 @@ class RecordedRun(msgspec.Struct):
 
 
 class JournalContents(msgspec.Struct):
-    """A journal. ``damage``: a line for everything that is odd about its files."""
+    """A journal. ``damage``: a line for each irregularity of its files."""
 
     folder: str
     segments: int
@@ -73,7 +73,7 @@ class JournalContents(msgspec.Struct):
 
 
 def contents_of(folder: Path) -> JournalContents:
-    """Read a journal through once. Raises JournalError: no journal, or not of this version."""
+    """Read a journal. Raises JournalError if it is none, or of another version."""
     paths, damage = segments(folder), list[str]()
     if not paths:
         expected = "a journal's folder, with files NUMBER.journal"
@@ -101,14 +101,16 @@ def contents_of(folder: Path) -> JournalContents:
                 runs.setdefault(record.run, begun).model = record.model
             case Queued() if record.work.run in runs:
                 run = runs[record.work.run]
-                if record.work.counts is not None:  # segments begin with works of the one before
+                # a segment begins with works of the previous one
+                if record.work.counts is not None:
                     taken.setdefault(run.run, set()).add(record.work.index)
                 run.model = record.work.swap or run.model
             case Answered() if record.run in runs:
                 result = messages.decode_published(record.frame)
                 if isinstance(result, messages.Result):
                     _answered(runs[record.run], result, newest.setdefault(record.run, {}), header)
-            case Happened() if record.run in runs:  # segments begin with those of the one before
+            # a segment begins with those of the previous one
+            case Happened() if record.run in runs:
                 event = record.event
                 events.setdefault(record.run, {})[event.source, event.index] = event.name
             case RunClosed() if record.run in runs:
@@ -146,7 +148,7 @@ def _model(manifest: dict[str, Any]) -> str:
 
 
 def look(folder: Path) -> tuple[JournalContents, list[Section]]:
-    """A journal's contents, and as ``ilqr-vae inspect`` shows them. Raises JournalError."""
+    """Return a journal's contents, and their sections for ``inspect``. Raises JournalError."""
     found = contents_of(folder)
     about = {
         "segments": f"{found.segments}, {found.megabytes:.3g} MB",

@@ -1,4 +1,4 @@
-"""A session of a journal as NWB: what came, what was answered, by which model, set how."""
+"""Export of a session from a journal as NWB: bins, answers, the model and the settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ilqr_vae.report.decoded import About, Decoded, check_out, write_decoded
 
 @dataclass(slots=True)
 class Recorded:
-    """A run of a journal, with the newest revision of each answer."""
+    """A run in a journal, with the newest revision of each answer."""
 
     opened: RunOpened
     header: Header
@@ -37,7 +37,7 @@ class Recorded:
 
     @classmethod
     def of(cls, opened: RunOpened, header: Header) -> Recorded:
-        """A run that begins."""
+        """Start a run."""
         request = opened.request
         decoded = Decoded(
             session=request.session,
@@ -59,15 +59,18 @@ class Recorded:
 
     @property
     def results(self) -> dict[int, messages.Result]:
-        """The newest answer of each bin."""
+        """The newest answer to each bin."""
         return self.decoded.results
 
 
 def runs_of(
     folder: Path, damage: list[str] | None = None, progress: Progress = SILENT
 ) -> tuple[list[Recorded], dict[str, Any]]:
-    """All runs, oldest first, and the manifests by model id; ``damage`` is given a line for
-    everything in the journal that is odd, ``progress`` the segments read. Raises JournalError."""
+    """Return all runs, oldest first, and the manifests by model id.
+
+    ``damage`` receives a line for each irregularity, ``progress`` the number of segments read.
+    Raises JournalError.
+    """
     runs: dict[int, Recorded] = {}
     manifests: dict[str, Any] = {}
     header: Header | None = None
@@ -100,7 +103,7 @@ def runs_of(
 def choose(
     runs: list[Recorded], session: str | None, epoch: int | None, run: int | None
 ) -> Recorded:
-    """The only run with answers that fits. Raises RecordingError: none or several."""
+    """Return the only matching run with answers. Raises RecordingError if none or several match."""
     answered = [r for r in runs if r.results]
     fitting = [
         r
@@ -133,12 +136,14 @@ def write(
     institution: str = "",
     force: bool = False,
 ) -> Path:
-    """Write a run as NWB, whole or not at all. Who was recorded, by whom and where the journal does
-    not know; without it nwbinspector finds the file wanting.
+    """Write a run as NWB, atomically.
+
+    Subject, experimenter and institution are not in the journal; nwbinspector reports them as
+    missing.
 
     Raises:
-        RecordingError: not a .nwb path in an existing folder, it exists and ``force`` is not
-            given, it cannot be written, or pynwb is not installed.
+        RecordingError: the path is not a .nwb file in an existing folder, it exists and ``force``
+            is not given, it cannot be written, or pynwb is not installed.
     """
     check_out(path, force=force)
     run.decoded.manifests = manifests

@@ -1,5 +1,7 @@
-"""The service's side of the journal: what of a step of the session table is written, and which
-sessions a service that died left open. Where no journal is kept every method does nothing."""
+"""The journal as the service uses it: records steps of the session table and resumes sessions.
+
+Without a journal folder all methods do nothing.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,10 @@ Find = Callable[[str], Engine | None]
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what computes, as they were when first asked: the packages may be replaced while
-    the service runs."""
+    """Return the versions of the computing packages, cached at the first call.
+
+    The packages may be replaced while the service runs.
+    """
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in ("ilqr-vae", "torch", "numba", "numpy"):
         try:
@@ -56,22 +60,22 @@ def versions() -> dict[str, str]:
 
 
 class Journal:
-    """Keeps the journal. Used by the I/O thread alone.
+    """Keeps the journal. Only the I/O thread may use it.
 
     Args:
-        settings: where and how.
-        slots: the engine of each.
-        engines: to see which models are there.
-        table: takes up the sessions that were open.
-        find: an engine by its model's id, for sessions that are on no slot's.
-        copy: kept elsewhere.
+        settings: folder and policy of the journal.
+        slots: engine of each slot.
+        engines: available models.
+        table: session table, to which open sessions are added.
+        find: returns an engine by model id, for sessions of models in no slot.
+        copy: copy on another node.
 
     Attributes:
-        resumed: runs for the solver to take up.
-        last: the newest answer of each, for new subscribers.
+        resumed: runs for the solver to resume.
+        last: newest answer of each run, for new subscribers.
 
     Raises:
-        JournalError: a journal that cannot be read.
+        JournalError: the journal cannot be read.
         ServiceError: the folder cannot be written, or another service uses it.
     """
 
@@ -96,7 +100,7 @@ class Journal:
         self._settings = settings
         self._boot = os.urandom(8).hex()
         versions()
-        # Locked before it is read: another service may still be ending the sessions in it.
+        # Lock before reading: another service may still be ending its sessions.
         self._writer = Writer(
             Path(settings.journal),
             self._header,
@@ -112,8 +116,11 @@ class Journal:
             raise
 
     def _resume(self, folder: Path, engines: Engines, find: Find) -> None:
-        """Take up what is open. A session whose model is not served stays open in the journal until
-        it is served again; of two sessions of one name the newer goes on."""
+        """Resume open sessions.
+
+        A session whose model is not served stays open in the journal until it is served again. Of
+        two sessions with the same name the newer one is resumed.
+        """
         odd: list[str] = []
         self._table.next_run, self._live = open_runs(folder, odd)
         for line in odd:
@@ -170,22 +177,22 @@ class Journal:
 
     @property
     def position(self) -> int:
-        """Of what was written last, for ``copied``."""
+        """Position of the last write, for ``copied``."""
         return 0 if self._writer is None else self._writer.position
 
     def copied(self) -> int:
-        """Up to where a copy has what was written; what is beyond may not be told yet."""
+        """Position up to which a copy is complete; later results must not be published yet."""
         return 0 if self._writer is None else self._writer.copied()
 
     def start(self) -> None:
-        """Begin to write. Raises ServiceError: it cannot be written."""
+        """Start to write. Raises ServiceError if the journal cannot be written."""
         if self._writer is not None:
             self._writer.start(self._live)
             for run in self._superseded:
                 self._writer.write(RunClosed(run=run, what="its name was used anew"))
 
     def note(self, effects: Effects, answer: EngineAnswer | None) -> None:
-        """Add what a step of the table brought; it is written by the next ``flush``."""
+        """Add the effects of a step of the table; the next ``flush`` writes them."""
         writer = self._writer
         if writer is None:
             return

@@ -1,4 +1,4 @@
-"""The open runs as a journal knows them: what it takes to go on with each."""
+"""The open runs in a journal, with all that is needed to resume each."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ilqr_service.journal.records import (
 )
 
 TAIL = 128
-"""Newest answers of a run that a checkpoint repeats."""
+"""Number of newest answers of a run that a checkpoint repeats."""
 
 
 @dataclass(slots=True)
 class Live:
-    """An open run as the journal knows it.
+    """An open run in the journal.
 
     Attributes:
-        opened: what it began with, brought up to the newest snapshot.
-        snapshot: the newest one, framed.
-        works: framed works since, by serial, with their index and whether a bin came.
-        answers: the newest answer of each of the newest bins, framed, by index.
-        fed: the batches of spikes of the newest bins, framed.
-        happened: the newest events, framed.
+        opened: its opening record, updated to the newest snapshot.
+        snapshot: newest snapshot, framed.
+        works: framed works since the snapshot, by serial, with their index and whether a bin came.
+        answers: newest answer to each of the newest bins, framed, by index.
+        fed: batches of spikes of the newest bins, framed.
+        happened: newest events, framed.
     """
 
     opened: RunOpened
@@ -43,11 +43,11 @@ class Live:
     happened: deque[bytes] = field(default_factory=lambda: deque[bytes](maxlen=TAIL))
 
     def note(self, record: Record, framed: bytes) -> None:
-        """Follow one record of this run."""
+        """Apply a record of this run."""
         if isinstance(record, Queued):
             self.works[record.work.serial] = (framed, record)
         elif isinstance(record, Answered):
-            self.answers.pop(record.index, None)  # so that the newest are last
+            self.answers.pop(record.index, None)  # keep the newest last
             self.answers[record.index] = framed
             if len(self.answers) > TAIL:
                 del self.answers[min(self.answers)]
@@ -66,7 +66,7 @@ class Live:
 
 
 def run_of(record: Record) -> int | None:
-    """The run that a record is of; None where it is of none."""
+    """Return the run of a record; None if it belongs to no run."""
     match record:
         case RunOpened() | Fed() | Happened() | Answered() | RunClosed():
             return record.run
@@ -79,7 +79,7 @@ def run_of(record: Record) -> int | None:
 
 
 def follow(runs: dict[int, Live], record: Record, framed: bytes) -> None:
-    """Bring the open runs up to date with one more record."""
+    """Update the open runs by one record."""
     run = run_of(record)
     if isinstance(record, RunOpened):
         runs[record.run] = Live(record)
@@ -90,7 +90,7 @@ def follow(runs: dict[int, Live], record: Record, framed: bytes) -> None:
 
 
 def advance(opened: RunOpened, works: list[Queued]) -> RunOpened:
-    """Where a run stands after these works, in order."""
+    """Advance a run by these works, in order."""
     next_index, base, serial = opened.next_index, opened.base, opened.serial
     model = opened.model
     missing = set(opened.missing)

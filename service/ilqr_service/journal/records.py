@@ -1,9 +1,9 @@
-"""What the journal holds: typed records, each framed by its length and a checksum.
+"""The records of the journal, each framed by its length and a checksum.
 
 A segment is a file ``00000001.journal``: ``MAGIC``, then frames of a little-endian uint32 length,
-the uint32 CRC-32 of what follows, and a MessagePack record. A frame that was cut short ends the
-segment. A frame that does not match its checksum is skipped where a good one follows it, and so is
-a damaged ``MAGIC``. A file without a good frame holds nothing.
+the uint32 CRC-32 of the record, and a MessagePack record. A truncated frame ends the segment. A
+frame with a wrong checksum is skipped if a valid one follows it, and so is a damaged ``MAGIC``. A
+file without a valid frame is empty.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ _NAME = re.compile(r"\d{1,18}\.journal")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", array_like=True):
-    """Base: a tagged record. The tags are those of the first version, so that its files stay
-    readable."""
+    """Base of the tagged records.
+
+    The tags are those of the first version, so that its files stay readable.
+    """
 
 
 class Header(Record, frozen=True, kw_only=True, tag="header"):
     """Begins every segment.
 
     Attributes:
-        boot: names the process that wrote it.
-        at_ns, clock_ns: nanoseconds of the Unix epoch, and of the service's clock then.
-        next_run: the first run number not yet used.
-        lost: records lost so far because they could not be written.
-        versions: of what computes.
-        settings: of the service.
-        manifests: of the models, by id.
-        segment, previous: number of this segment and of the one before; 0 where not stated.
+        boot: identifies the process that wrote it.
+        at_ns, clock_ns: time in nanoseconds of the Unix epoch, and of the service's clock.
+        next_run: first unused run number.
+        lost: number of records that could not be written so far.
+        versions: versions of the computing packages.
+        settings: settings of the service.
+        manifests: manifests of the models by id.
+        segment, previous: number of this segment and of the previous one; 0 if not stated.
     """
 
     boot: str
@@ -64,9 +66,8 @@ class RunOpened(Record, frozen=True, kw_only=True, tag="began"):
     """A run began, or (``again``) was open when the segment began.
 
     Attributes:
-        request: what it was opened with.
-        next_index, base, serial, missing: where it stands, where ``again``, before the works that
-            follow.
+        request: the message that opened it.
+        next_index, base, serial, missing: if ``again``, its state before the works that follow.
     """
 
     run: int
@@ -82,27 +83,27 @@ class RunOpened(Record, frozen=True, kw_only=True, tag="began"):
 
 
 class Queued(Record, frozen=True, kw_only=True, tag="worked"):
-    """A bin was accepted, found missing, or a model is to be swapped, in this order."""
+    """A work was queued: a bin, a missing bin, or a change of model; records are in order."""
 
     work: PackedWork
 
 
 class Fed(Record, frozen=True, kw_only=True, tag="fed"):
-    """A batch of spikes was taken. The bins it closed or changed are queued before it."""
+    """A batch of spikes was taken; the bins that it closed or changed are queued before it."""
 
     run: int
     batch: messages.Spikes
 
 
 class Happened(Record, frozen=True, kw_only=True, tag="happened"):
-    """An event of the experiment was taken, as it was published."""
+    """An event of the experiment was published."""
 
     run: int
     event: messages.Event
 
 
 class Answered(Record, frozen=True, kw_only=True, tag="answered"):
-    """``frame`` (a ``messages.Result``) answers for the work ``serial``; ``settles`` its last."""
+    """``frame`` (a ``messages.Result``) answers the work ``serial``; ``settles`` if finally."""
 
     run: int
     serial: int
@@ -119,7 +120,7 @@ class Snapshot(Record, frozen=True, kw_only=True, tag="kept"):
 
 
 class RunClosed(Record, frozen=True, kw_only=True, tag="ended"):
-    """A run ended, and why."""
+    """A run ended, with the reason."""
 
     run: int
     what: str
@@ -134,7 +135,7 @@ class Controlled(Record, frozen=True, kw_only=True, tag="controlled"):
 
 
 class Deployed(Record, frozen=True, kw_only=True, tag="served"):
-    """A model is served from here on."""
+    """A model is served from now on."""
 
     slot: str
     model: str
@@ -142,7 +143,7 @@ class Deployed(Record, frozen=True, kw_only=True, tag="served"):
 
 
 class Checkpoint(Record, frozen=True, kw_only=True, tag="checkpoint"):
-    """What is needed to go on from this segment alone lies before this record."""
+    """The records before this one suffice to continue from this segment."""
 
     runs: int
 
@@ -163,7 +164,7 @@ AnyRecord = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyRecord)
-# how a record begins: an array, then its tag
+# first bytes of a record: an array, then its tag
 _RECORD = re.compile(
     rb"[\x90-\x9f](\xa6(header|worked|served)|\xa5(began|ended)|\xa8answered|\xa4kept"
     rb"|\xaacontrolled|\xaacheckpoint|\xa3fed|\xa8happened)"
@@ -171,18 +172,18 @@ _RECORD = re.compile(
 
 
 def frame(record: Record) -> bytes:
-    """A record as it is written."""
+    """Return a record as bytes of the file."""
     return framed(_encoder.encode(record))
 
 
 def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
-    """The good records of a segment, in order.
+    """Yield the valid records of a segment, in order.
 
     Args:
-        damage: is given a line for each stretch that cannot be read.
+        damage: receives a line for each unreadable range.
 
     Raises:
-        JournalError: the file cannot be read, or is of another version.
+        JournalError: the file could not be read, or is of another version.
     """
     try:
         data = path.read_bytes()
@@ -190,7 +191,7 @@ def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
         got = f"{path.name} ({error or 'too large'})"
         raise JournalError("journal", expected="a readable file", got=got) from error
     if MAGIC.startswith(data):
-        return  # torn while it was being made
+        return  # truncated while it was created
     at = len(MAGIC) if data.startswith(MAGIC) else 0
     if not at and data.startswith(_ANY_VERSION):
         raise JournalError("journal", expected="a journal of this version", got=path.name)
@@ -219,15 +220,15 @@ def records(path: Path, damage: list[str] | None = None) -> Iterator[AnyRecord]:
 
 
 def number(path: Path) -> int:
-    """A segment's number, by its name."""
+    """Return the number of a segment by its name."""
     return int(path.name.removesuffix(SUFFIX))
 
 
 def survey(folder: Path) -> tuple[list[Path], list[str]]:
-    """A journal's segments, oldest first, and a line for everything that is odd about its files.
+    """Return a journal's segments, oldest first, and a line for each irregularity of its files.
 
-    Segments are ordered by the number that their header states. A file that is no segment is not
-    used: another name, a folder, a link, one that cannot be read, a copy of another segment.
+    Segments are ordered by the number in their header. Other files are ignored: with another name,
+    a folder, a link, an unreadable file, a copy of another segment.
 
     Raises:
         JournalError: no such folder, or one that cannot be read.
@@ -254,7 +255,7 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
         if stated in found and stated != number(path):
             odd.append(f"{path.name} is not used: it is a copy of {found[stated].name}")
             continue
-        if stated in found:  # the copy came first
+        if stated in found:  # the copy was listed first
             odd.append(f"{found[stated].name} is not used: it is a copy of {path.name}")
         elif stated != number(path):
             odd.append(f"{path.name} is segment {stated} by its header")
@@ -269,8 +270,10 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _stated(path: Path) -> tuple[int, int]:
-    """A segment's number and that of the one before by its header, else by its name. Raises
-    OSError."""
+    """Return the numbers of a segment and of the previous one by its header, else by its name.
+
+    Raises OSError.
+    """
     with path.open("rb") as file:
         start = file.read(len(MAGIC) + FRAME.size)
         if len(start) == len(MAGIC) + FRAME.size and start.startswith(MAGIC):
@@ -286,5 +289,5 @@ def _stated(path: Path) -> tuple[int, int]:
 
 
 def segments(folder: Path) -> list[Path]:
-    """A journal's segments, oldest first. Raises JournalError: no such folder."""
+    """Return a journal's segments, oldest first. Raises JournalError if there is no such folder."""
     return survey(folder)[0]

@@ -1,4 +1,4 @@
-"""Going on where a service that died left off: what its journal says is still open."""
+"""Resuming the open sessions of a service that stopped, from its journal."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _happened = msgspec.msgpack.Decoder(Happened)
 
 
 def open_runs(folder: Path, odd: list[str] | None = None) -> tuple[int, dict[int, Live]]:
-    """The next free run number, and the runs that had not ended.
+    """Return the next free run number, and the open runs.
 
-    The torn end of the last segment is left out. A segment whose beginning was cut short is left
-    out as a whole; the one before it has the same.
+    The truncated end of the last segment is ignored. A segment without a complete beginning is
+    ignored entirely; the previous one has the same contents.
 
     Args:
-        odd: is given a line for everything that is not as it was written.
+        odd: receives a line for each irregularity.
 
     Raises:
-        JournalError: a segment cannot be read or is of another version.
+        JournalError: a segment could not be read, or is of another version.
     """
     odd = [] if odd is None else odd
     paths, words = survey(folder) if folder.is_dir() else ([], [])
@@ -72,10 +72,10 @@ def open_runs(folder: Path, odd: list[str] | None = None) -> tuple[int, dict[int
 
 
 def _fill(live: Live) -> list[int]:
-    """Put a missing bin wherever the record of a bin is lost. Returns the indices.
+    """Insert a missing bin for each lost record of a bin. Return their indices.
 
-    The works of a run have serials without a hole, and its bins indices without one, except where
-    the estimate begins again. A hole in both is a lost record.
+    Serials of the works in a run are contiguous, and so are the indices of bins, except at a reset
+    of the estimate. A gap in both is a lost record.
     """
     works: dict[int, tuple[bytes, Queued]] = {}
     lost: list[int] = []
@@ -118,7 +118,7 @@ def _from_last_whole(paths: list[Path]) -> list[Path]:
 
 
 def results_of(live: Live) -> list[tuple[Answered, messages.Result]]:
-    """The newest answers of a run, oldest first."""
+    """Return the newest answers of a run, oldest first."""
     pairs: list[tuple[Answered, messages.Result]] = []
     for framed in live.answers.values():
         record = _answered.decode(framed[_HEAD:])
@@ -129,7 +129,7 @@ def results_of(live: Live) -> list[tuple[Answered, messages.Result]]:
 
 
 def models_of(live: Live) -> set[str]:
-    """Ids of the models it takes to go on with a run."""
+    """Return the ids of the models needed to resume a run."""
     needed = {live.opened.model}
     if live.snapshot:
         needed.add(_snapshot.decode(live.snapshot[_HEAD:]).packed.model)
@@ -139,12 +139,12 @@ def models_of(live: Live) -> set[str]:
 
 
 def model_of(live: Live) -> str:
-    """Id of the model that a run goes on with."""
+    """Return the id of the model with which a run is resumed."""
     return advance(live.opened, [record for _, record in live.works.values()]).model
 
 
 def _restore(session: ServedSession, live: Live) -> None:
-    """Put the batches of spikes and the events that came back into a session."""
+    """Restore the batches of spikes and the events of a session."""
     for k, (_, framed) in enumerate(live.fed):
         batch = _fed.decode(framed[_HEAD:]).batch
         if session.binner is None:
@@ -170,12 +170,12 @@ def _restore(session: ServedSession, live: Live) -> None:
 def take_up(
     live: Live, model_info: EngineInfo, deadline_ns: int, now_ns: int
 ) -> tuple[ServedSession, Resumed]:
-    """A session as it stood, without a feeder, and what the solver needs of it.
+    """Rebuild a session, without a feeder, and what the solver needs to resume it.
 
     Args:
-        model_info: of the model the run is on now.
-        deadline_ns: where the session stated none.
-        now_ns: from when it counts as silent.
+        model_info: description of the current model of the run.
+        deadline_ns: deadline if the session stated none.
+        now_ns: time from which it counts as silent.
     """
     works = [record for _, record in live.works.values()]
     at = advance(live.opened, works)
@@ -214,10 +214,10 @@ def take_up(
     to_do: list[Work] = []
     for record in works:
         work = unpack_work(record.work, at.slot)
-        if work.serial <= answered:  # as it was solved, whatever the clock says now
+        if work.serial <= answered:  # with the recorded iterations, not by the clock
             if isinstance(work, Solve):
                 work = replace(work, anytime=False, budget=cut.get(work.serial, 0))
-        elif work.received_ns > now_ns:  # by the clock of a boot before this one
+        elif work.received_ns > now_ns:  # it refers to the clock of an earlier process
             work = replace(work, received_ns=now_ns, due_ns=now_ns)
         to_do.append(work)
     for work in to_do:

@@ -1,9 +1,9 @@
-"""A journal run again offline: every answer computed anew and compared, bit for bit.
+"""Offline verification of a journal: every answer is recomputed and compared bit for bit.
 
-Each run's works go through the engine in the order they were accepted, with the settings that the
-segment's header states. Where the clock had cut a solve short, it is cut after as many iterations
-as then. A stretch that the journal does not hold (it could not be written) is skipped: the run goes
-on from the next snapshot.
+The works of each run go through the engine in the order in which they were accepted, with the
+settings in the segment's header. A solve that was cut short by the clock is cut after the same
+number of iterations. If records are missing (they could not be written), the run continues from the
+next snapshot.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ from ilqr_vae.protocol import messages
 
 @dataclass(slots=True)
 class Comparison:
-    """What a comparison found.
+    """The result of a verification.
 
     Attributes:
-        runs, answers: compared.
-        identical: answers that are the same to the last bit.
-        skipped: answers that could not be compared: their run's state is not in the journal.
-        largest: absolute difference over all numbers of all answers; infinite where a number is
-            none now and was one then, or the other way round.
-        changed: answers whose solve ended otherwise (``solver``).
-        first: where the first difference is.
-        damaged: a line for everything in the journal that is not as it was written.
+        runs, answers: numbers of compared runs and answers.
+        identical: answers that are identical to the last bit.
+        skipped: answers that could not be compared, because the state of their run is not in the
+            journal.
+        largest: largest absolute difference over all numbers; infinite if only one of the two is
+            NaN.
+        changed: answers whose solve ended with another status (``solver``).
+        first: location of the first difference.
+        damaged: a line for each irregularity of the journal.
     """
 
     runs: int = 0
@@ -64,7 +65,7 @@ class Comparison:
     damaged: list[str] = field(default_factory=list[str])
 
     def within(self, tolerance: float) -> bool:
-        """No number differs by more, and every solve ended as it had; 0 is bit for bit."""
+        """Return whether all differences are at most this, and all solves ended alike."""
         if not tolerance:
             return self.identical == self.answers
         return self.largest <= tolerance and not self.changed
@@ -72,7 +73,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class _Run:
-    """A run under way: computed up to the work ``done``, where its state is ``known``."""
+    """A run in progress: computed up to the work ``done`` if its state is ``known``."""
 
     opened: RunOpened
     done: int = -1
@@ -87,8 +88,9 @@ def stream(
     progress: Progress = SILENT,
     what: str = "journal read",
 ) -> Iterator[AnyRecord]:
-    """All good records, oldest first; ``damage`` is given a line for everything that is odd, and
-    ``progress`` the segments read.
+    """Yield all valid records, oldest first.
+
+    ``damage`` receives a line for each irregularity, ``progress`` the number of segments read.
 
     Raises JournalError."""
     paths, odd = survey(folder)
@@ -101,7 +103,7 @@ def stream(
 
 
 def named_and_answered(folder: Path, progress: Progress = SILENT) -> tuple[set[str], int]:
-    """Ids of the models that a journal needs, and how many answers it has. Raises JournalError."""
+    """Return the ids of the models in a journal, and its number of answers. Raises JournalError."""
     named: set[str] = set()
     answers = 0
     for record in stream(folder, progress=progress):
@@ -120,7 +122,7 @@ def named_and_answered(folder: Path, progress: Progress = SILENT) -> tuple[set[s
 
 
 def settings_of(header: Header) -> ServiceSettings:
-    """What of a service's settings an answer depends on. Raises JournalError."""
+    """Return the settings of a service that affect answers. Raises JournalError."""
     try:
         kept = {name: header.settings[name] for name in ("device", "horizon", "iterations")}
         return msgspec.convert(kept, ServiceSettings)
@@ -129,7 +131,7 @@ def settings_of(header: Header) -> ServiceSettings:
 
 
 def numbers(result: messages.Result) -> np.ndarray:
-    """Everything computed in a result, one after another."""
+    """Return all computed numbers of a result, concatenated."""
     values = [messages.unpack(getattr(result, name), name) for name in messages.VECTORS]
     if result.classes is not None:
         values.append(messages.unpack(result.classes, "classes"))
@@ -137,7 +139,7 @@ def numbers(result: messages.Result) -> np.ndarray:
 
 
 def computed(answer: EngineAnswer) -> np.ndarray:
-    """The same of an answer."""
+    """Return all computed numbers of an answer, concatenated."""
     values = [getattr(answer, name) for name in messages.VECTORS]
     if answer.classes is not None:
         values.append(answer.classes)
@@ -145,7 +147,7 @@ def computed(answer: EngineAnswer) -> np.ndarray:
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest absolute one; infinite where one of two is NaN, or they are not as many."""
+    """Return the largest absolute difference; infinite if NaNs or lengths differ."""
     if got.shape != want.shape:
         return float("inf")
     same = (got == want) | (np.isnan(got) & np.isnan(want))
@@ -154,10 +156,10 @@ def difference(got: np.ndarray, want: np.ndarray) -> float:
 
 
 class Verifier:
-    """Follows a journal and compares.
+    """Reads the records of a journal in order and compares the answers.
 
     Args:
-        models: files of all models that it names.
+        models: files of all models in the journal.
     """
 
     def __init__(self, models: list[Path]) -> None:
@@ -166,17 +168,16 @@ class Verifier:
         self._served: dict[ServiceSettings, Engines] = {}
         self._engines: Engines | None = None
         self._runs: dict[int, _Run] = {}
-        # Runs whose state comes from what a segment begins with, not from before it: they were
-        # solved with other settings then, or with a bin whose record is lost. The answers repeated
-        # there are not to be had again.
+        # Runs whose state comes from the beginning of a segment, because earlier works were solved
+        # with other settings or a record is lost. The answers repeated there cannot be recomputed.
         self._anew: set[int] = set()
 
     def follow(self, record: AnyRecord) -> None:
-        """Take one record.
+        """Process a record.
 
         Raises:
-            ArtifactError, ConfigError: a model file or device that cannot be used.
-            JournalError: a segment without a header, or with settings that are none.
+            ArtifactError, ConfigError: a model file or device cannot be used.
+            JournalError: a segment lacks a header, or its settings are invalid.
         """
         if isinstance(record, Header):
             self._serve(settings_of(record))
@@ -208,7 +209,7 @@ class Verifier:
 
     @property
     def served(self) -> bool:
-        """Whether a segment's header has come."""
+        """Whether the header of a segment was read."""
         return self._engines is not None
 
     def _serve(self, settings: ServiceSettings) -> None:
@@ -229,7 +230,7 @@ class Verifier:
         if known and record.run not in self._anew:
             return
         self.verdict.runs += not known
-        # without a snapshot all its works follow
+        # without a snapshot, all its works follow
         self._runs[record.run] = _Run(record, record.serial - 1, known=record.serial == 0)
         if record.again:
             self._anew.add(record.run)
@@ -240,7 +241,7 @@ class Verifier:
         if run is None:
             return
         if run.known and all(s in run.works for s in range(run.done + 1, serial + 1)):
-            return  # all of it is, or will be, computed anyway
+            return  # all of it is recomputed anyway
         engines.forget(record.packed.run)
         engines.restore(record.packed)
         run.done, run.known = serial, True
@@ -261,7 +262,7 @@ class Verifier:
             run.known = run.known and work is not None
             if work is None or not run.known:
                 continue
-            # as the clock had it then
+            # as it was cut by the clock
             own = [result for result in expected if s == serial and result.index == work.index]
             budget = budget_of(own[0]) if own else 0
             if isinstance(work, Solve):
@@ -271,7 +272,7 @@ class Verifier:
         if run.opened.run in self._anew:
             return
         if run.known:
-            # where a late bin's answers were cut short by a crash, the last ones are repeated
+            # if a crash interrupted the answers to a late bin, the last ones are repeated
             self._compare(run, answers, expected[-len(answers) :] if answers else [])
         else:
             self.verdict.skipped += len(expected)
@@ -295,22 +296,22 @@ class Verifier:
 
 
 def verify(folder: Path, models: list[Path], progress: Progress = SILENT) -> Comparison:
-    """Compare a whole journal.
+    """Verify a journal.
 
     Args:
         folder: the journal.
-        models: files of the models it names; at least one.
-        progress: is given the answers compared.
+        models: files of the models in the journal; at least one.
+        progress: receives the number of compared answers.
 
     Raises:
         ArtifactError, ConfigError: a model file or device that cannot be used.
-        JournalError: it cannot be read, or needs a model that is not given.
+        JournalError: the journal cannot be read, or needs a model that is not given.
     """
     if not segments(folder):
         raise JournalError("journal", expected="a folder with segments", got=str(folder))
     named, answers = named_and_answered(folder, progress)
     needed = named - {read_manifest(path).model_id for path in models}
-    if needed:  # before hours of solving
+    if needed:  # check before hours of solving
         raise JournalError(
             "model", expected=f"files of {', '.join(sorted(needed))} too", got="not given"
         )

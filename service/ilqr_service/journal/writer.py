@@ -1,17 +1,17 @@
-"""Writes the journal: append-only, and a record is with the operating system before it counts.
+"""The append-only writer of the journal; records reach the operating system before they count.
 
-The I/O thread writes. A bin is written before it is solved, an answer before it is published; what
-was written survives the death of the process, and, after an fsync, that of the machine (policy:
-``always`` before anything goes on, ``interval`` once a second, ``never``). Whatever may take long
-(fsync, close, removing old segments) is done by a thread of the writer's own.
+The I/O thread writes. A bin is written before it is solved, an answer before it is published.
+Written records survive the death of the process and, after an fsync, that of the machine (policy:
+``always`` before anything continues, ``interval`` once a second, ``never``). A separate thread does
+whatever may take long: fsync, close, and the removal of old segments.
 
-Every segment begins with what is needed to go on from it alone: each open run, its newest snapshot,
-the works since and their answers. A new segment is begun at every start, when one is full, and
-after a fault: nothing is ever appended to a file that may be torn.
+Each segment begins with all that is needed to continue from it alone: each open run, its newest
+snapshot, the works since and their answers. A new segment is created at each start, when one is
+full, and after a fault: nothing is appended to a file that may be truncated.
 
-A fault stops no answer: a full disk, a folder that is gone, a segment that somebody else removed or
-cut short. Records that cannot be written are dropped and counted, the alarm is raised (``ok``), and
-once a second a new segment is tried. A folder that is gone is made again where its parent is there.
+Faults do not stop answers, e.g. a full disk, a missing folder, or a segment removed or truncated by
+others. Records that cannot be written are dropped and counted, the alarm is raised (``ok``), and a
+new segment is tried once a second. A missing folder is created again if its parent exists.
 """
 
 from __future__ import annotations
@@ -46,52 +46,53 @@ _RETRY_S = 1.0
 _SYNC_S = 1.0
 _INSPECT_S = 0.1
 _RETIRED = 2
-"""Segments that may wait for their fsync; then the newest grows until the disk has caught up."""
+"""Largest number of segments waiting for an fsync; beyond it the newest segment grows."""
 _ALARM_S, _LOSS_ALARM_S = 2.0, 3.0
-"""The alarm lasts at least so long, so that a fault that is over at once is seen: where records
-could not be written, and where records that were written are gone."""
+"""Shortest duration of the alarm, so that brief faults are seen: for records that could not be
+written, and for written records that are gone.
+"""
 
 
 class Copy(Protocol):
-    """A copy of a journal that is kept elsewhere. Used by the writer's thread."""
+    """A copy of a journal on another node. Used by the thread of the writer."""
 
     def renewed(self) -> bool:
-        """Whether a copy begins anew, from a new segment."""
+        """Return whether a copy restarts, from a new segment."""
         ...
 
     def write(self, segment: int, offset: int, data: bytes) -> None:
-        """Bytes of a segment's file that were written."""
+        """Copy bytes that were written to a segment."""
         ...
 
     @property
     def position(self) -> int:
-        """Of what was written last."""
+        """Position of the last write."""
         ...
 
     def copied(self) -> int:
-        """Up to where what was written may be told: the copy has it, or there is no copy."""
+        """Position up to which results may be published: the copy has it, or there is none."""
         ...
 
 
 class Writer:
-    """Writes a journal into a folder, which it locks. One thread uses it.
+    """Writes a journal into a folder, which it locks. Only one thread may use it.
 
     Args:
-        folder: made where it is not there.
-        header: makes a segment's header; called with the number of lost records.
+        folder: folder of the journal, created if it does not exist.
+        header: returns the header of a segment; called with the number of lost records.
         sync: ``always``, ``interval`` or ``never``.
-        segment_bytes: what is written to a segment, beyond what it repeats, until the next.
-        keep: segments kept; 0 is all.
-        clock: seconds, monotonic.
-        copy: is given all that is written.
+        segment_bytes: size of a segment beyond its repeated records.
+        keep: number of segments to keep; 0 for all.
+        clock: monotonic, seconds.
+        copy: receives all that is written.
 
     Attributes:
-        failed: nothing can be written.
-        lost: records that were not.
-        written: bytes, over all segments.
+        failed: whether writing fails.
+        lost: number of records that could not be written.
+        written: bytes written to all segments.
 
     Raises:
-        ServiceError: the folder cannot be made or written to, or another process uses it.
+        ServiceError: the folder cannot be created or written to, or another process uses it.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Writer:
         self._number = self._size = self._repeated = self._records = 0
         self._retry = self._inspected = 0.0
         self._alarm = float("-inf")
-        # For the writer's own thread, which alone fsyncs and closes segments.
+        # For the writer's thread, the only one that syncs and closes segments.
         self._retired: deque[int] = deque()
         self._dirty = self._begun = False
         self._sync_error: OSError | None = None
@@ -136,11 +137,11 @@ class Writer:
 
     @property
     def ok(self) -> bool:
-        """Whether records are written, and were for some seconds."""
+        """Whether records are written, and were in the last seconds."""
         return not self.failed and self._clock() >= self._alarm
 
     def start(self, runs: dict[int, Live]) -> None:
-        """Begin a segment, with runs that go on. Raises ServiceError: it cannot be written."""
+        """Create a segment, with open runs. Raises ServiceError if it cannot be written."""
         self._runs = dict(runs)
         self._number = max((number(path) for path in survey(self._folder)[0]), default=0)
         self._begin()
@@ -152,11 +153,11 @@ class Writer:
 
     @property
     def position(self) -> int:
-        """Of what was written last, for ``copied``."""
+        """Position of the last write, for ``copied``."""
         return 0 if self._copy is None else self._copy.position
 
     def copied(self) -> int:
-        """Up to where what was written may be told."""
+        """Position up to which results may be published."""
         return 0 if self._copy is None else self._copy.copied()
 
     def write(self, record: Record) -> None:
@@ -166,7 +167,7 @@ class Writer:
         follow(self._runs, record, framed)
 
     def flush(self) -> None:
-        """Write what was added. Never raises: what cannot be written is counted as lost."""
+        """Write added records. Never raises: records that cannot be written count as lost."""
         now = self._clock()
         if self._fd >= 0 and now >= self._inspected + _INSPECT_S:
             self._inspected = now
@@ -189,11 +190,11 @@ class Writer:
         self._records += added
         full = self._size - self._repeated > self._segment_bytes
         if full and len(self._retired) < _RETIRED:
-            self._inspect()  # for the last time: it is not looked at again
+            self._inspect()  # a last check: it is not inspected again
             self._begin()
 
     def close(self) -> None:
-        """Write and sync what is left; free the folder."""
+        """Write and sync the rest; unlock the folder."""
         self.flush()
         self._closing.set()
         self._work.set()
@@ -209,10 +210,10 @@ class Writer:
     # ---- the folder ----------------------------------------------------------------------------
 
     def _claim(self) -> None:
-        """Lock the folder that is at the path now. Raises OSError: there is none, or it is in use.
+        """Lock the folder at the path. Raises OSError if there is none, or it is in use.
 
-        The folder itself is locked beside its file ``lock``, which somebody may remove; where a
-        file system cannot lock folders, the file alone is.
+        The folder itself is locked as well as its file ``lock``, which could be removed; if a file
+        system cannot lock folders, only the file is locked.
         """
         if self._folder_fd >= 0 and _same(self._folder, self._folder_fd):
             return
@@ -242,7 +243,7 @@ class Writer:
         self._folder_fd, self._lock_fd = folder, lock
 
     def _inspect(self) -> None:
-        """Notice a segment that somebody else removed, moved or cut short, and a failed fsync."""
+        """Detect a segment that was removed, moved or truncated by others, and a failed fsync."""
         error, self._sync_error = self._sync_error, None
         try:
             mine = os.fstat(self._fd)
@@ -252,7 +253,7 @@ class Writer:
                 self.lost += self._records
                 self._fail(f"{self._path.name} was removed or cut short", _LOSS_ALARM_S)
                 if os.pread(self._fd, len(MAGIC), 0) != MAGIC:
-                    os.ftruncate(self._fd, 0)  # it begins in the middle of a record
+                    os.ftruncate(self._fd, 0)  # it would begin in the middle of a record
             elif not _same(self._path, self._fd):
                 self._fail(f"{self._path} is no longer what is written", _LOSS_ALARM_S)
             else:
@@ -295,14 +296,14 @@ class Writer:
         self._retry = now + _RETRY_S
 
     def _retire(self) -> None:
-        """Leave the open segment to the writer's thread."""
+        """Hand the open segment over to the writer's thread."""
         if self._fd >= 0:
             self._retired.append(self._fd)
             self._fd = -1
             self._work.set()
 
     def _begin(self) -> None:
-        """A new segment with everything needed to go on from it."""
+        """Create a segment with everything needed to continue from it."""
         self._retire()
         was_failed, previous = self.failed, self._number
         try:
@@ -335,7 +336,7 @@ class Writer:
             logs.info("the journal can be written again", lost=self.lost)
 
     def _create(self) -> None:
-        """Open a file of the next free number. Raises OSError."""
+        """Create the file with the next free number. Raises OSError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
         while True:
             self._path = self._folder / f"{self._number + 1:08d}{SUFFIX}"
@@ -356,11 +357,11 @@ class Writer:
             self._tidy()
 
     def _tidy(self) -> None:
-        """Sync the segment and the folder, close what was retired, remove what is not kept."""
+        """Sync the segment and the folder, close retired segments, remove old ones."""
         begun = False
         try:
             if self._dirty:
-                self._dirty = False  # before: what is written meanwhile is synced next time
+                self._dirty = False  # clear it first: later writes are synced next time
                 if self._sync == "interval" and (fd := self._fd) >= 0:
                     os.fsync(fd)
             while self._retired:
@@ -380,12 +381,12 @@ class Writer:
         if begun and self._keep:
             with contextlib.suppress(OSError, JournalError):
                 for old in survey(self._folder)[0][: -self._keep]:
-                    if number(old) < self._number:  # a copy under a number of its own stays
+                    if number(old) < self._number:  # a copy under another number stays
                         old.unlink()
 
 
 def _same(path: Path, fd: int) -> bool:
-    """Whether the file at ``path`` is the open one."""
+    """Return whether the file at ``path`` is the open one."""
     try:
         return os.path.samestat(path.stat(), os.fstat(fd))
     except OSError:

@@ -1,7 +1,6 @@
-"""Times of the stages of a bin as a Prometheus histogram, at the cost of an append, and quantiles
-of the newest.
+"""Times of the stages of a bin as a Prometheus histogram, and quantiles of the newest ones.
 
-What comes for a histogram is put aside and counted in bulk, when somebody asks or once a second.
+A duration only costs an append; durations are counted in bulk, on demand or once a second.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Durations:
     """Durations in nanoseconds.
 
     Args:
-        edges: of the buckets, seconds, rising.
+        edges: increasing edges of the buckets, in seconds.
     """
 
     def __init__(self, edges: tuple[float, ...]) -> None:
@@ -32,10 +31,10 @@ class Durations:
         self._aside: deque[int] = deque()
         self._lock = threading.Lock()
         self.add = self._aside.append
-        """Take one duration."""
+        """Add a duration."""
 
     def settle(self) -> None:
-        """Count what was put aside. From any thread."""
+        """Count the pending durations. Thread-safe."""
         with self._lock:
             aside: list[int] = []
             while self._aside:
@@ -49,7 +48,7 @@ class Durations:
             self._longest = max(self._longest, float(seconds.max()))
 
     def buckets(self) -> tuple[list[tuple[str, float]], float]:
-        """How many were at most each edge, as Prometheus takes it, and the sum in seconds."""
+        """Return cumulative counts by edge, as Prometheus expects, and the sum in seconds."""
         self.settle()
         with self._lock:
             counts, total = np.cumsum(self._counts).tolist(), self._sum
@@ -57,8 +56,10 @@ class Durations:
         return list(zip(names, counts, strict=True)), total
 
     def summary(self, quantiles: Mapping[str, float]) -> dict[str, float]:
-        """How many there were, the longest in milliseconds, and an upper bound of each quantile:
-        the edge of the bucket that it is in. Empty where there were none."""
+        """Return the count, the maximum in ms, and an upper bound of each quantile.
+
+        The bound is the edge of its bucket. Empty if there were none.
+        """
         self.settle()
         with self._lock:
             below, longest = np.cumsum(self._counts), self._longest
@@ -77,20 +78,21 @@ class Histogram(Collector):
     """A Prometheus histogram of durations.
 
     Args:
-        name: of the metric.
-        text: what it is.
-        durations: by the value of the label ``stage``; "" alone for a metric without labels.
+        name: name of the metric.
+        text: its description.
+        durations: durations by the value of the label ``stage``; only "" for a metric without
+            labels.
     """
 
     def __init__(self, name: str, text: str, durations: Mapping[str, Durations]) -> None:
         self._name, self._text, self._durations = name, text, durations
 
     def describe(self) -> Iterable[Metric]:
-        """The metric without numbers."""
+        """Yield the metric without samples."""
         return [HistogramMetricFamily(self._name, self._text)]
 
     def collect(self) -> Iterable[Metric]:
-        """The metric as Prometheus takes it."""
+        """Yield the metric with its samples."""
         labels = [] if "" in self._durations else ["stage"]
         family = HistogramMetricFamily(self._name, self._text, labels=labels)
         for stage, durations in self._durations.items():
@@ -100,7 +102,7 @@ class Histogram(Collector):
 
 
 class Recent:
-    """The newest durations, for quantiles. Holds ``size`` int64 values."""
+    """The newest ``size`` durations (int64), for quantiles."""
 
     def __init__(self, size: int = 1024) -> None:
         self._values = np.zeros(size, dtype=np.int64)
@@ -112,8 +114,7 @@ class Recent:
         self._count += 1
 
     def quantiles(self, *qs: float) -> tuple[int, ...]:
-        """For each q the smallest held value that at least a share q of them does not exceed; 0
-        where nothing was added yet."""
+        """Return for each q the smallest value that a share q does not exceed; 0 if empty."""
         if self._sorted[0] != self._count:
             newest = self._values[: min(self._count, len(self._values))]
             self._sorted = (self._count, np.sort(newest))

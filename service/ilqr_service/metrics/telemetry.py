@@ -1,15 +1,14 @@
-"""What the service counts and times, as Prometheus metrics.
+"""Counters and timings of the service, as Prometheus metrics.
 
-Histogram edges are finer than the defaults, with one edge exactly at the bin width, so that the
-share of bins answered within a bin is a count and no estimate. No label grows with the sessions.
-What comes is put aside, and counted when somebody asks or once a second: a counter's lock and
-label for each bin would cost more than its bookkeeping in the session table.
+Histogram edges are finer than the defaults, with one exactly at the bin width, so that the share of
+bins answered within a bin is exact. No label depends on sessions. Values are collected and counted
+on demand or once a second: the lock and label of a counter for each bin would cost more than the
+session table itself.
 
-Stages of a bin, the label ``stage`` of ``ilqr_latency_seconds``: ``wire_in`` (source to arrival:
-from the feeder's clock to this one, by the offset that the feeder states with the bin; its
-uncertainty is a histogram beside it, and bins of feeders that state none are counted and left out),
-``queue`` (arrival to solve), ``solve``, ``publish`` (end
-of solve to the socket), ``total`` (arrival to the socket).
+Stages of a bin, the label ``stage`` of ``ilqr_latency_seconds``: ``wire_in`` (source to arrival),
+``queue`` (arrival to solve), ``solve``, ``publish`` (end of solve to the socket), ``total``
+(arrival to the socket). ``wire_in`` uses the clock offset that the feeder states with the bin; its
+uncertainty is a histogram of its own. Bins of feeders that state none are counted and left out.
 """
 
 from __future__ import annotations
@@ -100,13 +99,13 @@ EVENTS = {
 
 
 def edges(bin_width: float) -> tuple[float, ...]:
-    """Histogram edges in seconds, rising, with one exactly at ``bin_width``."""
+    """Return increasing histogram edges in seconds, with one exactly at ``bin_width``."""
     relative = (0.5, 1.0, 2.0, 4.0)
     return tuple(sorted({e / 1e3 for e in _EDGES_MS} | {r * bin_width for r in relative}))
 
 
 class _First(Collector):
-    """Has something done before the registry's other metrics are collected."""
+    """Calls a function before the other metrics of the registry are collected."""
 
     def __init__(self, do: Callable[[], None]) -> None:
         self._do = do
@@ -127,11 +126,11 @@ class Telemetry:
         clock: nanoseconds.
 
     Attributes:
-        registry: for the HTTP endpoint.
+        registry: registry for the HTTP endpoint.
     """
 
     def __init__(self, bin_width: float, *, clock: Callable[[], int] = time.monotonic_ns) -> None:
-        disable_created_metrics()  # a series of start times beside each counter is of no use here
+        disable_created_metrics()  # no extra series of start times beside each counter
         self.registry = CollectorRegistry(auto_describe=True)
         r = self.registry
         r.register(_First(self._settle_events))
@@ -147,7 +146,7 @@ class Telemetry:
         self._refused = Counter(
             "ilqr_refused", "messages refused, by the field that was wrong", ["reason"], registry=r
         )
-        for reason in _REASONS:  # there from the start, so that the first one is an increase
+        for reason in _REASONS:  # create it now, so that the first refusal is an increase
             self._refused.labels(reason)
         self._events = {
             name: Counter(f"ilqr_{name}", text, registry=r) for name, text in EVENTS.items()
@@ -203,9 +202,11 @@ class Telemetry:
         expected: float = 0.0,
         met: float = 0.0,
     ) -> None:
-        """Add events of the table: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``; the
-        bits that their spikes gained over the mean rates; and of models that say what is expected,
-        bits expected and met."""
+        """Add events: ``status:S``, ``refused:REASON`` or a name in ``EVENTS``.
+
+        Also add the bits gained over mean rates and the spikes; and, for models that state their
+        expected score, bits expected and met.
+        """
         if expected:
             self._sums = self._sums[0] + expected, self._sums[1] + met
         if spikes:
@@ -215,7 +216,7 @@ class Telemetry:
             self._aside.append(events)
 
     def _settle_events(self) -> None:
-        """Count the events that were put aside. From any thread."""
+        """Count the pending events. Thread-safe."""
         with self._lock:
             events: Tally[str] = Tally()
             while self._aside:
@@ -229,7 +230,7 @@ class Telemetry:
                     self._refused.labels(label).inc(n)
                 else:
                     self._events[kind].inc(n)
-            done = self._done  # read once: the I/O thread adds to it meanwhile
+            done = self._done  # read it once: the I/O thread adds to it meanwhile
             self._iterations.inc(done - self._counted)
             self._counted = done
             bits, spikes = self._recent
@@ -237,7 +238,7 @@ class Telemetry:
             self._bits.set(bits / spikes)
 
     def observe(self, result: messages.Result) -> None:
-        """Time one published answer; a missing bin has a solve time and no others."""
+        """Record the times of a published answer; a missing bin has a solve time only."""
         self._time("solve", result.solve_end_ns - result.solve_start_ns)
         self._done += result.iterations
         if result.status == "missing":
@@ -246,7 +247,7 @@ class Telemetry:
             self.count({"unclocked": 1})
         else:
             wire_in = result.received_ns - result.source_ns - clock.offset_ns
-            within = -clock.uncertainty_ns <= wire_in < 0  # of what is known of the clocks
+            within = -clock.uncertainty_ns <= wire_in < 0  # uncertainty of the clock offset
             self._time("wire_in", 0 if within else wire_in)
             self._uncertainty.add(min(clock.uncertainty_ns, _MINUTE_NS))
         self._time("queue", result.solve_start_ns - result.received_ns)
@@ -258,8 +259,10 @@ class Telemetry:
             self._stages[stage].add(ns)
 
     def settle(self) -> None:
-        """Count what was put aside: events, and the times of one stage after the other, so that no
-        call takes long. To be called some ten times a second."""
+        """Count pending events, and the times of one stage per call; call ten times a second.
+
+        One stage at a time, so that no call takes long.
+        """
         next(self._turns).settle()
         self._settle_events()
         now, minute = self._clock(), self._minute
@@ -289,12 +292,12 @@ class Telemetry:
         self._ready.set(ready)
 
     def counts(self) -> dict[str, int]:
-        """Everything counted so far, by event."""
+        """Return all counts by event."""
         self._settle_events()
         return dict(self._tally)
 
     def summary(self) -> dict[str, Any]:
-        """Counts, and per stage the quantiles' upper bounds in milliseconds (JSON-like)."""
+        """Return counts, and upper bounds of quantiles per stage in ms, for JSON."""
         stages = {stage: times.summary(_QUANTILES) for stage, times in self._stages.items()}
         latency = {stage: figures for stage, figures in stages.items() if figures}
         return {"counts": self.counts(), "latency_ms": latency}
