@@ -1,14 +1,14 @@
-"""Whether a bin's index and source time can be believed.
+"""Plausibility of the index and source time of a bin.
 
-A glitch of a feeder's counter or clock must cost one bin, and a real jump must cost none. A bin
-that jumps is therefore held back. The next bin decides: if it continues from the held bin, both are
-accepted; if it continues from the bins before, the held bin is refused. If no other bin comes, the
-held bin is refused after ``patience_ns``, unless there was too little before to contradict it.
+A glitch of a feeder's counter or clock should cost only one bin, and a real jump none. So a bin
+that jumps is held back. If the next bin continues from the held bin, both are accepted; if it
+continues from the bins before, the held bin is refused. If no other bin comes, the held bin is
+refused after ``patience_ns``, unless too few bins came before to contradict it.
 
-An index jumps if it skips more than ``reach`` bins in less than half the time that these bins last.
-A source time jumps if it falls while the index rises, or if it gains more than a second and twice
-what the arrival times or the indices gain. A bin that was on its way for as long as earlier bins
-were, or longer, does not jump: then the bin before it was delayed.
+An index jumps if it skips more than ``reach`` bins in less than half the duration of these bins. A
+source time jumps if it decreases while the index increases, or if it increases by more than a
+second and by twice as much as the arrival times or the indices do. A bin whose transit took at
+least as long as that of earlier bins does not jump: then the bin before it was delayed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from ilqr_vae.protocol import messages
 
 _SLACK_NS = 1_000_000_000
 _SHORTEST_PATIENCE_NS = 250_000_000
-# The shortest delay may grow by one part in so many of the time that passes: two clocks differ.
+# The shortest delay may drift by one part in this many of the elapsed time, as two clocks do.
 _DRIFT = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A bin, or a batch of spikes, that has arrived and passed the checks of its contents.
+    """A bin, or a batch of spikes, whose contents have passed the checks.
 
     Attributes:
-        message: as it came.
-        received_ns: when, by the service's clock.
-        counts, mask: (N,); mask is None if every unit was observed. Without counts for a batch.
+        message: the message.
+        received_ns: arrival, by the service's clock.
+        counts, mask: (N,); mask is None if all units were observed. A batch has no counts.
     """
 
     message: messages.Bin | messages.Spikes
@@ -50,14 +50,14 @@ class Arrival:
 
     @property
     def delay_ns(self) -> int:
-        """From the source time to the arrival, on two clocks."""
+        """Time from the source to the arrival, on two clocks."""
         return self.received_ns - self.message.source_ns
 
 
 class Decision(NamedTuple):
     """Bins to accept now, in order of their indices, and a bin to refuse and why.
 
-    ``step_ns``: the feeder's clock was set forward by so much before these bins, or back.
+    ``step_ns``: the feeder's clock was set by this much before these bins.
     """
 
     accepted: list[Arrival]
@@ -66,13 +66,13 @@ class Decision(NamedTuple):
 
 
 class Arrivals:
-    """The bins that one feeder's bins are compared with.
+    """The recent bins of a feeder, with which new ones are compared.
 
     Args:
         width_ns: the bin width.
 
     Attributes:
-        reach: how many bins an index may skip.
+        reach: number of bins that an index may skip.
         held: the bin that is held back, if any.
     """
 
@@ -86,17 +86,17 @@ class Arrivals:
         self._sure = False
 
     def restart(self) -> None:
-        """Forget the bins so far: another feeder's clock may be another."""
+        """Forget all bins: another feeder may have another clock."""
         self._newest, self._sure = None, False
 
     def sort(self, arrival: Arrival, next_index: int) -> Decision:
-        """Take a bin, and decide about it and the one that is held back."""
+        """Add a bin; decide about it and about the held one."""
         held, self.held = self.held, None
         if self._jump(arrival, next_index) is not None:
             if held is not None and self._follows(held, arrival):
                 accepted = sorted((held, arrival), key=lambda a: a.index)
                 step_ns = self._step_ns(accepted[0])
-                self._newest, self._sure = None, True  # the clock may be another
+                self._newest, self._sure = None, True  # it may be another clock
                 self._accept(accepted[-1])
                 return Decision(accepted, step_ns=step_ns)
             self.held = arrival
@@ -106,11 +106,11 @@ class Arrivals:
         return Decision([arrival], self._refused(held, next_index))
 
     def expired(self, now_ns: int) -> bool:
-        """Whether a bin was held back for long enough."""
+        """Return whether a held bin has waited long enough."""
         return self.held is not None and now_ns - self.held.received_ns >= self._patience
 
     def settle(self, next_index: int) -> Decision:
-        """Decide about the bin that is held back, without another one."""
+        """Decide about the held bin, without another one."""
         held, self.held = self.held, None
         if held is None or self._sure:
             return Decision([], self._refused(held, next_index))
@@ -136,7 +136,7 @@ class Arrivals:
         return held, self._jump(held, next_index) or alone
 
     def _jump(self, arrival: Arrival, next_index: int) -> ProtocolError | None:
-        """What about a bin is not to be believed yet."""
+        """Return what is implausible about a bin, if anything."""
         newest, index = self._newest, arrival.index
         passed = 0 if newest is None else arrival.received_ns - newest.received_ns
         skipped = index - next_index
@@ -174,7 +174,7 @@ class Arrivals:
         return near and self._in_time(held, arrival)
 
     def _in_time(self, one: Arrival, other: Arrival) -> bool:
-        """Whether two bins' source times are in the order of, and as far apart as, the bins."""
+        """Return whether the source times of two bins match their order and distance."""
         gained = other.message.source_ns - one.message.source_ns
         apart = abs(other.index - one.index)
         passed = max(abs(other.received_ns - one.received_ns), apart * self._width)

@@ -1,13 +1,13 @@
-"""The calibration index of a session: whether its model still predicts as well as at validation.
+"""The calibration index of a session: how well its model predicts, relative to its validation.
 
-The bits of an answer are the log-likelihood that the model gains over the mean rates of training,
-mu. Where units fire at other rates than then, mu is a poor guess, and any model gains over it. So
-the index compares with the stream's own mean rates, nu, which follow it with a half-life:
+The bits of an answer are the log-likelihood that the model gains over the mean rates in training,
+mu. If units now fire at other rates, mu is a poor baseline, over which any model gains. So the
+index uses the mean rates of the stream, nu, an exponential average:
 
     bits over nu = bits over mu - sum_n [c_n log2(nu_n / mu_n) - k_n (nu_n - mu_n) / log 2]
 
-for a stretch of bins in which unit n was used k_n times and fired c_n spikes, all Poisson. The
-index is these bits per spike, over those on the bins that the model was validated on.
+for a block of bins in which unit n was used k_n times and fired c_n spikes, all Poisson. The index
+is these bits per spike, divided by those in the validation of the model.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _STRETCH_S = 1.0
 _RATES_S, _INDEX_S = 30.0, 30.0
 """Half-lives of the stream's mean rates and of the index."""
 _PRIOR_S = 5.0
-"""Seconds at the mean rates of training that a stream begins with."""
-_LEAST = 1e-9  # of a mean rate, as in the kernels
+"""Weight of the mean rates of training at the start of a stream, in seconds of data."""
+_LEAST = 1e-9  # lower bound of a mean rate, as in the kernels
 
 
 class Calibration:
-    """Of one session while one model serves it.
+    """The index of a session while one model serves it.
 
     Args:
-        model_info: of a model that says its mean rates and its bits per spike.
+        model_info: of a model that states its mean rates and bits per spike.
 
     Attributes:
-        index: 1 is as at validation; None before the first stretch of bins.
+        index: 1 is as good as at validation; None before the first block of bins.
     """
 
     def __init__(self, model_info: EngineInfo) -> None:
@@ -57,8 +57,10 @@ class Calibration:
         return self._met / self._expected if self._expected > 0 else None
 
     def add(self, answer: EngineAnswer) -> tuple[float, float]:
-        """Take an answer whose bits are finite; returns bits met and bits expected, which are 0
-        but for the last bin of a stretch."""
+        """Add an answer with finite bits; return bits met and bits expected.
+
+        Both are 0 except at the last bin of a block.
+        """
         counts = answer.work.counts
         if counts is None or answer.ignored:
             return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Checks of messages against the model that is to serve them. Pure functions."""
+"""Checks of messages against the model that serves them. Pure functions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _short(text: str) -> str:
 
 
 def check_open(message: messages.Open, model_info: EngineInfo) -> None:
-    """Raises ProtocolError naming the field if the model cannot serve such a session."""
+    """Raise ProtocolError naming the field if the model cannot serve the session."""
     if message.protocol != messages.PROTOCOL:
         raise ProtocolError("protocol", expected=str(messages.PROTOCOL), got=str(message.protocol))
     if not SESSION_NAME.fullmatch(message.session):
@@ -42,7 +42,7 @@ def check_open(message: messages.Open, model_info: EngineInfo) -> None:
             raise ProtocolError(
                 field, expected=f"0 (the service's default) to {MAX_DEADLINE_NS}", got=str(ns)
             )
-    if not 0 <= message.abstain <= 1:  # nor for NaN
+    if not 0 <= message.abstain <= 1:  # also false for NaN
         raise ProtocolError("abstain", expected="0 to 1", got=f"{message.abstain:g}")
     if message.abstain and not model_info.class_names:
         expected = "0: the model has no classes"
@@ -69,11 +69,11 @@ def _vector(array: messages.Array, field: str, n_units: int) -> NDArray[Any]:
 def check_spikes(
     message: messages.Spikes, model_info: EngineInfo
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Times and units of a batch, each (S,).
+    """Return times and units of a batch, each (S,).
 
     Raises:
-        ProtocolError: a number out of range, not one time for each unit, no whole numbers, no such
-            unit, a time after the batch was sent.
+        ProtocolError: a number is out of range or not an integer, there is not one time for each
+            unit, a unit does not exist, or a time is after the batch was sent.
     """
     for field in ("index", "source_ns", "until_ns"):
         value: int = getattr(message, field) or 0
@@ -102,7 +102,7 @@ def check_spikes(
 
 
 def check_event(event: messages.Event) -> None:
-    """Raises ProtocolError if the payload is not JSON, or too long."""
+    """Raise ProtocolError if the payload is not JSON, or too long."""
     try:
         size = len(msgspec.json.encode(event.payload))
     except (TypeError, ValueError, RecursionError, UnicodeError) as error:
@@ -116,11 +116,11 @@ def check_event(event: messages.Event) -> None:
 def check_bin(
     message: messages.Bin, model_info: EngineInfo
 ) -> tuple[Vector, NDArray[np.bool_] | None]:
-    """Counts and mask of a bin, each (N,).
+    """Return counts and mask of a bin, each (N,).
 
     Raises:
-        ProtocolError: not one count per unit; a count that is not a whole number in [0, 65535];
-            a mask that is not u1 of zeros and ones; an index out of range.
+        ProtocolError: there is not one count per unit, a count is not an integer in [0, 65535], the
+            mask is not u1 of zeros and ones, or the index is out of range.
     """
     if not 0 <= message.index <= MAX_INDEX:
         raise ProtocolError("index", expected=f"0 to {MAX_INDEX}", got=str(message.index))

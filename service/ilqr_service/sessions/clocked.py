@@ -1,4 +1,4 @@
-"""Clocked sessions: when a feeder's next bin is due, and which session's is due next."""
+"""Clocked sessions: due times of the next bins."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _LATE_IN_A_ROW = 3
 
 
 class FeederClock:
-    """When a feeder's bins are expected to arrive: phase and rate, followed from arrivals.
+    """Expected arrival times of a feeder's bins: phase and rate, estimated from arrivals.
 
-    A bin that is delayed on its way arrives later than expected, and none arrives earlier. The
-    expected times are therefore a line under the newest arrivals that were in time: its slope joins
-    the earliest of their two halves (at most 10 % from the bin width), and it touches the earliest.
+    A delayed bin arrives later than expected, and none arrives earlier. The expected times are
+    therefore a line below the newest timely arrivals: its slope joins the earliest ones of their
+    two halves (at most 10 % from the bin width), and it touches the earliest.
 
-    A feeder that pauses, or is slower than that, falls behind the line. If three bins in a row
-    arrive after they were due, and not in a burst, the line slips: it begins again at the last.
+    A feeder that pauses, or is slower than that, falls behind the line. If three consecutive bins
+    arrive after they were due, and not in a burst, the line slips: it restarts at the last.
 
     Args:
         width_ns: the bin width.
-        grace_ns: how long after its expected time a bin is due.
+        grace_ns: time from the expected arrival of a bin until it is due.
     """
 
     def __init__(self, width_ns: int, grace_ns: int) -> None:
@@ -43,14 +43,14 @@ class FeederClock:
         self._origin = self._offset = 0
 
     def due_ns(self, index: int) -> int | None:
-        """When a bin is to be answered without it; None before the first arrival."""
+        """Return when a bin is to be answered as missing; None before the first arrival."""
         if not self._arrivals:
             return None
         drift = round(self._slope * (index - self._origin))
         return self._offset + drift + index * self._width + self._grace
 
     def arrived(self, index: int, now_ns: int) -> int:
-        """Follow an arrival. Returns by how many nanoseconds the line slipped, 0 if it did not."""
+        """Add an arrival. Return by how many nanoseconds the line slipped, 0 if it did not."""
         due, offset = self.due_ns(index), now_ns - index * self._width
         slipped = 0
         if due is not None and now_ns > due:
@@ -83,28 +83,28 @@ def _offset(arrival: tuple[int, int]) -> int:
 
 
 class TimeTable:
-    """When the next bins of clocked sessions are to be answered without them.
+    """When the next bins of clocked sessions are to be answered as missing.
 
     Args:
-        runs: the sessions by run, kept up by the session table.
+        runs: sessions by run, which the session table updates.
         limits: see ``ServedSession.due_ns``.
     """
 
     def __init__(self, runs: Mapping[int, ServedSession], limits: Limits) -> None:
         self._runs, self._limits = runs, limits
-        self._due: list[tuple[int, int]] = []  # a heap of (time, run), most of them out of date
+        self._due: list[tuple[int, int]] = []  # a heap of (time, run); most entries are stale
 
     def note(self, session: ServedSession) -> None:
-        """Look at a session whose next bin may be due at another time than before."""
+        """Update a session whose next due time may have changed."""
         if (due := session.due_ns(self._limits)) is not None:
             heapq.heappush(self._due, (due, session.run))
 
     def next(self) -> int | None:
-        """The earliest due time in nanoseconds, None if no bin is due."""
+        """Return the earliest due time in nanoseconds, None if no bin is due."""
         while self._due:
             due, run = self._due[0]
             session = self._runs.get(run)
             if session is not None and session.due_ns(self._limits) == due:
                 return due
-            heapq.heappop(self._due)  # its bin has come since, or the session has ended
+            heapq.heappop(self._due)  # its bin has arrived since, or the session has ended
         return None

@@ -1,4 +1,4 @@
-"""Credits that came free: which feeders are to be sent some, without a look at every session."""
+"""Free credits: which feeders are to receive some, without a scan of all sessions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from ilqr_vae.protocol import messages
 
 
 class Credits:
-    """Credits that came free and were not sent yet.
+    """Free credits that were not sent yet.
 
     Args:
-        limits: how many a feeder has.
+        limits: number of credits of a feeder.
     """
 
     def __init__(self, limits: Limits) -> None:
-        # a feeder that is owed so many may soon be short of them
+        # a feeder that is owed this many may soon run out
         self._many = max(1, limits.credits // 8)
         self._owing: dict[int, ServedSession] = {}
         self._owing_many: dict[int, ServedSession] = {}
@@ -27,12 +27,12 @@ class Credits:
             self._owing_many[session.run] = session
 
     def forget(self, run: int) -> None:
-        """A run has ended."""
+        """Forget a run that has ended."""
         self._owing.pop(run, None)
         self._owing_many.pop(run, None)
 
     def take(self, *, all_owed: bool) -> list[tuple[bytes, messages.Credit]]:
-        """One message for each session that is owed many credits, or any."""
+        """Return a message for each session that is owed many credits, or any."""
         due = self._owing if all_owed else self._owing_many
         if not due:
             return []

@@ -1,4 +1,4 @@
-"""What a step of the session table asks its caller to do."""
+"""The effects of a step of the session table, which its caller carries out."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ def _list() -> Any:
 
 
 def _events() -> dict[str, int]:
-    return defaultdict(int)  # a Counter takes longer to make than to use
+    return defaultdict(int)  # creating a Counter takes longer than using it
 
 
 class Effects(msgspec.Struct):
-    """What a caller has to do now, in this order.
+    """What the caller has to do now, in this order.
 
     Attributes:
         forget: runs whose queue and estimator state are to be dropped.
         work: bins to solve.
-        overran: runs of which more is queued than may be: it may be shed.
+        overran: runs with too many queued bins, which may be shed.
         fed, happened: batches of spikes and events that were taken, by run, for the journal.
-        opened: runs that begin here, for the journal.
-        ended: runs that end here and why, for the journal.
-        again: results published before, to be published again as they were.
+        opened: runs that start, for the journal.
+        ended: runs that end and why, for the journal.
+        again: earlier results to be published again unchanged.
         published: results, notices and events for subscribers.
-        detailed: sessions, revisions and answers, for those who subscribe to details.
+        detailed: sessions, revisions and answers, for subscribers to details.
         replies: messages by feeder.
-        served: slot, model and manifest of models that serve from here on, for the journal.
-        events: what to count; ``refused:REASON`` for refusals.
+        served: slot, model and manifest of models that serve from now on, for the journal.
+        events: events to count; ``refused:REASON`` for refusals.
         bits, spikes: log-likelihood gained over the mean rates, and spikes, of bins that came.
-        expected, met: bits that these spikes gained when their models were validated, and now; of
-            models that say so.
+        expected, met: bits expected for these spikes from the validation of their models, and bits
+            gained now; for models that state the former.
     """
 
     forget: list[int] = _list()
@@ -66,13 +66,13 @@ class Effects(msgspec.Struct):
 
     @property
     def frames(self) -> list[bytes]:
-        """What is published as it goes out, encoded once; nothing may be added from here on."""
+        """The encoded messages to publish; nothing may be added afterwards."""
         if self._frames is None:
             self._frames = [messages.encode(message) for message in self.published]
         return self._frames
 
     def name_ignored(self, fields: tuple[str, ...]) -> None:
-        """Say in the reply to an ``Open`` which of its fields were ignored."""
+        """Name the ignored fields of an ``Open`` in its reply."""
         if fields:
             for k, (to, reply) in enumerate(self.replies):
                 if isinstance(reply, messages.Opened):
@@ -81,7 +81,7 @@ class Effects(msgspec.Struct):
     def refuse(
         self, owner: bytes, error: ProtocolError, session: str = "", index: int = -1
     ) -> Effects:
-        """Say what was wrong with one message, and count it by the field that was wrong."""
+        """Reply what is wrong with a message, and count it by the invalid field."""
         reason = error.field.split(".")[0].split("[")[0]
         refused = messages.Refused(
             field=error.field,
@@ -96,12 +96,12 @@ class Effects(msgspec.Struct):
 
     @staticmethod
     def refusal(owner: bytes, error: ProtocolError, session: str = "") -> Effects:
-        """Effects that only refuse a message."""
+        """Return effects that only refuse a message."""
         return Effects().refuse(owner, error, session)
 
 
 def counted(steps: list[Effects]) -> tuple[dict[str, int], float, int, float, float]:
-    """Events, bits, spikes, and bits expected and met, of several steps of the table together."""
+    """Sum events, bits, spikes, and bits expected and met, over several steps."""
     events = _events()
     bits, spikes, expected, met = 0.0, 0, 0.0, 0.0
     for effects in steps:

@@ -1,12 +1,12 @@
-"""Whose a session is: which messages are from its feeder, and how it follows its feeder.
+"""Ownership of sessions: which messages come from the feeder, and how to follow the feeder.
 
-ZeroMQ connects again by itself after a connection has broken, and the service then sees another
+ZeroMQ reconnects by itself after a connection has broken, and the service then sees a new
 connection. A message is from the session's feeder if it comes from the session's user and
 
-- states the session's token, by whatever connection; or
-- the session has no token, and it comes by the feeder's connection, or by another one after the
-  feeder's is gone. A connection that was refused this session does not count: it belongs to
-  somebody else who wanted the same name.
+- states the session's token, on any connection; or
+- the session has no token, and it comes on the feeder's connection, or on another one after the
+  feeder's is gone. A connection that was refused this session does not count: it belongs to someone
+  else who wanted the same name.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ _MAX_DENIED = 64
 
 FIRST_EPOCHS = 2**52
 EPOCH_STEP = 2**32
-"""A first epoch is at most ``FIRST_EPOCHS``, a restart at most ``EPOCH_STEP`` above the open one:
-there is always a higher one."""
+"""A first epoch is at most ``FIRST_EPOCHS``, a restart at most ``EPOCH_STEP`` above the open one,
+so that there is always a higher one.
+"""
 
 Reaches = Callable[[bytes, messages.Message], bool]
 _Fed = messages.Bin | messages.Spikes | messages.Close
 
 
 class Sender(NamedTuple):
-    """Who sent a message, and what comes of it.
+    """The sender of a message, and the effects of the message.
 
     Attributes:
         owner: its connection.
-        user: as the keys tell; "" without keys.
-        at_ns: when it arrived.
+        user: user by its key; "" without keys.
+        at_ns: arrival time.
         effects: filled while the message is handled.
     """
 
@@ -48,11 +49,11 @@ class Sender(NamedTuple):
 
 
 class Feeders:
-    """Decides whose a message is.
+    """Decides whether a message is from the feeder of its session.
 
     Args:
-        limits: what is granted.
-        reaches: sends a message to a connection; false if the connection is gone.
+        limits: limits of the service.
+        reaches: sends a message to a connection; returns False if it is gone.
     """
 
     def __init__(self, limits: Limits, reaches: Reaches) -> None:
@@ -62,7 +63,7 @@ class Feeders:
         """Return the session if the message is from its feeder, and follow the feeder.
 
         Raises:
-            ProtocolError: it is not, or it is of another epoch.
+            ProtocolError: it is not from the feeder, or is of another epoch.
         """
         if session is None or not self._is_feeder(session, sender, message):
             raise ProtocolError(
@@ -73,7 +74,7 @@ class Feeders:
         if session.owner != sender.owner:
             self._follow(session, sender, "reconnected")
             if isinstance(message, messages.Bin) and message.index >= session.next_index:
-                # the credits that remain after this bin; those in between are lost
+                # credits that remain after this bin; messages in between are lost
                 self._grant(session, sender, next_index=message.index + 1, taken=1)
             elif isinstance(message, messages.Spikes):
                 self._grant(session, sender, next_index=session.next_index)
@@ -82,8 +83,10 @@ class Feeders:
     def check_event(
         self, session: ServedSession | None, sender: Sender, event: messages.Event
     ) -> ServedSession:
-        """Return the session if the event is of its user or states its token. Raises
-        ProtocolError."""
+        """Return the session if the event is from its user or states its token.
+
+        Raises ProtocolError otherwise.
+        """
         if session is not None:
             known = bool(session.token) and event.token == session.token
             if known or session.user == sender.user:
@@ -103,13 +106,14 @@ class Feeders:
         return not self._reaches(session.owner, session.credit())
 
     def deny(self, session: ServedSession, sender: Sender) -> None:
-        """Remember a connection that was refused this session."""
+        """Record a connection that was refused this session."""
         if session.owner != sender.owner and len(session.denied) < _MAX_DENIED:
             session.denied.add(sender.owner)
 
     def begin(self, before: ServedSession | None, sender: Sender, message: messages.Open) -> None:
-        """Raises ProtocolError if a session of that name is another user's, or the epoch is out of
-        range."""
+        """Raise ProtocolError if the session belongs to another user, or the epoch is out of
+        range.
+        """
         lowest, highest, why = 0, FIRST_EPOCHS, ""
         if before is not None:
             if before.user != sender.user:
@@ -122,7 +126,7 @@ class Feeders:
             )
 
     def resume(self, session: ServedSession, sender: Sender, message: messages.Open) -> None:
-        """Continue a session where it stands. Raises ProtocolError."""
+        """Resume a session. Raises ProtocolError."""
         check_open(message, session.model_info)
         if session.closing:
             raise ProtocolError("session", expected="open", got="closing")
@@ -139,7 +143,7 @@ class Feeders:
             self._follow(session, sender, "resumed")
         else:
             sender.effects.events["asked_again"] += 1
-        if not (same and session.token):  # perhaps another feeder, with another clock
+        if not (same and session.token):  # it may be another feeder with another clock
             session.token = message.token
             session.silent = 0
             session.arrivals.restart()
@@ -149,7 +153,7 @@ class Feeders:
     def _grant(
         self, session: ServedSession, sender: Sender, *, next_index: int, taken: int = 0
     ) -> None:
-        """Tell the feeder what it may send."""
+        """Send the feeder its credits."""
         session.owed = 0
         credits = max(0, self._limits.credits - session.unanswered - taken)
         opened = session.opened(credits, next_index=next_index, resumed=True)

@@ -1,8 +1,8 @@
-"""From what a feeder sends to work for the solver: bins that came, were found missing, or changed.
+"""Turns messages of feeders into works for the solver: bins that arrived, are missing, or changed.
 
-Bins come as they are, or are made from batches of spikes (``protocol.spikes``). A bin that a batch
-closes counts as arrived with it; one whose counts a later batch changes is solved again, while it
-is in the window.
+Feeders send bins, or batches of spikes that are binned here (``protocol.spikes``). A bin that a
+batch closes counts as arrived with it. A bin whose counts a later batch changes is solved again
+while it is in the window.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Intake:
     """Queues the bins of sessions.
 
     Args:
-        limits: what is granted.
-        credits: of bins that are refused.
-        times: is told when a session's next bin may be due at another time.
+        limits: limits of the service.
+        credits: receives the credits of refused bins.
+        times: notified when the due time of a session's next bin may change.
     """
 
     def __init__(self, limits: Limits, credits: Credits, times: TimeTable) -> None:
@@ -36,7 +36,7 @@ class Intake:
     def batch(
         self, session: ServedSession, message: messages.Spikes, now_ns: int, effects: Effects
     ) -> None:
-        """Take a batch of spikes. Raises ProtocolError."""
+        """Add a batch of spikes. Raises ProtocolError."""
         binner, held = session.binner, session.arrivals.held
         if binner is None:
             raise ProtocolError("spikes", expected="bins: it was opened without origin_ns", got="")
@@ -55,13 +55,13 @@ class Intake:
         self.decide(session, session.arrivals.sort(arrival, binner.next_batch), effects)
 
     def settle(self, session: ServedSession, effects: Effects) -> None:
-        """Decide about what is held back, without another message."""
+        """Decide about a held bin, without another message."""
         binner = session.binner
         following = session.next_index if binner is None else binner.next_batch
         self.decide(session, session.arrivals.settle(following), effects)
 
     def decide(self, session: ServedSession, decision: Decision, effects: Effects) -> None:
-        """Queue what is accepted, and refuse one bin or batch."""
+        """Queue accepted bins, and refuse at most one bin or batch."""
         binner = session.binner
         if decision.refused is not None:
             arrival, error = decision.refused
@@ -127,7 +127,7 @@ class Intake:
     def _arrived(
         self, session: ServedSession, index: int, arrival: Arrival, effects: Effects
     ) -> None:
-        """Queue a bin, and before it those that did not come."""
+        """Queue a bin, after the missing ones before it."""
         at_ns, late = arrival.received_ns, index < session.next_index
         session.arrived(index, at_ns, effects)
         session.silent = 0
@@ -139,7 +139,7 @@ class Intake:
         self._queue(session, index, at_ns, effects, arrival, late=late)
 
     def _reset(self, session: ServedSession, index: int, why: str, effects: Effects) -> None:
-        """Start the estimate again at ``index``; what lies before has no answers."""
+        """Restart the estimate at ``index``; bins before it have no answers."""
         gap = range(session.next_index, index)
         self._say(session, f"reset: bins {gap[0]} to {gap[-1]} {why} and have no answers", effects)
         effects.events["reset"] += 1
@@ -147,7 +147,7 @@ class Intake:
         session.base = session.next_index = index
 
     def _bridge(self, session: ServedSession, index: int, now_ns: int, effects: Effects) -> None:
-        """Answer the bins that did not come before ``index``, or start again there."""
+        """Answer the missing bins before ``index``, or restart there."""
         gap = range(session.next_index, index)
         if not gap:
             return
@@ -163,7 +163,7 @@ class Intake:
             self._queue(session, one, now_ns, effects, budget=NO_SOLVE if crowded else 0)
 
     def overdue(self, session: ServedSession, now_ns: int, effects: Effects) -> None:
-        """Answer the next bin without it: its time has passed."""
+        """Answer the next bin as missing, since its due time has passed."""
         session.silent += 1
         effects.events["overdue"] += 1
         self._queue(session, session.next_index, now_ns, effects)
@@ -180,7 +180,7 @@ class Intake:
         late: bool = False,
         budget: int = 0,
     ) -> None:
-        """Queue a bin to be solved; without an arrival it is missing."""
+        """Queue a bin; without an arrival it is missing."""
         due_ns = now_ns + session.deadline_ns
         fields = session.next_work(index)
         fields |= {"received_ns": now_ns, "due_ns": due_ns}

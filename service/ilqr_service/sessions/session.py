@@ -1,4 +1,4 @@
-"""One run of a session, and what the service grants it."""
+"""A run of a session, and the limits of the service."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ilqr_vae.protocol.spikes import SpikeBinner
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the service grants.
+    """The limits of the service.
 
     Attributes:
-        credits: bins a feeder may have unanswered.
-        gap_limit: longest gap answered bin by bin.
-        max_sessions: open at once.
-        deadline_ns: for a session that asks for 0; itself 0, the model's bin width.
-        idle_ns: a session silent for longer ends.
-        backlog: works queued of a session beyond which the bins of a gap are not solved.
+        credits: number of bins that a feeder may have unanswered.
+        gap_limit: longest gap that is answered bin by bin.
+        max_sessions: largest number of open sessions.
+        deadline_ns: deadline of a session that asks for 0; if 0, the model's bin width.
+        idle_ns: a session that is silent for longer ends.
+        backlog: number of queued works of a session above which bins of a gap are not solved.
     """
 
     credits: int = 64
@@ -44,7 +44,7 @@ class Limits:
 
     @classmethod
     def of(cls, settings: ServiceSettings) -> Limits:
-        """As the service's settings say."""
+        """Return the limits in the settings."""
         return cls(
             credits=settings.credits,
             gap_limit=settings.gap_limit,
@@ -68,10 +68,11 @@ def _packed(values: Vector) -> messages.Array:
 
 
 RECENT = 64
-"""Newest results that are kept, to be published again if the feeder asks."""
+"""Number of newest results kept, to be published again if the feeder asks."""
 
 _REMEMBERED = 4096
-_KEPT = 16  # bins beyond the window, for spikes that come before the bins of the window are queued
+# extra bins beyond the window, for spikes that arrive before the bins of the window are queued
+_KEPT = 16
 _NOTED = 1024
 
 
@@ -80,23 +81,24 @@ class ServedSession:
     """One run of a session.
 
     Attributes:
-        run: its serial number.
-        slot, model_info: what it is served by.
-        request: what it was opened with.
-        owner: its feeder; empty while none has taken up a session that outlived its service.
-        user: who the feeder is, where the service can tell.
-        next_index: the first bin that has not come.
+        run: serial number.
+        slot, model_info: slot and model that serve it.
+        request: the message that opened it.
+        owner: connection of its feeder; empty until one resumes a session of an earlier service.
+        user: user of the feeder, if known.
+        next_index: first bin that has not arrived.
         token: proves that a message is from the session's feeder; empty if it stated none.
-        denied: connections that were refused this session, which never follow its feeder's.
-        arrivals, clock: what later bins of the feeder are compared with.
-        binner: makes bins of spikes; None where bins come.
-        noted: the newest events, by their source and number.
-        base: where the estimate began.
-        serial: works queued so far.
+        denied: connections that were refused this session, which can never replace its feeder's.
+        arrivals, clock: recent arrivals, with which later bins are compared.
+        binner: bins spikes; None if the feeder sends bins.
+        noted: newest events, by source and number.
+        base: first bin of the current estimate.
+        serial: number of works queued so far.
         missing: indices answered without a bin.
-        revisions: of the bins that were answered again.
+        revisions: revisions of the bins that were answered again.
         ignored: units whose counts in the newest answered bin were not used.
-        overrun: went beyond its credits, and was not in time for a window since; ``calm`` counts.
+        overrun: it exceeded its credits, and has not been in time for a whole window since;
+            ``calm`` counts the bins in time.
     """
 
     run: int
@@ -161,7 +163,7 @@ class ServedSession:
             )
 
     def arrived(self, index: int, now_ns: int, effects: Effects) -> None:
-        """Let the timetable of a clocked session follow a bin."""
+        """Update the timetable of a clocked session by a bin."""
         slipped_ns = self.clock.arrived(index, now_ns) if self.request.clocked else 0
         if slipped_ns:
             self.silent = 0
@@ -170,22 +172,22 @@ class ServedSession:
             effects.published.append(self.notice(what))
 
     def due_ns(self, limits: Limits) -> int | None:
-        """When the next bin is to be answered without it; None for a session that waits."""
+        """Return when the next bin is answered as missing; None if not clocked."""
         waits = not self.request.clocked or self.closing
         if waits or self.silent >= limits.gap_limit or self.waiting >= limits.backlog:
             return None
         return self.clock.due_ns(self.next_index)
 
     def in_window(self, index: int) -> bool:
-        """Whether a bin answered as missing can still be put in its place."""
+        """Return whether a bin that was answered as missing can still be inserted."""
         return index >= max(self.base, self.next_index - self.model_info.horizon)
 
     def prune(self) -> None:
-        """Forget what lies too far back to matter."""
+        """Drop entries that are too old to matter."""
         if len(self.missing) > _REMEMBERED:
             self.missing = {i for i in self.missing if i >= self.next_index - _REMEMBERED // 2}
         if len(self.revisions) > 4 * self.model_info.horizon:
-            # by what is answered, not by what has come: answers to late bins may be queued yet
+            # by answers, not by arrivals: answers to late bins may still be queued
             limit = self.newest - 2 * self.model_info.horizon
             self.revisions = {i: r for i, r in self.revisions.items() if i >= limit}
 
@@ -228,7 +230,7 @@ class ServedSession:
         )
 
     def note(self, event: messages.Event, received_ns: int) -> messages.Noted:
-        """Remember an event; returns its acknowledgement."""
+        """Record an event; return its acknowledgement."""
         noted = messages.Noted(
             session=self.name,
             epoch=self.epoch,
@@ -241,19 +243,19 @@ class ServedSession:
         return noted
 
     def remember(self, noted: messages.Noted) -> None:
-        """An event that was taken is known when it comes again."""
+        """Record an event, so that a repetition is recognised."""
         self.noted[noted.source, noted.index] = noted
         if len(self.noted) > _NOTED:
             del self.noted[next(iter(self.noted))]
 
     def swap(self, model_info: EngineInfo) -> SwapModel:
-        """Go on with another model from the next bin on; the work that does it."""
+        """Continue with another model from the next bin; return the work that does it."""
         place = self.next_work(self.next_index)
         self.model_info = model_info
         return SwapModel(**place, to=model_info.model)
 
     def next_work(self, index: int) -> dict[str, Any]:
-        """Whose the next work is and what is its place in the run, which this call takes."""
+        """Return the identifying fields of the next work, and advance the serial."""
         self.serial += 1
         return {
             "run": self.run,
@@ -272,14 +274,14 @@ class ServedSession:
         return messages.Notice(session=self.name, epoch=self.epoch, what=what)
 
     def credit(self) -> messages.Credit:
-        """The credits owed, which this call settles."""
+        """Return the owed credits, and reset them."""
         owed, self.owed = self.owed, 0
         return messages.Credit(session=self.name, epoch=self.epoch, index=self.newest, credits=owed)
 
     def result(
         self, answer: EngineAnswer, revision: int, status: messages.Status, published_ns: int
     ) -> messages.Result:
-        """An answer as it is published."""
+        """Return an answer in its published form."""
         work, classes, names = answer.work, answer.classes, self.model_info.class_names
         return messages.Result(
             session=self.name,
@@ -299,7 +301,7 @@ class ServedSession:
         )
 
     def detail(self, revision: int, answer: EngineAnswer) -> messages.Detail:
-        """What an answer was inferred from."""
+        """Return the inputs of an answer."""
         work, used, inputs = answer.work, answer.used, answer.inputs
         return messages.Detail(
             session=self.name,
@@ -314,7 +316,7 @@ class ServedSession:
         )
 
     def publish(self, answer: EngineAnswer, published_ns: int, effects: Effects) -> None:
-        """Account for an answer and add it, with what it says of units, to what goes out."""
+        """Account for an answer; add it and its reports on units to the effects."""
         work = answer.work
         status = status_of(answer, published_ns)
         if trouble := TROUBLE.get(answer.solver):
@@ -354,7 +356,7 @@ class ServedSession:
             self._unbelievable(answer, effects)
 
     def _calibrated(self) -> Calibration | None:
-        """The index of the model that serves; None where it does not say what to expect."""
+        """The calibration index; None if the model does not state its expected score."""
         model_info = self.model_info
         if self.calibration is None or self.calibration.model_info is not model_info:
             known = model_info.bits_per_spike > 0 and model_info.mean_rates
@@ -362,14 +364,14 @@ class ServedSession:
         return self.calibration
 
     def _unbelievable(self, answer: EngineAnswer, effects: Effects) -> None:
-        """Report counts that were ignored, and an estimate that was lost."""
+        """Report ignored counts, and a lost estimate."""
         index = answer.work.index
         if answer.beyond:
             effects.events["beyond"] += 1
         if answer.ignored:
             effects.events["ignored_counts"] += len(answer.ignored)
         for unit in answer.ignored:
-            if unit not in self.ignored:  # once for as long as it lasts
+            if unit not in self.ignored:  # once per episode
                 what = (
                     f"unit {unit} ignored from bin {index}: its count is beyond the model's limit"
                 )
@@ -380,11 +382,11 @@ class ServedSession:
             effects.events["lost"] += 1
 
     def overran(self) -> None:
-        """It has more queued than it may: it sheds from here on."""
+        """Mark that too many bins are queued: the session sheds from now on."""
         self.overrun, self.calm = True, 0
 
     def _calm(self, answer: EngineAnswer, published_ns: int) -> None:
-        """Follow how many answers in a row were in time, none of them shed."""
+        """Count consecutive answers in time, without shed bins."""
         in_time = answer.solver != SHED and published_ns <= answer.work.due_ns
         self.calm = self.calm + 1 if in_time else 0
         self.overrun &= self.calm < self.model_info.horizon

@@ -1,37 +1,38 @@
-"""The table of sessions: which bins are accepted, in which order, and what is answered.
+"""The session table: which bins are accepted, in which order, and how they are answered.
 
-Pure: no sockets, no threads, no clock; every method takes the time as an integer of nanoseconds and
-returns ``Effects`` for its caller to carry out.
+Pure: no sockets, no threads, no clock. Methods take the time as an integer of nanoseconds and
+    return ``Effects``, which the caller carries out.
 
 Rules:
 
-- A session belongs to the user and the feeder that opened it (``feeders``). Opening it again while
-  it is open needs a higher epoch; the older run ends there, with a notice, and what was queued of
-  it is dropped and counted. An ended session's name and epoch are free again.
-- Opening with ``resume`` and the epoch of an open session continues it where it stands, from a
-  feeder that is gone or after a restart of the service. Its feeder may ask so for the answers that
-  it has not received.
-- Indices rise from 0, but may come out of order. When bin k+g arrives after bin k, the bins between
-  are answered first, as ``missing``: predictions from an all-masked bin. A gap of more than
-  ``gap_limit`` bins is not answered, nor is one that comes when twice ``backlog`` works are queued:
-  the estimate starts again at the bin that came, a notice names the range that has no answers, and
-  a reset is counted.
-- A bin whose index or source time jumps is held back until another one bears it out, else it is
-  refused (``arrivals``). So one message never causes more than 2 (``gap_limit`` + 1) new bins.
-- A ``clocked`` session does not wait for a later bin: a bin is answered as missing once its time
-  and the grace have passed, for up to ``gap_limit`` bins in a row. The times follow the feeder's
-  (``clocked``).
-- A bin that comes after it was answered as missing is put in its place while it is in the window
-  of the newest H bins; it and all bins after it are answered again with a higher revision. Further
-  back it is refused (``late``). An index that had its bin is refused (``index``).
-- The bins of a session of spikes are made from batches (``intake``): the same holds for them, but
-  that a bin whose counts change is put in its place again.
-- A feeder may have ``credits`` bins unanswered. Each bin returns its credit when it is answered or
-  refused, at the latest with the next tick; a bin beyond them is refused, and its index is a gap.
-- An ``anytime`` session sheds, and so does any other that went beyond its credits, until it was in
-  time for H bins in a row: see ``Scheduler.shed``. What a gap adds to more than ``backlog`` queued
-  works is not solved either. Every index has its answer.
-- A session idle for ``idle_ns`` with nothing queued ends, with a notice.
+- A session belongs to the user and the feeder that opened it (``feeders``). To open it again while
+  it is open needs a higher epoch; the older run then ends with a notice, and its queued bins are
+  dropped and counted. The name and epoch of an ended session are free again.
+- Opening with ``resume`` and the epoch of an open session continues it, if its feeder is gone or
+  after a restart of the service. Its own feeder may use this to request answers that it has not
+  received.
+- Indices start at 0 and increase, but may arrive out of order. When bin k+g arrives after bin k,
+  the bins between are first answered as ``missing``: predictions from a fully masked bin. A gap of
+  more than ``gap_limit`` bins is not answered, nor is one while twice ``backlog`` works are queued:
+  the estimate restarts at the bin that arrived, a notice names the range without answers, and a
+  reset is counted.
+- A bin whose index or source time jumps is held back until another one confirms it, else it is
+  refused (``arrivals``). So a message never causes more than 2 (``gap_limit`` + 1) new bins.
+- A ``clocked`` session does not wait for a later bin: a bin is answered as missing once its
+  expected time and the grace have passed, for up to ``gap_limit`` consecutive bins. Expected times
+  follow the feeder (``clocked``).
+- A bin that arrives after it was answered as missing is inserted if it is within the newest H bins;
+  it and all later bins are answered again with a higher revision. An older one is refused
+  (``late``). A second bin of the same index is refused (``index``).
+- The bins of a spike session are built from batches (``intake``). The same rules apply, except that
+  a bin whose counts change is inserted again.
+- A feeder may have ``credits`` bins unanswered. A credit returns when its bin is answered or
+  refused, at the latest with the next tick. A bin beyond the credits is refused, and its index is a
+  gap.
+- An ``anytime`` session sheds bins, and so does any other that exceeded its credits, until it was
+  in time for H consecutive bins: see ``Policy.shed``. Bins of a gap beyond ``backlog`` queued works
+  are not solved either. Every index is answered.
+- A session that is idle for ``idle_ns`` with nothing queued ends, with a notice.
 """
 
 from __future__ import annotations
@@ -57,15 +58,15 @@ class SessionTable:
     """All sessions.
 
     Args:
-        model_info: of the first slot's model.
-        limits: what is granted.
-        slot: the first slot's name.
-        reaches: sends a message to a feeder's connection; false if the connection is gone.
+        model_info: description of the first slot's model.
+        limits: limits of the service.
+        slot: name of the first slot.
+        reaches: sends a message to a connection; returns False if it is gone.
 
     Attributes:
-        accepting: False refuses whatever would bring new work, with ``why_not``.
-        slots: what is served, by slot; the first is for sessions that name none.
-        next_run: the next run's number.
+        accepting: if False, messages that would add work are refused with ``why_not``.
+        slots: served models by slot; the first is for sessions that name none.
+        next_run: number of the next run.
     """
 
     def __init__(
@@ -95,11 +96,11 @@ class SessionTable:
 
     @property
     def waiting(self) -> int:
-        """Bins queued or being solved."""
+        """Number of bins queued or being solved."""
         return sum(s.waiting for s in self._sessions.values())
 
     def slot_of(self, model: str) -> str:
-        """The slot of that name or model. Raises ProtocolError."""
+        """Return the slot of this name or model. Raises ProtocolError."""
         if not model:
             return next(iter(self.slots))
         for slot, model_info in self.slots.items():
@@ -111,7 +112,7 @@ class SessionTable:
     # ---- messages ------------------------------------------------------------------------------
 
     def receive(self, owner: bytes, message: messages.Feed, now_ns: int, user: str = "") -> Effects:
-        """Take a feeder's message that arrived at ``now_ns``. Never raises for what it holds."""
+        """Handle a message that arrived at ``now_ns``. Never raises for its contents."""
         sender = Sender(owner, user, now_ns, Effects())
         session = self._sessions.get(message.session)
         try:
@@ -139,7 +140,7 @@ class SessionTable:
         message: messages.Feed,
         error: ProtocolError,
     ) -> None:
-        """Refuse a message; a bin's credit goes back to its feeder."""
+        """Refuse a message; return the credit of a bin."""
         numberless = isinstance(message, messages.Open | messages.Close)
         index = -1 if numberless else message.index
         sender.effects.refuse(sender.owner, error, message.session, index)
@@ -194,7 +195,7 @@ class SessionTable:
         effects.events["opened"] += 1
 
     def add(self, session: ServedSession) -> None:
-        """Put in a session, new or resumed from a journal."""
+        """Add a session, new or resumed from a journal."""
         session.arrivals.reach = self.limits.gap_limit
         self.next_run = max(self.next_run, session.run + 1)
         self._sessions[session.name] = session
@@ -262,7 +263,7 @@ class SessionTable:
     # ---- answers -------------------------------------------------------------------------------
 
     def answered(self, answer: EngineAnswer, published_ns: int) -> Effects:
-        """An answer that is published at ``published_ns``; its status is decided here."""
+        """Handle an answer that is published at ``published_ns``, and decide its status."""
         effects = Effects()
         work = answer.work
         session = self._runs.get(work.run)
@@ -284,19 +285,20 @@ class SessionTable:
         return effects
 
     def credits(self, *, all_owed: bool = True) -> list[tuple[bytes, messages.Credit]]:
-        """The credits that came free since the last call, one message per session; with
-        ``all_owed`` also the few that a feeder cannot be short of yet."""
+        """Return the credits freed since the last call, one message per session.
+
+        With ``all_owed``, also those that are too few to matter to the feeder yet.
+        """
         return self._credits.take(all_owed=all_owed)
 
     # ---- time and ends -------------------------------------------------------------------------
 
     def next_due(self) -> int | None:
-        """When ``tick`` has the next bin to answer without it."""
+        """Return when ``tick`` has the next missing bin to answer."""
         return self._times.next()
 
     def tick(self, now_ns: int) -> Effects:
-        """Answer bins whose time has passed, decide about bins that were held back, and end the
-        sessions that have been silent too long."""
+        """Answer overdue bins, decide about held bins, and end silent sessions."""
         effects = Effects()
         for session in list(self._sessions.values()):
             if session.arrivals.expired(now_ns):
@@ -309,9 +311,9 @@ class SessionTable:
         return effects
 
     def swap(self, slot: str, model_info: EngineInfo) -> Effects:
-        """Serve a slot by another model, each of its sessions from its next bin on.
+        """Serve a slot with another model, each session from its next bin on.
 
-        A session that outlived a restart may run on that model already, and goes on as it is.
+        A session resumed after a restart may use that model already, and does not change.
         """
         self.slots[slot] = model_info
         effects = Effects()
@@ -324,7 +326,7 @@ class SessionTable:
         return effects
 
     def drain(self, why: str) -> None:
-        """Take no more bins; what is queued is still to be answered."""
+        """Accept no more bins; queued ones are still answered."""
         self.accepting = False
         self.why_not = why
 

@@ -1,7 +1,8 @@
-"""The engine: a model file, its moving-horizon estimator, and the estimator's state of every run.
+"""The engine: a model, its moving-horizon estimator, and the state of each run.
 
-One thread uses it. ``solve`` takes a step of the policy, bins of different runs, and returns their
-answers. A bin that comes late is put into the window and every bin from it on is answered again.
+Only one thread may use it. ``solve`` takes a step of the policy, bins of different runs, and
+returns their answers. A late bin is inserted into the window, and all bins from it on are answered
+again.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from ilqr_vae.streaming.fixed_lag import FixedLags
 from ilqr_vae.streaming.unit_watch import UnitWatch
 
 NOBODY = -1
-"""Runs up to this number are no session's: they warm the engine up."""
+"""Runs up to this number belong to no session: they warm up the engine."""
 _RUN_SHARE = 0.25
-"""Of the memory that is available, what one run may take."""
+"""Share of the available memory that a run may take."""
 
 
 def _check_memory(estimator: Horizon, horizon: int) -> None:
-    """Raises ServiceError where one run would take too much memory."""
+    """Raise ServiceError if a run would take too much memory."""
     state = sum(t.nbytes for t in estimator.init(batch=1).tensors())
     needed, most = (horizon + 2) * state, int(_RUN_SHARE * available_memory())
     if needed > most:
@@ -65,16 +66,16 @@ class Engine:
 
     Args:
         artifact: the loaded model.
-        settings: device, threads, and what overrides the model's own horizon and iterations.
-        clock: nanoseconds; monotonic.
+        settings: device, threads, and overrides of horizon and iterations.
+        clock: monotonic, nanoseconds.
 
     Attributes:
-        model_info: what the sessions must know of the model.
-        manifest: the model file's manifest, JSON-like.
-        device: where it computes.
-        cost: of a step.
-        threads: to share a step among, as set; 0 is all cores.
-        clock: nanoseconds; monotonic.
+        model_info: what sessions need to know about the model.
+        manifest: manifest of the model file, for JSON.
+        device: device of the computation.
+        cost: cost model of steps.
+        threads: number of threads per step as set; 0 for all cores.
+        clock: monotonic, nanoseconds.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Engine:
 
     @classmethod
     def load(cls, path: Path, settings: ServiceSettings) -> Engine:
-        """From a model file. Raises ArtifactError, ConfigError (device).
+        """Load a model file. Raises ArtifactError, ConfigError (device).
 
         A GPU computes in float32, with sums and pivots in float64; the CPU in float64.
         """
@@ -126,25 +127,25 @@ class Engine:
         return cls(load_artifact(path, device=str(device), dtype=dtype), settings)
 
     def __len__(self) -> int:
-        """Runs whose state is held."""
+        """Return the number of runs with a state."""
         return sum(run > NOBODY for run in self._runs)
 
     def forget(self, run: int) -> None:
-        """Drop a run's state."""
+        """Drop the state of a run."""
         self._runs.pop(run, None)
 
     def window(self, run: int) -> list[Solve]:
-        """The bins held of a run, oldest first."""
+        """Return the bins in the window of a run, oldest first."""
         found = self._runs.get(run)
         return [] if found is None else [e.work for e in found.entries]
 
     def watched(self, run: int) -> UnitWatch | None:
-        """What was known of a run's units before its window; None where they are not watched."""
+        """Return the unit watch of a run before its window; None if units are not watched."""
         found = self._runs.get(run)
         return None if found is None or not found.entries else found.entries[0].watch
 
     def flagged(self, run: int) -> tuple[str, ...]:
-        """``NAME:reason`` of a run's masked units."""
+        """Return ``NAME:reason`` of a run's masked units."""
         found = self._runs.get(run)
         if found is None or found.watch is None:
             return ()
@@ -153,8 +154,7 @@ class Engine:
     def adopt(
         self, run: int, works: list[Solve], serial: int = -1, watch: UnitWatch | None = None
     ) -> None:
-        """Begin a run from the bins that another model held of it, and from what was known of its
-        units before them."""
+        """Start a run from its bins under another model, and the unit watch before them."""
         self.forget(run)
         if not works:
             return
@@ -163,25 +163,30 @@ class Engine:
         self._begin(run, works, watch, serial)
 
     def _begin(self, run: int, works: list[Solve], watch: UnitWatch | None, serial: int) -> None:
-        """Solve bins anew, whatever the clock said then, from the state that every run begins
-        with; ``serial`` of the newest work in them."""
+        """Solve bins from the initial state, without the clock.
+
+        ``serial`` is that of the newest work in them.
+        """
         self._runs[run] = Run(self.model_info.horizon, self._stepper.initial, watch)
         model = self.model_info.model
         for work in works:
             again = replace(work, restart=False, anytime=False, budget=0, model=model)
             self.solve([again])
         found = self._runs.get(run)
-        if found is not None:  # a solve that fails may lose it
+        if found is not None:  # a failed solve may lose it
             found.serial = serial
 
     def pack(self, run: int) -> PackedRun | None:
-        """A run as a snapshot keeps it; None where there is none."""
+        """Return a snapshot of a run; None if there is no such run."""
         found = self._runs.get(run)
         return found and pack_run(run, self.model_info.model, found, self._stepper.pool)
 
     def restore(self, packed: PackedRun) -> None:
-        """Take up a run from a snapshot. One that was made with another horizon gives the bins
-        alone: the window is solved anew. Raises ProtocolError: bytes that do not fit."""
+        """Restore a run from a snapshot.
+
+        From a snapshot with another horizon only the bins are used: the window is solved again.
+        Raises ProtocolError if array bytes do not match.
+        """
         state, watch = unpack_state(packed, self.device)
         if not self._stepper.pool.takes(state):
             logs.warning(
@@ -194,16 +199,17 @@ class Engine:
         found = Run(self.model_info.horizon, row, watch)
         self._runs[packed.run] = found
         for one in map(unpack_work, packed.works):
-            if isinstance(one, Solve):  # as it was solved then, whatever the clock says now
+            if isinstance(one, Solve):  # with the recorded iterations, not by the clock
                 self.solve([replace(one, restart=False, anytime=False)])
         found.serial = packed.serial
 
     def solve(self, step: Sequence[Work]) -> list[EngineAnswer]:
-        """Answer a step of the policy (see ``policy.steps``): bins of different runs, all of them
-        with a solve or all without, or one late bin.
+        """Answer a step of the policy (see ``policy.steps``).
 
-        Never raises for what a bin or a state holds: a bin whose solve fails is answered with the
-        prediction of the run so far (solver ``FAILED``).
+        A step holds bins of different runs, all with a solve or all without, or one late bin.
+
+        Never raises for the contents of a bin or state: a bin whose solve fails is answered with
+        the prediction of the run so far (solver ``FAILED``).
         """
         answers: list[EngineAnswer] = []
         for work in step:
@@ -214,7 +220,7 @@ class Engine:
 
     def _solve(self, works: list[Solve], shed: bool) -> list[EngineAnswer]:
         started = self.clock()
-        # Where a state was lost to a failure, the run starts again.
+        # After a failure that lost its state, the run restarts.
         runs = [self._run_of(work) for work in works]
         step = self._stepper.predict_only if shed else self._stepper.step
         try:
@@ -240,14 +246,14 @@ class Engine:
         found = None if work.restart else self._runs.get(work.run)
         if found is not None:
             return found
-        # It begins; or, where its state was lost to a failure, begins again.
+        # It starts, or restarts after a failure that lost its state.
         watch = UnitWatch.fresh(len(self.model_info.unit_names)) if work.watch else None
         return Run(self.model_info.horizon, self._stepper.initial, watch)
 
     def _keep(
         self, found: Run, work: Solve, stepped: Stepped, answer: EngineAnswer
     ) -> list[EngineAnswer]:
-        """Put a solved bin into its run and answer it, after the bin that has waited for it."""
+        """Add a solved bin to its run; answer first the bin that waited for it, then this one."""
         before, watch = found.watch, found.watch
         if before is not None:
             watch = before.after(work.counts, work.mask, answer.rates)
@@ -265,8 +271,10 @@ class Engine:
         return [*self._waited(found, work.lag), answer]
 
     def _waited(self, found: Run, lag: int) -> list[EngineAnswer]:
-        """The answer for the bin ``lag`` bins before the newest one, now that this one has come;
-        none where the run, or its estimate, began after it."""
+        """Return the fixed-lag answer for the bin ``lag`` bins before the newest.
+
+        None if the run, or its estimate, started after it.
+        """
         lag = min(lag, self.model_info.lags)
         if not lag or len(found.entries) <= lag:
             return []
@@ -277,7 +285,7 @@ class Engine:
         if first.answer is None or first.later is None or newest.later is None:
             return []
         was, now = first.answer, newest.answer
-        assert now is not None  # looked at above
+        assert now is not None  # checked above
         moved = newest.later.projected[lag] - first.later.projected[0]
         return [
             replace(
@@ -299,7 +307,7 @@ class Engine:
         ]
 
     def _insert(self, work: Insert) -> list[EngineAnswer]:
-        """Put a late bin in its place; all answers from there on, or one that is void."""
+        """Insert a late bin; return all answers from it on, or one that is void."""
         found = self._runs.get(work.run)
         place = None if found is None else found.place(work.index)
         if found is not None and place is not None:
@@ -343,8 +351,10 @@ class Engine:
         return [replace(self._nothing(work, FAILED, now), void=True, revised=True)]
 
     def _predict(self, work: Solve, found: Run, solver: str, started: int) -> list[EngineAnswer]:
-        """The bin as if it had not come; all NaN, and the run starts again, where not even that
-        can be had."""
+        """Answer a bin as if it were missing.
+
+        If even that fails, the answer is all NaN and the run restarts.
+        """
         blind = replace(work, counts=None, mask=None, anytime=False, budget=0)
         try:
             (stepped,) = self._stepper.step([found.state], [blind], [found.watch])

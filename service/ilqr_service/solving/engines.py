@@ -1,8 +1,8 @@
-"""All engines of a service, as the solver thread uses them.
+"""All engines of a service, for the solver thread.
 
-A work names its model; a run's state lies with the engine of the model it is on. A swap moves a run
-to another engine, which fills its window again from the bins in that of the first. A slot may have
-a shadow, an engine that solves the same bins after their answers are out; both are scored.
+A work names its model; the engine of that model holds the state of the run. A swap moves a run to
+another engine, which refills its window from the bins of the first. A slot may have a shadow, an
+engine that solves the same bins after their answers are published; both are scored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ilqr_vae.machine import cores
 
 @dataclass(slots=True)
 class Score:
-    """Bits gained over the mean rates, and spikes, of bins that came."""
+    """Bits gained over the mean rates, and number of spikes, of bins that arrived."""
 
     bins: int = 0
     bits: float = 0.0
@@ -41,8 +41,10 @@ class Score:
 
 @dataclass(slots=True)
 class Shadow:
-    """An engine beside another, both scores since it began, and the runs that it has taken up: the
-    engine may hold states of them from before."""
+    """A shadow engine, both scores since it started, and the runs that it follows.
+
+    The engine may also hold earlier states of other runs.
+    """
 
     engine: Engine
     own: Score = field(default_factory=Score)
@@ -54,7 +56,7 @@ class Engines:
     """Engines by model id.
 
     Args:
-        engine: the first one, also for works that name none.
+        engine: the first engine, also for works that name no model.
 
     Attributes:
         engines: by model id.
@@ -68,23 +70,23 @@ class Engines:
         self._pending: list[tuple[Solve, EngineAnswer]] = []
 
     def __len__(self) -> int:
-        """How many runs the engines have a state of."""
+        """Return the number of runs with a state."""
         return sum(len(e) for e in self.engines.values())
 
     @property
     def batch(self) -> int:
-        """The most bins to solve at once."""
+        """Largest number of bins to solve together."""
         return CATCH_UP * max(engine.cost.batch for engine in list(self.engines.values()))
 
     def cost(self, model: str) -> Cost:
-        """What steps of a model take."""
+        """Return the cost model of a model's steps."""
         return self.engine(model).cost
 
     def engine(self, model: str) -> Engine:
         return self.engines[model] if model else self.first
 
     def warm_up(self) -> list[WarmUp]:
-        """Warm every engine, in the thread that will solve. Raises ServiceError: a solve failed."""
+        """Warm up all engines, in the solver thread. Raises ServiceError if a solve fails."""
         threads.use(self.first.threads or cores())
         return [warm_up(engine) for engine in self.engines.values()]
 
@@ -96,7 +98,7 @@ class Engines:
             shadow.runs.discard(run)
 
     def solve(self, step: list[Work]) -> list[EngineAnswer]:
-        """Answers to a step of the policy; a swap has none. See ``Engine.solve``."""
+        """Return the answers to a step of the policy; a swap has none. See ``Engine.solve``."""
         first = step[0]
         engine = self.engine(first.model)
         if isinstance(first, SwapModel):
@@ -110,13 +112,13 @@ class Engines:
         for answer in answers:
             work = answer.work
             shadow = None if answer.revised else self.shadows.get(work.slot)
-            # after a restart a session may run on the very model that shadows another in its slot
+            # after a restart a session may use the model that is the shadow of its slot
             if isinstance(work, Solve) and shadow is not None and shadow.engine is not engine:
                 self._pending.append((work, answer))
         return answers
 
     def between(self) -> None:
-        """What may wait until answers are out: the shadows."""
+        """Do what can wait until answers are published: run the shadows."""
         pending, self._pending = self._pending, []
         by_slot: dict[str, dict[int, tuple[Solve, EngineAnswer]]] = {}
         for work, answer in pending:
@@ -148,14 +150,14 @@ class Engines:
                     shadow.other.add(answer)
 
     def pack(self, work: Work) -> PackedRun | None:
-        """A snapshot of the run that ``work`` is of."""
+        """Return a snapshot of the run of ``work``."""
         return self.engine(work.to if isinstance(work, SwapModel) else work.model).pack(work.run)
 
     def restore(self, packed: PackedRun) -> None:
-        """Take up a run from a snapshot. Raises ProtocolError: bytes that do not fit."""
+        """Restore a run from a snapshot. Raises ProtocolError if array bytes do not match."""
         self.engine(packed.model).restore(packed)
 
     def keep_warm(self) -> None:
-        """One step that nobody sees, so that caches and clocks are not cold for the next bin."""
+        """Make a hidden step, to keep caches and clocks warm for the next bin."""
         for engine in list(self.engines.values()):
             keep_warm(engine)

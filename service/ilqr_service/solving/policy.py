@@ -1,21 +1,20 @@
-"""Which bins are solved next, together with which, and which are not solved at all.
+"""The scheduling policy: which bins are solved next, in which batches, and which are shed.
 
-Earliest due first, one reserved bin width apart within a session. A session pays for its speed
-itself. Its queued bins rank as if each were due at least one bin width after the one before (a
-constant-bandwidth server), so a stream fed in real time ranks by its plain due times, and a replay
-at full speed, or the catching up after a gap, takes only what the streams in real time leave over.
-When nothing of a session is queued its rank starts again from its due time. Within a session bins
-keep their order.
+Earliest deadline first, with one bin width reserved per bin of a session (a constant-bandwidth
+server): queued bins of a session rank as if each were due at least one bin width after the previous
+one. So a stream in real time ranks by its due times, and a replay at full speed, or a session that
+catches up after a gap, uses only the capacity that real-time streams leave. When a session has
+nothing queued, its rank restarts from its due time. Bins of a session keep their order.
 
-Bins of different sessions that wait are solved together, as many as fit into a step: an eighth of
-the bin width, and half of what is left until the first of them is due. Where the most urgent is
-overdue a step may take ``CATCH_UP`` times as long: many at once are solved in less time each. For
-the same reason a bin that has waited long (``BACKLOG``) does not shorten the step: in steps that
-get shorter the nearer bins are to their due times, a backlog would never be worked off.
+Waiting bins of different sessions are solved together, as many as fit into a step: an eighth of the
+bin width, and half of the time until the first of them is due. If the most urgent bin is overdue, a
+step may take ``CATCH_UP`` times as long, since bins take less time each in larger batches. For the
+same reason a bin that has waited long (``BACKLOG``) does not shorten the step: if steps became
+shorter as bins approach their due times, a backlog would never be worked off.
 
-What cannot be kept up with is shed: where the next bin of a session that sheds would be late while
-newer ones wait, all but the newest go without a solve. So its solves go to bins that can still be
-in time, and it is with its newest bin again at once.
+Overload is shed: if the next bin of a session that sheds would be late while newer ones wait, all
+but the newest are taken without a solve. So solves are spent on bins that can still be in time, and
+the session is at its newest bin again at once.
 
 Pure: no clock, no threads, no sockets.
 """
@@ -32,25 +31,24 @@ from msgspec.structs import replace
 from ilqr_service.work import NO_SOLVE, Solve, SwapModel, Work
 
 SHARE = 8
-"""A step takes no more bins than are solved in a bin width divided by this: so long may a bin that
-has just come wait for others."""
+"""A step takes at most a bin width divided by this, which bounds the wait of a new bin."""
 CATCH_UP = 4
 BACKLOG = 2
-"""Steps of the longest kind that a bin has waited for when it is part of a backlog."""
+"""A bin is part of a backlog if it has waited for this many steps of the largest size."""
 SHED_AT_ONCE = 128
-"""Bins that go without a solve between two solves."""
+"""Largest number of bins taken without a solve between two solves."""
 
 
 class Cost:
-    """What the policy knows of a model: what steps of it take.
+    """The cost model of a model's steps.
 
-    A step takes a start, and so much a bin. What was measured once while warming up is scaled by
-    what steps take since.
+    A step takes a fixed time and a time per bin. Both are measured while warming up, then scaled by
+    the times of later steps.
 
     Args:
         bin_ns: bin width.
-        horizon: bins in a window, all of which a late bin may have solved again.
-        most: bins in one step at most; 1 where each is solved alone.
+        horizon: bins in a window, all of which a late bin may require to solve again.
+        most: largest number of bins in a step; 1 if each is solved alone.
         start, each: nanoseconds.
     """
 
@@ -62,40 +60,43 @@ class Cost:
         self._scale = 1.0
 
     def ns(self, bins: int) -> float:
-        """Of a step of ``bins``; 0 for none."""
+        """Return the time of a step of ``bins`` bins; 0 for none."""
         return self._scale * (self.start + self.each * bins) if bins else 0.0
 
     @property
     def slice_ns(self) -> float:
-        """The longest that one step should take."""
+        """Longest time that a step should take."""
         return self.bin_ns / SHARE
 
     @property
     def batch(self) -> int:
-        """How many bins are solved in that time."""
+        """Return how many bins are solved in that time."""
         if self.most == 1:
             return 1
         more = (self.slice_ns - self.ns(1)) / (self.ns(2) - self.ns(1))
         return max(1, min(self.most, 1 + int(more)))
 
     def learn(self, bins: int, ns: float) -> None:
-        """Follow what a step took."""
+        """Update the scale by the time of a step."""
         ratio = ns / (self.start + self.each * bins)
         self._scale += (min(max(ratio, 0.25), 4.0) - self._scale) / 16
 
     def measured(self, one: float, many: float, bins: int) -> None:
-        """Begin anew from what a step of one bin and a step of ``bins`` take."""
+        """Reset from the times of a step of one bin and of a step of ``bins``."""
         each = max((many - one) / (bins - 1), many / bins / 16, 1.0) if bins > 1 else max(one, 1.0)
         self.start, self.each, self._scale = max(one - each, 0.0), each, 1.0
 
 
 Costs = Callable[[str], Cost]
-"""By a model's id; "" is the first model."""
+"""Cost models by model id; "" is the first model."""
 
 
 def steps(works: list[Work], costs: Costs) -> list[list[Work]]:
-    """Works of different runs as the steps that answer soonest: the bins of each model together,
-    those without a solve apart, then one by one what takes a window or cannot share a step."""
+    """Group works of different runs into steps in the order that answers soonest.
+
+    First the bins of each model together, those without a solve apart; then, one by one, works that
+    need a whole window or cannot share a step.
+    """
     together: dict[tuple[str, bool], list[list[Work]]] = {}
     alone: list[list[Work]] = []
     for work in works:
@@ -118,7 +119,7 @@ class _Queue:
 
 
 class Policy:
-    """Works waiting to be solved.
+    """The queue of works.
 
     Args:
         costs: of the models.
@@ -147,8 +148,10 @@ class Policy:
             heapq.heappush(self._heads, (rank, work.run, work.index))
 
     def next(self, now_ns: int, limit: int) -> list[list[list[Work]]]:
-        """What to do now: rounds of steps, each round of works of different runs. First what is
-        shed, then at most ``limit`` of the most urgent."""
+        """Return rounds of steps, each round with works of different runs.
+
+        First shed bins, then at most ``limit`` of the most urgent works.
+        """
         rounds = [*self.shed(now_ns, SHED_AT_ONCE), self.take(limit, now_ns)]
         return [steps(works, self._costs) for works in rounds]
 
@@ -156,14 +159,14 @@ class Policy:
         """Up to ``limit`` works of as many different runs, most urgent first.
 
         Args:
-            now_ns: for no more than fit into one step; the very first is taken in any case.
+            now_ns: the time, to take no more than fit into a step; the first is always taken.
         """
         quota = None if now_ns is None else Quota(self._costs, now_ns)
         taken: list[Work] = []
         while self._heads and len(taken) < limit:
             rank, run, index = self._heads[0]
             queue = self._queues.get(run)
-            # A head of a run that was forgotten, shed or taken meanwhile is stale.
+            # The head of a run that was forgotten, shed or taken meanwhile is stale.
             first = queue.works[0] if queue and queue.works else None
             if queue is None or first is None or (first[0], first[1].index) != (rank, index):
                 heapq.heappop(self._heads)
@@ -183,13 +186,15 @@ class Policy:
         return taken
 
     def overran(self, run: int) -> None:
-        """What is queued of a run may be shed too."""
+        """Allow queued bins of a run to be shed."""
         if run in self._queues:
             self._queues[run].sheds = True
 
     def shed(self, now_ns: int, limit: int) -> list[list[Work]]:
-        """Bins that go without a solve, at most ``limit``: rounds of bins of different runs, each
-        run's in their order. The newest bin of a run is never among them."""
+        """Return at most ``limit`` bins to take without a solve, as rounds of different runs.
+
+        Bins of a run are in order. The newest bin of a run is never shed.
+        """
         rounds: list[list[Work]] = []
         for run, queue in self._queues.items():
             works, place = queue.works, 0
@@ -207,14 +212,14 @@ class Policy:
                 place, limit = place + 1, limit - 1
             if place:
                 self._waiting -= place
-                if len(works) == 1:  # what was not solved has cost nothing
+                if len(works) == 1:  # bins that were not solved cost nothing
                     queue.rank = works[0][1].due_ns
                     works[0] = (queue.rank, works[0][1])
                 heapq.heappush(self._heads, (works[0][0], run, works[0][1].index))
         return rounds
 
     def forget(self, run: int) -> int:
-        """Drop what is queued of a run; returns how many works that was."""
+        """Drop the queued works of a run; return their number."""
         queue = self._queues.pop(run, None)
         dropped = len(queue.works) if queue is not None else 0
         self._waiting -= dropped
@@ -222,7 +227,7 @@ class Policy:
 
 
 class Quota:
-    """Says which works still fit into the next step.
+    """Decides which works fit into the next step.
 
     Args:
         costs: of the models.
@@ -237,7 +242,7 @@ class Quota:
         self._bins: dict[str, int] = {}
 
     def fits(self, work: Work) -> bool:
-        """Whether the step may take this one too; it is counted as taken."""
+        """Return whether the step may take this work too, and if so count it."""
         cost = self._costs(work.model)
         overdue = work.due_ns <= self._now and not isinstance(work, SwapModel)
         if not self._longest:

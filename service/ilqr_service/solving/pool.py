@@ -1,9 +1,9 @@
-"""The estimator's states of all streams in one set of arrays, a row each.
+"""The estimator states of all streams in one set of arrays, one row each.
 
-The compiled step, of the CPU or of a GPU, reads and writes rows where they lie. Else a batch of
-streams is gathered from its rows and scattered to new ones with one copy per field, whatever its
-size. A row is written once and never changed; it is free again when nothing refers to it any more.
-Rows freed last are used first, so that the memory touched is that of the streams there are.
+The compiled step, on CPU or GPU, reads and writes rows in place. Otherwise a batch of streams is
+gathered from its rows and scattered to new ones with one copy per field. A row is written once and
+never modified; it is free when nothing refers to it any more. Recently freed rows are reused first,
+so that the memory in use is proportional to the number of streams.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ilqr_vae.streaming.state import HorizonState
 
 _FIELDS = tuple(f.name for f in fields(HorizonState))
 
-# Address space, not memory: a page is taken when it is first written to. Beyond it the arrays are
-# copied into larger ones, which takes a moment.
+# Address space, not memory: a page is allocated when first written. Beyond it the arrays are copied
+# into larger ones, which takes a moment.
 _RESERVE_BYTES = 1 << 30
 
 
 class Row:
-    """A row of a ``Pool``, taken for as long as this object lives."""
+    """A row of a ``Pool``, reserved for the lifetime of this object."""
 
     __slots__ = ("_free", "at")
 
@@ -40,8 +40,8 @@ class Pool:
     """Rows for states.
 
     Args:
-        like: one stream's state (S = 1): shapes, dtypes and device of all.
-        rows: how many to reserve, within a bound on their bytes.
+        like: state of one stream (S = 1), with the shapes, dtypes and device of all.
+        rows: number of rows to reserve, within a bound on their bytes.
     """
 
     def __init__(self, like: HorizonState, rows: int) -> None:
@@ -53,7 +53,7 @@ class Pool:
         self._grow(max(64, min(rows, _RESERVE_BYTES // size)))
 
     def __len__(self) -> int:
-        """Rows taken."""
+        """Return the number of rows in use."""
         return self.capacity - len(self._free)
 
     @property
@@ -71,17 +71,18 @@ class Pool:
         self._free[:0] = range(rows - 1, first - 1, -1)
 
     def takes(self, states: HorizonState) -> bool:
-        """Whether their shapes are those of the rows."""
+        """Return whether these arrays have the shapes of the rows."""
         pairs = zip(states.tensors(), self._like, strict=True)
         return all(t.shape[1:] == like.shape[1:] for t, like in pairs)
 
     def views(self) -> tuple[Any, ...]:
-        """The arrays, as numpy sees them on the CPU, else tensors; until the next ``take`` or
-        ``put``."""
+        """The arrays: numpy views on the CPU, else tensors; valid until the next ``take`` or
+        ``put``.
+        """
         return self._views
 
     def take(self, count: int) -> list[Row]:
-        """Rows that are free, to be written to by the caller."""
+        """Reserve free rows, to be written by the caller."""
         if len(self._free) < count:
             self._grow(2 * self.capacity + count)
         return [Row(self._free, self._free.pop()) for _ in range(count)]
@@ -92,14 +93,16 @@ class Pool:
         rows = self.take(given[0].shape[0])
         at = self._index(rows)
         for array, values in zip(self._arrays, given, strict=True):
-            # what a step passes on as it was may be a row itself (see ``get``)
+            # arrays that a step returns unchanged may be a row themselves (see ``get``)
             own = values.untyped_storage().data_ptr() == array.untyped_storage().data_ptr()
             array.index_copy_(0, at, (values.clone() if own else values).to(array.dtype))
         return rows
 
     def get(self, rows: Sequence[Row]) -> HorizonState:
-        """The streams of these rows as one batch, which lasts until the next is asked for; of a
-        single row, the row itself."""
+        """Return the streams of these rows as a batch, valid until the next call.
+
+        A single row is returned without a copy.
+        """
         if len(rows) == 1:
             first = rows[0].at
             return HorizonState(*(array[first : first + 1] for array in self._arrays))

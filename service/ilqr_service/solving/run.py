@@ -1,11 +1,11 @@
-"""What the engine remembers of a run, and how that is kept in a snapshot.
+"""The state of a run in the engine, and its snapshot.
 
 A run holds the estimator's state and, for each bin of the window, the bin and the state before it.
-So a bin that comes late is put in its place and the window is solved again from there, with the
-same result, bit for bit, as if it had come in order.
+So a late bin can be inserted and the window solved again from there, with bit-identical results to
+an arrival in order.
 
-A snapshot holds the state before the window and the window's bins: solving those again gives back
-everything else.
+A snapshot holds the state before the window and the bins of the window; solving them again restores
+the rest.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from ilqr_vae.streaming.unit_watch import UnitWatch
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """A bin of the window and what was known before it.
+    """A bin of the window and the states before it.
 
     Attributes:
-        work: as solved: blind where its solve had failed, ``budget`` set where it was cut short.
-        before: the estimator's state before it.
-        watch: the units' state before it, None where they are not watched.
-        answer, later: its first answer, and what its window said of the bins before it; None where
-            no bin is answered once more.
+        work: the work as solved: blind if its solve failed, with ``budget`` if it was cut short.
+        before: state of the estimator before it.
+        watch: state of the unit watch before it; None if units are not watched.
+        answer, later: its first answer, and fixed-lag estimates of earlier bins; None without lag.
     """
 
     work: Solve
@@ -46,7 +45,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(slots=True)
 class Run:
-    """A run: the newest state, and up to ``size`` entries, oldest first."""
+    """A run: the newest state and up to ``size`` entries, oldest first."""
 
     size: int
     state: Row
@@ -61,7 +60,7 @@ class Run:
         self.state, self.watch = state, watch
 
     def place(self, index: int) -> int | None:
-        """Where the bin ``index`` is held; None where it is not."""
+        """Return the position of the bin ``index``; None if it is not in the window."""
         for k in range(len(self.entries) - 1, -1, -1):
             if self.entries[k].work.index == index:
                 return k
@@ -69,8 +68,10 @@ class Run:
 
 
 class PackedWork(msgspec.Struct, frozen=True, array_like=True):
-    """A ``Work`` as it is kept: counts as <u4, a mask as u1. ``lost``: the record of the work was
-    lost, and a restart put a missing bin in its place."""
+    """A ``Work`` in a snapshot: counts as <u4, mask as u1.
+
+    ``lost``: its record was lost, and a restart replaced it by a missing bin.
+    """
 
     run: int
     serial: int
@@ -118,7 +119,7 @@ def pack_work(work: Work) -> PackedWork:
 
 
 def unpack_work(packed: PackedWork, slot: str = "") -> Work:
-    """Raises ProtocolError where an array's bytes do not fit its shape."""
+    """Unpack a work. Raises ProtocolError if array bytes do not match."""
     queued: dict[str, Any] = {
         name: getattr(packed, name)
         for name in ("run", "index", "serial", "received_ns", "due_ns", "model", "watch", "lag")
@@ -140,15 +141,15 @@ def unpack_work(packed: PackedWork, slot: str = "") -> Work:
 
 
 class PackedRun(msgspec.Struct, frozen=True, array_like=True):
-    """A run as it is kept.
+    """A run in a snapshot.
 
     Attributes:
-        run, model: whose.
-        serial: of the newest work in it.
-        state: arrays of the estimator's state before the first of ``works``; empty where nothing
-            was solved yet.
-        watch: arrays of the units' state there; empty where they are not watched.
-        works: the window's bins.
+        run, model: number of the run, and id of its model.
+        serial: serial of the newest work.
+        state: arrays of the estimator's state before the first of ``works``; empty if nothing was
+            solved yet.
+        watch: arrays of the unit watch there; empty if units are not watched.
+        works: bins of the window.
     """
 
     run: int
@@ -186,7 +187,7 @@ def pack_run(run: int, model: str, held: Run, pool: Pool) -> PackedRun:
 
 
 def unpack_state(packed: PackedRun, device: torch.device) -> tuple[HorizonState, UnitWatch | None]:
-    """The state before the snapshot's first bin."""
+    """Return the state before the first bin of the snapshot."""
     state = HorizonState(*(torch.from_numpy(_array(raw)).to(device) for raw in packed.state))
     watch = UnitWatch(*(_array(raw) for raw in packed.watch)) if packed.watch else None
     return state, watch
@@ -194,11 +195,11 @@ def unpack_state(packed: PackedRun, device: torch.device) -> tuple[HorizonState,
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A run to be taken up by the solver.
+    """A run for the solver to resume.
 
     Attributes:
-        packed: the snapshot to begin from, or None.
-        works: what came after it, in order.
+        packed: snapshot to start from, or None.
+        works: later works, in order.
         answered: serial of the last work whose answers are all in the journal.
     """
 

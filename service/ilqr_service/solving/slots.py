@@ -1,8 +1,8 @@
-"""Which model serves which slot, and how another takes its place.
+"""Model slots: which model serves a slot, and how to replace it.
 
-A model is loaded and warmed in a thread of its own, beside what is served. It then runs as the
-slot's shadow, or serves at once. What served before is kept for a roll back. A file that cannot be
-read, or a model for other units, changes nothing.
+A model is loaded and warmed up in its own thread, beside the served ones. It then runs as the
+shadow of the slot, or serves at once. The previous model is kept for a rollback. A file that cannot
+be read, or a model of other units, changes nothing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ilqr_vae.protocol import messages
 
 _ENGINES = 8
 _LOAD_S = 300.0
-"""The longest that a load may take: another family's kernels may have to be compiled."""
+"""Time limit of a load, in which kernels of another family may have to be compiled."""
 _LONGEST_PATH = 1024
 _LOADERS = 2
-"""Threads that load, those among them that were given up and cannot be ended."""
+"""Largest number of loading threads, including those that timed out and cannot be ended."""
 
 
 @dataclass(slots=True)
 class Slot:
-    """What a slot holds."""
+    """The models of a slot."""
 
     serving: Engine
     shadow: Engine | None = None
@@ -44,7 +44,7 @@ class Slot:
 
 @dataclass(eq=False, slots=True)
 class Loading:
-    """A model that is being loaded, until ``engine`` or ``error`` is there."""
+    """A model that is being loaded, until ``engine`` or ``error`` is set."""
 
     owner: bytes
     message: messages.Load
@@ -55,13 +55,13 @@ class Loading:
 
 
 def _other(engine: Engine, model_info: EngineInfo) -> None:
-    """Raises ProtocolError where it is what is served."""
+    """Raise ProtocolError if this model is already served."""
     if engine.model_info.model == model_info.model:
         raise ProtocolError("model", expected="another than is served", got=model_info.model)
 
 
 def _fits(engine: Engine, model_info: EngineInfo) -> None:
-    """Raise ProtocolError if sessions of that model could not continue with this engine."""
+    """Raise ProtocolError if sessions of that model cannot continue with this engine."""
     new = engine.model_info
     _other(engine, model_info)
     if new.bin_width_ns != model_info.bin_width_ns:
@@ -85,14 +85,14 @@ def _fits(engine: Engine, model_info: EngineInfo) -> None:
 
 
 class Slots:
-    """The slots of a service. Used by the I/O thread alone.
+    """The slots of a service. Only the I/O thread may use them.
 
     Args:
-        slots: the first engine of each; the first slot is for sessions that name none.
-        engines, table: to keep in step.
-        settings: of every engine.
-        folder: what ``Load`` may read from.
-        clock: seconds, monotonic.
+        slots: first engine of each; the first slot is for sessions that name none.
+        engines, table: updated with each change.
+        settings: settings of all engines.
+        folder: folder from which models may be loaded.
+        clock: monotonic, seconds.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Slots:
         return name, slot
 
     def list(self) -> messages.ModelList:
-        """Every model of every slot."""
+        """Return all models of all slots."""
         infos: list[messages.ModelInfo] = []
         for name, slot in self.slots.items():
             shadow = self._engines.shadows.get(name)
@@ -143,7 +143,9 @@ class Slots:
         return messages.ModelList(models=tuple(infos))
 
     def load(self, owner: bytes, message: messages.Load) -> None:
-        """Begin to load. Raises ProtocolError: no such slot or file, or one is being loaded."""
+        """Start to load. Raises ProtocolError if there is no such slot or file, or one is
+        loading.
+        """
         _, slot = self._slot(message.slot)
         if slot.loading:
             got = slot.loading.path.name
@@ -155,7 +157,7 @@ class Slots:
             short = len(message.path) <= _LONGEST_PATH
             path = (self._folder / message.path).resolve() if short else None
             found = path if path and path.is_relative_to(self._folder) and path.is_file() else None
-        except (OSError, ValueError, RuntimeError):  # no name of a file, or a loop of links
+        except (OSError, ValueError, RuntimeError):  # not a file name, or a loop of links
             found = None
         if found is None:
             got = message.path[:64]
@@ -171,7 +173,7 @@ class Slots:
         thread.start()
 
     def _load(self, loading: Loading, model_info: EngineInfo) -> None:
-        """In a thread of its own."""
+        """Load a model; runs in its own thread."""
         try:
             engine = Engine.load(loading.path, self._settings)
             _fits(engine, model_info)
@@ -185,7 +187,7 @@ class Slots:
             loading.error = ProtocolError("model", expected="one that loads", got=got)
 
     def loaded(self) -> Effects:
-        """What follows from loads that are done or take too long; to be called often."""
+        """Handle loads that are done or take too long; call often."""
         effects = Effects()
         for name, slot in self.slots.items():
             done = slot.loading
@@ -195,11 +197,11 @@ class Slots:
             if engine is None and error is None:
                 if self._clock() < done.until:
                     continue
-                # its thread cannot be ended; what it brings is not used
+                # its thread cannot be ended; its result is ignored
                 error = ProtocolError("model", expected=f"one that loads in {_LOAD_S:g} s", got="")
             slot.loading = None
             if engine is not None:
-                # meanwhile it may have come to be served here, or be in use in another slot
+                # meanwhile the model may serve here, or in another slot
                 engine = self._engines.engines.get(engine.model_info.model, engine)
                 try:
                     _other(engine, slot.serving.model_info)
@@ -225,7 +227,7 @@ class Slots:
         return effects
 
     def swap(self, owner: bytes, message: messages.Swap) -> Effects:
-        """Serve the shadow. Raises ProtocolError: there is none."""
+        """Serve the shadow. Raises ProtocolError if there is none."""
         name, slot = self._slot(message.slot)
         if slot.shadow is None:
             raise ProtocolError("slot", expected="one with a shadow", got=name)
@@ -235,7 +237,9 @@ class Slots:
         return effects
 
     def rollback(self, owner: bytes, message: messages.Rollback) -> Effects:
-        """Drop the shadow, else serve what served before. Raises ProtocolError: neither is."""
+        """Drop the shadow, or serve the previous model. Raises ProtocolError if there is
+        neither.
+        """
         name, slot = self._slot(message.slot)
         effects = Effects()
         if slot.shadow is not None:

@@ -1,7 +1,7 @@
-"""One estimator step for the bins of many runs: what goes in and what comes out, run by run.
+"""One estimator step for the bins of many runs.
 
-No run changes another's answer. The compiled step works stream by stream, so that the bits of an
-answer are the same alone and in any company; in torch, on a GPU, they agree to rounding.
+Runs do not affect each other's answers. The compiled step works stream by stream, so that an answer
+is bit-identical alone and in any batch; in torch, on a GPU, it agrees to rounding.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _STATUS = {int(status): status.name.lower() for status in Status}
 
 
 class Stepped(Struct, frozen=True, gc=False):
-    """What came of one run's bin.
+    """The result for the bin of one run.
 
     Attributes:
-        after: the run's state after it.
-        answer: for the bin.
-        finite: whether the estimate is; where not, ``answer`` has no use but its ``solver``.
-        later: what its window says of the bins before it, where that is asked for.
+        after: state of the run after it.
+        answer: answer to the bin.
+        finite: whether the estimate is finite; if not, only ``solver`` of ``answer`` is valid.
+        later: fixed-lag estimates of earlier bins, if asked for.
     """
 
     after: Row
@@ -54,20 +54,20 @@ def _doubles(values: Array) -> NDArray[np.float64]:
 
 
 class Stepper:
-    """Steps of an estimator.
+    """Runs steps of an estimator.
 
     Args:
-        estimator: of the model.
-        model_info: of the model.
-        streams: how many runs there may be, for the memory to reserve.
-        classes: the model's discrete output, or None.
-        clock: nanoseconds; monotonic.
+        estimator: estimator of the model.
+        model_info: description of the model.
+        streams: expected number of runs, for the memory to reserve.
+        classes: discrete output of the model, or None.
+        clock: monotonic, nanoseconds.
 
     Attributes:
-        pool: the states of all runs.
-        initial: the state that every run begins with.
-        fixed_lags: what reads the answers that wait.
-        separate: a run's bits are the same in a batch as alone.
+        pool: states of all runs.
+        initial: initial state of every run.
+        fixed_lags: readout of fixed-lag answers.
+        separate: whether answers are bit-identical alone and in a batch.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Stepper:
         self._estimator, self._facts, self._clock = estimator, model_info, clock
         self._classes = classes
         initial = estimator.init(batch=1)
-        # a window of states for each run, and the batch that is being solved
+        # a window of states for each run, and the current batch
         self.pool = Pool(initial, (model_info.horizon + 2) * streams)
         (self.initial,) = self.pool.put(initial)
         like = estimator.mean_rate
         self._device = like.device
         self._number = torch.empty(0, dtype=like.dtype).numpy().dtype
-        # the steps on arrays as they are: tensors around each would cost as much as a tenth of it
+        # work on numpy arrays: wrapping each in a tensor would cost a tenth of a step
         self._compiled = estimator.compiled(like)
         self._delay = min(INPUT_DELAY, model_info.horizon - 1)
         self._limits = estimator.bounds.counts.cpu().numpy()
@@ -98,21 +98,21 @@ class Stepper:
 
     @property
     def batches(self) -> bool:
-        """Several runs may be stepped at once: bits that a batch could change are a GPU's."""
+        """Whether several runs may share a step: on a GPU the batch may affect the last bits."""
         return self.separate or self._device.type == "cuda"
 
     def step(
         self, states: Sequence[Row], works: Sequence[Solve], watches: Sequence[UnitWatch | None]
     ) -> list[Stepped]:
-        """One bin of each run.
+        """Step one bin of each run.
 
         Args:
-            states: before the bins.
-            works: the bins, each of another run.
-            watches: the units' states; what they mask is not used.
+            states: states before the bins.
+            works: bins of different runs.
+            watches: unit watches; masked units are not used.
 
         Raises:
-            ValueError: counts or a mask of a wrong size.
+            ValueError: counts or a mask have the wrong size.
         """
         started = self._clock()
         given, stop = self._given(works, watches), self._stop(works, started)
@@ -127,22 +127,24 @@ class Stepper:
         return [Stepped(*one) for one in zip(rows, answers, finite, later, strict=True)]
 
     def _rows(self, states: Sequence[Row]) -> tuple[list[Row], tuple[States, Rows]]:
-        """Rows for the next states, and where the compiled step reads and writes."""
+        """Reserve rows for the next states; return where the compiled step reads and writes."""
         rows = self.pool.take(len(states))
         arrays = Streams(*self.pool.views())
         before, after = (np.array([row.at for row in these]) for these in (states, rows))
         return rows, ((arrays, arrays), (before, after))
 
     def _put(self, after: HorizonState, estimate: Estimate) -> tuple[list[Row], Estimates]:
-        """Keep the states; the estimate as the compiled step gives it."""
+        """Store the states; return the estimate of the compiled step."""
         names = Estimates._fields
         return self.pool.put(after), Estimates(
             *(getattr(estimate, name).detach().cpu().numpy() for name in names)
         )
 
     def _inputs(self, rows: Sequence[Row]) -> Array:
-        """(S, m), of the bin ``_delay`` before each stream's newest, NaN where there is none; of an
-        ensemble's first member."""
+        """Return inputs (S, m) ``_delay`` bins before the newest, NaN if there is none.
+
+        For an ensemble, those of the first member.
+        """
         arrays, at = Streams(*self.pool.views()), np.array([row.at for row in rows])
         if self._device.type != "cpu":
             return self._inputs_there(arrays, torch.as_tensor(at, device=self._device))
@@ -154,7 +156,7 @@ class Stepper:
         return np.where(slot[:, None] < 0, np.nan, picked)
 
     def _inputs_there(self, tensors: Streams, at: torch.Tensor) -> Array:
-        """``_inputs`` of rows on a GPU: nothing but the inputs is copied."""
+        """Return ``_inputs`` of rows on a GPU, copying only the inputs."""
         age, u = tensors.age, tensors.u
         if age.ndim == 2:
             age, u = age[:, 0], u[:, 0]
@@ -163,15 +165,17 @@ class Stepper:
         return torch.where(slot.unsqueeze(1) < 0, torch.nan, picked).cpu().numpy()
 
     def _moved(self, counts: Array, mask: Array) -> tuple[torch.Tensor, torch.Tensor]:
-        """To where the model is."""
+        """Move to the device of the model."""
         given = torch.from_numpy(counts), torch.from_numpy(mask)
         return given[0].to(self._device), given[1].to(self._device)
 
     def predict_only(
         self, states: Sequence[Row], works: Sequence[Solve], watches: Sequence[UnitWatch | None]
     ) -> list[Stepped]:
-        """One bin of each run without a solve: the answers are predictions, their uncertainty not
-        known, their bits not counted. As ``step`` otherwise."""
+        """Step one bin of each run without a solve; otherwise as ``step``.
+
+        The answers are predictions, without uncertainty or bits.
+        """
         started = self._clock()
         given = self._given(works, watches)
         if self._compiled is None:
@@ -190,7 +194,7 @@ class Stepper:
     def _later(
         self, works: Sequence[Solve], finite: Sequence[bool], estimates: Estimates
     ) -> list[Later | None]:
-        """What the windows say of earlier bins, for the runs that ask for it."""
+        """Return fixed-lag estimates of earlier bins, for the runs that ask for them."""
         lags = self.fixed_lags
         return [
             lags.after(_doubles(window)) if lags.lags and work.lag and good else None
@@ -200,7 +204,7 @@ class Stepper:
     def _given(
         self, works: Sequence[Solve], watches: Sequence[UnitWatch | None]
     ) -> tuple[Array, Array]:
-        """Counts and mask (S, N) of bins."""
+        """Return counts and mask (S, N) of bins."""
         shape = (len(works), len(self._facts.unit_names))
         counts, mask = np.empty(shape, self._number), np.ones(shape, self._number)
         for i, (work, watch) in enumerate(zip(works, watches, strict=True)):
@@ -215,8 +219,8 @@ class Stepper:
         return counts, mask
 
     def _stop(self, works: Sequence[Solve], started: int) -> Callable[[], NDArray[np.bool_]] | None:
-        """Which solves to end early, asked before every iteration after the first."""
-        timed_too = self._device.type != "cuda"  # there one launch is a whole step
+        """Return which solves to stop; called before each iteration after the first."""
+        timed_too = self._device.type != "cuda"  # on a GPU one launch is a whole step
         for work in works:
             if work.budget or (work.anytime and timed_too):
                 break
@@ -230,7 +234,7 @@ class Stepper:
         def stop() -> NDArray[np.bool_]:
             nonlocal done
             done += 1
-            # One more iteration, and the answer, must still fit before it is due.
+            # Another iteration and the answer must still fit before the due time.
             now = self._clock()
             return (done >= budget) | (timed & (now + 2 * (now - started) // done >= due))
 
@@ -244,14 +248,16 @@ class Stepper:
         started: int,
         inputs: Array | None,
     ) -> tuple[list[EngineAnswer], list[bool]]:
-        """The answers, and which are finite; ``given`` are counts and mask, ``inputs`` (S, m)."""
+        """Return the answers, and which are finite; ``given``: counts and mask; ``inputs`` (S,
+        m).
+        """
         e, ended = estimates, self._clock()
         z = _doubles(e.window[:, : self._facts.latents])
-        # torch would let the interpreter go
+        # torch would release the interpreter lock
         z_std = _doubles(np.sqrt(e.z_cov.diagonal(axis1=1, axis2=2)))
         rates, kinematics = _doubles(e.rates), _doubles(e.kinematics)
         kinematics_std = _doubles(e.kinematics_std)
-        # z is of the first member alone, rates and kinematics are of all
+        # z is of the first member, rates and kinematics are of all
         sound = [np.isfinite(x).all(-1) for x in (z, rates, kinematics)]
         finite: list[bool] = np.logical_and.reduce(sound).tolist()
         known: list[bool] = [False] * len(z)
@@ -304,6 +310,6 @@ class Stepper:
         return answers, finite
 
     def _ignored(self, counts: Array, mask: Array) -> tuple[str, ...]:
-        """The observed units whose counts were beyond the model's bounds."""
+        """Return the observed units whose counts exceeded the model's bounds."""
         beyond = (np.abs(counts) > self._limits) & np.isfinite(counts) & (mask > 0)
         return tuple(self._facts.unit_names[unit] for unit in np.flatnonzero(beyond))

@@ -1,9 +1,9 @@
-"""The solver thread: takes the most urgent bins, solves them, hands the answers back.
+"""The solver thread: takes the most urgent bins, solves them, returns the answers.
 
-The policy says which those are and which are solved together. The I/O thread calls ``submit``,
-``forget`` and ``finished``; answers wait in a deque, and the I/O thread is woken. Between a bin's
-arrival and its solve there is one lock held for microseconds, and the choice of the next bins is
-made when the engine is free for them.
+The policy chooses and groups the bins. The I/O thread calls ``submit``, ``forget`` and
+``finished``; answers wait in a deque, and the I/O thread is woken. Between the arrival of a bin and
+its solve there is one lock, held for microseconds. The next bins are chosen when the engine is free
+for them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ilqr_vae.errors import IlqrVaeError
 
 
 class SolverThread:
-    """Runs an engine in a thread of its own.
+    """Runs the engines in a thread.
 
     Args:
-        engines: used by this thread alone once started.
+        engines: used only by this thread once started.
         wake: wakes the I/O thread.
-        resume: runs to take up before the first bin.
-        snapshot_every: works of a run from one snapshot to the next; 0 is none.
-        keep_warm_s: seconds without a bin after which a step is made that nobody sees; 0 is never.
+        resume: runs to resume before the first bin.
+        snapshot_every: works of a run between snapshots; 0 for none.
+        keep_warm_s: seconds without a bin after which a hidden step is made; 0 for never.
         prepare: called in the thread before anything else.
 
     Attributes:
         ready: set once the engine is warm.
-        failure: what ended the thread, if anything did.
+        failure: the error that ended the thread, if any.
     """
 
     def __init__(
@@ -74,13 +74,15 @@ class SolverThread:
             self._changed.notify()
 
     def overran(self, run: int) -> None:
-        """What is queued of a run may be shed."""
+        """Allow queued bins of a run to be shed."""
         with self._changed:
             self._policy.overran(run)
 
     def forget(self, run: int) -> int:
-        """Drop a run's queue and state; returns how many queued bins were dropped. A bin of it that
-        is being solved is still answered."""
+        """Drop the queue and state of a run; return the number of dropped bins.
+
+        A bin that is being solved is still answered.
+        """
         with self._changed:
             dropped = self._policy.forget(run)
             self._forgotten.append(run)
@@ -88,13 +90,15 @@ class SolverThread:
         return dropped
 
     def finished(self) -> deque[EngineAnswer | PackedRun]:
-        """The answers and snapshots not yet taken; the caller pops them from the left. What comes
-        from here on wakes the I/O thread again."""
+        """Return the deque of answers and snapshots, from which the caller pops on the left.
+
+        Later ones wake the I/O thread again.
+        """
         self._woken = False
         return self._answers
 
     def stop(self) -> None:
-        """End after the bin being solved, and wait for that. What is queued is not solved."""
+        """Stop after the current step, and wait for it. Queued bins are not solved."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -102,7 +106,7 @@ class SolverThread:
             self._thread.join()
 
     def _next(self) -> tuple[list[int], list[list[list[Work]]]] | None:
-        """Runs to forget, and rounds of steps (see ``Policy.next``); None is the end."""
+        """Wait for runs to forget and rounds of steps (see ``Policy.next``); None at the end."""
         with self._changed:
             while not (self._stopping or self._forgotten or len(self._policy)):
                 if not self._changed.wait(self._keep_warm_s or None):
@@ -144,12 +148,12 @@ class SolverThread:
                     self._engines.keep_warm()
         except BaseException as error:
             self.failure = error
-            if not isinstance(error, IlqrVaeError):  # else the caller has one line for it
+            if not isinstance(error, IlqrVaeError):  # otherwise the caller logs a line
                 logs.exception("the solver thread ended")
             self._wake_io()
 
     def _take_up(self, resumed: Resumed) -> None:
-        """Solve again what a snapshot does not hold; answer what was not answered."""
+        """Solve the works after a snapshot again; answer those not answered yet."""
         if resumed.packed is not None:
             self._engines.restore(resumed.packed)
         for work in resumed.works:
@@ -162,7 +166,7 @@ class SolverThread:
             return
         for work in works:
             since = self._since[work.run] = self._since.get(work.run, 0) + 1
-            # from a swap on the run needs the new model alone
+            # after a swap the run needs only the new model
             if isinstance(work, SwapModel) or since >= self._snapshot_every:
                 self._since[work.run] = 0
                 packed = self._engines.pack(work)
@@ -170,7 +174,7 @@ class SolverThread:
                     self._answers.append(packed)
 
     def _wake_io(self) -> None:
-        # Woken already, the I/O thread has yet to look.
+        # The I/O thread was woken already, and has not looked yet.
         if not self._woken:
             self._woken = True
             self._wake()

@@ -1,4 +1,6 @@
-"""Warms an engine up: compiles and touches everything before the first bin, measures costs."""
+"""Warm-up of an engine: compiles and touches everything before the first bin, and measures
+costs.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,13 @@ _ROUND = 16
 _MAX_ROUNDS = 24
 _STEADY = 1.25
 _LONGEST_S = 20.0
-"""The longest that the steps of a warm-up may take, without the first of each kind, which
-compiles."""
+"""Time limit of the steps of a warm-up, without the first of each kind, which compiles."""
 _NEVER = 2**62
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """What warming up took. Times in milliseconds."""
+    """Measurements of a warm-up. Times are in milliseconds."""
 
     steps: int
     seconds: float
@@ -31,26 +32,26 @@ class WarmUp:
 
 
 def keep_warm(engine: Engine) -> None:
-    """A step that nobody sees, so that caches and clocks are not cold for the next bin."""
+    """Make a hidden step, to keep caches and clocks warm for the next bin."""
     counts = np.ones(len(engine.model_info.unit_names))
     engine.solve([Solve(run=NOBODY, index=0, counts=counts, due_ns=_NEVER)])
 
 
 def warm_up(engine: Engine) -> WarmUp:
-    """Compile and touch everything: a growing window, a moving one, and bins of all kinds.
+    """Compile and touch everything: a growing window, a full one, and bins of all kinds.
 
-    Real steps on made-up counts, in rounds, until the typical step is no longer getting faster (or
-    a bound is met). To be called in the thread that will solve.
+    Real steps on random counts, in rounds, until the typical step no longer becomes faster, within
+    a time limit. Call it in the solver thread.
 
     Raises:
-        ServiceError: a solve failed, or a window takes too long to fill.
+        ServiceError: a solve fails, or a window takes too long to fill.
     """
-    torch.set_num_threads(1)  # the kernels have the cores; torch would only be in their way
+    torch.set_num_threads(1)  # leave the cores to the kernels
     rng = np.random.default_rng(0)
     n_units, horizon = len(engine.model_info.unit_names), engine.model_info.horizon
     began = engine.clock()
     steps, best_ns, typical = 0, 0, 0
-    first_ns: dict[int, int] = {}  # by budget: with a solve and without
+    first_ns: dict[int, int] = {}  # by budget: with and without a solve
     rates = np.ones(n_units)
 
     def late() -> bool:
@@ -64,7 +65,7 @@ def warm_up(engine: Engine) -> WarmUp:
                 index=steps,
                 counts=None if k % 8 == 4 else rng.poisson(rates).astype(np.float64),
                 mask=None if k % 8 else rng.random(n_units) < 0.8,
-                restart=k == 0 and round_ % 2 == 0,  # every other round grows a window afresh
+                restart=k == 0 and round_ % 2 == 0,  # every other round grows a new window
                 due_ns=_NEVER,
                 anytime=k % 8 == 6,
                 budget=NO_SOLVE if k % 8 == 2 else 0,
@@ -98,7 +99,7 @@ def warm_up(engine: Engine) -> WarmUp:
 
 
 def _fill(engine: Engine) -> tuple[int, float]:
-    """Steps of more and more runs, up to what fits; the last number and what it takes."""
+    """Make steps of more and more runs, up to what fits; return the last number and its time."""
     cost = engine.cost
     size, took = 1, cost.ns(1)
     counts = np.ones(len(engine.model_info.unit_names))

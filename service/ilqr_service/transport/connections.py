@@ -1,7 +1,7 @@
 """TCP connections of feeders, clients and subscribers: accepted, read, written, limited.
 
-One thread owns everything here but ``wake``. No peer can hold more than its limits: connections,
-bytes that wait to be read by it or from it, frames and handshakes in one turn of the loop.
+One thread owns everything here except ``wake``. No peer can exceed its limits: connections, bytes
+waiting in either direction, frames and handshakes per turn of the loop.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from ilqr_vae.machine import file_limits
 
 _READ_BYTES = 1 << 16
 _TURN_MESSAGES = 256
-_TURN_FRAMES = 64  # of one connection
-_ROUND_FRAMES, _FEWEST_FRAMES = 512, 4  # of all that have sent; of one, however many they are
+_TURN_FRAMES = 64  # per connection
+# over all connections with input; of one, however many there are
+_ROUND_FRAMES, _FEWEST_FRAMES = 512, 4
 _TURN_ACCEPTED = 16
 _TURN_HANDSHAKES = 4  # each may cost a tenth of a millisecond of cryptography
 _HANDSHAKE_S = 10.0
@@ -34,7 +35,7 @@ _WRITES = 64
 
 
 class Received(NamedTuple):
-    """A message of a feeder or client: the connection it came by, and when it was taken off."""
+    """A message of a feeder or client: its connection, and when it was read."""
 
     owner: bytes
     message: Incoming
@@ -45,7 +46,7 @@ class Connections:
     """All connections of a service.
 
     Args:
-        gate: who is let in; None lets in everyone.
+        gate: access control; None admits everyone.
     """
 
     def __init__(self, gate: Gate | None) -> None:
@@ -57,7 +58,7 @@ class Connections:
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._doors: list[Door] = []
         self._open: dict[bytes, Connection] = {}
-        self._pending: dict[Connection, None] = {}  # holds what is not parsed yet, oldest first
+        self._pending: dict[Connection, None] = {}  # connections with unparsed input, oldest first
         self._dirty: dict[Connection, None] = {}
         self._events: Counter[str] = Counter()
         self._made = 0
@@ -79,7 +80,7 @@ class Connections:
         message: Callable[[Connection, Incoming], None] | None = None,
         gone: Callable[[Connection], None] | None = None,
     ) -> Door:
-        """Bind ``tcp://HOST:PORT``, port ``*`` for a free one. Raises ServiceError."""
+        """Bind ``tcp://HOST:PORT``; port ``*`` takes a free one. Raises ServiceError."""
         host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
         try:
             listening = bound(host, 0 if port == "*" else int(port))
@@ -105,7 +106,7 @@ class Connections:
         return door
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Stop listening; write for so long what still waits; close everything."""
+        """Stop listening, write waiting output within a time limit, and close everything."""
         for door in self._doors:
             self._shut(door)
             door.listening.close()
@@ -125,17 +126,17 @@ class Connections:
     # ---- from any thread -----------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Have ``poll`` return."""
-        with contextlib.suppress(OSError):  # full: it will return anyway
+        """Make ``poll`` return."""
+        with contextlib.suppress(OSError):  # the pipe is full: it will return anyway
             self._waking.send(b"\x00")
 
     # ---- the loop ------------------------------------------------------------------------------
 
     def poll(self, timeout_s: float) -> list[Received]:
-        """Wait for something to happen, and do one turn's worth of it.
+        """Wait for events, and handle one turn of them.
 
         Returns:
-            Messages that came by doors that do not handle theirs.
+            Messages of doors that do not handle them themselves.
         """
         self.flush()
         for key, mask in self._selector.select(0.0 if self._pending else timeout_s):
@@ -158,7 +159,7 @@ class Connections:
             if taken >= _TURN_MESSAGES:
                 break
             if connection not in self._pending:
-                continue  # cut off meanwhile
+                continue  # disconnected meanwhile
             if not connection.peer.ready:
                 handshakes += 1
                 if handshakes > _TURN_HANDSHAKES:
@@ -168,47 +169,47 @@ class Connections:
         return came
 
     def send(self, connection: Connection, body: bytes, topic: bytes | None = None) -> bool:
-        """Queue a message; False where the peer is gone, or too much waits for it already."""
+        """Queue a message; return False if the peer is gone, or its queue is full."""
         if connection.id not in self._open or connection.full:
             return False
         self._put(connection, connection.peer.message(body, topic))
         return True
 
     def reply(self, owner: bytes, body: bytes) -> bool:
-        """``send`` to the connection of that id."""
+        """Send to the connection of this id, see ``send``."""
         connection = self._open.get(owner)
         return connection is not None and self.send(connection, body)
 
     def full(self, owner: bytes) -> bool:
-        """Whether a reply would be dropped."""
+        """Return whether a reply would be dropped."""
         connection = self._open.get(owner)
         return connection is None or connection.full
 
     def connected(self, owner: bytes) -> bool:
-        """Whether the connection of that id is open."""
+        """Return whether the connection of this id is open."""
         return owner in self._open
 
     def user(self, owner: bytes) -> str:
-        """The name of the connection's user by the allow-list of now; "" where there is none."""
+        """Return the connection's user by the current allow-list; "" if there is none."""
         connection = self._open.get(owner)
         if connection is None or self._gate is None:
             return ""
         return self._gate.user(connection.key)
 
     def flush(self) -> None:
-        """Write what waits, as far as peers take it."""
+        """Write waiting output, as far as peers take it."""
         while self._dirty:
             connection, _ = self._dirty.popitem()
             if not connection.blocked:
                 self._write(connection)
 
     def tidy(self) -> None:
-        """Heartbeats, time limits, memory; to be called some ten times a second."""
+        """Handle heartbeats, time limits and memory; call about ten times a second."""
         now = time.monotonic()
         stopped, self._tidied = now - self._tidied > 1.0, now
         for connection in list(self._open.values()):
             if stopped:
-                connection.heard = now  # this process did not listen
+                connection.heard = now  # this process itself was stopped
             if not connection.peer.ready:
                 if now - connection.opened > _HANDSHAKE_S:
                     self._drop(connection)
@@ -229,14 +230,14 @@ class Connections:
                 door.open = True
 
     def expel(self, door: str) -> None:
-        """Cut off whoever is not let in at a door any more."""
+        """Disconnect peers that are no longer admitted at their door."""
         for connection in list(self._open.values()):
             here = connection.door.name == door and connection.peer.ready
             if here and self._gate is not None and not self._gate.admits(connection.key, door):
                 self._drop(connection, "key")
 
     def events(self) -> Counter[str]:
-        """What became of connections since the last call."""
+        """Return the events of connections since the last call."""
         events, self._events = self._events, Counter()
         return events
 
@@ -249,7 +250,7 @@ class Connections:
             except BlockingIOError:
                 return
             except OSError:
-                # out of descriptors, for one: not to be tried again at once
+                # e.g. out of descriptors: do not retry at once
                 self._shut(door)
                 return
             if door.connections >= self._most:
@@ -305,7 +306,7 @@ class Connections:
             violation = error
         del self._pending[connection]
         if peer.pending and violation is None:
-            self._pending[connection] = None  # behind the others
+            self._pending[connection] = None  # queue it behind the others
         self._outgoing(connection)
         if peer.ready and not ready and self._crowded(connection):
             violation = Violation("connections")
@@ -322,7 +323,7 @@ class Connections:
         return len(messages)
 
     def _crowded(self, connection: Connection) -> bool:
-        """One user's connections would keep out the others'."""
+        """Return whether connections of one user would exclude those of others."""
         if not connection.key:
             return False
         same = (c for c in self._open.values() if c.door is connection.door)
@@ -381,5 +382,5 @@ class Connections:
 
 
 def _descriptors() -> int:
-    """How many files this process may have open, as far as they are of use here."""
+    """Return the limit of open files, capped at what is useful here."""
     return int(min(file_limits()[0], _DESCRIPTORS))

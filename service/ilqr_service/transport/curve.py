@@ -1,7 +1,7 @@
 """The server's side of CurveZMQ (RFC 26) for one connection: handshake and sealed frames.
 
-The primitives are libsodium's, by PyNaCl. The short-term keys stay in this object, so the cookie
-need not carry them: it is random, and has to come back unchanged.
+The primitives are those of libsodium, through PyNaCl. The short-term keys stay in this object, so
+the cookie need not carry them: it is random, and must come back unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nacl import bindings
 from nacl.exceptions import CryptoError
 
 OVERHEAD = 33
-"""Bytes that sealing adds to a frame."""
+"""Number of bytes that sealing adds to a frame."""
 
 _HELLO, _INITIATE, _MESSAGE = b"\x05HELLO", b"\x08INITIATE", b"\x07MESSAGE"
 
@@ -24,7 +24,7 @@ class CurveError(Exception):
 
 
 class KeyRefused(Exception):
-    """The peer holds a key that is not let in."""
+    """The peer has a key that is not admitted."""
 
 
 def _open(box: bytes, nonce: bytes, shared: bytes) -> bytes:
@@ -42,14 +42,14 @@ def _shared(public: bytes, secret: bytes) -> bytes:
 
 
 class Curve:
-    """One connection.
+    """The state of one connection.
 
     Args:
         public, secret: the service's long-term keys, 32 bytes each.
-        admits: whether a client's long-term public key is let in.
+        admits: returns whether a client's long-term public key is admitted.
 
     Attributes:
-        client: the client's long-term public key, once the handshake is complete; else empty.
+        client: long-term public key of the client once the handshake is complete; else empty.
     """
 
     def __init__(self, public: bytes, secret: bytes, admits: Callable[[bytes], bool]) -> None:
@@ -59,7 +59,7 @@ class Curve:
         self._received = self._sent = 0
 
     def hello(self, body: bytes) -> bytes:
-        """The WELCOME that answers a HELLO. Raises CurveError."""
+        """Return the WELCOME that answers a HELLO. Raises CurveError."""
         if len(body) != 200 or not body.startswith(_HELLO) or body[6:8] != b"\x01\x00":
             raise CurveError("not a HELLO of version 1.0")
         self._client_short = body[80:112]
@@ -75,7 +75,7 @@ class Curve:
         return b"\x07WELCOME" + nonce + box
 
     def initiate(self, body: bytes) -> bytes:
-        """The client's metadata, from its INITIATE. Raises CurveError, KeyRefused."""
+        """Return the client's metadata from its INITIATE. Raises CurveError, KeyRefused."""
         if len(body) < 257 or not body.startswith(_INITIATE):
             raise CurveError("not an INITIATE")
         if not hmac.compare_digest(body[9:105], self._cookie):
@@ -93,15 +93,17 @@ class Curve:
         return plain[128:]
 
     def ready(self, metadata: bytes) -> bytes:
-        """The READY that completes the handshake."""
+        """Return the READY that completes the handshake."""
         return b"\x05READY" + self._box(b"CurveZMQREADY---", metadata)
 
     def seal(self, flags: int, body: bytes) -> bytes:
-        """The body of the frame that carries ``body``; ``flags``: 1 is more, 2 a command."""
+        """Return the frame body that carries ``body``; ``flags``: 1 is more, 2 is a command."""
         return _MESSAGE + self._box(b"CurveZMQMESSAGES", bytes([flags]) + body)
 
     def unseal(self, body: bytes) -> tuple[int, bytes]:
-        """Flags and body of a sealed frame. Raises CurveError: not valid, or replayed."""
+        """Return flags and body of a sealed frame. Raises CurveError if it is invalid or
+        replayed.
+        """
         if len(body) < OVERHEAD or not body.startswith(_MESSAGE):
             raise CurveError("not a sealed frame")
         nonce = int.from_bytes(body[8:16])

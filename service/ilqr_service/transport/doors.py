@@ -1,4 +1,4 @@
-"""Bound addresses, and the connections that come by them."""
+"""Bound addresses (doors), and their connections."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Door:
     """A bound address.
 
     Attributes:
-        name: the setting that gives the address.
+        name: name of the setting with the address.
         listening: the socket.
-        kind, accepts: ZeroMQ socket types, the service's and its peers'.
+        kind, accepts: ZeroMQ socket types of the service and of its peers.
         message_bytes: a larger message is refused.
-        backlog_bytes, backlog: what may wait for a peer that does not read, in bytes and messages.
-        message: what to do with a message; without it ``Connections.poll`` returns it.
-        gone: what to do when a connection has ended.
-        address: as it is bound.
-        connections: how many are open.
+        backlog_bytes, backlog: limits of the output queued for a peer, in bytes and messages.
+        message: called with each message; if None, ``Connections.poll`` returns them.
+        gone: called when a connection has ended.
+        address: the bound address.
+        connections: number of open connections.
         open: whether it is listening.
     """
 
@@ -43,13 +43,13 @@ class Door:
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """One peer.
+    """The connection of one peer.
 
     Attributes:
-        id: never used again by another; the owner of what it opens.
-        heard, pinged: seconds by the monotonic clock.
-        waiting: what it has not been sent yet; the first ``written`` bytes are gone already.
-        kept: bytes that a door's owner keeps for it.
+        id: unique id, the owner of the sessions that it opens.
+        heard, pinged: times of the last input and heartbeat, by the monotonic clock in seconds.
+        waiting: queued output; its first ``written`` bytes are sent already.
+        kept: bytes that the owner of the door keeps for it.
     """
 
     id: bytes
@@ -67,24 +67,24 @@ class Connection:
 
     @property
     def key(self) -> bytes:
-        """The peer's public key; empty without keys."""
+        """Public key of the peer; empty without keys."""
         return self.peer.curve.client if self.peer.curve is not None else b""
 
     @property
     def full(self) -> bool:
-        """Nothing more may wait for it."""
+        """Whether its output queue is full."""
         return (
             self.waiting_bytes >= self.door.backlog_bytes or len(self.waiting) >= self.door.backlog
         )
 
     @property
     def held(self) -> int:
-        """Bytes that wait for it, and from it, or are kept for it."""
+        """Number of bytes queued in both directions, or kept for it."""
         return self.waiting_bytes + self.peer.held + self.kept
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError."""
+    """Return a listening socket. Raises OSError."""
     name = host.strip("[]")
     family, kind, protocol, _, address = socket.getaddrinfo(
         None if name == "*" else name,

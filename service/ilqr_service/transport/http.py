@@ -1,4 +1,4 @@
-"""The HTTP side: /metrics, /healthz, /readyz. Read-only; one thread a request, within limits."""
+"""The HTTP server of /metrics, /healthz and /readyz: read-only, one thread per request, limited."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _QUIET_S = 10.0
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """At most ``_CONNECTIONS`` at once, each for ``_REQUEST_S``; a new one ends the oldest.
+    """Serves at most ``_CONNECTIONS`` at once, each for ``_REQUEST_S``; a new one ends the oldest.
 
-    Once ``_BURST`` have come at once, further ones are taken each ``_SPACING_S``.
+    After a burst of ``_BURST``, further connections are accepted every ``_SPACING_S``.
     """
 
     daemon_threads = True
-    request_queue_size = _BURST  # a connection that finds the queue full is tried again after 1 s
+    request_queue_size = _BURST  # a connection that finds the queue full is retried after 1 s
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._began: dict[socket.socket, float] = {}
@@ -57,20 +57,20 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """End what takes too long, whether or not a byte comes now and then."""
+        """End requests that take too long, even if bytes still arrive."""
         limit = time.monotonic() - _REQUEST_S
         with self._room:
             for request in [r for r, began in self._began.items() if began < limit]:
                 self._end(request)
 
     def _end(self, request: socket.socket) -> None:
-        """Have the thread that serves it find its connection closed."""
+        """Close a connection, which ends the thread that serves it."""
         del self._began[request]
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Whoever asked is gone, most likely: a line in the log, and not one for each of many."""
+        """Log an error, rate-limited: most likely the client is gone."""
         now = time.monotonic()
         if now > self._quiet_until:
             self._quiet_until = now + _QUIET_S
@@ -105,7 +105,7 @@ class _Handler(WSGIRequestHandler):
     timeout = _REQUEST_S
 
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes are not news."""
+        """Do not log requests."""
 
 
 class Web:
@@ -113,12 +113,12 @@ class Web:
 
     Args:
         address: HOST:PORT, an IPv6 host in brackets; port 0 takes a free one.
-        registry: what /metrics shows.
+        registry: metrics to show at /metrics.
         healthy: whether the service's threads are alive (/healthz).
         ready: whether bins are answered (/readyz).
 
     Raises:
-        ServiceError: the address is not one, or cannot be bound.
+        ServiceError: the address is malformed, or could not be bound.
     """
 
     def __init__(
@@ -173,8 +173,7 @@ class Web:
 
 
 class _Metrics:
-    """What the registry holds now, made for one request at a time and in at most a share
-    ``_METRICS_SHARE`` of the time: bins go first."""
+    """Renders the registry, one request at a time, in at most ``_METRICS_SHARE`` of the time."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._app = make_wsgi_app(registry, disable_compression=True)

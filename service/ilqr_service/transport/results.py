@@ -1,8 +1,8 @@
-"""The results door: one topic a session, and something for every new subscriber.
+"""The results door: one topic per session, and a first message for each new subscriber.
 
-Each new subscription is answered at once, to that subscriber alone: with the topic's last message
-where there is one, else with ``Notice("subscribed")``. A subscriber so knows that it is subscribed
-before it lets anything happen that it must not miss.
+Each new subscription is answered at once, to that subscriber only: with the last message of the
+topic if there is one, else with ``Notice("subscribed")``. So a subscriber knows that it is
+subscribed before it triggers anything that it must not miss.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from ilqr_service.transport.zmtp import Incoming
 from ilqr_vae.protocol import messages
 
 _MAX_TOPIC = 1024
-_MAX_TOPICS = 4096  # of one subscriber
-_TOPIC_BYTES = 500  # of memory beside its own
+_MAX_TOPICS = 4096  # per subscriber
+_TOPIC_BYTES = 500  # extra memory per topic
 _BACKLOG_BYTES = 64 << 20
 
 
 class Publisher:
-    """Publishes under session topics to whoever subscribed.
+    """Publishes session topics to subscribers.
 
     Args:
-        connections: whose thread calls everything here.
-        queue: messages kept for a subscriber that does not read; then its newest are dropped.
-        topics: how many topics' last messages are kept.
+        connections: connections; all calls come from their thread.
+        queue: number of messages kept for a subscriber that does not read; later ones are dropped.
+        topics: number of topics whose last message is kept.
     """
 
     def __init__(self, connections: Connections, *, queue: int, topics: int) -> None:
@@ -34,7 +34,7 @@ class Publisher:
         self._queue, self._topics = queue, topics
         self._last: dict[bytes, bytes] = {}
         self._subscribers: dict[bytes, dict[Connection, None]] = {}
-        self._lengths: Counter[int] = Counter()  # of the prefixes subscribed to
+        self._lengths: Counter[int] = Counter()  # lengths of subscribed prefixes
         self._of: dict[Connection, set[bytes]] = {}
         self._strange = 0
 
@@ -54,12 +54,14 @@ class Publisher:
 
     @property
     def wanted(self) -> set[bytes]:
-        """The prefixes that somebody has subscribed to."""
+        """Return all subscribed prefixes."""
         return set(self._subscribers)
 
     def publish(self, topic: bytes, frame: bytes, *, exact: bool = False) -> None:
-        """Send a message to the topic's subscribers, or (``exact``) to those alone who named the
-        whole topic; never waits."""
+        """Send a message to the subscribers of a topic, without blocking.
+
+        If ``exact``, only to those that named the whole topic.
+        """
         self.remember(topic, frame)
         told: set[Connection] = set()
         for length in (len(topic),) if exact else self._lengths:
@@ -69,23 +71,23 @@ class Publisher:
             self._connections.send(connection, frame, topic)
 
     def subscribed(self, topic: bytes) -> bool:
-        """Whether anybody has named the whole topic."""
+        """Return whether anyone has subscribed to exactly this topic."""
         return topic in self._subscribers
 
     def remember(self, topic: bytes, frame: bytes) -> None:
-        """Keep as the last message of the topic."""
-        self._last.pop(topic, None)  # so that the newest topics are last
+        """Store the last message of the topic."""
+        self._last.pop(topic, None)  # keep the newest topics last
         self._last[topic] = frame
         if len(self._last) > self._topics:
             del self._last[next(iter(self._last))]
 
     def strange(self) -> Counter[str]:
-        """Messages that were no (un)subscriptions, since the last call."""
+        """Return the number of messages since the last call that were not (un)subscriptions."""
         strange, self._strange = self._strange, 0
         return Counter({"refused:subscription": strange} if strange else {})
 
     def _message(self, connection: Connection, message: Incoming) -> None:
-        """Take an (un)subscription: a command, or a message that begins with 1 or 0."""
+        """Handle an (un)subscription: a command, or a message that begins with 1 or 0."""
         topic, kind = message.body, message.command
         if not kind and message.body[:1] in (b"\x00", b"\x01"):
             kind, topic = ("SUBSCRIBE" if topic[0] else "CANCEL"), topic[1:]
@@ -108,7 +110,7 @@ class Publisher:
             self._connections.send(connection, self._first(topic), topic)
 
     def _first(self, topic: bytes) -> bytes:
-        """What a new subscriber of a topic is sent."""
+        """Return the first message for a new subscriber of a topic."""
         if topic in self._last:
             return self._last[topic]
         name = topic.rstrip(b"\x00\x01\x02").decode("utf-8", "replace")
@@ -124,7 +126,7 @@ class Publisher:
         if not there:
             del self._subscribers[topic]
             self._lengths[len(topic)] -= 1
-            self._lengths += Counter()  # without those that are 0
+            self._lengths += Counter()  # drops zero entries
 
     def _gone(self, connection: Connection) -> None:
         for topic in list(self._of.get(connection, ())):

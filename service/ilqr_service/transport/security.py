@@ -1,4 +1,4 @@
-"""Who may connect and do what: CURVE keys, an allow-list, roles, and a limit on control."""
+"""Access control: CURVE keys, an allow-list, roles, and a rate limit on requests."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _NEEDS: dict[type[messages.Message], Role] = {
 
 
 class Gate:
-    """The allow-list at work. Used by the I/O thread alone.
+    """The current allow-list. Only the I/O thread may use it.
 
     Args:
-        folder: of the keys; see ``ilqr_vae.protocol.keys``.
+        folder: folder of the keys; see ``ilqr_vae.protocol.keys``.
 
     Raises:
-        ConfigError: no server key in ``folder``, or an allow-list that cannot be read.
+        ConfigError: ``folder`` has no server key, or the allow-list cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,10 +42,10 @@ class Gate:
         self._take(read_authorized(folder))
 
     def refresh(self) -> bool:
-        """Read the list again where it has changed; True where another one holds from here on.
+        """Reload the list if it has changed; return whether a new one is in force.
 
-        One that cannot be read leaves the old one, and is logged once. Where it is empty or cannot
-        be read it may be in the middle of being written: it counts when it is the same at the next
+        If it cannot be read, the old one stays in force and this is logged once. A list that is
+        empty or unreadable may still be being written: it counts only if it is the same at the next
         call.
         """
         before, self._seen = self._seen, self._signature()
@@ -68,20 +68,20 @@ class Gate:
         return True
 
     def curve(self, door: str) -> Curve:
-        """The handshake of a connection to a door."""
+        """Return the handshake for a connection to a door."""
         return Curve(self._public, self._secret, lambda key: self.admits(key, door))
 
     def admits(self, key: bytes, door: str) -> bool:
-        """Whether a public key may connect there."""
+        """Return whether a public key may connect to a door."""
         name = self.user(key)
         return bool(name) and (door != "results" or "read" in self._roles[name])
 
     def user(self, key: bytes) -> str:
-        """The name of the user with that public key; "" where there is none."""
+        """Return the name of the user with this public key; "" if there is none."""
         return self._names.get(key, "")
 
     def check(self, user: str, message: messages.Message) -> None:
-        """Raises ProtocolError where the user's roles do not cover the message."""
+        """Raise ProtocolError if the user's roles do not permit the message."""
         needed = _NEEDS.get(type(message))
         roles = self._roles.get(user, ())
         if not roles or (needed is not None and needed not in roles):
@@ -96,7 +96,7 @@ class Gate:
         self._roles = {c.name: c.roles for c in authorized.client}
 
     def _signature(self) -> tuple[int, ...] | None:
-        """What differs where the file does; None where there is none."""
+        """Return a signature that changes with the file; None if there is none."""
         try:
             stat = self._path.stat()
         except OSError:
@@ -108,9 +108,9 @@ _SHARE = 0.1
 
 
 class RateLimit:
-    """So many requests a second of each sender, with twice as many saved up at most.
+    """A limit of requests per second and sender, with a burst of twice as many.
 
-    Answering them may take a tenth of the service's time: one that takes long counts for many.
+    Answers may take a tenth of the service's time: a slow one counts as several requests.
 
     Args:
         rate: requests per second.
@@ -121,7 +121,7 @@ class RateLimit:
         self._held: dict[bytes, tuple[float, int]] = {}
 
     def check(self, sender: bytes, now_ns: int) -> None:
-        """Raises ProtocolError if the sender asks too often."""
+        """Raise ProtocolError if the sender exceeds the limit."""
         held, then = self._held.pop(sender, (2 * self._rate, now_ns))
         held = min(2 * self._rate, held + (now_ns - then) / 1e9 * self._rate)
         over = held < 1.0
@@ -134,7 +134,7 @@ class RateLimit:
             )
 
     def charge(self, sender: bytes, took_ns: int) -> None:
-        """Count the time that an answer took, if that is more than its one request stands for."""
+        """Charge the time of an answer, if it exceeds that of one request."""
         held, then = self._held[sender]
         more = max(0.0, took_ns / 1e9 * self._rate / _SHARE - 1.0)
         self._held[sender] = (held - more, then)

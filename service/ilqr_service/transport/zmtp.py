@@ -1,8 +1,8 @@
-"""ZMTP 3 (RFC 23 and 37) as the service speaks it to one peer, without a socket.
+"""ZMTP 3 (RFC 23 and 37) with one peer, without a socket.
 
-The service does not leave this to libzmq: its ROUTER takes a peer's word for its identity and
-aborts the process when that is one it assigns itself a little later (``docs/security.md``). Here an
-identity is read over; the peer is the connection.
+The service does not use libzmq for this: its ROUTER trusts the identity that a peer states, and
+aborts the process if it later assigns the same one itself (``docs/security.md``). Here identities
+are ignored; a peer is its connection.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _GREETING = 64
 
 
 class Violation(Exception):
-    """The peer has to be cut off.
+    """The peer must be disconnected.
 
     Attributes:
-        reason: what to count it under; "" is nothing.
+        reason: name of the counter; "" for none.
     """
 
     def __init__(self, reason: str) -> None:
@@ -32,10 +32,10 @@ class Incoming(NamedTuple):
     """A message.
 
     Attributes:
-        body: its content; empty where it has several frames, or more bytes than are kept.
-        parts: how many frames it has.
-        size: its bytes.
-        command: "SUBSCRIBE" or "CANCEL" where it is one of these; else "".
+        body: its content; empty if it has several frames, or too many bytes.
+        parts: number of frames.
+        size: number of bytes.
+        command: "SUBSCRIBE" or "CANCEL", or "" for other messages.
     """
 
     body: bytes
@@ -45,14 +45,14 @@ class Incoming(NamedTuple):
 
 
 def frame(body: bytes, flags: int = 0) -> bytes:
-    """A frame on the wire."""
+    """Return a frame as sent."""
     if len(body) < 256:
         return bytes((flags, len(body))) + body
     return bytes((flags | _LONG,)) + len(body).to_bytes(8) + body
 
 
 def properties(metadata: bytes) -> dict[bytes, bytes]:
-    """Metadata by lower-case name. Raises Violation where it is malformed."""
+    """Parse metadata by lower-case name. Raises Violation if it is malformed."""
     found: dict[bytes, bytes] = {}
     at = 0
     while at < len(metadata):
@@ -71,16 +71,16 @@ class Peer:
     """The conversation with one peer: bytes in, messages and bytes out.
 
     Args:
-        kind: the socket type that the service says it is.
-        accepts: the socket types that may connect.
-        limit: bytes of a message that are kept; one of more than four times that is a violation.
-        curve: for CURVE; without it the mechanism is NULL.
+        kind: socket type that the service states.
+        accepts: socket types that may connect.
+        limit: largest message in bytes; more than four times that is a violation.
+        curve: handshake for CURVE; without it the mechanism is NULL.
 
     Attributes:
         ready: the handshake is complete.
-        kind: the peer's socket type, once ``ready``.
-        pending: there may be more to ``parse`` in what was fed.
-        outgoing: bytes to be sent, which the caller takes.
+        kind: socket type of the peer, once ``ready``.
+        pending: whether there may be more input to ``parse``.
+        outgoing: bytes to send, which the caller takes.
     """
 
     def __init__(
@@ -105,24 +105,24 @@ class Peer:
         ]
 
     def feed(self, data: bytes) -> None:
-        """Take what has come."""
+        """Add received bytes."""
         self._buffer += data
         self.pending = True
 
     @property
     def held(self) -> int:
-        """Bytes that wait to be parsed."""
+        """Number of bytes to be parsed."""
         return len(self._buffer)
 
     def message(self, body: bytes, topic: bytes | None = None) -> bytes:
-        """A message to this peer as it goes over the wire."""
+        """Return a message to this peer as bytes to send."""
         if topic is not None:
             return self._sealed(topic, _MORE) + self._sealed(body, 0)
         delimiter = self._sealed(b"", _MORE) if self.kind == b"REQ" else b""
         return delimiter + self._sealed(body, 0)
 
     def ping(self) -> bytes:
-        """A heartbeat, which the peer answers."""
+        """Return a heartbeat, which the peer answers."""
         return self._sealed(b"\x04PING\x00\x64", _COMMAND)
 
     def _sealed(self, body: bytes, flags: int) -> bytes:
@@ -131,7 +131,7 @@ class Peer:
         return frame(self.curve.seal(flags & _MORE | (flags & _COMMAND) >> 1, body))
 
     def parse(self, most: int, came: list[Incoming]) -> None:
-        """Append the messages in what was fed, from at most so many frames. Raises Violation."""
+        """Append the parsed messages, from at most this many frames. Raises Violation."""
         if not self._greeted and not self._greet():
             return
         at, held = 0, len(self._buffer)
@@ -172,7 +172,7 @@ class Peer:
 
     @property
     def _kept(self) -> int:
-        """Bytes of the largest frame whose content is kept."""
+        """Size of the largest frame whose content is kept."""
         if not self.ready:
             return _HANDSHAKE_BYTES
         return self._limit + (OVERHEAD if self.curve else 0)
@@ -191,7 +191,7 @@ class Peer:
     # ---- handshake -----------------------------------------------------------------------------
 
     def _greet(self) -> bool:
-        """Whether the peer's greeting is there. Raises Violation: not ZMTP 3, not our mechanism."""
+        """Return whether the greeting is complete. Raises Violation if it is not ZMTP 3 or ours."""
         buffer = self._buffer
         if (
             not buffer.startswith(b"\xff"[: len(buffer)])
@@ -227,7 +227,8 @@ class Peer:
         except CurveError as error:
             raise Violation("handshake") from error
         except KeyRefused as error:
-            # no ERROR 400: libzmq's sockets then give up for good, and their sends wait for ever
+            # not ERROR 400: libzmq sockets would then give up for good, and their sends block for
+            # ever
             raise Violation("key") from error
         self.outgoing.append(frame(self.curve.ready(self._metadata), _COMMAND))
 
@@ -253,7 +254,7 @@ class Peer:
             self._part(body, len(body), more, came)
 
     def _part(self, body: bytes, size: int, more: bool, came: list[Incoming]) -> None:
-        """A frame of a message; one that is not the last is counted, not kept."""
+        """Handle a frame of a message; all but the last are counted, not kept."""
         if self.kind == b"REQ" and not self._delimited:
             if size or not more:
                 raise Violation("message")
