@@ -1,4 +1,4 @@
-"""Stream counts through a running service with pyzmq and msgpack alone.
+"""Stream counts through a running service with only pyzmq and msgpack.
 
 Usage: python plain_client.py tcp://127.0.0.1:5555 counts.npy   (bins x units, integers)
 """
@@ -14,7 +14,7 @@ WAIT_MS = 5000
 
 
 def receive(socket: zmq.Socket[bytes], what: str) -> dict[str, object]:
-    """The next message, decoded; its last frame is the message, those before it are the topic."""
+    """Receive and decode a message: its last frame; earlier frames are the topic."""
     if not socket.poll(WAIT_MS):
         raise SystemExit(f"no {what} within {WAIT_MS} ms: is the service running?")
     message = msgpack.unpackb(socket.recv_multipart()[-1])
@@ -33,7 +33,7 @@ service = receive(dealer, "description")
 model = service["manifest"]
 sub.connect(service["results"])
 sub.subscribe(b"plain\0")
-receive(sub, "subscription")  # from here on no result is missed
+receive(sub, "subscription")  # no result is missed from here on
 bin_ns = round(model["bin_width"] * 1e9)
 session = {"session": "plain", "epoch": time.time_ns() // 10**9}
 request = {"protocol": service["protocol"], "units": model["unit_names"], "bin_width_ns": bin_ns}

@@ -1,9 +1,9 @@
-"""Clients of a running service: the SDK, and what the command line's verbs are made of.
+"""Clients of a running service: the SDK, and the parts of the command-line verbs.
 
-``ServiceClient`` asks about a service, ``Session`` feeds it, ``Listener`` reads what it answers;
-``AsyncServiceClient`` and so on are the same for asyncio. What a service does wrong or refuses is a
-``ServiceError`` (see ``ilqr_clients.sdk``). Nothing here needs torch.
-The names below are imported when they are first used.
+``ServiceClient`` makes requests to a service, ``Session`` feeds it, ``Listener`` reads its answers;
+``AsyncServiceClient`` etc. do the same for asyncio. Failures and refusals of a service are
+``ServiceError`` (see ``ilqr_clients.sdk``). Nothing here needs torch. Names are imported on first
+use.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The SDK for asyncio: the same objects, each worked by a thread of its own.
+"""The SDK for asyncio: the same objects, each run by its own thread.
 
 >>> async with AsyncServiceClient("tcp://127.0.0.1:5555") as service:  # doctest: +SKIP
 ...     async with await service.open("rat-7", units=names, bin_width=0.05) as session:
 ...         answer = await session.step(0, counts, timeout=1.0)
 
-Each method is the one of ``ServiceClient``, ``Session`` or ``Listener``, awaited: arguments,
-results and exceptions are the same. Calls of one object run one after another. A call that is
-cancelled ends by its own timeout, and the next one waits for that.
+Each method awaits that of ``ServiceClient``, ``Session`` or ``Listener``, with the same arguments,
+results and exceptions. Calls on one object run one after another. A cancelled call still runs until
+its timeout, and the next one waits for it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TURN_S = 0.25
 def _awaited(
     method: Callable[Concatenate[S, P], R],
 ) -> Callable[Concatenate[_Threaded[S], P], Coroutine[Any, Any, R]]:
-    """A method of a synchronous object, run in the thread of the asynchronous one."""
+    """Wrap a method of the synchronous object to run in its thread."""
 
     @wraps(method)
     async def call(self: _Threaded[S], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -45,10 +45,11 @@ def _awaited(
 
 
 class _Threaded(Generic[T]):
-    """A synchronous object and its thread; an asynchronous context manager whose end is ``close``.
+    """A synchronous object and its thread; an asynchronous context manager that calls ``close``.
 
     Attributes:
-        sync: the synchronous object. Its attributes may be read; its methods belong to the thread.
+        sync: the synchronous object. Its attributes may be read; only the thread may call its
+            methods.
     """
 
     sync: T
@@ -59,12 +60,12 @@ class _Threaded(Generic[T]):
     async def run(
         self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Call ``method(sync, ...)`` in the thread."""
+        """Run ``method(sync, ...)`` in the thread."""
         call = partial(method, self.sync, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def close(self) -> None:
-        """Close as the synchronous object does."""
+        """Close the synchronous object and end the thread."""
         try:
             await asyncio.shield(self.run(lambda sync: sync.close()))
         finally:
@@ -83,8 +84,10 @@ class _Threaded(Generic[T]):
 
 
 class AsyncSession(_Threaded[Session]):
-    """A ``Session``, awaited; made by ``AsyncServiceClient.open``. Its ``on_error`` is called in
-    the session's thread."""
+    """The asynchronous ``Session``, created by ``AsyncServiceClient.open``.
+
+    Its ``on_error`` is called in the thread of the session.
+    """
 
     def __init__(self, session: Session) -> None:
         super().__init__()
@@ -96,8 +99,10 @@ class AsyncSession(_Threaded[Session]):
 
 
 class AsyncListener(_Threaded[Listener]):
-    """A ``Listener``, awaited; made by ``AsyncServiceClient.listen``. ``async for`` yields each
-    answer until the session's feeder closes it."""
+    """The asynchronous ``Listener``, created by ``AsyncServiceClient.listen``.
+
+    ``async for`` yields each answer until the feeder closes the session.
+    """
 
     def __init__(self, listener: Listener) -> None:
         super().__init__()
@@ -117,7 +122,7 @@ class AsyncListener(_Threaded[Listener]):
 
 
 class AsyncServiceClient(_Threaded[ServiceClient]):
-    """A ``ServiceClient``, awaited. Arguments as there."""
+    """The asynchronous ``ServiceClient``, with the same arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()

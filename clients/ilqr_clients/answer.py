@@ -1,4 +1,4 @@
-"""What a client holds of one result: arrays instead of bytes, and when it arrived."""
+"""A result as the client sees it: arrays instead of bytes, and the arrival time."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _PLAIN = tuple(
 
 
 class Answer(PublishedEstimate[Vector], frozen=True, kw_only=True, gc=False):
-    """The service's answer for one bin: a result's fields, its vectors as float64 arrays.
+    """The answer of the service to a bin: the fields of a result, with float64 arrays.
 
-    ``source_ns`` and ``arrived_ns`` are of this client's monotonic clock, the other times of the
+    ``source_ns`` and ``arrived_ns`` are times of this client's monotonic clock, the others of the
     service's. Kinematics are in ``Opened.kinematic_units``; classes are those of ``Model.classes``.
 
     Attributes:
-        arrived_ns: when this client took the answer off its socket.
+        arrived_ns: when this client read the answer from its socket.
     """
 
     arrived_ns: int
 
     @classmethod
     def of(cls, result: messages.Result, arrived_ns: int) -> Answer:
-        """From a message. Raises ProtocolError where an array's bytes don't fit its shape."""
+        """Build from a message. Raises ProtocolError if array bytes do not match."""
         fields: dict[str, Any] = {name: getattr(result, name) for name in _PLAIN}
         for name in VECTORS:
             fields[name] = messages.unpack(getattr(result, name), name)
@@ -36,18 +36,20 @@ class Answer(PublishedEstimate[Vector], frozen=True, kw_only=True, gc=False):
         return cls(arrived_ns=arrived_ns, **fields)
 
     def wire_in_ns(self) -> tuple[int, int] | None:
-        """From the feeder's send to the service's arrival, and how far off that may be; None
-        where no bin came or its feeder did not state its clock."""
+        """Time from the feeder's send to the service, and its uncertainty.
+
+        None if no bin came or the feeder did not state its clock.
+        """
         if self.clock is None:
             return None
         took = self.received_ns - self.source_ns - self.clock.offset_ns
         return took, self.clock.uncertainty_ns
 
     def wire_out_ns(self, clock: ClockOffset) -> tuple[int, int]:
-        """From the service's sending to the arrival here, and how far off that may be.
+        """Return the time from the service's send to the arrival here, and its uncertainty.
 
         Args:
-            clock: the service's against this client's.
+            clock: offset of the service's clock from this client's.
         """
         took = self.arrived_ns + clock.offset_ns - self.published_ns
         return took, clock.uncertainty_at(self.arrived_ns)

@@ -1,4 +1,4 @@
-"""``ilqr-vae bridge``: feed a session from what a lab has, and give the decodes back to it."""
+"""``ilqr-vae bridge``: feed a session from a lab's streams, and return the decodes."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def bridge(
 ) -> None:
     """Feed a session from a stream of the lab streaming layer, Open Ephys or Synapse.
 
-    lsl: a stream with a channel for each unit is one of bins, numbered by a channel bin_index or by
-    their stamps; one of a single channel is one of spikes, each sample a unit's position. The
-    decodes are streamed out. openephys: spikes and TTL events of the ZMQ Interface plugin.
-    synapse: spike trains or broadband data of a tap.
+    lsl: a stream with a channel per unit contains bins, numbered by a channel bin_index or by their
+        time stamps. A stream with a single channel contains spikes, each sample the position of a
+        unit. Decodes are streamed out. openephys: spikes and TTL events of the ZMQ Interface
+        plugin. synapse: spike trains or broadband data of a tap.
 
-    A source or a service that goes away is waited for. What was lost is said as it happens, and
-    counted at the end.
+    The bridge waits for a source or service that goes away. Losses are reported when they occur,
+    and counted at the end.
     """
     if kind not in KINDS:
         raise ConfigError("kind", expected=f"one of {', '.join(KINDS)}", got=repr(kind))

@@ -1,4 +1,4 @@
-"""Sockets to a service, and what of its model a client needs."""
+"""Sockets to a service, and the parts of its model that a client needs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ilqr_vae.recordings import RecordingSpec
 
 
 class Closing(ABC):
-    """A context manager whose end is ``close``."""
+    """A context manager that calls ``close``."""
 
     @abstractmethod
     def close(self) -> None:
-        """Release every resource."""
+        """Release all resources."""
 
     def __enter__(self) -> Self:
         return self
@@ -51,13 +51,13 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def learning(self) -> dict[str, tuple[tuple[int, float], ...]]:
-        """(step, score) of the validations while training, by the score's name."""
+        """Learning curves (step, score) of the validations, by the name of the score."""
         name = "causal R2" if "r2" in self.scores else "bits per spike"
         return {f"{name}, validation": self.history} if self.history else {}
 
 
 def model_of(described: messages.Described) -> Model:
-    """Return the manifest, typed. Raises ProtocolError if the service describes no such model."""
+    """Return the typed manifest. Raises ProtocolError if the description is invalid."""
     try:
         return msgspec.convert(described.manifest, Model)
     except msgspec.ValidationError as error:
@@ -74,13 +74,13 @@ def connect(
     *,
     keep: int = 0,
 ) -> zmq.Socket[bytes]:
-    """A connected socket that never lingers and keeps every message until it is read, or ``keep``.
+    """Return a connected socket without linger that queues all messages, or at most ``keep``.
 
-    It speaks with ``key``, or the one that the environment variable ``ILQR_VAE_KEY`` names.
+    It uses ``key``, or the one that the environment variable ``ILQR_VAE_KEY`` names.
 
     Raises:
-        ConfigError: that key cannot be read.
-        ServiceError: ``endpoint`` is not one.
+        ConfigError: the key cannot be read.
+        ServiceError: ``endpoint`` is not an address.
     """
     socket: zmq.Socket[bytes] = context.socket(kind)
     socket.linger = 0
@@ -104,7 +104,7 @@ def connect(
 
 
 def reachable(results: str, endpoint: str) -> str:
-    """The results address as seen from here: a wildcard host becomes the host of ``endpoint``.
+    """Return the results address as seen from here: a wildcard becomes the host of ``endpoint``.
 
     >>> reachable("tcp://0.0.0.0:5556", "tcp://lab-pc:5555")
     'tcp://lab-pc:5556'
@@ -118,7 +118,7 @@ def reachable(results: str, endpoint: str) -> str:
 
 
 def refusal(endpoint: str, refused: messages.Refused) -> RequestRefusedError:
-    """The exception for a refusal."""
+    """Return the exception for a refusal."""
     return RequestRefusedError(
         refused.field,
         expected=refused.expected,
@@ -129,13 +129,13 @@ def refusal(endpoint: str, refused: messages.Refused) -> RequestRefusedError:
 
 
 class Watched:
-    """Whether a socket still has the connection that it had, as libzmq reports it.
+    """Watches whether a socket is still connected, as libzmq reports it.
 
     Args:
         socket: connected.
 
     Attributes:
-        times: how often it was connected, when ``connected`` was last read.
+        times: number of connections so far, when ``connected`` was last read.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
@@ -146,7 +146,7 @@ class Watched:
         self.times = 0
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._socket.disable_monitor()
         self._events.close()
 

@@ -21,7 +21,7 @@ LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
 
 
 def _bound(http: str) -> tuple[socket.socket, str]:
-    """A socket that listens at HOST:PORT, and the host. Raises ConfigError."""
+    """Return a socket that listens at HOST:PORT, and the host. Raises ConfigError."""
     host, colon, port = http.rpartition(":")
     host = host.strip("[]")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
@@ -56,8 +56,8 @@ def dashboard(
 ) -> None:
     """Show a running service live in a browser: decodes, rates, latents, latency, alarms.
 
-    It listens as any listener does and changes nothing; the service does not depend on it. Beyond
-    loopback the address has a token, without which nothing is shown. Ends with Ctrl-C.
+    It only listens, and does not affect the service. Beyond loopback the address contains a token,
+    without which nothing is shown. Ends with Ctrl-C.
     """
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
@@ -82,7 +82,7 @@ def dashboard(
     if open_browser:
         webbrowser.open(address)
     if hasattr(os, "nice"):
-        os.nice(5)  # a service on this machine comes first
+        os.nice(5)  # a service on this machine has priority
     feed.start()
     try:
         config = uvicorn.Config(

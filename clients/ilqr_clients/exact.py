@@ -1,4 +1,4 @@
-"""What callers give, as the wire takes it, without a value being changed."""
+"""Conversion of arguments for the wire, without changing any value."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ilqr_vae.protocol import messages
 def exactly(
     field: str, values: ArrayLike, n_units: int, dtype: DTypeLike, expected: str
 ) -> NDArray[Any]:
-    """``values`` as ``dtype``, which must not change any."""
+    """Return ``values`` as ``dtype``, which must not change any."""
     try:
         given = np.asarray(values)
-    except ValueError as error:  # lists of several lengths
+    except ValueError as error:  # lists of different lengths
         raise ShapeError(field, expected=f"({n_units},)", got=str(error)) from error
     if given.shape != (n_units,):
         raise ShapeError(field, expected=f"({n_units},)", got=str(given.shape))
@@ -33,7 +33,7 @@ def exactly(
 
 
 def whole(field: str, value: SupportsIndex, least: int = 0) -> int:
-    """An integer of any kind, numpy's among them. Raises ShapeError."""
+    """Return an integer of any kind, including numpy's, as int. Raises ShapeError."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -46,7 +46,7 @@ def whole(field: str, value: SupportsIndex, least: int = 0) -> int:
 def packed_bin(
     counts: ArrayLike, mask: ArrayLike | None, n_units: int
 ) -> tuple[messages.Array, messages.Array | None]:
-    """Counts and mask (N,) of a bin as they are sent. Raises ShapeError."""
+    """Pack counts and mask (N,) of a bin for sending. Raises ShapeError."""
     expected = f"whole numbers in [0, {messages.MAX_COUNT}]"
     packed = messages.pack(exactly("counts", counts, n_units, "<u2", expected), "<u2")
     if mask is None:
@@ -58,7 +58,7 @@ def packed_bin(
 def sized(
     field: str, values: ArrayLike, dtype: DTypeLike, expected: str, size: int | None = None
 ) -> NDArray[Any]:
-    """One row of ``values``, ``size`` of them where that is given, as ``dtype``."""
+    """Return ``values`` as a 1-D array of ``dtype``, checked for ``size`` if given."""
     shape = np.shape(values)
     given = np.zeros(0) if shape == (0,) else values
     if len(shape) != 1 or (size is not None and shape != (size,)):

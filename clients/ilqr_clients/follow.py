@@ -1,11 +1,12 @@
-"""Keeps a served model calibrated to the stream it decodes, from outside of the service.
+"""Keeps a served model adapted to the stream that it decodes, from outside the service.
 
-It listens to a session's answers and to the counts they were inferred from, says once a minute how
-well the model predicts them, and now and then fits the rows of the units again: `ilqr-vae adapt`,
-in a process of its own. What that does not refuse runs in the service's shadow, on the same bins as
-the model that serves. Only if it predicts these better is it proposed, or swapped in, as the policy
-says; once it serves, the model before it runs in the shadow, and comes back if it predicts better.
-Each step is a request to the service, so the journal has it, and `verify` reproduces the run.
+It listens to the answers of a session and the counts from which they were inferred. Once a minute
+it reports how well the model predicts the counts. When needed it refits the rows of the units by
+`ilqr-vae adapt`, in a separate process. A candidate that is not refused runs in the shadow, on the
+same bins as the serving model. Only if it predicts these better is it proposed or swapped in,
+depending on the policy. Once it serves, the previous model runs in the shadow, and returns if it
+predicts better. Each step is a request to the service, so the journal records it and `verify`
+reproduces the run.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One candidate.
+    """An attempt with a candidate.
 
     Attributes:
-        bits: per spike on the same bins, of the model that serves and of the candidate; None
-            before they were tried.
-        why: what `adapt` said, where it refused.
+        bits: bits per spike of the serving model and of the candidate on the same bins; None before
+            the trial.
+        why: the reason that `adapt` gave for a refusal.
     """
 
     verdict: Verdict
@@ -67,19 +68,21 @@ class Attempt:
 
 
 class Follower:
-    """Follows one session.
+    """Follows a session.
 
     Args:
-        service: of a user that may read the session and, but for ``never``, control models.
-        session: to follow; its feeder may come and go.
-        model: the file that is served; candidates are written beside it, so that the service finds
-            them in its model folder.
-        policy: what becomes of a better candidate.
-        seconds: of stream to fit on; trial: of stream in the shadow.
-        say: takes what is to be told, a line each.
+        service: connection of a user that may read the session and, except for the policy
+            ``never``, control models.
+        session: session to follow; its feeder may come and go.
+        model: the served file; candidates are written beside it, in the model folder of the
+            service.
+        policy: what to do with a better candidate.
+        seconds: seconds of the stream to fit on.
+        trial: seconds of the stream in the shadow.
+        say: receives a line for each report.
 
     Raises:
-        ConfigError: a file that is not there, or times that are not positive.
+        ConfigError: the file does not exist, or a time is not positive.
     """
 
     def __init__(
@@ -113,14 +116,15 @@ class Follower:
         self._topic = Topic(self._context, address, session, key, timer, details=True)
 
     def close(self) -> None:
-        """End listening."""
+        """Stop listening."""
         self._context.destroy(linger=0)
 
     @property
     def index(self) -> float:
-        """The service's calibration index of the session: bits per spike beyond the stream's own
-        mean rates, over what they were on held-out data when the model was trained; NaN where the
-        service does not know.
+        """Return the calibration index of the session; NaN if the service does not know it.
+
+        It is the bits per spike over the stream's own mean rates, divided by those on held-out data
+        in training.
 
         Raises:
             ServiceError: the service refuses, or does not answer.
@@ -130,7 +134,7 @@ class Follower:
         return float("nan") if found is None else found
 
     def listen(self, bins: int, until: Callable[[], bool] = lambda: False) -> int:
-        """Take answers until that many bins were heard, or ``until`` says so; returns how many.
+        """Receive answers for this many bins, or until ``until`` returns True; return their number.
 
         Raises:
             ServiceUnreachableError: the service is silent, and does not answer either.
@@ -153,7 +157,7 @@ class Follower:
         return self._heard - begun
 
     def _detail(self, detail: messages.Detail) -> None:
-        if detail.epoch != self._epoch:  # of another run: bins of both are no stretch of time
+        if detail.epoch != self._epoch:  # of another run: do not mix its bins with earlier ones
             self._epoch = detail.epoch
             self._bins.clear()
         if detail.counts is None:
@@ -175,10 +179,10 @@ class Follower:
             self._say(f"index {self.index:.2f} (1: as well as on held-out data at training)")
 
     def write_bins(self, path: Path) -> None:
-        """The bins kept, as `ilqr-vae adapt` reads them.
+        """Write the received bins for `ilqr-vae adapt`.
 
-        A unit that the service masked all along is given as it fired: it may be another one, and
-        its row may be learnt. One that was silent as well is missing.
+        A unit that the service masked all the time is included: it may be another one, whose row
+        can be learnt. If it was also silent, it is missing.
         """
         first, last = min(self._bins), max(self._bins)
         shape = last - first + 1, len(self._served.unit_names)
@@ -194,7 +198,7 @@ class Follower:
             np.savez(file, counts=counts, mask=mask, names=names, bin_width=self._served.bin_width)
 
     def attempt(self) -> Attempt:
-        """Fit, try, and do what the policy says. Takes as long as the trial.
+        """Fit, try, and apply the policy. Takes as long as the trial.
 
         Raises:
             ServiceError: the service refuses, or does not answer.
@@ -219,7 +223,7 @@ class Follower:
         return attempt
 
     def _adapt(self, bins: Path, made: Path) -> subprocess.CompletedProcess[str]:
-        """Waits, and goes on listening, so that nothing piles up."""
+        """Run `adapt`, and keep listening meanwhile so that no messages pile up."""
         command = [sys.executable, "-m", "ilqr_vae.cli", "adapt", str(self._model)]
         command += ["--recording", str(bins), "--out", str(made), "--threads", "1"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -248,7 +252,7 @@ class Follower:
         if self._policy != "automatic":
             return Attempt(Verdict.PROPOSED, bits)
         self._service.swap()
-        after = self._beside(self._model)  # on bins that had no part in the choice
+        after = self._beside(self._model)  # on bins that were not used for the choice
         if after[1] > after[0]:
             self._service.swap()
             return Attempt(Verdict.ROLLED_BACK, (after[1], after[0]))
@@ -256,7 +260,7 @@ class Follower:
         return Attempt(Verdict.SWAPPED, bits)
 
     def _beside(self, file: Path) -> tuple[float, float]:
-        """Bits per spike of what serves and of this file, over a trial's bins."""
+        """Return bits per spike of the serving model and of this file over the bins of a trial."""
         self._service.load(file.name, shadow=True)
         scores = self._scores("shadow", "serving")
         while scores["shadow"].bins < self._trial:
@@ -273,11 +277,11 @@ class Follower:
         return found
 
     def run(self, *, attempts: int | None = None, threshold: float = 1.0) -> list[Attempt]:
-        """Gather, and try whenever the index is below the threshold.
+        """Collect bins, and make an attempt whenever the index is below the threshold.
 
         Args:
-            attempts: end after so many; None: never.
-            threshold: of the index; infinite to try each time.
+            attempts: stop after this many attempts; None for no limit.
+            threshold: threshold of the index; infinite for an attempt each time.
         """
         made: list[Attempt] = []
         while attempts is None or len(made) < attempts:
@@ -290,5 +294,5 @@ class Follower:
             if made[-1].verdict is Verdict.PROPOSED:
                 break
             if made[-1].verdict is not Verdict.SWAPPED:
-                self._bins.clear()  # no second try on what has just failed
+                self._bins.clear()  # do not retry on the data that has just failed
         return made

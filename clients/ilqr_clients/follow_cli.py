@@ -1,4 +1,4 @@
-"""``ilqr-vae follow``: keep a served model calibrated to the stream it decodes."""
+"""``ilqr-vae follow``: keep a served model adapted to the stream that it decodes."""
 
 from __future__ import annotations
 
@@ -41,12 +41,11 @@ def run(
     ] = 0.8,
     attempts: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
 ) -> None:
-    """Fit the served model's units anew when they no longer predict the stream, without labels.
+    """Refit the units of the served model when it no longer predicts the stream, without labels.
 
-    The fit runs in a process of its own, beside the stream. A candidate that `ilqr-vae adapt` does
-    not refuse runs in the service's shadow, and is used only if it predicts the same bins better
-    than the model that serves. One that then predicts worse is rolled back. Each step is in the
-    service's journal.
+    The fit runs in a separate process. A candidate that `ilqr-vae adapt` does not refuse runs in
+    the shadow, and is used only if it predicts the same bins better than the serving model. If it
+    later predicts worse, it is rolled back. The service's journal records each step.
     """
     screen = console(soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""How far the service's clock is from this client's, kept up while bins are sent."""
+"""The offset of the service's clock from this client's, updated while bins are sent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _PROBE_NS = 10_000_000_000
 
 
 class KnownClock:
-    """An offset that is probed again every ten seconds: clocks of two machines part.
+    """An offset that is measured every ten seconds, since clocks of two machines drift apart.
 
     Args:
         timer: this client's clock.
-        offset: measured beforehand, or None: not known, and not asked for.
+        offset: measured beforehand; None if the offset is not known and not to be measured.
 
     Attributes:
-        offset: the best of those measured, at this moment.
-        also_ns: how far off this client's times are themselves, where they are of another clock.
+        offset: best current estimate.
+        also_ns: uncertainty of this client's own times, if they come from another clock.
     """
 
     def __init__(self, timer: Clock, offset: ClockOffset | None) -> None:
@@ -27,7 +27,7 @@ class KnownClock:
         self._probed_ns = timer.now_ns()
 
     def stated(self, now_ns: int) -> messages.Offset | None:
-        """What is said of it with a bin sent at ``now_ns``."""
+        """Return the offset to state with a bin sent at ``now_ns``."""
         clock = self.offset
         return (
             None
@@ -36,7 +36,7 @@ class KnownClock:
         )
 
     def probe(self, now_ns: int) -> messages.Probe | None:
-        """To be sent, where the newest has become old."""
+        """Return a probe to send if the newest measurement is old."""
         clock = self.offset
         if clock is None or clock.same or now_ns - self._probed_ns < _PROBE_NS:
             return None
@@ -44,7 +44,7 @@ class KnownClock:
         return messages.Probe(client_ns=now_ns)
 
     def take(self, probed: messages.Probed) -> None:
-        """A probe's answer; kept where it is the better one by now."""
+        """Add the answer to a probe; keep it if it is better by now."""
         now = self.timer.now_ns()
         newer = offset_of([(probed.client_ns, probed.service_ns, now)])
         if self.offset is None or newer.uncertainty_ns < self.offset.uncertainty_at(now):

@@ -1,4 +1,4 @@
-"""What the service publishes about a session, for its feeder and for whoever else listens."""
+"""Results and notices of a session, for its feeder and for other listeners."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from ilqr_vae.protocol.clock import Clock, MonotonicClock
 from ilqr_vae.protocol.keys import ClientKey
 
 PATIENCE_S = 15.0
-"""How long a client waits for an answer that is due, unless it is told otherwise."""
+"""Default time that a client waits for an answer that is due."""
 
 REMEMBERED = 4096
-"""Most bins whose revisions are kept."""
+"""Largest number of bins whose revisions are kept."""
 
 ENDS = ("closed", "idle", "shutdown", "restarted")
-"""How notices begin that end a session."""
+"""Prefixes of notices that end a session."""
 
 _ASK_S = 2.0
 _TURN_S = 0.25
 
 
 class Topic:
-    """A subscription to one session's results and notices.
+    """A subscription to the results and notices of a session.
 
     Args:
-        context: of the socket.
-        address: of the service's results.
-        session: its name.
-        key: of a service that has keys.
-        timer: the clock of the arrival times.
+        context: ZeroMQ context.
+        address: results address of the service.
+        session: name of the session.
+        key: key for a service that requires keys.
+        timer: clock of the arrival times.
         events, details: subscribe to the session's events and details too.
     """
 
@@ -61,7 +61,7 @@ class Topic:
         self._revisions: dict[int, int] = {}
 
     def connect(self, address: str) -> None:
-        """Listen at another address too."""
+        """Also listen at another address."""
         if address not in self._addresses:
             self._addresses.add(address)
             self.socket.connect(address)
@@ -74,8 +74,7 @@ class Topic:
         self.connect(address)
 
     def take(self) -> Iterator[tuple[messages.Published | None, int]]:
-        """All messages that have come, None for a type that is not known, and when each was taken
-        off the socket."""
+        """Return available messages, None for unknown types, with the times when they were read."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -85,10 +84,10 @@ class Topic:
             yield messages.decode_published(frames[-1]), arrived
 
     def is_new(self, index: int, revision: int, *, known: int = -1) -> bool:
-        """Whether a result was not there before; from here on it was.
+        """Return whether a result is new, and record it.
 
         Args:
-            known: the revision that the caller has, where none was noted.
+            known: the revision that the caller has, if none was recorded.
         """
         if revision <= self._revisions.get(index, known):
             return False
@@ -98,12 +97,12 @@ class Topic:
         return True
 
     def forget(self) -> None:
-        """Begin anew, as for another run of the session."""
+        """Forget all results, as for another run of the session."""
         self._revisions.clear()
 
 
 class Listener(Closing):
-    """Reads the results of a session without feeding it; made by ``ServiceClient.listen``.
+    """Reads the results of a session without feeding it; created by ``ServiceClient.listen``.
 
     Iterate over it for each answer until the feeder closes the session:
 
@@ -111,23 +110,22 @@ class Listener(Closing):
     ...     for answer in results:
     ...         print(answer.index, answer.kinematics)
 
-    It follows the session when its feeder, or another one, opens it again.
+    It follows the session when it is opened again by any feeder.
 
     Args:
         endpoint, results: the service's addresses.
         session: the session's name.
-        timeout: seconds that the first word from the service may take.
-        patience: seconds without a sign of life from the service after which ``receive`` raises.
-        wait: for a session that is to be opened; a run that ended before is passed over.
-        key: of a service that has keys.
-        timer: this client's clock; default the machine's.
+        timeout: seconds to wait for the first message from the service.
+        patience: seconds without a message from the service after which ``receive`` raises.
+        wait: whether to wait for a session that is not open yet; an earlier run is skipped.
+        key: key for a service that requires keys.
+        timer: this client's clock; default: the machine's.
 
     Attributes:
-        newest: the newest answer that came, None before the first. The one that was published
-            last before the listener came is there from the beginning; its ``arrived_ns`` says
-            nothing of the way it took.
-        epoch: of the run that is listened to.
-        notices: what the service published about the session, oldest first.
+        newest: the newest answer, None before the first. The last one before the listener connected
+            is available from the start, but its ``arrived_ns`` is not a transit time.
+        epoch: epoch of the current run.
+        notices: notices about the session, oldest first.
 
     Raises:
         ServiceUnreachableError: no answer within ``timeout``.
@@ -176,20 +174,20 @@ class Listener(Closing):
             raise
 
     def close(self) -> None:
-        """Close the sockets; the session goes on."""
+        """Close the sockets; the session continues."""
         self._context.destroy(linger=0)
 
     def receive(self, timeout: float = 0.0) -> list[Answer]:
-        """Return the answers that have come, waiting up to ``timeout`` seconds for the first.
+        """Return available answers, waiting up to ``timeout`` seconds for the first.
 
-        Answers are in order of arrival, and none comes twice. One that was published before the
-        listener came is not among them (see ``newest``).
+        Answers are in order of arrival, without repetitions. One that was published before the
+        listener connected is not included (see ``newest``).
 
         Raises:
-            SessionEndedError: the session has ended, and all its answers were taken. Said once:
-                the next call waits for the session to be opened again.
-            ServiceUnreachableError: no sign of life from the service for ``patience`` seconds.
-            ProtocolError: a message that is not the protocol's.
+            SessionEndedError: the session has ended, and all its answers were returned. Raised
+                once: the next call waits for the session to be opened again.
+            ServiceUnreachableError: no message from the service for ``patience`` seconds.
+            ProtocolError: a message is invalid.
         """
         end = time.monotonic() + timeout
         while True:
@@ -207,7 +205,7 @@ class Listener(Closing):
                 return []
 
     def __iter__(self) -> Iterator[Answer]:
-        """Each answer as it comes, until the session's feeder closes it.
+        """Yield each answer until the feeder closes the session.
 
         Raises:
             As ``receive``, but for a session that is closed.
@@ -221,10 +219,10 @@ class Listener(Closing):
                 raise
 
     def _check_alive(self) -> None:
-        """Ask for a sign of life after a silence; raise if a question was not answered."""
+        """Probe the service after a silence; raise if a probe was not answered."""
         now = time.monotonic()
         if self._asked is not None and now - self._asked > self.patience:
-            self._asked = None  # a caller that goes on has as long again
+            self._asked = None  # a caller that continues has as much time again
             raise ServiceUnreachableError(
                 f"service at {self.endpoint}",
                 expected=f"a sign of life within {self.patience:g} s",
@@ -235,7 +233,7 @@ class Listener(Closing):
             self._dealer.send(messages.encode(messages.Describe()))
 
     def _take(self, timeout: float) -> None:
-        """Take everything that has come, waiting up to ``timeout`` seconds for the first."""
+        """Handle available messages, waiting up to ``timeout`` seconds for the first."""
         if not self._poller.poll(max(0, int(timeout * 1e3))):
             return
         self._heard, self._asked = time.monotonic(), None
@@ -249,7 +247,7 @@ class Listener(Closing):
             reply = messages.decode_downstream(self._dealer.recv())
             if isinstance(
                 reply, messages.Described
-            ):  # after a restart its results may be elsewhere
+            ):  # after a restart the results address may differ
                 self._topic.connect(reachable(reply.results, self.endpoint))
 
     def _notice(self, notice: messages.Notice, *, first: bool) -> None:

@@ -1,1 +1,1 @@
-"""Bridges from and to what labs have. Each needs a package of its own, by an extra of its name."""
+"""Bridges to other lab software. Some need a package, installed by the extra of the same name."""

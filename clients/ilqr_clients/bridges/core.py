@@ -1,7 +1,7 @@
-"""What all bridges share: one session, fed with what a source has, opened again when it is lost.
+"""Shared by all bridges: a session that is fed from a source, and reopened when it is lost.
 
-A bridge pulls from its source and hands on bins or spikes. What came twice, late or not at all,
-what cannot be used, and clocks that were set are said as they are noticed, and counted.
+A bridge reads from its source and sends bins or spikes. Repeated, late, missing and unusable
+samples, and clock changes, are reported when they are noticed, and counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ilqr_clients.stream import seen
 from ilqr_vae.errors import RequestRefusedError, ServiceError, ShapeError
 
 STATUSES = ("ok", "degraded", "late", "missing", "extrapolated")
-"""What a stream of decodes counts its statuses by, from 0."""
+"""Statuses in a stream of decodes, numbered from 0."""
 
 AGAIN_S = 1.0
 _CREDIT_S, _LOOK_S = 0.05, 0.2
@@ -38,13 +38,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """A sample that is a bin.
+    """A bin from the source.
 
     Attributes:
-        values: (C,) counts; NaN was not observed.
-        stamp_s: by the source's clock.
-        at_ns: by this client's clock.
-        number: what the source counts it by; None where it does not.
+        values: (C,) counts; NaN if not observed.
+        stamp_s: time by the source's clock.
+        at_ns: time by this client's clock.
+        number: number that the source gives it; None if it does not.
     """
 
     values: NDArray[np.float64]
@@ -54,19 +54,19 @@ class Bin:
 
 
 class Bridge(Closing):
-    """Feeds one session from one source.
+    """Feeds a session from a source.
 
     Args:
         endpoint: the service's address.
         session: the session's name.
-        say: is told what happens, a line each.
-        options: of ``ServiceClient.open``.
+        say: receives a line for each event.
+        options: options of ``ServiceClient.open``.
 
     Attributes:
-        tally: how many ``samples`` came; ``bins`` or ``batches`` were sent, ``refused``,
-            ``answers`` came, ``markers`` were passed on; how many bins did not come (``gap``), or
-            messages (``lost``); samples that came ``late``, ``repeated``, or could not be used
-            (``unusable``); clock ``steps``; times that a source was ``found``; ``sessions_lost``.
+        tally: counts of ``samples`` received; ``bins`` or ``batches`` sent; ``refused`` messages;
+            ``answers``; ``markers`` forwarded; missing bins (``gap``) and messages (``lost``);
+            samples that were ``late``, ``repeated`` or ``unusable``; clock ``steps``; times that a
+            source was ``found``; ``sessions_lost``.
 
     Raises:
         ServiceError: the service is not reachable.
@@ -93,7 +93,7 @@ class Bridge(Closing):
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        """Nothing has been sent to the session."""
+        """Reset the state for a session to which nothing was sent yet."""
         self._error: ServiceError | None = None
         self._place = StampIndex(self.model.bin_width)
         self._count = CountedIndex(self.first_of)
@@ -112,27 +112,27 @@ class Bridge(Closing):
 
     @abstractmethod
     def here(self, timeout: float) -> bool:
-        """Look for the source, unless it is there. Returns whether it is."""
+        """Look for the source if it is absent. Return whether it is present."""
 
     @abstractmethod
     def spiking(self) -> bool:
-        """Whether the source, which is there, sends spikes and not bins."""
+        """Return whether the source sends spikes instead of bins."""
 
     @abstractmethod
     def pull(self) -> Any:
-        """What has come, waiting for the first about a quarter of a bin; None if nothing has."""
+        """Return new data, waiting about a quarter of a bin for it; None if there is none."""
 
     @abstractmethod
     def hand_on(self, came: Any) -> None:
-        """Send what was pulled to the session, which is open. Raises ServiceError."""
+        """Send the pulled data to the open session. Raises ServiceError."""
 
     def answer(self, session: Session | SpikeSession, answer: Answer) -> None:
-        """Give an answer to whoever wants it."""
+        """Handle an answer."""
 
     # ---- the session -----------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Feed until ``stop`` is set. A source, session or service that is gone is waited for."""
+        """Feed until ``stop`` is set, waiting for a source, session or service that is gone."""
         self._stop = stop
         teller = threading.Thread(target=self._tell, daemon=True)
         teller.start()
@@ -152,7 +152,7 @@ class Bridge(Closing):
             teller.join()
 
     def _wrong(self, error: ServiceError) -> None:
-        """What the session reports: a message that was refused costs itself."""
+        """Handle an error of the session: a refused message is only lost itself."""
         if isinstance(error, RequestRefusedError):
             self.tally["refused"] += 1
             self.say(str(error))
@@ -162,7 +162,7 @@ class Bridge(Closing):
     def _turn(self) -> None:
         here = self.here(_LOOK_S)
         came = self.pull()
-        if self._session is None and (here or self.here(0.0)):  # what came first is not lost
+        if self._session is None and (here or self.here(0.0)):  # keep the first data
             self.open()
         if self._session is None:
             return
@@ -189,14 +189,14 @@ class Bridge(Closing):
         self.say(f"session {self.name!r}, epoch {epoch}: {model.model_id}")
 
     def origin(self, now_ns: int) -> int:
-        """When bin 0 of a session of spikes begins, by this client's clock."""
+        """Return when bin 0 of a spike session begins, by this client's clock."""
         return now_ns
 
     def opened(self, session: Session | SpikeSession) -> None:
-        """The session is open."""
+        """Called when the session is open."""
 
     def answers(self, timeout: float) -> list[Answer]:
-        """Take the answers that have come. Raises ServiceError: the session is gone."""
+        """Handle available answers. Raises ServiceError if the session is gone."""
         session = self._session
         assert session is not None
         came = session.receive(timeout)
@@ -211,8 +211,10 @@ class Bridge(Closing):
     # ---- events --------------------------------------------------------------------------------
 
     def event(self, name: str, payload: dict[str, Any], at_ns: int) -> None:
-        """Make what happened, by this client's clock, an event of the session; it is retried until
-        the service has it. From any thread."""
+        """Add an event to the session, by this client's clock, retrying until it is taken.
+
+        Thread-safe.
+        """
         self._events.put((name.strip()[:64] or "marker", payload, at_ns))
 
     def _tell(self) -> None:
@@ -226,7 +228,7 @@ class Bridge(Closing):
                     pass
 
     def _told(self, client: ServiceClient, name: str, payload: dict[str, Any], at_ns: int) -> bool:
-        """Whether the service has an event, or has refused it for good."""
+        """Return whether the service has taken an event, or refused it for good."""
         try:
             client.event(self.name, name, payload, time_ns=at_ns)
         except RequestRefusedError as error:
@@ -245,14 +247,16 @@ class Bridge(Closing):
     def columns(
         self, labels: Sequence[str], channels: int, counter: int | None = None
     ) -> list[int]:
-        """Positions of the units in a sample: by name where all have one, else all channels."""
+        """Return the positions of the units in a sample: by name if all match, else all
+        channels.
+        """
         place = {label: k for k, label in enumerate(labels)}
         if all(name in place for name in self.model.unit_names):
             return [place[name] for name in self.model.unit_names]
         return [k for k in range(channels) if k != counter]
 
     def send_bin(self, sample: Bin) -> None:
-        """Number a bin and send it. Raises ServiceError: the session is gone."""
+        """Number a bin and send it. Raises ServiceError if the session is gone."""
         self.tally["samples"] += 1
         index = self._index(sample)
         if index is None:
@@ -276,7 +280,7 @@ class Bridge(Closing):
             self.newest = index, sample.stamp_s
 
     def _ordered(self, index: int, at_ns: int) -> int:
-        """The time of a bin, put between those of the bins before and after it."""
+        """Return the time of a bin, clipped between those of its neighbours."""
         before = max((at for k, at in self._times_of.items() if k < index), default=at_ns)
         after = min((at for k, at in self._times_of.items() if k > index), default=2**62)
         self._times_of[index] = min(max(at_ns, before), after)
@@ -285,20 +289,20 @@ class Bridge(Closing):
         return self._times_of[index]
 
     def _wait_for_credit(self, session: Session | SpikeSession) -> None:
-        """A source that is faster than the service waits for it."""
+        """Wait for a credit if the source is faster than the service."""
         for _ in range(round(session.patience / _CREDIT_S)):
             if session.credits > 0 or self._stop.is_set():
                 return
             self.answers(_CREDIT_S)
 
     def count_channels(self, channels: int) -> None:
-        """Note how many channels the source has."""
+        """Record the number of channels of the source."""
         if self._channels not in (0, channels):
             self.say(f"the source has {channels} channels; it had {self._channels} channels before")
         self._channels = channels
 
     def began(self) -> None:
-        """A source was found: it may count anew."""
+        """Handle a new source, whose numbers may restart."""
         self.tally["found"] += 1
         self._fresh = self.tally["found"] > 1
         if self._fresh:
@@ -306,7 +310,7 @@ class Bridge(Closing):
             self._count.begin_again()
 
     def _index(self, sample: Bin) -> int | None:
-        """The bin of a sample; None where it has come."""
+        """Return the bin index of a sample; None if it was sent already."""
         placed = self._place.place(sample.stamp_s, self.clock.now_ns() / 1e9)
         if placed.kind == "step":
             self.tally["steps"] += 1
@@ -324,14 +328,16 @@ class Bridge(Closing):
         return placed.index if placed.index >= 0 else None
 
     def first_of(self, number: int) -> int:
-        """The bin of the first sample, which has this number."""
+        """Return the bin index of the first sample, which has this number."""
         return 0
 
     # ---- spikes ----------------------------------------------------------------------------------
 
     def away(self, gone: bool) -> bool:
-        """Note whether the source of spikes is gone: its bins are missing, and so are those until
-        the first batch after it is back."""
+        """Record whether the source of spikes is gone.
+
+        Its bins are missing until the first batch after it is back.
+        """
         if self._gone and not gone:
             assert isinstance(self._session, SpikeSession)
             self.skip()
@@ -339,12 +345,12 @@ class Bridge(Closing):
         return gone
 
     def resume_at(self, at_ns: int, until_ns: int | None) -> None:
-        """The first that came after a loss is of this time: what is lost was before it."""
+        """Note the time of the first data after a loss, before which data are lost."""
         if self._lacking:
             self.send_spikes(_NONE, _NONE, now_ns=at_ns, until_ns=until_ns)
 
     def skip(self) -> int:
-        """Messages of the source are lost; returns the batch that may still tell of them."""
+        """Skip lost messages; return the number of the batch that may still supply them."""
         assert isinstance(self._session, SpikeSession)
         self._lacking = True
         return self._session.skip_batch()
@@ -359,13 +365,13 @@ class Bridge(Closing):
         batch: int | None = None,
         after_ns: int = 0,
     ) -> None:
-        """Send a batch of spikes, also an empty one.
+        """Send a batch of spikes, which may be empty.
 
         Args:
             times_ns, units: (S,) by this client's clock, and positions of units in the model.
-            now_ns: how far the source has come.
-            until_ns: no earlier spike will come; default ``now_ns`` less the grace.
-            batch, after_ns: number of a batch that was skipped, and how far the source was then.
+            now_ns: current time of the source.
+            until_ns: no earlier spike will follow; default: ``now_ns`` minus the grace.
+            batch, after_ns: number of a skipped batch, and the time of the source then.
 
         Raises:
             ServiceError: the session is gone.

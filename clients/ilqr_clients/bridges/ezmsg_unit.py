@@ -3,9 +3,10 @@
 >>> decoder = IlqrDecoder(IlqrSettings(endpoint="tcp://127.0.0.1:5555"))     # doctest: +SKIP
 
 ``INPUT_SIGNAL`` takes an ``AxisArray`` with the dimensions ``time`` and ``ch``, whose samples are
-counts: bins of the model's width, or parts of them, which are summed. ``OUTPUT_SIGNAL`` gives one
-for each answer, with the dimensions ``time`` (one) and ``ch``: what is decoded, stamped with the
-bin's time; ``attrs`` holds index, revision, status, standard deviations, latents and classes.
+counts: bins of the model's width, or fractions of them, which are summed. ``OUTPUT_SIGNAL`` emits
+    one for each answer, with the dimensions ``time`` (of size one) and ``ch``: the decoded values
+    at the bin's time; ``attrs`` holds index, revision, status, standard deviations, latents and
+    classes.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
 
 GONE_S = 1.0
-"""Seconds without an array after which the source is taken for gone."""
+"""Seconds without an array after which the source counts as gone."""
 
 
 class EzmsgBridge(Bridge):
-    """Feeds one session with arrays that are put in.
+    """Feeds a session with arrays.
 
     Attributes:
-        arrays: what is to be fed.
-        put: is called with each answer, and the stamp of its bin in seconds.
+        arrays: queue of arrays to feed.
+        put: called with each answer, and the time of its bin in seconds.
     """
 
     def __init__(self, endpoint: str, session: str, put: Any, **options: Any) -> None:
@@ -85,7 +86,7 @@ class EzmsgBridge(Bridge):
         columns, now = self.columns(labels, values.shape[1]), self.clock.now_ns()
         for k, row in enumerate(values):
             stamp = axis.offset + k * axis.gain
-            if stamp < self._stamp_s - SLACK_S:  # its clock was set back: numbers come again
+            if stamp < self._stamp_s - SLACK_S:  # its clock was set back: numbers repeat
                 self._gather = Gather(self._gather.parts)
             self._stamp_s, repeated = stamp, self._gather.repeated
             gathered = self._gather.add(round(stamp / axis.gain), row)
@@ -104,12 +105,12 @@ class EzmsgBridge(Bridge):
 
 
 class IlqrSettings(ez.Settings):
-    """Where to decode.
+    """Settings of the unit.
 
     Attributes:
         endpoint: the service's address.
         session: the session's name.
-        options: of ``ServiceClient.open``.
+        options: options of ``ServiceClient.open``.
     """
 
     endpoint: str = "tcp://127.0.0.1:5555"
@@ -127,7 +128,7 @@ class IlqrState(ez.State):
 
 
 class IlqrDecoder(ez.Unit):
-    """Decodes what comes in by a running service."""
+    """Decodes its input by a running service."""
 
     SETTINGS = IlqrSettings
     STATE = IlqrState
@@ -135,7 +136,7 @@ class IlqrDecoder(ez.Unit):
     OUTPUT_SIGNAL = ez.OutputStream(AxisArray)
 
     async def initialize(self) -> None:
-        """Connect to the service. Raises ServiceError: it is not reachable."""
+        """Connect to the service. Raises ServiceError if it is not reachable."""
         state: Any = self.STATE
         settings: Any = self.SETTINGS
         loop = asyncio.get_running_loop()
@@ -167,7 +168,7 @@ class IlqrDecoder(ez.Unit):
 
     @ez.publisher(OUTPUT_SIGNAL)
     async def give(self) -> AsyncGenerator[Any]:
-        """Each answer as an array."""
+        """Emit each answer as an array."""
         state: Any = self.STATE
         names = list(state.bridge.model.kinematic_names)
         width = state.bridge.model.bin_width

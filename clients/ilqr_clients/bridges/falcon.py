@@ -1,6 +1,6 @@
-"""A decoder as the FALCON benchmark calls it (``reset``, ``predict``, ``observe``, ``on_done``).
+"""A decoder for the FALCON benchmark (``reset``, ``predict``, ``observe``, ``on_done``).
 
-It has the methods of ``falcon_challenge.interface.BCIDecoder`` and does not need that package: each
+It has the methods of ``falcon_challenge.interface.BCIDecoder`` without requiring that package. Each
 row of a batch is a session of a running service.
 
 >>> decoder = FalconDecoder("tcp://127.0.0.1:5555", batch_size=2)       # doctest: +SKIP
@@ -28,13 +28,13 @@ class FalconDecoder(Closing):
 
     Args:
         endpoint: the service's address.
-        channels: names of the columns of a batch; those of the model's units are used. Default the
+        channels: names of the columns of a batch, among which are the model's units; default: the
             model's units in their order.
         batch_size: B.
-        session: how the sessions' names begin.
-        restart_trials: begin a row's estimate anew when its trial is done.
-        timeout: seconds that an answer may take.
-        options: of ``ServiceClient.open``.
+        session: prefix of the session names.
+        restart_trials: whether to restart the estimate of a row when its trial is done.
+        timeout: seconds to wait for an answer.
+        options: options of ``ServiceClient.open``.
 
     Raises:
         ServiceError: the service cannot be reached.
@@ -77,11 +77,11 @@ class FalconDecoder(Closing):
         self._client.close()
 
     def set_batch_size(self, batch_size: int) -> None:
-        """Decode so many rows from the next ``reset`` on."""
+        """Set the number of rows from the next ``reset`` on."""
         self.batch_size = batch_size
 
     def reset(self, dataset_tags: Sequence[str] = ("",)) -> None:
-        """Begin anew: other data follow. Raises ServiceError."""
+        """Restart for new data. Raises ServiceError."""
         for row in self._rows:
             row.close()
         self._rows = [self._open(k) for k in range(self.batch_size)]
@@ -96,13 +96,13 @@ class FalconDecoder(Closing):
         """Decode one bin of each row.
 
         Args:
-            neural_observations: (B, C) spike counts; NaN is a channel that was not observed.
+            neural_observations: (B, C) spike counts; NaN if not observed.
 
         Returns:
-            (B, D) what is decoded, in the model's ``kinematic_units``.
+            (B, D) decoded kinematics, in the model's ``kinematic_units``.
 
         Raises:
-            ShapeError: not (B, C), or no counts.
+            ShapeError: the shape is not (B, C), or the values are not counts.
             ServiceError: a bin was not answered.
         """
         if not self._rows:
@@ -135,11 +135,11 @@ class FalconDecoder(Closing):
                 )
 
     def observe(self, neural_observations: ArrayLike) -> None:
-        """Take bins for which no prediction is asked."""
+        """Add bins without returning predictions."""
         self.predict(neural_observations)
 
     def on_done(self, dones: ArrayLike) -> None:
-        """Where a trial is done, begin its row's estimate anew, if asked for."""
+        """Restart the estimates of rows whose trial is done, if configured."""
         if not self._restart_trials:
             return
         for k in np.flatnonzero(np.asarray(dones, bool)).tolist():

@@ -1,12 +1,12 @@
 """Lab streaming layer: counts or spikes and markers in, decodes out.
 
-A stream whose samples are bins has a channel for each unit, of the model's names or as many; NaN is
-a unit that was not observed. A channel ``bin_index`` numbers the bins; without it their stamps do.
-A stream of one channel, while the model has more units, is one of spikes: each sample is the
-position of the unit that fired, and its stamp is when.
+A stream of bins has a channel for each unit, with the model's names or the same number; NaN marks a
+unit that was not observed. Bins are numbered by a channel ``bin_index``, or by their time stamps
+without one. A stream with one channel, while the model has more units, is one of spikes: each
+sample is the position of the unit that fired, at its time stamp.
 
-What goes out is a stream of numbers with irregular rate, stamped with the time of the bin: LSL has
-no counter, so its first channel is ``bin_index``, and the second the answer's ``revision``.
+The output is a numeric stream of irregular rate, stamped with the time of the bin. LSL has no
+counter, so the first channel is ``bin_index``, and the second the ``revision`` of the answer.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _LOOK_S = 0.2
 
 
 class LslBridge(Bridge):
-    """Feeds one session from one stream.
+    """Feeds a session from a stream.
 
     Args:
         endpoint: the service's address.
         stream: name of the stream of bins or spikes.
         session: the session's name.
-        markers: name of a stream of markers, which become the session's events; "" is none.
-        out: name of the stream of decodes; "" is none.
-        say: is told what happens, a line each.
-        options: of ``ServiceClient.open``.
+        markers: name of a stream of markers, which become events of the session; "" for none.
+        out: name of the stream of decodes; "" for none.
+        say: receives a line for each event.
+        options: options of ``ServiceClient.open``.
 
     Raises:
         ConfigError: pylsl is not installed.
@@ -65,7 +65,7 @@ class LslBridge(Bridge):
         self._outlet = None
 
     def run(self, stop: threading.Event) -> None:
-        """Feed until ``stop`` is set. A stream, session or service that is gone is waited for."""
+        """Feed until ``stop`` is set, waiting for a stream, session or service that is gone."""
         listener = threading.Thread(target=self._pass_markers, args=(stop,), daemon=True)
         if self._markers:
             listener.start()
@@ -90,7 +90,7 @@ class LslBridge(Bridge):
     def pull(self) -> Samples | None:
         samples = self.stream.pull(self.model.bin_width / 4)
         if samples is None and isinstance(self._session, SpikeSession):
-            return Samples(np.zeros((0, 1)), np.zeros(0))  # that there was none is to be sent
+            return Samples(np.zeros((0, 1)), np.zeros(0))  # an empty batch is to be sent
         return samples
 
     def hand_on(self, came: Samples) -> None:
@@ -100,7 +100,7 @@ class LslBridge(Bridge):
             self._bins(came)
 
     def _times(self, stamps: Any) -> list[int]:
-        """Stamps by our clock, ns; the session states how far off they may be."""
+        """Return time stamps by our clock in ns; the session states their uncertainty."""
         assert self._session is not None
         offset, off = lsl_minus_ours_s(self._pylsl, self.clock)
         self._session.clock.also_ns = round((self.stream.uncertainty_s + off) * 1e9)
@@ -128,7 +128,7 @@ class LslBridge(Bridge):
     # ---- markers -------------------------------------------------------------------------------
 
     def _pass_markers(self, stop: threading.Event) -> None:
-        """Pass markers on as events, in a thread of its own."""
+        """Forward markers as events; runs in its own thread."""
         stream = NamedStream(self._pylsl, self._markers, self.say)
         while not stop.is_set():
             samples = stream.pull(0.1) if stream.look(_LOOK_S) else None

@@ -1,9 +1,9 @@
 """Synapse: spike trains and broadband data of a tap, which are ZeroMQ messages in protobuf.
 
-Frames of spike trains (``synapse.SpiketrainFrame``) are bins; several of them are summed to one of
-the model's. Frames of broadband data (``synapse.BroadbandFrame``) are searched for spikes, which
-are where a channel falls below ``threshold`` times its noise. Channels are the model's units, by
-number where the units are named so, else in order. The fields are those of Synapse 2.
+Frames of spike trains (``synapse.SpiketrainFrame``) are bins, or fractions of the model's bins,
+which are summed. In frames of broadband data (``synapse.BroadbandFrame``) a spike is detected where
+a channel falls below ``threshold`` times its noise. Channels are the model's units, by number if
+the units are named so, else in order. The fields are those of Synapse 2.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ BROADBAND = {
 
 
 def frame_types() -> tuple[Any, Any]:
-    """Protobuf classes of frames of spike trains and of broadband data, with the fields that are
-    read here. Raises ConfigError: protobuf is not installed."""
+    """Return Protobuf classes of frames of spike trains and of broadband data.
+
+    They have the fields that are read here. Raises ConfigError if protobuf is not installed.
+    """
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except ModuleNotFoundError as error:
@@ -66,10 +68,10 @@ def frame_types() -> tuple[Any, Any]:
 
 
 class Detector:
-    """Finds spikes in broadband data: where a channel, less its mean, falls below a threshold.
+    """Detects spikes in broadband data: where a channel minus its mean falls below a threshold.
 
-    The mean and the noise (median absolute deviation) are those of the first second; then both
-    follow.
+    The mean and the noise (median absolute deviation) are estimated from the first second, then
+    updated.
 
     Args:
         threshold: in standard deviations of the noise, positive.
@@ -86,7 +88,7 @@ class Detector:
         self._sample = 0
 
     def find(self, values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Spikes in (S, C) samples: which sample of them each is, and its channel."""
+        """Return the spikes in samples (S, C): sample and channel of each."""
         if self._noise is None:
             self._first.append(values)
             if sum(map(len, self._first)) < _NOISE_S * self.rate:
@@ -121,18 +123,18 @@ class Detector:
 
 
 class SynapseBridge(ZmqBridge):
-    """Feeds one session from one tap.
+    """Feeds a session from a tap.
 
     Args:
         endpoint: the service's address.
-        stream: the tap's, as the device lists it, e.g. ``tcp://10.0.0.7:5581``.
+        stream: address of the tap, as the device lists it, e.g. ``tcp://10.0.0.7:5581``.
         session: the session's name.
-        threshold: of spikes in broadband data, in standard deviations of the noise.
-        say: is told what happens, a line each.
-        options: of ``ServiceClient.open``.
+        threshold: threshold of spikes in broadband data, in standard deviations of the noise.
+        say: receives a line for each event.
+        options: options of ``ServiceClient.open``.
 
     Raises:
-        ConfigError: protobuf is not installed, or ``stream`` is no address with a port.
+        ConfigError: protobuf is not installed, or ``stream`` is not an address with a port.
         ServiceError: the service is not reachable.
     """
 
@@ -172,7 +174,7 @@ class SynapseBridge(ZmqBridge):
         return frames
 
     def _decode(self, data: bytes) -> Any:
-        """A frame of either kind; None if it is neither."""
+        """Decode a frame of either kind; None if it is neither."""
         from google.protobuf.message import DecodeError
 
         try:
@@ -235,7 +237,7 @@ class SynapseBridge(ZmqBridge):
     # ---- broadband -------------------------------------------------------------------------------
 
     def _samples(self, frames: list[Any]) -> None:
-        """Search runs of frames that follow each other; what lies between two is missing."""
+        """Process runs of consecutive frames; samples between two runs are missing."""
         run: list[Any] = []
         for frame in frames:
             number, channels = frame.sequence_number, len(frame.frame_data)

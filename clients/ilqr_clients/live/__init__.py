@@ -1,1 +1,1 @@
-"""The live page: a process of its own that listens to a service and shows it in a browser."""
+"""The live page: a separate process that listens to a service and shows it in a browser."""

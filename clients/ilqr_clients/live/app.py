@@ -1,6 +1,6 @@
-"""The live page over HTTP: files of this package, the state, and a stream of answers.
+"""The HTTP server of the live page: static files, the state, and a stream of answers.
 
-Answers go out as server-sent events: plain HTTP, one way, and a browser connects again by itself.
+Answers are server-sent events: plain HTTP, one-way, and browsers reconnect by themselves.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ilqr_clients.live.feed import LiveFeed
 from ilqr_vae.errors import IlqrVaeError
 
 FRAME_S = 1 / 30
-"""Between two pieces of the stream: thirty pictures a second."""
+"""Time between two chunks of the stream: thirty frames per second."""
 MOST_AT_ONCE = 2000
-"""Entries in one piece."""
+"""Largest number of entries in a chunk."""
 _MOST_BODY = 4096
 
 SCRIPTS = ("live.js", "core.js", "charts.js", "planes.js", "units.js", "whatif.js")
@@ -54,21 +54,20 @@ def _content(name: str) -> bytes:
 
 
 class _Steer(msgspec.Struct):
-    """What a viewer asks of a run."""
+    """A viewer's request to steer a run."""
 
     session: str
     change: dict[str, Any]
 
 
 class Guard:
-    """Refuses a request for another host, from another page, or without the token.
+    """Refuses requests for another host, from another page, or without the token.
 
     Args:
-        app: what is guarded.
-        hosts: names that this page may be asked for by; a page of another name that resolves to
-            this address is not let in.
-        token: that every request must name as ``?token=``, but those for the page's scripts and
-            styles, which are everybody's; "" for none.
+        app: the guarded application.
+        hosts: accepted host names; other names that resolve to this address are refused.
+        token: required as ``?token=`` in each request, except for scripts and styles, which are
+            public; "" for none.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: frozenset[str], token: str) -> None:
@@ -96,7 +95,7 @@ class Guard:
 
 
 def application(feed: LiveFeed, *, hosts: frozenset[str] = frozenset(), token: str = "") -> ASGIApp:
-    """The page of a feed."""
+    """Return the application for a feed."""
     contents = {name: _content(name) for name in _TYPES}
 
     async def asset(request: Request) -> Response:
@@ -139,7 +138,7 @@ def application(feed: LiveFeed, *, hosts: frozenset[str] = frozenset(), token: s
 
 
 async def _events(feed: LiveFeed, session: str, request: Request) -> AsyncIterator[bytes]:
-    """State when it changes, alarms as they come, and the session's answers."""
+    """Yield the state when it changes, alarms, and the answers of the session."""
     position = alarm = 0
     told: dict[str, Any] = {}
     begun = -1

@@ -1,7 +1,7 @@
-"""What a service publishes, kept for the last minutes for any number of viewers.
+"""A buffer of the last minutes of a service's results, for any number of viewers.
 
-One thread listens as any listener does. It never blocks on a viewer: viewers read from the buffer,
-at their own pace, and miss what has left it.
+One thread listens to the service. It never blocks on a viewer: viewers read from the buffer at
+their own pace, and miss entries that have left it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ilqr_vae.protocol import messages
 from ilqr_vae.report.data import plain
 
 KEPT = 18_000
-"""Entries of each session, three a bin: 5 minutes at 20 bins a second, 30 s at 200."""
+"""Entries per session, three per bin: 5 minutes at 20 bins per second, 30 s at 200."""
 KEPT_ALARMS = 200
 _ASK_S, _TURN_S = 1.0, 0.05
 _SHOWN_UNITS = 256
 _MOST_AT_ONCE = 1000
 _KEEP = 5000
-"""Messages that wait for this process; newer ones are lost to it, and to nobody else."""
+"""Messages queued for this process; further ones are lost to it, but to no other listener."""
 _REPEATED = 200
-"""Bins back that a service may publish again; what is older is of another run."""
+"""A service may publish this many bins again; an older index belongs to another run."""
 _STEERED_S = 5.0
-"""Seconds after its last word for which a run counts as one that can be steered."""
+"""Seconds after its last message for which a run counts as steerable."""
 
 Numbers = Annotated[list[float | None], msgspec.Meta(max_length=64)]
 Place = Annotated[list[float], msgspec.Meta(min_length=2, max_length=2)]
@@ -75,7 +75,7 @@ class SteeringEvent(msgspec.Struct):
 
 
 def shown(answer: Answer) -> dict[str, Any]:
-    """An answer as the page takes it: numbers rounded to what a screen shows, times in ms."""
+    """Return an answer for the page: numbers rounded for a screen, times in ms."""
 
     def few(values: Any) -> list[float | None]:
         return [float(f"{v:.4g}") if np.isfinite(v) else None for v in values]
@@ -105,8 +105,7 @@ def shown(answer: Answer) -> dict[str, Any]:
 
 
 def detail_shown(detail: messages.Detail) -> dict[str, Any]:
-    """A detail as the page takes it: counts of the units shown, which of them were not used, and
-    the inputs of an earlier bin."""
+    """Return a detail for the page: counts of shown units, unused units, and earlier inputs."""
     shown: dict[str, Any] = {"i": detail.index, "ui": detail.index - detail.input_delay}
     if detail.counts is not None:
         counts = messages.unpack(detail.counts, "counts")[:_SHOWN_UNITS]
@@ -129,13 +128,15 @@ def _topics(session: str) -> tuple[bytes, ...]:
 
 @dataclass
 class SessionBuffer:
-    """One session's buffer.
+    """The buffer of a session.
 
     Attributes:
-        entries: the newest, at most ``KEPT``, each as JSON; written: how many there ever were.
-        epoch: of the session; status: of its newest answer; newest: its bin.
-        begun: how often the buffer began anew.
-        run: what its feeder said of how it can be steered, and when.
+        entries: the newest ``KEPT`` entries, as JSON.
+        written: total number of entries so far.
+        epoch: epoch of the session.
+        status, newest: status and bin of its newest answer.
+        begun: number of restarts of the buffer.
+        run: how its feeder can be steered, and when it said so.
     """
 
     entries: deque[bytes] = field(default_factory=lambda: deque(maxlen=KEPT))
@@ -147,7 +148,7 @@ class SessionBuffer:
     run: tuple[SteeringEvent, float] | None = None
 
     def begin(self, message: messages.Result | messages.Detail | messages.Event) -> None:
-        """Forget what is of another run of the session."""
+        """Drop entries of another run of the session."""
         again = (
             isinstance(message, messages.Result)
             and message.revision == 0
@@ -166,32 +167,32 @@ class SessionBuffer:
         self.written += 1
 
     def after(self, position: int, most: int = KEPT) -> tuple[list[bytes], int]:
-        """The entries written after ``position``, oldest first, and the position after them."""
+        """Return the entries after ``position``, oldest first, and the new position."""
         missing = min(len(self.entries), max(0, self.written - position))
         start = len(self.entries) - missing
         found = list(islice(self.entries, start, start + most))
         return found, self.written - missing + len(found)
 
     def steered(self) -> SteeringEvent | None:
-        """How it can be steered now, if it can."""
+        """Return how the session can be steered now, if it can."""
         if self.run is None or time.monotonic() - self.run[1] > _STEERED_S:
             return None
         return self.run[0]
 
 
 class LiveFeed:
-    """Listens to a service in a thread; goes on when the service restarts.
+    """Listens to a service in a thread, across restarts of the service.
 
     Args:
-        endpoint: of the service.
-        timeout: seconds that one request may take.
-        what_if: let viewers steer a run that can be steered on this machine.
+        endpoint: address of the service.
+        timeout: seconds to wait for a reply.
+        what_if: whether viewers may steer runs on this machine.
 
     Attributes:
-        lock: held while the rest is read or written.
-        state: what is served and which sessions there are, ready for JSON.
-        channels: a buffer for each session, by name.
-        alarms: what went wrong and what is news, oldest first.
+        lock: protects the other attributes.
+        state: served models and sessions, ready for JSON.
+        channels: buffer of each session, by name.
+        alarms: alarms and news, oldest first.
     """
 
     def __init__(self, endpoint: str, *, timeout: float = 3.0, what_if: bool = False) -> None:
@@ -200,7 +201,7 @@ class LiveFeed:
         self.state: dict[str, Any] = {"endpoint": endpoint, "reachable": False, "sessions": []}
         self.channels: dict[str, SessionBuffer] = {}
         self.alarms: deque[dict[str, Any]] = deque(maxlen=KEPT_ALARMS)
-        # so that numbers grow over a restart of this process too, and JavaScript can count them
+        # numbers that increase even over restarts of this process, within JavaScript's integers
         self._numbered = time.time_ns() // 1_000_000
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-feed", daemon=True)
@@ -239,7 +240,7 @@ class LiveFeed:
                 self._ended.wait(_ASK_S)
 
     def _listen(self) -> None:
-        """Until it is to end. Raises IlqrVaeError where the service goes away."""
+        """Listen until closed. Raises IlqrVaeError if the service goes away."""
         context: zmq.Context[Any] = zmq.Context()
         try:
             with ServiceClient(self.endpoint, timeout=self._timeout) as service:
@@ -305,7 +306,7 @@ class LiveFeed:
             self.state = plain(state)
 
     def _shown_run(self, session: str) -> dict[str, Any] | None:
-        """How a session can be steered, without its secret."""
+        """Return how a session can be steered, without the secret."""
         channel = self.channels.get(session)
         run = None if channel is None else channel.steered()
         if run is None or not self.what_if:
@@ -313,11 +314,11 @@ class LiveFeed:
         return {k: v for k, v in msgspec.to_builtins(run).items() if k not in ("address", "secret")}
 
     def steer(self, session: str, change: dict[str, Any]) -> dict[str, Any]:
-        """Change a run; its state.
+        """Change a run, and return its state.
 
         Raises:
-            ConfigError: it cannot be steered from here, or the change cannot be made.
-            ServiceUnreachableError: it does not answer.
+            ConfigError: the run cannot be steered from here, or the change is invalid.
+            ServiceUnreachableError: the run does not answer.
         """
         with self.lock:
             channel = self.channels.get(session)
@@ -331,7 +332,7 @@ class LiveFeed:
             return remote.change(**change)
 
     def _event(self, event: messages.Event, channel: SessionBuffer) -> None:
-        """Keep an event. One named as the page's own, but without its fields, is a plain one."""
+        """Add an event. One with a reserved name but other fields is a plain event."""
         try:
             if event.name == "kinematics":
                 for row in msgspec.convert(event.payload, _Rows).rows:
@@ -367,7 +368,7 @@ class LiveFeed:
                 with self.lock:
                     before, channel.status = channel.status, answer.status
                     channel.add({"b": entry})
-                if answer.status not in ("ok", before):  # the first of a row of them
+                if answer.status not in ("ok", before):  # the first of several in a row
                     what = f"{answer.status} from bin {answer.index} on"
                     self._alarm("status", what, message.session)
             elif isinstance(message, messages.Detail):
