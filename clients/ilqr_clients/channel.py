@@ -1,9 +1,9 @@
-"""A session's connection to the service: opening it, taking what comes, seeing to what is lost.
+"""The connection of a session to the service: opening, receiving, and recovery of losses.
 
-Every wait has an end. While an answer is due and none comes, the session asks the service for the
-answers it has not received, and sends the bins that the service has not received again: so it
-survives a connection that breaks, and a service that is restarted with its journal. After
-``patience`` seconds without progress an exception says what is wrong.
+All waits are bounded. While an answer is overdue, the session asks the service for the answers it
+has not received, and sends bins again that the service has not received. So it survives a broken
+connection, and a service that is restarted with its journal. After ``patience`` seconds without
+progress an exception says what is wrong.
 """
 
 from __future__ import annotations
@@ -33,43 +33,44 @@ from ilqr_vae.protocol.clock import Clock, ClockOffset, MonotonicClock
 from ilqr_vae.protocol.keys import ClientKey
 
 NORMAL = ("credits", "late")
-"""Fields of refusals that are part of a stream."""
+"""Fields of refusals that are normal in a stream."""
 
 OnError = Callable[[ServiceError], None]
 TURN_S = 0.25
-"""Longest single wait; between two of them a session looks after what is lost."""
+"""Longest single wait; between waits a session checks for losses."""
 
 _LINGER_MS = 200
 
 
 class Channel(Closing):
-    """A session with the service, without what it is fed with.
+    """A session with the service, without the sending of data.
 
     Args:
         endpoint, results: the service's addresses.
-        request: what to open.
-        timeout: seconds that opening may take.
+        request: the message that opens the session.
+        timeout: seconds to wait for the session to open.
         patience: seconds without progress, while answers are due and no bin is sent, after which
             ``send``, ``receive`` and ``step`` raise; twelve times as long while bins are sent.
-        key: of a service that has keys.
-        timer: this client's clock; default the machine's.
-        clock: the service's against it.
-        hear_events, hear_details: subscribe to the session's events and details too.
-        on_error: called with what ``send`` and ``receive`` would raise of the service, and with
-            every refused bin, instead; they then go on. What it raises is raised. ``step`` raises.
+        key: key for a service that requires keys.
+        timer: this client's clock; default: the machine's.
+        clock: offset of the service's clock from it.
+        hear_events, hear_details: also subscribe to events and details of the session.
+        on_error: called with errors of the service and each refused bin, instead of raising them in
+            ``send`` and ``receive``, which then continue. Exceptions that it raises propagate.
+            ``step`` always raises.
 
     Attributes:
-        opened: what the service said: model, latents, kinematic names and units, horizon.
-        credits: bins the service would take now without falling behind.
-        notices: what the service published about the session, oldest first.
-        refused: refusals of single messages, oldest first. Those of bins beyond the credits and
-            of bins too late are part of a stream: ``send`` and ``receive`` do not raise them.
-        events: of the experiment, as published, oldest first; if they are heard.
-        details: of the answers, oldest first; if they are heard. Whoever hears them empties it.
+        opened: reply of the service: model, latents, kinematic names and units, horizon.
+        credits: number of bins that the service accepts now.
+        notices: notices about the session, oldest first.
+        refused: refusals of single messages, oldest first. Refusals of bins beyond the credits and
+            of late bins are normal in a stream: ``send`` and ``receive`` do not raise them.
+        events: events of the experiment, oldest first, if subscribed.
+        details: details of the answers, oldest first, if subscribed; the caller empties it.
 
     Raises:
         ServiceUnreachableError: no answer within ``timeout``.
-        RequestRefusedError: the service does not open the session; the field says why.
+        RequestRefusedError: the service refuses the session; the field says why.
     """
 
     def __init__(
@@ -130,8 +131,10 @@ class Channel(Closing):
             raise
 
     def _open(self) -> None:
-        """Wait until the service has seen the subscription (it answers each), then open, and wait
-        for the answers on both sockets: nothing published from then on is missed."""
+        """Subscribe, wait for the confirmation, open, and wait for replies on both sockets.
+
+        The service confirms each subscription, so nothing published afterwards is missed.
+        """
         end, before = time.monotonic() + self.timeout, -1
         begins = ("opened", "resumed")
         while self._opened is None or not any(n.startswith(begins) for n in self.notices[before:]):
@@ -165,17 +168,17 @@ class Channel(Closing):
         return self._opened
 
     def send_raw(self, frame: bytes) -> None:
-        """Send one frame as it is."""
+        """Send a frame unchanged."""
         self._dealer.send(frame)
 
     def receive(self, timeout: float = 0.0) -> list[Answer]:
-        """Return all answers that have come, waiting up to ``timeout`` seconds for the first.
+        """Return available answers, waiting up to ``timeout`` seconds for the first.
 
-        Answers are of this session's epoch, in order of arrival, and none comes twice. Credits,
-        notices and refusals are kept on the session.
+        Answers are of this session's epoch, in order of arrival, without repetitions. Credits,
+        notices and refusals are stored in the session.
 
         Raises:
-            ProtocolError: a message that is not the protocol's.
+            ProtocolError: a message is invalid.
             As ``send``, once all answers were taken.
         """
         end = time.monotonic() + timeout
@@ -195,11 +198,11 @@ class Channel(Closing):
         return f"session {self.request.session!r} at {self.endpoint}"
 
     def abandon(self) -> None:
-        """Close the sockets and leave the session open, as a feeder that dies does."""
+        """Close the sockets and leave the session open, as if the feeder had died."""
         self._context.destroy(linger=0)
 
     def close(self) -> None:
-        """Tell the service, wait up to a second for its word, and close the sockets."""
+        """Close the session, wait up to a second for the confirmation, and close the sockets."""
         if self._context.closed:
             return
         r, close = self.request, messages.Close
@@ -214,12 +217,12 @@ class Channel(Closing):
     # ---- what comes ----------------------------------------------------------------------------
 
     def _take(self, timeout: float) -> None:
-        """Take everything that has come, waiting up to ``timeout`` seconds for the first."""
+        """Handle available messages, waiting up to ``timeout`` seconds for the first."""
         if not self._poller.poll(max(0, int(timeout * 1e3))):
             return
         self._outstanding.heard = time.monotonic()
         for message, arrived in self._topic.take():
-            self._confirmed = True  # whatever it is, the service has seen the subscription
+            self._confirmed = True  # any message shows that the subscription is active
             if message is None or message.epoch != self.request.epoch:
                 continue
             if isinstance(message, messages.Event):
@@ -258,7 +261,7 @@ class Channel(Closing):
         self._outstanding.answered(index)
 
     def _resend(self, opened: messages.Opened, frames: list[bytes]) -> None:
-        """Send again what the service does not have."""
+        """Send bins again that the service does not have."""
         for frame in frames:
             self.send_raw(frame)
 
@@ -289,13 +292,13 @@ class Channel(Closing):
                     self._ended = self._ended or "unknown"
             case messages.Probed():
                 self.clock.take(reply)
-            case messages.Described():  # after a restart its results may be elsewhere
+            case messages.Described():  # after a restart the results address may differ
                 self._topic.connect(reachable(reply.results, self.endpoint))
             case _:
                 pass
 
     def _ask(self) -> None:
-        """Ask the service what it has of the session, and a fleet where it lives."""
+        """Ask the service for the state of the session, and a fleet for its server."""
         answered = self._outstanding.asked(time.monotonic())
         again = replace(self.request, resume=True, begin=False, answered=answered)
         self.send_raw(messages.encode(again))
@@ -305,8 +308,10 @@ class Channel(Closing):
             self._front.send(messages.encode(again))
 
     def _move(self, moved: messages.Moved) -> None:
-        """Go to the server of a fleet that has the session; it is opened or resumed there once it
-        has seen the subscription."""
+        """Connect to the server of a fleet that has the session.
+
+        The session is opened or resumed once the subscription is active.
+        """
         address = reachable(moved.ingest, self.endpoint)
         if address == self._at:
             self._outstanding.not_yet()
@@ -327,7 +332,7 @@ class Channel(Closing):
             self.notices.append(f"moved: {self._at}, down {moved.down_ns / 1e9:.2f} s")
 
     def _report_refusals(self) -> None:
-        """Raise the oldest refusal that was not reported, or hand all of them to ``on_error``."""
+        """Raise the oldest unreported refusal, or pass all of them to ``on_error``."""
         while self._refusals:
             error = refusal(self.endpoint, self._refusals.pop(0))
             if self.on_error is None:
@@ -335,7 +340,7 @@ class Channel(Closing):
             self.on_error(error)
 
     def _report(self, *, sending: bool = False) -> None:
-        """Raise what is wrong, or hand it to ``on_error``; sending after the end is wrong twice."""
+        """Raise the error or pass it to ``on_error``; always raise when sending after the end."""
         self._report_refusals()
         try:
             self._check()
@@ -347,7 +352,7 @@ class Channel(Closing):
                 self.on_error(error)
 
     def _check(self, *, raise_ended: bool = False) -> None:
-        """Raise if the session has ended or waits for too long; ask if answers may be lost."""
+        """Raise if the session has ended or an answer is overdue; ask if answers may be lost."""
         if self._ended and (raise_ended or not self._ready):
             raise SessionEndedError(self._where, reason=self._ended)
         now, waiting = time.monotonic(), self._outstanding

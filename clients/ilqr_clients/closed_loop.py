@@ -29,7 +29,7 @@ from ilqr_vae.simulated.subject import TICK, Hand, Subject
 Array = NDArray[np.float64]
 
 ENDLESS = MOST_BINS
-"""Trials that no run finishes."""
+"""Number of trials that no run completes."""
 
 WORKSPACE = 0.20
 """Metres from the centre at which the cursor stops."""
@@ -52,7 +52,7 @@ class Reaching:
     paths: tuple[Array, ...] = ()
 
     def shown(self) -> Reaches:
-        """For a report."""
+        """Return the reaches for a report."""
         targets = np.array([t.target for t in self.trials]).reshape(-1, 2)
         return Reaches(self.paths, targets, tuple(t.success for t in self.trials))
 
@@ -88,13 +88,15 @@ class Trace:
         self._at.append(np.array(cursor, dtype=np.float64))
 
     def path(self, trial: TrialRecord) -> Array:
-        """(L, 2) from the go until the target was acquired, else the trial's end."""
+        """Return the path (L, 2) from the go cue to acquisition, or else to the end of the
+        trial.
+        """
         end = trial.acquired if trial.success else trial.stop
         a, b = (round(t / self._step) for t in (trial.go, end))
         return np.array(self._at[a : b + 1]).reshape(-1, 2)
 
     def efficiency(self, trial: TrialRecord) -> float:
-        """Straight distance over distance travelled from go to acquired; NaN for a failed trial."""
+        """Return straight distance over path length, from go to acquisition; NaN if it failed."""
         path = self.path(trial)
         if not trial.success or len(path) < 2:
             return float("nan")
@@ -111,7 +113,7 @@ def unit_columns(model_units: tuple[str, ...], units: int) -> NDArray[np.int64]:
     """Return the index of each of the model's units among the subject's.
 
     Raises:
-        ConfigError: a unit of the model is not the simulated subject's.
+        ConfigError: a unit of the model is not one of the subject's.
     """
     index = {f"unit{i:03d}": i for i in range(units)}
     unknown = [name for name in model_units if name not in index]
@@ -138,7 +140,7 @@ class LoopLog:
         held: number of bins whose answer missed the deadline, so that an older velocity was kept.
         bins: number of bins sent.
         velocities: (bins, 2), m/s, applied to the cursor.
-        counts: (bins, N), what was sent.
+        counts: (bins, N), counts that were sent.
     """
 
     stream: StreamLog
@@ -168,13 +170,14 @@ def run_loop(
     """Run ``trials`` reaches, or stop after ``MAX_TRIAL_S`` per trial.
 
     Args:
-        session: open; its first two kinematic channels are velocities (``metres_per_second``).
-        subject, task: not used before.
+        session: an open session, whose first two kinematic channels are velocities
+            (``metres_per_second``).
+        subject, task: new ones.
         columns: index of each of the session's units among the subject's.
         deadline: seconds from a bin's send to its answer.
         speed: multiple of real time; None sends the next bin as soon as one is answered.
         patience: seconds without any answer, while some are due, before giving up.
-        steering: what goes wrong with the bins, and who steers; it is told cursor and target.
+        steering: disturbances of the bins, and the decoder that steers; receives cursor and target.
 
     Raises:
         ServiceUnreachableError, AnswerTimeoutError: no answer for ``patience`` seconds.
@@ -194,7 +197,7 @@ def run_loop(
     stream.started_ns = time.monotonic_ns()
     heard_ns, newest = stream.started_ns, -1
     begun_ns = stream.started_ns
-    waiting: deque[Array] = deque()  # velocities that come later
+    waiting: deque[Array] = deque()  # velocities that arrive late
     for index in range(limit):
         begun_ns += _paused(session, stream, steering, index)
         trace.add(cursor)
@@ -251,7 +254,7 @@ def run_loop(
 
 
 def _paused(session: Session, log: StreamLog, steering: Steering, index: int) -> int:
-    """Begin what changes with a bin, and wait while it is paused; how many ns that took."""
+    """Apply the changes due at a bin, and wait while paused; return the ns that this took."""
     began, took, pauses = time.monotonic_ns(), 0, 0
     while True:
         pauses += sum(round((change.pause or 0) * 1e9) for change in steering.begin(index))

@@ -66,7 +66,7 @@ def check_velocity(model: Model) -> None:
 
 
 def reaches_table(each: dict[str, Reaching]) -> Table:
-    """Who reaches how well; times and efficiency only from ``FEWEST_SUCCESSES`` successes on."""
+    """Return the table of reaches; times and efficiency need ``FEWEST_SUCCESSES`` successes."""
     rows: list[tuple[str, ...]] = []
     for name, reaching in each.items():
         s = reaching.summary()

@@ -46,14 +46,14 @@ class LoadResult:
     Attributes:
         sent: bins sent, without duplicates.
         first, revised: answers of revision 0, and later ones.
-        repeated: answers that came twice under one index and revision.
+        repeated: answers received more than once.
         unanswered: sent bins without any answer.
         shed: first answers of bins that the service shed under overload.
         seconds: from the first send to the end of the last session.
         cpu_us: processor time of this process per bin sent, microseconds.
         stamps: of the bins after the warm-up whose first answer used their data.
-        late_ms: how late each bin after the warm-up was sent.
-        clock: the comparison of the two clocks; bounds what is known of times across them.
+        late_ms: delay of each send after the warm-up.
+        clock: comparison of the two clocks, with the uncertainty of times across them.
         statuses: of the newest revision of each bin; ``first_statuses`` of the first.
         refused: number of refusals by field.
         notices: number of notices by their first word.
@@ -149,7 +149,7 @@ _ENDS = ("closed", "idle", "shutdown")
 
 
 def _drained(socket: zmq.Socket[bytes]) -> Iterator[bytes]:
-    """The last frame of each message received so far."""
+    """Return the last frame of each available message."""
     while True:
         try:
             yield socket.recv_multipart(zmq.NOBLOCK)[-1]
@@ -162,7 +162,7 @@ class Generator(Closing):
 
     Args:
         endpoint: address of the service.
-        load, faults: what is sent, see ``load_schedule``.
+        load, faults: the schedule, see ``load_schedule``.
         prefix: prefix of the session names.
         keep: keep the newest answer of every bin in ``outcome.results``.
         timer: this client's clock; default the machine's.
@@ -332,7 +332,7 @@ class Generator(Closing):
         """Receive what has arrived, or wait up to ``wait`` seconds for something.
 
         It blocks instead of spinning, to leave the cores to the service under load."""
-        # ZeroMQ's descriptors signal new messages only once all earlier ones were read.
+        # ZeroMQ's descriptors signal new messages only after all earlier ones were read.
         if not self._emptied() and wait > 0:
             select.select(self._descriptors, [], [], wait)
             self._emptied()

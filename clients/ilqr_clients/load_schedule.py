@@ -1,4 +1,4 @@
-"""What a load sends and when. The whole schedule is drawn from a seed before the first send.
+"""The schedule of a load, which is drawn from a seed before the first send.
 
 Faults: bins that are dropped, duplicated, reordered or delayed by jitter, and a stall after which
 all bins held back are sent at once.
@@ -22,7 +22,7 @@ class Faults:
         reorder: a bin may be sent up to this many places late.
         jitter: largest delay of a send in bin widths; delays are uniform.
         stall: seconds without a send, half-way; then all bins held back are sent at once.
-        seed: of all random draws, the counts and the sessions' phases included.
+        seed: seed of all random draws, including counts and phases of the sessions.
     """
 
     drop: float = 0.0
@@ -40,7 +40,7 @@ class LoadSize:
     Attributes:
         sessions: number of concurrent sessions.
         bins: bins per session.
-        warm_up: the first bins of each session, which no latency is taken of.
+        warm_up: number of first bins per session whose latency is not recorded.
         speed: multiple of real time.
         deadline: seconds from arrival to answer; 0 is the bin width.
         clocked, anytime: options of the sessions; see ``messages.Open``.
@@ -68,9 +68,9 @@ class Send(NamedTuple):
 
 
 def completed(load: LoadSize, faults: Faults, bin_width: float) -> NDArray[np.float64]:
-    """When each bin is complete, (sessions, bins), nanoseconds from the start.
+    """Return when each bin is complete, (sessions, bins), in nanoseconds from the start.
 
-    Each session has a phase of its own within a bin; that of the first is zero.
+    Each session has its own phase within a bin; that of the first is zero.
     """
     phases = np.random.default_rng([faults.seed, 0, 1]).random(load.sessions)
     phases[0] = 0.0
@@ -78,7 +78,7 @@ def completed(load: LoadSize, faults: Faults, bin_width: float) -> NDArray[np.fl
 
 
 def schedule(load: LoadSize, faults: Faults, bin_width: float) -> list[Send]:
-    """All sends in order of time."""
+    """Return all sends in order of time."""
     rng = np.random.default_rng(faults.seed)
     width = bin_width / load.speed * 1e9
     sends: list[Send] = []
@@ -101,6 +101,6 @@ def schedule(load: LoadSize, faults: Faults, bin_width: float) -> list[Send]:
 
 
 def counts_of(load: LoadSize, faults: Faults, session: int, n_units: int) -> NDArray[np.int64]:
-    """The counts (T, N) of one session."""
+    """Draw the counts (T, N) of a session."""
     rng = np.random.default_rng([faults.seed, session])
     return rng.poisson(load.rate, (load.bins, n_units))

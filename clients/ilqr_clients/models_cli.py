@@ -1,4 +1,4 @@
-"""``ilqr-vae models``: what a running service serves, and putting another model in its place."""
+"""``ilqr-vae models``: list and replace the models of a running service."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def models(
 ) -> None:
     """List, load, swap or roll back the models of a running service.
 
-    load serves a file once it is warm; shadow runs it beside what is served, so that both scores
-    can be compared (list); swap then serves it; rollback drops a shadow, else serves what served
-    before. Sessions change over at their next bin. A refused file changes nothing. Where nothing
-    answers at the address, that is said within seconds.
+    load serves a file once it is warm. shadow runs it beside the served model, so that their scores
+    can be compared (list). swap then serves it. rollback drops a shadow, or serves the previous
+    model. Sessions switch at their next bin. A refused file changes nothing. If no service answers,
+    the command fails within seconds.
     """
     if action not in ACTIONS:
         raise ConfigError("action", expected=", ".join(ACTIONS), got=repr(action))
@@ -49,7 +49,7 @@ def models(
     with ServiceClient(to, timeout=min(timeout, PATIENCE_S)) as service:
         match action:
             case "load" | "shadow":
-                service.describe()  # is there one? A model may take long
+                service.describe()  # check that it answers: a model may take long
                 infos = service.load(path, slot=slot, shadow=action == "shadow", timeout=timeout)
             case "swap":
                 infos = service.swap(slot)

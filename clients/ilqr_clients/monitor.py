@@ -1,4 +1,4 @@
-"""What a running service is doing: its sessions, their latency, the newest decodes."""
+"""The state of a running service: sessions, latency, newest decodes."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from ilqr_vae.terminal import visible
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceState:
-    """A service at one moment.
+    """A snapshot of a service.
 
     Attributes:
-        newest: the newest answer of each session that has one, by name.
-        live: names of the sessions whose newest answer was published while the monitor listened.
-            The others' was sent on subscription, so that its arrival says nothing of the way.
-        names, units: of the kinematics.
-        rates: bins answered per second since the snapshot before, by session.
-        clock: the service's against this client's.
+        newest: newest answer of each session that has one, by name.
+        live: names of sessions whose newest answer was published while the monitor listened. For
+            others it was sent on subscription, so its arrival is not a transit time.
+        names, units: names and units of the kinematics.
+        rates: bins answered per second since the previous snapshot, by session.
+        clock: offset of the service's clock from this client's.
     """
 
     endpoint: str
@@ -56,7 +56,7 @@ class ServiceState:
     clock: ClockOffset
 
     def to_json(self) -> dict[str, Any]:
-        """Ready for ``json.dumps``; times in milliseconds, None for what is not known."""
+        """Return the state for ``json.dumps``; times in milliseconds, None if not known."""
         shown = {
             "endpoint": self.endpoint,
             "model": self.model,
@@ -99,12 +99,12 @@ class ServiceState:
 
 
 def _crossing(took: tuple[int, int] | None) -> dict[str, float] | None:
-    """A latency from one clock to the other, and how far off it may be; milliseconds."""
+    """Return a latency across the clocks, and its uncertainty, in milliseconds."""
     return None if took is None else {"ms": took[0] / 1e6, "uncertainty_ms": took[1] / 1e6}
 
 
 class Monitor(Closing):
-    """Asks a service for its sessions and listens to their results.
+    """Requests the sessions of a service and listens to their results.
 
     Args:
         timer: this client's clock; default the machine's.
@@ -116,7 +116,7 @@ class Monitor(Closing):
     def __init__(self, endpoint: str, *, timeout: float = 3.0, timer: Clock | None = None) -> None:
         self._service = ServiceClient(endpoint, timeout=timeout, timer=timer)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._listened: dict[str, int] = {}  # since when, by the service's clock
+        self._listened: dict[str, int] = {}  # start of the listening, by the service's clock
         self._live: set[str] = set()
         self._newest: dict[str, Answer] = {}
         self._bins: dict[str, int] = {}
@@ -137,7 +137,7 @@ class Monitor(Closing):
         self._context.destroy(linger=0)
 
     def listen(self, seconds: float) -> None:
-        """Take results for ``seconds``; only the newest of each session is decoded."""
+        """Receive results for ``seconds``; only the newest of each session is decoded."""
         end = time.monotonic() + seconds
         latest: dict[bytes, tuple[bytes, int]] = {}
         while True:
@@ -156,7 +156,7 @@ class Monitor(Closing):
                     self._live.add(message.session)
 
     def snapshot(self) -> ServiceState:
-        """Ask now. Raises ServiceError where the service has gone away."""
+        """Request the state now. Raises ServiceError if the service has gone away."""
         described = self._service.describe()
         sessions = self._service.sessions()
         now = time.monotonic()
@@ -193,7 +193,7 @@ class Monitor(Closing):
 
 
 def _ways(answer: Answer, clock: ClockOffset, *, live: bool) -> str:
-    """The newest answer's times to and from the service, each with its uncertainty."""
+    """Return the transit times of the newest answer, each with its uncertainty."""
     parts: list[str] = []
     out = answer.wire_out_ns(clock) if live else None
     for name, way in (("in", answer.wire_in_ns()), ("out", out)):
@@ -204,7 +204,7 @@ def _ways(answer: Answer, clock: ClockOffset, *, live: bool) -> str:
 
 
 def view(snapshot: ServiceState, width: int = WIDTH, height: int | None = None) -> Text:
-    """A snapshot for a terminal of that width; as many sessions are told of as its height holds."""
+    """Return a snapshot for a terminal; its height limits the number of sessions."""
     ready = ("ready", "green") if snapshot.ready else ("not ready", "yellow")
     where = visible(f"model {snapshot.model} on {snapshot.device}")
     lines = [Text.assemble((visible(snapshot.endpoint), "bold"), "  ", ready, f"  {where}")]
@@ -248,7 +248,7 @@ def _table(snapshot: ServiceState, sessions: list[messages.SessionInfo]) -> Tabl
 
 
 def _details(snapshot: ServiceState, info: messages.SessionInfo, width: int) -> list[Text]:
-    """What there is to say of one session beside its numbers."""
+    """Return further information on a session."""
     answer = snapshot.newest.get(info.session)
     rows: list[tuple[str, str, str]] = []
     if answer is not None and answer.kinematics.size:

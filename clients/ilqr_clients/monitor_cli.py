@@ -70,5 +70,5 @@ def monitor(
 
 
 def _fitting(shown: ServiceState, screen: Console) -> Text:
-    """The view for the terminal as large as it is now."""
+    """Return the view for the current size of the terminal."""
     return view(shown, screen.width, screen.height if screen.is_terminal else None)

@@ -1,4 +1,4 @@
-"""Play a span of a recording as it is steered: the source of a replay that a person can steer."""
+"""The source of a replay that can be steered: plays a span of a recording."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Played:
-    """What was played, for the bins of a stream; at most ``MOST_BINS``.
+    """The played bins of a stream; at most ``MOST_BINS``.
 
     Attributes:
-        rows: of the recording.
-        counts: (N,) as they were sent, zeros where nothing was.
-        mask: (N,), True where observed; all False where nothing was sent.
-        decoders: (D,) by each rival.
+        rows: bins of the recording.
+        counts: (N,) counts as sent; zeros if nothing was sent.
+        mask: (N,), True where observed; all False if nothing was sent.
+        decoders: (D,) decodes of each rival.
     """
 
     rows: list[int] = field(default_factory=list[int])
@@ -36,7 +36,7 @@ class Played:
     decoders: dict[str, list[Array]] = field(default_factory=dict[str, "list[Array]"])
 
     def add(self, row: int, given: tuple[Counts, Mask | None] | None, units: int) -> None:
-        """One bin: of which row it is, and what was sent."""
+        """Add a bin: its row in the recording, and what was sent."""
         counts, mask = given or (np.zeros(units, dtype=np.uint16), np.zeros(units, dtype=bool))
         self.rows.append(row)
         self.counts.append(counts)
@@ -44,16 +44,16 @@ class Played:
 
 
 class Player:
-    """Bins of a recording, disturbed, in the order and at the times that its steering says.
+    """The bins of a recording, with the disturbances, order and times of its steering.
 
     Args:
-        recording: the bins to play, all of them.
-        steering: what is to be done with them.
-        interval: seconds between bins; None as fast as credits allow.
-        dropped: bool (T,), bins of the stream that are not sent in any case.
+        recording: recording to play entirely.
+        steering: how to play it.
+        interval: seconds between bins; None for as fast as credits allow.
+        dropped: bool (T,), bins of the stream that are never sent.
 
     Attributes:
-        played: so far.
+        played: bins played so far.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Player:
         return self._upcoming
 
     def _changed(self, now_ns: int) -> bool:
-        """Begin what is to change with the next bin; True while nothing is to be sent."""
+        """Apply the changes due at the next bin; return True while paused."""
         width = self._recording.bin_width
         assert self._base_ns is not None
         for change in self._steering.begin(self._index):
@@ -111,7 +111,7 @@ class Player:
         return self._steering.paused
 
     def _made(self, now_ns: int) -> NextBin | None:
-        """The bin of the row that is next; None if it is dropped."""
+        """Return the bin of the next row; None if it is dropped."""
         row, index = self._row, self._index
         self._row, self._index = row + 1, index + 1
         mask = seen(self._mask[row])
@@ -148,7 +148,7 @@ class Player:
 
 
 def _marks_of(recording: Recording) -> dict[int, list[tuple[str, dict[str, Any], float]]]:
-    """Starts, stops and events of the trials by bin: name, payload, and how far into the bin."""
+    """Return starts, stops and events of trials by bin: name, payload, and offset in the bin."""
     made: dict[int, list[tuple[str, dict[str, Any], float]]] = {}
     trials = recording.trials
     if trials is None:
@@ -166,16 +166,15 @@ def _marks_of(recording: Recording) -> dict[int, list[tuple[str, dict[str, Any],
 
 
 def as_played(part: Part, first: int, played: Played) -> tuple[Part, NDArray[np.bool_]]:
-    """The span as it was played, for a report: a recording of the bins that were streamed.
+    """Return the span as played, for a report: a recording of the streamed bins.
 
     Args:
-        part: that was played.
-        first: bin of its recording that was played first.
+        part: the part that was played.
+        first: first bin of its recording that was played.
         played: rows count from ``first``.
 
     Returns:
-        The part, which begins where the first bin that is to be scored was played; and which of its
-        recording's bins were not sent (T,).
+        The part, which starts at the first scored bin, and a mask (T,) of bins that were not sent.
     """
     recording, rows = part.recording, np.array(played.rows) + first
     jumps = np.flatnonzero(np.diff(rows) != 1) + 1

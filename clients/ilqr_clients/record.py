@@ -1,8 +1,8 @@
 """Records a session as NWB while it runs, from any machine that may read it.
 
-What is heard goes into an append-only file beside the NWB file (``NAME.nwb.log``) at once, and from
-there into NWB when the session ends. A recorder that is started again with the same files goes on
-where the last one was when it died.
+Messages go into an append-only file beside the NWB file (``NAME.nwb.log``) at once, and from there
+into NWB when the session ends. A recorder that is restarted with the same files continues where the
+last one stopped.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Recorder(Closing):
     Args:
         endpoint: the service's address.
         session: the session's name; it need not be open yet.
-        out: the NWB file of the first run; of the second it is NAME-2.nwb, and so on.
-        about: who was recorded, by whom and where.
-        follow: go on after the end of a run, and write the file anew while the run goes on: about
-            once a second, more seldom where writing takes more than 0.1 s.
+        out: NWB file of the first run; later runs become NAME-2.nwb and so on.
+        about: subject, experimenter and institution.
+        follow: continue after the end of a run, and rewrite the file during a run: about once a
+            second, or less often if writing takes more than 0.1 s.
         force: replace an existing file.
-        say: is told what happens, a line each.
+        say: receives a line for each event.
 
     Attributes:
-        written: the files, with how many bins each has.
+        written: files written, with the number of bins of each.
 
     Raises:
-        RecordingError: not a .nwb path in an existing folder, or the file exists.
+        RecordingError: the path is not a .nwb file in an existing folder, or it exists.
         ServiceError: the service is not reachable.
     """
 
@@ -79,7 +79,7 @@ class Recorder(Closing):
         self._log: RecordLog | None = None
         try:
             self._log = RecordLog(log)
-            self._take_up()  # first: it is written though the service is gone
+            self._take_up()  # first, so that it is written even if the service is gone
             described = self._client.describe()
             results = reachable(described.results, endpoint)
             self._topic = Topic(
@@ -91,7 +91,7 @@ class Recorder(Closing):
             raise
 
     def close(self) -> None:
-        """Write what there is, and close the sockets; the session goes on."""
+        """Write the messages so far, and close the sockets; the session continues."""
         try:
             if self._log is not None:
                 self._finish()
@@ -102,11 +102,12 @@ class Recorder(Closing):
             self._context.destroy(linger=0)
 
     def run(self, stop: threading.Event) -> None:
-        """Record until ``stop`` is set, or, without ``follow``, until a run has ended. A service
-        that is gone is waited for.
+        """Record until ``stop`` is set, or, without ``follow``, until a run has ended.
+
+        Waits for a service that is gone.
 
         Raises:
-            ConfigError, RecordingError: a file cannot be written.
+            ConfigError, RecordingError: a file could not be written.
         """
         while not stop.is_set():
             came = self._topic.socket.poll(int(_TURN_S * 1e3))
@@ -125,7 +126,7 @@ class Recorder(Closing):
     # ---- what comes ----------------------------------------------------------------------------
 
     def _take_up(self) -> None:
-        """What an earlier recorder heard."""
+        """Continue from the log of an earlier recorder."""
         assert self._log is not None
         for record in self._log.read():
             if isinstance(record, RecordedService):
@@ -138,7 +139,7 @@ class Recorder(Closing):
             self._say(f"goes on with {self._log.path.name}: {len(self._run.results)} bins")
 
     def _know(self, described: messages.Described) -> None:
-        """Note which service this is, and what its clock shows."""
+        """Record the identity of the service, and its clock."""
         assert self._log is not None
         clock = self._client.clock()
         clock_ns, at_ns = self._client.timer.now_ns() + clock.offset_ns, time.time_ns()
@@ -153,14 +154,14 @@ class Recorder(Closing):
             self._run.manifests = manifests
 
     def _note(self, message: messages.Published) -> bool:
-        """Take a message. Returns whether a run has ended."""
+        """Process a message. Return whether a run has ended."""
         run = self._run
-        if isinstance(message, messages.Detail):  # of an answer that is kept
+        if isinstance(message, messages.Detail):  # of an answer that is known
             return False
         if isinstance(message, messages.Notice):
             if run is None or message.epoch != run.epoch or not message.what.startswith(ENDS):
                 return False
-            if message.what.startswith("shutdown"):  # with a journal it goes on
+            if message.what.startswith("shutdown"):  # with a journal it continues
                 self._write()
                 return False
             return self._finish(message.what)
@@ -174,8 +175,10 @@ class Recorder(Closing):
         return ended
 
     def _is_of_another(self, run: Decoded, message: messages.Result | messages.Event) -> bool:
-        """Whether a message is of a run that began after this one: a service that was restarted
-        without a journal numbers its epochs anew."""
+        """Return whether a message belongs to a run that started after this one.
+
+        A service that was restarted without a journal restarts its epochs.
+        """
         if message.received_ns < self._newest_ns:
             return False
         if message.epoch != run.epoch:
@@ -186,7 +189,7 @@ class Recorder(Closing):
         return known.revision >= message.revision and known.received_ns != message.received_ns
 
     def _keep(self, message: messages.Published) -> None:
-        """Add an answer or an event to its run, which begins with its first."""
+        """Add an answer or an event to its run, which starts with the first one."""
         service = self._service
         if service is None or isinstance(message, messages.Notice | messages.Detail):
             return
@@ -218,7 +221,7 @@ class Recorder(Closing):
         )
 
     def _name_units(self, run: Decoded, first: messages.Result) -> None:
-        """Names of the units and the bin width, by the manifest of the model that answered."""
+        """Set unit names and bin width from the manifest of the model that answered."""
         manifests = list(run.manifests.values())
         info: dict[str, Any] = run.manifests.get(first.model) or manifests[-1]
         names, n_units = tuple(info["unit_names"]), first.rates.shape[0]
@@ -226,7 +229,7 @@ class Recorder(Closing):
         run.bin_width_ns = round(float(info["bin_width"]) * 1e9)
 
     def _ask(self) -> None:
-        """After a silence: is the service there, and where are its results?"""
+        """Probe the service after a silence, and find its results address."""
         self._heard = time.monotonic()
         try:
             described = self._client.describe()
@@ -237,7 +240,7 @@ class Recorder(Closing):
             return
         self._topic.connect(reachable(described.results, self._client.endpoint))
         if self._gone:
-            self._gone, self._done_ns = False, 0  # its clock may be another
+            self._gone, self._done_ns = False, 0  # its clock may differ
             self._say("the service is back")
         known = self._service.manifests if self._service is not None else {}
         if described.model not in known:
@@ -246,7 +249,7 @@ class Recorder(Closing):
     # ---- what is written -----------------------------------------------------------------------
 
     def _next_path(self) -> Path:
-        """The file of the next run."""
+        """Return the file of the next run."""
         for number in itertools.count(2):
             path = self._out.with_stem(f"{self._out.stem}-{number}")
             if path not in self.written and (self._force or not path.exists()):
@@ -263,7 +266,7 @@ class Recorder(Closing):
         self._took = self._refreshed - began
 
     def _finish(self, why: str = "its end was not heard") -> bool:
-        """Write the run to the end. Returns whether there was one with answers."""
+        """Finish writing the run. Return whether there was one with answers."""
         run = self._run
         if run is None or not run.results:
             return False

@@ -52,9 +52,9 @@ def record(
 ) -> None:
     """Record a session's answers and events as NWB, from any machine that may read it.
 
-    What is heard is kept in OUT.log at once. The NWB file is written when the session ends or the
-    recorder is stopped; with --follow also about once a second, and the session's next runs become
-    NAME-2.nwb and so on. After a crash, the same command goes on with what OUT.log holds.
+    Messages are stored in OUT.log at once. The NWB file is written when the session ends or the
+    recorder is stopped; with --follow also about once a second, and later runs of the session
+    become NAME-2.nwb and so on. After a crash, the same command continues from OUT.log.
     """
     screen, stop = console(stderr=True, soft_wrap=True), threading.Event()
     said = about(subject, species, sex, age, experimenter, institution)

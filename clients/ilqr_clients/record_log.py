@@ -1,8 +1,8 @@
-"""What a recorder has heard, in an append-only file beside its NWB file.
+"""The append-only log of a recorder, beside its NWB file.
 
-Each record is with the operating system before the next message is taken, so that it survives the
-end of the process; once a second the file is synced, so that it survives that of the machine. A
-record that was cut short ends the file and is removed when it is opened again.
+Each record is passed to the operating system before the next message is read, so that it survives
+the death of the process; once a second the file is synced, so that it survives that of the machine.
+A truncated record at the end is removed when the file is opened again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SYNC_S = 1.0
 
 
 class RecordedService(msgspec.Struct, frozen=True, tag="service", array_like=True):
-    """The service that follows.
+    """Identifies the service of the following records.
 
     Attributes:
-        endpoint, session: what was recorded, and where.
-        at_ns, clock_ns: ns of the Unix epoch, and of the service's clock then.
-        manifests: of its models, by id.
-        path: the NWB file of the run that follows.
+        endpoint, session: address of the service, and name of the session.
+        at_ns, clock_ns: time in ns of the Unix epoch, and of the service's clock.
+        manifests: manifests of its models by id.
+        path: NWB file of the following run.
     """
 
     endpoint: str
@@ -53,13 +53,13 @@ _decoder = msgspec.msgpack.Decoder(Record)
 
 
 class RecordLog:
-    """Appends records to a file, and reads those that it has.
+    """Appends records to a file, and reads existing ones.
 
     Args:
-        path: it is made if it does not exist.
+        path: file, created if it does not exist.
 
     Raises:
-        RecordingError: it cannot be written, or is another file.
+        RecordingError: the file could not be written, or is not a log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,10 +75,10 @@ class RecordLog:
         return RecordingError(str(self.path), expected=expected, got=str(error.strerror))
 
     def read(self) -> Iterator[Record]:
-        """The records of an earlier recorder; what it did not write to the end is removed.
+        """Read the records of an earlier recorder; remove an incomplete one at the end.
 
         Raises:
-            RecordingError: another file, or it cannot be read.
+            RecordingError: the file is not a log, or could not be read.
         """
         try:
             data = self.path.read_bytes()
@@ -101,7 +101,7 @@ class RecordLog:
             raise RecordingError(str(self.path), expected=expected, got=str(error)) from error
 
     def add(self, record: Record) -> None:
-        """Append a record. Raises RecordingError: it cannot be written."""
+        """Append a record. Raises RecordingError if that fails."""
         view = memoryview(framed(_encoder.encode(record)))
         try:
             while view:
@@ -111,7 +111,7 @@ class RecordLog:
         self._dirty = True
 
     def sync(self) -> None:
-        """Bring to the disk what was added, at most once a second. Raises RecordingError."""
+        """Sync the file, at most once a second. Raises RecordingError."""
         now = time.monotonic()
         if self._dirty and now - self._synced >= _SYNC_S:
             self._dirty, self._synced = False, now
@@ -128,7 +128,7 @@ class RecordLog:
             raise self._wrong(error) from error
 
     def close(self, *, remove: bool) -> None:
-        """Close the file; ``remove`` it if all that it has is in NWB files."""
+        """Close the file; ``remove`` it if all its records are in NWB files."""
         os.close(self._fd)
         if remove:
             self.path.unlink(missing_ok=True)

@@ -38,11 +38,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 EXAMPLE = "Example: ilqr-vae replay reach.nwb --speed max --json report.json --html report.html"
 
 NANOSECOND_MS, HOUR_MS = 1e-6, 3.6e6
-"""Shortest and longest deadline: what the wire can say, and what a service takes."""
+"""Shortest and longest deadline, limited by the protocol and by the service."""
 
 
 def parse_speed(text: str) -> float | None:
-    """A multiple of real time, or None for ``max``. Raises ConfigError."""
+    """Parse a multiple of real time, or None for ``max``. Raises ConfigError."""
     if text == "max":
         return None
     try:
@@ -55,10 +55,10 @@ def parse_speed(text: str) -> float | None:
 
 
 def parse_deadline(milliseconds: float | None, bin_width: float) -> float:
-    """Seconds; default the bin width. Raises ConfigError."""
+    """Return a deadline in seconds; default: the bin width. Raises ConfigError."""
     if milliseconds is None:
         return bin_width
-    if not NANOSECOND_MS <= milliseconds <= HOUR_MS:  # NaN is neither
+    if not NANOSECOND_MS <= milliseconds <= HOUR_MS:  # also rejects NaN
         raise ConfigError(
             "--deadline-ms",
             expected=f"milliseconds above zero, at most {HOUR_MS:g} (an hour)",
@@ -68,23 +68,25 @@ def parse_deadline(milliseconds: float | None, bin_width: float) -> float:
 
 
 class _Config(msgspec.Struct):
-    """The part of a training configuration that says how to read a recording."""
+    """The part of a training configuration that controls how to read a recording."""
 
     data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
 
 
 def spec_from(config: Path | None, model: Model) -> RecordingSpec:
-    """How to read the recording: the config's ``[data]``, else as the model was trained.
+    """Return how to read the recording: by the config's ``[data]``, else as in training.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or ``[data]`` has an unknown key.
+        ConfigError: the file is not readable or not TOML, or ``[data]`` has an unknown key.
     """
     return model.data if config is None else read_toml(config, _Config).data
 
 
 def rivals_of(path: Path | None, model: Model) -> dict[str, OnlineDecoder]:
-    """Decoders beside the model, by name. Raises ConfigError: not a file of them, or of another
-    recording."""
+    """Load decoders to run beside the model, by name.
+
+    Raises ConfigError if the file has none, or they are of another recording.
+    """
     if path is None:
         return {}
     read = Rivals.load(path)
@@ -93,12 +95,12 @@ def rivals_of(path: Path | None, model: Model) -> dict[str, OnlineDecoder]:
 
 
 def script_of(path: Path | None) -> tuple[Change, ...]:
-    """The changes of a script. Raises ConfigError."""
+    """Read the changes of a script. Raises ConfigError."""
     return () if path is None else read_toml(path, Script, "--script").change
 
 
 def said(change: Change) -> dict[str, Any]:
-    """What a change changes, and when."""
+    """Describe a change and its time."""
     fields = msgspec.to_builtins(change)
     return {name: value for name, value in fields.items() if value is not None and value != ""}
 
@@ -121,12 +123,12 @@ def _ending(service: ServiceClient, session: Session) -> Ending:
     name = session.request.session
     flagged = next((s.flagged for s in service.sessions() if s.session == name), ())
     said = tuple(n for n in session.notices if n.startswith("unit "))
-    events = tuple((e.bin, e.name) for e in session.events if e.name != "kinematics")  # each bin's
+    events = tuple((e.bin, e.name) for e in session.events if e.name != "kinematics")  # one per bin
     return Ending(clock=service.clock(), flagged=flagged, unit_notices=said, events=events)
 
 
 def _as_played(run: Replay, log: StreamLog, player: Player, steering: Steering) -> Replay:
-    """The run as it was steered, where it was."""
+    """Return the run as it was steered, if it was."""
     played = player.played
     others = {name: np.array(values) for name, values in played.decoders.items()}
     if not steering.applied and len(played.rows) == run.stop - run.first:
@@ -223,10 +225,10 @@ def replay(
 ) -> None:
     """Stream a recording through a running service, bin by bin, and report decodes and latency.
 
-    The recording is read the way the served model was trained. Decodes are scored beside a Wiener
-    filter's on the same bins. A connection that breaks, and a service that is restarted with its
-    journal, are survived within --timeout. Exit codes: 0 done, 2 wrong input, 3 no service or it
-    refused.
+    The recording is read as in the training of the served model. Decodes are scored beside those of
+    a Wiener filter on the same bins. The replay survives a broken connection, and a service that is
+    restarted with its journal, for up to --timeout. Exit codes: 0 done, 2 wrong input, 3 no service
+    or it refused.
     """
     if recording.suffix.lower() in (".h5", ".hdf5"):
         raise ConfigError(
@@ -244,7 +246,7 @@ def replay(
         picture_file=picture_file,
     )
     outputs.check()
-    publishes = pace is not None or steer is not None  # nobody can watch as fast as possible
+    publishes = pace is not None or steer is not None  # a replay at full speed is too fast to watch
     screen = console(stderr=True)
     try:
         with ServiceClient(to, timeout=timeout) as service:

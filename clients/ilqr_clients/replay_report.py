@@ -1,4 +1,4 @@
-"""From a streamed recording to its report."""
+"""The report of a streamed recording."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _SHOWN = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What was streamed: bins [first, stop) of the part's recording, scored from its start.
+    """A replay: bins [first, stop) of the part's recording were streamed, and scored from its
+    start.
 
     Attributes:
-        part: of the recording; the Wiener filter trains on its train span.
-        dropped: bool (stop - first,), bins never sent.
+        part: part of the recording; the Wiener filter is fitted on its training span.
+        dropped: bool (stop - first,), bins that were not sent.
         speed: multiple of real time, or None for as fast as possible.
-        deadline: seconds.
-        others: (stop - first, D) decodes of rivals of the same bins, by name.
-        changes: that were made while it ran, as JSON; see ``ilqr_vae.simulated.disturbance``.
+        deadline: deadline in seconds.
+        others: (stop - first, D) decodes of rivals on the same bins, by name.
+        changes: changes made during the run, as JSON; see ``ilqr_vae.simulated.disturbance``.
         clock: the service's clock before the first bin.
-        lag: bins after which each was answered once more; 0 for not at all.
+        lag: number of bins after which each was answered again; 0 for never.
     """
 
     part: Part
@@ -66,11 +67,11 @@ class Replay:
 
     @property
     def rows(self) -> slice:
-        """The bins reported within the stream: without those of warm-up."""
+        """The reported bins in the stream, without warm-up."""
         return slice(self.start - self.first, self.stop - self.first)
 
     def bits_per_spike(self, log: StreamLog) -> float:
-        """Of the bins of the part."""
+        """Bits per spike on the bins of the part."""
         return log.bits_per_spike(np.flatnonzero(self.part.inside) - self.first)
 
 
@@ -97,8 +98,7 @@ def _scores(run: Replay, log: StreamLog) -> Scores | None:
 
 
 def _later(run: Replay, log: StreamLog) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """Decodes and deviations of the newest answers, by name, where bins were answered again after
-    later ones."""
+    """Return decodes and deviations of fixed-lag answers by name, if there are any."""
     if not run.lag:
         return {}
     decoded, std = log.kinematics.copy(), log.kinematics_std.copy()
@@ -173,13 +173,13 @@ def _facts(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """What is known at the end of a run.
+    """The state at the end of a run.
 
     Attributes:
         clock: the service's clock after the last bin.
         flagged: ``NAME:why`` of the units that were masked then.
-        unit_notices: what the service said of units on the way.
-        events: of the session: the bin it was at, counted from the first streamed, and its name.
+        unit_notices: notices about units during the run.
+        events: events of the session: the bin, counted from the first streamed one, and the name.
     """
 
     clock: ClockOffset
@@ -197,7 +197,7 @@ def _classes(run: Replay, log: StreamLog) -> ClassScores | None:
 
 
 def report_of(run: Replay, log: StreamLog, ending: Ending) -> ReportData:
-    """Score a run and gather what its report shows. Scored bins only; warm-up is left out."""
+    """Score a run and build its report, on the scored bins without warm-up."""
     rows = run.rows
     clock = ClockTrack(run.clock, ending.clock)
     scores = _scores(run, log)
@@ -300,7 +300,7 @@ def _inputs(log: StreamLog, rows: slice) -> NDArray[np.float64]:
 
 
 def arrays_of(run: Replay, log: StreamLog) -> dict[str, NDArray[Any]]:
-    """What the scored bins were answered, for comparing runs: first answers, NaN for none."""
+    """Return the first answers to the scored bins, to compare runs; NaN if there is none."""
     rows = run.rows
     classes = log.table(log.classes, rows)
     return ({} if classes is None else {"classes": classes}) | {

@@ -1,4 +1,4 @@
-"""The terminal view of a running replay, drawn only while no bin has to wait for it."""
+"""The terminal view of a running replay, drawn only while no bin is delayed by it."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def status_text(statuses: dict[str, int]) -> Text:
 class LiveReplay(Closing):
     """A ``watch`` for ``stream.stream``: a table, redrawn at most four times a second.
 
-    It is drawn while the next send is further away than drawing takes, and at least once a second,
-    so that it does not freeze at high speeds.
+    It is drawn if that takes less time than is left until the next send, and at least once a
+    second, so that it does not freeze at high speeds.
 
     Args:
         total: bins in the stream; the first ``warm_up`` are not scored.
         truth: (T, D) kinematics of the whole stream, or None; ``scored`` (T,) marks the bins that
             count.
         names: of the D channels.
-        rows: the row of ``truth`` of each bin so far; None where they are the same.
+        rows: row of ``truth`` for each bin so far; None if they are the same.
         enabled: if false, nothing is drawn.
     """
 
@@ -93,7 +93,7 @@ class LiveReplay(Closing):
         self._cost = 0.5 * self._cost + 0.5 * (self._drawn - now)
 
     def table(self, log: StreamLog) -> Text:
-        """Return the current view, a line for each name."""
+        """Return the current view, one line per name."""
         elapsed = max(1e-9, ((log.ended_ns or time.monotonic_ns()) - log.started_ns) / 1e9)
         warm = " (warming up)" if log.answered <= self._warm_up else ""
         count = f"{log.answered} of {self._total}{warm}, {log.answered / elapsed:.1f} per second"

@@ -5,7 +5,7 @@
 ...     with service.open("rat-7", units=names, bin_width=0.05) as session:
 ...         print(session.step(0, counts, timeout=1.0).kinematics)
 
-Every wait ends. Errors of a running service are one tree, whose messages name the endpoint:
+All waits are bounded. Errors of a running service form one tree; their messages name the endpoint:
 
 =========================  ========================================================================
 ``ServiceError``           base of those below; also: an address that is none
@@ -16,12 +16,13 @@ Every wait ends. Errors of a running service are one tree, whose messages name t
 ``RequestRefusedError``    a request or a bin was refused; ``field``, ``expected`` and ``got``
 =========================  ========================================================================
 
-What the caller itself gets wrong, counts of a wrong shape for one, is a ``ShapeError``. All derive
-from ``ilqr_vae.errors.IlqrVaeError``.
+Errors of the caller, e.g. counts of a wrong shape, are ``ShapeError``. All derive from
+``ilqr_vae.errors.IlqrVaeError``.
 
-A ``ServiceClient`` asks about the service; a ``Session`` feeds bins and takes answers; a
-``Listener`` reads the answers of a session that somebody else feeds. A ZeroMQ socket belongs to one
-thread, so make one of each in every thread. ``ilqr_clients.aio`` has the same for asyncio.
+A ``ServiceClient`` makes requests, a ``Session`` sends bins and receives answers, and a
+``Listener`` reads the answers of a session with another feeder. A ZeroMQ socket belongs to one
+thread, so create these objects in the thread that uses them. ``ilqr_clients.aio`` has the same for
+asyncio.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ class ServiceClient(Closing):
 
     Args:
         endpoint: the service's address, e.g. ``tcp://127.0.0.1:5555``.
-        timeout: seconds any one request may take.
-        key: of a service that has keys; default what ``ILQR_VAE_KEY`` names.
-        timer: this client's clock; default the machine's.
+        timeout: seconds to wait for a reply to a request.
+        key: key for a service that requires keys; default: the one that ``ILQR_VAE_KEY`` names.
+        timer: this client's clock; default: the machine's.
 
     Raises:
         ServiceError: the address is not one.
@@ -117,7 +118,7 @@ class ServiceClient(Closing):
                 return reply
             if isinstance(reply, messages.Refused):
                 raise refusal(self.endpoint, reply)
-        # A reply that still comes must not answer the next question.
+        # A late reply must not be taken for the answer to the next request.
         self._socket.close()
         self._socket = connect(self._context, zmq.DEALER, self.endpoint, self.key)
         raise ServiceUnreachableError(
@@ -127,38 +128,39 @@ class ServiceClient(Closing):
         )
 
     def describe(self) -> messages.Described:
-        """What is served. Raises ServiceError (no answer, refused), ProtocolError."""
+        """Return a description of the service. Raises ServiceError, ProtocolError."""
         return self._ask(messages.Describe(), messages.Described)
 
     def sessions(self) -> tuple[messages.SessionInfo, ...]:
-        """The open sessions. Raises ServiceError (no answer, refused), ProtocolError."""
+        """Return the open sessions. Raises ServiceError, ProtocolError."""
         return self._ask(messages.Sessions(), messages.SessionList).sessions
 
     def models(self) -> tuple[messages.ModelInfo, ...]:
-        """What serves, and what runs beside it. Raises ServiceError, ProtocolError."""
+        """Return the served models and their shadows. Raises ServiceError, ProtocolError."""
         return self._ask(messages.Models(), messages.ModelList).models
 
     def load(
         self, path: str, *, slot: str = "", shadow: bool = False, timeout: float = 120.0
     ) -> tuple[messages.ModelInfo, ...]:
-        """Load a model into a slot, as its shadow or to serve at once; the models after it.
+        """Load a model into a slot, as its shadow or to serve at once; return the models.
 
         Raises:
-            ServiceError: refused (what serves goes on serving), or no answer in ``timeout`` s.
+            ServiceError: the request was refused (the served model does not change), or there was
+                no reply in ``timeout`` seconds.
         """
         request = messages.Load(path=path, slot=slot, shadow=shadow)
         return self._ask(request, messages.ModelList, timeout).models
 
     def swap(self, slot: str = "") -> tuple[messages.ModelInfo, ...]:
-        """Serve a slot's shadow. Raises ServiceError (no answer, refused)."""
+        """Serve the shadow of a slot. Raises ServiceError."""
         return self._ask(messages.Swap(slot=slot), messages.ModelList).models
 
     def roll_back(self, slot: str = "") -> tuple[messages.ModelInfo, ...]:
-        """Drop the shadow, else serve what served before. Raises ServiceError."""
+        """Drop the shadow, or serve the previous model. Raises ServiceError."""
         return self._ask(messages.Rollback(slot=slot), messages.ModelList).models
 
     def clock(self, probes: int = 15) -> ClockOffset:
-        """The service's clock against this client's. Raises ServiceError (no answer)."""
+        """Measure the offset of the service's clock from this client's. Raises ServiceError."""
         taken: list[tuple[int, int, int]] = []
         same = bool(self.timer.name)
         for _ in range(max(1, probes)):
@@ -195,33 +197,33 @@ class ServiceClient(Closing):
 
         Args:
             session: its name, 1-64 of [A-Za-z0-9._-].
-            units: unit names in the order of the counts; the model's.
-            bin_width: seconds; the model's.
-            deadline: seconds from a bin's arrival to its answer; default the bin width.
-            epoch: run number; default one more than the open session of that name, else 0.
-            anytime: let the deadline cut a solve short.
-            clocked: answer bins that do not come in time as missing, at once.
-            grace: seconds to wait for a bin after its time; 0 is half a bin width.
+            units: names of the model's units, in the order of the counts.
+            bin_width: bin width of the model in seconds.
+            deadline: seconds from the arrival of a bin to its answer; default: the bin width.
+            epoch: run number; default: one more than that of the open session of this name, else 0.
+            anytime: whether the deadline cuts a solve short.
+            clocked: whether bins that do not arrive in time are answered as missing at once. If
+                false, a missing bin is noticed only when a later one arrives.
+            grace: seconds to wait for a bin beyond its expected time; 0 is half a bin width.
             watch_units: mask units that are dead, saturated or drifting.
-            lag: have each bin answered once more, with a higher revision, after this many later
-                bins, which it is then decoded from as well; the model says how many it can be.
-            resume: go on with the open session of that name where it stands
-                (``Session.opened.next_index``), else begin it.
-            answered: newest index whose answer the caller has; later ones that the service still
-                has come again.
-            model: a slot's name or model id; default the service's first.
-            patience: seconds that the session waits for an answer that is due; see ``Session``.
+            lag: answer each bin again, with a higher revision, after this many later bins, from
+                which it is then also decoded; the model states the maximum.
+            resume: continue an open session of this name (``Session.opened.next_index``), or else
+                start it.
+            answered: newest index whose answer the caller has; the service sends later ones again.
+            model: name of a slot or id of a model; default: the first slot.
+            patience: seconds to wait for a due answer; see ``Session``.
             origin_ns: for spikes; see ``open_spikes``.
-            abstain: of a model with classes: an answer names none (``Answer.class_name``) where
+            abstain: for a model with classes: an answer names no class (``Answer.class_name``) if
                 the largest probability is lower.
             hear_events: keep the session's events in ``Session.events``.
-            hear_details: keep counts as they were used and inferred inputs in ``Session.details``.
-            on_error: called with what the session's ``send`` and ``receive`` would raise of the
-                service, instead; see ``Session``.
+            hear_details: keep the counts used and the inferred inputs in ``Session.details``.
+            on_error: called with errors of the service instead of raising them in ``send`` and
+                ``receive``; see ``Session``.
 
         Raises:
             ServiceUnreachableError: no answer.
-            RequestRefusedError: refused; the field says why.
+            RequestRefusedError: the session was refused; the field says why.
         """
         results = reachable(self.describe().results, self.endpoint)
         if epoch is None:
@@ -262,12 +264,12 @@ class ServiceClient(Closing):
         )
 
     def listen(self, session: str, *, wait: bool = False, patience: float = PATIENCE_S) -> Listener:
-        """Read the results of a session that somebody else feeds.
+        """Read the results of a session with another feeder.
 
         Args:
             session: its name.
-            wait: listen though no session of that name is open yet.
-            patience: seconds without a sign of life from the service before an exception.
+            wait: whether to wait for a session that is not open yet.
+            patience: seconds without a message from the service before an exception.
 
         Raises:
             ServiceUnreachableError: no answer.
@@ -297,9 +299,9 @@ class ServiceClient(Closing):
 
         Args:
             session: its name.
-            origin_ns: when bin 0 begins, by the clock of the spikes.
-            options: as for ``open``. With ``clocked`` a feeder that is silent for ``grace`` after a
-                bin's end is taken for gone, and the bin answered as missing.
+            origin_ns: start of bin 0, by the clock of the spikes.
+            options: as for ``open``. With ``clocked`` a bin is answered as missing if its feeder is
+                silent for ``grace`` after the end of the bin.
 
         Raises:
             As ``open``.
@@ -320,17 +322,17 @@ class ServiceClient(Closing):
         """Add an event of the experiment to an open session, and wait until it is taken.
 
         Args:
-            name: what it is, 1-64 characters. ``trial_start`` and ``trial_stop`` become trials in
-                an export, with what their payloads hold as columns.
-            payload: what is to be known of it: numbers, text, lists and maps, at most 64 KiB.
-            time_ns: when it happened, by this client's clock; default now.
-            token: the session's, where the session is another user's.
+            name: name of the event, 1-64 characters. ``trial_start`` and ``trial_stop`` become
+                trials in an export, with the fields of their payloads as columns.
+            payload: numbers, text, lists and maps, at most 64 KiB.
+            time_ns: time of the event, by this client's clock; default: now.
+            token: token of the session, if it belongs to another user.
 
         Returns:
-            When the service took it, and the next bin at that moment.
+            When the service accepted it, and the next bin at that moment.
 
         Raises:
-            ServiceError: no answer, or refused; the field says why.
+            ServiceError: there was no reply, or the event was refused; the field says why.
         """
         if self._offset.offset is None:
             self._offset.offset = self.clock()
@@ -348,5 +350,5 @@ class ServiceClient(Closing):
         self._events += 1
         try:
             return self._ask(event, messages.Noted)
-        except ServiceUnreachableError:  # perhaps the answer was lost; it is not taken twice
+        except ServiceUnreachableError:  # perhaps the reply was lost; an event is not added twice
             return self._ask(event, messages.Noted)

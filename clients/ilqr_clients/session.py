@@ -18,7 +18,7 @@ from ilqr_vae.protocol import messages
 
 
 class Session(Channel):
-    """One stream of bins and its answers; made by ``ServiceClient.open``.
+    """A stream of bins and its answers, created by ``ServiceClient.open``.
 
     ``step`` sends a bin and returns its answer; ``send`` and ``receive`` do it without waiting for
     each. Arguments, attributes and errors are those of ``Channel``.
@@ -32,24 +32,24 @@ class Session(Channel):
         mask: ArrayLike | None = None,
         source_ns: SupportsIndex | None = None,
     ) -> int:
-        """Send one bin; never waits.
+        """Send a bin without blocking.
 
         Args:
-            index: the bin's index, rising from 0; an index left out is a missing bin.
-            counts: (N,) spikes of each unit, whole numbers in [0, 65535].
+            index: index of the bin, increasing from 0; a skipped index is a missing bin.
+            counts: (N,) spike counts, integers in [0, 65535].
             mask: bool (N,), True where the unit was observed; None means all.
-            source_ns: when the bin was complete, or was meant to be sent, by this client's clock;
-                default now. It must not fall from one index to a higher one.
+            source_ns: when the bin was complete, or was to be sent, by this client's clock;
+                default: now. It must not decrease with the index.
 
         Returns:
-            When it was handed to the socket, ns of this client's clock.
+            When it was passed to the socket, in ns of this client's clock.
 
         Raises:
-            ShapeError: an index or counts that are no whole numbers in their range, not one count
-                (or mask) per unit, or a mask of others than True and False.
+            ShapeError: the index or a count is not an integer in its range, there is not one count
+                (or mask) per unit, or the mask is not boolean.
             RequestRefusedError: an earlier bin was refused (see ``refused``); this one is not sent.
             SessionEndedError: the session is not open any more.
-            ServiceUnreachableError, AnswerTimeoutError: answers are due, and none came for long.
+            ServiceUnreachableError, AnswerTimeoutError: no answer for ``patience`` seconds.
         """
         self._take(0.0)
         self._report(sending=True)
@@ -93,18 +93,18 @@ class Session(Channel):
         mask: ArrayLike | None = None,
         source_ns: SupportsIndex | None = None,
     ) -> Answer:
-        """Send one bin and return its answer. Other answers are left for ``receive``.
+        """Send a bin and return its answer. Other answers are kept for ``receive``.
 
-        Called again for a bin that was not answered in time, it waits on and sends nothing.
+        A further call for a bin that was not answered in time only waits again.
 
         Args:
             index, counts, mask, source_ns: as for ``send``.
-            timeout: seconds to wait; default the session's ``patience``.
+            timeout: seconds to wait; default: ``patience``.
 
         Raises:
             RequestRefusedError: the bin was refused; the field says why.
             AnswerTimeoutError: no answer within ``timeout``.
-            ServiceUnreachableError: the same, and there is no connection to the service.
+            ServiceUnreachableError: no answer within ``timeout``, and no connection to the service.
             SessionEndedError: the session is not open any more.
         """
         number = whole("index", index)

@@ -1,4 +1,4 @@
-"""The bins of a recording that a replay streams, and those of them that it scores."""
+"""The bins of a recording that a replay streams, and those that it scores."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ilqr_vae.recordings.trials import in_course
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A span of a recording in its original course.
+    """A span of a recording in its original order.
 
     Attributes:
-        recording: the whole course, only the model's units; ``scored`` within the span.
-        span: its name.
+        recording: the whole recording, with only the model's units, ``scored`` within the span.
+        span: name of the span.
         start, stop: half-open range of bins that contains the span.
         inside: bool (T,), bins of the span. Bins between its trials are streamed but not scored.
-        learnt_from: the recording that baselines are fitted on and ``split`` refers to.
-        notes: sentences for the report.
+        learnt_from: recording for fitting baselines, to which ``split`` refers.
+        notes: notes for the report.
     """
 
     recording: Recording

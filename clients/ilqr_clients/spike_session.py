@@ -1,4 +1,4 @@
-"""One stream of spikes and the answers for the bins that the service makes of them."""
+"""A stream of spikes, and the answers to the bins that the service makes of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ilqr_vae.protocol import messages
 
 
 class SpikeSession(Session):
-    """As ``Session``, but fed with spikes; made by ``ServiceClient.open_spikes``.
+    """A session that is fed with spikes, created by ``ServiceClient.open_spikes``.
 
-    Bins that the service does not have after a connection broke, or after it was restarted, are
-    sent again as the batches of spikes that they came in.
+    After a broken connection or a restart of the service, bins that it does not have are sent again
+    as their original batches of spikes.
     """
 
     _sent: deque[tuple[int, bytes]]
@@ -28,12 +28,12 @@ class SpikeSession(Session):
 
     @property
     def origin_ns(self) -> int:
-        """When bin 0 begins, by the feeder's clock."""
+        """Start of bin 0, by the feeder's clock."""
         assert self.request.origin_ns is not None
         return self.request.origin_ns
 
     def end_ns(self, index: int) -> int:
-        """When a bin ends, by the feeder's clock."""
+        """Return the end of a bin, by the feeder's clock."""
         return self.origin_ns + (index + 1) * self.request.bin_width_ns
 
     def _open(self) -> None:
@@ -52,23 +52,24 @@ class SpikeSession(Session):
         source_ns: SupportsIndex | None = None,
         batch: SupportsIndex | None = None,
     ) -> int:
-        """Send the spikes since the last call, or that there were none; never waits.
+        """Send the spikes since the last call, possibly none, without blocking.
 
         Args:
-            times_ns: (S,) whole nanoseconds of this client's clock, in any order.
-            units: (S,) each spike's position in the session's units.
-            until_ns: no spike before this time will be sent any more: bins that end by then are
-                closed. Default ``source_ns`` less the grace.
-            source_ns: now, by the clock of the spikes; default this client's clock. It must not
-                fall, and no spike may be later.
-            batch: number of a batch that was skipped, and has been found; ``source_ns`` is then
-                between those of the batches beside it.
+            times_ns: (S,) integer nanoseconds of this client's clock, in any order.
+            units: (S,) position of each spike's unit in the session's units.
+            until_ns: no further spike before this time will be sent: bins that end by then are
+                closed. Default: ``source_ns`` minus the grace.
+            source_ns: current time of the clock of the spikes; default: this client's clock. It
+                must not decrease, and no spike may be later.
+            batch: number of a batch that was skipped and is now available; ``source_ns`` is then
+                between those of its neighbours.
 
         Returns:
             The first bin that is not closed.
 
         Raises:
-            ShapeError: not one time for each unit, no whole numbers, a negative unit.
+            ShapeError: there is not one time for each unit, or a value is not an integer, or a unit
+                is negative.
             SessionEndedError, ServiceUnreachableError, AnswerTimeoutError: as ``send``.
         """
         times = sized("times_ns", times_ns, "<i8", "whole nanoseconds")
@@ -105,10 +106,10 @@ class SpikeSession(Session):
         return closed.stop
 
     def skip_batch(self) -> int:
-        """Spikes since the last batch are lost: bins from there to the next batch are missing.
+        """Mark spikes since the last batch as lost: bins up to the next batch are missing.
 
         Returns:
-            The number of the batch that is skipped.
+            The number of the skipped batch.
         """
         self._next_batch += 1
         return self._next_batch - 1

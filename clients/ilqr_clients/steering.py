@@ -1,10 +1,10 @@
-"""Steer a replay or a closed loop while it runs, and publish what only its feeder knows.
+"""Steering of a running replay or closed loop, and events that only its feeder can publish.
 
-A run that may be steered has a ``Steering``: what is wrong with its bins and when (a script, and
-changes that come), who decodes beside the service, and whether it pauses. A ``Conductor`` is its
-ear and its voice, in a thread of its own, so that no bin waits for either: it takes changes from a
-ZeroMQ socket, and publishes events of the session that a live page draws: ``kinematics`` and
-``steering`` (docs/protocol.md). ``Remote`` is the other end of the socket.
+A steerable run has a ``Steering``: the disturbances of its bins (from a script and from requests),
+the decoders beside the service, and whether it is paused. A ``Conductor`` communicates for it in
+its own thread, so that no bin waits: it receives changes on a ZeroMQ socket, and publishes the
+session's events ``kinematics`` and ``steering`` (docs/protocol.md), which a live page draws.
+``Remote`` is the other end of the socket.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 _TURN_MS = 50
 _STATE_S = 1.0
 _MOST_ROWS = 100
-"""In one event, and kept while none can be sent."""
+"""Largest number of entries in an event, and kept while none can be sent."""
 _MOST_MARKS = 10_000
 _MOST_BYTES = 1 << 16
 _ADDRESS = "tcp://127.0.0.1:*"
 
 
 class Steering:
-    """How a run is steered. Any thread may call ``request`` and ``state``; the rest is the run's.
+    """The steering of a run. ``request`` and ``state`` are thread-safe; the rest is for the run.
 
     Args:
         units: N.
         bin_width: seconds.
-        kind: of run.
-        seed: of the disturbances.
-        changes: a script.
-        decoders: that decode beside the service, by name.
-        length: seconds of what is replayed; 0 where it has no end.
-        loop: begin again at the end.
+        kind: kind of run.
+        seed: seed of the disturbances.
+        changes: changes of a script.
+        decoders: decoders beside the service, by name.
+        length: length of the replay in seconds; 0 if it has no end.
+        loop: whether to restart at the end.
 
     Attributes:
-        decoder: who steers a closed loop.
+        decoder: decoder that steers a closed loop.
         loop, paused: see ``Change``.
-        applied: changes that have begun, each with its time.
+        applied: changes that have started, with their times.
     """
 
     def __init__(
@@ -91,14 +91,17 @@ class Steering:
         self.marks: deque[tuple[str, dict[str, Any], int]] = deque(maxlen=_MOST_MARKS)
 
     def request(self, change: Change) -> None:
-        """Ask for a change from the next bin on. Raises ConfigError, see ``check``."""
+        """Request a change from the next bin on. Raises ConfigError, see ``check``."""
         self.check(change)
         with self._lock:
             self._asked.append(change)
 
     def check(self, change: Change) -> None:
-        """Raises ConfigError: no decoder of that name; a replay is not steered by a decoder, and a
-        closed loop has no place to go to."""
+        """Raise ConfigError if the change does not apply to this run.
+
+        The decoder must exist; a replay is not steered by a decoder, and a closed loop cannot
+        seek.
+        """
         if change.decoder is not None and (
             self.kind == "replay" or change.decoder not in (OURS, *self.decoders)
         ):
@@ -112,7 +115,7 @@ class Steering:
             raise ConfigError("change.seek, change.loop", expected="a replay", got="a closed loop")
 
     def begin(self, index: int) -> list[Change]:
-        """Bin ``index`` is next: the changes that begin with it."""
+        """Apply the changes that start with bin ``index``, and return them."""
         when = index * self.bin_width
         with self._lock:
             asked, self._asked = list(self._asked), deque()
@@ -130,24 +133,24 @@ class Steering:
 
     @property
     def settings(self) -> Disturbance:
-        """That hold for the bin that is next."""
+        """Settings of the next bin."""
         return self._now
 
     def disturb(
         self, index: int, counts: NDArray[Any], mask: Mask | None
     ) -> tuple[Counts, Mask | None] | None:
-        """The bin as it is sent; None if it is not."""
+        """Return the disturbed bin; None if it is not sent."""
         return self._disturber.bin(index, counts, mask, self._now)
 
     def decode(self, counts: NDArray[Any] | None, mask: Mask | None = None) -> dict[str, Array]:
-        """What each rival makes of a bin."""
+        """Return the decode of a bin by each rival."""
         return {name: each.step(counts, mask) for name, each in self.decoders.items()}
 
     def tell(self, index: int, *, position: float = 0.0, **values: Any) -> None:
-        """Publish what is known of a bin; None is left out.
+        """Publish the kinematics of a bin; None is omitted.
 
         Args:
-            position: seconds from the beginning of what is replayed.
+            position: seconds from the start of the replayed span.
             values: see the event ``kinematics`` in docs/protocol.md.
         """
         row = {name: _plain(value) for name, value in values.items() if value is not None}
@@ -155,11 +158,11 @@ class Steering:
         self.rows.append({"bin": index} | row)
 
     def mark(self, name: str, payload: dict[str, Any], at_ns: int) -> None:
-        """Publish an event of the session that happened then, by this client's clock."""
+        """Publish an event of the session at a time of this client's clock."""
         self.marks.append((name, payload, at_ns))
 
     def state(self) -> dict[str, Any]:
-        """For people who steer."""
+        """Return the state for display."""
         with self._lock:
             return {
                 "kind": self.kind,
@@ -174,7 +177,7 @@ class Steering:
 
 
 def _plain(value: Any) -> Any:
-    """Lists of numbers of five digits."""
+    """Return lists of numbers, rounded to five digits."""
     if isinstance(value, dict):
         return {str(name): _plain(v) for name, v in value.items()}
     if isinstance(value, np.ndarray):
@@ -183,21 +186,21 @@ def _plain(value: Any) -> Any:
 
 
 class Conductor(Closing):
-    """Publishes a run's events and takes its changes, in a thread.
+    """Publishes the events of a run and receives its changes, in a thread.
 
     Args:
-        endpoint: of the service.
-        session: its name.
-        token: the session's.
-        steering: of the run.
-        control: address to take changes at; None takes none.
-        timeout: seconds that one request to the service may take.
+        endpoint: address of the service.
+        session: name of the session.
+        token: token of the session.
+        steering: steering of the run.
+        control: address to receive changes at; None for none.
+        timeout: seconds to wait for a reply of the service.
 
     Attributes:
-        address, secret: of the control socket; "" where there is none.
+        address, secret: of the control socket; "" if there is none.
 
     Raises:
-        ConfigError: the address is not one, or cannot be bound.
+        ConfigError: the address is invalid, or could not be bound.
     """
 
     def __init__(
@@ -242,7 +245,7 @@ class Conductor(Closing):
         control: str | None,
         say: Callable[[str], None],
     ) -> Conductor:
-        """For an open session; ``say`` is told where it can be steered, if it can."""
+        """Create for an open session; ``say`` receives the control address, if there is one."""
         request = session.request
         made = cls(session.endpoint, request.session, request.token, steering, control=control)
         if made.address:
@@ -288,7 +291,8 @@ class Conductor(Closing):
     ) -> None:
         try:
             service.event(self._session, name, payload, time_ns=at_ns, token=self._token)
-        except ServiceError:  # closed, restarted, or older than events: the run itself says so
+        # closed, restarted, or an older service without events: the run itself reports that
+        except ServiceError:
             return
 
     def _answer(self, frame: bytes) -> dict[str, Any]:
@@ -326,11 +330,11 @@ class Remote(Closing):
         self._context.destroy(linger=0)
 
     def state(self) -> dict[str, Any]:
-        """See ``Steering.state``. Raises as ``change``."""
+        """Return ``Steering.state``. Raises as ``change``."""
         return self.change()
 
     def change(self, **fields: Any) -> dict[str, Any]:
-        """Change what the fields of ``Change`` name; the state before it.
+        """Request a change by the fields of ``Change``; return the state before it.
 
         Raises:
             ConfigError: a change that cannot be made; the field says why.

@@ -1,4 +1,4 @@
-"""Stream a recording through a session: open loop at a given speed, or as fast as credits allow.
+"""Streams a recording through a session: open loop at a given speed, or as fast as credits allow.
 
 At a given speed the send times are fixed beforehand (bin k is sent at start + k * bin width /
 speed) and latency counts from them, so that a feeder that falls behind shows in the latencies.
@@ -25,10 +25,10 @@ Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
 IN_FLIGHT = 4
-"""Most unanswered bins at full speed: enough to keep the service busy, without a long queue."""
+"""Unanswered bins at full speed: enough to keep the service busy, without a long queue."""
 
 CROSSING: tuple[str, ...] = ("wire_in", "wire_out")
-"""Stages between the two clocks, known only as well as the offset between them."""
+"""Stages across the two clocks, as uncertain as their offset."""
 
 _RESET = re.compile(r"reset: bins (\d+) to (\d+) did not come")
 """The service's notice of a gap beyond its limit, whose bins it does not answer."""
@@ -38,7 +38,7 @@ PATIENCE_S = 10.0
 
 
 MOST_BINS = 72_000
-"""Bins that a log grows to: an hour at 20 a second."""
+"""Largest number of bins in a log: an hour at 20 per second."""
 
 _TIMES = (
     *("intended", "sent", "arrived", "received", "solve_start", "solve_end", "published"),
@@ -106,7 +106,7 @@ class StreamLog:
         self.status = [""] * n
 
     def grow(self, index: int) -> None:
-        """Make room for a bin, up to ``MOST_BINS``; what is later is not kept."""
+        """Make room for a bin, up to ``MOST_BINS``; later ones are not kept."""
         if index < self.n_bins or self.n_bins >= MOST_BINS:
             return
         before = self.n_bins
@@ -119,7 +119,7 @@ class StreamLog:
             getattr(self, name)[:before] = values
 
     def take(self, answer: Answer) -> None:
-        """Record one answer."""
+        """Record an answer."""
         i = answer.index
         if i < 0:
             return
@@ -154,7 +154,7 @@ class StreamLog:
                 self.inputs[of] = messages.unpack(detail.inputs, "inputs")
 
     def table(self, found: dict[int, Array], rows: slice) -> Array | None:
-        """``inputs`` or ``classes`` as (T, m), NaN where none is known; None for none at all."""
+        """Return ``inputs`` or ``classes`` as (T, m), NaN if not known; None if there are none."""
         if not found:
             return None
         out = _nan(self.n_bins, len(next(iter(found.values()))))
@@ -200,13 +200,13 @@ class StreamLog:
 
 @dataclass(frozen=True, slots=True)
 class NextBin:
-    """A bin that is to be sent.
+    """A bin to be sent.
 
     Attributes:
-        index: its number in the stream.
-        counts, mask: (N,); no mask is all observed.
+        index: its index in the stream.
+        counts, mask: (N,); None as mask means all observed.
         intended_ns: when it was complete, by this client's clock.
-        due_ns: when it is to be sent; None as soon as there are credits.
+        due_ns: when to send it; None for as soon as there are credits.
     """
 
     index: int
@@ -217,21 +217,21 @@ class NextBin:
 
 
 class Source(Protocol):
-    """Where a stream's bins come from.
+    """The source of the bins of a stream.
 
     Attributes:
-        ended: there is no further bin.
+        ended: whether there is no further bin.
     """
 
     @property
     def ended(self) -> bool: ...
 
     def next(self, now_ns: int) -> NextBin | None:
-        """The next bin, the same until it is sent; None where there is none now."""
+        """Return the next bin, the same until it is sent; None if there is none now."""
         ...
 
     def sent(self) -> None:
-        """The bin that ``next`` returned has been sent."""
+        """Mark the bin that ``next`` returned as sent."""
         ...
 
 
@@ -272,7 +272,7 @@ class Planned:
 
 
 def seen(mask: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
-    """A mask as it is sent: None where all were observed."""
+    """Return the mask to send: None if all units were observed."""
     return None if mask.all() else mask
 
 
@@ -311,11 +311,11 @@ def stream_from(
     watch: Callable[[StreamLog, float], None] | None = None,
     patience: float = PATIENCE_S,
 ) -> StreamLog:
-    """Send what a source has, until it has ended, and collect the answers.
+    """Send the bins of a source until it has ended, and collect the answers.
 
     Args:
         session: open, without any bins sent.
-        n_bins: to make room for in the log, which grows where there are more.
+        n_bins: expected number of bins, for the size of the log, which grows if needed.
         watch: called with the log and the seconds left until the next send; at the end once more,
             with infinity.
         patience: seconds without any answer, while some are due, before giving up.
@@ -387,7 +387,7 @@ def _stream(
             news_ns = now
         elif now - news_ns > patience * 1e9:
             if log.refused and source.ended:
-                break  # the last bins were refused, and no later bin reveals the gap
+                break  # the last bins were refused, and no later bin shows the gap
             raise AnswerTimeoutError(
                 f"service at {session.endpoint}",
                 expected=f"an answer within {patience:g} s",

@@ -1,4 +1,4 @@
-"""Streams of the lab streaming layer: found by name, found again when they are gone."""
+"""Streams of the lab streaming layer, found by name and again after they vanish."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 
 
 def load_pylsl() -> Any:
-    """The package. Raises ConfigError: it is not installed, or its library is not found."""
+    """Import the package. Raises ConfigError if it or its library is not installed."""
     try:
         import pylsl
     except (ImportError, RuntimeError, OSError) as error:
@@ -33,7 +33,7 @@ def load_pylsl() -> Any:
 
 
 def lsl_minus_ours_s(pylsl: Any, clock: Clock) -> tuple[float, float]:
-    """LSL's clock on this machine minus ours, and how far off that may be; seconds."""
+    """Return LSL's clock on this machine minus ours, and its uncertainty, in seconds."""
     spans: list[tuple[int, float, int]] = []
     for _ in range(5):
         spans.append((clock.now_ns(), float(pylsl.local_clock()), clock.now_ns()))
@@ -43,29 +43,30 @@ def lsl_minus_ours_s(pylsl: Any, clock: Clock) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Samples as they came: values (S, C) or S rows of text, stamps (S,) in seconds by the
-    source's clock."""
+    """Received samples: values (S, C) or S rows of text, and stamps (S,) in seconds of the
+    source.
+    """
 
     values: Any
     stamps: NDArray[np.float64]
 
 
 class NamedStream:
-    """The stream of a name, whoever offers it.
+    """The stream of a given name, from any source.
 
-    A source that goes away is noticed at once, by an inlet that is not to recover. What it sent
-    before is still given; then the stream is looked for again.
+    The inlet does not recover by itself, so a source that goes away is noticed at once. Samples
+    that it sent before are still returned; then the stream is searched again.
 
     Args:
         pylsl: the package.
-        name: the stream's.
-        say: is told what happens to the stream.
+        name: name of the stream.
+        say: receives a line for each event.
 
     Attributes:
-        info: of the stream that is, or was last, read; None before the first.
-        correction_s, uncertainty_s: add the first to a stamp to have the time by LSL's clock on
-            this machine, which may be off by the second.
-        found: how often a source was found.
+        info: description of the current or last stream; None before the first.
+        correction_s, uncertainty_s: offset from stamps to LSL's clock on this machine, and its
+            uncertainty.
+        found: number of times that a source was found.
     """
 
     def __init__(self, pylsl: Any, name: str, say: Say) -> None:
@@ -80,10 +81,10 @@ class NamedStream:
         self._gone = self._corrected = 0.0
 
     def look(self, timeout: float) -> bool:
-        """Look for the stream, unless it is there. Returns whether it is."""
+        """Look for the stream if it is absent. Return whether it is present."""
         if self._inlet is not None:
             return True
-        if self._resolver is None:  # anew after each source: it knows none that is gone
+        if self._resolver is None:  # a new resolver for each source: it has no stale entries
             self._resolver = self._pylsl.ContinuousResolver("name", self.name)
         end = time.monotonic() + timeout
         while not (found := self._resolver.results()):
@@ -102,7 +103,7 @@ class NamedStream:
             watch = self._pylsl.StreamInlet(info, max_buflen=1, recover=False)
             watch.open_stream(_FIRST_S)
         except (self._pylsl.util.LostError, self._pylsl.util.TimeoutError):
-            return  # it is gone again
+            return  # it has vanished again
         before, self.info = self.info, full
         self._inlet, self._watch = inlet, watch
         self.found += 1
@@ -117,12 +118,12 @@ class NamedStream:
             self._say(f"stream {self.name!r} had {before.channel_count()} channels before")
 
     def labels(self) -> list[str]:
-        """Names of the channels; empty where the stream does not say."""
+        """Names of the channels; empty if the stream does not state them."""
         named = None if self.info is None else self.info.get_channel_labels()
         return [label or "" for label in named] if named else []
 
     def pull(self, timeout: float) -> Samples | None:
-        """What has come, waiting for the first; None if nothing has."""
+        """Return new samples, waiting for the first; None if there are none."""
         if self._inlet is None:
             return None
         lost = self._lost()
@@ -140,7 +141,7 @@ class NamedStream:
         return None
 
     def _lost(self) -> bool:
-        """Whether the source has gone away."""
+        """Return whether the source has gone away."""
         if self._watch is not None:
             try:
                 self._watch.pull_chunk(0.0)
@@ -149,7 +150,7 @@ class NamedStream:
         return self._watch is None
 
     def _correct(self, timeout: float) -> None:
-        """Measure the clock's offset again; the one before stays where it cannot be had."""
+        """Measure the clock offset again; keep the previous one if that fails."""
         from pylsl.lib import lib
 
         measure = lib.lsl_time_correction_ex

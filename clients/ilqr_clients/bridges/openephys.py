@@ -1,10 +1,10 @@
 """Open Ephys: spikes and TTL events of its ZMQ Interface plugin.
 
-Each message has an envelope, a JSON header and data. A spike names its electrode, and a sorted
-unit of it. A unit of the model is called ``electrode:sorted_id``, or as the electrode, whose sorted
-units are then taken together. Times are numbers of samples, so that bins have their edges on the
-clock of the acquisition. Continuous data, of one channel at least, says how far it has come. The
-bridge sends the heartbeat that the plugin expects, to the port after that of the data.
+Each message has an envelope, a JSON header and data. A spike names its electrode and a sorted unit.
+A unit of the model is named ``electrode:sorted_id``, or as the electrode, whose sorted units are
+then pooled. Times are sample numbers, so bins have their edges on the clock of the acquisition.
+Continuous data of at least one channel shows the current time. The bridge sends the heartbeat that
+the plugin expects to the port after that of the data.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _RATE = 30000.0
 
 
 class OpenEphysBridge(ZmqBridge):
-    """Feeds one session with the spikes of one plugin.
+    """Feeds a session with the spikes of a plugin.
 
     Args:
         endpoint: the service's address.
-        stream: of the plugin's data port, e.g. ``tcp://127.0.0.1:5556``.
+        stream: address of the plugin's data port, e.g. ``tcp://127.0.0.1:5556``.
         session: the session's name.
-        rate: samples per second, until continuous data says so.
-        say: is told what happens, a line each.
-        options: of ``ServiceClient.open``.
+        rate: samples per second, until continuous data states it.
+        say: receives a line for each event.
+        options: options of ``ServiceClient.open``.
 
     Raises:
-        ConfigError: ``stream`` is no address with a port.
+        ConfigError: ``stream`` is not an address with a port.
         ServiceError: the service is not reachable.
     """
 
@@ -87,7 +87,7 @@ class OpenEphysBridge(ZmqBridge):
 
     def pull(self) -> list[list[bytes]]:
         came = super().pull()
-        if self._session is None:  # its origin is the first message
+        if self._session is None:  # the first message sets its origin
             for frames in came:
                 if (stamp_ns := self._stamp(self._header(frames))) is not None:
                     self._source = SourceClock()
@@ -106,7 +106,7 @@ class OpenEphysBridge(ZmqBridge):
     # ---- its messages ----------------------------------------------------------------------------
 
     def _header(self, frames: list[bytes]) -> dict[str, Any]:
-        """The header of a message; empty where it has none."""
+        """Return the header of a message; empty if it has none."""
         try:
             header = json.loads(frames[1].rstrip(b"\0"))
         except (IndexError, ValueError):
@@ -118,7 +118,7 @@ class OpenEphysBridge(ZmqBridge):
         return cast(dict[str, Any], body) if isinstance(body, dict) else {}
 
     def _stamp(self, header: dict[str, Any]) -> int | None:
-        """When it was, in ns of the acquisition's clock; None where it does not say."""
+        """Return its time in ns of the acquisition's clock; None if it states none."""
         body = self._body(header)
         if header.get("type") == "data" and (rate := body.get("sample_rate")):
             self._rate = float(rate)
@@ -162,15 +162,14 @@ class OpenEphysBridge(ZmqBridge):
         if header.get("type") == "data":
             samples = int(body.get("n_real_samples", body.get("num_samples", 0)))
             if self._until_ns is not None and at_ns - self._sent_ns >= self._step_ns:
-                self._flush()  # so that no batch closes many bins
+                self._flush()  # so that a batch closes few bins
             self._until_ns = max(self._until_ns or at_ns, at_ns)
             self._now_ns = max(self._now_ns, at_ns + round(samples * 1e9 / self._rate))
         self._times += [at_ns] * len(spikes)
         self._which += spikes
 
     def _follow(self, number: int, header: bytes) -> tuple[int, int] | str | None:
-        """Follow the messages' numbers: ``repeated``, the batch that was skipped where this one is
-        late, else None."""
+        """Track message numbers: return ``repeated``, the skipped batch of a late one, or None."""
         last, again = self._last, self._known.get(number) == header
         if again and not self._fresh:
             return "repeated"
@@ -181,7 +180,8 @@ class OpenEphysBridge(ZmqBridge):
             if number in self._holes:
                 self.tally["late"] += 1
                 return self._holes.pop(number)
-            self._known, self._holes, self._fresh = {number: header}, {}, False  # it counts anew
+            # its numbers restart
+            self._known, self._holes, self._fresh = {number: header}, {}, False
             self._source.begin_again()
         elif last is not None and number > last + 1:
             self._lose(last + 1, number)
@@ -189,7 +189,7 @@ class OpenEphysBridge(ZmqBridge):
         return None
 
     def _lose(self, first: int, end: int) -> None:
-        """Messages did not come: what was in them is missing until they do."""
+        """Mark the contents of lost messages as missing, unless they arrive later."""
         self.tally["lost"] += end - first
         self.say(f"messages {first} to {end - 1} did not come")
         self._flush()
@@ -200,7 +200,7 @@ class OpenEphysBridge(ZmqBridge):
             del self._holes[next(iter(self._holes))]
 
     def _unit(self, body: dict[str, Any]) -> list[int]:
-        """The unit of a spike; empty where the model has none of its name."""
+        """Return the unit of a spike; empty if the model has none of this name."""
         electrode = str(body.get("electrode", body.get("electrode_id", "")))
         for name in (f"{electrode}:{body.get('sorted_id', 0)}", electrode):
             if name in self._units:
@@ -224,7 +224,7 @@ class OpenEphysBridge(ZmqBridge):
             self.event(text or "message", about, at_ns)
 
     def _flush(self) -> None:
-        """Send the spikes that came."""
+        """Send the received spikes."""
         self._sent_ns = self._until_ns or 0
         now = self._now_ns if self._until_ns is not None else self.clock.now_ns()
         times, which = np.array(self._times, np.int64), np.array(self._which, np.int64)

@@ -1,4 +1,4 @@
-"""Times and bin numbers of samples, by their stamps. Pure: no sockets, no clock."""
+"""Times and bin indices of samples from their time stamps. Pure: no sockets, no clock."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _FOLLOW = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where a sample belongs.
+    """The position of a sample.
 
     Attributes:
-        index: its bin.
-        kind: ``next`` after the newest, ``gap`` further on, ``late`` before it, ``repeated``: it
-            has come; ``step``: the clock of the stamps was set.
-        skipped: bins between the newest and this one.
+        index: index of its bin.
+        kind: ``next`` after the newest; ``gap`` further ahead; ``late`` before it; ``repeated``,
+            received before; ``step``, the clock of the stamps was set.
+        skipped: number of bins between the newest and this one.
     """
 
     index: int
@@ -35,11 +35,12 @@ class Placed:
 
 
 class StampIndex:
-    """Numbers samples by their stamps: on a grid of the bin width whose phase follows the stamps,
-    so that jitter up to half a bin width and clocks that drift cost nothing.
+    """Numbers samples by their stamps, on a grid of the bin width whose phase follows the stamps.
 
-    A stamp that gains a second more than twice the time that passed, or falls by more than a
-    second, shows that the clock was set. The numbers then go on by the time that passed.
+    So jitter up to half a bin width and clock drift have no effect.
+
+    A stamp that increases by a second more than twice the elapsed time, or decreases by more than a
+    second, means that the clock was set. The numbers then continue by the elapsed time.
 
     Args:
         width_s: the bin width.
@@ -54,12 +55,13 @@ class StampIndex:
         self._again = False
 
     def begin_again(self) -> None:
-        """Another source follows: a stamp that is not above the newest shows that its clock is
-        another."""
+        """Prepare for another source; if its first stamp is not above the newest, its clock
+        differs.
+        """
         self._again = True
 
     def place(self, stamp_s: float, arrived_s: float) -> Placed:
-        """Number the sample of a stamp that arrived now; both in seconds, on any two clocks."""
+        """Number a sample by its stamp and arrival, in seconds of any two clocks."""
         if self._anchor is None:
             return self._keep(stamp_s, arrived_s, self._newest + 1, "next")
         gained, passed = stamp_s - self._last[0], max(0.0, arrived_s - self._last[1])
@@ -77,7 +79,7 @@ class StampIndex:
         if gained < 0:
             self._remember(stamp_s, index)
             return Placed(index, "late")
-        if index <= self._newest:  # stamps jitter by more than half a bin width
+        if index <= self._newest:  # jitter of more than half a bin width
             index = self._newest + 1
         return self._keep(stamp_s, arrived_s, index, "gap" if index > self._newest + 1 else "next")
 
@@ -100,10 +102,10 @@ class StampIndex:
 
 
 class SourceClock:
-    """A source's clock by this client's: a constant apart until one of them is set.
+    """A source's clock relative to this client's: a constant offset until one of them is set.
 
-    The constant is what the first stamp was off when it came. The edges of bins so stay where they
-    are on the source's clock; where that is set, they go on by the time that passed.
+    The offset is that of the first stamp at its arrival. So bin edges stay fixed on the source's
+    clock; if that is set, they continue by the elapsed time.
     """
 
     def __init__(self) -> None:
@@ -112,11 +114,11 @@ class SourceClock:
         self._again = False
 
     def begin_again(self) -> None:
-        """Another source follows, whose clock may be any."""
+        """Prepare for another source, with any clock."""
         self._again = True
 
     def take(self, stamp_ns: int, arrived_ns: int) -> bool:
-        """Follow a stamp that arrived now. Returns whether the source's clock was set."""
+        """Add a stamp that arrived now. Return whether the source's clock was set."""
         if self.offset_ns is None:
             self.offset_ns, self._last = arrived_ns - stamp_ns, (stamp_ns, arrived_ns)
             return False
@@ -131,17 +133,18 @@ class SourceClock:
         return stepped
 
     def ours_ns(self, stamp_ns: int) -> int:
-        """A stamp by this client's clock. One must have been taken."""
+        """Convert a stamp to this client's clock. Requires an earlier ``take``."""
         assert self.offset_ns is not None
         return stamp_ns + self.offset_ns
 
 
 class CountedIndex:
-    """Numbers samples that the source counts. A source that began to count anew goes on where its
-    stamp says.
+    """Numbers samples that the source counts.
+
+    If the source restarts its count, its stamps say where to continue.
 
     Args:
-        first_of: the bin of the first sample, by its number.
+        first_of: returns the bin of the first sample by its number.
     """
 
     def __init__(self, first_of: Callable[[int], int]) -> None:
@@ -151,14 +154,14 @@ class CountedIndex:
         self._again = False
 
     def begin_again(self) -> None:
-        """Another source follows, which may count anew."""
+        """Prepare for another source, which may restart the count."""
         self._again = True
 
     def place(self, number: int, stamped: Placed) -> Placed:
-        """Number the sample that the source counts so.
+        """Return the position of a sample by its number.
 
         Args:
-            stamped: where it belongs by its stamp.
+            stamped: its position by its stamp.
         """
         if self._first is None:
             self._first = number - self._first_of(number)
@@ -179,12 +182,12 @@ class CountedIndex:
 
 
 class Gather:
-    """Sums ``parts`` samples that a source counts to one bin.
+    """Sums ``parts`` numbered samples to a bin.
 
-    A bin is given once all of its samples have come. One that lacks a sample is never given.
+    A bin is returned when all its samples have arrived. A bin that lacks a sample is not returned.
 
     Attributes:
-        repeated: how many samples had come before.
+        repeated: number of samples received more than once.
     """
 
     def __init__(self, parts: int) -> None:
@@ -195,7 +198,7 @@ class Gather:
     def add(
         self, number: int, values: NDArray[np.float64]
     ) -> tuple[int, NDArray[np.float64]] | None:
-        """Take a sample; the bin's number and (C,) counts where it is the last one of a bin."""
+        """Add a sample; return number and counts (C,) of a bin that it completes."""
         at, part = divmod(number, self.parts)
         if at in self._done or part in self._open.get(at, {}):
             self.repeated += 1

@@ -1,4 +1,4 @@
-"""What a ZeroMQ publisher sends, for bridges to it: whether it is there, and its messages."""
+"""The base of bridges to ZeroMQ publishers: presence and messages of the publisher."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _MOST = 4096
 
 
 class ZmqBridge(Bridge):
-    """Feeds one session with what is published at an address.
+    """Feeds a session from a publisher.
 
     Args:
         endpoint: the service's address.
-        stream: the publisher's, e.g. ``tcp://127.0.0.1:5556``.
+        stream: address of the publisher, e.g. ``tcp://127.0.0.1:5556``.
         session: the session's name.
-        say: is told what happens, a line each.
-        options: of ``ServiceClient.open``.
+        say: receives a line for each event.
+        options: options of ``ServiceClient.open``.
 
     Raises:
-        ConfigError: ``stream`` is no address with a port.
+        ConfigError: ``stream`` is not an address with a port.
         ServiceError: the service is not reachable.
     """
 
@@ -69,7 +69,7 @@ class ZmqBridge(Bridge):
         return came
 
     def _notice(self) -> None:
-        """Whether the publisher is there, and whether it is another one."""
+        """Detect whether the publisher is present, and whether it is another one."""
         connected = self._watched.connected
         if self._came:
             self._heard = True
