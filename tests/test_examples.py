@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ilqr_clients.answer import Answer
 from ilqr_clients.sdk import ServiceClient, model_of
 from rig import make_model, serving
 
@@ -24,23 +25,23 @@ def run(example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_plain_client_prints_what_the_sdk_receives(tmp_path: Path) -> None:
     counts = np.random.default_rng(0).poisson(1.0, (20, UNITS))
-    np.save(tmp_path / "counts.npy", counts)
+    np.savetxt(tmp_path / "counts.csv", counts, fmt="%d", delimiter=",")
     with serving(make_model(tmp_path / "m.safetensors", n_units=UNITS)) as service:
-        done = run("plain_client.py", service.ingest, str(tmp_path / "counts.npy"))
+        done = run("plain_client.py", service.ingest, str(tmp_path / "counts.csv"))
         with ServiceClient(service.ingest) as client:
             model = model_of(client.describe())
-            answers = []
             with client.open("sdk", units=model.unit_names, bin_width=model.bin_width) as session:
-                for index, row in enumerate(counts):
-                    session.send(index, row)
-                    while len(answers) <= index:
-                        answers += session.receive(5.0)
+                answers = [session.step(index, row) for index, row in enumerate(counts)]
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [str(i) for i in range(len(counts))]
-    assert [line.partition("[")[2] for line in lines] == [
-        str(answer.kinematics).removeprefix("[") for answer in answers
-    ]
+    same_lines(done.stdout, answers)
+
+
+def same_lines(printed: str, answers: list[Answer]) -> None:
+    """An example printed index, status and kinematics of each answer, to the last bit."""
+    lines = [line.split() for line in printed.splitlines()]
+    assert [(int(k), status) for k, status, *_ in lines] == [(a.index, a.status) for a in answers]
+    decoded = np.array([[float(value) for value in line[2:]] for line in lines])
+    assert decoded.tobytes() == np.stack([a.kinematics for a in answers]).tobytes()
 
 
 NEEDED = ("g++", "/usr/include/zmq.h", "/usr/include/msgpack.hpp")
@@ -65,14 +66,11 @@ def test_the_cpp_client_decodes_what_the_sdk_receives(tmp_path: Path) -> None:
             with client.open("sdk", units=model.unit_names, bin_width=model.bin_width) as session:
                 answers = [session.step(index, row) for index, row in enumerate(counts)]
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [(int(k), status) for k, status, *_ in lines] == [(a.index, a.status) for a in answers]
-    decoded = np.array([[float(value) for value in line[2:]] for line in lines])
-    assert decoded.tobytes() == np.stack([a.kinematics for a in answers]).tobytes()
+    same_lines(done.stdout, answers)
 
 
 def test_the_plain_client_says_that_nothing_answers(tmp_path: Path) -> None:
-    np.save(tmp_path / "counts.npy", np.zeros((1, UNITS)))
-    done = run("plain_client.py", "tcp://127.0.0.1:9", str(tmp_path / "counts.npy"))
+    (tmp_path / "counts.csv").write_text("0,0,0,0,0\n")
+    done = run("plain_client.py", "tcp://127.0.0.1:9", str(tmp_path / "counts.csv"))
     assert done.returncode == 1
     assert "no description within 5000 ms" in done.stderr

@@ -62,7 +62,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "reliability": lambda: plots.reliability([0.1, 0.9], [0.2, 0.8]),
     "residuals": lambda: plots.residuals([0.0, 1.0], STD[:2], STD[:2], **NAMED),
     "trials": lambda: plots.trials(
-        {"a": [1.0, 2.0], "b": ["x", "y"]}, [0.2, 0.1], [[(1, 0.2)], []]
+        {"a": [1.0, 200.0], "b": ["x", "y"]}, [0.2, 0.1], [[(1, 0.2)], []], logarithmic=["a"]
     ),
 }
 
@@ -79,6 +79,8 @@ def test_axes_are_labelled_and_nothing_is_cut_off(name: str) -> None:
     axes = [ax for ax in made.axes if ax.get_visible()]
     assert axes[-1].get_xlabel()
     assert all(ax.get_ylabel() or len(ax.get_yticklabels()) > 0 for ax in axes)
+    ticks = [t.get_text() for ax in axes for t in ax.get_xticklabels() + ax.get_yticklabels()]
+    assert not any("$" in text for text in ticks)  # a formula, which would stand there as it is
     inside = made.bbox.padded(1.0)
     words = [t for ax in axes for t in (ax.xaxis.label, ax.yaxis.label)]
     words += [t for ax in axes for t in ax.get_children() if isinstance(t, Text)]

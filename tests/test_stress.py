@@ -184,6 +184,6 @@ def test_the_command_shows_and_writes_it(
         assert words in shown
         assert words in html
     assert "by quarter of speed" in shown
-    assert "Calibration by speed" in html
+    assert "Calibration by true speed" in html
     assert main([*said, "--lost", "1.5"]) == 2
     assert "--lost: expected between 0 and 1, got 1.5" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
@@ -176,11 +177,17 @@ def latency(
     ax.set_ylim(bottom=0.7)
     ax.set_xlabel("latency (ms)")
     ax.set_ylabel("bins")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(ax.xaxis, 1.0, 2.0, 5.0)
+    _plain_numbers(ax.yaxis, 1.0)
     legend(ax)
     return figure_of(ax)
+
+
+def _plain_numbers(axis: Axis, *of_a_decade: float) -> None:
+    """Label a logarithmic axis 1, 10, 100: powers would need formulas, which are not drawn."""
+    axis.set_major_locator(LogLocator(subs=of_a_decade, numticks=12))
+    axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 @styled
@@ -243,6 +250,7 @@ def trials(
         ax.scatter(list(drawn) if numbers else list(map(str, drawn)), y, c=colours, s=16)
         if numbers and key in logarithmic:
             ax.set_xscale("log")
+            _plain_numbers(ax.xaxis, 1.0, 3.0)
         ax.set_xlabel(short(key, 40))
     return figure
 

@@ -66,6 +66,7 @@
       u.ctx.strokeStyle = u.ctx.fillStyle = colour("var(--soft)");
       u.ctx.setLineDash([4, 4]);
       u.ctx.font = 10 * devicePixelRatio + "px system-ui, sans-serif";
+      u.ctx.textAlign = "left";
       let free = -Infinity;
       shown.forEach(([t, name]) => {
         const x = Math.round(u.valToPos(t, "x", true));

@@ -126,22 +126,23 @@ def _tables(data: ReportData) -> tuple[Table, ...]:
     classes = () if data.classes is None else (classes_table(data.classes),)
     if data.scores is None:
         return (*classes, *data.tables)
-    both = (data.scores.by_speed, data.scores.by_decoded_speed)
-    return (*(_by_speed(by) for by in both if by is not None), *classes, *data.tables)
+    both = {"true": data.scores.by_speed, "decoded": data.scores.by_decoded_speed}
+    by_speed = (_by_speed(which, by) for which, by in both.items() if by is not None)
+    return (*by_speed, *classes, *data.tables)
 
 
-def _by_speed(by: BySpeed) -> Table:
+def _by_speed(which: str, by: BySpeed) -> Table:
     lower = (0.0, *by.upto[:-1])
     rows = [
         (f"{a:.3g} to {b:.3g}" if b > a else f"{b:.3g}", f"{100 * c:.1f} %", f"{ratio:.2f}")
         for a, b, c, ratio in zip(lower, by.upto, by.coverage, by.ratio, strict=True)
     ]
     text = (
-        "From the slowest quarter of the bins to the fastest; quarters that end at one speed are "
-        "one row. Stated over actual error, root mean squares: 1 is right, above 1 too wide."
+        "From the slowest quarter of the bins to the fastest; quarters that end at one speed share "
+        "a row. Stated over actual error, root mean squares: 1 is right, above 1 is too wide."
     )
     columns = (by.what, "90 % interval covers", "stated over actual error")
-    return Table("Calibration by speed", text, columns, tuple(rows))
+    return Table(f"Calibration by {which} speed", text, columns, tuple(rows))
 
 
 def _statuses(data: ReportData) -> list[dict[str, Any]]:

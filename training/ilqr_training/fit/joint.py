@@ -15,7 +15,8 @@ import torch
 from ilqr_training.config import TrainConfig, with_fraction
 from ilqr_training.fit.crops import prepare
 from ilqr_training.fit.members import refuse_sessions
-from ilqr_training.fit.train import Trained, manifest_of, save_model, train_on
+from ilqr_training.fit.model_file import manifest_of, save_model
+from ilqr_training.fit.train import Trained, train_on
 from ilqr_training.fit.validate import validate
 from ilqr_vae.artifact import Artifact, Manifest, ModelSpec, build, load_artifact
 from ilqr_vae.errors import RecordingError

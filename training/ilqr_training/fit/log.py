@@ -38,11 +38,7 @@ class TrainingLog:
         except OSError as error:
             self._end(error)
         self._write(_events.Event(file_version="brain.Event:2"))
-        self._write(
-            _events.Event(
-                step=first, session_log=_events.SessionLog(status=_events.SessionLog.START)
-            )
-        )
+        self._mark(_events.SessionLog.START, first)
 
     def add(self, part: str, values: dict[str, float], step: int) -> None:
         """Log each value as ``part/name``."""
@@ -50,6 +46,13 @@ class TrainingLog:
             _summaries.Summary.Value(tag=f"{part}/{k}", simple_value=v) for k, v in values.items()
         ]
         self._write(_events.Event(step=step, summary=_summaries.Summary(value=scalars)))
+
+    def end(self, step: int) -> None:
+        """Mark the end of the run: its model file is written."""
+        self._mark(_events.SessionLog.STOP, step)
+
+    def _mark(self, status: int, step: int) -> None:
+        self._write(_events.Event(step=step, session_log=_events.SessionLog(status=status)))
 
     def _write(self, event: Any) -> None:
         if self._file is None:

@@ -2,9 +2,9 @@
 
 The remaining work follows from the settings: gradient steps, validations, and the final validation
 with its passes over the recording and its readout fits. The cost of each is measured. Passes and
-readout fits are timed on a few bins and steps before the first gradient step; gradient steps and
-validations are timed as they run. The load of the machine varies, so the latest measurements count:
-at each validation passes are timed again, and a few steps of the readout fits repeated.
+readout fits are timed on a few bins and steps before the first gradient step and at each
+validation. Gradient steps, validations and the parts of the final validation are timed as they
+run. The load of the machine varies, so steps are averaged over the newest half of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,19 +19,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from msgspec.structs import replace
+from numpy.typing import NDArray
+from scipy import linalg
 
-from ilqr_training.config import TrainConfig
+from ilqr_training.config import ReadoutConfig, TrainConfig
 from ilqr_training.fit.crops import Prepared
 from ilqr_training.fit.validate import estimator_of, planned_passes
 from ilqr_training.readout.causal import causal_pass
 from ilqr_training.readout.hidden import Maps, fit_hidden
 from ilqr_training.readout.recurrent import CHECKPOINTS, Windows, fit_recurrent
 from ilqr_vae.model.generative import Model
-from ilqr_vae.progress import Progress
+from ilqr_vae.progress import Progress, duration
 
-_RECENT = 50
+_FEWEST = 50
+"""Smallest number of gradient steps that are averaged; beyond twice as many, the newest half."""
 _BINS, _STREAMS = 16, 16
 _PROBED = 10
+_BATCH = 256
 _FORWARD = 0.4
 """Cost of a row that a layer only decodes, as a share of the cost of one it learns from."""
 
@@ -45,17 +48,19 @@ class Costs:
 
     Attributes:
         bin, stream: a bin of a causal pass takes ``bin``, and ``stream`` more for each stream.
+        linear: fitting and choosing the linear map of the readout.
         hidden, recurrent: a gradient step of each layer of the readout; 0 for none.
     """
 
-    bin: float
-    stream: float
+    bin: float = 0.0
+    stream: float = 0.0
+    linear: float = 0.0
     hidden: float = 0.0
     recurrent: float = 0.0
 
-    def passes(self, planned: list[tuple[int, int]]) -> float:
-        """Return the time of causal passes, given as (bins per stream, streams)."""
-        return sum(bins * (self.bin + self.stream * streams) for bins, streams in planned)
+    def of_pass(self, bins: int, streams: int) -> float:
+        """Return the time of a causal pass of this many bins per stream."""
+        return bins * (self.bin + self.stream * streams)
 
 
 def _timed(do: Callable[[], object], clock: Clock) -> float:
@@ -92,15 +97,14 @@ def _measured(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -
 
     one, many = seconds_a_bin(1), seconds_a_bin(_STREAMS)
     stream = max(0.0, (many - one) / (_STREAMS - 1))
-    costs = Costs(bin=max(0.0, one - stream), stream=stream)
-    if data.recording.kinematics is None:
-        return costs
-    hidden, recurrent = _layers(model.n, data, config, clock)
-    return Costs(bin=costs.bin, stream=costs.stream, hidden=hidden, recurrent=recurrent)
+    fits = Costs()
+    if data.recording.kinematics is not None:
+        fits = _fits(model.n, data, config, clock)
+    return dataclasses.replace(fits, bin=max(0.0, one - stream), stream=stream)
 
 
-def _layers(n: int, data: Prepared, config: TrainConfig, clock: Clock) -> tuple[float, float]:
-    """Time a gradient step of the hidden and of the recurrent layers on random rows."""
+def _fits(n: int, data: Prepared, config: TrainConfig, clock: Clock) -> Costs:
+    """Measure the cost of the readout fits on random rows; the costs of passes stay zero."""
     assert data.recording.kinematics is not None
     reads = config.readout.within(config.estimator.horizon)
     units, channels = data.recording.n_units, data.recording.kinematics.shape[1]
@@ -109,8 +113,8 @@ def _layers(n: int, data: Prepared, config: TrainConfig, clock: Clock) -> tuple[
     y = rng.normal(size=(rows, channels))
     few = replace(reads, steps=_PROBED, recurrent_steps=_PROBED)
     hidden = recurrent = 0.0
+    x = rng.normal(size=(rows, features))
     if reads.hidden:
-        x = rng.normal(size=(rows, features))
         linear = Maps.linear(np.zeros((channels, features)), np.zeros(channels))
         fit = _timed(lambda: fit_hidden(x, y, linear, few, 0, units=units), clock)
         hidden = fit / _PROBED
@@ -122,26 +126,83 @@ def _layers(n: int, data: Prepared, config: TrainConfig, clock: Clock) -> tuple[
         )
         fit = _timed(lambda: list(fit_recurrent(windows, y, few, 0)), clock)
         recurrent = fit / _PROBED
-    return hidden, recurrent
+    return Costs(linear=_linear(x, data, reads, clock), hidden=hidden, recurrent=recurrent)
 
 
-class _Passes:
-    """A progress that times causal passes and forwards everything."""
+def _linear(x: NDArray[np.float64], data: Prepared, reads: ReadoutConfig, clock: Clock) -> float:
+    """Time the linear map: the Gram matrix of the training part, and a solve for each choice."""
+    gram = x.T @ x + np.eye(x.shape[1])
+    product = _timed(lambda: x.T @ x, clock) * (data.train[1] - data.train[0]) / len(x)
+    solve = _timed(lambda: linalg.solve(gram, x[0], assume_a="pos"), clock)
+    choices = len(reads.alphas) * (1 + len(reads.alphas) * bool(reads.residuals))
+    return product + choices * solve
 
-    def __init__(self, progress: Progress, clock: Clock) -> None:
-        self._progress, self._clock = progress, clock
-        self._began: dict[str, float] = {}
-        self.seconds = 0.0
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a validation: its progress bar, the units of it, and the expected seconds.
+
+    A part without a progress bar has no units.
+    """
+
+    what: str
+    of: int
+    seconds: float
+
+
+class _Parts:
+    """A progress that times the parts of a validation and forwards everything.
+
+    Args:
+        plan: the parts in their order.
+        beyond: expected seconds after the last part; None if the time left of the whole run is not
+            shown.
+        tell: receives the seconds left of the whole run, once a second.
+
+    Attributes:
+        passes: seconds that the causal passes took.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        clock: Clock,
+        plan: list[_Part],
+        beyond: float | None = None,
+        tell: Callable[[float], object] = lambda _: None,
+    ) -> None:
+        self._progress, self._clock, self._plan = progress, clock, plan
+        self._beyond, self._tell = beyond, tell
+        self._at, self._first, self._told = 0, 0.0, -math.inf
+        self.passes = 0.0
 
     def __call__(
         self, what: str, done: int, of: int, note: str = "", left: float = math.nan
     ) -> None:
-        if what.startswith("latents"):
-            began = self._began.setdefault(what, self._clock())
-            if done == of and of > 1:  # the first report comes after the first bin
-                self.seconds += (self._clock() - began) * of / (of - 1)
-                del self._began[what]
+        now = self._clock()
+        if done == 1:
+            self._first = now
+        spent = now - self._first  # without the first unit, which includes setup
+        at = self._at
+        while at < len(self._plan) and self._plan[at].what != what:
+            at += 1
+        if at < len(self._plan):
+            self._at = at + (done == of)
+            part, later = self._plan[at], self._plan[at + 1 :]
+            each = spent / (done - 1) if done > _PROBED else part.seconds / part.of
+            if self._beyond is not None:
+                left = (of - done) * each + sum(p.seconds for p in later) + self._beyond
+                self._say(what, done, left, now)
+        if done == of and what.startswith("latents"):
+            self.passes += spent * of / max(of - 1, 1)
         self._progress(what, done, of, note, left)
+
+    def _say(self, what: str, done: int, left: float, now: float) -> None:
+        if done == 1 and what.startswith("readout"):
+            self.log(f"{what}: about {duration(left)} left in all")
+        if now - self._told >= 1:
+            self._told = now
+            self._tell(left)
 
     def log(self, line: str) -> None:
         self._progress.log(line)
@@ -168,11 +229,11 @@ class Pace:
         self._model, self._data, self._config, self._clock = model, data, config, clock
         self._afterwards = afterwards
         self._costs = measure(model, data, config, clock)
-        self._steps: deque[float] = deque(maxlen=_RECENT)
-        self._validation = self._passes(thorough=False)
-        self._linear = 0.0  # share of the ridge regressions
+        self._spent = [0.0]  # cumulative time of the gradient steps
+        self._validations: list[float] = []
         self._slower = 1.0  # ratio of the time of passes to that first measured
         self._done = 0
+        self._due = False  # whether the last step may be followed by a validation
 
     @contextmanager
     def step(self) -> Generator[None]:
@@ -180,50 +241,88 @@ class Pace:
         began = self._clock()
         yield
         self._done += 1
+        self._due = True
         if self._done > 1:
-            self._steps.append(self._clock() - began)
+            self._spent.append(self._spent[-1] + self._clock() - began)
 
     @contextmanager
     def validation(self, progress: Progress) -> Generator[Progress]:
         """Time a validation, which reports to the progress given to it, then the readout fits."""
-        timed, began = _Passes(progress, self._clock), self._clock()
-        yield timed
-        self._validation = self._clock() - began
-        self._linear = max(0.0, self._validation - timed.seconds)
-        planned = self._costs.passes(self._planned(thorough=False))
-        if planned > 0 and timed.seconds > 0:
-            self._slower = timed.seconds / planned
+        plan = self._passes(thorough=False)
+        parts, began = _Parts(progress, self._clock, plan), self._clock()
+        yield parts
+        took = self._clock() - began
+        planned = sum(part.seconds for part in plan) / self._slower
+        if planned > 0 and parts.passes > 0:
+            self._slower = parts.passes / planned
         if self._data.recording.kinematics is not None:
             with torch.random.fork_rng():
-                layers = _layers(self._model.n, self._data, self._config, self._clock)
-            self._costs = dataclasses.replace(self._costs, hidden=layers[0], recurrent=layers[1])
+                fits = _fits(self._model.n, self._data, self._config, self._clock)
+            self._costs = dataclasses.replace(
+                fits,
+                bin=self._costs.bin,
+                stream=self._costs.stream,
+                linear=max(0.0, took - parts.passes),
+            )
+        self._validations.append(self._clock() - began)
+        self._due = False
+
+    def final(self, progress: Progress, tell: Callable[[float], object]) -> Progress:
+        """Return a progress for the final validation; ``tell`` receives the time left, in seconds."""
+        plan = self._final()
+        return _Parts(progress, self._clock, plan, self._beyond(plan), tell)
 
     def left(self, step: int) -> float:
         """Return the seconds left after this many gradient steps; NaN before any was timed."""
-        loop = self._config.training
-        if not self._steps:
+        loop, timed = self._config.training, len(self._spent) - 1
+        if not timed:
             return float("nan")
-        a_step = sum(self._steps) / len(self._steps)
+        early = min(timed // 2, max(0, timed - _FEWEST))
+        a_step = (self._spent[-1] - self._spent[early]) / (timed - early)
         every = loop.validate_every or loop.steps
         ahead = -(-loop.steps // every) - step // every
-        return (loop.steps - step) * a_step + ahead * self._validation + self._final()
+        if step == loop.steps and step % every:
+            ahead -= 1  # the last validation comes early
+        if self._due and (step == loop.steps or step % every == 0):
+            ahead += 1
+        plan = self._final()
+        final = sum(part.seconds for part in plan) + self._beyond(plan)
+        return (loop.steps - step) * a_step + ahead * self._validation() + final
 
-    def _planned(self, *, thorough: bool) -> list[tuple[int, int]]:
-        return planned_passes(self._data, self._config, thorough=thorough)
+    def _validation(self) -> float:
+        """Return the expected time of a validation while training."""
+        if self._validations:
+            newest = self._validations[-2:]
+            return sum(newest) / len(newest)
+        return sum(part.seconds for part in self._passes(thorough=False)) + self._costs.linear
 
-    def _passes(self, *, thorough: bool) -> float:
-        return self._costs.passes(self._planned(thorough=thorough))
+    def _passes(self, *, thorough: bool) -> list[_Part]:
+        planned = planned_passes(self._data, self._config, thorough=thorough)
+        return [
+            _Part(what, bins, self._slower * self._costs.of_pass(bins, streams))
+            for what, bins, streams in planned
+        ]
 
-    def _final(self) -> float:
-        """Return the time of the thorough final validation, which fits the readout twice."""
+    def _final(self) -> list[_Part]:
+        """Return the parts of the thorough final validation, which fits the readout twice."""
+        passes = self._passes(thorough=True)
+        if self._data.recording.kinematics is None:
+            return passes
         costs = self._costs
-        passes = self._slower * self._passes(thorough=True)
-        fits = 0.0
-        if self._data.recording.kinematics is not None:
-            reads, batch = self._config.readout, 256
-            a, b = self._data.validation
-            looks = _FORWARD * CHECKPOINTS * (b - a) / batch
-            fits = 2 * costs.hidden * reads.steps
-            fits += costs.recurrent * (2 * reads.recurrent_steps + looks)
-            fits += 2 * self._linear
-        return passes + fits + (passes + self._afterwards * fits if self._afterwards else 0.0)
+        reads = self._config.readout.within(self._config.estimator.horizon)
+        a, b = self._data.validation
+        looks = _FORWARD * CHECKPOINTS * (b - a) / _BATCH
+        layers: list[_Part] = []
+        if reads.hidden:
+            layers.append(_Part("readout, hidden", reads.steps, costs.hidden * reads.steps))
+        if reads.recurrent and reads.lags:
+            steps = reads.recurrent_steps
+            layers.append(_Part("readout, recurrent", steps, costs.recurrent * (steps + looks)))
+        return [*passes, _Part("", 0, costs.linear), *layers, *layers]
+
+    def _beyond(self, final: list[_Part]) -> float:
+        """Return the time of the validations afterwards: one set of passes, and the fits of each."""
+        if not self._afterwards:
+            return 0.0
+        passes = sum(part.seconds for part in final if part.what.startswith("latents"))
+        return passes + self._afterwards * (sum(part.seconds for part in final) - passes)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import platform
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 import torch
 
 from ilqr_training.config import TrainConfig
-from ilqr_training.fit.build import build_model, model_spec
+from ilqr_training.fit.build import build_model
 from ilqr_training.fit.checkpoint import EarlyStopping, keep_checkpoint, load_checkpoint
 from ilqr_training.fit.crops import Crops, Prepared, prepare
 from ilqr_training.fit.log import TrainingLog
@@ -33,15 +27,14 @@ from ilqr_training.fit.members import (
     train_members,
 )
 from ilqr_training.fit.memory import estimate, refuse_hopeless
+from ilqr_training.fit.model_file import manifest_of, save_model
 from ilqr_training.fit.origin import first_model, stamped
 from ilqr_training.fit.pace import Pace
 from ilqr_training.fit.validate import Validation, scored, validate
 from ilqr_training.readout.classes import ClassFit, class_names
-from ilqr_vae.artifact import Artifact, Manifest, load_artifact, save_artifact
-from ilqr_vae.errors import ConfigError, TrainingError
+from ilqr_vae.artifact import Artifact, Manifest, load_artifact
 from ilqr_vae.files import check_space
 from ilqr_vae.kernels.backend import device_of
-from ilqr_vae.model.generative import Model
 from ilqr_vae.progress import SILENT, Progress, duration
 from ilqr_vae.recordings import Recording, load_recording
 from ilqr_vae.report.table import number
@@ -181,41 +174,49 @@ def train_on(
                 report = gradient_step(run, loop)
             reports.append(report)
             log.add("train", {k: v for k, v in vars(report).items() if k != "step"}, report.step)
-            note = f"bound {report.bound:.1f}, KL {report.kl:.2f}{newest}"
-            progress("training", report.step, loop.steps, note, pace.left(report.step))
+            note, left = (
+                f"bound {report.bound:.1f}, KL {report.kl:.2f}{newest}",
+                pace.left(run.step),
+            )
+            if not math.isnan(left):
+                log.add("time", {"left": left}, report.step)
+            progress("training", report.step, loop.steps, note, left)
             due = loop.validate_every and report.step % loop.validate_every == 0
             if not due and report.step < loop.steps:
                 if report.step in quarters:
                     progress.log(f"step {report.step}: {_left(pace, report.step)}")
                 continue
-            with pace.validation(progress) as timed:
-                found = validate(model, data, config, thorough=False, progress=timed)
+            with pace.validation(progress) as parts:
+                found = validate(model, data, config, thorough=False, progress=parts)
             best = stopping.offer(report.step, found.score, model)
             # intervals are calibrated on these bins: their coverage says nothing
             shown = {k: v for k, v in found.scores.items() if k != "coverage_90"}
             log.add("validation", shown, report.step)
             newest = f", R2 {shown['r2']:.3f}" if "r2" in shown else ""
+            stopped = stopping.over(loop.patience)
             progress.log(
                 f"step {report.step}: {_scores(shown)} on the validation part"
-                f"{' (best so far)' if best else ''}; {_left(pace, report.step)}"
+                f"{' (best so far)' if best else ''}; "
+                f"{_left(pace, loop.steps if stopped else report.step)}"
             )
             keep_checkpoint(checkpoint, identity, run, stopping, progress)
             if validated is not None:
                 validated(report.step, found.scores)
-            stopped = stopping.over(loop.patience)
+        progress("training", loop.steps, loop.steps)
+        model.load_state_dict(stopping.best_model)
+        parts = pace.final(progress, lambda seconds: log.add("time", {"left": seconds}, run.step))
+        final = validate(model, data, config, thorough=True, progress=parts)
+        manifest = manifest_of(config, data, final, run.step, stopping.best_step)
+        manifest = manifest if origin is None else stamped(manifest, origin)
+        manifest = msgspec.structs.replace(
+            manifest,
+            history=tuple(stopping.history),
+            provenance=manifest.provenance | _took(began),
+        )
+        manifest = save_model(out, manifest, model, final)
+        log.end(run.step)
     finally:
         log.close()
-    progress("training", loop.steps, loop.steps)
-    model.load_state_dict(stopping.best_model)
-    final = validate(model, data, config, thorough=True, progress=progress)
-    manifest = manifest_of(config, data, final, run.step, stopping.best_step)
-    manifest = manifest if origin is None else stamped(manifest, origin)
-    manifest = msgspec.structs.replace(
-        manifest,
-        history=tuple(stopping.history),
-        provenance=manifest.provenance | _took(began),
-    )
-    manifest = save_model(out, manifest, model, final)
     checkpoint.unlink(missing_ok=True)
     return Trained(
         manifest,
@@ -321,80 +322,3 @@ def _output_bytes(run: TrainingRun) -> int:
     numbers = 4 * sum(t.numel() for t in tensors)
     numbers += run.crops.z.numel() + run.crops.u.numel()
     return 2 * numbers * run.crops.z.element_size() + _READOUT_BYTES
-
-
-def save_model(
-    out: Path,
-    manifest: Manifest,
-    model: Model,
-    final: Validation,
-    others: Sequence[Artifact] = (),
-) -> Manifest:
-    """Write the model file; return the manifest with its hash.
-
-    Args:
-        others: the further members of an ensemble.
-
-    Raises:
-        TrainingError: the file could not be written. The model is then saved in a temporary folder
-            or the home folder if possible; the message says where.
-    """
-    classes = None if final.classes is None else final.classes.readout
-    written = (final.readout, final.mean_rate, final.seen, final.intervals, others, classes)
-    try:
-        return save_artifact(out, manifest, model, *written)
-    except ConfigError as error:
-        rescued = "not saved elsewhere either"
-        for parent in (None, Path.home()):
-            with suppress(ConfigError, OSError):
-                folder = Path(tempfile.mkdtemp(prefix="ilqr-vae-", dir=parent))
-                try:
-                    save_artifact(folder / out.name, manifest, model, *written)
-                except ConfigError:
-                    folder.rmdir()
-                    raise
-                rescued = f"saved as {folder / out.name} instead"
-                break
-        resume = "" if "instead" in rescued else "; free some space and continue with --resume"
-        raise TrainingError(
-            "--out",
-            expected="a model file that can be written",
-            got=f"{error.got}: {rescued}{resume}",
-        ) from error
-
-
-def manifest_of(
-    config: TrainConfig, data: Prepared, final: Validation, steps: int, best_step: int
-) -> Manifest:
-    """Return the manifest of a trained model: shapes, causal validation scores, provenance."""
-    recording = data.recording
-    decoded = final.readout is not None
-    return Manifest(
-        bin_width=recording.bin_width,
-        unit_names=recording.unit_names,
-        kinematic_names=recording.kinematic_names if decoded else (),
-        kinematic_units=recording.kinematic_units if decoded else (),
-        data=msgspec.structs.replace(config.data, bin_width=recording.bin_width),
-        horizon=config.estimator,
-        model=model_spec(config.model, data),
-        readout=None if final.readout is None else final.readout.shape,
-        classes=msgspec.UNSET if final.classes is None else final.classes.names,
-        scores=final.scores,
-        provenance={
-            "recording": recording.name,
-            "recording_sha256": recording.sha256,
-            "train_bins": f"{data.train[0]}:{data.train[1]}",
-            "validation_bins": f"{data.validation[0]}:{data.validation[1]}",
-            "scores_on": "validation bins, causal, newest bin",
-            "steps": str(steps),
-            "best_step": str(best_step),
-            "seed": str(config.training.seed),
-            "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "ilqr_vae": version("ilqr-vae"),
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        },
-        config=msgspec.to_builtins(config),
-        warnings=recording.warnings,
-    )

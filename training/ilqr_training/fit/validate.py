@@ -37,6 +37,9 @@ _STREAMS = {True: (16, 1), False: (48, 24)}
 
 _LOST_STREAMS, _RUN_IN = 16, 40
 
+_PASSES, _LOST = ("latents, training", "latents, validation"), "latents, bins lost"
+"""Names of their progress bars."""
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -145,7 +148,7 @@ def validate(
         streams=streams[0],
         run_in=_RUN_IN,
         progress=progress,
-        what="latents, training",
+        what=_PASSES[0],
     )
     held = causal_pass(
         estimator,
@@ -154,7 +157,7 @@ def validate(
         streams=streams[1],
         run_in=_run_in(data, thorough),
         progress=progress,
-        what="latents, validation",
+        what=_PASSES[1],
     )
     scores = {"bits_per_spike": held.bits_per_spike, "iterations": held.iterations}
     k = data.recording.kinematics
@@ -176,7 +179,7 @@ def validate(
                 causal_pass(
                     estimator, data.recording, *span, streams=_LOST_STREAMS, run_in=_RUN_IN,
                     dropped=lost,
-                    progress=progress, what="latents, bins lost",
+                    progress=progress, what=_LOST,
                 )
             )  # fmt: skip
     seed = config.training.seed
@@ -218,14 +221,18 @@ def _run_in(data: Prepared, thorough: bool) -> int:
     return begin - warmup_start(begin) if thorough else _RUN_IN
 
 
-def planned_passes(data: Prepared, config: TrainConfig, *, thorough: bool) -> list[tuple[int, int]]:
-    """Return the causal passes of a validation: (bins per stream, streams)."""
+def planned_passes(
+    data: Prepared, config: TrainConfig, *, thorough: bool
+) -> list[tuple[str, int, int]]:
+    """Return the causal passes of a validation: (name of the bar, bins per stream, streams)."""
     spans = [data.train, data.validation]
-    plan = list(zip(spans, _STREAMS[thorough], (_RUN_IN, _run_in(data, thorough)), strict=True))
+    plan = list(
+        zip(_PASSES, spans, _STREAMS[thorough], (_RUN_IN, _run_in(data, thorough)), strict=True)
+    )
     if data.recording.kinematics is not None:
         for _ in _reads(config, thorough).lost:
-            plan += [(_latest(span), _LOST_STREAMS, _RUN_IN) for span in spans]
-    return [(-(-(b - a) // streams) + lead, streams) for (a, b), streams, lead in plan]
+            plan += [(_LOST, _latest(span), _LOST_STREAMS, _RUN_IN) for span in spans]
+    return [(what, -(-(b - a) // streams) + lead, streams) for what, (a, b), streams, lead in plan]
 
 
 def _latest(span: tuple[int, int]) -> tuple[int, int]:
