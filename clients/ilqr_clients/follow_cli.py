@@ -30,7 +30,7 @@ def run(
             "waits in the shadow for a person to swap it in, or it is swapped in."
         ),
     ] = "propose",
-    seconds: Annotated[float, typer.Option(min=1, help="Of stream to fit on.")] = 90.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of the stream to fit on.")] = 90.0,
     trial: Annotated[float, typer.Option(min=1, help="Seconds of stream in the shadow.")] = 30.0,
     threshold: Annotated[
         float,
@@ -39,7 +39,9 @@ def run(
             "held-out data at training."
         ),
     ] = 0.8,
-    attempts: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
+    attempts: Annotated[
+        int | None, typer.Option(min=1, help="End after so many attempts.", show_default="no end")
+    ] = None,
 ) -> None:
     """Refit the units of the served model when it no longer predicts the stream, without labels.
 

@@ -90,7 +90,8 @@ def command_of(app: typer.Typer) -> Any:  # click's type: typer ships its own
                 param.metavar = param.name.upper()
             elif isinstance(param, TyperOption) and not param.is_flag:
                 shown = param.metavar or param.display_type(context)
-                param.metavar = re.sub(r" range|list\[(.*)\]", r"\1", shown)
+                plain = re.sub(r" range|list\[(.*)\]", r"\1", shown)
+                param.metavar = plain.replace("Path", "path")
     return command
 
 

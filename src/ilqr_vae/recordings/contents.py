@@ -158,15 +158,19 @@ def _spread(rates: NDArray[np.float64]) -> tuple[float, ...]:
 
 def _holds(values: NDArray[Any]) -> str:
     """What a column holds, in words."""
-    if values.dtype.kind in "iuf" and len(np.unique(values)) > _MOST_GROUPS:
+    lost = ""
+    if values.dtype.kind in "iuf":
         numbers = values.astype(np.float64)
-        known = numbers[np.isfinite(numbers)]
-        lost = f", {len(numbers) - len(known)} missing" if len(known) < len(numbers) else ""
-        span = f"{known.min():g} to {known.max():g}" if len(known) else "no number"
-        return f"{span}{lost}"
+        known = np.isfinite(numbers)
+        if not known.any():
+            return "no number"
+        lost = f", {int((~known).sum())} missing" if not known.all() else ""
+        values, numbers = values[known], numbers[known]
+        if len(np.unique(numbers)) > _MOST_GROUPS:
+            return f"{numbers.min():g} to {numbers.max():g}{lost}"
     there = sorted(set(words(values).tolist()))
     more = f", ... ({len(there)} values)" if len(there) > _MOST_GROUPS else ""
-    return ", ".join(there[:_MOST_GROUPS]) + more
+    return ", ".join(there[:_MOST_GROUPS]) + more + lost
 
 
 def _hdf5(path: Path) -> Contents:
