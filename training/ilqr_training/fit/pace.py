@@ -268,7 +268,7 @@ class Pace:
         self._due = False
 
     def final(self, progress: Progress, tell: Callable[[float], object]) -> Progress:
-        """Return a progress for the final validation; ``tell`` receives the time left, in seconds."""
+        """Return a progress for the final validation; ``tell`` receives the seconds left."""
         plan = self._final()
         return _Parts(progress, self._clock, plan, self._beyond(plan), tell)
 
@@ -321,7 +321,7 @@ class Pace:
         return [*passes, _Part("", 0, costs.linear), *layers, *layers]
 
     def _beyond(self, final: list[_Part]) -> float:
-        """Return the time of the validations afterwards: one set of passes, and the fits of each."""
+        """Return the time of the validations afterwards: one set of passes, fits for each."""
         if not self._afterwards:
             return 0.0
         passes = sum(part.seconds for part in final if part.what.startswith("latents"))
