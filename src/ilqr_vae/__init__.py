@@ -1,7 +1,7 @@
-"""iLQR-VAE: latent states, inputs and movement from spike counts, offline and as they stream in.
+"""iLQR-VAE: latent states, inputs and movement from spike counts, offline and in real time.
 
-``load``, ``train`` and ``load_recording`` begin; everything takes and returns numpy arrays. Names
-are imported when they are first asked for, so that clients need no torch.
+Start with ``load``, ``train`` or ``load_recording``; everything takes and returns numpy arrays.
+Names are imported on first use, so that clients need no torch.
 """
 
 from __future__ import annotations

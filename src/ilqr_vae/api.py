@@ -35,14 +35,14 @@ from ilqr_vae.streaming.state import Estimate, HorizonState
 Trials = TypeVar("Trials", bound="Inference | Sequence[Inference]")
 
 _SOLVER = SolverConfig(iterations=200, tolerance=1e-12)
-_BINS_AT_ONCE = 1024  # whose windows are laid out for the readout
+_BINS_AT_ONCE = 1024  # bins whose windows are built at a time for the readout
 
 
 class Stream:
-    """One causal stream of bins through the service's own estimator; see ``TrainedModel.stream``.
+    """A causal stream of bins through the estimator of the service; see ``TrainedModel.stream``.
 
     Attributes:
-        index: of the next bin.
+        index: index of the next bin.
     """
 
     def __init__(self, model: TrainedModel, artifact: Artifact, **settings: Any) -> None:
@@ -50,16 +50,16 @@ class Stream:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every bin."""
+        """Restart the stream."""
         self._state: HorizonState = self._estimator.init(1)
         self.index = 0
 
     def step(self, counts: ArrayLike | None, mask: ArrayLike | None = None) -> StreamAnswer:
-        """Take one bin.
+        """Process one bin.
 
         Args:
-            counts: (N,) spikes of each unit, any numeric dtype; None for a bin that is missing.
-            mask: (N,), nonzero where a unit was observed; all units unless given.
+            counts: (N,) spike counts of any numeric dtype; None for a missing bin.
+            mask: (N,), nonzero where a unit was observed; default: all units.
 
         Raises:
             ShapeError: counts or a mask that are not the model's.
@@ -90,12 +90,12 @@ class Stream:
 class TrainedModel:
     """A trained model; ``load`` and ``train`` return one.
 
-    Of an ensemble latents, inputs and samples are the first member's; rates and kinematics are
-    means over the members, with the variance between them.
+    An ensemble has the latents, inputs and samples of its first member; rates and kinematics are
+    means, whose deviations include the variance between members.
 
     Attributes:
-        artifact: the model file's contents as the rest of the library takes them.
-        members: of an ensemble each as a model of its own; else none.
+        artifact: contents of the model file, for other parts of the library.
+        members: members of an ensemble, each as a model; empty for a single model.
     """
 
     def __init__(self, artifact: Artifact, name: str = "") -> None:
@@ -104,32 +104,32 @@ class TrainedModel:
 
     @property
     def unit_names(self) -> tuple[str, ...]:
-        """N names, in the order of the counts."""
+        """Names of the N units, in the order of the counts."""
         return self.artifact.manifest.unit_names
 
     @property
     def kinematic_names(self) -> tuple[str, ...]:
-        """D names; none where the model decodes nothing."""
+        """Names of the D kinematic channels; empty if the model decodes none."""
         return self.artifact.manifest.kinematic_names
 
     @property
     def kinematic_units(self) -> tuple[str, ...]:
-        """D units of measure."""
+        """Units of measure of the D kinematic channels."""
         return self.artifact.manifest.kinematic_units
 
     @property
     def bin_width(self) -> float:
-        """Seconds."""
+        """Bin width in seconds."""
         return self.artifact.manifest.bin_width
 
     @property
     def latents(self) -> int:
-        """n."""
+        """Number of latents n."""
         return self.artifact.manifest.latents
 
     @property
     def inputs(self) -> int:
-        """m."""
+        """Number of inputs m."""
         return self.artifact.manifest.inputs
 
     @property
@@ -155,7 +155,7 @@ class TrainedModel:
     def checked(
         self, counts: ArrayLike, mask: ArrayLike | None, *, ndim: int = 0, field: str = "counts"
     ) -> tuple[Array, Array]:
-        """Counts of this model's units and their mask as float64; see ``arrays.checked``."""
+        """Return counts of this model's units and their mask as float64; see ``arrays.checked``."""
         whole = isinstance(self.artifact.model.group("spikes"), Counts)
         return checked(counts, mask, self.unit_names, whole=whole, ndim=ndim, field=field)
 
@@ -173,15 +173,15 @@ class TrainedModel:
         self, counts: Sequence[ArrayLike], mask: Sequence[ArrayLike] | None = None
     ) -> list[Inference]: ...
     def infer(self, counts: Any, mask: Any = None) -> Inference | list[Inference]:
-        """The posterior of the latents and inputs given whole trials (smoothed, not causal).
+        """Infer the posterior of latents and inputs given whole trials (smoothed, not causal).
 
         Args:
-            counts: spikes, any numeric dtype: (T, N); (B, T, N); a list of (T_b, N), trials of any
-                lengths, solved together; or a recording, of which the model's units are taken.
-            mask: zero where nothing was observed: of the counts' shape, or without the units' axis.
+            counts: counts of any numeric dtype: (T, N); (B, T, N); a list of (T_b, N), trials of
+                any lengths, solved together; or a recording that has the model's units.
+            mask: zero where not observed; shape of the counts, or without the axis of units.
 
         Returns:
-            an ``Inference``; a list of them for a list.
+            An ``Inference``, or a list of them for a list.
 
         Raises:
             ShapeError: counts or a mask that are not the model's.
@@ -206,7 +206,7 @@ class TrainedModel:
         return self._infer(y[None], seen[None]).trial(0)
 
     def _ragged(self, trials: list[tuple[Array, Array]]) -> list[Inference]:
-        """Trials of different lengths as one batch: masked after their ends, which are cut off."""
+        """Infer trials of different lengths as a masked batch, and cut off the padding."""
         lengths = [len(y) for y, _ in trials]
         shape = (len(trials), max(lengths), len(self.unit_names))
         counts, mask = np.zeros(shape), np.zeros(shape)
@@ -238,7 +238,7 @@ class TrainedModel:
     def _infer(
         self, counts: Array, mask: Array, start: tuple[Array, Array] | None = None
     ) -> Inference:
-        """Of a batch (B, T, N); ``start`` is of this one model."""
+        """Infer a batch (B, T, N) by this model; ``start`` is a warm start."""
         if self.members:
             return self._combined([member._infer(counts, mask) for member in self.members])
         found = self._solve(counts, mask, start)
@@ -265,7 +265,7 @@ class TrainedModel:
         )
 
     def _combined(self, members: list[Inference]) -> Inference:
-        """The members' posteriors as one."""
+        """Combine the posteriors of the members."""
         whole = Inference.of_members(members)
         std = stated(self.artifact.intervals, whole.kinematics, whole.kinematics_std)
         return replace(whole, kinematics_std=std)
@@ -273,7 +273,7 @@ class TrainedModel:
     def _decode(
         self, found: prediction.Inferred, covariance: Tensor, counts: Array, mask: Array
     ) -> tuple[Array, Array]:
-        """The readout along smoothed latents, each bin reading the window that ends with it."""
+        """Apply the readout to smoothed latents; each bin reads the window that ends with it."""
         B, T, _ = counts.shape
         readout = self.artifact.readout
         if readout is None:
@@ -302,15 +302,15 @@ class TrainedModel:
         return _numpy(mean), _numpy(std)
 
     def forecast(self, inferred: Trials, bins: int) -> Trials:
-        """The posterior of the bins that follow a trial, none of which was observed.
+        """Forecast the bins that follow a trial.
 
-        Inputs are at the prior's mean; the covariance grows by what the prior allows them.
+        Inputs are at the mean of their prior, whose covariance adds to that of the latents.
 
         Args:
-            inferred: from ``infer``; bins: how many.
+            inferred: result of ``infer``; bins: number of bins.
 
         Returns:
-            as ``infer``, of ``bins`` bins.
+            As ``infer``, for ``bins`` bins.
 
         Raises:
             ShapeError: fewer than one bin.
@@ -337,11 +337,11 @@ class TrainedModel:
         self, inferred: Sequence[Inference], samples: int, seed: int = 0
     ) -> list[Samples]: ...
     def sample(self, inferred: Any, samples: int, seed: int = 0) -> Samples | list[Samples]:
-        """Draws from the posterior; of an ensemble from the first member's.
+        """Draw from the posterior; for an ensemble, from that of the first member.
 
         Args:
-            inferred: from ``infer``; samples: K, for each trial.
-            seed: the same seed draws the same.
+            inferred: result of ``infer``; samples: K draws for each trial.
+            seed: random seed.
 
         Raises:
             ShapeError: fewer than one sample.
@@ -361,10 +361,10 @@ class TrainedModel:
         return Samples(*(x if inferred.batched else x[:, 0] for x in arrays))
 
     def stream(self, *, iterations: int | None = None, horizon: int | None = None) -> Stream:
-        """A causal stream: bins in one by one, the answers that the service would give.
+        """Start a causal stream, which gives the same answers as the service.
 
         Args:
-            iterations, horizon: instead of the model file's.
+            iterations, horizon: override those of the model file.
 
         Raises:
             ConfigError: see ``Artifact.estimator``.
@@ -373,7 +373,7 @@ class TrainedModel:
 
 
 def load(path: str | Path, *, device: str = "cpu") -> TrainedModel:
-    """Load a model file. Raises ArtifactError: see ``load_artifact``."""
+    """Load a model file. Raises ArtifactError, see ``load_artifact``."""
     return TrainedModel(load_artifact(path, device=device), Path(path).name)
 
 
@@ -381,10 +381,10 @@ def train(recording: str | Path | Recording, *, out: str | Path, **settings: Any
     """Train a model on a recording and write it to ``out``; see ``ilqr_training.api.train``.
 
     Raises:
-        ConfigError: the trainer is not installed, or a setting is wrong.
+        ConfigError: the trainer is not installed, or a setting is invalid.
     """
     try:
-        # the trainer rests on the library, so that it is looked up by name, as the verbs are
+        # imported by name, as the verbs are: the trainer depends on this library
         trainer = importlib.import_module("ilqr_training.api")
     except ModuleNotFoundError as missing:
         raise ConfigError(

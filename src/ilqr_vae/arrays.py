@@ -1,4 +1,4 @@
-"""What a trained model takes and answers, as numpy arrays.
+"""Inputs and results of a trained model, as numpy arrays.
 
 Notation: T bins, N units, n latents, m inputs, D kinematic channels, B trials. Arrays are float64.
 """
@@ -17,12 +17,14 @@ from ilqr_vae.errors import ShapeError
 Array = NDArray[np.float64]
 
 MAX_COUNT = 65_535
-"""Most spikes of one unit in one bin, here, in recordings and on the wire."""
+"""Largest count of a unit in a bin, in the library, in recordings and in messages."""
 
 
 def mixture(means: Sequence[Array], stds: Sequence[Array]) -> tuple[Array, Array]:
-    """Mean and standard deviation of an equal mixture: the mean variance, and the variance of the
-    means."""
+    """Return mean and standard deviation of an equal mixture.
+
+    The variance is the mean variance plus the variance of the means.
+    """
     each = np.stack(means)
     mean = each.mean(0)
     variance = (np.stack(stds) ** 2).mean(0) + ((each - mean) ** 2).mean(0)
@@ -30,7 +32,7 @@ def mixture(means: Sequence[Array], stds: Sequence[Array]) -> tuple[Array, Array
 
 
 class _Shown:
-    """Shows the shapes of its arrays."""
+    """Base class with a repr that shows the shapes of arrays."""
 
     def __repr__(self) -> str:
         arrays = ((f.name, getattr(self, f.name)) for f in fields(self) if f.repr)  # pyright: ignore[reportArgumentType]
@@ -40,21 +42,22 @@ class _Shown:
 
 @dataclass(frozen=True, repr=False)
 class Inference(_Shown):
-    """The posterior of one trial, or of B trials of one length (a leading axis B on every array).
+    """The posterior of a trial, or of B trials of the same length (all arrays have an axis B
+    first).
 
     Attributes:
-        latents: (T, n), mean of the latent state at each bin, all bins of the trial considered.
-        covariance: (T, n, n), of the latents.
+        latents: (T, n), mean of the latent state at each bin given the whole trial.
+        covariance: (T, n, n), covariance of the latents.
         inputs, inputs_std: (T, m), the inferred inputs.
         rates, rates_std: (T, N), expected spikes per bin at the mean latents.
-        kinematics, kinematics_std: (T, D), in the model's ``kinematic_units``; D = 0 where it
-            decodes none. The standard deviations are calibrated for causal decodes.
-        initial: (n,), the state before the first bin.
+        kinematics, kinematics_std: (T, D), in the model's ``kinematic_units``; D = 0 if it decodes
+            none. The standard deviations are calibrated for causal decodes.
+        initial: (n,), state before the first bin.
         status: why the solve ended, e.g. "converged" (``ilqr_vae.inference.problem.Status``); B of
             them for B trials.
-        counts, mask: (T, N), what was conditioned on.
-        members: of an ensemble each member's own posterior, the first one's being this one's
-            latents; of one model, none.
+        counts, mask: (T, N), the observations.
+        members: posteriors of the members of an ensemble, of which the first supplies the latents
+            here; empty for a single model.
     """
 
     latents: Array
@@ -81,12 +84,12 @@ class Inference(_Shown):
 
     @property
     def batched(self) -> bool:
-        """Whether there is an axis of trials."""
+        """Whether the arrays have an axis of trials."""
         return self.latents.ndim == 3
 
     @staticmethod
     def of_members(members: Sequence[Inference]) -> Inference:
-        """The first member's posterior, with the rates and kinematics of all."""
+        """Combine members: the posterior of the first, with rates and kinematics of all."""
         rates, rates_std = mixture([r.rates for r in members], [r.rates_std for r in members])
         mean, std = mixture([r.kinematics for r in members], [r.kinematics_std for r in members])
         return replace(
@@ -99,7 +102,7 @@ class Inference(_Shown):
         )
 
     def bins(self, which: slice) -> Inference:
-        """Some of the bins of every trial."""
+        """Return some of the bins of every trial."""
         axis = (slice(None),) * self.batched
         return self._changed(
             lambda name, x: x if name in ("initial", "status") else x[(*axis, which)],
@@ -107,14 +110,14 @@ class Inference(_Shown):
         )
 
     def trial(self, i: int) -> Inference:
-        """One trial of a batch."""
+        """Return one trial of a batch."""
         return self._changed(
             lambda name, x: str(x[i]) if name == "status" else x[i],
             lambda member: member.trial(i),
         )
 
     def batch(self) -> Inference:
-        """As a batch, of one trial where it is none."""
+        """Return the posterior as a batch, possibly of one trial."""
         if self.batched:
             return self
         return self._changed(lambda _, x: np.asarray(x)[None], Inference.batch)
@@ -129,13 +132,13 @@ class Inference(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class Samples(_Shown):
-    """K draws from the posterior of a trial; of B trials, shapes begin (K, B, ...).
+    """K draws from the posterior of a trial; for B trials, shapes are (K, B, ...).
 
     Attributes:
         latents: (K, T, n).
         inputs: (K, T, m).
         rates: (K, T, N), expected spikes per bin.
-        counts: (K, T, N), spikes drawn at those rates, of every unit, observed or not.
+        counts: (K, T, N), counts drawn at these rates for all units, observed or not.
     """
 
     latents: Array
@@ -146,16 +149,16 @@ class Samples(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class StreamAnswer(_Shown):
-    """The causal estimate after one bin, as the service answers it.
+    """The causal estimate after one bin, as in an answer of the service.
 
     Attributes:
-        index: of the bin, from zero.
+        index: index of the bin, from zero.
         latents: (n,); covariance: (n, n).
         rates: (N,), expected spikes per bin.
         kinematics, kinematics_std: (D,), in the model's ``kinematic_units``.
-        bits: log-likelihood of the bin as predicted before it came, relative to the mean rates of
-            the training data, in bits.
-        iterations: of the solve.
+        bits: log-likelihood in bits of the bin under its one-step-ahead prediction, relative to the
+            mean rates of the training data.
+        iterations: number of iterations of the solve.
         status: why the solve ended.
     """
 
@@ -184,18 +187,19 @@ def checked(
     ndim: int = 0,
     field: str = "counts",
 ) -> tuple[Array, Array]:
-    """Counts and their mask as float64 of one shape; counts are zero where the mask is.
+    """Return counts and their mask as float64 of one shape; counts are zero where masked.
 
     Args:
-        mask: of the counts' shape or without the units' axis; nonzero where observed, None for
-            everywhere.
-        units: names of the last axis.
-        whole: whether counts must be whole numbers from 0 to ``MAX_COUNT``; else finite ones.
-        ndim: the axes there must be; else two (bins, units) or three (trials, bins, units).
-        field: what to call the counts in an error.
+        mask: nonzero where observed, with the shape of the counts or without the axis of units;
+            None for all observed.
+        units: names of the units along the last axis.
+        whole: whether counts must be integers from 0 to ``MAX_COUNT``; if false, they must be
+            finite.
+        ndim: required number of axes; default: two (bins, units) or three (trials, bins, units).
+        field: name of the counts in errors.
 
     Raises:
-        ShapeError: a wrong shape or dtype, or counts that cannot be.
+        ShapeError: the shape or dtype is wrong, or a count is impossible.
     """
     y = _real(counts, field)
     leads = {1: ("",), 2: ("bins, ",)}.get(ndim, ("bins, ", "trials, bins, "))
@@ -227,7 +231,7 @@ def checked(
 
 
 def _real(values: ArrayLike, field: str) -> Array:
-    """As float64. Raises ShapeError: not an array of numbers."""
+    """Convert to float64. Raises ShapeError if it is not an array of numbers."""
     try:
         made = np.asarray(values)
     except ValueError as error:  # rows of different lengths

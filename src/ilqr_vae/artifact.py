@@ -1,14 +1,15 @@
 """The model file: one .safetensors file with a manifest inside. No pickle, nothing executable.
 
-Tensors: ``model.*`` (the generative model), ``readout.*`` (where there are kinematics),
-``mean_rate``, ``seen.*`` (what the training part showed), ``intervals.*`` (the deviations' scale
-by speed) and ``classes.*`` (the discrete output); files without the last three load. Of an ensemble
-these are the first member's, and ``member.1.model.*``, ``member.1.readout.*``, ``member.1.seen.*``
-are the second's, and so on; ``mean_rate`` and ``intervals.*`` are of all.
+Tensors: ``model.*`` (the generative model), ``readout.*`` (if there are kinematics), ``mean_rate``,
+    ``seen.*`` (statistics of the training part), ``intervals.*`` (scale of the deviations by speed)
+    and ``classes.*`` (the discrete output); files without the last three load. In an ensemble these
+    are the tensors of the first member; ``member.1.model.*``, ``member.1.readout.*`` and
+    ``member.1.seen.*`` are those of the second, and so on; ``mean_rate`` and ``intervals.*`` are
+    common.
 
-The manifest is JSON in the file's metadata under ``ilqr_vae``. It carries a hash of all tensors,
-and its own hash stands beside it; both are checked on load: a file with a flipped bit is refused.
-Written atomically.
+The manifest is JSON in the metadata of the file under ``ilqr_vae``. It contains a hash of all
+tensors, and its own hash is stored beside it. Both are checked on load, so that a file with a
+flipped bit is refused. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -40,42 +41,41 @@ from ilqr_vae.streaming.ensemble import EnsembleHorizon, Horizon
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
 SINGLE_SCHEMA, SCALED_SCHEMA, SCHEMA = 3, 4, 5
-"""Written: 5 with classes or decodes that wait, else 4 with members or scaled intervals, else 3."""
+"""Written: 5 with classes or fixed-lag decodes, else 4 with members or scaled intervals, else 3."""
 KEY = "ilqr_vae"
 MANIFEST_SHA256 = "ilqr_vae.sha256"
 
 
 class MemberSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a further member of an ensemble has of its own.
+    """The part of the manifest that is specific to a further member of an ensemble.
 
     Attributes:
-        readout: what its readout reads, None without kinematics.
+        readout: shape of its readout; None without kinematics.
     """
 
     readout: ReadoutShape | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything a user or a client wants to know about a model file.
+    """The description of a model file.
 
     Attributes:
-        model_id: 12 hex digits over ``sha256`` and every field above ``scores``: all that decides
-            what is answered to whom. Files that differ in scores, provenance or configuration
-            alone share it.
-        sha256: of the tensors.
-        bin_width: seconds.
-        unit_names: in the order of the counts.
-        data: how the recording was read; a replay reads it the same way.
-        horizon: the estimator's settings.
+        model_id: 12 hex digits over ``sha256`` and every field above ``scores``: all that affects
+            the answers. Files that differ only in scores, provenance or configuration share it.
+        sha256: hash of the tensors.
+        bin_width: bin width in seconds.
+        unit_names: names of the units, in the order of the counts.
+        data: how the recording was read, so that a replay reads it in the same way.
+        horizon: settings of the estimator.
         model: shapes and families.
-        readout: what the readout reads, None without kinematics.
-        members: of an ensemble those after the first; not in the file of one model.
-        classes: names of the C classes; not in the file of a model without.
-        scores: causal validation scores; ``coverage_90`` among them is none (``measured``).
+        readout: shape of the readout; None without kinematics.
+        members: further members of an ensemble; absent for a single model.
+        classes: names of the C classes; absent for a model without classes.
+        scores: causal validation scores; for ``coverage_90`` see ``measured``.
         provenance: recording name and hash, versions, seed, time.
         config: the whole training configuration.
-        history: (step, score) of each validation while training.
-        warnings: what was odd about the recording trained on.
+        history: (step, score) of each validation during training.
+        warnings: warnings about the training recording.
     """
 
     schema: int = SCHEMA
@@ -107,8 +107,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def measured(self) -> dict[str, float]:
-        """``scores`` without ``coverage_90``: the intervals were scaled on those very bins until
-        they cover 90 % of them, so it says nothing about other bins."""
+        """``scores`` without ``coverage_90``, which is 90 % by construction.
+
+        The intervals were calibrated on the same bins, so it says nothing about others.
+        """
         return {name: score for name, score in self.scores.items() if name != "coverage_90"}
 
 
@@ -118,11 +120,11 @@ class Artifact:
 
     Attributes:
         manifest: see ``Manifest``.
-        model, readout, mean_rate: on the device and in the dtype asked for.
-        seen: what the training part showed, None where the file does not say.
+        model, readout, mean_rate: on the requested device and in the requested dtype.
+        seen: statistics of the training part; None if the file lacks them.
         intervals: scale of the kinematics' deviations by speed; None leaves them as they are.
-        others: the members of an ensemble after the first.
-        classes: the discrete output, from the first member's latents; None without.
+        others: further members of an ensemble.
+        classes: discrete output, from the latents of the first member, or None.
     """
 
     manifest: Manifest
@@ -136,17 +138,16 @@ class Artifact:
 
     @property
     def members(self) -> tuple[Artifact, ...]:
-        """Each member as a model of its own, its intervals not scaled; itself for one model."""
+        """Each member as a model, with unscaled intervals; itself for a single model."""
         if not self.others:
             return (self,)
         return (replace(self, intervals=None, others=()), *self.others)
 
     def estimator(self, *, iterations: int | None = None, horizon: int | None = None) -> Horizon:
-        """The moving-horizon estimator, with the file's settings unless overridden.
+        """Return the moving-horizon estimator, with the settings of the file unless overridden.
 
         Raises:
-            ConfigError: iterations or horizon below one, or a horizon shorter than
-                what the readout reads.
+            ConfigError: iterations or horizon below one, or a horizon too short for the readout.
         """
         config = self.manifest.horizon
         config = msgspec.structs.replace(
@@ -179,7 +180,7 @@ def _tensors(artifact: Artifact) -> dict[str, Tensor]:
             named |= {f"{prefix}seen.{k}": v for k, v in member.seen._asdict().items()}
     for what, found in (("intervals", artifact.intervals), ("classes", artifact.classes)):
         named |= {f"{what}.{k}": v for k, v in (found._asdict() if found else {}).items()}
-    # copies: members may share tensors, which safetensors refuses
+    # copy, since members may share tensors, which safetensors refuses
     return {k: v.detach().cpu().contiguous().clone() for k, v in sorted(named.items())}
 
 
@@ -197,11 +198,10 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _identity(written: Mapping[str, Any]) -> str:
-    """The model id: of the tensors' hash and of what decides which answers they give.
+    """Return the model id: a hash over the tensors' hash and the fields that affect answers.
 
     Args:
-        written: the manifest as the file has it, so that files from before a field was added keep
-            their ids.
+        written: manifest as written, so that files from before a field was added keep their ids.
     """
     model = written["model"]
     blank = {"model_id": "", "scores": {}, "provenance": {}, "config": {}, "history": []}
@@ -221,14 +221,14 @@ def save_artifact(
     others: Sequence[Artifact] = (),
     classes: ClassReadout | None = None,
 ) -> Manifest:
-    """Write a model file; returns the manifest with its hash.
+    """Write a model file; return the manifest with its hash.
 
     Args:
-        others: members of an ensemble after the first.
-        classes: the discrete output, of the classes that the manifest names.
+        others: further members of an ensemble.
+        classes: discrete output for the classes in the manifest.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file could not be written.
     """
     made = Artifact(manifest, model, readout, mean_rate, seen, intervals, tuple(others), classes)
     tensors = _tensors(made)
@@ -279,7 +279,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest, after checking the whole file. Raises ArtifactError."""
+    """Return the manifest after checking the whole file. Raises ArtifactError."""
     return load_artifact(path).manifest
 
 
@@ -322,7 +322,7 @@ def _optional(
     sizes: tuple[tuple[int, ...], ...],
     tensors: dict[str, Tensor],
 ) -> Optionals | None:
-    """Tensors of these names and sizes; None where there is none whose name begins so."""
+    """Return tensors of these names and sizes; None if there is none with this prefix."""
     got = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith(prefix)}
     if not got:
         return None
@@ -338,12 +338,12 @@ def load_artifact(
     """Read and check a model file.
 
     Args:
-        device: where to compute.
-        dtype: to compute in; streaming and offline scores use float64.
+        device: device of the computation.
+        dtype: floating-point type; streaming and offline scores use float64.
 
     Raises:
-        ArtifactError: not a model file, another schema, shapes that differ from the manifest's,
-            values that are not finite, or a hash or id that does not match.
+        ArtifactError: it is not a model file, has another schema, shapes that differ from the
+            manifest, non-finite values, or a wrong hash or id.
     """
     path = Path(path)
     tensors, manifest = _read(path)
@@ -377,10 +377,10 @@ def _member(
     index: int,
     where: dict[str, Any],
 ) -> Artifact:
-    """A member as a model of its own.
+    """Return a member as a model.
 
     Args:
-        manifest: with its readout's shape.
+        manifest: manifest with the shape of its readout.
         where: device and dtype.
     """
     prefix, units = _prefix(index), len(manifest.unit_names)
@@ -391,7 +391,7 @@ def _member(
     if manifest.readout is not None:
         readout = KinematicReadout(manifest.latents, channels, manifest.readout, units=units)
         _load_into(path, readout, tensors, f"{prefix}readout.")
-        # the buffers are stored in float64, and float32 ones would round them
+        # buffers are stored in float64, which float32 would round
         for name, _ in list(readout.named_buffers()):
             setattr(readout, name, tensors[f"{prefix}readout.{name}"])
         readout = readout.to(**where)

@@ -1,4 +1,4 @@
-"""The one command line, ``ilqr-vae``: finds the verb's entry point and imports nothing else.
+"""The command line ``ilqr-vae``: finds the entry point of a verb and imports nothing else.
 
 Each package registers its verbs under the entry-point group ``ilqr_vae.verbs``; an entry is a
 ``typer.Typer`` application holding one command. ``ilqr-vae replay`` therefore never imports torch.
@@ -28,7 +28,7 @@ GROUP = "ilqr_vae.verbs"
 COMPLETING = "_ILQR_VAE_COMPLETE"
 _AS_IT_IS = "\b\n"
 
-# One line a verb, here so that --help need not import the packages that hold them.
+# One line per verb, here so that --help need not import their packages.
 SUMMARIES = {
     "demo": "run all of it: simulate, train, serve, replay, report",
     "simulate": "simulate a realistic reaching session and write it as NWB",
@@ -69,13 +69,13 @@ def _help(verbs: dict[str, EntryPoint]) -> str:
     return "\n".join(lines)
 
 
-def command_of(app: typer.Typer) -> Any:  # click's type: typer ships its own
-    """A verb's command, with its help as plain text that reads well in 80 columns.
+def command_of(app: typer.Typer) -> Any:  # typer ships its own copy of click's types
+    """Return the command of a verb, with its help as plain text for 80 columns.
 
-    Paragraphs are rewrapped to the terminal. Lines of an epilog are kept: they are examples to
-    copy. An option's value is named by its type alone; its range stands in the help.
+    Paragraphs are wrapped to the terminal. Lines of an epilog are kept, since they are examples to
+    copy. An option's value is named by its type only; its range is in the help.
     """
-    app.rich_markup_mode = None  # boxes and their columns leave no room for the text
+    app.rich_markup_mode = None  # boxes would leave too little room for the text
     for info in app.registered_commands:
         text = info.help or getdoc(info.callback) or ""
         info.help = "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
@@ -96,9 +96,9 @@ def command_of(app: typer.Typer) -> Any:  # click's type: typer ships its own
 
 
 def _completion(verbs: dict[str, EntryPoint]) -> int:
-    """Answer the shell, or install what asks: typer's completion over all verbs.
+    """Complete or install completion: typer's completion over all verbs.
 
-    A verb's own module is imported only once the verb is typed.
+    The module of a verb is imported only once the verb is typed.
     """
 
     class Verbs(TyperGroup):
@@ -122,13 +122,13 @@ def _completion(verbs: dict[str, EntryPoint]) -> int:
 
 
 def _refused(text: str, code: int) -> int:
-    """Say what is wrong; returns the exit code."""
+    """Print what is wrong; return the exit code."""
     console(stderr=True, soft_wrap=True).print(f"error: {text}")
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code (see the module's docstring)."""
+    """Run a verb; return the exit code (see the module's docstring)."""
     any_encoding()
     args = list(sys.argv[1:] if argv is None else argv)
     verbs = {entry.name: entry for entry in entry_points(group=GROUP)}

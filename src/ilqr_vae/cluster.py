@@ -1,8 +1,8 @@
-"""Work on many machines: the way to Ray, for every verb that uses it.
+"""The connection to Ray, for all verbs that run on several machines.
 
-Ray schedules; nothing here does. It is the extra ``ray``: verbs that need it say so, all others
-work without. A cluster that runs already is found by its address; else one is started on this
-machine, and ended with the ``with`` statement.
+Ray does the scheduling. It is installed by the extra ``ray``: verbs that need it say so, all others
+work without. A running cluster is found by its address; otherwise one is started on this machine,
+and ended with the ``with`` statement.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ Address = Annotated[
 
 _REACH_S = 5.0
 _STORE = 256 * MIB
-"""Of the object store of a cluster on this machine: models, tables and settings go through it."""
+"""Size of the object store of a local cluster, for models, tables and settings."""
 
 
 def check_ray(verb: str) -> None:
-    """Refuse to begin what needs Ray. Raises ConfigError: the extra ``ray`` is not installed."""
+    """Raise ConfigError if the extra ``ray`` is not installed."""
     if find_spec("ray") is None:
         raise ConfigError(verb, expected="the package ray; try: pip install '.[ray]'", got="none")
 
 
 @contextmanager
 def connected(address: str | None = None, *, cpus: int | None = None) -> Generator[None]:
-    """A connection to a Ray cluster; one that this process has already is used as it is.
+    """Connect to a Ray cluster, or use an existing connection of this process.
 
     Args:
-        address: of a cluster that runs; None starts one on this machine, without a dashboard.
-        cpus: cores that the one on this machine counts; None is all.
+        address: address of a running cluster; None starts one on this machine, without a dashboard.
+        cpus: number of cores of a local cluster; None for all.
 
     Raises:
-        ServiceError: no cluster can be reached there, or none can be started here.
+        ServiceError: no cluster can be reached at the address, or none can be started here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -84,7 +84,7 @@ def connected(address: str | None = None, *, cpus: int | None = None) -> Generat
 
 
 def _check_listening(address: str | None) -> None:
-    """Ray itself tries for minutes. Raises ServiceError: nothing listens at HOST:PORT."""
+    """Raise ServiceError if nothing listens at HOST:PORT, where Ray would retry for minutes."""
     host, _, port = (address or "").rpartition(":")
     if not (host and port.isdigit()) or "/" in host:
         return

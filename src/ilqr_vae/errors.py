@@ -1,7 +1,7 @@
-"""Errors caused by what a user supplied.
+"""Errors caused by user input.
 
-Every error names the field, what was expected and what came. What happens in the normal course of a
-stream (a solve that stopped early, a late bin, a gap) is a status in a result, never an exception.
+Every error names the field, what was expected and what came. Normal events of a stream (a solve
+that stopped early, a late bin, a gap) are statuses in results, never exceptions.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question to end an error with: the known name that is nearest, or ""."""
+    """Return a suggestion to append to an error: the closest known name, or ""."""
     near = get_close_matches(name, list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class IlqrVaeError(Exception):
-    """Base of every error this project raises on purpose.
+    """Base of all errors that this project raises deliberately.
 
     Attributes:
-        field: the thing that is wrong, e.g. ``data.bin_width`` or ``counts``.
-        expected: what would have been right.
-        got: what came.
-        exit_code: what the command line exits with.
+        field: what is wrong, e.g. ``data.bin_width`` or ``counts``.
+        expected: what was expected.
+        got: what came instead.
+        exit_code: exit code of the command line.
     """
 
     exit_code: int = 2
@@ -36,7 +36,7 @@ class IlqrVaeError(Exception):
         super().__init__(f"{field}: expected {expected}, got {got}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors cross from one process to another."""
+        """Support pickling, for errors that cross processes."""
         return _restored, (type(self), self.args, self.__dict__)
 
 
@@ -49,15 +49,15 @@ def _restored(
 
 
 class ConfigError(IlqrVaeError):
-    """A configuration file or option is wrong (unknown key, wrong type, impossible value)."""
+    """A configuration file or option is invalid (unknown key, wrong type, impossible value)."""
 
 
 class RecordingError(IlqrVaeError):
-    """A recording cannot be read as asked (missing series, negative counts, no bins)."""
+    """A recording cannot be read as requested (missing series, negative counts, no bins)."""
 
 
 class ShapeError(IlqrVaeError):
-    """An array handed to the library has the wrong shape, dtype or values."""
+    """An array argument has the wrong shape, dtype or values."""
 
 
 class ArtifactError(IlqrVaeError):
@@ -65,27 +65,26 @@ class ArtifactError(IlqrVaeError):
 
 
 class ProtocolError(IlqrVaeError):
-    """A message on the wire is not what the protocol says."""
+    """A message violates the protocol."""
 
 
 class JournalError(IlqrVaeError):
-    """A service's journal cannot be read, or needs a model that is not given."""
+    """A journal cannot be read, or needs a model that is not given."""
 
 
 class ServiceError(IlqrVaeError):
     """The service refused, is not reachable, or could not start (port in use).
 
-    Base of what the client SDK raises of a running service: ``ServiceUnreachableError``,
-    ``AnswerTimeoutError``, ``SessionEndedError`` and ``RequestRefusedError``. Each message names
-    the service's endpoint.
+    Base of the errors that the client SDK raises for a running service:
+    ``ServiceUnreachableError``, ``AnswerTimeoutError``, ``SessionEndedError`` and
+    ``RequestRefusedError``. Each message names the endpoint.
     """
 
     exit_code = 3
 
 
 class ServiceUnreachableError(ServiceError):
-    """The connection is broken, or nothing was heard from the service for as long as the caller
-    was ready to wait."""
+    """The connection is broken, or the service sent nothing within the time limit."""
 
 
 class AnswerTimeoutError(ServiceError):
@@ -96,9 +95,9 @@ class RequestRefusedError(ServiceError):
     """The service refused a request or a bin.
 
     Attributes:
-        field: what was wrong with it, e.g. ``counts``, ``index``, ``credits``, ``units[4]``.
-        endpoint: the service's.
-        index: of the bin; -1 if the request was no bin.
+        field: the invalid field, e.g. ``counts``, ``index``, ``credits``, ``units[4]``.
+        endpoint: address of the service.
+        index: index of the bin; -1 for other requests.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class SessionEndedError(ServiceError):
 
     Attributes:
         reason: closed, idle, shutdown, "restarted: epoch N" (another client opened it again), or
-            unknown (the service was restarted, and had no journal).
+            unknown (the service was restarted without a journal).
     """
 
     def __init__(self, field: str, *, reason: str) -> None:
@@ -124,6 +123,6 @@ class SessionEndedError(ServiceError):
 
 
 class TrainingError(IlqrVaeError):
-    """Training cannot go on (a value that is not finite, a checkpoint of another run)."""
+    """Training cannot continue (a value that is not finite, a checkpoint of another run)."""
 
     exit_code = 4

@@ -1,4 +1,4 @@
-"""Files: outputs written whole or not at all, and TOML read into a struct."""
+"""Files: atomic writes, checks of output paths, and TOML read into a struct."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ ShareAboveZero = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 def unit(name: str) -> msgspec.Meta:
-    """The unit of a setting, stated with its type for the reference of all keys."""
+    """The unit of a setting, for the generated reference of all keys."""
     return msgspec.Meta(extra={"unit": name})
 
 
 STDOUT = Path("-")
-"""As an output path: standard output."""
+"""Output path that means standard output."""
 
 MIB = 2**20
 
 FRAME = struct.Struct("<II")
-"""Before each record of an append-only file: its length, and the CRC-32 of it."""
+"""Prefix of each record of an append-only file: its length and CRC-32."""
 
 
 def check_writable(path: Path | None, field: str) -> None:
-    """Refuse an output path before the work begins rather than after.
+    """Check an output path before the work begins.
 
     Raises:
         ConfigError: its folder does not exist or is not writable, or it is a folder.
@@ -64,13 +64,13 @@ def check_writable(path: Path | None, field: str) -> None:
 
 
 def check_folder(path: Path, field: str) -> None:
-    """Refuse an output folder, which may not exist yet, before the work begins.
+    """Check an output folder, which may not exist yet, before the work begins.
 
     Raises:
-        ConfigError: there is a file in its place or above it, or it cannot be written.
+        ConfigError: it or a parent is a file, or it cannot be written.
     """
     there = path.absolute()
-    while not os.path.exists(there):  # unlike Path.exists it is False where access is denied
+    while not os.path.exists(there):  # unlike Path.exists it is False if access is denied
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "cannot be written" if there.is_dir() else "is no folder"
@@ -78,13 +78,13 @@ def check_folder(path: Path, field: str) -> None:
 
 
 def check_space(folder: Path, size: int, field: str) -> None:
-    """Refuse to begin work whose result will not fit on the disk.
+    """Check the free disk space before the work begins.
 
     Args:
         size: bytes that will be written in ``folder``.
 
     Raises:
-        ConfigError: fewer are free.
+        ConfigError: there is less free space.
     """
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -97,17 +97,17 @@ def check_space(folder: Path, size: int, field: str) -> None:
 
 @contextmanager
 def replacing(path: Path, field: str = "", *, mode: int = 0o666) -> Generator[Path]:
-    """A new path beside ``path``, to be written by the body of the ``with`` statement.
+    """Yield a new path beside ``path``, to be written by the body of the ``with`` statement.
 
-    Renamed to ``path`` when the body succeeds, removed when it fails: what is at ``path`` is the
-    old file or the new one, whole, also after a power failure.
+    It is renamed to ``path`` if the body succeeds, else removed. So ``path`` is always the complete
+    old or new file, even after a power failure.
 
     Args:
-        field: names the output in errors; the path by default.
-        mode: permissions of the new file, less the umask.
+        field: name of the output in errors; default: the path.
+        mode: permissions of the new file, before the umask.
 
     Raises:
-        ConfigError: the file cannot be written (no such folder, no permission, disk full).
+        ConfigError: the file could not be written (no such folder, no permission, disk full).
     """
     part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
@@ -149,7 +149,7 @@ def write_whole(path: Path, content: str | bytes, field: str = "", *, mode: int 
 
 
 def framed(payload: bytes) -> bytes:
-    """A record of an append-only file, with its length and checksum."""
+    """Return a record of an append-only file, with its length and checksum."""
     return FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 

@@ -1,4 +1,4 @@
-"""Options that say who was recorded, by whom and where: for every verb that writes NWB."""
+"""Options for subject, experimenter and institution, for all verbs that write NWB."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ Institution = Annotated[str, typer.Option(help="Where it was recorded.", show_de
 def about(
     subject: str, species: str, sex: str, age: str, experimenter: str, institution: str
 ) -> About:
-    """What the options say."""
+    """Return the values of the options."""
     who = SubjectInfo(subject, species, sex, age, "recorded subject") if subject else None
     return About(who, experimenter, institution)

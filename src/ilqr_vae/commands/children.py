@@ -1,4 +1,4 @@
-"""Child processes of the demo: one verb each, and none of them outlives the demo."""
+"""Child processes of the demo, one verb each; none outlives the demo."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ilqr_vae.errors import IlqrVaeError
 from ilqr_vae.terminal import STOP_SIGNALS
 
 STOP_S = 15.0
-"""How long a child that was asked to stop may take before it is killed."""
+"""Seconds that a child may take to stop before it is killed."""
 
 
 class StepError(IlqrVaeError):
-    """A step of the demo failed and has printed why. Exits as the step did."""
+    """A step of the demo failed and printed why. The demo exits with the same code."""
 
     def __init__(self, step: str, code: int, *, said: str = "") -> None:
         super().__init__(step, expected="exit code 0", got=f"{code}{said}")
@@ -29,10 +29,10 @@ class StepError(IlqrVaeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the demo to stop.
+    """A signal that stops the demo.
 
     Attributes:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -42,10 +42,10 @@ class Interrupted(BaseException):
 
 @contextmanager
 def interruptible() -> Generator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into ``Interrupted``, and ignore what follows it.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into ``Interrupted``, and ignore later ones.
 
-    What follows must not cut short the stopping of the children, which takes ``STOP_S`` at most
-    for each. Only in the main thread; what was there before comes back.
+    Later signals must not interrupt the stopping of the children, which takes at most ``STOP_S``
+    for each. Only in the main thread; the previous handlers are restored.
     """
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -65,7 +65,7 @@ def interruptible() -> Generator[None]:
 def _deferred_signals() -> Generator[None]:
     """Defer signals to the end of the context.
 
-    Around the start of a child: interrupted inside ``Popen`` it would run on unnoticed.
+    Used around the start of a child, which would be leaked if ``Popen`` were interrupted.
     """
     came: list[int] = []
     before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in STOP_SIGNALS}
@@ -79,12 +79,12 @@ def _deferred_signals() -> Generator[None]:
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """The command line of a verb, run by this interpreter."""
+    """Return the command line of a verb, run by this interpreter."""
     return [sys.executable, "-m", "ilqr_vae.cli", *arguments]
 
 
 def stop(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Ask a child to stop; kill it where it does not within ``STOP_S``."""
+    """Ask a child to stop; kill it after ``STOP_S``."""
     if process.poll() is None:
         process.send_signal(number)
         try:
@@ -102,9 +102,9 @@ def _child(
     stdout: int | None = None,
     stderr: BinaryIO | None = None,
 ) -> Generator[subprocess.Popen[bytes]]:
-    """A verb as a child process for as long as the context lasts, then asked to stop.
+    """Run a verb as a child process for the duration of the context, then stop it.
 
-    The child has a session of its own: Ctrl-C comes to the demo alone, which passes it on.
+    The child has its own process session: Ctrl-C reaches only the demo, which stops it.
     """
     process: subprocess.Popen[bytes] | None = None
     try:
@@ -129,7 +129,7 @@ def run(step: str, arguments: Sequence[str]) -> None:
     """Run a verb to its end, on this terminal.
 
     Raises:
-        StepError: it ended with another code than 0.
+        StepError: it ended with a nonzero exit code.
     """
     with _child(arguments, signal.SIGINT) as process:
         code = process.wait()
@@ -138,7 +138,7 @@ def run(step: str, arguments: Sequence[str]) -> None:
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """The line that ``ilqr-vae serve --ready-file`` writes once it answers."""
+    """The content that ``ilqr-vae serve --ready-file`` writes once it answers."""
 
     ingest: str
     results: str
@@ -149,8 +149,10 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 def serve_arguments(model: Path) -> list[str]:
-    """The verb and its options: free ports, and a line on standard output once it answers. Where
-    the system allows it, its threads go before the browser that shows the live page."""
+    """Return the verb and its options: free ports, and a line on standard output when ready.
+
+    If permitted, its threads have priority over the browser that shows the live page.
+    """
     free = "tcp://127.0.0.1:*"
     where = ["--ingest", free, "--results", free, "--http", "127.0.0.1:0"]
     return ["serve", str(model), *where, "--realtime", "1", "--ready-file", "-"]
@@ -158,12 +160,13 @@ def serve_arguments(model: Path) -> list[str]:
 
 @contextmanager
 def live_page(ingest: str, *, show: bool) -> Generator[str]:
-    """``ilqr-vae dashboard`` for as long as the context lasts; yields its address, "" where it
-    cannot start. What becomes of it never stops the demo.
+    """Run ``ilqr-vae dashboard`` for the duration of the context; yield its address.
+
+    The address is "" if it cannot start. Its failure does not stop the demo.
 
     Args:
         ingest: the service's address.
-        show: open it in a browser.
+        show: whether to open it in a browser.
     """
     words = ["dashboard", "--to", ingest, "--http", "127.0.0.1:0", "--what-if"]
     with _child(
@@ -184,15 +187,15 @@ def _failed(code: int, log: Path, lines: int = 15) -> StepError:
 def serving(
     model: Path, log: Path, *, waiting: AbstractContextManager[Any] | None = None
 ) -> Generator[Ready]:
-    """``ilqr-vae serve`` on free loopback ports for as long as the context lasts.
+    """Run ``ilqr-vae serve`` on free loopback ports for the duration of the context.
 
     Args:
         model: the model file.
-        log: where its log goes.
-        waiting: entered while it warms up, e.g. to show that.
+        log: file for its log.
+        waiting: context entered while it warms up, e.g. to show that.
 
     Raises:
-        StepError: it could not start, or did not end well; the end of its log is in the message.
+        StepError: it could not start, or ended with an error; the message has the end of its log.
     """
     with (
         log.open("wb") as errors,
@@ -202,7 +205,7 @@ def serving(
     ):
         assert process.stdout is not None
         with waiting or nullcontext():
-            line = process.stdout.readline()  # empty when the service ends instead
+            line = process.stdout.readline()  # empty if the service ended
         if not line:
             raise _failed(process.wait(), log)
         yield msgspec.json.decode(line, type=Ready)

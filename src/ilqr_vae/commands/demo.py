@@ -1,4 +1,4 @@
-"""``ilqr-vae demo``: the whole chain in one command, each step a verb one could type oneself."""
+"""``ilqr-vae demo``: the whole chain in one command; each step is a verb."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 EXAMPLE = "Example: ilqr-vae demo configs/demo.toml --out demo-out --speed 4"
 
 STAGES = ("solve", "total")
-"""Latencies that the summary tells of."""
+"""Latencies in the summary."""
 
 
 class Chain:
-    """Runs the steps one after another, and says for each what a person would type.
+    """Runs the steps one after another, and prints the command of each.
 
     Args:
-        out: folder for everything made.
-        recording: what is decoded; None to make one up.
-        live: show the live page, and fit rivals that decode beside the model on it.
-        stay: go on replaying at the end, until Ctrl-C.
+        out: folder for all results.
+        recording: recording to decode; None to simulate one.
+        live: whether to show the live page, and fit rivals to decode beside the model.
+        stay: whether to continue to replay at the end, until Ctrl-C.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class Chain:
         self._number = itertools.count(1)
 
     def clear(self) -> None:
-        """Remove the results of an earlier run: what is there later is this one's."""
+        """Remove the results of an earlier run."""
         for path in (self.report, self.page, self.loop, self.picture, self.rivals):
             path.unlink(missing_ok=True)
 
     def make_folder(self) -> None:
-        """Raises ConfigError if the folder cannot be made."""
+        """Create the folder. Raises ConfigError if that fails."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -116,13 +116,13 @@ class Chain:
     def _training(self, config: Path, steps: int | None) -> list[str | Path]:
         return [
             *("train", config, "--out", self.model),
-            "--no-baselines",  # the replay's report has one
+            "--no-baselines",  # the report of the replay has one
             *(("--rivals", self.rivals) if self.live else ()),
             *(() if steps is None else ("--steps", str(steps))),
         ]
 
     def serve_and_stream(self, speed: str, units: int, reaches: int) -> None:
-        """Serve in a process of its own, stream the held-out part, then close the loop."""
+        """Serve in a separate process, stream the held-out part, then close the loop."""
         self.say("Serve the model, as a process of its own", serve_arguments(self.model))
         warming = self.console.status(
             "warming up; a first start compiles its kernels, a minute or two"
@@ -140,7 +140,7 @@ class Chain:
 
     @contextmanager
     def _page(self, ingest: str) -> Generator[bool]:
-        """The live page, if there is to be one; whether somebody sees it."""
+        """Show the live page, if enabled; yield whether it is visible."""
         if not self.live:
             yield False
             return
@@ -175,7 +175,7 @@ class Chain:
             self.step(what, *replay, "--span", "test", "--loop", *steered)
 
     def conclude(self) -> None:
-        """The results once more, and where they are."""
+        """Print the results again, and where they are."""
         report = json.loads(self.report.read_text())
         loop = json.loads(self.loop.read_text()) if self.loop.exists() else None
         self.console.print()
@@ -188,7 +188,7 @@ class Chain:
 
 
 def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
-    """Refuse what cannot work before minutes are spent. Raises ConfigError, RecordingError."""
+    """Check the arguments before minutes are spent. Raises ConfigError, RecordingError."""
     number = re.fullmatch(r"\d+(\.\d*)?|\.\d+", speed)
     if speed != "max" and not (number and float(speed) > 0):
         raise ConfigError("--speed", expected="a number above zero, or max", got=repr(speed))
@@ -199,7 +199,7 @@ def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
         needed |= {"pynwb": "nwb"}
     if recording is not None and not (
         recording.is_file() and recording.suffix.lower() in (".nwb", ".mat")
-    ):  # what ``replay`` streams
+    ):  # the formats that ``replay`` can stream
         raise RecordingError("--recording", expected="a .nwb or .mat file", got=str(recording))
     for package, extra in needed.items():
         if find_spec(package) is None:
@@ -208,7 +208,7 @@ def _check(config: Path, recording: Path | None, out: Path, speed: str) -> None:
 
 
 def summary(report: dict[str, Any], loop: dict[str, Any] | None, screen: Console) -> None:
-    """Print the results, from ``replay``'s JSON and, if there is one, ``closed-loop``'s."""
+    """Print the results from the JSON of ``replay`` and, if it ran, of ``closed-loop``."""
     if report["scores"]:
         show(scores_table("Causal decodes", report["scores"]), screen)
     show(latency_table({s: report["latency_ms"].get(s, {"n": 0}) for s in STAGES}), screen)
@@ -270,9 +270,9 @@ def demo(
 ) -> None:
     """Simulate (or take your recording), train, serve, replay the held-out part, report.
 
-    Each step is a verb and is shown as one would type it. The service runs as a process of its own
-    on free loopback ports and is stopped at the end, and when a step fails or Ctrl-C comes.
-    Exit codes: 0 done; that of the step that failed; 128 + the signal's number when interrupted.
+    Each step is a verb, and its command is shown. The service runs as a separate process on free
+    loopback ports, and is stopped at the end, when a step fails, or on Ctrl-C. Exit codes: 0 done;
+    that of the step that failed; 128 + the signal's number when interrupted.
     """
     _check(config, recording, out, speed)
     screen = console()

@@ -1,4 +1,4 @@
-"""What ``ilqr-vae inspect`` shows of a recording."""
+"""The output of ``ilqr-vae inspect`` for a recording."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ilqr_vae.report.table import Section
 
 
 def recording_sections(found: Contents) -> list[Section]:
-    """A recording's contents, and what would be read of them."""
+    """Return the contents of a recording, and what would be read from it, as sections."""
     made = [Section(f"recording {found.name}", ())]
     units: list[tuple[str, str]] = []
     if found.n_units:

@@ -1,4 +1,4 @@
-"""``ilqr-vae keys``: make and list the keys of those a service lets in."""
+"""``ilqr-vae keys``: create, list and revoke the keys of clients."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def keys(
     ] = None,
     revoke: Annotated[bool, typer.Option("--revoke", help="Revoke the key of NAME.")] = False,
 ) -> None:
-    """Make a client's key, list who is let in, or let one in no more.
+    """Create a client's key, list the admitted clients, or revoke a key.
 
-    The service takes the folder (ilqr-vae serve MODEL --keys keys/), a client its own file
-    (ILQR_VAE_KEY=rig-3.key ilqr-vae replay ...). A running service follows the list.
+    The service reads the folder (ilqr-vae serve MODEL --keys keys/), a client its own file
+    (ILQR_VAE_KEY=rig-3.key ilqr-vae replay ...). A running service applies changes of the list.
     """
     if name is None:
         store.make_server_key(folder)
