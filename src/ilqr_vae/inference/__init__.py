@@ -1,1 +1,1 @@
-"""Which inputs explain the observations: iLQR, its gradient, its posterior and the ELBO."""
+"""Inference of inputs from observations: iLQR, its gradient, its posterior and the ELBO."""

@@ -1,9 +1,9 @@
-"""The torch side of the compiled solve: which models it covers, and ``ilqr.solve`` by it.
+"""The torch side of the compiled solve: supported models, and the calls to the kernels.
 
 It solves the problem of ``inference.ilqr``, with the same letters: J(z_0, u) over T steps, n
-latents, m inputs, and the N channels of all groups side by side, Poisson channels first. Tensors
-are read in place; outputs are fresh, so a caller may keep them. Where there is no compiled code for
-a model's families, the log says so once and torch solves.
+latents, m inputs, and the N channels of all groups concatenated, Poisson channels first. Tensors
+are read in place; outputs are new arrays, which a caller may keep. If there is no compiled code for
+a model's families, torch solves instead, which is logged once.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ def unsupported(
     priors: Container[type] = (GaussianPrior, StudentPrior),
     likelihoods: Container[type] = (Poisson, SoftplusPoisson, Gaussian),
 ) -> str | None:
-    """What of a model has no compiled code: dynamics not of these ``families`` (kernels' names),
-    a prior or a likelihood; None where everything has."""
+    """Return the part of a model without compiled code; None if all of it has.
+
+    It may be the dynamics (other than ``families``, by kernel name), a prior or a likelihood.
+    """
     dynamics = model.dynamics
     if dynamics.kernel not in families:
         return f"the dynamics {dynamics.kernel or dynamics.family!r}"
@@ -70,8 +72,7 @@ def unsupported(
 
 
 def usable(model: Model, names: Iterable[str], like: Tensor) -> bool:
-    """Whether the compiled solve is wanted and can solve this model, conditioned on these groups,
-    for tensors like this one."""
+    """Return whether the compiled solve is enabled and supports this model, groups and tensor."""
     if not wanted(like):
         return False
     reason = unsupported(model, names, FAMILIES)
@@ -82,8 +83,9 @@ def usable(model: Model, names: Iterable[str], like: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A model as the kernels take it: (family, weights, channels, prior), the groups' order, and n,
-    m and N."""
+    """A model for the kernels: (family, weights, channels, prior), order of the groups, n, m and
+    N.
+    """
 
     arrays: tuple[Any, ...]
     names: tuple[str, ...]
@@ -91,14 +93,13 @@ class PackedModel:
 
 
 class ChannelArrays(NamedTuple):
-    """Groups side by side, N channels.
+    """The N channels of all groups, concatenated.
 
     Attributes:
-        tensors: C (N, n), b, and of each channel: the limit of an exponential link, one over the
-            variance of a Gaussian, and gain, floor and whether it is softplus of a rate gain
-            (link(a) + floor).
-        poisson: how many channels, the first ones, are counts.
-        linked: whether the rate of any is other than exp(a).
+        tensors: C (N, n), b, and per channel: limit of an exponential link, inverse variance of a
+            Gaussian, and gain, floor and a softplus flag of a rate gain (link(a) + floor).
+        poisson: number of Poisson channels, which are the first ones.
+        linked: whether any rate differs from exp(a).
     """
 
     tensors: tuple[Tensor, ...]
@@ -107,7 +108,7 @@ class ChannelArrays(NamedTuple):
 
 
 def channel_arrays(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> ChannelArrays:
-    """Groups side by side, those of counts first."""
+    """Return the concatenated groups, counts first."""
     empty = torch.zeros(0, n, dtype=dtype, device=families[0].C.device if families else None)
     C = torch.cat([empty, *(f.C.detach() for f in families)])
     b = torch.cat([empty[:, 0], *(f.b.detach() for f in families)])
@@ -130,15 +131,17 @@ def channel_arrays(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -
 
 
 def channels_of(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Groups side by side, as the kernels take them."""
+    """Return the concatenated groups for the kernels."""
     tensors, poisson, linked = channel_arrays(families, n, dtype)
     C, b, limit, precision, *rates = (array(x) for x in tensors)
     return pack_channels(C, b, limit, precision, poisson, linked, *rates)
 
 
 class PriorArrays(NamedTuple):
-    """The inputs' prior: mean and precision (m,) of its Gaussian part, minus its log density at the
-    peak, and a Student's degrees of freedom, zero for a Gaussian."""
+    """The prior of the inputs: mean and precision (m,), negative log density at the peak, and nu.
+
+    nu is the degrees of freedom of a Student, zero for a Gaussian.
+    """
 
     mean: Tensor
     precision: Tensor
@@ -147,7 +150,7 @@ class PriorArrays(NamedTuple):
 
 
 def prior_arrays(model: Model) -> PriorArrays:
-    """The prior of a model that is ``usable``."""
+    """Return the prior of a ``usable`` model."""
     with torch.no_grad():
         scale, m, nu = model.prior.log_scale, model.m, 0.0
         constant = float(scale.double().sum()) + 0.5 * m * LOG_2PI
@@ -160,7 +163,7 @@ def prior_arrays(model: Model) -> PriorArrays:
 
 
 def plan(model: Model, w: Weights, names: Iterable[str]) -> PackedModel:
-    """Pack a model that is ``usable``."""
+    """Pack a ``usable`` model."""
     family = model.dynamics.kernel
     # Poisson channels come first
     order = tuple(sorted(names, key=lambda name: not isinstance(model.group(name), Counts)))
@@ -175,7 +178,7 @@ def plan(model: Model, w: Weights, names: Iterable[str]) -> PackedModel:
 
 
 def observations(plan: PackedModel, observed: Observations) -> tuple[Array, Array]:
-    """Values and masks (B, T, N) of a plan's groups side by side."""
+    """Return values and masks (B, T, N) of a plan's groups, concatenated."""
     groups = [observed[name] for name in plan.names]
     if len(groups) == 1:
         return array(groups[0].values), array(groups[0].mask)
@@ -186,8 +189,7 @@ def observations(plan: PackedModel, observed: Observations) -> tuple[Array, Arra
 
 
 class Iterates(NamedTuple):
-    """The arrays of ``problem.State``: z (B, T+1, n), u (B, T, m) and one number a problem of each
-    of the others."""
+    """The arrays of ``problem.State``: z (B, T+1, n), u (B, T, m), and (B,) for the others."""
 
     z: Array
     u: Array
@@ -198,11 +200,11 @@ class Iterates(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a batch of solves is given.
+    """The inputs of a batch of solves.
 
     Attributes:
         observed: values and masks (B, T, N).
-        initial: mean (B, n) and precision (B, n, n) of the cost of z_0.
+        initial: mean (B, n) and precision (B, n, n) of the initial cost.
         start: z_0 (B, n) and u (B, T, m).
     """
 
@@ -212,10 +214,10 @@ class Inputs(NamedTuple):
 
 
 class SolveArrays:
-    """Arrays of one batch of solves: state, what iterations keep, and what they report.
+    """The arrays of a batch of solves: state, workspace and results of iterations.
 
     Attributes:
-        batch: how many of them are solved; may be set to fewer than were made.
+        batch: number of problems to solve; may be set to fewer than allocated.
     """
 
     def __init__(self, plan: PackedModel, batch: int, steps: int, dtype: np.dtype[Any]) -> None:
@@ -226,7 +228,7 @@ class SolveArrays:
         n8, N8 = (-(-size // PANEL) * PANEL for size in (n, N))
         status, iterations = (np.zeros(batch, np.int64) for _ in range(2))
         states, inputs, kept = (batch, T + 1, n), (batch, T, m), (batch, 2, T)
-        # apart from the rest, so that who keeps a trajectory does not keep the matrices
+        # allocated separately, so that keeping a trajectory does not keep the matrices
         z, u, cost, damping, self.taken = threads.arrays(
             dtype, states, inputs, (batch,), (batch,), (batch,)
         )
@@ -253,7 +255,7 @@ class SolveArrays:
         return self.state.status[: self.batch]
 
     def lqr(self) -> tuple[LQRProblem, LQRSolution]:
-        """The last iterations' LQR problems and solutions, as tensors over these arrays."""
+        """The LQR problems and solutions of the last iteration, as tensors over these arrays."""
         t = torch.from_numpy
         A, B, Q, q, R, r, _, _ = (t(x) for x in self.problem)
         K, k, Quu_inv = (t(x) for x in self.law)
@@ -267,7 +269,7 @@ class SolveArrays:
 
 
 def cost_of_iteration(plan: PackedModel, steps: int) -> int:
-    """Multiply-adds of one iteration, roughly."""
+    """Return the approximate multiply-adds of an iteration."""
     n, m, N = plan.sizes
     return steps * (2 * n * n * n + n * (n + m) ** 2 + N * n * (n // 2 + 3) + 20 * N)
 
@@ -280,7 +282,7 @@ def run(
     inputs: Inputs,
     options: tuple[float, float, int, float, float],
 ) -> None:
-    """At most ``limit`` further iterations of every problem that is running."""
+    """Run at most ``limit`` further iterations of each running problem."""
     n, m, _ = plan.sizes
     threads.share_out(
         iteration.solve,
@@ -305,7 +307,7 @@ def run(
 
 @dataclass(frozen=True)
 class Options:
-    """What the kernels must know of a ``SolverConfig``."""
+    """The settings of a ``SolverConfig`` for the kernels."""
 
     iterations: int
     numbers: tuple[float, float, int, float, float]
@@ -322,10 +324,10 @@ def iterate(
     options: Options,
     stopped: Stopped | None,
 ) -> None:
-    """Iterations until every problem has stopped, or as many as allowed.
+    """Iterate until every problem has stopped, or up to the limit.
 
     Args:
-        stopped: asked between iterations with the statuses, which it may change; True ends.
+        stopped: called between iterations with the statuses, which it may change; True ends.
     """
     if stopped is None:
         run(packed, work, options.iterations, entry, inputs, options.numbers)
@@ -340,7 +342,7 @@ def iterate(
 def prepare(
     model: Model, w: Weights, observed: Observations, batch: int, steps: int
 ) -> tuple[PackedModel, SolveArrays, tuple[Array, Array]]:
-    """Pack a model and its data, and make the work arrays of a batch of solves."""
+    """Pack a model and its data, and allocate the arrays of a batch of solves."""
     packed = plan(model, w, observed)
     data = observations(packed, observed)
     return packed, SolveArrays(packed, batch, steps, data[0].dtype), data
@@ -371,7 +373,7 @@ def quadratise(
     z: Tensor,
     u: Tensor,
 ) -> LQRProblem:
-    """``Model.lqr_problem`` around rollouts z (B, T+1, n) of inputs u (B, T, m)."""
+    """Compute ``Model.lqr_problem`` around rollouts z (B, T+1, n) of inputs u (B, T, m)."""
     packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
     work.state.z[...], work.state.u[...] = array(z), array(u)
     cost = (array(initial.mean), array(initial.precision))

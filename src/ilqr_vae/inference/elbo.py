@@ -1,11 +1,11 @@
-"""The bound on log p(o) that training raises (Schimel et al. 2022, eq. 7), and a tighter one.
+"""The bound on log p(o) that training maximises (Schimel et al. 2022, eq. 7), and a tighter one.
 
     L = E_q [ sum_groups log p(o | z(z_0, u)) ]  -  KL( q(z_0, u) || p(z_0) p(u) )
 
-q is a Gaussian around the iLQR optimum; the expectation is one reparameterised sample. The KL is in
-closed form for Gaussian priors; for the Student, E_q[-log p(u)] is estimated by the same sample.
-Recognition may be conditioned on fewer groups than the expectation scores: spikes alone at test
-time, kinematics too in the bound (section 3.4.2).
+q is a Gaussian around the iLQR optimum; the expectation is estimated by one reparameterised sample.
+The KL is in closed form for Gaussian priors; for the Student, E_q[-log p(u)] is estimated by the
+same sample. Inference may be conditioned on fewer groups than the expectation scores: e.g. on
+spikes only, while the bound includes kinematics (section 3.4.2).
 
 The importance-weighted bound with K samples (Burda et al. 2016) lies between L and log p(o):
 
@@ -34,7 +34,7 @@ class Bound:
 
     Attributes:
         groups: expected log-likelihood of each observation group.
-        kl: of q from the prior.
+        kl: divergence of q from the prior.
         z: the sampled trajectory.
     """
 
@@ -45,7 +45,7 @@ class Bound:
     def value(
         self, *, kl_weight: float = 1.0, group_weights: Mapping[str, float] | None = None
     ) -> Float[Tensor, " B"]:
-        """Sum of the parts; all weights one is the bound itself."""
+        """Return the weighted sum of the parts; with all weights one it is the bound."""
         weights = group_weights or {}
         total = -kl_weight * self.kl
         for name, value in self.groups.items():
@@ -63,14 +63,14 @@ def bound(
     *,
     live: Float[Tensor, "B T"] | None = None,
 ) -> Bound:
-    """The bound for a batch of trials.
+    """Compute the bound of a batch of trials.
 
     Args:
-        z0, u: the optimum, carrying its implicit gradient (``implicit.attach_gradient``).
-        draw: the posterior's sample and moments.
-        observed: every group to be scored.
-        live: where trials differ in length (``likelihoods.padded``): one up to a trial's end, zero
-            after it. Inputs after the end have no part in the bound.
+        z0, u: the optimum with its implicit gradient (``implicit.attach_gradient``).
+        draw: sample and moments of the posterior.
+        observed: all groups to score.
+        live: for trials of different lengths (``likelihoods.padded``): one up to the end of a
+            trial, zero after it. Inputs after the end do not contribute.
     """
     z0_sample, sample = z0 + draw.dz0, u + draw.du
     z = model.rollout(w, z0_sample, sample)
@@ -97,13 +97,13 @@ def importance_weighted(
     at_once: int = 10,
     live: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, " B"]:
-    """The importance-weighted bound of each trial, nats; one sample makes it an estimate of L.
+    """Compute the importance-weighted bound of each trial in nats; one sample estimates L.
 
     Args:
-        z0, u: the posterior's mean.
-        sampler: of its deviations (``Kronecker.sampler``, ``Laplace.sampler``).
+        z0, u: mean of the posterior.
+        sampler: draws its deviations (``Kronecker.sampler``, ``Laplace.sampler``).
         samples: K.
-        at_once: samples per trial held in memory together.
+        at_once: number of samples per trial held in memory at once.
         live: as for ``bound``.
     """
     batch, done = z0.shape[0], 0

@@ -1,13 +1,13 @@
-"""iLQR: which initial state and inputs explain the observations best?
+"""iLQR: the initial state and inputs that best explain the observations.
 
     minimise over (z_0, u)   J = initial(z_0) + sum_k [ -log p(u_k) - log p(o_k | z_{k+1}) ]
     subject to               z_{k+1} = f(z_k, u_k)
 
 Single shooting. Each iteration linearises f and quadratises J along the current trajectory
 (Gauss-Newton: no second derivatives of f), solves one LQR problem, and rolls the resulting affine
-policy out through the true dynamics, backtracking the step size alpha until the cost falls by a
-fraction of what the quadratic model promised. J never rises. A failed line search raises the
-Levenberg regularisation of Quu; it is zero otherwise.
+policy out through the true dynamics, backtracking the step size alpha until the cost decreases by a
+fraction of what the quadratic model predicts. J never increases. A failed line search raises the
+Levenberg regularisation of Quu, which is zero otherwise.
 
 A batch runs until each problem has stopped; stopped problems are frozen. Shapes: B problems, T
 steps, z (B, T+1, n), u (B, T, m).
@@ -32,7 +32,7 @@ from ilqr_vae.model.rollout import adjoint
 
 
 def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) -> State:
-    """Start from an initial state and inputs (zeros, or a warm start)."""
+    """Return the state at the start, from an initial state and inputs (zeros, or a warm start)."""
     on_gpu = problem.on_gpu()
     if on_gpu is None:
         z = problem.model.rollout(problem.w, z0, u)
@@ -47,7 +47,7 @@ def init(problem: Problem, z0: Float[Tensor, "B n"], u: Float[Tensor, "B T m"]) 
 def quadratise(
     problem: Problem, z: Float[Tensor, "B T1 n"], u: Float[Tensor, "B T m"]
 ) -> LQRProblem:
-    """The Gauss-Newton model of J around the rollout z of u; no gradient on the fast path."""
+    """Return the Gauss-Newton model of J around the rollout z of u; compiled without gradients."""
     p = problem
     if not torch.is_grad_enabled() and compiled.usable(p.model, p.observed, u):
         return compiled.quadratise(p.model, p.w, p.observed, p.initial, z, u)
@@ -62,8 +62,10 @@ def solve_exact(
     costate: Float[Tensor, "B T1 n"],
     regularisation: Float[Tensor, " B"],
 ) -> LQRSolution:
-    """Solve ``quadratic`` with the dynamics' curvature added; per problem as it is where the exact
-    Hessian is not positive definite."""
+    """Solve ``quadratic`` with the curvature of the dynamics added.
+
+    A problem whose exact Hessian is not positive definite is solved without it.
+    """
     full = problem.model.add_dynamics_curvature(problem.w, quadratic, z, u, costate)
     exact = solve_lqr(full, free_initial=True, regularisation=regularisation)
     if bool(exact.ok.all()):
@@ -73,7 +75,7 @@ def solve_exact(
 
 
 def where_solved(exact: LQRSolution, plain: LQRSolution) -> LQRSolution:
-    """``exact`` for the problems that it could be found for, ``plain`` for the others."""
+    """Select ``exact`` for problems where it was found, ``plain`` for the others."""
     return LQRSolution(
         **{
             field.name: where(exact.ok, getattr(exact, field.name), getattr(plain, field.name))
@@ -83,7 +85,7 @@ def where_solved(exact: LQRSolution, plain: LQRSolution) -> LQRSolution:
 
 
 def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, Info]:
-    """One iteration, in torch. Problems that have stopped are returned as they were."""
+    """Do one iteration in torch. Stopped problems do not change."""
     model, w = problem.model, problem.w
     running = state.status == int(Status.RUNNING)
     on_gpu = problem.on_gpu()
@@ -124,7 +126,7 @@ def step(problem: Problem, state: State, config: SolverConfig) -> tuple[State, I
 
 
 def options(config: SolverConfig) -> compiled.Options:
-    """A configuration as the compiled solve takes it."""
+    """Return a configuration for the compiled solve."""
     c = config
     return compiled.Options(
         c.iterations,
@@ -139,7 +141,7 @@ def _outcome(work: compiled.SolveArrays) -> tuple[State, Info]:
 
 
 def stopping(stop: Stop | None) -> compiled.Stopped | None:
-    """``stop`` as a function of the statuses: whether the solve ends; marks those it stops."""
+    """Wrap ``stop`` as a function that marks the stopped statuses and returns whether to end."""
     if stop is None:
         return None
 
@@ -155,7 +157,7 @@ def stopping(stop: Stop | None) -> compiled.Stopped | None:
 
 
 def finish(status: NDArray[np.int64]) -> None:
-    """Name the problems that are still running after the last iteration."""
+    """Set the status of problems that are still running after the last iteration."""
     status[status == Status.RUNNING] = Status.ITERATION_LIMIT
 
 
@@ -169,13 +171,12 @@ def solve(
     """Iterate until every problem has stopped.
 
     Args:
-        stop: asked before every iteration but the first; True ends the solve where it is
-            (``Status.STOPPED``): the answer is the best iterate so far. One truth value, or one
-            per problem.
+        stop: called before every iteration but the first; True ends the solve (``Status.STOPPED``)
+            with the best iterate so far. One truth value, or one per problem.
 
     Returns:
-        the final state, and each problem's last iteration's ``Info``, whose LQR problem is around
-        the trajectory that iteration started from (at convergence: the same to the tolerance).
+        The final state, and ``Info`` of the last iteration of each problem, whose LQR problem is
+        around the trajectory before that iteration (at convergence, the same to the tolerance).
     """
     with torch.no_grad():
         p = problem
@@ -197,11 +198,11 @@ def solve_reference(
     *,
     sync_free: bool = False,
 ) -> tuple[State, Info]:
-    """``solve`` in torch: what the compiled one must do.
+    """Solve in torch: the reference for the compiled solve.
 
     Args:
-        sync_free: never wait for the device: all iterations are done, and those of problems that
-            have stopped change nothing.
+        sync_free: never synchronise with the device: run all iterations, which do not change
+            stopped problems.
     """
     stopped = stopping(stop)
     state = init(problem, z0, u)
@@ -226,7 +227,7 @@ def solve_reference(
 
 
 def _latest(running: Bool[Tensor, " B"], new: Info, old: Info) -> Info:
-    """``new`` for the problems that were running, ``old`` for those that had stopped."""
+    """Select ``new`` for problems that were running, ``old`` for stopped ones."""
 
     def merged(after: Any, before: Any) -> dict[str, Any]:
         pairs = {f.name: (getattr(after, f.name), getattr(before, f.name)) for f in fields(after)}

@@ -11,12 +11,12 @@ The product with H^-1 is the same LQR problem with the incoming gradient as its 
     d/dtheta  sum_k [ dz_k . l_z + du_k . l_u + lam_{k+1} . (A_k dz_k + B_k du_k)
                       + mu_{k+1} . f(z_k, u_k; theta) ]            at fixed z*, u*, dz, du, lam, mu
 
-one autograd product, batched over trials and time. Memory does not depend on iterations done.
+one autograd product, batched over trials and time. Memory does not depend on the iterations.
 
 ``exact=True`` puts the dynamics' curvature (lam . f'') into H, and the curvature of prior and
 likelihoods that the solver's model drops to stay positive definite: the exact derivative. Without
 it, H is the Gauss-Newton Hessian (as in the authors' code): biased, close in practice, cheaper.
-Where the exact H is not positive definite, that trial falls back to Gauss-Newton.
+A trial whose exact H is not positive definite falls back to Gauss-Newton.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ilqr_vae.model.rollout import adjoint
 
 @dataclass(frozen=True)
 class _Site:
-    """Where the implicit gradient is taken."""
+    """The point at which the implicit gradient is computed."""
 
     problem: Problem
     state: State
@@ -44,7 +44,7 @@ class _Site:
 
 
 def _solve_adjoint(site: _Site, gz0: Tensor, gu: Tensor) -> tuple[LQRSolution, Tensor]:
-    """The LQR solution for the incoming gradient, and the costates lam of J."""
+    """Return the LQR solution for the incoming gradient, and the costates lam of J."""
     p, s = site.problem, site.state
     at_optimum = quadratise(p, s.z, s.u)
     lam = adjoint(at_optimum.A, at_optimum.q)
@@ -61,7 +61,7 @@ def _solve_adjoint(site: _Site, gz0: Tensor, gu: Tensor) -> tuple[LQRSolution, T
 
 
 def _stationarity_product(site: _Site, sol: LQRSolution, lam: Tensor) -> Tensor:
-    """A scalar whose parameter gradient is the implicit term (see the module's docstring)."""
+    """Return a scalar whose parameter gradient is the implicit term (see the module)."""
     p, s = site.problem, site.state
     model, before = p.model, s.z[:, :-1]
     w = model.dynamics.weights()
@@ -98,13 +98,13 @@ class _Optimum(torch.autograd.Function):
 def attach_gradient(
     problem: Problem, state: State, *, exact: bool = False
 ) -> tuple[Float[Tensor, "B n"], Float[Tensor, "B T m"]]:
-    """The optimum (z_0*, u*) as tensors that carry the implicit gradient to the model's parameters.
+    """Return the optimum (z_0*, u*) as tensors with the implicit gradient to the parameters.
 
     Args:
-        problem: as solved; its initial cost must be the model's own prior, since that is what is
+        problem: the solved problem; its initial cost must be the model's own prior, which is
             differentiated.
         state: the solved state (``ilqr.solve``).
-        exact: with the curvature of the dynamics, else Gauss-Newton.
+        exact: whether to include the curvature of the dynamics; if false, Gauss-Newton.
     """
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
     return _Optimum.apply(_Site(problem, state, exact), *parameters)  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""The line search of an iLQR iteration, in torch: how far to go along the LQR solution.
+"""The line search of an iLQR iteration in torch: the step size along the LQR solution.
 
 With (dz_0, K, k) the LQR solution around the trajectory (z, u) of cost J, a step of size alpha
 rolls out from z_0 + alpha dz_0 under u + alpha k + K (z' - z). Both searches take, per problem, the
@@ -6,9 +6,8 @@ first alpha of 1, 1/2, 1/4, ... with
 
     J(alpha) <= J - armijo alpha (2 - alpha) decrease
 
-where ``decrease`` is what the quadratic model promises for alpha = 1. ``backtrack`` looks at its
-numbers and stops early; ``all_at_once`` tries every alpha in one batch and never waits for the
-device.
+where ``decrease`` is the prediction of the quadratic model for alpha = 1. ``backtrack`` reads the
+costs and stops early; ``all_at_once`` tries every alpha in one batch without synchronisation.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """The trajectory z, u after the search, its cost, and the alpha taken (zero where none was)."""
+    """The trajectory z, u after the search, its cost, and alpha (zero if none was accepted)."""
 
     z: Tensor
     u: Tensor
@@ -48,15 +47,15 @@ class Search(NamedTuple):
     config: SolverConfig
 
     def highest(self, alpha: Tensor) -> Tensor:
-        """The largest J that a step of size alpha may lead to."""
+        """Return the largest J that is accepted for a step of size alpha."""
         cost = self.state.cost
-        # the slack is what float rounding of J can hide
+        # slack for the rounding error of J
         slack = 10 * torch.finfo(cost.dtype).eps * cost.abs()
         promised = alpha * (2 - alpha) * self.lqr.decrease
         return cost - self.config.armijo * promised + slack
 
     def backtrack(self) -> Step:
-        """Halve alpha until J falls enough."""
+        """Halve alpha until J decreases enough."""
         problem, state, lqr, seeking, config = self
         alpha = seeking.to(state.cost.dtype)
         found = Step(state.z, state.u, state.cost, torch.zeros_like(alpha))

@@ -1,7 +1,7 @@
 """The torch side of the Triton iteration: one launch for the quadratic model, one for the search.
 
-It does one iteration of ``inference.ilqr``, with the same letters, and never waits for the device.
-For models without kernels torch does the same operation by operation, after one line in the log.
+It does one iteration of ``inference.ilqr``, with the same letters, without synchronisation. Models
+without kernels run in torch, which is logged once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost
 _log = logging.getLogger(__name__)
 
 _WHAT = "iterations run"
-#: Channels taken at a time.
+# : Channels per block.
 _CHANNELS = 64
 
 
@@ -43,11 +43,11 @@ def _unsupported(model: Model, names: tuple[str, ...]) -> str | None:
 
 
 def iteration(model: Model, w: Weights, names: tuple[str, ...], like: Tensor) -> Iteration | None:
-    """The kernels for a model conditioned on groups, where they are wanted and can do it.
+    """Return the kernels for a model conditioned on groups, if enabled and supported.
 
     Args:
         w: the model's effective weights.
-        like: a tensor of the problem: of its device and dtype.
+        like: a tensor with the device and dtype of the problem.
     """
     if not like.is_cuda or backend.current() == "reference":
         return None
@@ -62,7 +62,7 @@ def iteration(model: Model, w: Weights, names: tuple[str, ...], like: Tensor) ->
 
 
 def packed(code: ModuleType, model: Model, w: Weights, name: str) -> Iteration:
-    """The kernels with a model that they can do."""
+    """Return the kernels with a packed, supported model."""
     family = model.group(name)
     assert isinstance(family, Poisson)
     weights = tuple(t.detach().contiguous() for t in w)
@@ -70,7 +70,7 @@ def packed(code: ModuleType, model: Model, w: Weights, name: str) -> Iteration:
     if not gated:
         weights = (weights[0], *(weights[0],) * 3, weights[-1])
     scale = model.prior.log_scale.detach()
-    # what is read from a graph must not be made from numbers that are looked at
+    # tensors of a CUDA graph must not depend on values read on the host
     limit = torch.full_like(scale[0], family.log_rate_max, dtype=torch.float64)
     constant = scale.double().sum() + 0.5 * model.m * LOG_2PI
     return Iteration(
@@ -90,13 +90,13 @@ def packed(code: ModuleType, model: Model, w: Weights, name: str) -> Iteration:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What launches need of a model.
+    """A model packed for launches.
 
     Attributes:
         code: the kernels.
         model: weights of the dynamics, C, b, mean and precision of the inputs, and the two numbers
             (log_rate_max, -log of the inputs' density at its peak).
-        name: the group conditioned on.
+        name: name of the observed group.
         gated: whether the dynamics are an MGU2.
     """
 
@@ -116,7 +116,7 @@ class Iteration:
     def begin(
         self, z0: Tensor, u: Tensor, observed: Observations, initial: InitialCost
     ) -> tuple[Tensor, Tensor]:
-        """Open-loop rollout z (B, T+1, n) of inputs u (B, T, m) from z_0 (B, n), and J (B,)."""
+        """Return the rollout z (B, T+1, n) of inputs u (B, T, m) from z_0 (B, n), and J (B,)."""
         B, T, m = u.shape
         n = z0.shape[1]
         z, rolled, cost = z0.new_empty(B, T + 1, n), torch.empty_like(u), z0.new_empty(B)
@@ -133,7 +133,7 @@ class Iteration:
     def quadratise(
         self, z: Tensor, u: Tensor, observed: Observations, initial: InitialCost
     ) -> LQRProblem:
-        """As ``Model.lqr_problem``."""
+        """Compute the same as ``Model.lqr_problem``."""
         S, T, m = u.shape
         n, o = z.shape[-1], observed[self.name]
         *dynamics, C, b, centre, precision, numbers = self.model
@@ -172,7 +172,7 @@ class Iteration:
         armijo: float,
         tries: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As ``line_search.Search.backtrack``: z, u, cost, and the step size taken."""
+        """Do ``line_search.Search.backtrack``; return z, u, cost, and the step size."""
         B, T, m = u.shape
         n = z.shape[-1]
         z_new, u_new = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (z, u))

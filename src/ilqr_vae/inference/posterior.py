@@ -7,8 +7,8 @@ u_k | z_k has covariance Quu_k^-1 and mean K_k dz_k, so
 
     dz_0 ~ N(0, V_0^-1),   du_k = K_k dz_k + chol(Quu_k^-1) e_k,   dz_{k+1} = A_k dz_k + B_k du_k
 
-Both answer with a ``Draw``: samples of the deviation, and what the bound needs. Both factorise over
-time, q(z_0) prod_k q(u_k | earlier), so that trials of one batch may end at different bins.
+Both return a ``Draw``: samples of the deviation, and the terms of the bound. Both factorise over
+time, q(z_0) prod_k q(u_k | earlier), so that trials of a batch may end at different bins.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Draw:
     Attributes:
         dz0, du: the samples.
         z0_var, u_var: marginal variances.
-        entropy: of q over (z_0, u), nats.
-        z0_entropy, u_entropy: of q(z_0) and of each q(u_k | earlier); they sum to it.
+        entropy: entropy of q over (z_0, u), nats.
+        z0_entropy, u_entropy: entropies of q(z_0) and of each q(u_k | earlier), which sum to it.
         z0_log_q, u_log_q: log densities of the samples, factor by factor.
     """
 
@@ -56,11 +56,11 @@ class Draw:
 
 
 Sampler: TypeAlias = Callable[[int], Draw]
-"""Number of samples per trial -> a ``Draw`` of them."""
+"""A function from the number of samples per trial to a ``Draw``."""
 
 
 def log_q(e: Tensor, entropy: Tensor) -> Tensor:
-    """Log density of a sample made of standard normals e, from the factor's entropy."""
+    """Return the log density of a sample made of standard normals e, from the entropy."""
     return 0.5 * (e.shape[-1] - (e * e).sum(-1)) - entropy
 
 
@@ -69,14 +69,15 @@ class Kronecker(nn.Module):
 
     Args:
         n, m, steps: sizes; ``steps`` is T of the trials.
-        scale: standard deviation at the start.
+        scale: initial standard deviation.
         time: "full", or "diagonal" (independent bins).
-        surrogate: z_0's covariance comes from ceil(n/m) further bins of the same Kronecker
-            product, before the first: the paper's parametrisation, in which z_0 is written by
-            surrogate bins and correlates with the inputs after it. Needs n to be a multiple of m.
+        surrogate: whether the covariance of z_0 comes from ceil(n/m) further bins of the same
+            Kronecker product before the first one. This is the paper's parametrisation, in which
+            surrogate bins determine z_0, which correlates with the later inputs. Requires n to be a
+            multiple of m.
 
     Raises:
-        ConfigError: surrogate bins that do not fill z_0.
+        ConfigError: surrogate bins do not fill z_0.
     """
 
     family = "kronecker"
@@ -106,19 +107,19 @@ class Kronecker(nn.Module):
 
     @staticmethod
     def _factor(raw: Tensor) -> Tensor:
-        """Lower-triangular factor with a positive diagonal."""
+        """Return the lower-triangular factor with a positive diagonal."""
         return raw.tril(-1) + torch.diag(raw.diagonal().exp())
 
     def draw(
         self, batch: int, generator: torch.Generator | None = None, *, steps: int | None = None
     ) -> Draw:
-        """Samples for a batch of trials.
+        """Draw samples for a batch of trials.
 
         Args:
-            steps: bins wanted, up to the posterior's own; fewer are its first ones.
+            steps: number of bins, at most the posterior's own; fewer are its first ones.
 
         Raises:
-            ShapeError: more bins than the posterior has.
+            ShapeError: the posterior has fewer bins.
         """
         own = self.time.shape[0] - self.lead
         T, m = own if steps is None else steps, self.space.shape[0]
@@ -142,7 +143,7 @@ class Kronecker(nn.Module):
         half = 0.5 * (1 + LOG_2PI)
         u_entropy = (m * log_t + log_s + m * half).expand(batch, k)
         logdet = m * log_t.sum() + k * log_s
-        if self.lead:  # the leading bins, block after block, are z_0
+        if self.lead:  # the leading bins, in blocks, form z_0
             dz0, z0_var = du[:, : self.lead].flatten(1), u_var[:, : self.lead].flatten(1)
             z0_entropy = u_entropy[:, : self.lead].sum(-1)
             e0 = e[:, : self.lead].flatten(1)
@@ -176,13 +177,13 @@ class Kronecker(nn.Module):
     def sampler(
         self, batch: int, generator: torch.Generator | None = None, *, steps: int | None = None
     ) -> Sampler:
-        """Samples for ``batch`` trials, as many per trial as asked for."""
+        """Return a sampler for ``batch`` trials."""
         return lambda samples: self.draw(samples * batch, generator, steps=steps)
 
 
 @dataclass(frozen=True)
 class Laplace:
-    """The per-trial posterior at an optimum: factors of the Riccati recursion.
+    """The posterior of each trial at an optimum, as factors of the Riccati recursion.
 
     Attributes:
         A, B, K: linearisation and feedback along the optimum.
@@ -199,7 +200,7 @@ class Laplace:
     u_cov: Float[Tensor, "B T m m"]
 
     def draw(self, generator: torch.Generator | None = None, *, samples: int = 1) -> Draw:
-        """Samples of every trial; shapes (samples * B, ...), sample by sample."""
+        """Draw samples of every trial; shapes (samples * B, ...), ordered by sample."""
         b, T, m, n = self.K.shape
         like = self.K
         dtype, device = like.dtype, like.device
@@ -238,12 +239,12 @@ class Laplace:
         )
 
     def sampler(self, generator: torch.Generator | None = None) -> Sampler:
-        """As many samples per trial as asked for."""
+        """Return a sampler."""
         return lambda samples: self.draw(generator, samples=samples)
 
 
 def laplace(problem: LQRProblem, lqr: LQRSolution) -> Laplace:
-    """The Laplace posterior of each trial.
+    """Return the Laplace posterior of each trial.
 
     Args:
         problem, lqr: the LQR problem at the optimum and its solution (free initial state).
@@ -267,12 +268,12 @@ def laplace_at(
     u: Float[Tensor, "B T m"],
     observed: Observations,
 ) -> Laplace:
-    """The Laplace posterior at (z_0, u), differentiable where gradients are enabled.
+    """Return the Laplace posterior at (z_0, u), differentiable if gradients are enabled.
 
-    With an optimum that carries its implicit gradient, the bound's gradient then includes how the
-    covariance depends on the parameters: exact, but through a recursion that autograd unrolls.
-    Under ``torch.no_grad`` the compiled recursion runs, and the covariance is a constant: cheap,
-    and the default while training, since at a good q the bound hardly depends on its covariance.
+    If the optimum has its implicit gradient, the gradient of the bound then includes the dependence
+    of the covariance on the parameters: exact, but through a recursion that autograd unrolls. Under
+    ``torch.no_grad`` the compiled recursion runs, and the covariance is constant. This is cheap,
+    and the default in training, since at a good q the bound hardly depends on its covariance.
     """
     z = model.rollout(w, z0, u)
     problem = model.lqr_problem(w, z, u, observed, model.initial.cost(z0.shape[0]))

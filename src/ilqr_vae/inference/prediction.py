@@ -1,9 +1,9 @@
 """Inference with a trained model: posteriors, samples, forecasts, long sequences.
 
 ``infer`` finds the optimum (z_0*, u*) of the cost J (``inference.ilqr``) and a Gaussian posterior
-q(z_0, u | o) around it (``inference.posterior``); samples, rates, bounds and forecasts derive from
-that. B trials of T bins, N channels, n latents, m inputs, K samples or steps. Nothing here carries
-gradients.
+q(z_0, u | o) around it (``inference.posterior``), from which samples, rates, bounds and forecasts
+are derived. B trials of T bins, N channels, n latents, m inputs, K samples or steps. No gradients
+are recorded.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class PosteriorSamples:
     """Draws from the posterior, K per trial.
 
     Attributes:
-        inputs, states: of the model.
+        inputs, states: inputs and states of the model.
         rates: E[o | z] per group, expected counts per bin for spikes.
-        observations: drawn given z, per group; every channel, observed or not.
+        observations: observations drawn given z, per group, for all channels.
     """
 
     inputs: Float[Tensor, "K B T m"]
@@ -50,9 +50,9 @@ class Inferred:
 
     Attributes:
         model, w: the generative model and its effective weights.
-        state: the solve: ``z`` (B, T+1, n), ``u`` (B, T, m), ``status`` (``ilqr.Status``).
+        state: result of the solve: ``z`` (B, T+1, n), ``u`` (B, T, m), ``status``.
         sampler: draws deviations from the optimum.
-        laplace: the per-trial posterior with its covariances; None under a Kronecker posterior.
+        laplace: per-trial posterior with its covariances; None with a Kronecker posterior.
     """
 
     model: Model
@@ -70,15 +70,15 @@ class Inferred:
         return self.state.u
 
     def rates(self) -> dict[str, Float[Tensor, "B T N"]]:
-        """E[o | z] of every group at the posterior's mean trajectory."""
+        """Return E[o | z] of every group at the mean trajectory."""
         return {name: self.model.group(name).mean(self.z[:, 1:]) for name in self.model.groups}
 
     @torch.no_grad()
     def posterior_rates(self, group: str) -> Float[Tensor, "B T N"]:
-        """E[o] of one group over the Laplace posterior of each state, by quadrature per channel.
+        """Return E[o] of a group under the Laplace posterior of each state, by quadrature.
 
         Raises:
-            ShapeError: the posterior is no Laplace one.
+            ShapeError: the posterior is not a Laplace posterior.
         """
         if self.laplace is None:
             raise ShapeError("posterior", expected="a Laplace posterior", got="a Kronecker one")
@@ -93,8 +93,10 @@ class Inferred:
 
     @torch.no_grad()
     def sample(self, samples: int, generator: torch.Generator | None = None) -> PosteriorSamples:
-        """``samples`` draws per trial. The generator draws observations; states come from the one
-        given to ``infer``."""
+        """Draw ``samples`` samples per trial.
+
+        The generator draws observations; states come from the one given to ``infer``.
+        """
         B, T, m = self.u.shape
         draw = self.sampler(samples)
         u = self.u.repeat(samples, 1, 1) + draw.du
@@ -111,14 +113,14 @@ class Inferred:
         )
 
     def mean_rates(self, samples: int) -> dict[str, Float[Tensor, "B T N"]]:
-        """Posterior mean of E[o | z], over that many samples."""
+        """Return the posterior mean of E[o | z] over this many samples."""
         return {name: rate.mean(0) for name, rate in self.sample(samples).rates.items()}
 
     @torch.no_grad()
     def bound(
         self, observed: Observations, *, samples: int = 1, live: Tensor | None = None
     ) -> Float[Tensor, " B"]:
-        """The bound on log p of ``observed``, nats per trial, averaged over samples."""
+        """Return the bound on log p of ``observed`` in nats per trial, averaged over samples."""
         total = torch.zeros_like(self.state.cost)
         for _ in range(samples):
             parts = elbo.bound(
@@ -135,7 +137,7 @@ class Inferred:
         at_once: int = 10,
         live: Tensor | None = None,
     ) -> Float[Tensor, " B"]:
-        """The importance-weighted bound on log p of ``observed``, nats per trial."""
+        """Return the importance-weighted bound on log p of ``observed`` in nats per trial."""
         return elbo.importance_weighted(
             self.model,
             self.w,
@@ -161,17 +163,17 @@ def infer(
     generator: torch.Generator | None = None,
     check: bool = True,
 ) -> Inferred:
-    """Posterior of the inputs and initial states of a batch of trials, of any length.
+    """Infer inputs and initial states of a batch of trials of any length.
 
     Args:
         observed: values and masks per group.
-        condition: the groups recognition sees; default all of them.
-        posterior: the learned Kronecker covariance; default the per-trial Laplace.
+        condition: groups to condition on; default: all.
+        posterior: learned Kronecker covariance; default: per-trial Laplace.
         solver: iterations and tolerance.
-        start: initial states and inputs to start from; default the prior's mean.
-        generator: of the samples drawn later.
-        check: look at the observations first (``Model.check``). Not where a unit of a sound model
-            may happen to be silent throughout a short stretch, which is refused in training data.
+        start: initial states and inputs to start from; default: mean of the prior.
+        generator: random generator of later samples.
+        check: whether to check the observations (``Model.check``). Set it to False for short data
+            in which a unit may be silent, which the check refuses.
 
     Raises:
         ShapeError: observations the model cannot be conditioned on (``Model.check``), or trials
@@ -211,18 +213,18 @@ def infer_long(
     generator: torch.Generator | None = None,
     check: bool = True,
 ) -> Inferred:
-    """``infer`` on sequences much longer than the model was trained on, as one problem each.
+    """Infer sequences much longer than the training chunks, each as one problem.
 
-    A cold start far from the data can leave the solver in a poor optimum. So chunk after chunk is
-    solved first, each from where the last one ended, and the whole is then solved from the inputs
-    found. The answer is the optimum of the whole sequence: chunks only say where to start.
+    A cold start far from the data can lead to a poor optimum. So chunks are solved first, each from
+    the end of the previous one, and the whole sequence is then solved from these inputs. The result
+    is the optimum of the whole sequence: chunks only provide the start.
 
     Args:
-        chunk: bins, about what the model was trained on.
-        check: as ``infer``.
+        chunk: bins per chunk, about as many as in training.
+        check: as for ``infer``.
 
     Raises:
-        ShapeError: as ``infer``; a chunk below one bin.
+        ShapeError: as for ``infer``, or the chunk is below one bin.
     """
     if chunk < 1:
         raise ShapeError("chunk", expected="at least 1 bin", got=str(chunk))
@@ -235,7 +237,7 @@ def infer_long(
     initial = model.initial.cost(B)
     inputs: list[Tensor] = []
     z_first: Tensor | None = None
-    # where a chunk begins, its predecessor's end is trusted to a tenth of the prior's spread
+    # at the start of a chunk, trust the end of the previous one to a tenth of the prior's deviation
     tight = 100.0 * initial.precision
     for a in range(0, T, chunk):
         b = min(T, a + chunk)
@@ -261,10 +263,10 @@ def infer_long(
 def extrapolate(
     model: Model, z: Float[Tensor, "*batch n"], steps: int
 ) -> Float[Tensor, "*batch K n"]:
-    """States 1 to ``steps`` bins after z, inputs zero.
+    """Return the states 1 to ``steps`` bins after z, with zero inputs.
 
     Raises:
-        ShapeError: a state of another size, or no steps.
+        ShapeError: the state has another size, or there are no steps.
     """
     if z.shape[-1] != model.n or steps < 1:
         raise ShapeError(
@@ -283,11 +285,11 @@ def extrapolate(
 def forecasts(
     model: Model, z: Float[Tensor, "B T1 n"], steps: int, group: str
 ) -> Float[Tensor, "B T K N"]:
-    """E[o] of one group 1 to ``steps`` bins after each bin, inputs zero from there on.
+    """Forecast E[o] of a group 1 to ``steps`` bins after each bin, with zero inputs.
 
     Args:
-        z: states, e.g. the posterior's mean; ``z[:, t + 1]`` is the state bin t was seen through,
-            and the answer at [:, t, k - 1] is for bin t + k.
+        z: states, e.g. the posterior mean. ``z[:, t + 1]`` is the state at bin t, and the result at
+            [:, t, k - 1] is for bin t + k.
 
     Raises:
         ShapeError: as ``extrapolate``.

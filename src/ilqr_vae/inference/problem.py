@@ -52,13 +52,14 @@ class SolverConfig:
     """Settings of the solver.
 
     Attributes:
-        iterations: at most this many.
-        tolerance: stop once the expected decrease is below tolerance * (1 + |J|).
-        armijo: fraction of the expected decrease that a step must realise.
-        backtracks: halvings of alpha before a line search has failed.
-        regularisation_min, regularisation_max: first and last Levenberg term tried after failures.
-        exact: use the Hessian with the dynamics' curvature where it is positive definite (Newton:
-            fewer, dearer iterations; converges where Gauss-Newton creeps), else Gauss-Newton.
+        iterations: largest number of iterations.
+        tolerance: stop when the expected decrease is below tolerance * (1 + |J|).
+        armijo: fraction of the expected decrease that a step must achieve.
+        backtracks: halvings of alpha before a line search fails.
+        regularisation_min, regularisation_max: first and last Levenberg term to try after failures.
+        exact: use the Hessian with the curvature of the dynamics where it is positive definite
+            (Newton: fewer but costlier iterations, which converge where Gauss-Newton is slow), else
+            Gauss-Newton.
     """
 
     iterations: int = 20
@@ -76,10 +77,10 @@ class State:
 
     Attributes:
         z, u: current trajectory.
-        cost: J there.
+        cost: J of the trajectory.
         regularisation: Levenberg term of the next LQR solve.
         status: ``Status`` per problem.
-        iterations: done so far.
+        iterations: number of iterations so far.
     """
 
     z: Float[Tensor, "B T1 n"]
@@ -92,8 +93,10 @@ class State:
 
 @dataclass(frozen=True)
 class Info:
-    """What one iteration saw: the LQR problem around the trajectory it started from, its solution,
-    and the step size taken (zero where none was)."""
+    """An iteration: LQR problem around the initial trajectory, its solution, and the step size.
+
+    The step size is zero if no step was accepted.
+    """
 
     problem: LQRProblem
     lqr: LQRSolution
@@ -102,7 +105,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is being solved: model, its effective weights, data, initial cost."""
+    """A problem to solve: model, its effective weights, data, initial cost."""
 
     model: Model
     w: Weights
@@ -113,14 +116,14 @@ class Problem:
         return self.model.cost(z, u, self.observed, self.initial)
 
     def on_gpu(self) -> Iteration | None:
-        """GPU kernels for this problem, where there are any; they carry no gradients."""
+        """GPU kernels for this problem, or None; they record no gradients."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in self.w):
             return None
         return self._packed
 
     @cached_property
     def _packed(self) -> Iteration | None:
-        """As every iteration of a solve takes it, packed once."""
+        """The packed problem, which all iterations of a solve share."""
         return iteration(self.model, self.w, tuple(self.observed), self.initial.mean)
 
 
@@ -128,5 +131,5 @@ Stop = Callable[[], "bool | Sequence[bool] | NDArray[np.bool_] | Tensor"]
 
 
 def where(mask: Bool[Tensor, " B"], new: Tensor, old: Tensor) -> Tensor:
-    """``new`` for the problems in ``mask``, ``old`` for the others."""
+    """Select ``new`` for the problems in ``mask``, ``old`` for the others."""
     return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)

@@ -1,4 +1,4 @@
-"""The one primitive: batches of time-varying LQR problems, solved by interchangeable backends."""
+"""The primitive: batches of time-varying LQR problems, solved by interchangeable backends."""
 
 from ilqr_vae.lqr.problem import LQRProblem, LQRSolution
 from ilqr_vae.lqr.solve import marginal_covariance, solve_lqr

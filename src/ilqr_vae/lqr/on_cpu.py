@@ -1,9 +1,8 @@
 """The LQR problem solved by compiled code on the CPU: torch tensors in, torch tensors out.
 
-Contiguous tensors are read where they are, without a copy. A batch is shared out among threads
-(``kernels.cpu.threads``) where there is enough work to pay for waking them; the compiled code holds
-no GIL. A problem's bits do not depend on its neighbours, on the batch size, or on the number of
-threads.
+Contiguous tensors are read in place. A batch is divided among threads (``kernels.cpu.threads``) if
+there is enough work to justify waking them; the compiled code releases the GIL. The result of a
+problem is bit-identical in any batch and with any number of threads.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def solve_cpu(
 def prepared(
     problem: LQRProblem, *, free_initial: bool, regularisation: Tensor | float = 0.0
 ) -> tuple[Callable[[], None], LQRSolution]:
-    """A call that solves the problem as it then is, and the solution that it writes.
+    """Return a function that solves the problem with its current values, and its solution.
 
     Raises:
         ShapeError: see ``solve_cpu``.
@@ -61,7 +60,7 @@ def prepared(
     c = _nothing(dtype, 3) if problem.c is None else array(problem.c)
     S = _nothing(dtype, 4) if problem.S is None else array(problem.S)
     states, inputs = (batch, steps + 1, n), (batch, steps, m)
-    # one by one: numpy makes small arrays in a fraction of the time that torch takes
+    # numpy allocates small arrays in a fraction of the time that torch takes
     (V,) = threads.arrays(dtype, (*states, n))
     K, Quu_inv = np.empty((*inputs, n), dtype), np.empty((*inputs, m), dtype)
     dz, v, costate = np.empty(states, dtype), np.empty(states, dtype), np.empty(states, dtype)
@@ -106,7 +105,7 @@ def prepared(
 
 @cache
 def _nothing(dtype: np.dtype[Any], dimensions: int) -> NDArray[Any]:
-    """What stands for offsets or cross curvature that are not there."""
+    """Return a placeholder for missing offsets or cross curvature."""
     return np.empty((1,) + (0,) * (dimensions - 1), dtype)
 
 
@@ -138,7 +137,7 @@ def _check_supported(tensor: Tensor) -> None:
 
 
 def array(tensor: Tensor) -> NDArray[Any]:
-    """A tensor's memory, C-contiguous."""
+    """Return the memory of a tensor, C-contiguous."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor.contiguous().numpy()

@@ -1,9 +1,8 @@
 """The LQR problem solved by Triton kernels: one launch for the whole recursion of a batch.
 
-The contract of `solve_reference`, without gradients and without waiting for the device: nothing of
-the answer is looked at here. n to 128 in float32 and 64 in float64 (what a multiprocessor's shared
-memory holds), m to 32; larger problems are solved by the reference, after one line in the log, as
-is everything where Triton cannot be imported.
+The contract of `solve_reference`, without gradients and without synchronisation. n is at most 128
+in float32 and 64 in float64 (limited by shared memory), m at most 32. Larger problems, or all if
+Triton cannot be imported, are solved by the reference, which is logged once.
 """
 
 from __future__ import annotations

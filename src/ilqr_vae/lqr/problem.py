@@ -1,12 +1,12 @@
-"""What an LQR problem is, and what its solution is.
+"""LQR problems and their solutions.
 
 A batch of B independent problems, each over T steps with state dz in R^n and input du in R^m::
 
     minimise   sum_{k=0}^{T-1} [ 1/2 dz_k' Q_k dz_k + q_k' dz_k
                                + 1/2 du_k' R_k du_k + r_k' du_k + du_k' S_k dz_k ]
                + 1/2 dz_T' Q_T dz_T + q_T' dz_T                                        (= J)
-    over       du_0 .. du_{T-1}, and dz_0 where the initial state is free
-    subject to dz_{k+1} = A_k dz_k + B_k du_k + c_k
+    over du_0 .. du_{T-1}, and dz_0 if the initial state is free subject to dz_{k+1} = A_k dz_k +
+    B_k du_k + c_k
 
 A free dz_0 has its prior (or arrival) cost inside Q_0 and q_0; a fixed one is dz_0 = 0.
 
@@ -46,7 +46,7 @@ from ilqr_vae.errors import ShapeError
 
 #: One number per problem.
 PerProblem: TypeAlias = Float[Tensor, " B"]
-#: One truth value per problem.
+# : One boolean per problem.
 FlagPerProblem: TypeAlias = Bool[Tensor, " B"]
 #: One state per problem.
 State: TypeAlias = Float[Tensor, "B n"]
@@ -72,10 +72,10 @@ InputByState: TypeAlias = Float[Tensor, "B T m n"]
 
 @dataclass(frozen=True, slots=True)
 class LQRProblem:
-    """A batch of time-varying LQR problems (see the module's head for the meaning).
+    """A batch of time-varying LQR problems (defined in the module's docstring).
 
-    Q and R are symmetric; only matrices that are get a meaningful answer. They need not be positive
-    definite one by one: the problem is well posed where every Quu (and V_0) of the recursion is.
+    Q and R must be symmetric. They need not be positive definite individually: the problem is well
+    posed if every Quu (and V_0) of the recursion is.
 
     Attributes:
         A: (B, T, n, n), d z_{k+1} / d z_k.
@@ -98,7 +98,7 @@ class LQRProblem:
     S: InputByState | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """The tensors that are not None, by name."""
         named = {
             "A": self.A,
             "B": self.B,
@@ -149,11 +149,11 @@ class LQRProblem:
 
 @dataclass(frozen=True, slots=True)
 class LQRSolution:
-    """The optimum of each problem, and what the recursion found on the way.
+    """The optimum of each problem, and the results of the recursion.
 
-    The optimal input is du_k = k_k + K_k dz_k; the cost to go from dz at time k, along optimal
-    inputs, is 1/2 dz' V_k dz + v_k' dz + constant. Where ``ok`` is False every other number of that
-    problem is exactly zero.
+    The optimal input is du_k = k_k + K_k dz_k; the cost to go from dz at time k, with optimal
+    inputs, is 1/2 dz' V_k dz + v_k' dz + constant. If ``ok`` is False, all other numbers of that
+    problem are exactly zero.
 
     Attributes:
         dz: (B, T+1, n), optimal states.
@@ -194,10 +194,10 @@ class LQRSolution:
 
 
 def damping_per_problem(regularisation: Tensor | float, like: Tensor, batch: int) -> PerProblem:
-    """The damping as one number per problem, (B,), with the dtype and device of ``like``.
+    """Return the damping as one number per problem, (B,), with the dtype and device of ``like``.
 
     Raises:
-        ShapeError: a tensor that is neither a scalar nor (B,).
+        ShapeError: the tensor is neither a scalar nor (B,).
     """
     if not isinstance(regularisation, Tensor):
         return torch.full((batch,), float(regularisation), dtype=like.dtype, device=like.device)

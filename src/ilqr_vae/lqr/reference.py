@@ -1,12 +1,12 @@
 """The LQR problem solved in plain torch: the definition the compiled backends are tested against.
 
-A backward Riccati recursion finds the quadratic cost to go V_k, v_k and the feedback law; a forward
-pass rolls the optimal trajectory out. Only time is looped over. Any floating dtype, any device, no
-host synchronisation, differentiable with respect to every tensor of the problem.
+A backward Riccati recursion computes the quadratic cost to go V_k, v_k and the feedback law; a
+forward pass rolls out the optimal trajectory. Only time is looped over. Any floating dtype and
+device, no host synchronisation, differentiable with respect to every tensor of the problem.
 
-A problem that is not well posed (an indefinite Quu, a NaN) leaves the recursion as soon as it is
-found out: from there on its matrices are replaced by harmless ones, its answer is zero, ``ok`` is
-False, and neither its neighbours' numbers nor their gradients notice.
+A problem that turns out to be ill posed (an indefinite Quu, a NaN) leaves the recursion: from then
+on its matrices are replaced by harmless ones, its solution is zero and ``ok`` is False. Neither the
+results of other problems nor their gradients are affected.
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ def solve_reference(
 
 
 def marginal_covariance_reference(problem: LQRProblem, solution: LQRSolution) -> Covariances:
-    """Covariance of each state under the Gaussian exp(-J) with a free initial state.
+    """Return the covariance of each state under the Gaussian exp(-J), with a free initial state.
 
-    It is the n x n diagonal block of the inverse of J's Hessian over whole trajectories, and what a
-    Rauch-Tung-Striebel smoother finds on a linear-Gaussian model::
+    It is the n x n diagonal block of the inverse of J's Hessian over whole trajectories, as from a
+    Rauch-Tung-Striebel smoother on a linear-Gaussian model::
 
         Sigma_0 = V_0^{-1}
         Sigma_{k+1} = (A_k + B_k K_k) Sigma_k (A_k + B_k K_k)' + B_k Quu_inv_k B_k'
@@ -158,15 +158,15 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _where(ok: FlagPerProblem, value: Tensor) -> Tensor:
-    """``value`` for the problems that are ok, zeros for the others."""
+    """Select ``value`` for problems that are ok, zeros for the others."""
     return torch.where(ok.reshape(-1, *(1,) * (value.dim() - 1)), value, value.new_zeros(()))
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, FlagPerProblem]:
-    """Lower Cholesky factor, and whether the matrix is positive definite to working precision.
+    """Return the lower Cholesky factor, and whether the matrix is numerically positive definite.
 
-    That is: each squared pivot exceeds size * eps * the matrix's diagonal entry, below which it is
-    rounding noise whatever the scale. A matrix that fails gets the identity for a factor.
+    It is if each squared pivot exceeds size * eps * the diagonal entry, below which it is rounding
+    noise at any scale. Otherwise the factor is the identity.
     """
     with torch.no_grad():
         trial, info = torch.linalg.cholesky_ex(matrix)

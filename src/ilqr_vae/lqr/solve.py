@@ -1,7 +1,7 @@
-"""Chooses who solves an LQR problem: one table of backends, one rule for "auto".
+"""Selects the backend for an LQR problem: a table of backends, and the rule for "auto".
 
-A backend is a pair of functions with the signatures of the reference ones. Adding one is adding its
-entry to ``BACKENDS`` and, where "auto" should find it, to ``FOR_DEVICE``.
+A backend is a pair of functions with the signatures of the reference. To add one, add it to
+``BACKENDS`` and, if "auto" should use it, to ``FOR_DEVICE``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Covariance(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One way to solve.
+    """A backend.
 
     Attributes:
         solve: as `solve_reference`.
@@ -50,7 +50,7 @@ BACKENDS: dict[str, Backend] = {
     "cpu": Backend(solve_cpu, marginal_covariance_cpu),
     "gpu": Backend(solve_gpu, marginal_covariance_gpu),
 }
-#: What "auto" picks, by torch device type, for tensors that carry no gradient in a dtype listed.
+# : The backend of "auto" by torch device type, for tensors without gradients of a listed dtype.
 FOR_DEVICE: dict[str, str] = {"cpu": "cpu", "cuda": "gpu"}
 _COMPILED_DTYPES = (torch.float32, torch.float64)
 
