@@ -2,9 +2,9 @@
 
     p(c | x) = softmax(W x + b)_c,    x = [z_t, z_{t-1}, ..., z_{t-L}]
 
-x is the first part of what the kinematic readout reads (``model.readout``): estimates available at
-bin t, nothing later. L is the readout's number of lags, zero without one. W and b include the
-temperature that calibrates the probabilities on held-out bins (``ilqr_training.readout.classes``).
+x are the first features of the kinematic readout (``model.readout``): estimates available at bin t,
+nothing later. L is the readout's number of lags, zero without one. W and b include the temperature
+that calibrates the probabilities on held-out bins (``ilqr_training.readout.classes``).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ClassReadout(NamedTuple):
     b: Tensor
 
     def probabilities(self, window: NDArray[Any]) -> NDArray[np.float64]:
-        """(S, C) from windows (S, F or more); NaN where a latent is not finite.
+        """Return probabilities (S, C) from windows (S, F or more); NaN if a latent is not finite.
 
-        A row's bits do not depend on the other rows: no matrix product.
+        Results are bit-identical in any batch, since there is no matrix product.
         """
         W, b = self.W.numpy(), self.b.numpy()
         x = window[:, None, : W.shape[1]].astype(np.float64, copy=False)

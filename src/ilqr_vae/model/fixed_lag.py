@@ -1,13 +1,13 @@
-"""Decodes of a bin that wait for the bins after it.
+"""Fixed-lag decodes: decodes of a bin that use later bins.
 
-With y_t the decode of bin t when it came and x_t what the readout's linear map reads then
-(``ilqr_vae.model.readout``), the decode of bin t - k once bin t has come is
+With y_t the causal decode of bin t and x_t the features of the readout's linear map at bin t
+(``ilqr_vae.model.readout``), the decode of bin t - k given the bins up to t is
 
     y_{t-k} + (R_k x_t + b_k) - (R_0 x_{t-k} + b_0),      k = 1, ..., K.
 
-R_k, b_k is a linear readout of the kinematics k bins before the newest bin: what waiting gains a
-linear readout is added to the decode. The stated deviation of y_{t-k} is multiplied by c_k.
-Fitted by ``ilqr_training.readout.fixed_lag``; a readout that has them holds them.
+R_k, b_k is a linear readout of the kinematics k bins before the newest bin: the gain of a linear
+readout from waiting is added to the decode. The stated deviation of y_{t-k} is multiplied by c_k.
+The maps are part of a readout, and fitted by ``ilqr_training.readout.fixed_lag``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FixedLag(NamedTuple):
     def project(self, window: Array) -> Array:
         """R x + b, (S, K + 1, D), of windows (S, F or more).
 
-        Summed stream by stream, so that no stream changes another's bits.
+        Summed stream by stream, so that results are bit-identical in any batch.
         """
         maps, offsets = (
             t.cpu().numpy().astype(window.dtype, copy=False) for t in (self.maps, self.offsets)

@@ -1,10 +1,10 @@
 """The generative model: composition of dynamics, priors and observation groups.
 
     z_0 ~ N(mu_0, diag sigma_0^2)      u_k ~ p(u)      z_{k+1} = f(z_k, u_k)
-    o_k ~ p(o | z_{k+1}),  k = 0 .. T-1: bin k is seen through the state its input leads to
+    o_k ~ p(o | z_{k+1}), k = 0 .. T-1: bin k observes the state after its input
 
-and the recognition cost of a window (Schimel et al. 2022, eqs. 10 and 11), with an initial cost in
-place of the prior where a moving horizon supplies its arrival cost:
+and the inference cost of a window (Schimel et al. 2022, eqs. 10 and 11), with an initial cost in
+place of the prior when a moving horizon supplies its arrival cost:
 
     J(z_0, u) = initial(z_0) + sum_k [ -log p(u_k) - log p(o_k | z_{k+1}) ]
 
@@ -28,7 +28,7 @@ from ilqr_vae.model.rollout import jacobians, rollout
 
 
 class Model(nn.Module):
-    """A latent dynamical system driven by inputs, seen through observation groups.
+    """A latent dynamical system driven by inputs, with groups of observations.
 
     Attributes:
         dynamics, prior, initial: the families (see their modules).
@@ -79,7 +79,7 @@ class Model(nn.Module):
         return z, u, means
 
     def check(self, observed: Observations) -> None:
-        """Refuse observations this model cannot be conditioned on, before anything is computed.
+        """Check that the model can be conditioned on these observations.
 
         Raises:
             ShapeError: naming the group and what is wrong with it (see ``Likelihood.check``), an
@@ -112,7 +112,7 @@ class Model(nn.Module):
         observed: Observations,
         initial: InitialCost,
     ) -> Float[Tensor, " B"]:
-        """J up to constants no optimum depends on."""
+        """Return J up to constants that do not affect the optimum."""
         J = initial.value(z[:, 0]) - self.prior.log_prob(u).sum(-1)
         for name, o in observed.items():
             J = J - self.group(name).unnormalised(z[:, 1:], o).sum(-1)
@@ -154,7 +154,7 @@ class Model(nn.Module):
     def add_dynamics_curvature(
         self, w: Weights, problem: LQRProblem, z: Tensor, u: Tensor, costate: Tensor
     ) -> LQRProblem:
-        """Adds costate-weighted second derivatives of f to the Gauss-Newton Hessian of J."""
+        """Add costate-weighted second derivatives of f to the Gauss-Newton Hessian of J."""
         batch, T, m = u.shape
         n = z.shape[-1]
         zz, uz, uu = self.dynamics.curvature(
@@ -185,8 +185,11 @@ class Model(nn.Module):
         costate: Tensor,
         observed: Observations,
     ) -> LQRProblem:
-        """The Hessian of J itself: the curvature of the dynamics, and whatever curvature of prior
-        and likelihoods the Gauss-Newton model leaves out to stay positive definite."""
+        """Return the exact Hessian of J.
+
+        It includes the curvature of the dynamics, and that of prior and likelihoods which the
+        Gauss-Newton model omits to stay positive definite.
+        """
         full = self.add_dynamics_curvature(w, problem, z, u, costate)
         R = full.R + self.prior.hessian(u) - self.prior.quadratise(u)[1]
         Q = full.Q.clone()
@@ -200,5 +203,5 @@ class Model(nn.Module):
 
 
 def conditioned_on(observed: Observations, names: Iterable[str]) -> dict[str, Observed]:
-    """The groups the recognition sees."""
+    """Return the groups to condition on."""
     return {name: observed[name] for name in names if name in observed}

@@ -1,4 +1,4 @@
-"""Intervals that hold at every speed: the stated deviations, scaled by how fast the decode is.
+"""Intervals that are calibrated at every speed, by a scale that depends on the decoded speed.
 
 With y the decode and v = |y / unit| its speed, the deviation of channel d is multiplied by f_d(v),
 which is linear between knots and constant beyond the first and the last. The factors are fitted on
@@ -21,7 +21,7 @@ class SpeedScale(NamedTuple):
     """Factors by decoded speed.
 
     Attributes:
-        unit: (D,) what each channel is divided by.
+        unit: (D,) divisor of each channel.
         knots: (J,) speeds, strictly increasing, J at least 2.
         factors: (J, D), positive.
     """
@@ -31,7 +31,7 @@ class SpeedScale(NamedTuple):
     factors: Tensor
 
     def at(self, mean: Numbers) -> Numbers:
-        """f (*, D) at decodes (*, D)."""
+        """Return f (*, D) at decodes (*, D)."""
         if isinstance(mean, Tensor):
             unit, knots, factors = (t.to(mean) for t in self)
             speed = torch.linalg.vector_norm(mean / unit, dim=-1, keepdim=True)
@@ -44,6 +44,5 @@ class SpeedScale(NamedTuple):
 
 
 def stated(scale: SpeedScale | None, mean: Numbers, std: Numbers) -> Numbers:
-    """The deviations to state, (*, D), for decodes and deviations (*, D); without a scale as they
-    are."""
+    """Return the deviations (*, D) to state; without a scale they are unchanged."""
     return std if scale is None else std * scale.at(mean)

@@ -7,10 +7,10 @@ R of -log p(u); ``hessian(u)``, the second derivative itself, which the exact gr
 moving horizon; the solver does not distinguish.
 
 Schimel et al. (2022, footnote 1) set z_0 by ceil(n/m) surrogate bins that write consecutive blocks
-of z. With Gaussian inputs there that is exactly z_0 ~ N(0, diag sigma_0^2), which is what is built
-here: same optimum, same bound (tested against the explicit bins). Two things can differ, and both
-can be had: the prior's mean, zero there (``InitialPrior(learn_mean=False)``), and a Kronecker
-posterior that spans surrogate and ordinary bins together (``posterior.Kronecker(surrogate=True)``).
+of z. With Gaussian inputs there this is exactly z_0 ~ N(0, diag sigma_0^2), as implemented here:
+same optimum, same bound (tested against explicit bins). Two further properties of the paper's form
+are optional: a zero mean of the prior (``InitialPrior(learn_mean=False)``), and a Kronecker
+posterior over surrogate and ordinary bins (``posterior.Kronecker(surrogate=True)``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def softplus(a: Tensor) -> Tensor:
-    """log(1 + e^a) to float64's last digit; torch's own turns linear at 20, where e^-20 is left."""
+    """Return log(1 + e^a) to float64 precision; torch's version is linear from 20 on."""
     return torch_softplus(a, threshold=40.0)
 
 
@@ -70,15 +70,15 @@ class Prior(nn.Module, ABC):
     def quadratise(
         self, x: Float[Tensor, "*batch d"]
     ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d d"]]:
-        """Gradient of -log p at x, and a positive definite curvature."""
+        """Return the gradient of -log p at x, and a positive definite curvature."""
 
     def stated_precision(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d d"]:
-        """The curvature by which posterior covariances are stated."""
+        """Return the curvature for posterior covariances."""
         return self.quadratise(x)[1]
 
     @abstractmethod
     def hessian(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d d"]:
-        """Second derivative of -log p at x; need not be positive definite."""
+        """Return the second derivative of -log p at x, which may be indefinite."""
 
     @abstractmethod
     def cross_entropy(
@@ -87,13 +87,13 @@ class Prior(nn.Module, ABC):
         var: Float[Tensor, "*batch d"],
         sample: Float[Tensor, "*batch d"],
     ) -> Float[Tensor, "*batch"]:
-        """E_q[-log p] for q with these marginals, in closed form or estimated by ``sample``."""
+        """Return E_q[-log p] for q with these marginals, in closed form or from ``sample``."""
 
     @abstractmethod
     def draw(
         self, shape: tuple[int, ...], generator: torch.Generator | None = None
     ) -> Float[Tensor, "*shape d"]:
-        """Samples, (*shape, d)."""
+        """Draw samples (*shape, d)."""
 
     def _normal(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         like = self.log_scale
@@ -125,7 +125,7 @@ class DiagonalGaussian(Prior):
 
 
 class InputPrior(Prior):
-    """What is asked of p(u): centred, and a name for configs and model files."""
+    """Base of the input priors p(u): centred, with a name for configs and model files."""
 
     family: str
 
@@ -150,16 +150,16 @@ class StudentPrior(InputPrior):
         gradient    w L u,   w = (nu + m) / (nu + d)
         Hessian     w L - 2 w / (nu + d) L u u' L
 
-    ``quadratise`` drops the negative rank-one term, so that R = w L is positive definite. It is the
-    solver's: near u = 0 it claims (nu - 2) / (nu + m) of the prior's variance. Covariances are
-    stated with it or the prior's own precision diag exp(-2 log_scale), whichever is lower, so that
-    an input that no data speak of has the prior's variance.
+    ``quadratise`` drops the negative rank-one term, so that R = w L is positive definite. This is
+    for the solver: near u = 0 it implies (nu - 2) / (nu + m) of the prior's variance. Covariances
+    use the smaller of it and the prior's own precision diag exp(-2 log_scale), so that an input
+    without data has the prior's variance.
 
     nu > 2 is learned; s = exp(log_scale) sqrt((nu - 2) / nu), so that exp(log_scale) is the
-    standard deviation whatever nu, as for the Gaussian.
+    standard deviation for any nu, as for the Gaussian.
 
     Args:
-        nu: where the degrees of freedom start, above 2.
+        nu: initial degrees of freedom, above 2.
     """
 
     family = "student"
@@ -224,7 +224,7 @@ class InitialPrior(DiagonalGaussian):
         super().__init__(n, scale=scale, learn_mean=learn_mean)
 
     def cost(self, batch: int) -> InitialCost:
-        """The same as an initial cost for a batch of problems."""
+        """Return the prior as an initial cost for a batch of problems."""
         n = self.mean.shape[0]
         precision = torch.diag(torch.exp(-2 * self.log_scale))
         return InitialCost(self.mean.expand(batch, n), precision.expand(batch, n, n))

@@ -3,17 +3,17 @@
     y_t = W x_t + b + O relu(U x_t + c) + C h_t + e_t
     x_t = [z_t, z_{t-1}, ..., z_{t-L},  r_t, r_{t-1}, ..., r_{t-K+1}],    e_t ~ N(0, diag s_t^2)
 
-z are the estimates available at bin t (nothing later), and r_k = mask_k (counts_k - rates(z_k))
-what they leave unexplained of the spikes: zero for a unit or a bin that is missing. h_t is a
-recurrent layer's state after the window's last L bins (below). L, K and the numbers of
-hidden and recurrent units may be zero. The stated variance of channel d is
+z are the estimates available at bin t (nothing later), and r_k = mask_k (counts_k - rates(z_k)) the
+residual spikes, zero for a missing unit or bin. h_t is the state of a recurrent layer after the
+last L bins of the window (below). L, K and the numbers of hidden and recurrent units may be zero.
+The stated variance of channel d is
 
     s_td^2 = gain_d (J_t Sigma_t J_t')_dd + tau_d^2 + kappa_d q_t
 
 Sigma_t is the estimator's own covariance of z_t, J_t the derivative of all but C h_t in z_t, and
-q_t the decode's mean square over channels, each centred and in units of its spread: errors grow
-with speed. ``gain``, tau^2 and kappa are fitted on held-out residuals, so that the intervals mean
-what they say.
+q_t the decode's mean square over channels, each centred and in units of its spread, since errors
+grow with speed. ``gain``, tau^2 and kappa are fitted on held-out residuals, so that the intervals
+are calibrated.
 
 The recurrent layer runs over the bins of the window, oldest first::
 
@@ -21,16 +21,15 @@ The recurrent layer runs over the bins of the window, oldest first::
     r = sigmoid(P_r x_k + p_r + G_r h + g_r),   s = sigmoid(P_s x_k + p_s + G_s h + g_s)
     c = tanh(P_c x_k + p_c + r (G_c h + g_c)),  h <- (1 - s) c + s h      for k = L - 1, ..., 0
 
-x_k are the counts of the bin k before the newest, and where a unit or a bin is missing what the
-latents expect there: rates(z_{t-k}). It begins from the state before the oldest of these bins, so
-what lies further back comes through the latents, and it has no memory of its own: what was late,
-revised or taken up again needs nothing of it. A window that holds fewer bins begins from its first
-state and runs over those it holds. (Cho et al. 2014, with the reset gate as in torch.nn.GRU.)
+x_k are the counts k bins before the newest; for a missing unit or bin they are the counts that the
+latents predict, rates(z_{t-k}). The layer starts from the state before the oldest of these bins, so
+that earlier bins enter through the latents. It has no memory of its own, so that late or revised
+bins and resumed sessions need no special treatment. A window with fewer bins starts from its first
+state. (Cho et al. 2014, with the reset gate as in torch.nn.GRU.)
 
-A readout was fitted to the model's units. When the rows of a model are adapted to other units, the
-readout keeps rows of its own, those that it was fitted with, and a list of the units it still
-reads: it sees all others as missing, so that it reads of them what the latents expect of the unit
-that was there.
+A readout is fitted to the model's units. When the rows of a model are adapted to other units, the
+readout keeps the rows that it was fitted with, and a list of the units that it still reads. All
+others are missing to it, so that it reads the counts that the latents predict for the earlier unit.
 """
 
 from __future__ import annotations
@@ -74,9 +73,9 @@ def run(
     """The state after the newest bin.
 
     Args:
-        z: the state before the oldest bin that is held.
+        z: state before the oldest bin in the window.
         x: counts, newest first.
-        held: how many of the bins, the newest ones, are in the window.
+        held: number of bins in the window, which are the newest ones.
     """
     h = (z @ cell.A.mT + cell.a).tanh()
     inputs = x @ cell.P.mT + cell.p
@@ -92,16 +91,15 @@ def run(
 class ReadoutShape(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
 ):
-    """What a readout reads.
+    """The shape of a readout.
 
     Attributes:
-        lags: L, earlier estimates of the window beside the newest.
-        residuals: K, bins whose unexplained spikes it reads; zero for none.
-        hidden: units of the layer beside the linear map; zero for none.
-        recurrent: units of the layer that runs over the last L bins; zero for none.
-        own_rows: whether it holds rows of its own, see the module's docstring.
-        later: K, bins after which it may decode a bin once more (``model.fixed_lag``); zero for
-            none.
+        lags: L, number of earlier estimates to read beside the newest.
+        residuals: K, number of bins whose residual spikes it reads; zero for none.
+        hidden: units of the hidden layer; zero for none.
+        recurrent: units of the recurrent layer over the last L bins; zero for none.
+        own_rows: whether it has its own rows, see the module's docstring.
+        later: K, largest lag of fixed-lag decodes (``model.fixed_lag``); zero for none.
     """
 
     lags: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
@@ -116,8 +114,9 @@ class ReadoutShape(
         return (self.lags + 1) * n + self.residuals * units
 
     def features(self, n: int, units: int) -> int:
-        """Length of all that is read: x, and for a recurrent layer how many of the last L bins are
-        held, and their counts, newest first."""
+        """Length of all features: x, and for a recurrent layer the number of bins and their
+        counts.
+        """
         return self.direct(n, units) + (1 + self.lags * units if self.recurrent else 0)
 
 
@@ -129,8 +128,10 @@ def read_window(
     mask: Float[Tensor, "S H N"],
     rates: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S F"]:
-    """What is read of each stream: its newest latents, then the spikes of its newest bins left
-    unexplained, then for a recurrent layer the bins held and their counts, filled where missing.
+    """Return the features of each stream.
+
+    They are its newest latents, then the residual spikes of its newest bins, then for a recurrent
+    layer the number of bins and their counts, with missing ones filled in.
 
     Args:
         age: bins in the window; z[:, age] is the newest estimate.
@@ -156,8 +157,7 @@ def read_window(
 def split_recurrent(
     x: Float[Tensor, "*batch features"], n: int, shape: ReadoutShape
 ) -> tuple[Float[Tensor, "*batch n"], Int[Tensor, "*batch"], Float[Tensor, "*batch L N"]]:
-    """Of all that is read what the recurrent layer begins from, how many bins are held, and their
-    counts."""
+    """Return the features of the recurrent layer: initial state, number of bins, and counts."""
     L = shape.lags
     units = (x.shape[-1] - 1 - (L + 1) * n) // (shape.residuals + L)
     at = shape.direct(n, units)
@@ -171,15 +171,15 @@ class KinematicReadout(nn.Module):
     Args:
         n: latents.
         channels: D.
-        shape: what it reads.
-        units: N, needed where residuals are read.
+        shape: shape of the readout.
+        units: N, required if residuals are read.
 
     Attributes:
         W: (D, F); b: (D,); in the recording's kinematic units.
         U: (h, F); c: (h,); O: (D, h).
         C: (D, g); and the recurrent layer's weights, as in ``Cell``.
-        rows: (N, n + 1) C and b, log_gain: (N,), of its own rows.
-        reads: (N,) one for a unit that it reads, zero for one that is missing to it.
+        rows: (N, n + 1), its own rows C and b; log_gain: (N,), their gains.
+        reads: (N,) one for units that it reads, else zero.
         later_maps, later_offsets, later_scales: see ``FixedLag``.
         variance: (D,) tau^2.
         gain: (D,) multiplier of the propagated latent variance.
@@ -239,18 +239,18 @@ class KinematicReadout(nn.Module):
 
     @property
     def cell(self) -> Cell:
-        """The recurrent layer, where there is one."""
+        """The recurrent layer, or None."""
         return Cell(self.A, self.a, self.P, self.p, self.G, self.g)
 
     @property
     def later(self) -> FixedLag | None:
-        """Of decodes that wait, where it has them."""
+        """The maps of fixed-lag decodes, or None."""
         if not self.shape.later:
             return None
         return FixedLag(self.later_maps, self.later_offsets, self.later_scales)
 
     def expects(self, spikes: Likelihood) -> Likelihood:
-        """The observation model whose rates it reads where a unit is missing."""
+        """The observation model whose rates replace missing units."""
         if not self.shape.own_rows:
             return spikes
         own = copy.deepcopy(spikes).requires_grad_(False)
@@ -261,11 +261,11 @@ class KinematicReadout(nn.Module):
         return own
 
     def believed(self, mask: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
-        """The mask without the units that it does not read."""
+        """Return the mask without the units that it does not read."""
         return mask * self.reads if self.shape.own_rows else mask
 
     def mean(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch D"]:
-        """The decode of all that is read."""
+        """Return the decode of the features."""
         F, shape = self.W.shape[1], self.shape
         direct = x[..., :F]
         mean = direct @ self.W.mT + self.b + (direct @ self.U.mT + self.c).relu() @ self.O.mT
@@ -277,19 +277,19 @@ class KinematicReadout(nn.Module):
     def latent_variance(
         self, x: Float[Tensor, "*batch features"], covariance: Float[Tensor, "*batch n n"]
     ) -> Float[Tensor, "*batch D"]:
-        """diag(J Sigma J'): how much of the decode's variance the latent's explains."""
+        """Return diag(J Sigma J'), the variance of the decode due to the latents."""
         slope = (x[..., : self.W.shape[1]] @ self.U.mT + self.c > 0).to(x)
         J = self.W[:, : self.n] + (self.O * slope.unsqueeze(-2)) @ self.U[:, : self.n]
         return ((J @ covariance) * J).sum(-1)
 
     def energy(self, mean: Float[Tensor, "*batch D"]) -> Float[Tensor, " *batch"]:
-        """q: mean square of the decode, centred and in units of its spread."""
+        """Return q, the mean square of the decode, centred and in units of its spread."""
         return (((mean - self.centre) / self.spread) ** 2).mean(-1)
 
     def forward(
         self, x: Float[Tensor, "*batch features"], covariance: Float[Tensor, "*batch n n"]
     ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
-        """Mean and standard deviation of the kinematics."""
+        """Return mean and standard deviation of the kinematics."""
         mean = self.mean(x)
         variance = self.gain * self.latent_variance(x, covariance) + self.variance
         return mean, (variance + self.kappa * self.energy(mean).unsqueeze(-1)).sqrt()

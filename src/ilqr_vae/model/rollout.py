@@ -1,12 +1,12 @@
-"""Rollouts: z_0, u -> z, open loop (differentiable) and closed loop (the line search's).
+"""Rollouts: z_0, u -> z, open loop (differentiable) and closed loop (for the line search).
 
 Notation: T steps, z (B, T+1, n), u (B, T, m). Only the recursion over time is sequential. Its
 gradient needs one more recursion, the adjoint lam_k = gz_k + A_k' lam_{k+1}; all parameter
 gradients then come from a single batched product over (B, T), so autograd never sees the loop.
 
-On CPU the built-in families run compiled (``kernels.cpu.dynamics``), on a GPU as Triton kernels
-(``kernels.gpu.dynamics``), everything else in the plain torch loop. All have one signature and are
-tested against the loop.
+Built-in families run compiled on the CPU (``kernels.cpu.dynamics``) and as Triton kernels on a GPU
+(``kernels.gpu.dynamics``), all others in a torch loop. All have the same signature and are tested
+against the loop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Policy(NamedTuple):
 
 
 def wanted(like: Tensor) -> bool:
-    """Whether tensors like this one are for the CPU's compiled code."""
+    """Return whether the compiled CPU code is enabled for tensors like this one."""
     usual = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
     return usual and backend.current() != "reference"
 
@@ -65,7 +65,7 @@ def closed_loop_reference(
     k: Tensor,
     alpha: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``closed_loop`` as a torch loop: any device, differentiable."""
+    """Roll out as ``closed_loop``, in a torch loop: any device, differentiable."""
     each = z0.shape[0] // u_ref.shape[0]
     z_ref, u_ref, K, k = (x.repeat(each, *[1] * (x.ndim - 1)) for x in (z_ref, u_ref, K, k))
     z, zs, us = z0, [z0], []
@@ -88,7 +88,7 @@ def closed_loop(
     k: Float[Tensor, "L T m"],
     alpha: Float[Tensor, " B"],
 ) -> tuple[Float[Tensor, "B T1 n"], Float[Tensor, "B T m"]]:
-    """Roll out from z0 under u = u_ref + alpha k + K (z - z_ref); no gradient on the fast path.
+    """Roll out from z0 under u = u_ref + alpha k + K (z - z_ref); compiled without gradients.
 
     B is a multiple of the number of laws L: trajectory b follows law b mod L.
 
@@ -107,7 +107,7 @@ def closed_loop(
 def _run(
     dynamics: Dynamics, w: Weights, closed: bool, z0: Tensor, policy: _Policy
 ) -> tuple[Tensor, Tensor]:
-    """Compiled, on the CPU; unless ``closed``, z_ref, K, k and alpha are not read."""
+    """Run compiled code on the CPU; unless ``closed``, z_ref, K, k and alpha are ignored."""
     B, T, m = policy.u_ref.shape
     n = z0.shape[1]
     z, u = z0.new_empty(B, T + 1, n), z0.new_empty(B, T, m)
@@ -148,7 +148,7 @@ def _open_loop(dynamics: Dynamics, w: Weights, z0: Tensor, u: Tensor) -> Tensor:
 def jacobians(
     dynamics: Dynamics, w: Weights, z: Float[Tensor, "B T1 n"], u: Float[Tensor, "B T m"]
 ) -> tuple[Float[Tensor, "B T n n"], Float[Tensor, "B T n m"]]:
-    """A_k = df/dz and B_k = df/du at (z_k, u_k); no gradient on the fast path."""
+    """Return A_k = df/dz and B_k = df/du at (z_k, u_k); compiled without gradients."""
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*w, z, u))
     if wanted or not _usable(dynamics, z):
         return dynamics.jacobians(w, z[:, :-1], u)
@@ -228,7 +228,7 @@ _WHAT = "rollouts run"
 
 
 def _gpu_kernels(n: int, m: int, like: Tensor) -> ModuleType | None:
-    """The kernels; None where ``like`` is on no GPU, torch is wanted, or problems are too large."""
+    """Return the kernels; None if not on a GPU, disabled, or problems are too large."""
     if not like.is_cuda or backend.current() == "reference":
         return None
     if not launch.fits(n, m, like.dtype, _WHAT):

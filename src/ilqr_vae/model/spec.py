@@ -1,4 +1,4 @@
-"""What it takes to build a model of the right shape before its tensors are loaded."""
+"""The specification of a model, from which it is built before its tensors are loaded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     Attributes:
         family: name of the likelihood.
-        channels: how many.
-        log_rate_max: poisson: where the exp link goes linear.
-        gain, floor: of the Poisson families, see ``likelihoods.Counts``.
+        channels: number of channels.
+        log_rate_max: for poisson: where the exponential link becomes linear.
+        gain, floor: for the Poisson families, see ``likelihoods.Counts``.
     """
 
     family: str
@@ -39,8 +39,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         latents, inputs: n and m.
         groups: the observation groups.
         options: choices within the dynamics family.
-        nu: of a fresh Student prior.
-        initial_mean: whether the mean of z_0 is learned; else zero, as surrogate bins have it.
+        nu: initial degrees of freedom of a Student prior.
+        initial_mean: whether the mean of z_0 is learned; if false it is zero, as with surrogate
+            bins.
     """
 
     dynamics: str
@@ -54,7 +55,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 def build(spec: ModelSpec) -> Model:
-    """A model of these shapes with fresh parameters. Raises ArtifactError: an unknown family."""
+    """Build a model with new parameters. Raises ArtifactError for an unknown family."""
     for field, name, known in (
         ("model.dynamics", spec.dynamics, FAMILIES),
         ("model.prior", spec.prior, INPUT_PRIORS),

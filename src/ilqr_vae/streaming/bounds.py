@@ -1,20 +1,20 @@
-"""What is believable: how many spikes of a unit in a bin, where latents and decodes may lie.
+"""Plausible ranges: of the count of a unit in a bin, of latents and of decodes.
 
 A count c of a unit is used up to
 
     limit = ceil(r + 8 sqrt(r + 1) + 8),      r = 2 h,
 
-with h the unit's highest count in training: a Poisson count of twice that mean is beyond the limit
-with a probability below 1e-12. A count beyond it is ignored, as if its unit had not been observed
-in that bin. An answer is *beyond* what training showed where a unit's expected count is above its
-limit, where a latent or a kinematic channel is farther from the middle of its range in training
-than three times half that range, or where all units observed in the bin were ignored. A state a
-thousand times as far from the latents' middle, or one that is not finite, is *lost*: the stream
-begins anew.
+with h the unit's highest count in training: a Poisson count of twice that mean exceeds the limit
+with a probability below 1e-12. A count above the limit is ignored, as if its unit had not been
+observed in that bin. An answer is *beyond* the training range if a unit's expected count is above
+its limit, if a latent or a kinematic channel is farther from the middle of its range in training
+than three times half that range, or if all units observed in the bin were ignored. A state a
+thousand times as far from the middle of the latents, or one that is not finite, is *lost*: the
+stream restarts.
 
 A model file without training ranges gets wider bounds: h = max(20 mean rate, 10), latents within a
 hundred prior standard deviations (at least 1 each), kinematics within thirty standard deviations.
-All bounds are functions of the model file alone, so that a replay ignores the same counts.
+All bounds depend only on the model file, so that a replay ignores the same counts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LOST = 1e3
 
 
 class TrainingRange(NamedTuple):
-    """What the training part showed.
+    """Ranges in the training part.
 
     Attributes:
         counts: highest count of each unit in a bin (``highest_counts``).
@@ -51,13 +51,13 @@ class TrainingRange(NamedTuple):
 
 
 class PlausibleBounds(NamedTuple):
-    """What is believable.
+    """The plausible ranges of a model.
 
     Attributes:
-        counts: (N,) the most spikes of each unit in a bin.
-        latent_centre, latent_reach, latent_lost: (n,) the middle, how far from it an estimate is
-            within what training showed, and how far from it a state is lost.
-        decode_centre, decode_reach: (D,) the same of the kinematics.
+        counts: (N,) largest count of each unit in a bin.
+        latent_centre, latent_reach, latent_lost: (n,) the middle of the range, and the distances
+            from it at which an estimate is beyond the range and a state is lost.
+        decode_centre, decode_reach: (D,) the same for the kinematics.
     """
 
     counts: Tensor
@@ -73,7 +73,7 @@ class PlausibleBounds(NamedTuple):
         z: Float[Tensor, "S H1 n"],
         u: Float[Tensor, "S H m"],
     ) -> Bool[Tensor, " S"]:
-        """Which states, given by their arrival means and trajectories, are lost."""
+        """Return which states, given by arrival means and trajectories, are lost."""
         kept = ((z - self.latent_centre).abs() <= self.latent_lost).flatten(1).all(-1)
         kept = kept & ((mean - self.latent_centre).abs() <= self.latent_lost).all(-1)
         return ~(kept & u.isfinite().flatten(1).all(-1))
@@ -84,20 +84,20 @@ class PlausibleBounds(NamedTuple):
         rates: Float[Tensor, "S N"],
         kinematics: Float[Tensor, "S D"],
     ) -> Bool[Tensor, " S"]:
-        """Which answers are beyond what training showed."""
+        """Return which answers are beyond the training range."""
         within = ((z - self.latent_centre).abs() <= self.latent_reach).all(-1)
         within = within & (rates.abs() <= self.counts).all(-1)
         return ~(within & ((kinematics - self.decode_centre).abs() <= self.decode_reach).all(-1))
 
 
 def check_bin(family: Likelihood, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]) -> None:
-    """Refuse a bin that no observation of the family can be.
+    """Refuse a bin that is impossible under the observation family.
 
     Raises:
-        ShapeError: observed values that are not finite, or counts that are negative.
+        ShapeError: an observed value is not finite, or a count is negative.
     """
     whole = isinstance(family, Counts)
-    if counts.device.type == "cpu":  # numpy takes a fraction of torch's time for so few numbers
+    if counts.device.type == "cpu":  # numpy is much faster than torch for so few numbers
         x = counts.numpy()
         if (((x >= 0) if whole else np.isfinite(x)) & (x < np.inf)).all():
             return
@@ -109,8 +109,9 @@ def check_bin(family: Likelihood, counts: Float[Tensor, "S N"], mask: Float[Tens
 
 
 def highest_counts(counts: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The highest count of each unit that a few corrupted bins cannot raise: the largest, but at
-    most four times one more than the count that one bin in a thousand exceeds.
+    """Return the highest count of each unit, robust to a few corrupted bins.
+
+    It is the largest count, but at most 4 (c + 1), where one bin in a thousand exceeds c.
 
     Args:
         counts, mask: (T, N) of the training part; mask is true where observed.
@@ -126,7 +127,7 @@ def bounds_of(
     mean_rate: Float[Tensor, " N"],
     seen: TrainingRange | None,
 ) -> PlausibleBounds:
-    """The bounds of a model, on the device and in the dtype of ``mean_rate``."""
+    """Return the bounds of a model, with the device and dtype of ``mean_rate``."""
     prior_mean, prior_std = model.initial.mean.detach(), model.initial.log_scale.detach().exp()
     none = mean_rate.new_zeros(0)
     spread = none if readout is None else readout.spread

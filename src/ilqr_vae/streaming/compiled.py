@@ -1,9 +1,9 @@
 """The torch side of the compiled moving-horizon step.
 
-It takes one bin of each of S streams as ``streaming.horizon`` does, with the same letters: windows
-of H bins, N units, n latents, m inputs. A model is packed once. A step reads the streams' states
-and writes new rows: a ``HorizonState`` is never changed. Everything in between lives in work arrays
-that are reused, so that a steady stream allocates its answers and nothing else.
+It processes one bin of each of S streams as ``streaming.horizon`` does, with the same letters:
+windows of H bins, N units, n latents, m inputs. A model is packed once. A step reads the states of
+the streams and writes new rows: a ``HorizonState`` is never modified. Intermediate results are in
+reused work arrays, so that a steady stream allocates only its answers.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.streaming.bounds import PlausibleBounds
 from ilqr_vae.streaming.state import Estimate, HorizonState
 
-#: Sets of work arrays kept per size, beside one for each thread.
+# : Work arrays kept per size, besides one for each thread.
 _SPARE = 2
 
 States: TypeAlias = tuple[Streams, Streams]
-"""Arrays of the fields of ``HorizonState``: before the bins, and after them."""
+"""Arrays of the fields of ``HorizonState`` before and after the bins."""
 
 Rows: TypeAlias = tuple[Array, Array]
-"""The streams' rows in both, int64."""
+"""Rows of the streams in both, int64."""
 
 
 class _Workspace:
-    """Work arrays for a batch of up to ``streams`` streams: a power of two, so that batches of all
-    sizes share a few sets."""
+    """Work arrays for a batch of up to ``streams`` streams, a power of two.
+
+    So batches of all sizes share a few workspaces.
+    """
 
     def __init__(self, plan: PackedModel, streams: int, horizon: int, dtype: np.dtype[Any]) -> None:
         n, m, _ = plan.sizes
@@ -61,7 +63,7 @@ class _Workspace:
 
 
 def recurrent_layer(readout: KinematicReadout, n: int, units: int) -> tuple[Tensor, ...]:
-    """C, A, a, P', p, G' and g of a recurrent layer, of no units where there is none."""
+    """Return C, A, a, P', p, G' and g of a recurrent layer, with no units if there is none."""
     if readout.shape.recurrent:
         A, a, P, p, G, g = readout.cell
         return readout.C, A, a, P.mT, p, G.mT, g
@@ -72,16 +74,16 @@ def recurrent_layer(readout: KinematicReadout, n: int, units: int) -> tuple[Tens
 
 
 class Estimator:
-    """One model and readout, packed.
+    """A packed model and readout.
 
     Args:
-        model: one that ``compiled.usable`` accepts for the group "spikes".
+        model: a model that ``compiled.usable`` accepts for the group "spikes".
         w: its effective weights.
         readout: kinematics from latents, or None.
         mean_rate: (N,).
-        bounds: what is believable.
-        initial: the state of one stream that begins.
-        options: of the solves.
+        bounds: plausible ranges.
+        initial: initial state of a stream.
+        options: settings of the solves.
         intervals: scales the stated deviations of the kinematics; None leaves them as they are.
     """
 
@@ -130,7 +132,7 @@ class Estimator:
         self._spare: dict[int, list[_Workspace]] = {}
 
     def _reads(self, model: Model, readout: KinematicReadout, mean_rate: Tensor) -> tuple[Any, ...]:
-        """The channels whose rates the readout reads, and which units it reads."""
+        """Return the channels whose rates the readout reads, and which units it reads."""
         spikes = model.group("spikes")
         own = readout.expects(spikes)
         channels = self.plan.arrays[2]
@@ -153,17 +155,17 @@ class Estimator:
     def step(
         self, states: States, rows: Rows, counts: Array, mask: Array, stopped: Stopped | None
     ) -> Estimates:
-        """One bin of each stream; see ``step_together``."""
+        """Process one bin of each stream; see ``step_together``."""
         return step_together((self,), (states,), (rows,), (counts, mask), stopped)[0]
 
     def predict_only(self, states: States, rows: Rows, counts: Array, mask: Array) -> Estimates:
-        """``step`` without a solve; see ``predict_together``."""
+        """Process one bin without a solve; see ``predict_together``."""
         return predict_together((self,), (states,), (rows,), (counts, mask))[0]
 
     def given(
         self, states: States, rows: Rows, bins: tuple[Array, Array], estimates: Estimates
     ) -> tuple[Any, ...]:
-        """Arguments of the kernels."""
+        """Return the arguments of the kernels."""
         before, after = (tuple(state) for state in states)
         return self.fixed, self.readout, (before, after), rows, bins, tuple(estimates)
 
@@ -178,7 +180,7 @@ class Estimator:
 
     @property
     def cost(self) -> int:
-        """Multiply-adds of a stream's step, roughly."""
+        """Approximate multiply-adds of a step of one stream."""
         return self.options.iterations * cost_of_iteration(self.plan, self.horizon)
 
 
@@ -189,17 +191,17 @@ def step_together(
     bins: tuple[Array, Array],
     stopped: Stopped | None,
 ) -> list[Estimates]:
-    """One bin of each stream, by each member.
+    """Process one bin of each stream by each member.
 
-    The members' solves are iterated side by side, so that what ends one after so many iterations
-    ends all of them after as many.
+    The members are iterated together, so that a stop ends all of them after the same number of
+    iterations.
 
     Args:
-        members: with the same options.
-        states: of each member; read, and written.
-        rows: of the streams in both, for each member; no row written is one that is read.
+        members: estimators with the same options.
+        states: states of each member, to read and to write.
+        rows: rows of the streams in both, for each member; written rows differ from those read.
         bins: counts and mask, (S, N).
-        stopped: asked between iterations with the statuses, (members, S), which it may change;
+        stopped: called between iterations with the statuses, (members, S), which it may change;
             True ends.
     """
     S, limit = len(bins[0]), members[0].options.iterations
@@ -251,8 +253,10 @@ def predict_together(
     rows: Sequence[Rows],
     bins: tuple[Array, Array],
 ) -> list[Estimates]:
-    """``step_together`` without a solve: the windows hold the bins, the answers are predictions of
-    unknown covariance."""
+    """Process one bin without a solve; otherwise as ``step_together``.
+
+    The windows take the bins; the answers are predictions without covariance.
+    """
     S = len(bins[0])
     estimates = [member.empty(S) for member in members]
     given = [
@@ -264,7 +268,7 @@ def predict_together(
 
 
 def _scaled(members: Sequence[Estimator], estimates: list[Estimates]) -> list[Estimates]:
-    """With the deviations that are stated."""
+    """Scale the deviations for publication."""
     return [
         e._replace(kinematics_std=stated(member.intervals, e.kinematics, e.kinematics_std))
         for member, e in zip(members, estimates, strict=True)
@@ -280,8 +284,10 @@ def _run(
     members: Sequence[Estimator],
     arguments: Sequence[Sequence[tuple[Any, ...]]],
 ) -> None:
-    """The kernel of each member, in as many threads as it has arguments; each member's streams are
-    one queue, and each thread begins with another member's."""
+    """Run the kernel of each member, in as many threads as it has arguments.
+
+    Each member's streams form a queue; each thread starts with that of another member.
+    """
     queues = [np.zeros(1, np.int64) for _ in members]
 
     def call(worker: int) -> None:
@@ -296,8 +302,7 @@ def _run(
 def on_tensors(
     state: HorizonState, n: int, step: Callable[[States, Rows], Estimates]
 ) -> tuple[HorizonState, Estimate]:
-    """A compiled step on a state's tensors, as arrays on the CPU and as they are on a GPU; n
-    latents."""
+    """Run a compiled step on the tensors of a state, as arrays on the CPU."""
     device, rows = state.z.device, np.arange(len(state.age))
     tensors = tuple(t.detach().contiguous() for t in state.tensors())
     written = tuple(torch.empty_like(t) for t in tensors)

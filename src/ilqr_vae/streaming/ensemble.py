@@ -1,17 +1,17 @@
-"""Several models streamed as one: the mean of what they decode, and the spread between them.
+"""Several models streamed as one: the mean of their decodes, and the variance between them.
 
 K members, trained from different seeds on one recording, each with its own state (``HorizonState``
 with (S, K) in place of S). With y_k and s_k the decodes of the members and their stated deviations,
 
     y = 1/K sum_k y_k,      s^2 = 1/K sum_k s_k^2 + 1/K sum_k (y_k - y)^2.
 
-Rates are means as well. The members' latents have coordinates of their own: those of the first are
-published, and ``window`` is the members' windows one after the other. ``bits`` is the
-log-likelihood of the members' equal mixture: log2 of the mean of the likelihoods that each gave the
-newest bin, one step ahead, over the mean rates' likelihood.
+Rates are means too. The latents of members have different coordinates: those of the first are
+published, and ``window`` is the concatenation of the members' windows. ``bits`` is the
+log-likelihood of the equal mixture of the members: log2 of the mean of their one-step-ahead
+likelihoods of the newest bin, relative to the likelihood of the mean rates.
 
-Of the solves, the most iterations are told and the status that weighs most (``_WEIGHT``). An answer
-is beyond what training showed, or restarted, where it is so for any member.
+The reported iterations are the maximum over the members, the status the one with the largest
+``_WEIGHT``. An answer is beyond the training range, or restarted, if it is so for any member.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ from ilqr_vae.streaming.on_gpu import GpuEstimator
 from ilqr_vae.streaming.state import Estimate, HorizonState
 
 _WEIGHT = np.empty(len(Status), dtype=np.int64)
-"""Of a member's status among the others'. STOPPED comes first: how often a solve was iterated is
-what a replay needs."""
+"""Rank of a member's status. STOPPED is highest, since a replay needs its iterations."""
 _WEIGHT[
     [
         Status.CONVERGED,
@@ -62,7 +61,7 @@ _WEIGHT[
 
 
 def combined(members: Sequence[Estimates], intervals: SpeedScale | None) -> Estimates:
-    """The ensemble's estimates from those of its members."""
+    """Combine the estimates of the members."""
     mean, std = mixture([e.kinematics for e in members], [e.kinematics_std for e in members])
     bits = np.stack([e.bits for e in members])
     most = bits.max(0)
@@ -83,11 +82,11 @@ def combined(members: Sequence[Estimates], intervals: SpeedScale | None) -> Esti
 
 
 class CompiledEnsemble:
-    """The members' compiled steps as one; see ``compiled.Estimator``.
+    """The compiled steps of the members as one; see ``compiled.Estimator``.
 
     Args:
-        members: on one device, with the same options.
-        intervals: of the combined decode.
+        members: estimators on one device, with the same options.
+        intervals: scale of the combined deviations.
     """
 
     def __init__(
@@ -103,31 +102,33 @@ class CompiledEnsemble:
     def step(
         self, states: States, rows: Rows, counts: Array, mask: Array, stopped: Stopped | None
     ) -> Estimates:
-        """One bin of each stream; ``stopped`` is given the statuses (K, S)."""
+        """Process one bin of each stream; ``stopped`` receives the statuses (K, S)."""
         given = (*self._apart(states, rows), (counts, mask), stopped)
         return combined(self._step(self._members, *given), self._intervals)
 
     def predict_only(self, states: States, rows: Rows, counts: Array, mask: Array) -> Estimates:
-        """``step`` without a solve."""
+        """Process one bin of each stream without a solve."""
         given = (*self._apart(states, rows), (counts, mask))
         return combined(self._predict(self._members, *given), self._intervals)
 
     def _apart(self, states: States, rows: Rows) -> tuple[list[States], list[Rows]]:
-        """The states, which all members share, and each member's rows in them."""
+        """Return the states, which all members share, and the rows of each member."""
         before, after = (Streams(*(x.reshape(-1, *x.shape[2:]) for x in s)) for s in states)
         K = len(self._members)
         return [(before, after)] * K, [(K * rows[0] + k, K * rows[1] + k) for k in range(K)]
 
 
 class _Recorded:
-    """What a stop said after each iteration, for one member after another: what ends the solve of
-    one after so many iterations ends the others' after as many."""
+    """Records the decisions of a stop, to repeat them for each member.
+
+    So the solves of all members end after the same number of iterations.
+    """
 
     def __init__(self, stop: ilqr.Stop) -> None:
         self._stop, self._said = stop, list[Any]()
 
     def of_member(self) -> ilqr.Stop:
-        """The same answers from the first on."""
+        """Replay the decisions for another member."""
         asked = 0
 
         def stop() -> Any:
@@ -141,15 +142,15 @@ class _Recorded:
 
 
 class EnsembleHorizon:
-    """The members' estimators as one, with the methods of ``MovingHorizon``.
+    """The estimators of the members as one, with the methods of ``MovingHorizon``.
 
     Args:
-        members: of the same units, sizes and horizon.
-        intervals: of the combined decode; None states s as it is.
+        members: estimators with the same units, sizes and horizon.
+        intervals: scale of the combined deviations; None leaves s unscaled.
 
     Attributes:
-        model, readout, bounds, spikes: of the first member.
-        mean_rate, config: of all.
+        model, readout, bounds, spikes: those of the first member.
+        mean_rate, config: common to all.
     """
 
     def __init__(
@@ -161,11 +162,11 @@ class EnsembleHorizon:
         self.spikes, self.mean_rate, self.bounds = first.spikes, first.mean_rate, first.bounds
 
     def init(self, batch: int = 1) -> HorizonState:
-        """Streams that begin."""
+        """Return the initial state of streams."""
         return _together([member.init(batch) for member in self.members])
 
     def compiled(self, like: Tensor) -> CompiledEnsemble | None:
-        """The compiled step; None where a member has none."""
+        """Return the compiled step; None if a member has none."""
         made = [member.compiled(like) for member in self.members]
         found = [one for one in made if one is not None]
         return CompiledEnsemble(found, self.intervals) if len(found) == len(made) else None
@@ -178,7 +179,7 @@ class EnsembleHorizon:
         mask: Float[Tensor, "S N"],
         stop: ilqr.Stop | None = None,
     ) -> tuple[HorizonState, Estimate]:
-        """Take one bin of each stream; see ``MovingHorizon.step``."""
+        """Process one bin of each stream; see ``MovingHorizon.step``."""
         check_bin(self.spikes, counts, mask)
         compiled = self.compiled(state.z)
         if compiled is None:
@@ -194,7 +195,7 @@ class EnsembleHorizon:
     def predict_only(
         self, state: HorizonState, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]
     ) -> tuple[HorizonState, Estimate]:
-        """Take one bin of each stream without a solve; see ``MovingHorizon.predict_only``."""
+        """Process one bin of each stream without a solve; see ``MovingHorizon.predict_only``."""
         check_bin(self.spikes, counts, mask)
         compiled = self.compiled(state.z)
         if compiled is None:
@@ -209,7 +210,7 @@ class EnsembleHorizon:
         state: HorizonState,
         step: Callable[[MovingHorizon, HorizonState], tuple[HorizonState, Estimate]],
     ) -> tuple[HorizonState, Estimate]:
-        """A step of each member that has no compiled one."""
+        """Step the members one by one, without a compiled step."""
         made = [
             step(member, HorizonState(*(t[:, k] for t in state.tensors())))
             for k, member in enumerate(self.members)
@@ -223,17 +224,17 @@ class EnsembleHorizon:
 
 
 def _together(states: Sequence[HorizonState]) -> HorizonState:
-    """The members' states as one."""
+    """Combine the states of the members."""
     fields = zip(*(state.tensors() for state in states), strict=True)
     return HorizonState(*(torch.stack(same, 1) for same in fields))
 
 
 Horizon: TypeAlias = MovingHorizon | EnsembleHorizon
-"""The estimator of a model file."""
+"""An estimator of a model file."""
 
 
 def windows_of(estimator: Horizon) -> list[slice]:
-    """Each member's part of an estimate's window; one model's is all of it."""
+    """Return the window of each member in an estimate; the whole window for a single model."""
     members = estimator.members if isinstance(estimator, EnsembleHorizon) else (estimator,)
     parts: list[slice] = []
     for member in members:

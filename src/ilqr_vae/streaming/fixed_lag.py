@@ -1,7 +1,7 @@
-"""Answers that wait: a bin's latents, rates and decode once the bins after it have come.
+"""Fixed-lag answers: latents, rates and decode of a bin given later bins.
 
-The window that the newest bin was read from holds the states of the bins before it, given all bins
-up to the newest one. The decode is that of ``model.fixed_lag``; of an ensemble the mean.
+The window of the newest bin holds the states of earlier bins, given all bins up to the newest. The
+decode is that of ``model.fixed_lag``, or its mean over an ensemble.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ Array = NDArray[Any]
 
 
 class Later(NamedTuple):
-    """What a bin's window says of the bins before it.
+    """Estimates of earlier bins from a window.
 
     Attributes:
-        latents: (K, n), of the first member. rates: (K, N).
+        latents: (K, n), of the first member.
+        rates: (K, N).
         projected: (K + 1, D), see ``FixedLag.project``.
     """
 
@@ -33,14 +34,14 @@ class Later(NamedTuple):
 
 
 class FixedLags:
-    """Reads answers that wait from windows.
+    """Computes fixed-lag answers from windows.
 
     Args:
-        estimator: whose windows.
+        estimator: the estimator of the windows.
 
     Attributes:
-        lags: K, the longest lag; 0 where a readout has none.
-        scales: (K, D) of the deviations.
+        lags: K, the longest lag; 0 if a readout has none.
+        scales: (K, D) factors of the deviations.
     """
 
     def __init__(self, estimator: Horizon) -> None:
@@ -57,12 +58,12 @@ class FixedLags:
         self.scales = np.mean(each, axis=0) if self.lags else np.zeros((0, 0))
 
     def project(self, windows: Array) -> Array:
-        """(S, K + 1, D), of windows (S, F), the members' side by side."""
+        """Return projections (S, K + 1, D) of windows (S, F), which concatenate the members'."""
         parts = [lag.project(windows[:, part]) for _, lag, part in self._members]
         return np.mean([part[:, : self.lags + 1] for part in parts], axis=0)
 
     def after(self, window: Array) -> Later:
-        """Of one stream's window (F,)."""
+        """Return the estimates from the window (F,) of a stream."""
         latents: list[Array] = []
         rates: list[Array] = []
         for member, _, part in self._members:

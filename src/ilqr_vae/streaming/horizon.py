@@ -1,4 +1,4 @@
-"""Moving-horizon estimation: receding-horizon iLQR on a stream of spike bins.
+"""Moving-horizon estimation: iLQR over a sliding window of spike bins.
 
 At bin t, over the window of the last H bins (s = t - H + 1 its first),
 
@@ -15,10 +15,10 @@ current trajectory, so that its data is counted once: with A, B, r, R, q, Q the 
 The solution is shifted and warm-starts the next bin. For a linear-Gaussian model this is the Kalman
 filter for every H.
 
-The window always has H slots. A young window's later slots are bins that have not come: they have
-no likelihood term, so they change nothing. A missing bin is the same thing: a mask of zeros.
+The window always has H slots. In a young window the later slots are future bins without a
+likelihood term, which change nothing. A missing bin is treated in the same way: its mask is zero.
 
-Pure: ``step(state, bin) -> (state, estimate)``; no stream changes another's answer.
+Pure: ``step(state, bin) -> (state, estimate)``. Streams do not affect each other.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HorizonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """The ``[estimator]`` part of a config.
 
     Attributes:
-        horizon: H, bins in the window.
+        horizon: H, number of bins in the window.
         iterations: iLQR iterations per bin; fixed, so that answers do not depend on the clock.
         tolerance: relative expected decrease below which a solve ends.
     """
@@ -66,9 +66,11 @@ class HorizonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class _Entered(NamedTuple):
-    """A bin as it was taken in: its expected counts as predicted, the counts and mask (S, N) that
-    are used, and per stream whether a count was not finite, how many were ignored, and whether the
-    stream began anew."""
+    """A bin that entered the window: predicted counts, and the counts and mask (S, N) to use.
+
+    Also, per stream, whether a count was not finite, how many were ignored, and whether the stream
+    restarted.
+    """
 
     predicted: Tensor
     counts: Tensor
@@ -83,18 +85,18 @@ def _spd_inverse(M: Tensor) -> Tensor:
 
 
 class MovingHorizon:
-    """The estimator: a model, a readout and a horizon, without memory of its own.
+    """The estimator: a model, a readout and a horizon, without state.
 
     Args:
-        model: on the device and in the dtype to compute in; copied, not changed.
+        model: model on the device and in the dtype of the computation; it is copied.
         readout: kinematics from latents, or None.
-        mean_rate: (N,) mean counts per bin over the training part, which ``bits`` compares with.
+        mean_rate: (N,) mean counts per bin in the training part, the baseline of ``bits``.
         config: horizon and iterations.
-        seen: what the training part showed; None gives wider bounds.
+        seen: ranges in the training part; None gives wider bounds.
         intervals: scales the stated deviations of the kinematics; None leaves them as they are.
 
     Attributes:
-        bounds: what is believable.
+        bounds: plausible ranges.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class MovingHorizon:
         self._refused = False
 
     def init(self, batch: int = 1) -> HorizonState:
-        """Streams that begin: the model's own prior, an empty window."""
+        """Return the initial state of streams: the model's prior and an empty window."""
         model, H, N = self.model, self.config.horizon, self.mean_rate.shape[0]
         like = self.mean_rate
         prior = model.initial.cost(batch)
@@ -140,7 +142,7 @@ class MovingHorizon:
         )
 
     def _absorb(self, s: HorizonState) -> tuple[Tensor, Tensor]:
-        """Arrival mean and precision one bin later (see the module's docstring)."""
+        """Return the arrival mean and precision one bin later (see the module)."""
         model = self.model
         z, z_next, u = s.z[:, 0], s.z[:, 1], s.u[:, 0]
         A, B = model.dynamics.jacobians(self._w, z, u)
@@ -149,7 +151,7 @@ class MovingHorizon:
         R_inv = torch.linalg.inv_ex(R)[0]
         spread = torch.linalg.inv_ex(model.prior.stated_precision(u))[0]
         P_minus = A @ _spd_inverse(s.precision) @ A.mT + B @ spread @ B.mT
-        # a direction that dynamics and inputs both leave at zero variance would have no inverse
+        # a direction with zero variance from both dynamics and inputs would have no inverse
         trace = P_minus.diagonal(dim1=-2, dim2=-1).mean(-1)
         P_minus = P_minus + torch.diag_embed((1e-10 * trace).unsqueeze(-1).expand_as(z))
         shift = A @ (s.mean - z).unsqueeze(-1) - B @ R_inv @ r.unsqueeze(-1)
@@ -158,7 +160,7 @@ class MovingHorizon:
         rhs = information @ shift - q.unsqueeze(-1)
         factor = torch.linalg.cholesky_ex(precision)[0]
         mean = z_next + torch.cholesky_solve(rhs, factor).squeeze(-1)
-        # where rounding left nothing positive definite, the model's own uncertainty of a state
+        # if rounding destroyed positive definiteness, use the model's own uncertainty of a state
         sound = mean.isfinite().all(-1) & precision.isfinite().all(-1).all(-1)
         own = model.initial.cost(z.shape[0]).precision
         return torch.where(sound[:, None], mean, z_next), torch.where(
@@ -166,7 +168,7 @@ class MovingHorizon:
         )
 
     def _shift(self, s: HorizonState, sync_free: bool, absorbs: bool) -> HorizonState:
-        """The window one bin later, its newest slot empty; streams not yet full stay."""
+        """Shift the window by one bin, with an empty newest slot; young windows do not shift."""
         model, full = self.model, s.age == self.config.horizon
         if not sync_free and not bool(full.any()):
             return s
@@ -205,17 +207,17 @@ class MovingHorizon:
         mask: Float[Tensor, "S N"],
         stop: ilqr.Stop | None = None,
     ) -> tuple[HorizonState, Estimate]:
-        """Take one bin of each stream.
+        """Process one bin of each stream.
 
         Args:
-            counts: spikes per unit; where mask is zero, any number. Counts beyond the bounds are
+            counts: spike counts; any number where the mask is zero. Counts beyond the bounds are
                 ignored.
             mask: one where observed; a row of zeros is a missing bin (the answer is a prediction).
-            stop: asked before every iteration after the first; True ends the solve (anytime). One
-                truth value, or one per stream. On a GPU it is asked as often, but before the solve.
+            stop: called before every iteration after the first; True ends the solve (anytime). One
+                truth value, or one per stream. On a GPU all calls come before the solve.
 
         Raises:
-            ShapeError: observed counts that are negative or not finite.
+            ShapeError: an observed count is negative or not finite.
         """
         check_bin(self.spikes, counts, mask)
         compiled = self.compiled(state.z)
@@ -228,15 +230,15 @@ class MovingHorizon:
     def predict_only(
         self, state: HorizonState, counts: Float[Tensor, "S N"], mask: Float[Tensor, "S N"]
     ) -> tuple[HorizonState, Estimate]:
-        """Take one bin of each stream as ``step`` does, but without a solve, at next to no cost.
+        """Process one bin of each stream without a solve, at negligible cost.
 
-        The bin enters the window and counts in the next solve. The answer is its prediction; its
-        covariance is not known (NaN). Where the window moves, the bin that leaves is not absorbed:
-        the arrival cost is centred on the current trajectory and forgets half of what it knew
-        beyond the model's prior.
+        The bin enters the window and is part of the next solve. The answer is a prediction without
+        covariance (NaN). If the window moves, the bin that leaves is not absorbed: the arrival cost
+        is centred on the current trajectory and forgets half of its information beyond the model's
+        prior.
 
         Raises:
-            ShapeError: as ``step``.
+            ShapeError: as for ``step``.
         """
         check_bin(self.spikes, counts, mask)
         compiled = self.compiled(state.z)
@@ -251,7 +253,7 @@ class MovingHorizon:
         return after, self._answer(after, unknown, entered, none, none)
 
     def compiled(self, like: Tensor) -> Estimator | GpuEstimator | None:
-        """The compiled step; None where this model, or tensors like this one, have none."""
+        """Return the compiled step; None if the model or the tensor type has none."""
         there = on_gpu.usable(self.model, like)
         fits = self._packed is not None and like.dtype == self.mean_rate.dtype
         if not fits or not (there or wanted(like)):
@@ -273,8 +275,10 @@ class MovingHorizon:
         *,
         sync_free: bool = False,
     ) -> tuple[HorizonState, Estimate]:
-        """``step`` in torch: what the compiled one must do. ``sync_free``, without ``stop``, it
-        never waits for the device."""
+        """Step in torch: the reference for the compiled step.
+
+        With ``sync_free`` and without ``stop`` it never synchronises with the device.
+        """
         s, entered = self._enter(state, counts, mask, sync_free=sync_free)
         row, newest = torch.arange(s.z.shape[0], device=s.z.device), s.age
         problem = ilqr.Problem(
@@ -286,7 +290,7 @@ class MovingHorizon:
         solved, info = ilqr.solve_reference(
             problem, s.z[:, 0], s.u, self._solver, stop, sync_free=sync_free
         )
-        # a solve that broke down keeps the prediction rather than spreading what is not finite
+        # a failed solve keeps the prediction instead of spreading non-finite values
         broken = (solved.status == int(ilqr.Status.NOT_FINITE)).view(-1, 1, 1)
         z, u = torch.where(broken, s.z, solved.z), torch.where(broken, s.u, solved.u)
         quadratic, lqr = info.problem, info.lqr
@@ -294,7 +298,7 @@ class MovingHorizon:
             quadratic = replace(quadratic, R=self.model.prior.stated_precision(u).contiguous())
             lqr = solve_lqr(quadratic, free_initial=True)
         Sigma = marginal_covariance(quadratic, lqr)[row, newest]
-        # of a solve that broke down nothing is known but what was known before any bin came
+        # after a failed solve only the prior uncertainty is known
         unknown = broken | ~(Sigma.diagonal(dim1=-2, dim2=-1) > 0).all(-1).view(-1, 1, 1)
         Sigma = torch.where(unknown, self._prior_covariance, Sigma)
         after = replace(s, z=z, u=u)
@@ -309,7 +313,7 @@ class MovingHorizon:
         sync_free: bool = False,
         absorbs: bool = True,
     ) -> tuple[HorizonState, _Entered]:
-        """The window with the new bin in it."""
+        """Enter the new bin into the window."""
         restarted = self.bounds.lost(state.mean, state.z, state.u)
         if sync_free or bool(restarted.any()):
             state = state.replaced(restarted, self._initial)

@@ -1,12 +1,11 @@
-"""The torch side of the CUDA step: one launch takes a bin of each of S streams.
+"""The torch side of the CUDA step: one launch processes a bin of each of S streams.
 
-It does what ``streaming.compiled`` does on the CPU, with the same letters and the same models, and
-stands in its place: it reads streams' states from rows of tensors on the GPU and writes them to
-others, so that between bins nothing but counts and answers crosses to the host, each in one copy.
-It computes in the estimator's own dtype; sums, pivots and what is solved with them are float64.
+It replaces ``streaming.compiled`` on a GPU, with the same letters and models. States are read from
+and written to rows of tensors on the GPU, so that only counts and answers are copied between bins,
+once each. It computes in the estimator's dtype; sums, pivots and triangular solves are float64.
 
-The solve of a bin is one launch. A ``stop`` is therefore asked beforehand, as often as there are
-iterations: a budget in iterations holds, the clock is not looked at.
+The solve of a bin is one launch. A ``stop`` is therefore called beforehand, once per iteration: an
+iteration budget is respected, but not the clock.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 class _Launches(Protocol):
-    """What a compiled kernel offers; see ``nvrtc.Kernel``."""
+    """The interface of a compiled kernel; see ``nvrtc.Kernel``."""
 
     window: int
     multiprocessors: int
@@ -54,12 +53,12 @@ class _Launches(Protocol):
     def launch(self, argument: bytes, blocks: int, stream: int) -> None: ...
 
 
-#: Compiles a kernel for a shape, given the names of the model's arrays.
+# : Compiles a kernel for a shape and the names of the model's arrays.
 Build = Callable[[Shape, tuple[str, ...]], _Launches]
 
 
 def build_cuda(shape: Shape, fields: tuple[str, ...]) -> Kernel:
-    """The kernel on the current CUDA device. Raises NoKernelError."""
+    """Compile the kernel for the current CUDA device. Raises NoKernelError."""
     return Kernel(source(shape, fields), shape.threads)
 
 
@@ -69,8 +68,7 @@ def _say(reason: str) -> None:
 
 
 def usable(model: Model, like: Tensor) -> bool:
-    """Whether the kernel is wanted for tensors like this one, and there is one for this model; says
-    once in the log why not."""
+    """Return whether the kernel is enabled and supports this tensor and model; log once why not."""
     if not like.is_cuda or like.dtype not in _DTYPES or backend.current() == "reference":
         return False
     reason = compiled.unsupported(model, ("spikes",), FAMILIES)
@@ -82,23 +80,23 @@ def usable(model: Model, like: Tensor) -> bool:
 
 
 def _rates(family: Likelihood) -> dict[str, Tensor]:
-    """The rows of a group, and what its rates are made of (``compiled.channels_of``)."""
+    """Return the rows of a group, and the terms of its rates (``compiled.channels_of``)."""
     arrays = compiled.channel_arrays([family], family.C.shape[1], family.C.dtype)
     names = ("C", "b", "limit", "precision", "gain", "floor", "soft")
     return dict(zip(names, arrays.tensors, strict=True))
 
 
 class GpuEstimator:
-    """One model and readout as a kernel takes them; see ``compiled.Estimator``.
+    """A model and readout packed for a kernel; see ``compiled.Estimator``.
 
     Args:
-        model: one that ``usable`` accepts.
-        w, readout, mean_rate, bounds, initial, options, intervals: as of ``compiled.Estimator``, on
-            the device.
+        model: a model that ``usable`` accepts.
+        w, readout, mean_rate, bounds, initial, options, intervals: as for ``compiled.Estimator``,
+            on the device.
         build: compiles the kernel.
 
     Raises:
-        NoKernelError: it cannot be compiled, or a block does not fit.
+        NoKernelError: the kernel cannot be compiled, or a block does not fit.
     """
 
     def __init__(
@@ -153,7 +151,7 @@ class GpuEstimator:
         mean_rate: Tensor,
         bounds: PlausibleBounds,
     ) -> dict[str, Tensor]:
-        """The model's arrays by the names that the kernel's source has."""
+        """Return the arrays of the model by their names in the kernel's source."""
         gated = bool(FAMILIES[model.dynamics.kernel or ""])
         names = ("Wz", "bz", "Wh", "bh", "Wu")
         weights = w if gated else (w[0], *(w[0],) * 3, w[-1])
@@ -192,16 +190,16 @@ class GpuEstimator:
     def solved(
         self, states: States, rows: Rows, counts: Array, mask: Array, limits: NDArray[np.int64]
     ) -> Estimates:
-        """``step`` with at most so many iterations of each stream."""
+        """Step with at most this many iterations of each stream."""
         return self._run(states, rows, counts, mask, limits, predicts=False)
 
     def predict_only(self, states: States, rows: Rows, counts: Array, mask: Array) -> Estimates:
-        """``step`` without a solve: predictions of unknown covariance."""
+        """Process one bin without a solve: predictions without covariance."""
         limits = np.zeros(len(counts), np.int64)
         return self._run(states, rows, counts, mask, limits, predicts=True)
 
     def limits(self, streams: int, stopped: Stopped | None) -> NDArray[np.int64]:
-        """Iterations that each stream may have."""
+        """Return the largest number of iterations of each stream."""
         limits = np.full(streams, self.options.iterations, np.int64)
         if stopped is None:
             return limits
@@ -239,7 +237,7 @@ class GpuEstimator:
         return self._estimates(*room.answered(S))
 
     def _estimates(self, numbers: Array, said: NDArray[np.int32]) -> Estimates:
-        """From the records of the streams."""
+        """Unpack the records of the streams."""
         s, at, made = self.shape, 0, list[Array]()
         for size in (s.features, s.n**2, s.units, s.channels, s.channels):
             made.append(numbers[:, at : at + size])
@@ -254,8 +252,10 @@ class GpuEstimator:
 
 
 class _Kernels:
-    """The kernel with windows in global memory, and where they fit the one with windows in shared
-    memory, which is taken as long as each stream has a multiprocessor of its own."""
+    """The kernel with windows in global memory, and the one with windows in shared memory.
+
+    The latter, if windows fit, is used as long as each stream has its own multiprocessor.
+    """
 
     def __init__(
         self, shape: Shape, fields: tuple[str, ...], device: torch.device, build: Build
@@ -268,7 +268,7 @@ class _Kernels:
         self._windows = torch.empty(0, dtype=torch.uint8, device=device)
 
     def for_streams(self, streams: int) -> tuple[_Launches, int, Tensor]:
-        """The kernel, its blocks, and their windows in global memory."""
+        """Return the kernel, its blocks, and their windows in global memory."""
         if streams <= self._wide.multiprocessors and (near := self._in_shared()) is not None:
             return near, streams, self._windows
         blocks = min(streams, self._wide.resident)
@@ -288,8 +288,10 @@ class _Kernels:
 
 
 class _Staging:
-    """Memory that a step's bins and answers cross in, for up to ``streams`` streams: a piece on the
-    host, page-locked where the device is a GPU, and one on the device."""
+    """Staging memory for bins and answers of up to ``streams`` streams.
+
+    A buffer on the host, page-locked for a GPU, and one on the device.
+    """
 
     def __init__(self, shape: Shape, streams: int, device: torch.device) -> None:
         self.streams, self._shape = streams, shape
@@ -304,7 +306,7 @@ class _Staging:
     def given(
         self, streams: int, integers: tuple[Array, ...], numbers: tuple[Array, ...]
     ) -> list[int]:
-        """Send what a step is given; its addresses on the device."""
+        """Copy the inputs of a step to the device; return their addresses."""
         host, there = self._host[0], self._there[0]
         memory, at, addresses = host.numpy(), 0, list[int]()
         for values, dtype in [(x, np.dtype(np.int64)) for x in integers] + [
@@ -318,12 +320,12 @@ class _Staging:
         return addresses
 
     def answers(self, streams: int) -> tuple[int, int]:
-        """Where on the device the numbers and the integers of the answers go."""
+        """Return the device addresses of the numbers and integers of the answers."""
         start = self._there[1].data_ptr()
         return start, start + streams * self._shape.record * self._number.itemsize
 
     def answered(self, streams: int) -> tuple[Array, NDArray[np.int32]]:
-        """Wait for the answers: numbers (S, record) and integers (S, 5), in memory of their own."""
+        """Wait for the answers; return copies of numbers (S, record) and integers (S, 5)."""
         middle = streams * self._shape.record * self._number.itemsize
         end = middle + streams * 5 * 4
         host, there = self._host[1], self._there[1]
@@ -336,7 +338,7 @@ class _Staging:
 
 
 def estimator(*given: Any) -> GpuEstimator | None:
-    """A ``GpuEstimator`` of these arguments; None, and the log says why, where it cannot be had."""
+    """Return a ``GpuEstimator``; log why and return None if that is not possible."""
     try:
         return GpuEstimator(*given, build=build_cuda)
     except NoKernelError as error:
@@ -351,7 +353,7 @@ def step_together(
     bins: tuple[Array, Array],
     stopped: Stopped | None,
 ) -> list[Estimates]:
-    """One bin of each stream, by each member; as ``compiled.step_together``."""
+    """Process one bin of each stream by each member; as ``compiled.step_together``."""
     limits = members[0].limits(len(bins[0]), stopped)
     parts = zip(members, states, rows, strict=True)
     return [member.solved(state, row, *bins, limits) for member, state, row in parts]
@@ -363,6 +365,6 @@ def predict_together(
     rows: Sequence[Rows],
     bins: tuple[Array, Array],
 ) -> list[Estimates]:
-    """``step_together`` without a solve."""
+    """Process one bin of each stream by each member without a solve."""
     parts = zip(members, states, rows, strict=True)
     return [member.predict_only(state, row, *bins) for member, state, row in parts]

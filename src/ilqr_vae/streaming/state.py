@@ -1,8 +1,8 @@
-"""The state of the moving-horizon estimator's streams, and its estimates.
+"""The states of streams of the moving-horizon estimator, and the estimates.
 
 Each of S streams has a window of H bins of N units, with n latents and m inputs, and an arrival
 cost 1/2 (z - mean)' precision (z - mean) on the window's first state; see ``streaming.horizon``.
-An ensemble of K members has a state of each: (S, K) in place of S (``streaming.ensemble``).
+An ensemble of K members has a state for each: (S, K) instead of S (``streaming.ensemble``).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from ilqr_vae.inference.problem import where
 
 INPUT_DELAY = 5
-"""Bins after which an input is reported: a bin alone tells little of its own."""
+"""Delay of a reported input in bins, since a bin alone says little about its own input."""
 
 
 @dataclass(frozen=True)
 class HorizonState:
-    """The whole state of a batch of streams.
+    """The state of a batch of streams.
 
     Attributes:
         age: bins in the window so far, at most H.
-        mean, precision: of the arrival cost at the window's first state.
-        z, u: the current solution over the window's slots.
-        counts, mask: the window's data; mask is one where observed.
+        mean, precision: of the arrival cost on the first state of the window.
+        z, u: current solution over the slots of the window.
+        counts, mask: data of the window; mask is one where observed.
     """
 
     age: Int[Tensor, "*S"]
@@ -46,21 +46,21 @@ class HorizonState:
 
     @property
     def published(self) -> HorizonState:
-        """Of the first member of an ensemble, whose latents are published; itself for one model."""
+        """State of the first member, whose latents are published; itself for a single model."""
         return HorizonState(*(t[:, 0] for t in self.tensors())) if self.age.ndim == 2 else self
 
     def __getitem__(self, i: int) -> HorizonState:
-        """One stream, as a batch of one."""
+        """Return one stream, as a batch of one."""
         return HorizonState(*(t[i : i + 1] for t in self.tensors()))
 
     def replaced(self, which: Bool[Tensor, " S"], new: HorizonState) -> HorizonState:
-        """The new state of some streams, this one of the others."""
+        """Return this state with some streams replaced."""
         pairs = zip(new.tensors(), self.tensors(), strict=True)
         return HorizonState(*(where(which, a, b) for a, b in pairs))
 
     @staticmethod
     def stack(states: Sequence[HorizonState]) -> HorizonState:
-        """Several streams as one batch."""
+        """Stack several streams into one batch."""
         return HorizonState(
             *(torch.cat([getattr(s, f.name) for s in states]) for f in fields(HorizonState))
         )
@@ -68,11 +68,11 @@ class HorizonState:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The answer for the newest bin of each stream.
+    """The estimate for the newest bin of each stream.
 
     Attributes:
         z: mean of the latent state after the newest bin.
-        window: what the readout reads, the newest L + 1 states first (``model.readout``).
+        window: features of the readout, the newest L + 1 states first (``model.readout``).
         z_cov: covariance of z.
         rates: expected counts per bin under z.
         kinematics, kinematics_std: in the recording's units; D = 0 without kinematics.

@@ -1,4 +1,4 @@
-"""Dynamics families: how the latent state moves, z_{k+1} = f(z_k, u_k).
+"""Dynamics families: z_{k+1} = f(z_k, u_k).
 
 Notation: z in R^n latent state, u in R^m input, A = df/dz, B = df/du. A family is two things:
 
@@ -7,9 +7,8 @@ Notation: z in R^n latent state, u in R^m input, A = df/dz, B = df/du. A family 
 - pure functions of those weights: ``step(w, z, u)`` and ``jacobians(w, z, u)``, batched over any
   leading axes, with analytic Jacobians (tested against autodiff).
 
-A new family is a subclass with those three methods and ``from_options``, named in ``FAMILIES``; a
-compiled rollout for it is one entry in ``ilqr_vae.model.rollout``, without which the torch loop
-runs.
+A new family is a subclass with these three methods and ``from_options``, listed in ``FAMILIES``. A
+compiled rollout for it is one entry in ``ilqr_vae.model.rollout``; without it the torch loop runs.
 """
 
 from ilqr_vae.model.dynamics.base import Dynamics, DynamicsOptions, Weights

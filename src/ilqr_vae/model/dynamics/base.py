@@ -1,4 +1,4 @@
-"""What a dynamics family is; see the package's docstring."""
+"""The base class of dynamics families; see the package's docstring."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Weights = tuple[Tensor, ...]
 
 
 class DynamicsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Choices within a family; each family reads those it knows.
+    """Options of the families; each family uses those that apply.
 
     Attributes:
-        forget_bias: mgu, mgu2: where the gate's bias starts; negative makes slow units.
-        learn_forget_bias: mgu, mgu2: else the bias stays there (zero and fixed: no bias at all).
-        normalise_input: mgu, mgu2: columns of the input weights have unit length, so that the
-            prior's scale alone says how strong an input is.
+        forget_bias: mgu, mgu2: initial bias of the gate; a negative bias makes slow units.
+        learn_forget_bias: mgu, mgu2: whether to learn the bias; if false it is fixed.
+        normalise_input: mgu, mgu2: whether columns of the input weights have unit length, so that
+            only the prior's scale sets the strength of an input.
         activation: mgu, mgu2, rnn, mlp: one of ``ACTIVATIONS`` (relu has no second derivative: the
-            exact gradient then holds wherever no unit sits on its kink).
+            exact gradient then holds unless a unit is exactly at its kink).
         input: mgu, mgu2: whether W u enters inside the activation or is added outside it.
         expansion: mlp: width of its hidden layer, in latents.
         step: mlp: share of the way to where its network points that one step covers.
@@ -107,13 +107,13 @@ class Dynamics(nn.Module, ABC):
 
     @property
     def kernel(self) -> str:
-        """The name by which compiled code knows this family and variant; "" where it has none."""
+        """Name of this family and variant in compiled code; "" if there is none."""
         return ""
 
     @classmethod
     @abstractmethod
     def from_options(cls, n: int, m: int, options: DynamicsOptions) -> Dynamics:
-        """A fresh member with n latents and m inputs."""
+        """Create dynamics with n latents and m inputs."""
 
     @abstractmethod
     def weights(self) -> Weights:
@@ -150,9 +150,9 @@ class Dynamics(nn.Module, ABC):
         u: Float[Tensor, "batch m"],
         costate: Float[Tensor, "batch n"],
     ) -> tuple[Float[Tensor, "batch n n"], Float[Tensor, "batch m n"], Float[Tensor, "batch m m"]]:
-        """Second derivatives of costate . f(z, u): (zz, uz, uu), by autodiff over the batch.
+        """Return second derivatives of costate . f(z, u): (zz, uz, uu), by autodiff over the batch.
 
-        What the exact gradient adds to the Gauss-Newton Hessian.
+        The exact gradient adds them to the Gauss-Newton Hessian.
         """
 
         def weighted(zu: Tensor, lam: Tensor) -> Tensor:

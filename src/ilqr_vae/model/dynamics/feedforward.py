@@ -44,13 +44,13 @@ class RNN(Dynamics):
 
 
 class ResidualMLP(Dynamics):
-    """Inverted-bottleneck step: a hidden layer wider than z says where z should go.
+    """Inverted-bottleneck step: a hidden layer wider than z computes the target of z.
 
     z' = z + step (h - z) + step B u,   h = V phi(U z + W u + b) + c
 
-    ``step`` is fixed; with a bounded activation |z| stays bounded whatever the parameters. Weights
-    are stored at unit scale and divided by the root of their fan-in, so that one learning rate
-    suits them all.
+    ``step`` is fixed; with a bounded activation |z| is bounded for any parameters. Weights are
+    stored at unit scale and divided by the root of their fan-in, so that one learning rate suits
+    all.
 
     Args:
         expansion: width of the hidden layer, in latents.

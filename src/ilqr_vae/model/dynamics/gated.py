@@ -1,4 +1,4 @@
-"""Minimal gated units: one gate f in (0, 1)^n decides how far each unit moves towards h,
+"""Minimal gated units: a gate f in (0, 1)^n sets how far each unit moves towards h,
 
     z_{k+1} = (1 - f) . z_k + f . h
 
@@ -28,8 +28,8 @@ class MGU2(Dynamics):
     f = sigmoid(U_f z + b_f);  h = phi(U_h (f . z) + W u + b_h);  z' = (1 - f) . z + f . h
 
     With ``input="outside"``, h = phi(U_h (f . z) + b_h) + W u. The published models have that and
-    phi = "soft-relu". ``b_f`` starts at ``forget_bias`` and is learned unless told not to; negative
-    makes slow units (small f) at the start. With ``normalise_input`` the columns of W have unit
+    phi = "soft-relu". ``b_f`` starts at ``forget_bias`` and is learned by default; a negative value
+    makes units slow (small f) initially. With ``normalise_input`` the columns of W have unit
     length.
 
     Args:

@@ -1,8 +1,8 @@
 """Observation families: log p(o | z), with masks, and its quadratic model in z.
 
 Notation: a = C z + b per channel; for Poisson, rate(a) in expected counts per bin. ``mask`` is one
-where a channel was observed in a bin and zero where not: a missing bin or a missing unit simply has
-no term. ``quadratise`` returns q = d(-log p)/dz and Q, a positive semi-definite curvature.
+    where a channel was observed in a bin, else zero: a missing bin or unit has no term.
+    ``quadratise`` returns q = d(-log p)/dz and Q, a positive semi-definite curvature.
 
 Several groups (spikes and kinematics, say) make a joint model: a dict of families. A group that is
 absent from the observations is not conditioned on (Schimel et al. 2022, section 3.4.2).
@@ -23,7 +23,7 @@ from ilqr_vae.errors import ShapeError
 
 
 class Observed(NamedTuple):
-    """Values of one group and which of them were observed.
+    """Values of a group, and which of them were observed.
 
     Attributes:
         values: (B, T, N); where mask is zero, any finite number.
@@ -52,7 +52,7 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def expected(self, a: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
-        """E[o | a], per channel."""
+        """Return E[o | a] per channel."""
 
     def mean(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch N"]:
         """E[o | z]."""
@@ -66,10 +66,10 @@ class Likelihood(nn.Module, ABC):
     def derivatives(
         self, a: Float[Tensor, "*batch N"], values: Float[Tensor, "*batch N"]
     ) -> tuple[Float[Tensor, "*batch N"], Float[Tensor, "*batch N"]]:
-        """First derivative and non-negative curvature of -log p in a, per channel."""
+        """Return the first derivative and a non-negative curvature of -log p in a, per channel."""
 
     def unnormalised(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
-        """log p without constants that no optimum depends on."""
+        """Return log p without constants that do not affect the optimum."""
         return self.log_prob(z, o)
 
     def score(self, z: Float[Tensor, "*batch n"], o: Observed) -> Float[Tensor, "*batch"]:
@@ -79,9 +79,9 @@ class Likelihood(nn.Module, ABC):
     def slope_along(
         self, z: Float[Tensor, "*batch n"], o: Observed, dz: Float[Tensor, "*batch n"]
     ) -> Tensor:
-        """A scalar with the gradient, in the family's parameters, of the slope of -log p along dz.
+        """Return a scalar whose parameter gradient is that of the slope of -log p along dz.
 
-        The slope is summed over bins; z and dz are held fixed. The scalar itself has no meaning.
+        The slope is summed over bins; z and dz are fixed. The scalar itself has no meaning.
         """
         d, _ = self.derivatives(self.affine(z), o.values)
         return (d * o.mask * (dz @ self.C.mT)).sum()
@@ -89,7 +89,7 @@ class Likelihood(nn.Module, ABC):
     def curvature(
         self, a: Float[Tensor, "*batch N"], values: Float[Tensor, "*batch N"]
     ) -> Float[Tensor, "*batch N"]:
-        """Second derivative of -log p in a, per channel (``derivatives`` may approximate it)."""
+        """Return the second derivative of -log p in a, per channel, without approximation."""
         return self.derivatives(a, values)[1]
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Likelihood(nn.Module, ABC):
         baseline: Float[Tensor, " N"],
         values: Float[Tensor, "*batch N"],
     ) -> Float[Tensor, "*batch N"]:
-        """log p of values under an expected value less that under a baseline, nats per channel."""
+        """Return log p of values relative to a baseline, in nats per channel."""
 
     def start_at(self, mean: Float[Tensor, " N"]) -> None:
         """Set b so that E[o | z = 0] is ``mean``, expected counts per bin for spikes."""
@@ -116,8 +116,8 @@ class Likelihood(nn.Module, ABC):
         """Refuse observations this family cannot score.
 
         Raises:
-            ShapeError: wrong shapes, no bins, values that are not finite where observed (or NaN
-                where not), a mask of other than zeros and ones.
+            ShapeError: shapes are wrong, there are no bins, an observed value is not finite (or an
+                unobserved one NaN), or the mask has other values than zero and one.
         """
         N = self.b.shape[0]
         v, mask = o.values, o.mask
@@ -155,17 +155,17 @@ class Likelihood(nn.Module, ABC):
 def padded(
     trials: Sequence[Float[Tensor, "_ N"]],
 ) -> tuple[Observed, Float[Tensor, "B T"]]:
-    """Trials of different lengths as one batch: zeros and a mask of zeros after each one's end.
+    """Pad trials of different lengths to a batch, with zeros and a zero mask after their ends.
 
     Args:
-        trials: (T_b, N) each, of one dtype and device.
+        trials: (T_b, N) each, with the same dtype and device.
 
     Returns:
         the observations (B, max T_b, N), and ``live`` (B, max T_b): one for bins of a trial, zero
         after its end (``elbo.bound`` leaves the inputs there out of the bound).
 
     Raises:
-        ShapeError: no trials, or numbers of channels that differ.
+        ShapeError: there are no trials, or numbers of channels differ.
     """
     if not trials or any(x.ndim != 2 or x.shape[1] != trials[0].shape[1] for x in trials):
         raise ShapeError(

@@ -4,7 +4,8 @@ With a = C z + b, a count o of a channel has
 
     rate(a) = gain (link(a) + floor),   -log p(o | a) = rate - o log rate + log o!
 
-The exponential link goes on linearly above a rate limit, so that a poor iterate does not overflow.
+The exponential link continues linearly above a rate limit, so that a poor iterate does not
+overflow.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Counts(Likelihood):
     """Base of the Poisson families: rate = gain (link(a) + floor), in expected counts per bin.
 
     Args:
-        gain: learn a gain for each unit, exp(``log_gain``); else it is one.
-        floor: of the link, zero or more; keeps log p finite where link(a) vanishes.
+        gain: whether to learn a gain for each unit, exp(``log_gain``); if false it is one.
+        floor: floor of the link, zero or more; keeps log p finite where link(a) vanishes.
     """
 
     def __init__(self, n: int, channels: int, *, gain: bool = False, floor: float = 0.0) -> None:
@@ -82,7 +83,7 @@ class Counts(Likelihood):
         return self.unnormalised(z, o) - torch.lgamma(o.values * o.mask + 1).sum(-1)
 
     def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
-        """log p without the constant log y!, which no optimum depends on."""
+        """Return log p without the constant log y!, which does not affect the optimum."""
         a = self.affine(z)
         return ((o.values * self._log_rate(a)[0] - self._rate(a)[0]) * o.mask).sum(-1)
 
@@ -102,7 +103,8 @@ class Counts(Likelihood):
         return torch.poisson(self.mean(z), generator=generator)
 
     def check(self, o: Observed, field: str) -> None:
-        """As ``Likelihood.check``; also: counts that are negative or not whole, silent units.
+        """Check as ``Likelihood.check``; also refuse negative or fractional counts and silent
+        units.
 
         Raises:
             ShapeError: naming ``field``.
@@ -125,8 +127,9 @@ class Counts(Likelihood):
 
 
 class _PoissonScore(torch.autograd.Function):
-    """log p of a Poisson readout, with its slope made at once: few passes over what has the size of
-    the observations."""
+    """log p of a Poisson readout and its slope, in few passes over arrays of the observations'
+    size.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, C: Tensor, b: Tensor, o: Observed, limit: float) -> Tensor:
@@ -159,7 +162,7 @@ class Poisson(Counts):
     """Counts per bin, Poisson; the link is exp(a), continued linearly above ``log_rate_max``.
 
     The continuation is once differentiable and keeps the cost convex and bounded below: clamping
-    the rate alone would leave -y a unbounded. It starts where no real rate lies.
+    only the rate would leave -y a unbounded. It starts beyond any realistic rate.
     """
 
     family = "poisson"
@@ -200,8 +203,8 @@ class Poisson(Counts):
     def slope_along(self, z: Tensor, o: Observed, dz: Tensor) -> Tensor:
         if not self.plain:
             return super().slope_along(z, o, dz)
-        # linear in the parameters, the gradient worked out: autograd would keep what is as large as
-        # the observations, and go through it a second time
+        # linear in the parameters, with an explicit gradient: autograd would store arrays of the
+        # observations' size and traverse them again
         with torch.no_grad():
             a = self.affine(z)
             weight = o.mask * (dz @ self.C.mT)
@@ -222,7 +225,7 @@ class Poisson(Counts):
 
 
 class SoftplusPoisson(Counts):
-    """Counts per bin, Poisson; the link is log(1 + exp(a)): linear in a where the rate is high.
+    """Counts per bin, Poisson; the link is log(1 + exp(a)), linear in a at high rates.
 
     Without a floor -log p is convex in a, so its exact second derivative serves as the curvature.
     """
@@ -234,7 +237,7 @@ class SoftplusPoisson(Counts):
         return softplus(a), slope, slope * torch.exp(logsigmoid(-a))  # slope (1 - slope)
 
     def _log_link(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # log softplus(a) -> a as a -> -inf, where softplus itself would lose its digits
+        # log softplus(a) -> a as a -> -inf, where softplus itself underflows
         low = a < -15
         link = softplus(torch.where(low, torch.zeros_like(a), a))
         tail = torch.exp(torch.where(low, a, 0.0))
