@@ -1,5 +1,4 @@
-"""What this process may use of the machine: memory and cores, within its container's limits; and
-the limits of a process, where the system has any."""
+"""Resources that this process may use: memory and cores within its container, and its limits."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ _ROOT = Path("/")
 
 
 def file_limits() -> tuple[float, float]:
-    """Files that this process may have open, now and at most; infinite where nothing limits it."""
+    """Return the soft and hard limit of open files; infinite if there is none."""
     if resource is None:
         return math.inf, math.inf
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -29,14 +28,14 @@ def file_limits() -> tuple[float, float]:
 
 
 def raise_file_limit() -> None:
-    """Let this process have as many files open as the system allows it."""
+    """Raise the limit of open files to the hard limit."""
     if resource is not None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def address_space() -> float:
-    """Bytes of addresses that this process may use; infinite where nothing limits it."""
+    """Return the limit of address space in bytes; infinite if there is none."""
     if resource is None:
         return math.inf
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -44,19 +43,19 @@ def address_space() -> float:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Return the peak resident size of this process in bytes."""
     if resource is None:
         memory = psutil.Process().memory_info()
-        return int(getattr(memory, "peak_wset", memory.rss))  # Windows has the former
+        return int(getattr(memory, "peak_wset", memory.rss))  # on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_memory(root: Path = _ROOT) -> int:
-    """Bytes this process can still allocate.
+    """Return the number of bytes that this process can still allocate.
 
-    The smallest of what the machine has available and of what is left below the limit of each
-    enclosing control group (version 1 or 2). Page cache counts as available: it is reclaimed first.
+    This is the minimum of the machine's available memory and of the memory left in each enclosing
+    control group (version 1 or 2). Page cache counts as available, since it is reclaimed first.
 
     Args:
         root: the folder that holds ``proc`` and ``sys``.
@@ -74,7 +73,7 @@ def available_memory(root: Path = _ROOT) -> int:
 
 
 def cores(root: Path = _ROOT) -> int:
-    """Cores this process may use: its affinity, and the processor quota of its control groups."""
+    """Return the number of usable cores, from affinity and CPU quotas of control groups."""
     affine = hasattr(os, "sched_getaffinity")
     least = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
     for group in _control_groups("cpu", root):
@@ -87,10 +86,9 @@ def cores(root: Path = _ROOT) -> int:
 
 
 def _control_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Folders of the groups that hold this process, each with its parents.
+    """Yield the folders of the control groups of this process, each with its parents.
 
-    Inside a container the path that the kernel states may not exist; its parents up to the mount
-    point do.
+    Inside a container the stated path may not exist, but its parents up to the mount point do.
     """
     mounted = root / "sys" / "fs" / "cgroup"
     for line in _text(root / "proc" / "self" / "cgroup").splitlines():
@@ -107,7 +105,7 @@ def _control_groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _text(path: Path) -> str:
-    """What a file holds; nothing where it cannot be read."""
+    """Return the content of a file; empty if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Progress of a long computation: one protocol, and the terminal's bar that shows it."""
+"""Progress of long computations: the protocol, and a progress bar for the terminal."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from ilqr_vae.terminal import console, visible
 
 
 class Progress(Protocol):
-    """Receives how far a computation is."""
+    """Receives the progress of a computation."""
 
     def __call__(
         self, what: str, done: int, of: int, note: str = "", left: float = math.nan
     ) -> None:
-        """``done`` of ``of`` units of ``what`` are done.
+        """Report that ``done`` of ``of`` units of ``what`` are done.
 
         Args:
-            note: the newest numbers.
-            left: seconds until everything is done, where that is known better than from the units
-                done so far.
+            note: the latest numbers.
+            left: estimated seconds left, if better known than from the units done so far.
         """
         ...
 
     def log(self, line: str) -> None:
-        """A line to keep."""
+        """Print a line that stays."""
         ...
 
 
 class Silent:
-    """Shows nothing."""
+    """A progress that is not shown."""
 
     def __call__(
         self, what: str, done: int, of: int, note: str = "", left: float = math.nan
@@ -47,7 +46,7 @@ SILENT = Silent()
 
 
 def duration(seconds: float) -> str:
-    """A duration for people, to two figures or so."""
+    """Format a duration with about two significant figures."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 600:
@@ -56,7 +55,7 @@ def duration(seconds: float) -> str:
 
 
 class _Left(bars.ProgressColumn):
-    """The time that is left: as it was told, else as the speed so far suggests."""
+    """A column with the time left: as reported, else from the speed so far."""
 
     def render(self, task: bars.Task) -> Text:
         seconds = task.time_remaining if math.isnan(task.fields["left"]) else task.fields["left"]
@@ -64,7 +63,7 @@ class _Left(bars.ProgressColumn):
 
 
 class Bar:
-    """Shows progress in a terminal: a bar for each computation that is not done, lines above them.
+    """Shows progress in a terminal: a bar for each running computation, below the log lines.
 
     A context manager. Bars fit the terminal's width and disappear once their work is done.
     """
@@ -80,14 +79,14 @@ class Bar:
             bars.TextColumn("{task.fields[note]}", markup=False, table_column=cut),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,  # else it ends with an empty line in a file
+            disable=not self.console.is_terminal,  # otherwise it ends with an empty line in a file
             expand=True,
         )
         self._tasks: dict[str, bars.TaskID] = {}
 
     @property
     def renderable(self) -> Table:
-        """The bars as they are now."""
+        """Return the current bars."""
         return self._bars.make_tasks_table(self._bars.tasks)
 
     def __enter__(self) -> Bar:

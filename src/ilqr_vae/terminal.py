@@ -1,8 +1,8 @@
-"""What the verbs print: text as it is, whatever the names in it.
+"""Console output of the verbs: plain text, safe for any names in it.
 
-Names of units, channels, sessions and files come from recordings. Rich would take ``[cm/s]`` for
-markup and ``:x:`` for a picture, and a terminal would act on control characters. Every console of
-the project is made here, where none of that happens; styles are given beside the text.
+Names of units, channels, sessions and files come from recordings. Rich would interpret ``[cm/s]``
+as markup and ``:x:`` as an emoji, and a terminal would execute control characters. All consoles of
+the project are created here, where none of that happens; styles are passed separately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.text import Text
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-"""The signals that ask a process to stop, on this system."""
+"""The signals of this system that ask a process to stop."""
 
 
 def visible(text: str) -> str:
@@ -33,10 +33,10 @@ def visible(text: str) -> str:
 
 
 class _Plain(Console):
-    """Takes no string for markup, and prints each on its own line.
+    """A console that does not interpret markup, and prints each string on its own line.
 
-    On a terminal, words that do not fit go to the next line, indented; none is broken. Elsewhere
-    lines stay as they are, for what reads them.
+    On a terminal, long lines are wrapped between words and indented. Elsewhere lines are not
+    changed, for programs that read them.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -54,11 +54,11 @@ class _Plain(Console):
 
 
 def console(*, stderr: bool = False, width: int | None = None, soft_wrap: bool = False) -> Console:
-    """A console that prints strings as they are.
+    """Return a console that prints strings unchanged.
 
     Args:
-        width: in characters; None is the terminal's.
-        soft_wrap: leave long lines to the terminal, so that what is copied has no breaks.
+        width: width in characters; None for the terminal's.
+        soft_wrap: let the terminal wrap long lines, so that copied text has no breaks.
     """
     return _Plain(
         stderr=stderr, width=width, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False
@@ -69,7 +69,7 @@ _ASCII = {"–": "-", "±": "+-", "°": "deg", "²": "2", "…": "...", "×": "x
 
 
 def _plainer(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace what cannot be encoded by what says the same in ASCII, else by an escape."""
+    """Replace characters that cannot be encoded by ASCII equivalents, or else by escapes."""
     if isinstance(error, UnicodeEncodeError):
         found = error.object[error.start]
         if found in _ASCII:
@@ -78,7 +78,7 @@ def _plainer(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def any_encoding() -> None:
-    """Have standard output and error take any text: what they cannot encode is made plainer."""
+    """Make standard output and error accept any text, replacing what they cannot encode."""
     codecs.register_error("ilqr_vae.plainer", _plainer)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -86,8 +86,7 @@ def any_encoding() -> None:
 
 
 def has_browser() -> bool:
-    """Whether a person sits here who would see a page that is opened: a terminal, a display, and
-    no continuous integration."""
+    """Return whether a user would see a browser page: a terminal, a display, and no CI."""
     if os.environ.get("CI") or not (sys.stdout.isatty() and sys.stdin.isatty()):
         return False
     shown = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")

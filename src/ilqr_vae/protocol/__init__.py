@@ -1,1 +1,1 @@
-"""What travels between service and clients: messages, keys and clocks."""
+"""Shared by service and clients: messages, keys and clocks."""

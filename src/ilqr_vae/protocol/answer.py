@@ -1,7 +1,8 @@
-"""The fields of an answer, spelled once: the engine fills them, the wire carries them, the client
-reads them. They differ in what holds a vector: a numpy array, or its bytes on the wire.
+"""The fields of an answer, shared by the engine, the messages and the client.
 
-n latents, N units, D kinematic channels (0 where the model has none), C classes. Times are
+Vectors are numpy arrays, or bytes in messages.
+
+n latents, N units, D kinematic channels (0 if the model has none), C classes. Times are in
 nanoseconds.
 """
 
@@ -20,24 +21,24 @@ Vector = NDArray[np.float64]
 V = TypeVar("V")
 
 VECTORS = ("latent", "latent_std", "rates", "kinematics", "kinematics_std")
-"""The fields of an answer that are vectors; ``classes`` is one too where the model has classes."""
+"""The vector fields of an answer; also ``classes`` if the model has classes."""
 
 
 class Estimated(msgspec.Struct, Generic[V], frozen=True, kw_only=True, gc=False):
-    """What the engine computes for one bin.
+    """The result of the engine for one bin.
 
     Attributes:
         latent, latent_std: (n,).
         rates: (N,), expected counts per bin.
         kinematics, kinematics_std: (D,), in the recording's units.
-        bits: one-step-ahead log-likelihood of the arriving bin in bits, against the training mean
-            rate.
-        spikes: how many the bin had. The running ratio of both is bits per spike.
-        iterations: iLQR iterations done.
-        solver: the solver's own status, e.g. converged, iteration_limit.
-        solve_start_ns, solve_end_ns: of the service's monotonic clock.
+        bits: one-step-ahead log-likelihood of the bin in bits, relative to the mean rates in
+            training.
+        spikes: number of spikes in the bin. The running ratio of both is bits per spike.
+        iterations: number of iLQR iterations.
+        solver: status of the solver, e.g. converged, iteration_limit.
+        solve_start_ns, solve_end_ns: times of the service's monotonic clock.
         model: id of the model that answered.
-        ignored: units whose counts in this bin were beyond the model's limits and were not used.
+        ignored: units whose counts in this bin exceeded the model's limits and were not used.
         classes: (C,), the probability of each class; None for a model without classes.
     """
 
@@ -58,18 +59,18 @@ class Estimated(msgspec.Struct, Generic[V], frozen=True, kw_only=True, gc=False)
 
 
 class PublishedEstimate(Estimated[V], Generic[V], frozen=True, kw_only=True, gc=False):
-    """An estimate with what the service adds as it publishes it.
+    """An estimate with the fields that the service adds for publication.
 
     Attributes:
-        session, epoch, index: of the bin.
-        revision: 0 for the first answer for a bin; higher supersedes. A bin that comes late within
-            the window, after it was answered as missing, is put in its place: it and all bins
-            after it are answered again.
+        session, epoch, index: session, epoch and index of the bin.
+        revision: 0 for the first answer to a bin; a higher revision supersedes it. A late bin
+            within the window, which was answered as missing, is inserted: it and all later bins are
+            answered again.
         status: ok, degraded (stopped early), late, missing (no bin came: prediction), extrapolated.
-        source_ns: what the bin was sent with; 0 for a bin that never came.
-        received_ns, published_ns: of the service's monotonic clock.
-        clock: as it came with the bin; ``source_ns`` + its offset is by the service's clock. None
-            where the feeder did not state it.
+        source_ns: time stamp of the feeder; 0 for a bin that never came.
+        received_ns, published_ns: times of the service's monotonic clock.
+        clock: offset sent with the bin; ``source_ns`` plus the offset is a time of the service's
+            clock. None if the feeder did not state it.
         class_name: the most probable class; empty where its probability is below the session's
             ``abstain``, and without classes.
     """
@@ -87,6 +88,6 @@ class PublishedEstimate(Estimated[V], Generic[V], frozen=True, kw_only=True, gc=
 
 
 def class_of(probabilities: Vector, names: Sequence[str], least: float) -> str:
-    """The most probable class; empty where its probability is below ``least`` or not a number."""
+    """Return the most probable class; empty if its probability is below ``least`` or NaN."""
     best = int(np.argmax(probabilities))
     return names[best] if probabilities[best] >= least else ""

@@ -1,4 +1,4 @@
-"""Arrays on the wire: raw little-endian bytes beside a dtype from an allow-list and a shape."""
+"""Arrays in messages: raw little-endian bytes, a dtype from an allow-list, and a shape."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Array(msgspec.Struct, frozen=True, gc=False):
 
 
 def pack(values: NDArray[Any], dtype: DType) -> Array:
-    """An array for the wire, converted to ``dtype``."""
+    """Pack an array for a message, converted to ``dtype``."""
     array = np.ascontiguousarray(values, dtype=np.dtype(dtype))
     return Array(dtype, array.shape, array.tobytes())
 
 
 def unpack(array: Array, field: str) -> NDArray[Any]:
-    """The array back, read-only. Raises ProtocolError naming ``field`` where it doesn't fit."""
+    """Return the read-only array. Raises ProtocolError naming ``field`` if it does not match."""
     dtype, shape = _NUMPY[array.dtype], array.shape
     if shape and min(shape) < 0:
         raise ProtocolError(f"{field}.shape", expected="sizes >= 0", got=str(shape))

@@ -1,4 +1,4 @@
-"""What all messages have in common."""
+"""The base of all messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 PROTOCOL = 2
-"""Raised only where an older peer could not understand a newer one; see docs/protocol.md."""
+"""Increased only for changes that older peers could not understand; see docs/protocol.md."""
 
 Token = Annotated[str, msgspec.Meta(max_length=64)]
 
@@ -24,12 +24,14 @@ class Message(
     tag_field="type",
     gc=False,
 ):
-    """Base: a tagged, immutable message without cycles. Fields that are not known are ignored."""
+    """Base of the tagged, immutable messages. Unknown fields are ignored."""
 
 
 class Offset(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The service's clock minus the sender's, and how far from the truth that may be, both in
-    nanoseconds; 0, 0 where they are the same clock."""
+    """The service's clock minus the sender's, and its uncertainty, in nanoseconds.
+
+    0, 0 if they are the same clock.
+    """
 
     offset_ns: Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
     uncertainty_ns: Annotated[int, msgspec.Meta(ge=0, le=2**62)]

@@ -1,8 +1,8 @@
-"""Monotonic clocks: of this machine, by name, and of another, by probes.
+"""Monotonic clocks: of this machine, identified by name, and of others, measured by probes.
 
-Two processes read the same clock where its ``name`` is the same: on one boot of one machine (and in
-one time namespace). Elsewhere a probe, answered with the other clock's time, bounds how far the
-clocks are apart: the answer was made between its sending and its return.
+Two processes read the same clock if its ``name`` is the same: on one boot of one machine (and in
+one time namespace). Otherwise a probe, answered with the other clock's time, bounds the offset of
+the clocks, since the answer was made between its sending and its return.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRIFT = 2e-4
-"""How fast two clocks may part, at most: quartz is within 100 parts in a million each."""
+"""Largest relative drift of two clocks: quartz is within 100 parts per million each."""
 
 
 class Clock(Protocol):
-    """A monotonic clock. ``name``: the same only for the same clock; "" where it is not known."""
+    """A monotonic clock. ``name`` is equal only for the same clock; "" if not known."""
 
     @property
     def name(self) -> str: ...
 
     def now_ns(self) -> int:
-        """Nanoseconds, never falling."""
+        """Return the time in nanoseconds, which never decreases."""
         ...
 
 
 class MonotonicClock:
-    """This machine's."""
+    """The clock of this machine."""
 
     @property
     def name(self) -> str:
@@ -47,8 +47,7 @@ class MonotonicClock:
 
 @cache
 def this_clock() -> str:
-    """Names this machine's monotonic clock since it was booted; "" where the system does not say
-    which boot that is."""
+    """Return the name of this machine's monotonic clock; "" if the boot id is not available."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         space = os.readlink("/proc/self/ns/time") if Path("/proc/self/ns/time").exists() else ""
@@ -62,11 +61,11 @@ class ClockOffset:
     """The service's clock minus this client's.
 
     Attributes:
-        offset_ns: add it to a client time to get the service's.
-        uncertainty_ns: the true offset is no further off than this.
-        at_ns: the client's time of it.
-        probes: how many were answered.
-        same: both read the same clock: the offset is zero.
+        offset_ns: add it to a client time for the service's time.
+        uncertainty_ns: bound on its error.
+        at_ns: client time of the measurement.
+        probes: number of answered probes.
+        same: whether both read the same clock, so that the offset is zero.
     """
 
     offset_ns: int
@@ -76,21 +75,20 @@ class ClockOffset:
     same: bool = False
 
     def uncertainty_at(self, now_ns: int) -> int:
-        """What it is by ``now_ns`` of the client's clock, for all that the clocks may have parted
-        since; nanoseconds."""
+        """Return the uncertainty in nanoseconds at ``now_ns`` of the client's clock, with drift."""
         return 0 if self.same else self.uncertainty_ns + round(DRIFT * abs(now_ns - self.at_ns))
 
 
 def offset_of(probes: Sequence[tuple[int, int, int]], *, same: bool = False) -> ClockOffset:
-    """The offset that all probes (sent, the other clock's answer, returned; ns) bear out.
+    """Return the offset consistent with all probes (sent, answered, returned; ns).
 
     Args:
-        same: the clocks have the same name; believed unless a probe says otherwise (two machines
+        same: the clocks have the same name; trusted unless a probe contradicts it (two machines
             started from one image may share it).
     """
     spans = [(there - after, there - before) for before, there, after in probes]
     low, high = max(a for a, _ in spans), min(b for _, b in spans)
-    if low > high:  # a clock was slewed meanwhile: the narrowest alone
+    if low > high:  # a clock was slewed meanwhile: use only the narrowest
         low, high = min(spans, key=lambda s: s[1] - s[0])
     at = probes[-1][2]
     if same and low <= 0 <= high:
@@ -105,7 +103,7 @@ def offset_of(probes: Sequence[tuple[int, int, int]], *, same: bool = False) -> 
 
 @dataclass(frozen=True, slots=True)
 class ClockTrack:
-    """The offset over a run: on the straight line between one before it and one after it."""
+    """The offset during a run: linear between a measurement before it and one after it."""
 
     first: ClockOffset
     last: ClockOffset
@@ -120,22 +118,22 @@ class ClockTrack:
 
     @property
     def uncertainty_ns(self) -> int:
-        """Of an offset on the line."""
+        """Uncertainty of an interpolated offset."""
         return max(self.first.uncertainty_ns, self.last.uncertainty_ns)
 
     @property
     def drift(self) -> float:
-        """Seconds per second that the service's clock gains."""
+        """Drift of the service's clock in seconds per second."""
         passed = self.last.at_ns - self.first.at_ns
         return (self.last.offset_ns - self.first.offset_ns) / passed if passed > 0 else 0.0
 
     def offset_ns(self, at_ns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """At client times, nanoseconds, of any shape."""
+        """Return the offset at client times in nanoseconds, of any shape."""
         gained = np.rint(self.drift * (at_ns - self.first.at_ns)).astype(np.int64)
         return self.first.offset_ns + gained
 
     def to_json(self) -> dict[str, Any]:
-        """Ready for ``json.dumps``; milliseconds."""
+        """Return values for ``json.dumps``, in milliseconds."""
         return {
             "same": self.same,
             "offset_ms": self.first.offset_ns / 1e6,

@@ -1,7 +1,7 @@
-"""Messages of feeders: sessions, what is fed to them, and the service's replies.
+"""Messages of feeders: sessions, bins, spikes and events, and the replies of the service.
 
-What goes up leaves out the fields that have their default value, so that a service that does not
-know a field refuses or ignores it only where it matters.
+Messages to the service omit fields with default values, so that a service that does not know a
+field ignores or refuses it only if it is used.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from ilqr_vae.protocol.base import Message, Name, Offset, Token
 
 
 class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Begin (or begin again, with a higher epoch) a session.
+    """Open a session (or open it again, with a higher epoch).
 
     Attributes:
         protocol: ``PROTOCOL``.
         session: name, 1-64 of [A-Za-z0-9._-].
-        units: the unit names, in the order of the counts; must be the model's.
-        bin_width_ns: must be the model's.
+        units: names of the model's units, in the order of the counts.
+        bin_width_ns: bin width of the model.
         epoch: run number; results of different epochs never mix.
         deadline_ns: an answer published later than this after ``received`` is flagged late.
         anytime: let the deadline cut a solve short (``degraded``); default is a fixed number of
             iterations, so that answers do not depend on the clock.
-        clocked: a bin that has not come ``grace_ns`` after its time is answered as ``missing``
-            without waiting for the next one; it is corrected if it still comes within the window.
-            If false, a missing bin is noticed only when a later one arrives. The times follow the
-            feeder's own: its rate (up to 10 % off the bin width), and its pauses.
+        clocked: a bin that has not arrived ``grace_ns`` after its expected time is answered as
+            ``missing`` without waiting for the next one; it is corrected if it still arrives within
+            the window. If false, a missing bin is noticed only when a later one arrives. Expected
+            times follow the feeder: its rate (up to 10 % from the bin width), and its pauses.
         grace_ns: for ``clocked`` and for spikes; 0 is half a bin width.
         watch_units: mask units that are dead, saturated or drifting, and report them by notices.
-        resume: continue this session and epoch where it stands (another feeder of it is gone, or
-            the service was restarted).
+        resume: continue this session and epoch (its other feeder is gone, or the service was
+            restarted).
         begin: with ``resume``, begin the session if it is not open; if false, refuse.
         answered: with ``resume``, the newest index whose answer the feeder has; later ones that
             the service still has are published again as they were.
-        token: a secret of the feeder's choice. A message that states it is from the session's
-            feeder, whatever connection it comes by; see ``Bin``.
-        model: a slot's name or a model's id; "" is the service's first.
+        token: a secret chosen by the feeder. A message that states it is from the session's feeder,
+            on any connection; see ``Bin``.
+        model: name of a slot or id of a model; "" is the first slot.
         origin_ns: if given, the feeder sends ``Spikes`` instead of ``Bin``, and bin k covers
             [origin_ns + k bin_width_ns, origin_ns + (k + 1) bin_width_ns) of its clock.
-        follow: the client goes where ``Moved`` says; a fleet refuses one that does not.
-        abstain: 0 to 1; an answer names no class where the largest probability is lower.
-        lag: answer each bin once more, with a higher revision, after this many later bins.
+        follow: the client follows ``Moved``; a fleet refuses one that does not.
+        abstain: 0 to 1; an answer names no class if the largest probability is lower.
+        lag: answer each bin again, with a higher revision, after this many later bins.
     """
 
     protocol: int
@@ -74,14 +74,14 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
 class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Counts of one bin.
 
-    It is from the session's feeder if it comes by the connection that opened the session or states
-    the session's token. If the session has no token, a bin of the same user, session and epoch is
-    also accepted by a new connection once the old one is gone. The session then follows the new
-    connection, and the reply is an ``Opened`` with ``resumed``.
+    It is from the session's feeder if it arrives on the connection that opened the session or
+    states the session's token. If the session has no token, a bin of the same user, session and
+    epoch is also accepted on a new connection once the old one is gone. The session then follows
+    the new connection, and the reply is an ``Opened`` with ``resumed``.
 
     Attributes:
-        source_ns: when it was complete, by the feeder's monotonic clock: of two bins the one with
-            the higher index has no earlier time.
+        source_ns: when it was complete, by the feeder's monotonic clock; must not decrease with the
+            index.
         mask: u1 per unit, 1 = observed; None = all observed.
         clock: how far the service's clock is from the feeder's; None where that is not known.
     """
@@ -97,20 +97,21 @@ class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Spikes(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """A batch of spikes, of a session that was opened with ``origin_ns``. Whose it is is decided as
-    for ``Bin``.
+    """A batch of spikes for a session that was opened with ``origin_ns``.
 
-    A feeder sends at least one batch in each bin width, an empty one if there was no spike: one
-    that is silent cannot be told from one that is gone.
+    Its feeder is determined as for ``Bin``.
+
+    A feeder sends at least one batch per bin width, empty if there was no spike: a silent feeder
+    cannot be distinguished from one that is gone.
 
     Attributes:
-        index: number of the batch, rising from 0 by 1. A batch whose number has come is refused.
-        source_ns: when it was sent, by the feeder's clock: of two batches the one with the higher
-            index has no earlier time, and no spike is later.
+        index: number of the batch, consecutive from 0. A repeated number is refused.
+        source_ns: when it was sent, by the feeder's clock; must not decrease with the index, and no
+            spike is later.
         times_ns: <i8 (S,), time of each spike by the feeder's clock, in any order.
         units: u1, <u2 or <u4 (S,), each spike's position in ``Open.units``.
-        until_ns: all spikes before this time are in this batch or an earlier one, so that bins
-            that end by then are closed; None is ``source_ns`` less the grace.
+        until_ns: all spikes before this time are in this batch or an earlier one, so that bins that
+            end by then are closed; None is ``source_ns`` minus the grace.
         clock, token: see ``Bin``.
     """
 
@@ -126,26 +127,26 @@ class Spikes(Message, frozen=True, kw_only=True, omit_defaults=True):
 
 
 TRIAL_START, TRIAL_STOP = "trial_start", "trial_stop"
-"""Names of the events that begin and end a trial."""
+"""Names of the events that start and end a trial."""
 
 
 class Event(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Something that happened in the experiment: a target, a cue, a reward, a stimulus.
 
-    Whoever has the session's token or is its user may send it, by any connection; the reply is
+    It may be sent on any connection with the session's token or by its user; the reply is
     ``Noted``. The service fills in ``received_ns``, ``bin`` and ``epoch`` and publishes it under
     ``event_topic``.
 
     Attributes:
         name: what it is; ``trial_start`` and ``trial_stop`` become trials when exported.
         time_ns: when it happened, by the sender's monotonic clock.
-        payload: what is to be known of it: names with numbers, text, lists or maps.
-        source, index: who says so, and its number of the event; an event whose numbers have come
-            is acknowledged and not published again.
+        payload: names with numbers, text, lists or maps.
+        source, index: the sender, and its number of the event; a repeated event is acknowledged but
+            not published again.
         clock: how far the service's clock is from the sender's; None where that is not known.
-        received_ns: arrival, by the service's clock; 0 on the way up.
-        bin: the next bin at that moment; -1 on the way up.
-        epoch: of the session at that moment; ignored on the way up.
+        received_ns: arrival, by the service's clock; 0 when sent.
+        bin: the next bin at that moment; -1 when sent.
+        epoch: epoch of the session at that moment; ignored when sent.
     """
 
     session: str
@@ -162,7 +163,7 @@ class Event(Message, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Close(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Answer what is queued, then end the session."""
+    """Answer the queued bins, then end the session."""
 
     session: str
     epoch: int = 0
@@ -176,11 +177,11 @@ class Opened(Message, frozen=True, kw_only=True):
     """The session is open.
 
     Attributes:
-        credits: bins that may be in flight unanswered.
-        next_index: the first bin that has not been taken yet.
-        resumed: it goes on where it stood, from ``next_index``.
-        next_batch: the first batch of spikes that has not been taken yet; only for spikes.
-        ignored: fields of ``Open`` that the service does not know; only where there are any.
+        credits: number of bins that may be unanswered.
+        next_index: first bin that was not accepted yet.
+        resumed: whether the session continues, from ``next_index``.
+        next_batch: first batch of spikes that was not accepted yet; only for spikes.
+        ignored: fields of ``Open`` that the service does not know, if any.
     """
 
     session: str
@@ -199,11 +200,11 @@ class Opened(Message, frozen=True, kw_only=True):
 
 
 class Moved(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """The session lives at another service: open it there, in the same words.
+    """The session is at another service: send the same ``Open`` there.
 
     Attributes:
         ingest, results: its addresses.
-        down_ns: how long nobody could answer, where the one before died; 0 where none did.
+        down_ns: downtime, if the previous service died; else 0.
     """
 
     session: str
@@ -246,7 +247,7 @@ class Refused(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Something was wrong with one message; nothing else is disturbed.
 
     Attributes:
-        index: of the bin, batch or event that was refused; -1 if the message was none.
+        index: index of the refused bin, batch or event; -1 for other messages.
     """
 
     field: str

@@ -1,8 +1,8 @@
-"""CURVE keys of a service and of those it lets in, as small TOML files in one folder.
+"""CURVE keys of a service and its clients, as small TOML files in a folder.
 
-``server.key`` is the service's pair; ``NAME.key`` a client's, with the service's public key beside
-it, so that one file is all a client needs; ``authorized.toml`` lists who is let in and as what.
-Files with a secret are readable by their owner alone.
+``server.key`` is the key pair of the service. ``NAME.key`` is that of a client, together with the
+service's public key, so that a client needs only this file. ``authorized.toml`` lists the admitted
+clients and their roles. Files with a secret are readable only by their owner.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 VARIABLE = "ILQR_VAE_KEY"
 _MOST_BYTES = 1 << 20
 _MOST_DOTS = 1000
-"""In one line of the allow-list: TOML takes a time quadratic in the parts of a dotted key."""
+"""Limit per line of the allow-list, since TOML parsing is quadratic in the parts of a key."""
 T = TypeVar("T")
 
 
 def _check(field: str, key: str) -> None:
-    """Raises ValueError where ``key`` is not 32 bytes in Z85."""
+    """Raise ValueError if ``key`` is not 32 bytes in Z85."""
     try:
         sound = len(z85.decode(key.encode("ascii"))) == 32
     except (ValueError, KeyError, struct.error):
@@ -70,14 +70,14 @@ class ClientKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             _check(field, getattr(self, field))
 
     def apply(self, socket: zmq.Socket[bytes]) -> None:
-        """Make a socket that is not connected yet speak with this key."""
+        """Use this key for a socket that is not connected yet."""
         socket.curve_publickey = self.public.encode()
         socket.curve_secretkey = self.secret.encode()
         socket.curve_serverkey = self.server.encode()
 
 
 class Client(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Who is let in: the user's name, public key, and what they may do."""
+    """An admitted client: name, public key and roles."""
 
     name: str
     public: str
@@ -102,8 +102,7 @@ class Authorized(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def _toml(values: object) -> bytes:
-    """The two shapes written here, as TOML: strings hold Z85, names and roles, none with quotes
-    or backslashes."""
+    """Format the two file types as TOML; no string contains quotes or backslashes."""
     if isinstance(values, Authorized):
         blocks = [
             f"[[client]]\nname = '{c.name}'\npublic = '{c.public}'\n"
@@ -129,7 +128,7 @@ def read_client_key(path: Path) -> ClientKey:
 
 
 def key_from_environment() -> ClientKey | None:
-    """The key that ``ILQR_VAE_KEY`` names, if it does. Raises ConfigError."""
+    """Return the key that ``ILQR_VAE_KEY`` names, if set. Raises ConfigError."""
     path = os.environ.get(VARIABLE)
     return read_client_key(Path(path)) if path else None
 
@@ -140,7 +139,7 @@ def read_server_key(folder: Path) -> ServerKey:
 
 
 def read_authorized(folder: Path) -> Authorized:
-    """The allow-list; empty where there is none yet. Raises ConfigError."""
+    """Return the allow-list; empty if there is none yet. Raises ConfigError."""
     path = folder / AUTHORIZED
     try:
         found = path.stat()
@@ -167,7 +166,7 @@ def _pair() -> tuple[str, str]:
 
 
 def make_server_key(folder: Path) -> ServerKey:
-    """The service's pair, made where there is none. Raises ConfigError."""
+    """Return the key pair of the service, created if there is none. Raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -181,10 +180,10 @@ def make_server_key(folder: Path) -> ServerKey:
 
 
 def add_client(folder: Path, name: str, roles: tuple[Role, ...]) -> Path:
-    """Make a client's key and let it in; returns its key file.
+    """Create a client's key and admit it; return the key file.
 
     Raises:
-        ConfigError: a name that is not 1-64 of [A-Za-z0-9._-], is taken, or no role.
+        ConfigError: the name is not 1-64 of [A-Za-z0-9._-] or is taken, or there is no role.
     """
     if not NAME.fullmatch(name) or name in ("server", "authorized"):
         raise ConfigError("name", expected="1-64 of [A-Za-z0-9._-]", got=repr(name))
@@ -204,7 +203,7 @@ def add_client(folder: Path, name: str, roles: tuple[Role, ...]) -> Path:
 
 
 def revoke_client(folder: Path, name: str) -> None:
-    """Let a client in no more; its key file stays. Raises ConfigError: no such client."""
+    """Revoke a client's key; its file stays. Raises ConfigError if there is no such client."""
     known = read_authorized(folder)
     kept = tuple(c for c in known.client if c.name != name)
     if len(kept) == len(known.client):

@@ -1,25 +1,25 @@
-"""Messages on the wire: MessagePack, typed, checked on arrival. docs/protocol.md is their page.
+"""Messages: typed MessagePack, checked on arrival; see docs/protocol.md.
 
-Two planes. A DEALER talks to the service's ROUTER: what feeders and clients send (``Upstream``),
-and the replies (``Downstream``). The service's XPUB sends what is ``Published`` under ``topic_of``
-it.
+There are two channels. Feeders and clients send ``Upstream`` messages from a DEALER to the
+service's ROUTER, and receive ``Downstream`` replies. The service's XPUB sends ``Published``
+messages under their ``topic_of``.
 
-Frames: a DEALER sends and gets one frame, the message (no empty delimiter). Published messages are
-two frames, the topic and the message. Wherever a session is opened the service publishes
-``Notice("opened")`` on its topic, and it sends the last message of a topic again to whoever
-subscribes to it anew: a client that subscribes, opens, and waits for any message of its epoch on
-the topic before its first bin therefore misses no result.
+Frames: a DEALER sends and receives one frame, the message (no empty delimiter). Published messages
+    have two frames, the topic and the message. When a session is opened the service publishes
+    ``Notice("opened")`` on its topic, and it sends the last message of a topic to each new
+    subscriber. So a client that subscribes, opens, and waits for any message of its epoch on the
+    topic before its first bin misses no result.
 
-Arrays travel as raw bytes (``arrays``). Nothing on the wire can execute: no pickle.
+Arrays are raw bytes (``arrays``). No message can execute code: there is no pickle.
 
 Times are nanoseconds of the sender's monotonic clock (``source_ns``: the feeder's; all others: the
-service's). On one machine the two are the same clock; elsewhere a feeder probes how far they are
-apart and says so with each bin (``Offset``), and each result says it again: whoever computes a
-latency from one clock to the other has its uncertainty.
+service's). On one machine they are the same clock. Otherwise a feeder measures their offset and
+states it with each bin (``Offset``), and each result repeats it, so that latencies across the
+clocks have a known uncertainty.
 
-The protocol grows by fields that have a default, and by types of messages. Both sides ignore fields
-that they do not know, and a client ignores messages of types that it does not know; the service
-refuses those, and names the fields of an ``Open`` that it ignored.
+The protocol is extended by fields with defaults, and by new message types. Both sides ignore
+unknown fields, and a client ignores messages of unknown types; the service refuses those, and names
+the fields of an ``Open`` that it ignored.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ T = TypeVar("T")
 
 
 def encode(message: Message) -> bytes:
-    """One MessagePack frame."""
+    """Encode a message as a MessagePack frame."""
     return _encoder.encode(message)
 
 
@@ -119,22 +119,22 @@ def _decode_known(decoder: msgspec.msgpack.Decoder[T], frame: bytes, what: str) 
 
 
 def decode_upstream(frame: bytes) -> Upstream:
-    """What a feeder or a control client sent. Raises ProtocolError."""
+    """Decode a message of a feeder or control client. Raises ProtocolError."""
     return _decode(_upstream, frame, "a message to the service")
 
 
 def decode_downstream(frame: bytes) -> Downstream | None:
-    """What the service answered; None for a type that is not known. Raises ProtocolError."""
+    """Decode a reply of the service; None for an unknown type. Raises ProtocolError."""
     return _decode_known(_downstream, frame, "an answer of the service")
 
 
 def decode_published(frame: bytes) -> Published | None:
-    """What the service published; None for a type that is not known. Raises ProtocolError."""
+    """Decode a published message; None for an unknown type. Raises ProtocolError."""
     return _decode_known(_published, frame, "a published result")
 
 
 def _keys(frame: bytes) -> dict[str, Any]:
-    """A message as it came; empty where it is none. ``type`` is there if it is text."""
+    """Return the raw fields of a message, empty if it is none; ``type`` only if it is text."""
     try:
         decoded = msgspec.msgpack.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -144,28 +144,28 @@ def _keys(frame: bytes) -> dict[str, Any]:
 
 
 def unknown_fields(frame: bytes, message: Message) -> tuple[str, ...]:
-    """Names in a frame that its message does not have; at most 16, of 64 characters each."""
+    """Return unknown field names in a frame, at most 16 of 64 characters each."""
     known = {field.encode_name for field in fields(message)} | {"type"}
     return tuple(str(name)[:64] for name in _keys(frame) if name not in known)[:_NAMED]
 
 
 def topic(session: str) -> bytes:
-    """Subscription prefix of a session; ends in NUL so that "1" is no prefix of "10"."""
+    """Return the topic of a session; it ends in NUL so that "1" is not a prefix of "10"."""
     return session.encode() + b"\x00"
 
 
 def event_topic(session: str) -> bytes:
-    """Topic of a session's events, for those who subscribe to just this."""
+    """Return the topic of a session's events."""
     return session.encode() + b"\x01"
 
 
 def detail_topic(session: str) -> bytes:
-    """Topic of a session's details, for those who subscribe to just this."""
+    """Return the topic of a session's details."""
     return session.encode() + b"\x02"
 
 
 def topic_of(message: Published) -> bytes:
-    """What a message is published under."""
+    """Return the topic of a message."""
     match message:
         case Event():
             return event_topic(message.session)

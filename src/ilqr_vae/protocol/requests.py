@@ -1,4 +1,4 @@
-"""Requests about the service itself, and its answers."""
+"""Requests about the service itself, and its replies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ilqr_vae.protocol.base import Message
 
 
 class Describe(Message, frozen=True, kw_only=True):
-    """Ask what is served."""
+    """Request a description of the service."""
 
 
 class Described(Message, frozen=True, kw_only=True):
@@ -25,7 +25,7 @@ class Described(Message, frozen=True, kw_only=True):
 
 
 class Sessions(Message, frozen=True, kw_only=True):
-    """Ask for the open sessions."""
+    """Request the open sessions."""
 
 
 class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ class Probe(Message, frozen=True, kw_only=True):
 
 
 class Probed(Message, frozen=True, kw_only=True):
-    """``clock`` names the service's clock (see ``protocol.clock``); "" where it has no name."""
+    """``clock`` names the service's clock (see ``protocol.clock``); "" if it has no name."""
 
     client_ns: int
     service_ns: int
@@ -64,11 +64,12 @@ class Probed(Message, frozen=True, kw_only=True):
 
 
 class Load(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Load a model file into a slot ("" is the first) beside what is served there.
+    """Load a model file into a slot ("" is the first) beside the served model.
 
     Attributes:
-        path: on the service's machine, inside its model folder.
-        shadow: run it beside the serving model and keep both scores; else serve it once warm.
+        path: file on the service's machine, inside its model folder.
+        shadow: whether to run it beside the serving model and keep both scores; if false, serve it
+            once warm.
     """
 
     path: str
@@ -77,24 +78,27 @@ class Load(Message, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Swap(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Serve the slot's shadow from each session's next bin on."""
+    """Serve the shadow of the slot, from the next bin of each session on."""
 
     slot: str = ""
 
 
 class Rollback(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Serve again what the slot served before, or drop its shadow where there is one."""
+    """Drop the shadow of the slot, or serve its previous model again."""
 
     slot: str = ""
 
 
 class Models(Message, frozen=True, kw_only=True):
-    """Ask for the models."""
+    """Request the models."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A model of a slot. ``bits_per_spike`` is over the ``bins`` that it and its slot's other one
-    both answered."""
+    """A model of a slot.
+
+    ``bits_per_spike`` is over the ``bins`` that it and the other model of its slot both
+    answered.
+    """
 
     slot: str
     model: str

@@ -1,4 +1,4 @@
-"""What the service publishes."""
+"""Messages that the service publishes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from ilqr_vae.protocol.base import Message
 
 
 class Result(PublishedEstimate[Array], Message, frozen=True, kw_only=True, omit_defaults=True):
-    """The answer for one bin; its vectors are <f8."""
+    """The answer to a bin; its vectors are <f8."""
 
 
 class Detail(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """What the answer for one bin was inferred from, and the inputs inferred; published before the
-    result, under a topic of its own, for those who look closely.
+    """The data and inferred inputs of an answer, published before it under a separate topic.
 
     Attributes:
-        revision: of the result.
-        counts: <u2 (N,), as the service took them; None for a bin that did not come.
+        revision: revision of the result.
+        counts: <u2 (N,), counts as used; None for a missing bin.
         mask: u1 (N,), 1 = used; None = all used.
-        inputs: <f8 (m,), of the model's dynamics ``input_delay`` bins before; None where nothing
-            was solved, or where the session has not lasted so long. A bin alone tells little of its
-            own.
-        members: <f8 (K, n), the latents of all members of an ensemble, each in coordinates of its
-            own; None for one model.
+        inputs: <f8 (m,), inputs of the dynamics ``input_delay`` bins before, since a bin alone says
+            little about its own; None if nothing was solved, or the session is shorter.
+        members: <f8 (K, n), latents of all members of an ensemble, each in its own coordinates;
+            None for a single model.
     """
 
     session: str

@@ -1,10 +1,10 @@
-"""Spike times to counts in bins, whatever order they come in.
+"""Binning of spike times that arrive in any order.
 
-A binner takes batches of spikes, numbered from 0, and says which bins are complete. A bin is
-complete when a batch has said that all spikes before the bin's end have been sent, unless a batch
-that has not come may hold spikes of that bin. So a silent bin is complete and zero, and a bin of
-which something was lost is not complete. What a binner holds depends on the batches that have come,
-not on their order.
+A binner takes batches of spikes, numbered from 0, and determines which bins are complete. A bin is
+complete when a batch has stated that all spikes before its end were sent, unless a batch that has
+not arrived may contain spikes of that bin. So a silent bin is complete and zero, and a bin with
+lost spikes is not complete. The state of a binner depends on the batches that have arrived, not on
+their order.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MAX_GAPS = 256
 
 
 class Update(NamedTuple):
-    """What one batch changed.
+    """The changes by a batch.
 
     Attributes:
-        closed: bins of which no further spike is expected from here on. Not all need be complete.
-        revised: earlier bins that are complete now and were not, or whose counts changed; rising.
+        closed: bins for which no further spike is expected; not all need be complete.
+        revised: earlier bins that have become complete, or whose counts changed; increasing.
         early: spikes before the origin, which are not used.
-        lost: spikes of bins that are no longer kept, which are not used.
+        lost: number of spikes of bins that are no longer kept, which are not used.
     """
 
     closed: range
@@ -41,7 +41,7 @@ class Update(NamedTuple):
 
 @dataclass(slots=True)
 class _Gap:
-    """Batches ``first`` to ``last`` have not come. Their spikes lie in [after_ns, before_ns]."""
+    """Missing batches ``first`` to ``last``, with spikes in [after_ns, before_ns]."""
 
     first: int
     last: int
@@ -57,10 +57,10 @@ class SpikeBinner:
     Args:
         n_units: N.
         width_ns: the bin width.
-        origin_ns: where bin 0 begins.
-        grace_ns: how long after its time a spike may be sent, where batches do not say.
-        keep: how many closed bins are kept for late spikes.
-        reach: how many bins beyond the newest closed one a spike may lie.
+        origin_ns: start of bin 0.
+        grace_ns: largest delay of a spike, if batches do not state it.
+        keep: number of closed bins to keep for late spikes.
+        reach: largest number of bins beyond the newest closed one for a spike.
 
     Attributes:
         next_bin: the first bin that is not closed.
@@ -86,32 +86,32 @@ class SpikeBinner:
 
     @property
     def next_batch(self) -> int:
-        """The first batch that has not come."""
+        """The first batch that has not arrived."""
         return self._gaps[0].first if self._gaps else self._newest + 1
 
     def begin(self, batch: int) -> None:
-        """Take all batches before ``batch`` as having come."""
+        """Assume that all batches before ``batch`` have arrived."""
         self._newest = max(self._newest, batch - 1)
 
     def came(self, batch: int) -> bool:
-        """Whether a batch has come, or is too old to be waited for."""
+        """Return whether a batch has arrived, or is too old to wait for."""
         return batch <= self._newest and self._gap(batch) is None
 
     def bin_of(self, time_ns: int) -> int:
-        """The bin that a time lies in."""
+        """Return the bin of a time."""
         return (time_ns - self._origin) // self._width
 
     def end_ns(self, index: int) -> int:
-        """When a bin ends."""
+        """Return the end of a bin."""
         return self._origin + (index + 1) * self._width
 
     def counts(self, index: int) -> Counts:
-        """(N,) spikes of a bin so far; zeros for a bin that is not kept."""
+        """Return the counts (N,) of a bin so far; zeros for a bin that is not kept."""
         held = self._counts.get(index)
         return np.zeros(self._n_units) if held is None else np.minimum(held, MAX_COUNT)
 
     def complete(self, index: int) -> bool:
-        """Whether a bin is closed and none of its spikes can be in a batch that has not come."""
+        """Return whether a bin is closed and no missing batch can contain its spikes."""
         end = self.end_ns(index)
         begin = end - self._width
         return index < self.next_bin and not any(
@@ -126,19 +126,19 @@ class SpikeBinner:
         units: ArrayLike,
         until_ns: int | None = None,
     ) -> Update:
-        """Take a batch.
+        """Add a batch.
 
         Args:
-            batch: its number; one that has come changes nothing.
-            source_ns: when it was sent: no spike is later, and none of an earlier batch.
+            batch: its number; a repeated one changes nothing.
+            source_ns: when it was sent; no spike of it or an earlier batch is later.
             times_ns: (S,) integers.
             units: (S,) integers in [0, N).
-            until_ns: all spikes before are in this batch or earlier ones; default ``source_ns``
-                less the grace.
+            until_ns: all earlier spikes are in this batch or earlier ones; default: ``source_ns``
+                minus the grace.
 
         Raises:
-            ShapeError: not one time for each unit, no such unit, a spike after ``source_ns`` or out
-                of reach. Nothing of the batch is used.
+            ShapeError: there is not one time for each unit, a unit does not exist, or a spike is
+                after ``source_ns`` or out of reach. Nothing of the batch is used.
         """
         times, which = self._checked(times_ns, units, source_ns)
         before = self.next_bin
@@ -187,7 +187,7 @@ class SpikeBinner:
         return times.astype(np.int64), which.astype(np.int64)
 
     def _count(self, bins: NDArray[np.int64], units: NDArray[np.int64]) -> set[int]:
-        """Count spikes; returns their bins."""
+        """Count spikes; return their bins."""
         touched: set[int] = set()
         for index in np.unique(bins).tolist():
             held = self._counts.get(index)
@@ -200,7 +200,7 @@ class SpikeBinner:
         return next((gap for gap in self._gaps if gap.first <= batch <= gap.last), None)
 
     def _number(self, batch: int, source_ns: int, said_ns: int) -> _Gap | None:
-        """Follow the numbers of the batches. Returns the gap that the batch was in."""
+        """Track the batch numbers. Return the gap that the batch was in."""
         if batch > self._newest:
             if batch > self._newest + 1:
                 gap = _Gap(self._newest + 1, batch - 1, self._until_ns, source_ns)
