@@ -15,15 +15,15 @@ from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import MAX_COUNT, MAX_GAP_SECONDS
 from ilqr_vae.recordings.physical_units import conversion
 
-# An edge this close to a spike or sample, in bins, is that spike's or sample's own: times such as
-# 0.15 and 3 * 0.05 differ by rounding.
+# A spike or sample this close to an edge, in bins, is on the edge: times such as 0.15 and 3 * 0.05
+# differ by rounding.
 EDGE = 1e-6
 
 
 def bin_spikes(
     spike_times: Sequence[NDArray[Any]], start: float, bin_width: float, n_bins: int
 ) -> NDArray[np.uint16]:
-    """Counts (n_bins, N) of N units' spike times in seconds; those outside the bins are dropped.
+    """Count spikes (n_bins, N) of N units from times in seconds, ignoring those outside the bins.
 
     Raises:
         RecordingError: a time is not finite, or a count exceeds 65535.
@@ -42,7 +42,7 @@ def bin_spikes(
 
 
 def _countable(inside: NDArray[np.int64], unit: int) -> NDArray[np.int64]:
-    """A unit's counts, if they fit. Raises RecordingError."""
+    """Return the counts of a unit as uint16. Raises RecordingError if one does not fit."""
     if int(inside.max(initial=0)) > MAX_COUNT:
         raise RecordingError(
             f"units[{unit}].spike_times",
@@ -58,12 +58,12 @@ def bin_windows(
     bins: NDArray[np.int64],
     bin_width: float,
 ) -> NDArray[np.uint16]:
-    """Counts of windows laid end to end: (sum of bins, N).
+    """Count spikes in concatenated windows: (sum of bins, N).
 
     Args:
         spike_times: N units' increasing times in seconds, finite.
-        begin: (K,), seconds: left edge of each window. Windows may overlap.
-        bins: (K,), how many bins each has.
+        begin: (K,), left edge of each window in seconds. Windows may overlap.
+        bins: (K,), number of bins of each.
 
     Raises:
         RecordingError: a count exceeds 65535.
@@ -82,12 +82,12 @@ def bin_windows(
 
 
 def left_edges(start: float, bin_width: float, n_bins: int) -> NDArray[np.float64]:
-    """(n_bins,), seconds at which each bin begins."""
+    """Return the left edges (n_bins,) in seconds."""
     return np.asarray(start + bin_width * np.arange(n_bins), dtype=np.float64)
 
 
 def bins_of(seconds: NDArray[Any], start: float, bin_width: float) -> NDArray[np.int64]:
-    """The bin each time falls in, negative before ``start``."""
+    """Return the bin of each time, negative before ``start``."""
     position = (np.asarray(seconds, dtype=np.float64) - start) / bin_width
     return np.floor(position + EDGE).clip(-(2.0**62), 2.0**62).astype(np.int64)
 

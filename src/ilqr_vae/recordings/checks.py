@@ -1,4 +1,4 @@
-"""Checks and conversions that every reader shares."""
+"""Checks and conversions shared by all readers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def existing_file(path: str | Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -98,7 +98,7 @@ def _refuse(array: NDArray[Any], bad: NDArray[np.bool_], field: str, expected: s
 def same_bin_width(file: float, spec: float, field: str) -> None:
     """Raises RecordingError unless the file's bin width is the spec's (relative 1e-6)."""
     if not (np.isfinite(file) and abs(file - spec) <= 1e-6 * abs(spec)):
-        # digits enough to tell two widths apart that are not the same
+        # enough digits to distinguish the two widths
         raise RecordingError(
             "data.bin_width", expected=f"the file's {file:.10g} s ({field})", got=f"{spec:.10g} s"
         )
@@ -117,7 +117,7 @@ def stated_width(spec: RecordingSpec, kind: str) -> RecordingSpec:
 
 
 def unique_names(names: tuple[str, ...], field: str) -> tuple[str, ...]:
-    """The names. Raises RecordingError where one comes twice."""
+    """Return the names. Raises RecordingError if one is repeated."""
     if len(set(names)) != len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise RecordingError(field, expected="unique names", got=f"{twice!r} more than once")
@@ -125,7 +125,7 @@ def unique_names(names: tuple[str, ...], field: str) -> tuple[str, ...]:
 
 
 def name_words(name: str) -> list[str]:
-    """The words of a name in snake, kebab or camel case, in lower case."""
+    """Return the words of a name in snake, kebab or camel case, in lower case."""
     parted = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
     return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", parted) if word]
 
@@ -183,7 +183,7 @@ def fill_gaps(
     field: str,
     wanted: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Kinematics without NaN, and which rows are to be believed.
+    """Return kinematics without NaN, and which rows are valid.
 
     A row with any channel missing is interpolated linearly in time, each channel by itself; before
     the first and after the last measurement the nearest one holds.
@@ -268,7 +268,7 @@ def inside_intervals(
 
 
 def missing_extra(field: str, package: str, extra: str) -> RecordingError:
-    """The error for a reader whose package is not installed."""
+    """Return the error for a reader whose package is not installed."""
     return RecordingError(
         field,
         expected=f"the package {package!r} (pip install '.[{extra}]')",

@@ -1,4 +1,4 @@
-"""One door for every file format."""
+"""Reading a recording of any file format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ilqr_vae.recordings.split import at_rest
 
 
 def kinematics_key(path: str | Path) -> str:
-    """The key of ``RecordingSpec`` that names the kinematics of a file of this suffix."""
+    """Return the key of ``RecordingSpec`` that names the kinematics for this suffix."""
     suffix = Path(path).suffix.lower()
     return f"{'hdf5' if suffix in ('.h5', '.hdf5') else suffix[1:]}.kinematics"
 
@@ -36,12 +36,12 @@ def load_recording(
     Args:
         path: the file.
         spec: how to read it (bin width, fields); None means the defaults.
-        kinematics: name of what to decode; None keeps the spec's.
-        settings: keys of ``RecordingSpec`` instead of the spec's: ``bin_width=0.02``,
-            ``nwb={"rate": 50.0}``; see ``files.with_settings``.
+        kinematics: name of the series to decode; None keeps the spec's.
+        settings: overrides by key of ``RecordingSpec``: ``bin_width=0.02``, ``nwb={"rate": 50.0}``;
+            see ``files.with_settings``.
 
     Raises:
-        ConfigError: an unknown key, a wrong type.
+        ConfigError: a key is unknown, or a type is wrong.
         RecordingError: no such file, another suffix, a file that is not what its suffix says, a
             field that is absent, or contents that are no recording (``read_nwb``, ``read_mat``,
             ``read_hdf5``).
@@ -77,7 +77,7 @@ class Decoder(Protocol):
 
 
 def load_at(path: str | Path, spec: RecordingSpec, bin_width: float) -> Recording:
-    """Read a recording at a model's bin width. Raises RecordingError: it has another one."""
+    """Read a recording at a model's bin width. Raises RecordingError if it has another one."""
     if spec.bin_width is None:
         spec = msgspec.structs.replace(spec, bin_width=bin_width)
     recording = load_recording(path, spec)

@@ -1,4 +1,4 @@
-"""The one recording type: binned spike counts with what was measured beside them.
+"""The type of recordings: binned spike counts, with kinematics and trials.
 
 Notation: T bins, N units, D kinematic channels. Bin t covers [start + t w, start + (t+1) w), w the
 bin width; kinematics at bin t are what the subject did during bin t.
@@ -18,7 +18,7 @@ from ilqr_vae.errors import RecordingError
 
 @dataclass(frozen=True, slots=True)
 class RecordingWarning:
-    """Something odd about a recording that was read all the same.
+    """A warning about a recording that could be read.
 
     Attributes:
         name: stable, for programs, e.g. ``spikes-outside``.
@@ -58,7 +58,7 @@ class Trials:
         return len(self.start)
 
     def shifted(self, keep: NDArray[np.bool_], by: int) -> Trials:
-        """The trials kept, every bin number ``by`` less."""
+        """Return the kept trials, with all bin indices reduced by ``by``."""
         return Trials(
             start=self.start[keep] - by,
             stop=self.stop[keep] - by,
@@ -69,11 +69,11 @@ class Trials:
 
 
 UNKNOWN = frozenset({"", "nan", "None"})
-"""Conditions that say that there is none."""
+"""Labels that mean no condition."""
 
 
 def _numbers_first(condition: str) -> tuple[bool, float, str]:
-    """The order of conditions: numbers by their value, then text."""
+    """Sort key of conditions: numbers by value, then text."""
     try:
         return False, float(condition), condition
     except ValueError:
@@ -201,14 +201,14 @@ class Recording:
         return int(self.counts.shape[1])
 
     def segments(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-        """The stretches of bins [start, stop) in which each bin follows on the one before."""
+        """The contiguous ranges of bins [start, stop)."""
         stop = len(self) if stop is None else stop
         inside = self.breaks[(self.breaks > start) & (self.breaks < stop)]
         edges = [start, *inside.tolist(), stop]
         return [(a, b) for a, b in pairwise(edges) if b > a]
 
     def mask(self) -> NDArray[np.bool_]:
-        """(T, N), True where a count is data."""
+        """Return a mask (T, N), True where a count is data."""
         whole = np.broadcast_to(self.valid[:, None], self.counts.shape)
         return whole if self.observed is None else whole & self.observed
 
@@ -233,7 +233,7 @@ class Recording:
         return found
 
     def require_bin_width(self, seconds: float) -> None:
-        """Raises RecordingError: the bins are not as wide as a model's."""
+        """Raise RecordingError if the bin width differs from a model's."""
         if abs(self.bin_width - seconds) > 1e-9:
             raise RecordingError(
                 "recording.bin_width",
@@ -242,13 +242,15 @@ class Recording:
             )
 
     def mean_counts(self, start: int, stop: int) -> NDArray[np.float64]:
-        """(N,), each unit's mean count over the bins of [start, stop) in which it was observed."""
+        """Return each unit's mean count (N,) over the bins of [start, stop) where it was
+        observed.
+        """
         seen = self.mask()[start:stop]
         spikes = np.where(seen, self.counts[start:stop], 0).sum(0, dtype=np.float64)
         return spikes / np.maximum(seen.sum(0), 1)
 
     def slice(self, start: int, stop: int) -> Recording:
-        """Bins [start, stop) as a recording of its own; trials wholly inside are kept, shifted."""
+        """Return bins [start, stop) as a recording; trials entirely inside are kept and shifted."""
         trials = self.trials
         if trials is not None:
             trials = trials.shifted((trials.start >= start) & (trials.stop <= stop), start)
@@ -267,7 +269,7 @@ class Recording:
         )
 
     def select_units(self, names: tuple[str, ...]) -> Recording:
-        """The named units, in the order named.
+        """Return the recording with the named units, in this order.
 
         Raises:
             RecordingError: a name is not in the recording.

@@ -1,4 +1,4 @@
-"""Which bins train, which choose, which are scored: a split by time or by label."""
+"""The split into training, validation and test part, by time or by label."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ start there, so that their decodes of a span are the same.
 
 
 def warmup_start(start: int) -> int:
-    """The first bin to stream for a span that begins at bin ``start``."""
+    """Return the first bin to stream for a span that starts at bin ``start``."""
     return max(0, start - WARMUP_BINS)
 
 
 def parse_span(text: str) -> Span:
-    """A span by name. Raises ConfigError."""
+    """Parse the name of a span. Raises ConfigError."""
     for span in SPANS:
         if text == span:
             return span
@@ -41,7 +41,7 @@ def parse_span(text: str) -> Span:
 
 
 def plan_drops(n_bins: int, share: float, seed: int) -> NDArray[np.bool_]:
-    """bool (n_bins,), True for bins to leave out; never the first nor the last of the stream.
+    """Draw bins to drop, bool (n_bins,); never the first or last of the stream.
 
     ``evaluate`` and ``replay`` both draw from here: the same seed leaves out the same bins.
     """
@@ -83,12 +83,12 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     fraction: ShareAboveZero = 1.0
 
     def bins(self, span: Span, n_bins: int) -> tuple[int, int]:
-        """The half-open range of bins of a span of a recording without bounds of its own."""
+        """Return the half-open range of bins of a span, without the recording's own bounds."""
         a, b = round(self.train * n_bins), round(self.validation * n_bins)
         return self._ranges(a, b, n_bins)[span]
 
     def span(self, span: Span, recording: Recording) -> tuple[int, int]:
-        """The half-open range of bins of a span: by the recording's own bounds if it has any."""
+        """Return the half-open range of bins of a span, by the recording's own bounds if any."""
         if recording.bounds is None:
             edges = np.append(np.flatnonzero(recording.valid), len(recording))
             start, stop = self.bins(span, len(edges) - 1)
@@ -96,7 +96,7 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return self._ranges(*recording.bounds, len(recording), recording)[span]
 
     def occupied(self, span: Span, recording: Recording) -> tuple[int, int]:
-        """``span``, of one that has some bins. Raises RecordingError."""
+        """Return ``span``. Raises RecordingError if it is empty."""
         start, stop = self.span(span, recording)
         if stop <= start:
             raise RecordingError(
@@ -118,7 +118,7 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 def segment_start(recording: Recording, bin_: int) -> int:
-    """The first bin of the segment that ``bin_`` lies in; itself where it is past the end."""
+    """Return the first bin of the segment of ``bin_``, or ``bin_`` if it is past the end."""
     if bin_ >= len(recording):
         return bin_
     before = recording.breaks[recording.breaks <= bin_]
@@ -176,4 +176,4 @@ def at_rest(recording: Recording, split: SplitSpec) -> tuple[RecordingWarning, .
 def varies(y: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(D,), which columns of (T, D) vary by more than rounding; T is at least 1."""
     dust = 16 * np.finfo(np.float64).eps * np.abs(y).max(axis=0)
-    return np.ptp(y, axis=0) > dust  # exact, where a mean would be rounded
+    return np.ptp(y, axis=0) > dust  # exact, unlike a mean, which is rounded

@@ -1,7 +1,7 @@
 """One report of a causal run, as JSON and as a self-contained HTML page.
 
-``replay`` and ``evaluate`` fill a ``ReportData`` with arrays and hand it here. ``to_json`` and the
-scores need numpy and scipy alone; ``render_html`` needs the extra ``report`` (matplotlib, jinja2).
+``replay`` and ``evaluate`` fill a ``ReportData`` with arrays. ``to_json`` and the scores need only
+numpy and scipy; ``render_html`` needs the extra ``report`` (matplotlib, jinja2).
 
 >>> scores = score_decodes(recording, spec, bins=(750, 1000), decoded=decoded, std=std)
 ...                                                             # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""What a report says of trials and of time, as numbers: for the pictures and for the JSON form."""
+"""Analyses of trials and of errors over time, for the figures and the JSON form of a report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Array = NDArray[np.float64]
 
 TARGET, MOVEMENT = "target onset", "movement onset"
 BEFORE, AFTER = 0.4, 0.8
-"""Seconds shown around an event."""
+"""Window around an event in seconds."""
 FEWEST_TRIALS = 3
 MOST_CONDITIONS = 8
 _SPEED_SHARE = 0.2
 _ONE_WAY = 0.7
-"""Length of the mean of unit vectors from which on they count as one direction."""
+"""Length of the mean of unit vectors above which they count as one direction."""
 _ON, _GO = {"on", "onset"}, {"go", "gocue"}
 _MOVING = {"move", "moved", "moving", "movement"}
 
@@ -88,12 +88,12 @@ class Psths:
 
 
 def summary(found: Residuals | Triggered | Psths | None) -> dict[str, Any] | None:
-    """As plain numbers."""
+    """Return plain numbers."""
     return None if found is None else asdict(found)
 
 
 def residuals(data: ReportData, blocks: int = 40) -> Residuals | None:
-    """Errors in up to ``blocks`` blocks of equal length; None without truth."""
+    """Return errors in up to ``blocks`` blocks of equal length; None without truth."""
     if data.decoded is None or data.truth is None or len(data.truth) < 2:
         return None
     n = len(data.truth)
@@ -115,7 +115,7 @@ def residuals(data: ReportData, blocks: int = 40) -> Residuals | None:
 
 
 def onsets(data: ReportData) -> dict[str, Array]:
-    """When target and movement came, in bins, a trial; NaN where not.
+    """Return target and movement onset of each trial in bins; NaN if there is none.
 
     The target by an event whose name has the word ``target`` with one of ``_ON``, else ``go``, else
     the trial's start. The movement by an event whose name has a word of moving, else, where
@@ -168,7 +168,7 @@ def _around(data: ReportData, values: Array, at: Array) -> tuple[Array, Array]:
 
 
 def triggered_inputs(data: ReportData) -> list[Triggered]:
-    """Inputs around target and movement onset; empty without inputs or trials."""
+    """Return inputs around target and movement onset; empty without inputs or trials."""
     if data.inputs is None or data.inputs.shape[1] == 0:
         return []
     norm = np.sqrt((data.inputs**2).sum(axis=1))
@@ -262,7 +262,7 @@ def outward(data: ReportData) -> tuple[NDArray[np.int64], Array]:
 
 
 def _sectors(angles: Array) -> tuple[str, ...]:
-    """The eighth of the circle that each direction lies in."""
+    """Return the eighth of the circle of each direction."""
     return tuple(
         f"{45 * (round(a / (np.pi / 4)) % 8)}°" if np.isfinite(a) else "no movement"
         for a in angles.tolist()
@@ -270,7 +270,7 @@ def _sectors(angles: Array) -> tuple[str, ...]:
 
 
 def _direction(angles: Array) -> float:
-    """Mean direction of a condition's trials in radians; NaN where they go several ways."""
+    """Return the mean direction of a condition's trials in radians; NaN if they differ."""
     known = angles[np.isfinite(angles)]
     mean = complex(np.exp(1j * known).mean()) if known.size else 0j
     return float(np.angle(mean)) if abs(mean) > _ONE_WAY else float("nan")

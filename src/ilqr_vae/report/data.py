@@ -1,4 +1,4 @@
-"""What a report is made of, and its JSON form."""
+"""The data of a report, and its JSON form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUANTILES: tuple[tuple[str, float], ...] = (("p50", 50.0), ("p99", 99.0), ("p99.
 
 
 def distribution(values: NDArray[Any]) -> dict[str, float]:
-    """n, p50, p99, p99.9 and max of the finite ``values``; n = 0 and NaN where there are none."""
+    """Return n, p50, p99, p99.9 and max of the finite ``values``; n = 0 and NaN for none."""
     finite = np.asarray(values, dtype=np.float64)
     finite = finite[np.isfinite(finite)]
     if not finite.size:
@@ -157,7 +157,7 @@ class ReportData:
 
     @property
     def statuses(self) -> dict[str, int]:
-        """How many bins had each status; ``unanswered`` for none."""
+        """Number of bins by status; ``unanswered`` for none."""
         return dict(Counter(s or "unanswered" for s in self.status).most_common())
 
     @property
@@ -175,7 +175,7 @@ class ReportData:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with numpy scalars made Python's and what is not finite made None."""
+    """Return ``value`` with numpy scalars converted to Python's, and non-finite ones to None."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

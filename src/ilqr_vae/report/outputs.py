@@ -1,4 +1,4 @@
-"""The files a causal run leaves: numbers, a page, every answer."""
+"""The output files of a causal run: numbers, a page, all answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ilqr_vae.report.table import Table
 
 
 def check_html(path: Path | None, field: str) -> None:
-    """Refuse to promise a page that cannot be made, before the work begins.
+    """Check that a page can be written, before the work begins.
 
     Raises:
         ConfigError: ``path`` cannot be written, or the extra ``report`` is not installed.
@@ -82,7 +82,7 @@ def add_cursor(path: Path, cursor: Mapping[str, Reaches], radius: float) -> None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """Where ``--json``, ``--html``, ``--arrays`` and ``--picture`` go; None for not asked for."""
+    """Paths of ``--json``, ``--html``, ``--arrays`` and ``--picture``; None if not requested."""
 
     json_file: Path | None
     html_file: Path | None
@@ -90,14 +90,14 @@ class Outputs:
     picture_file: Path | None = None
 
     def check(self) -> None:
-        """Refuse what could not be written, before the work begins. Raises ConfigError."""
+        """Check that all outputs can be written. Raises ConfigError."""
         check_html(self.html_file, "--html")
         check_html(self.picture_file, "--picture")
         for option, path in {"--json": self.json_file, "--arrays": self.arrays_file}.items():
             check_writable(path, option)
 
     def write(self, report: ReportData, arrays: dict[str, NDArray[Any]]) -> None:
-        """Write what was asked for; everything is made before anything is written.
+        """Write the requested outputs; all are rendered before any is written.
 
         Raises:
             ConfigError: a folder cannot be written.

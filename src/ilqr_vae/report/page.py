@@ -192,7 +192,7 @@ def _cursor_figures(cursor: Mapping[str, Reaches], radius: float) -> list[dict[s
 
 
 def render(data: ReportData) -> str:
-    """One self-contained page. It fetches nothing, and runs its own script alone."""
+    """Render a self-contained page, which loads nothing and runs only its own script."""
     drawn = [_figure(title, text, draw(data)) for title, text, draw in _FIGURES]
     shown = _cursor_figures(data.cursor, data.radius) + [one for one in drawn if one is not None]
     run = run_data(data)

@@ -1,4 +1,4 @@
-"""Figures as inline SVG that takes its ink from the page, so it reads on light and on dark."""
+"""Figures as inline SVG with the page's text colour, readable on light and dark pages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tables and figures as verbs print them, and the figures of a page: one style everywhere.
+"""Tables and numbers in one style, for the terminal and for pages.
 
-R2 and bits per spike have three decimals, milliseconds two, percentages one; a unit of measure
-stands in brackets behind its name. What is not known is a dash.
+R2 and bits per spike have three decimals, milliseconds two, percentages one. A unit of measure
+follows its name in brackets. Unknown values are a dash.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from rich.console import Console
 from ilqr_vae.scoring.classes import THRESHOLDS, ClassScores
 
 WIDTH = 110
-"""Of what is printed on a wide terminal or to a file, in characters."""
+"""Width of output on a wide terminal or in a file, in characters."""
 _INDENT = 2
 _GAP = 2
 _NAMES = 30
-"""Widest column of names; a longer name has a line to itself."""
+"""Widest column of names; a longer name has its own line."""
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number with so many decimals; a dash for none, NaN or infinity."""
+    """Format a number with this many decimals; a dash for None, NaN or infinity."""
     known = isinstance(value, int | float) and math.isfinite(value)
     return f"{value:.{digits}f}" if known else "–"
 
 
 def milliseconds(value: Any) -> str:
-    """A duration in milliseconds, without its unit."""
+    """Format a duration in milliseconds, without the unit."""
     return number(value, 2)
 
 
 def percent(share: Any) -> str:
-    """A share as a percentage."""
+    """Format a share as a percentage."""
     text = number(100 * share if isinstance(share, int | float) else None, 1)
     return text if text == "–" else f"{text} %"
 
 
 def named(name: str, unit: str) -> str:
-    """A quantity with its unit of measure."""
+    """Return a quantity with its unit of measure."""
     return f"{name} ({unit})" if unit else name
 
 
@@ -55,8 +55,9 @@ class Table:
         title: heading.
         text: a sentence or two on what is in it.
         columns: headings.
-        rows: as many cells each as there are columns.
-        words: how many of the columns, the first ones, hold words; they stand left, numbers right.
+        rows: rows with a cell for each column.
+        words: number of first columns with words, which are left-aligned; numbers are
+            right-aligned.
     """
 
     title: str
@@ -68,31 +69,31 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading, and names with what there is to say of each."""
+    """A heading, and pairs of name and text."""
 
     title: str
     rows: tuple[tuple[str, str], ...]
 
 
 def once(words: list[str]) -> list[str]:
-    """Words that are the same as those above them left out."""
+    """Blank words that repeat those above them."""
     return ["" if i and words[i - 1] == word else word for i, word in enumerate(words)]
 
 
 def width_of(screen: Console) -> int:
-    """How wide what is printed may be: a terminal's width, or what ``COLUMNS`` says."""
+    """Return the width of output: the terminal's, or ``COLUMNS``."""
     stated = screen.is_terminal or "COLUMNS" in os.environ
     return min(screen.width, WIDTH) if stated else WIDTH
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """The text in lines of at most ``width`` characters; no word is broken, long ones overhang."""
+    """Wrap text to lines of at most ``width`` characters, without breaking words."""
     lines = textwrap.wrap(text, max(1, width), break_long_words=False, break_on_hyphens=False)
     return lines or [""]
 
 
 def lines_of(sections: Iterable[Section], width: int) -> list[str]:
-    """Sections as lines of at most ``width`` characters; no word is broken, long ones overhang."""
+    """Format sections as lines of at most ``width`` characters, without breaking words."""
     made: list[str] = []
     for section in sections:
         made += ([""] if made else []) + wrapped(section.title, width)

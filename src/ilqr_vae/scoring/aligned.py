@@ -21,7 +21,7 @@ def aligned(
 
     Args:
         values: (T, ...).
-        at: (K,) when it came, in bins; NaN for never.
+        at: (K,) time of the event in bins; NaN if there was none.
         bin_width: seconds.
         window: seconds from the event.
         ranges: (K,) first bin of each trial and (K,) the one after its last; default all bins.
@@ -42,7 +42,7 @@ def aligned(
 
 
 def mean_of(values: Array, fewest: int) -> Array:
-    """Mean over trials of what is known; NaN where fewer than ``fewest`` are."""
+    """Return the mean over trials of known values; NaN if there are fewer than ``fewest``."""
     known = np.isfinite(values)
     number = known.sum(axis=0)
     total = np.where(known, values, 0.0).sum(axis=0)
@@ -50,7 +50,9 @@ def mean_of(values: Array, fewest: int) -> Array:
 
 
 def telling_apart(rates: Array) -> list[int]:
-    """Units by how far their (C, L, N) rates differ between conditions, mean over time; over time
-    where there is one condition. Widest first."""
+    """Return units by how much their rates (C, L, N) differ between conditions, largest first.
+
+    The difference is averaged over time. With a single condition it is over time.
+    """
     spread = rates.std(axis=0).mean(axis=0) if len(rates) > 1 else rates[0].std(axis=0)
     return [int(unit) for unit in np.argsort(-spread, kind="stable")]

@@ -1,4 +1,4 @@
-"""The decoders to beat: a Wiener filter and a Kalman filter, both causal.
+"""Baseline decoders: a Wiener filter and a Kalman filter, both causal.
 
 Each is fitted once and then used in two ways that agree to rounding: ``predict`` on a recording,
 and ``init`` with ``step`` bin by bin. Notation: T bins, N units, D kinematic channels, L bins of
@@ -24,7 +24,7 @@ from ilqr_vae.scoring.metrics import r2
 Array = NDArray[np.float64]
 
 ALPHAS: tuple[float, ...] = tuple(float(a) for a in np.logspace(1, 5, 9))
-"""Ridge penalties tried on the validation part."""
+"""Ridge penalties to try on the validation part."""
 _ROWS = 4096
 
 
@@ -76,9 +76,10 @@ def _batch_of(
 
 
 def history_matrix(counts: Array, rows: NDArray[np.int64], history: int, fill: Array) -> Array:
-    """Each row's bin and the ``history - 1`` before it, newest first: (len(rows), history * N).
+    """Return each row's bin and the ``history - 1`` before it, newest first: (len(rows), history *
+    N).
 
-    Bins before the first of ``counts`` (T, N) are taken to be ``fill`` (N,).
+    Bins before the first of ``counts`` (T, N) are ``fill`` (N,).
     """
     padded = np.concatenate([np.tile(fill, (history - 1, 1)), counts])
     lags = [padded[rows + history - 1 - lag] for lag in range(history)]
@@ -92,10 +93,10 @@ class WienerFilter:
     Attributes:
         weights: (history * N, D), newest bin first.
         offset: (D,), the prediction at the training mean of all counts.
-        mean: (N,), training mean counts; also what stands for bins before the recording began.
+        mean: (N,), mean counts in training, also used for bins before the recording.
         history: bins.
-        alpha: the ridge penalty chosen.
-        validation_r2: of that penalty, NaN where no validation part was given.
+        alpha: the chosen ridge penalty.
+        validation_r2: R2 of that penalty on the validation part, or NaN without one.
     """
 
     weights: Array
@@ -122,12 +123,12 @@ class WienerFilter:
         Args:
             counts: (T, N), the whole recording: a span's first bins use those before it.
             kinematics: (T, D), finite.
-            train, validation: half-open ranges of bins. Nothing outside them is looked at, except
-                as history. Without ``validation`` there must be one penalty in ``alphas``.
+            train, validation: half-open ranges of bins; bins outside them are only used as history.
+                Without ``validation``, ``alphas`` must have a single penalty.
             history: bins, 1 or more.
             alphas: penalties to choose from.
             valid: bool (T,), bins to fit and choose on; None means all.
-            refit: with the penalty chosen, fit again on both parts together.
+            refit: whether to refit on both parts with the chosen penalty.
 
         Raises:
             ShapeError: shapes, spans or options do not fit.
@@ -161,7 +162,7 @@ class WienerFilter:
         return self.at(x, np.arange(start, stop))
 
     def at(self, counts: Array, rows: NDArray[np.int64]) -> Array:
-        """Decodes (len(rows), D) of some bins of ``counts`` (T, N)."""
+        """Return decodes (len(rows), D) of some bins of ``counts`` (T, N)."""
         x, before = counts - self.mean, np.zeros_like(self.mean)
         parts = [
             history_matrix(x, piece, self.history, before) @ self.weights
@@ -170,11 +171,13 @@ class WienerFilter:
         return np.concatenate(parts) + self.offset
 
     def init(self) -> Array:
-        """State before the first bin: centred counts of the last bins, (history, N)."""
+        """Return the initial state: centred counts of the last bins, (history, N)."""
         return np.zeros((self.history, len(self.mean)))
 
     def step(self, state: Array, counts: NDArray[Any]) -> tuple[Array, Array]:
-        """Take one bin's counts (N,); give the new state and the decode (D,). Raises ShapeError."""
+        """Process the counts (N,) of a bin; return the new state and decode (D,). Raises
+        ShapeError.
+        """
         z = _bin_of(counts, len(self.mean))
         state = np.concatenate([(z - self.mean)[None], state[:-1]])
         return state, state.ravel() @ self.weights + self.offset
@@ -182,7 +185,7 @@ class WienerFilter:
 
 @dataclass(frozen=True, slots=True)
 class _NormalEquations:
-    """Ridge regression's sums over the fitted rows: one Gram matrix serves every penalty."""
+    """The sums of ridge regression over the fitted rows: one Gram matrix for all penalties."""
 
     gram: Array
     cross: Array
@@ -206,13 +209,13 @@ def _normal_equations(
     size = history * x.shape[1]
     total, gram = np.zeros(size), np.zeros((size, size))
     cross = np.zeros((size, y.shape[1]))
-    # in pieces: the design of a long recording may not fit in memory
+    # in chunks, since the design of a long recording may not fit in memory
     for piece in np.array_split(rows, -(-len(rows) // _ROWS)):
         design = history_matrix(x - mean, piece, history, np.zeros_like(mean))
         total += design.sum(axis=0)
         gram += design.T @ design
         cross += design.T @ (y[piece] - offset)
-    # Lagged columns have means of their own, a little off the units' where the span begins.
+    # Means of lagged columns differ slightly from those of the units at the start of the span.
     shift = total / len(rows)
     gram -= len(rows) * np.outer(shift, shift)
     return _NormalEquations(gram, cross, shift, offset, mean, history)
@@ -231,9 +234,9 @@ class KalmanFilter:
     """Kalman filter whose state is the kinematics (Wu et al. 2006, Neural Computation 18:80).
 
     x_t = A x_{t-1} + w, w ~ N(0, W); counts_t - mean = C x_t + q, q ~ N(0, Q), with x the
-    kinematics less their training mean. A, W, C, Q are least-squares estimates; a channel that
-    never varies stays at its mean. Wu et al. advise
-    to decode position, velocity and acceleration together; the state is whatever is given.
+    kinematics minus their training mean. A, W, C, Q are least-squares estimates; a constant channel
+    stays at its mean. Wu et al. advise to decode position, velocity and acceleration together; here
+    the state are the given channels.
 
     Attributes:
         transition: A, (D, D).
@@ -282,8 +285,8 @@ class KalmanFilter:
         noise = present - past @ transition.T
         emission = _least_squares(here, z[rows]).T
         residual = z[rows] - here @ emission.T
-        # A silent unit has no variance: the small diagonal keeps Q invertible, and as its column
-        # of C is zero the unit then says nothing.
+        # A silent unit has no variance: the small diagonal keeps Q invertible, and the unit has no
+        # effect since its column of C is zero.
         q = residual.T @ residual / len(rows)
         q[np.diag_indices_from(q)] += 1e-6 * max(float(np.trace(q)) / len(q), 1e-12)
         gain = linalg.solve(q, emission, assume_a="pos").T
@@ -298,12 +301,14 @@ class KalmanFilter:
         )
 
     def init(self) -> KalmanState:
-        """State before the first bin: the training mean and covariance."""
+        """Return the initial state: mean and covariance in training."""
         return KalmanState(self.mean, self.covariance)
 
     def step(self, state: KalmanState, counts: NDArray[Any] | None) -> tuple[KalmanState, Array]:
-        """Take one bin's counts (N,), or None where it did not come and the state is the
-        prediction; give the new state and its mean (D,). Raises ShapeError."""
+        """Process the counts (N,) of a bin, or None for a missing one, which is predicted.
+
+        Returns the new state and its mean (D,). Raises ShapeError.
+        """
         predicted = self.transition @ (state.mean - self.mean)
         prior = self.transition @ state.covariance @ self.transition.T + self.transition_noise
         if counts is None:
@@ -312,7 +317,7 @@ class KalmanFilter:
         z = _bin_of(counts, len(self.mean_counts)) - self.mean_counts
         # (prior^-1 + I)^-1 = (1 + prior I)^-1 prior, without inverting a covariance.
         system = np.eye(len(prior)) + prior @ self.information
-        # numpy's: for a few channels scipy's takes ten times as long
+        # numpy's solve: scipy's takes ten times as long for a few channels
         covariance = np.linalg.solve(system, prior)
         covariance = 0.5 * (covariance + covariance.T)
         innovation = self.gain @ z - self.information @ predicted
@@ -329,8 +334,8 @@ class KalmanFilter:
     ) -> Array:
         """Decodes (stop - start, D) of bins [start, stop) of ``counts`` (T, N), causally.
 
-        The filter runs from bin 0, so bins before ``start`` count. ``seen``: bool (T,), False for
-        bins that did not come; None means all came. Raises ShapeError.
+        The filter runs from bin 0, so bins before ``start`` matter. ``seen``: bool (T,), False for
+        missing bins; None means none is missing. Raises ShapeError.
         """
         x, stop = _batch_of(counts, len(self.mean_counts), start, stop)
         decoded = np.empty((stop, len(self.mean)))

@@ -1,7 +1,7 @@
-"""How sure a score is: bootstrap over trials, or over blocks of time where there are none.
+"""Confidence intervals of scores: bootstrap over trials, or over blocks of time.
 
-All scored bins are resampled, those between trials too, so that an interval is of the same quantity
-as the score beside it.
+All scored bins are resampled, including those between trials, so that an interval refers to the
+same quantity as its score.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Array = NDArray[np.float64]
 DRAWS = 2000
 BLOCK_SECONDS = 5.0
 FEWEST = 8
-"""Pieces to resample under which an interval would say little, and none is given."""
+"""Fewest pieces to resample; with fewer there is no interval."""
 WITH_GAPS = "each with the time up to the next"
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Scored bins in pieces that are drawn together, since neighbours in time are alike.
+    """Scored bins in pieces that are drawn together, since neighbouring bins are correlated.
 
     Attributes:
-        of: int64 (n,), the piece each scored bin belongs to, 0 to K - 1; each piece has a bin.
+        of: int64 (n,), piece of each scored bin, 0 to K - 1; no piece is empty.
         number: K.
         what: ``trials``, ``trials, each with the time up to the next``, or ``blocks of 5 s``.
     """
@@ -38,17 +38,17 @@ class Pieces:
 
 
 def pieces(scored: NDArray[np.bool_], bin_width: float, trials: Trials | None) -> Pieces:
-    """Pieces of the scored bins, each bin in exactly one.
+    """Partition the scored bins into pieces.
 
-    Trials where ``FEWEST`` or more of them hold most of the scored bins, else blocks. Bins between
-    trials go with the trial before them, those before the first with the first: what follows a
-    reach (the return, the rest) depends on it, so cycles of a trial and what follows are nearer to
-    independent than blocks, whose edges cut through movements.
+    Pieces are trials if at least ``FEWEST`` of them contain most of the scored bins, else blocks.
+    Bins between trials belong to the previous trial, those before the first to the first. What
+    follows a reach (the return, the rest) depends on it, so trials with the time up to the next are
+    closer to independent than blocks, whose edges cut through movements.
 
     Args:
         scored: bool (T,).
         bin_width: seconds.
-        trials: on the same bins, in any order; None where there are none.
+        trials: trials on the same bins, in any order, or None.
     """
     bins = np.flatnonzero(scored)
     if trials is not None and len(trials):
@@ -72,9 +72,9 @@ def _numbered(of: NDArray[np.int64], what: str) -> Pieces:
 def r2_draws(
     truth: Array, decoded: Array, piece: NDArray[np.int64], number: int, *, seed: int = 0
 ) -> Array:
-    """Mean-over-channels R2 of resampled pieces: (DRAWS,); NaN where a draw has no variance.
+    """Return R2 (DRAWS,), averaged over channels, of resampled pieces; NaN without variance.
 
-    The same seed draws the same pieces, so that two decoders' draws can be subtracted.
+    The same seed draws the same pieces, so that draws of two decoders can be subtracted.
 
     Args:
         truth, decoded: (T, D), finite.
@@ -89,7 +89,8 @@ def r2_draws(
         return weights @ each
 
     n = weights @ np.bincount(piece, minlength=number).astype(np.float64)
-    centred = truth - truth.mean(axis=0)  # sums of squares of what is far from zero cancel badly
+    # centre first: sums of squares far from zero lose precision
+    centred = truth - truth.mean(axis=0)
     error, first, second = total((truth - decoded) ** 2), total(centred), total(centred**2)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = second - first**2 / n[:, None]
@@ -98,7 +99,7 @@ def r2_draws(
 
 
 def interval(draws: Array, level: float = 0.95) -> tuple[float, float] | None:
-    """The central interval of the finite draws, or None where most are not finite."""
+    """Return the central interval of the finite draws, or None if most are not finite."""
     finite = draws[np.isfinite(draws)]
     if len(finite) < 0.9 * len(draws):
         return None

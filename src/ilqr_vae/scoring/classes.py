@@ -1,4 +1,4 @@
-"""Scores of a discrete output: how often it is right, and how honest its probabilities are."""
+"""Scores of a discrete output: accuracy, and calibration of its probabilities."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _BANDS = 10
 
 @dataclass(frozen=True, slots=True)
 class ClassScores:
-    """Scores on n bins: those of trials whose condition is one of the C classes.
+    """Scores on the n bins of trials whose condition is one of the C classes.
 
     Attributes:
-        names: of the classes.
-        n: bins scored.
-        accuracy: share of them whose most probable class is right; chance: share of the most
+        names: names of the classes.
+        n: number of scored bins.
+        accuracy: share of bins whose most probable class is right; chance: share of the most
             frequent class.
         log_loss: mean of -log2 of the probability of the right class, bits.
         calibration_error: mean of |stated - actual| over bins.
-        stated, actual, sizes: reliability curve: of each band of the largest probability its mean,
-            the share of bins that are right, and how many they are.
-        answered, right: at each of ``THRESHOLDS`` to abstain below, the share of bins that get a
+        stated, actual, sizes: reliability curve: for each band of the largest probability its mean,
+            the share of right bins, and the number of bins.
+        answered, right: for each of ``THRESHOLDS`` below which to abstain, the share of bins with a
             class, and the share of these that are right (NaN for none).
     """
 
@@ -48,10 +48,10 @@ def score_classes(
 ) -> ClassScores | None:
     """Score probabilities (T, C) against labels (T,), -1 where a bin has no class.
 
-    Rows that are not finite were not answered and are left out; None where no row is left.
+    Rows that are not finite were not answered and are ignored; None if no row is left.
 
     Raises:
-        ShapeError: shapes that differ.
+        ShapeError: shapes differ.
     """
     if probabilities.shape != (len(labels), len(names)):
         raise ShapeError(

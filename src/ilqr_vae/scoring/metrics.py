@@ -1,7 +1,7 @@
 """Scores of rates and decodes, free of torch.
 
-The Neural Latents Benchmark's own (bits per spike, co-bps, fp-bps, velocity R2, PSTH R2) answer
-what its tools answer, to rounding. Rates are expected counts per bin, not Hz.
+The metrics of the Neural Latents Benchmark (bits per spike, co-bps, fp-bps, velocity R2, PSTH R2)
+agree with its tools to rounding. Rates are expected counts per bin, not Hz.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ilqr_vae.recordings.split import varies
 Array = NDArray[np.float64]
 
 ZERO_RATE = 1e-9
-"""Stands for a rate of zero, whose log-likelihood would be infinite."""
+"""Replaces a rate of zero, whose log-likelihood would be infinite."""
 
 
 def _pair(
@@ -35,9 +35,10 @@ def _pair(
 
 
 def poisson_nll(rates: NDArray[Any], spikes: NDArray[Any]) -> float:
-    """Negative log-likelihood in nats of ``spikes`` under Poisson ``rates``, same shape, summed.
+    """Return the summed negative log-likelihood in nats of ``spikes`` under Poisson ``rates``.
 
-    Entries whose spikes are NaN are dropped; a rate of zero counts as ``ZERO_RATE``.
+    Both have the same shape. Entries with NaN spikes are dropped; a zero rate counts as
+    ``ZERO_RATE``.
 
     Raises:
         ShapeError: shapes differ, or a rate that counts is negative or not finite, or spikes are
@@ -55,7 +56,7 @@ def poisson_nll(rates: NDArray[Any], spikes: NDArray[Any]) -> float:
 
 
 def bits_per_spike(rates: NDArray[Any], spikes: NDArray[Any]) -> float:
-    """Bits per spike gained by ``rates`` over each unit's own mean rate.
+    """Return the bits per spike gained by ``rates`` over each unit's mean rate.
 
     Args:
         rates: (..., N), expected counts per bin; N is the last axis.
@@ -79,11 +80,11 @@ def bits_per_spike(rates: NDArray[Any], spikes: NDArray[Any]) -> float:
 
 
 def co_bps(rates: NDArray[Any], spikes: NDArray[Any], held_out: slice | NDArray[Any]) -> float:
-    """Co-smoothing: bits per spike of units the model did not see.
+    """Return the co-smoothing score: bits per spike of held-out units.
 
     Args:
         rates, spikes: (..., N).
-        held_out: which units of the last axis, a slice, indices or a mask.
+        held_out: units along the last axis, as a slice, indices or a mask.
 
     Raises:
         ShapeError: as ``bits_per_spike``.
@@ -92,11 +93,11 @@ def co_bps(rates: NDArray[Any], spikes: NDArray[Any], held_out: slice | NDArray[
 
 
 def fp_bps(rates: NDArray[Any], spikes: NDArray[Any], forward: slice | NDArray[Any]) -> float:
-    """Forward prediction: bits per spike of bins after those the model saw.
+    """Return the forward-prediction score: bits per spike of later bins.
 
     Args:
         rates, spikes: (trials, T, N).
-        forward: which bins, a slice, indices or a mask.
+        forward: bins, as a slice, indices or a mask.
 
     Raises:
         ShapeError: as ``bits_per_spike``.
@@ -105,13 +106,13 @@ def fp_bps(rates: NDArray[Any], spikes: NDArray[Any], forward: slice | NDArray[A
 
 
 def r2_per_axis(truth: NDArray[Any], prediction: NDArray[Any]) -> Array:
-    """1 - SSE/SST of each channel.
+    """Return 1 - SSE/SST of each channel.
 
     Args:
         truth, prediction: (T, D), or (T,) for one channel.
 
     Returns:
-        (D,); NaN for a channel that varies by no more than rounding.
+        (D,); NaN for a constant channel.
 
     Raises:
         ShapeError: shapes differ, or there are no bins.
@@ -123,8 +124,7 @@ def r2_per_axis(truth: NDArray[Any], prediction: NDArray[Any]) -> Array:
 
 
 def r2(truth: NDArray[Any], prediction: NDArray[Any]) -> float:
-    """``r2_per_axis`` averaged over the channels that vary; NaN where none does. Raises
-    ShapeError."""
+    """Return ``r2_per_axis`` averaged over the channels that vary, or NaN. Raises ShapeError."""
     y, p = _pair(truth, prediction, ("truth", "prediction"), ndim=2)
     each = r2_per_axis(y, p)
     known = np.isfinite(each)
@@ -132,7 +132,7 @@ def r2(truth: NDArray[Any], prediction: NDArray[Any]) -> float:
 
 
 class RidgeScore(NamedTuple):
-    """``r2`` on the scored bins and the penalty ``alpha`` the grid search chose."""
+    """``r2`` on the scored bins, and the penalty ``alpha`` chosen by grid search."""
 
     r2: float
     alpha: float
@@ -144,7 +144,7 @@ def nlb_velocity_r2(
     fit: slice | NDArray[Any],
     score: slice | NDArray[Any],
 ) -> RidgeScore:
-    """The benchmark's R2: velocity read out linearly from rates by ridge regression.
+    """Return the benchmark's R2: velocity decoded from rates by ridge regression.
 
     The penalty is chosen by 5-fold cross-validation on the bins ``fit`` over
     ``logspace(-4, 0, 9)``; R2 is averaged over axes. Needs scikit-learn (extra ``report``).
@@ -152,7 +152,7 @@ def nlb_velocity_r2(
     Args:
         rates: (T, N), trials and bins flattened.
         velocity: (T, D).
-        fit, score: which bins, slices, indices or masks.
+        fit, score: bins, as slices, indices or masks.
 
     Raises:
         ShapeError: lengths differ, or fewer than five bins to fit on.
@@ -173,12 +173,12 @@ def nlb_velocity_r2(
 
 
 def psth_r2(rates: NDArray[Any], condition: NDArray[Any], psth: NDArray[Any]) -> float:
-    """R2 of trial-averaged rates against given PSTHs, averaged over units.
+    """Return R2 of trial-averaged rates against given PSTHs, averaged over units.
 
     Args:
         rates: (trials, T, N).
-        condition: (trials,), the row of ``psth`` each trial belongs to; negative leaves it out.
-        psth: (conditions, T, N). Conditions without a trial are left out; so are NaN bins.
+        condition: (trials,), row of ``psth`` of each trial; negative to exclude it.
+        psth: (conditions, T, N). Conditions without a trial and NaN bins are excluded.
 
     Raises:
         ShapeError: shapes differ, or no trial has a condition.
@@ -201,14 +201,14 @@ def psth_r2(rates: NDArray[Any], condition: NDArray[Any], psth: NDArray[Any]) ->
 def interval_coverage(
     truth: NDArray[Any], mean: NDArray[Any], std: NDArray[Any], level: float = 0.9
 ) -> float:
-    """Share of values inside the central Gaussian interval of probability ``level``.
+    """Return the share of values inside the central Gaussian interval of probability ``level``.
 
     Args:
         truth, mean, std: same shape, same units; std > 0.
         level: between 0 and 1, exclusive.
 
     Returns:
-        A fraction: close to ``level`` where the standard deviations are honest.
+        A fraction, close to ``level`` if the standard deviations are calibrated.
 
     Raises:
         ShapeError: shapes differ, a std is negative or NaN, or ``level`` is out of range.
@@ -223,7 +223,7 @@ def interval_coverage(
 
 
 def k_step_r2(values: NDArray[Any], forecasts: NDArray[Any]) -> Array:
-    """How well bins ahead are forecast: R2 at each number of steps, pooled over channels.
+    """Return R2 of forecasts at each number of steps ahead, pooled over channels.
 
     R2_k = 1 - sum (values[t + k] - forecast of it at t)^2 / sum (values[t + k] - mean)^2, sums over
     t, trials and channels, the mean per channel over the same bins.

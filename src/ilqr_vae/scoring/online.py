@@ -1,7 +1,7 @@
-"""Fitted baselines that decode a stream bin by bin, without torch: a Kalman filter and a GRU.
+"""Baselines that decode a stream bin by bin without torch: a Kalman filter and a GRU.
 
-They are fitted by ``ilqr-vae train --rivals`` and decode beside the model in ``replay`` and
-``closed-loop``, from the same bins. N units, D kinematic channels, H hidden units.
+They are fitted by ``ilqr-vae train --rivals``, and decode the same bins as the model in ``replay``
+and ``closed-loop``. N units, D kinematic channels, H hidden units.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ KALMAN, GRU = "Kalman filter", "GRU"
 
 
 class OnlineDecoder(Protocol):
-    """Decodes each bin from it and those before."""
+    """A causal decoder."""
 
     def step(self, counts: NDArray[Any] | None, mask: NDArray[np.bool_] | None = None) -> Array:
-        """Take the next bin and decode it, (D,).
+        """Process the next bin and return its decode (D,).
 
         Args:
-            counts: (N,); None for a bin that did not come.
+            counts: (N,); None for a missing bin.
             mask: (N,), True where observed; None means all.
         """
         ...
 
 
 class OnlineKalman:
-    """A Kalman filter whose state begins with the D channels decoded.
+    """A Kalman filter whose first D state variables are the decoded channels.
 
-    A bin that did not come is predicted; a unit that was not observed has its mean count.
+    A missing bin is predicted; an unobserved unit has its mean count.
 
     Args:
         fitted: the filter.
-        lag: bins that counts are delayed by.
+        lag: delay of counts in bins.
         channels: D.
     """
 
@@ -59,7 +59,7 @@ class OnlineKalman:
         if counts is not None and mask is not None:
             counts = np.where(mask, counts, self.fitted.mean_counts)
         self._waiting.append(counts)
-        # the first bins are not delayed, as when it was fitted
+        # the first bins are not delayed, as in the fit
         due = self._waiting.popleft() if len(self._waiting) > self.lag else counts
         self._state, decoded = self.fitted.step(self._state, due)
         return decoded[: self.channels]
@@ -67,7 +67,7 @@ class OnlineKalman:
 
 @dataclass(frozen=True, slots=True)
 class GRUWeights:
-    """The gates in the order of torch: reset, update, new.
+    """The weights of a GRU, with the gates in the order of torch: reset, update, new.
 
     Attributes:
         inputs, recurrent: (3H, N) and (3H, H); input_bias, recurrent_bias: (3H,).
@@ -88,7 +88,7 @@ class GRUWeights:
 
 
 class OnlineGRU:
-    """A GRU, step by step. It reads zeros where nothing was observed."""
+    """A GRU that reads zeros for unobserved units."""
 
     def __init__(self, weights: GRUWeights) -> None:
         self.weights = weights
@@ -112,13 +112,13 @@ class OnlineGRU:
 
 @dataclass(frozen=True, slots=True)
 class Rivals:
-    """Baselines fitted on one recording.
+    """The baselines fitted on a recording.
 
     Attributes:
         bin_width: seconds.
         unit_names, kinematic_names: N and D.
         kalman, lag: the filter and its lag in bins.
-        gru: the GRU's weights.
+        gru: weights of the GRU.
     """
 
     bin_width: float
@@ -129,12 +129,12 @@ class Rivals:
     gru: GRUWeights
 
     def decoders(self) -> dict[str, OnlineDecoder]:
-        """Fresh ones, by name."""
+        """Return new decoders by name."""
         kalman = OnlineKalman(self.kalman, self.lag, len(self.kinematic_names))
         return {KALMAN: kalman, GRU: OnlineGRU(self.gru)}
 
     def require(self, unit_names: tuple[str, ...], kinematic_names: tuple[str, ...]) -> None:
-        """Raises ConfigError: fitted on other units or channels than a model's."""
+        """Raise ConfigError if units or channels differ from a model's."""
         for what, mine, wanted in (
             ("units", self.unit_names, unit_names),
             ("channels", self.kinematic_names, kinematic_names),

@@ -1,4 +1,4 @@
-"""Scores of causal decodes beside a Wiener filter's on the same bins."""
+"""Scores of causal decodes beside those of a Wiener filter on the same bins."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ WIENER = "Wiener filter"
 
 
 def later_name(lag: int) -> str:
-    """Of our decodes that waited for so many later bins."""
+    """Return the name of our fixed-lag decodes with this lag."""
     return f"{OURS}, {lag} bin{'s' if lag > 1 else ''} later"
 
 
 @dataclass(frozen=True, slots=True)
 class BySpeed:
-    """How honest the deviations are, by quarter of the bins, slowest first.
+    """Calibration of the deviations by quarter of the bins, slowest first.
 
-    Quarters that end at one speed, as where the hand mostly rests, are one.
+    Quarters that end at the same speed, e.g. at rest, are merged.
 
     Attributes:
-        upto: the speed that each quarter ends at, increasing.
-        coverage: of the 90 % interval, in each.
-        what: what speed is here, with its unit.
-        ratio: stated over actual error in each, root mean squares.
+        upto: speed at the end of each quarter, increasing.
+        coverage: coverage of the 90 % interval in each.
+        what: description of the speed, with its unit.
+        ratio: ratio of stated to actual error in each, root mean squares.
     """
 
     upto: tuple[float, ...]
@@ -54,22 +54,22 @@ class BySpeed:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores on n bins, those that are valid and were answered.
+    """Scores on the n valid, answered bins.
 
     Attributes:
-        methods: by decoder, by metric: ``r2`` (mean over the channels that move), ``r2.<channel>``
-            (NaN for one that does not, which ``notes`` says), and ``coverage_90`` where the decoder
-            states a standard deviation.
-        n: bins scored.
+        methods: by decoder and metric: ``r2`` (mean over the channels that vary), ``r2.<channel>``
+            (NaN for a constant one, with a note), and ``coverage_90`` if the decoder states a
+            standard deviation.
+        n: number of scored bins.
         nominal, actual: calibration: share of true values inside the central interval of each
             nominal level; empty without a standard deviation.
         by_speed, by_decoded_speed: calibration by true and by decoded speed, or None without a
             standard deviation.
-        wiener: (T, D) its decodes of all the bins, or None where it could not be fitted.
-        notes: sentences a reader should know.
-        intervals: by decoder: ``r2``, the 95 % bootstrap interval of its mean R2, and for others
-            than ours ``ahead``, that of ours less theirs on the same draws. All n bins are drawn.
-        resampled: what the bootstrap draws, and how many of them: ``34 trials``; "" for none.
+        wiener: (T, D) decodes of the Wiener filter, or None if it could not be fitted.
+        notes: notes for the reader.
+        intervals: by decoder: ``r2``, the 95 % bootstrap interval of its mean R2, and for other
+            decoders ``ahead``, that of ours minus theirs on the same draws. All n bins are drawn.
+        resampled: what the bootstrap draws, and how many, e.g. ``34 trials``; "" for none.
     """
 
     methods: dict[str, dict[str, float]]
@@ -89,7 +89,7 @@ class Scores:
 def calibration(
     truth: Array, decoded: Array, std: Array, levels: tuple[float, ...] = LEVELS
 ) -> tuple[float, ...]:
-    """Share of true values inside the central Gaussian interval of each level.
+    """Return the share of true values inside the central Gaussian interval of each level.
 
     Args:
         truth, decoded, std: (T, D), finite, ``std`` >= 0.
@@ -105,20 +105,19 @@ def coverage_by_speed(
     units: tuple[str, ...] = (),
     of: Literal["true", "decoded"] = "true",
 ) -> BySpeed:
-    """Coverage of the 90 % interval in each quarter of the bins by the size of the kinematics.
+    """Return the coverage of the 90 % interval by quarter of the size of the kinematics.
 
-    Size is the Euclidean norm over channels; of channels whose units differ, each in its own
-    standard deviations.
+    Size is the Euclidean norm over channels, each in its standard deviations if units differ.
 
     Args:
         truth, decoded, std: (T, D), finite, ``std`` >= 0.
-        units: of the channels.
-        of: the kinematics whose size it is.
+        units: units of the channels.
+        of: the kinematics whose size is used.
     """
     alike, scale = len(set(units)) == 1, speed_unit(truth, units)
     speed = np.linalg.norm((decoded if of == "decoded" else truth) / scale, axis=1)
     edges = np.unique(np.quantile(speed, (0.25, 0.5, 0.75, 1.0), method="higher"))
-    band = np.searchsorted(edges, speed)  # bins of one speed are in one band
+    band = np.searchsorted(edges, speed)  # equal speeds share a band
     parts = [np.flatnonzero(band == i) for i in range(len(edges))]
     sizes = [
         [float(np.sqrt((x[part] ** 2).mean())) for x in (std, truth - decoded)] for part in parts
@@ -132,8 +131,7 @@ def coverage_by_speed(
 
 
 def speed_unit(kinematics: Array, units: tuple[str, ...]) -> Array:
-    """(D,) what channels are divided by in a speed: nothing where their units are the same, else
-    their standard deviations.
+    """Return the divisors (D,) of channels in a speed: their standard deviations if units differ.
 
     Args:
         kinematics: (T, D), finite.
@@ -148,7 +146,7 @@ def _methods(truth: Array, decoded: Array, names: tuple[str, ...]) -> dict[str, 
 
 
 def histories(bin_width: float, n_units: int) -> tuple[int, ...]:
-    """Bins of history a Wiener filter may choose from: so many seconds, up to so many weights."""
+    """Return the lengths of history, in bins, that a Wiener filter may choose from."""
     most = max(1, MOST_WEIGHTS // n_units)
     return tuple(sorted({min(max(1, round(s / bin_width)), most) for s in HISTORIES_S}))
 
@@ -156,10 +154,10 @@ def histories(bin_width: float, n_units: int) -> tuple[int, ...]:
 def fit_wiener(
     recording: Recording, split: SplitSpec, choices: tuple[int, ...] | None = None
 ) -> WienerFilter:
-    """The baseline: trained on the train span, history and penalty chosen on the validation span.
+    """Fit the Wiener filter on the train span; choose history and penalty on the validation span.
 
     Args:
-        choices: bins of history to choose from; None is ``histories``.
+        choices: lengths of history to choose from; None for ``histories``.
 
     Raises:
         ShapeError: the recording has no kinematics, or a span has no valid bin.
@@ -174,9 +172,9 @@ def fit_wiener(
 def _wiener_of(recording: Recording, split: SplitSpec, history: int) -> WienerFilter:
     train, validation = split.span("train", recording), split.span("validation", recording)
     spaced, place = spaced_out(recording, history)
-    assert spaced.kinematics is not None  # the caller has looked
+    assert spaced.kinematics is not None  # checked by the caller
     counts = spaced.counts.astype(np.float64)
-    # as the filter takes bins it has not seen
+    # as the filter treats missing bins
     counts = np.where(spaced.mask(), counts, spaced.mean_counts(0, len(spaced)))
     return WienerFilter.fit(
         counts,
@@ -193,10 +191,10 @@ def _wiener_of(recording: Recording, split: SplitSpec, history: int) -> WienerFi
 def wiener_decodes(
     wiener: WienerFilter, recording: Recording, counts: Array, bins: tuple[int, int]
 ) -> Array:
-    """Decodes (stop - start, D) of the bins [start, stop); no history across a segment's start.
+    """Return decodes (stop - start, D) of bins [start, stop), without history across segments.
 
     Args:
-        counts: (T, N) of all of ``recording``, with something in place of what is missing.
+        counts: (T, N) counts of the whole ``recording``, with missing values replaced.
     """
     return np.concatenate(
         [
@@ -220,23 +218,23 @@ def score_decodes(
     others_std: Mapping[str, NDArray[Any]] | None = None,
     fit_on: Recording | None = None,
 ) -> Scores:
-    """Score decodes of the bins [a, b) of ``recording``, and a Wiener filter's on the same bins.
+    """Score decodes of the bins [a, b) of ``recording``, and those of a Wiener filter.
 
     Args:
-        recording: all of it, the model's units alone, with kinematics.
-        split: of the recording; the Wiener filter trains on its train span.
-        bins: half-open range scored, T = b - a.
-        decoded: (T, D); rows that are not finite were not answered and are left out for both.
+        recording: the whole recording, with only the model's units, and kinematics.
+        split: split of the recording; the Wiener filter is fitted on its train span.
+        bins: half-open range to score, T = b - a.
+        decoded: (T, D); rows that are not finite were not answered and are excluded for both.
         std: (T, D) standard deviations, or None.
-        seen: bool (T,), False where the decoder was not given the bin; the Wiener filter is given
+        seen: bool (T,), False for bins that the decoder did not receive; the Wiener filter receives
             the mean there. None means all.
-        baseline: fit and score the Wiener filter too.
+        baseline: whether to fit and score the Wiener filter.
         others: (T, D) decodes of further decoders by name, scored on the same bins and listed in
             this order; ``others_std``: their standard deviations where they state them.
-        fit_on: what the Wiener filter is fitted on, and ``split`` is of; None is ``recording``.
+        fit_on: recording for the Wiener filter and ``split``; None for ``recording``.
 
     Raises:
-        ShapeError: no kinematics, wrong shapes, or no bin to score.
+        ShapeError: there are no kinematics or no bin to score, or shapes are wrong.
     """
     truth_all = recording.kinematics
     if truth_all is None:
@@ -253,7 +251,7 @@ def score_decodes(
     methods = {OURS: _methods(truth[rows], decoded[rows], names)}
     still = [name for name, m in zip(names, varies(truth[rows]), strict=True) if not m]
     notes = (f"No movement in these bins, so no R2: {', '.join(still)}.",) if still else ()
-    # what never moves in the whole recording is always covered, and says nothing
+    # a constant channel is always covered and carries no information
     live = varies(truth_all) if varies(truth_all).any() else np.ones(len(names), dtype=bool)
     actual: tuple[float, ...] = ()
     by_speed: BySpeed | None = None

@@ -1,4 +1,4 @@
-"""Segments set apart, for decoders that look back a fixed number of bins and know no segments."""
+"""Separation of segments, for decoders with a fixed history that do not know segments."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ilqr_vae.recordings.recording import Recording
 
 
 def spaced_out(recording: Recording, gap: int) -> tuple[Recording, NDArray[np.int64]]:
-    """The recording with ``gap`` bins that are not data put in before each break.
+    """Return the recording with ``gap`` invalid bins inserted before each break.
 
-    What looks back fewer than ``gap + 1`` bins then sees nothing of the segment before it. The
-    bins put in hold each unit's mean count, rounded, and are not ``valid``. For fitting;
-    predicting is better done segment by segment (``Recording.segments``).
+    A decoder with a history of at most ``gap`` bins then reads nothing of the previous segment.
+    Inserted bins hold each unit's rounded mean count and are not ``valid``. For fitting; prediction
+    is better done segment by segment (``Recording.segments``).
 
     Returns:
-        The spaced recording, without trials; and int64 (T,), where each bin of the old one is.
+        The spaced recording, without trials; and int64 (T,), the new position of each bin.
     """
     n = len(recording)
     if not len(recording.breaks):

@@ -1,4 +1,4 @@
-"""The task of the simulated subject: centre-out reaching, as a clocked state machine.
+"""The task of the simulated subject: centre-out reaching, as a state machine over time.
 
 Units: metres, seconds. Only numpy is needed.
 """
@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 REACH = 0.10
-"""Metres from the centre to each target."""
+"""Distance of targets from the centre in metres."""
 FEWEST_SUCCESSES = 3
-"""Successful reaches under which their median time or path says nothing, and is not shown."""
+"""Fewest successful reaches for which median times and paths are shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """What the screen shows: ``target`` (2,) in metres, and ``go``: True once it may be reached."""
+    """The display: ``target`` (2,) in metres, and ``go``, True once it may be reached."""
 
     target: Array
     go: bool
@@ -29,7 +29,7 @@ class Cue:
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """One reach out. Times are seconds of the task's clock; ``acquired`` is NaN after a failure."""
+    """An outward reach. Times are seconds of the task; ``acquired`` is NaN after a failure."""
 
     start: float
     target_index: int
@@ -47,13 +47,13 @@ _Phase = Literal["to_centre", "hold_centre", "delay", "reach", "hold"]
 class CentreOut:
     """Centre-out reaching to eight targets, with variable holds and delays.
 
-    To the centre, hold, a target appears (not yet go), go, reach, hold inside it: success. A reach
-    that takes longer than ``timeout`` fails. Targets come in shuffled blocks of eight.
+    Move to the centre and hold, a target appears, the go cue, reach and hold: success. A reach that
+    takes longer than ``timeout`` fails. Targets appear in shuffled blocks of eight.
 
     Attributes:
         time: seconds since the beginning.
         trials: finished trials.
-        radius: metres; how near to a target counts as inside.
+        radius: radius of a target in metres.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class CentreOut:
 
     @property
     def target(self) -> Array:
-        """The target shown now, (2,), metres."""
+        """The current target, (2,), in metres."""
         if self._phase in {"to_centre", "hold_centre"}:
             return np.zeros(2)
         return target_position(self._index)
 
     def step(self, cursor: Array, seconds: float) -> Cue:
-        """See the cursor (2,) and let ``seconds`` pass; what is shown during them."""
+        """Advance by ``seconds`` with the cursor (2,); return the display during them."""
         inside = bool(np.hypot(*(cursor - self.target)) <= self.radius)
         elapsed = self.time - self._since + 1e-9
         if self._phase == "to_centre" and (inside or elapsed >= self._timeout):
@@ -131,6 +131,6 @@ class CentreOut:
 
 
 def target_position(index: int) -> Array:
-    """Where target 0 to 7 lies, (2,), metres; 0 is to the right, then anticlockwise."""
+    """Return the position of target 0 to 7, (2,), in metres; 0 is right, then anticlockwise."""
     angle = 2 * np.pi * index / 8
     return REACH * np.array([np.cos(angle), np.sin(angle)])

@@ -1,9 +1,8 @@
-"""What may go wrong with a recording on its way to a decoder: drift, noise, units and bins lost.
+"""Disturbances of a recording before it reaches a decoder: drift, noise, lost units and bins.
 
-``Disturber`` changes the counts of one bin at a time. What it does to a bin depends on the seed,
-the bin's number and the settings alone, so that a batch, any piece of it and a stream give the
-same. ``Course`` says which settings hold at a time, from a script of changes and from changes that
-come while it runs.
+``Disturber`` changes the counts of one bin at a time. The result depends only on the seed, the
+index of the bin and the settings, so that a batch, any part of it and a stream give the same.
+``Course`` returns the settings at a time, from a script of changes and from changes during the run.
 
 >>> disturber = Disturber(units=100, bin_width=0.05, seed=1)
 >>> counts, mask = disturber.bin(7, np.ones(100), None, Disturbance(silent=0.25))
@@ -36,17 +35,17 @@ _DROP, _GAIN, _BASELINE, _NOISE = range(4)
 
 
 class Disturbance(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wrong at one time.
+    """The disturbances at a time.
 
     Attributes:
         silent: share of the units that are silent. A larger share includes a smaller one.
-        swapped: share of the units that have exchanged their places in pairs, as after a spike
-            sorter has started anew.
-        dropped: share of the bins that do not come; the first one always does.
+        swapped: share of the units that are exchanged in pairs, as after a restart of a spike
+            sorter.
+        dropped: share of the bins that are dropped; never the first one.
         gain: standard deviation over units of the log of the factor on their rates.
         baseline: standard deviation over units, in Hz, of what is added to their rates.
-        noise: spikes a second that every unit has too many.
-        latency: seconds by which every bin comes later.
+        noise: additional spikes per second of each unit.
+        latency: delay of each bin in seconds.
     """
 
     silent: Share = 0.0
@@ -59,17 +58,17 @@ class Disturbance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Change some settings; those that are not named stay.
+    """A change of some settings; the others stay.
 
     Attributes:
-        at: seconds of the stream, its warm-up counted and its pauses not.
-        over: seconds until the values are reached, in a line; 0 is at once.
+        at: seconds of the stream, including its warm-up but not its pauses.
+        over: seconds until the values are reached, linearly; 0 is at once.
         pause: seconds without a bin.
-        paused: send no bin until it is false again; for steering by hand.
-        seek: where to go on, seconds from the beginning of what is streamed.
-        loop: begin again at the end.
+        paused: whether to pause until it is false again; for steering by hand.
+        seek: where to continue, in seconds from the start of the streamed span.
+        loop: whether to restart at the end.
         decoder: which decoder steers, in a closed loop.
-        others: as in ``Disturbance``.
+        others: as for ``Disturbance``.
     """
 
     at: Seconds = 0.0
@@ -95,10 +94,10 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Course:
-    """The settings over the time of a stream.
+    """The settings over the course of a stream.
 
     Args:
-        changes: known beforehand, in any order.
+        changes: changes known beforehand, in any order.
     """
 
     def __init__(self, changes: Iterable[Change] = ()) -> None:
@@ -106,12 +105,12 @@ class Course:
         self._lines: dict[str, tuple[float, float, float, float]] = {}
 
     def add(self, change: Change) -> None:
-        """A change that comes while it runs; ``at`` is now or later."""
+        """Add a change during the run; ``at`` is now or later."""
         self._pending.append(change)
         self._pending.sort(key=lambda one: one.at)
 
     def until(self, time: float) -> list[Change]:
-        """Begin the changes whose time has come, and return them; ``time`` never falls."""
+        """Start the changes that are due, and return them; ``time`` must not decrease."""
         due = [change for change in self._pending if change.at <= time]
         self._pending = self._pending[len(due) :]
         for change in due:
@@ -126,7 +125,7 @@ class Course:
         return due
 
     def at(self, time: float) -> Disturbance:
-        """The settings at a time, of the changes that have begun."""
+        """Return the settings at a time, from the changes that have started."""
         return Disturbance(**{name: self._value(name, time) for name in self._lines})
 
     def _value(self, name: str, time: float) -> float:
@@ -141,7 +140,7 @@ class Disturber:
     Args:
         units: N.
         bin_width: seconds.
-        seed: of which units and bins, and of the noise.
+        seed: seed of the choice of units and bins, and of the noise.
     """
 
     def __init__(self, units: int, bin_width: float, seed: int = 0) -> None:
@@ -158,7 +157,7 @@ class Disturber:
         return np.random.default_rng([self.seed, what, 1, index])
 
     def silent(self, share: float) -> NDArray[np.int64]:
-        """The units that are silent, in ascending order."""
+        """Return the silent units in ascending order."""
         return np.sort(self._order[: round(share * self.units)])
 
     def bin(
@@ -167,13 +166,13 @@ class Disturber:
         """Disturb one bin.
 
         Args:
-            index: of the bin in the stream, 0 or more.
-            counts: (N,), whole numbers.
+            index: index of the bin in the stream, 0 or more.
+            counts: (N,), integers.
             mask: (N,), True where observed; None means all.
             what: is wrong.
 
         Returns:
-            Counts and mask; None for a bin that does not come.
+            Counts and mask; None for a dropped bin.
 
         Raises:
             ShapeError: counts or mask of another shape.
@@ -217,7 +216,7 @@ class Disturber:
             what: of each bin.
 
         Returns:
-            Counts and mask (T, N), and which bins came (T,); a bin that did not is all masked.
+            Counts and mask (T, N), and which bins are kept (T,); a dropped bin is fully masked.
 
         Raises:
             ShapeError: counts or mask of another shape.

@@ -1,8 +1,8 @@
 """A simulated reaching subject: task, motor plan with dynamics, spiking units, hand.
 
-It serves twice, by the same code. ``simulate_session`` lets the subject move its own hand and gives
-a recording to train on. A closed-loop client steps the same subject bin by bin, shows it a cursor
-that a decoder moves, and takes its spikes:
+The same code is used twice. ``simulate_session`` lets the subject move its own hand and returns a
+recording to train on. A closed-loop client steps the same subject bin by bin, shows it a cursor
+that a decoder moves, and uses its spikes:
 
     subject, task = Subject(seed=7), CentreOut(seed=8)       # tuning depends on the seed alone
     cursor = np.zeros(2)
@@ -39,10 +39,10 @@ from ilqr_vae.simulated.centre_out import REACH, CentreOut, TrialRecord
 Array = NDArray[np.float64]
 
 TICK = 0.01
-"""Seconds of one step inside the subject; bin widths are whole numbers of it."""
+"""Time step of the subject in seconds; bin widths are multiples of it."""
 
 RESOLUTION = 1 / 30000
-"""Seconds of the clock that spike times are read from."""
+"""Resolution of spike times in seconds."""
 
 KINEMATIC_SCALES = {"velocity": 0.30, "position": REACH, "speed": 0.30}
 LATENTS = (
@@ -51,7 +51,7 @@ LATENTS = (
     *("rotation_1a", "rotation_1b", "rotation_2a", "rotation_2b", "trigger"),
     *("drift_1", "drift_2", "shared_1", "shared_2", "shared_3", "shared_4"),
 )
-"""Names of the subject's latents, in the order of ``Subject.latents``."""
+"""Names of the latents, in the order of ``Subject.latents``."""
 
 _MOTOR, _DRIFT, _SHARED = slice(0, 14), slice(14, 16), slice(16, 20)
 _PLAN_TAU, _TRIGGER_TAU, _DRIFT_TAU, _SHARED_TAU = 0.10, 0.20, 30.0, 0.25
@@ -72,7 +72,7 @@ class SubjectBin:
 
 @dataclass(slots=True)
 class _Reach:
-    """A minimum-jerk movement under way."""
+    """A minimum-jerk movement in progress."""
 
     origin: Array
     goal: Array
@@ -81,7 +81,7 @@ class _Reach:
     elapsed: float = 0.0
 
     def at(self) -> tuple[Array, Array]:
-        """Position and velocity now: minimum jerk along the line, a bump across it."""
+        """Return position and velocity: minimum jerk along the line, a bump across it."""
         s, d = min(self.elapsed / self.duration, 1.0), self.goal - self.origin
         across = np.array([-d[1], d[0]]) * self.curvature
         along = s**3 * (10 - 15 * s + 6 * s**2)
@@ -92,18 +92,19 @@ class _Reach:
 
 
 class Subject:
-    """Sees a cursor and a target each bin, means to move, and fires spikes.
+    """A subject that sees a cursor and a target, intends movements, and fires spikes.
 
-    The same ``seed`` and ``units`` give the same tuning, whatever ``run`` is; ``run`` changes the
-    noise and the day's variability.
+    The same ``seed`` and ``units`` give the same tuning for any ``run``; ``run`` changes the noise
+    and the variability.
 
     Attributes:
         units: N.
         bin_width: seconds, a whole number of ``TICK``.
         baseline: (N,), spikes per second with all latents at zero.
         tuning: (N, len(LATENTS)), log-rate per unit of latent.
-        latents: (len(LATENTS),), now; velocity, position and speed in ``KINEMATIC_SCALES``.
-        intended: (2,), m/s, the velocity meant now.
+        latents: (len(LATENTS),), current latents; velocity, position and speed in units of
+            ``KINEMATIC_SCALES``.
+        intended: (2,), current intended velocity in m/s.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Subject:
         self._wait: float | None = None
 
     def step(self, cursor: Array, target: Array, *, go: bool = True) -> SubjectBin:
-        """One bin: see ``cursor`` and ``target`` (2,) in metres, plan, move, fire.
+        """Simulate one bin with ``cursor`` and ``target`` (2,) in metres: plan, move, fire.
 
         Raises:
             ShapeError: either is not two finite numbers.
@@ -143,12 +144,12 @@ class Subject:
         return SubjectBin(self._rng.poisson(expected).astype(np.uint16), self.intended.copy())
 
     def rates(self, latents: Array) -> Array:
-        """Spikes per second, (..., N), for latents (..., len(LATENTS))."""
+        """Return spikes per second, (..., N), for latents (..., len(LATENTS))."""
         log_rate = np.log(self.baseline) + latents @ self.tuning.T
         return np.exp(np.clip(log_rate, np.log(_LOWEST), np.log(_HIGHEST)))
 
     def advance(self, cursor: Array, target: Array, *, go: bool = True) -> None:
-        """One tick of plan and latents, without spikes."""
+        """Advance plan and latents by one tick, without spikes."""
         if np.abs(target - self._goal).max() > 1e-9:
             self._goal, self._reach, self._wait = np.array(target, dtype=np.float64), None, None
             self._pace = float(np.clip(self._rng.normal(1.0, 0.22), 0.55, 1.6))
@@ -156,7 +157,7 @@ class Subject:
         self._think(cursor, released)
 
     def _move(self, cursor: Array, go: bool) -> bool:
-        """Choose the intended velocity; True on the tick a reach begins."""
+        """Update the intended velocity; return True on the tick when a reach starts."""
         reach, error = self._reach, self._goal - cursor
         distance = float(np.hypot(*error))
         if reach is not None:
@@ -167,7 +168,7 @@ class Subject:
                 return False
             self._reach, self._wait = None, float(self._rng.uniform(0.10, 0.20))
             return False
-        # At rest: hold where the target is, without hurry.
+        # At rest: drift to the target slowly.
         self.intended = 2.0 * error if go and distance < 0.03 else 0.85 * self.intended
         if not go or distance < 0.012:
             return False
@@ -184,7 +185,7 @@ class Subject:
         return True
 
     def _think(self, cursor: Array, released: bool) -> None:
-        """Move the latents on by one tick."""
+        """Advance the latents by one tick."""
         x = self.latents
         x[0:2] = self.intended / KINEMATIC_SCALES["velocity"]
         x[2:4] = np.clip(cursor / KINEMATIC_SCALES["position"], -3, 3)
@@ -213,7 +214,7 @@ class Subject:
 
 
 def _tuning(rng: np.random.Generator, units: int) -> tuple[Array, Array]:
-    """Baselines (N,) in spikes per second and tuning (N, latents)."""
+    """Draw baselines (N,) in spikes per second and tuning (N, latents)."""
     baseline = np.clip(np.exp(rng.normal(np.log(8.0), 0.8, units)), 1.5, 32.0)
     tuning = rng.normal(size=(units, len(LATENTS)))
     scale = np.empty(len(LATENTS))
@@ -221,7 +222,7 @@ def _tuning(rng: np.random.Generator, units: int) -> tuple[Array, Array]:
     scale[5:7], scale[7], scale[8] = 0.30, 0.15, 0.15
     scale[9:13], scale[13] = 0.30, 0.20
     scale[_DRIFT], scale[_SHARED] = 0.15, 0.17
-    # Units differ in how much they care about movement at all.
+    # Units differ in their overall modulation by movement.
     care = rng.gamma(2.0, 0.5, size=(units, 1))
     tuning[:, _MOTOR] *= care
     return baseline, tuning * scale
@@ -231,7 +232,7 @@ def _tuning(rng: np.random.Generator, units: int) -> tuple[Array, Array]:
 
 
 class Hand:
-    """The subject's own hand: follows the intended velocity with a lag of about 60 ms.
+    """The subject's hand, which follows the intended velocity with a lag of about 60 ms.
 
     Attributes:
         position, velocity: (2,), metres and metres per second.
@@ -241,7 +242,7 @@ class Hand:
         self.position, self.velocity, self._drive = np.zeros(2), np.zeros(2), np.zeros(2)
 
     def move(self, intended: Array) -> None:
-        """One tick."""
+        """Advance by one tick."""
         self._drive = self._drive + TICK / 0.03 * (intended - self._drive)
         self.velocity = self.velocity + TICK / 0.03 * (self._drive - self.velocity)
         self.position = self.position + TICK * self.velocity
@@ -256,11 +257,11 @@ class SimulatedSession:
         unit_names: N.
         times: (K,), seconds of the kinematic samples, 100 a second from 0.
         position, velocity: (K, 2), metres and metres per second.
-        latents: (K, len(LATENTS)), the truth behind the spikes.
+        latents: (K, len(LATENTS)), the true latents.
         rates: (N,), mean spikes per second.
-        trials: reaches finished.
+        trials: finished reaches.
         duration: seconds.
-        seed: that made it.
+        seed: seed of the simulation.
     """
 
     spike_times: tuple[Array, ...]
@@ -275,7 +276,7 @@ class SimulatedSession:
     seed: int
 
     def to_recording(self, bin_width: float = 0.05) -> Recording:
-        """Binned, with hand velocity (vx, vy, m/s): what reading its NWB file gives."""
+        """Return the binned session with hand velocity (vx, vy, m/s), as read from its NWB file."""
         n_bins = int(bins_of(np.array([self.duration]), 0.0, bin_width)[0])
         starts = bins_of(np.array([t.start for t in self.trials]), 0.0, bin_width)
         stops = bins_of(np.array([t.stop for t in self.trials]), 0.0, bin_width)
@@ -298,15 +299,15 @@ def simulate_session(
     units: int = 120,
     progress: Progress = SILENT,
 ) -> SimulatedSession:
-    """Let a subject reach with its own hand.
+    """Simulate a subject that reaches with its own hand.
 
     Args:
-        seed: of tuning, task and noise; the same seed gives the same session.
-        minutes: how long, above zero.
-        units: how many neurons.
+        seed: seed of tuning, task and noise.
+        minutes: duration, above zero.
+        units: number of neurons.
 
     Raises:
-        ShapeError: ``minutes`` or ``units`` make no session.
+        ShapeError: ``minutes`` or ``units`` are out of range.
     """
     ticks = round(minutes * 60 / TICK) if np.isfinite(minutes) else 0
     if ticks < 100:
