@@ -13,7 +13,7 @@ from ilqr_service.journal.verify import computed
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_service.work import EngineAnswer, Insert, Solve
-from ilqr_training.readout.fixed_lag import Windows, fit_fixed_lag, with_fixed_lag
+from ilqr_training.readout.fixed_lag import LagWindows, fit_fixed_lag, with_fixed_lag
 from ilqr_vae.artifact import SCHEMA, load_artifact
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.protocol import messages
@@ -106,7 +106,7 @@ def test_what_waiting_gains_is_fitted() -> None:
     x = v + 0.5 * rng.normal(size=v.shape)
     windows = np.concatenate([np.roll(x, k, 0) for k in range(5)], 1)
     parts = [
-        Windows(windows[a:b], v[a:b], np.arange(a, b) % 300 > 4, np.arange(a, b) // 1000)
+        LagWindows(windows[a:b], v[a:b], np.arange(a, b) % 300 > 4, np.arange(a, b) // 1000)
         for a, b in ((0, 3000), (3000, 4000))
     ]
     decoded = parts[1].x @ np.linalg.lstsq(parts[0].x, parts[0].y, rcond=None)[0]
@@ -126,5 +126,5 @@ def test_what_waiting_gains_is_fitted() -> None:
     perfect = fit_fixed_lag(parts[0], parts[1], parts[1].y, 3, (1.0,))
     assert perfect is not None
     assert not perfect.maps.any()
-    short = Windows(*(values[:3] for values in parts[1].__dict__.values()))
+    short = LagWindows(*(values[:3] for values in parts[1].__dict__.values()))
     assert fit_fixed_lag(parts[0], short, decoded[:3], 3, (1.0,)) is None

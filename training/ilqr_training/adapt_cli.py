@@ -75,7 +75,7 @@ def _recording(
     return read.select_units(tuple(names)), (start, stop)
 
 
-def _told(made: Adaptation) -> list[str]:
+def _lines(made: Adaptation) -> list[str]:
     lines = [f"{made.count(verdict):>5} units: {verdict.value}" for verdict in UnitVerdict]
     if made.gone:
         lines.append(f"{len(made.gone):>5} units of the model are not in the recording")
@@ -122,7 +122,7 @@ def run(
         }
         write_whole(json_file, json.dumps(numbers, indent=1) + "\n")
     if json_file != STDOUT:
-        for line in _told(made):
+        for line in _lines(made):
             console(soft_wrap=True).print(line, markup=False, highlight=False)
     if made.refused:
         raise TrainingError("adapt", expected="rows that fit", got=f"none: {made.refused}")

@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Bin:
+class SourceBin:
     """A bin from the source.
 
     Attributes:
@@ -255,7 +255,7 @@ class Bridge(Closing):
             return [place[name] for name in self.model.unit_names]
         return [k for k in range(channels) if k != counter]
 
-    def send_bin(self, sample: Bin) -> None:
+    def send_bin(self, sample: SourceBin) -> None:
         """Number a bin and send it. Raises ServiceError if the session is gone."""
         self.tally["samples"] += 1
         index = self._index(sample)
@@ -309,7 +309,7 @@ class Bridge(Closing):
             self._place.begin_again()
             self._count.begin_again()
 
-    def _index(self, sample: Bin) -> int | None:
+    def _index(self, sample: SourceBin) -> int | None:
         """Return the bin index of a sample; None if it was sent already."""
         placed = self._place.place(sample.stamp_s, self.clock.now_ns() / 1e9)
         if placed.kind == "step":

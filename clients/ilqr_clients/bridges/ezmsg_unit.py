@@ -24,7 +24,7 @@ import numpy as np
 from ezmsg.util.messages.axisarray import AxisArray
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.bridges.core import Bin, Bridge
+from ilqr_clients.bridges.core import Bridge, SourceBin
 from ilqr_clients.bridges.stamps import SLACK_S, Gather
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
@@ -92,7 +92,7 @@ class EzmsgBridge(Bridge):
             gathered = self._gather.add(round(stamp / axis.gain), row)
             self.tally["repeated"] += self._gather.repeated - repeated
             if gathered is not None:
-                self.send_bin(Bin(gathered[1][columns], stamp, now))
+                self.send_bin(SourceBin(gathered[1][columns], stamp, now))
 
     def _useless(self, what: str) -> None:
         if not self.tally["unusable"]:

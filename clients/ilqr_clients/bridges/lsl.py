@@ -17,8 +17,14 @@ from typing import Any
 import numpy as np
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.bridges.core import STATUSES, Bin, Bridge
-from ilqr_clients.bridges.lsl_streams import NamedStream, Samples, Say, load_pylsl, lsl_minus_ours_s
+from ilqr_clients.bridges.core import STATUSES, Bridge, SourceBin
+from ilqr_clients.bridges.lsl_streams import (
+    NamedStream,
+    Say,
+    StreamSamples,
+    load_pylsl,
+    lsl_minus_ours_s,
+)
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
 
@@ -87,13 +93,13 @@ class LslBridge(Bridge):
     def spiking(self) -> bool:
         return self.stream.info.channel_count() == 1 and len(self.model.unit_names) > 1
 
-    def pull(self) -> Samples | None:
+    def pull(self) -> StreamSamples | None:
         samples = self.stream.pull(self.model.bin_width / 4)
         if samples is None and isinstance(self._session, SpikeSession):
-            return Samples(np.zeros((0, 1)), np.zeros(0))  # an empty batch is to be sent
+            return StreamSamples(np.zeros((0, 1)), np.zeros(0))  # an empty batch is to be sent
         return samples
 
-    def hand_on(self, came: Samples) -> None:
+    def hand_on(self, came: StreamSamples) -> None:
         if isinstance(self._session, SpikeSession):
             self._spikes(came)
         else:
@@ -107,19 +113,19 @@ class LslBridge(Bridge):
         at = (stamps + self.stream.correction_s - offset) * 1e9
         return [round(one) for one in at.tolist()]
 
-    def _bins(self, samples: Samples) -> None:
+    def _bins(self, samples: StreamSamples) -> None:
         labels = self.stream.labels()
         counter = labels.index("bin_index") if "bin_index" in labels else None
         units = self.columns(labels, self.stream.info.channel_count(), counter)
         times = self._times(samples.stamps)
         for row, stamp, at_ns in zip(samples.values, samples.stamps.tolist(), times, strict=True):
             number = None if counter is None else int(row[counter])
-            self.send_bin(Bin(np.asarray(row[units], np.float64), stamp, at_ns, number))
+            self.send_bin(SourceBin(np.asarray(row[units], np.float64), stamp, at_ns, number))
 
     def first_of(self, number: int) -> int:
         return number
 
-    def _spikes(self, samples: Samples) -> None:
+    def _spikes(self, samples: StreamSamples) -> None:
         times = np.array(self._times(samples.stamps), np.int64)
         values = np.asarray(samples.values)
         units = values[:, 0].astype(np.int64) if values.shape[1] == 1 else np.full(len(values), -1)

@@ -42,7 +42,7 @@ def lsl_minus_ours_s(pylsl: Any, clock: Clock) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class StreamSamples:
     """Received samples: values (S, C) or S rows of text, and stamps (S,) in seconds of the
     source.
     """
@@ -122,7 +122,7 @@ class NamedStream:
         named = None if self.info is None else self.info.get_channel_labels()
         return [label or "" for label in named] if named else []
 
-    def pull(self, timeout: float) -> Samples | None:
+    def pull(self, timeout: float) -> StreamSamples | None:
         """Return new samples, waiting for the first; None if there are none."""
         if self._inlet is None:
             return None
@@ -134,7 +134,7 @@ class NamedStream:
         if len(stamps):
             if not lost and time.monotonic() - self._corrected > _CLOCK_S:
                 self._correct(_CORRECT_S)
-            return Samples(values, np.asarray(stamps, np.float64))
+            return StreamSamples(values, np.asarray(stamps, np.float64))
         if lost:
             self._say(f"stream {self.name!r} is gone")
             self._inlet, self._gone = None, time.monotonic()

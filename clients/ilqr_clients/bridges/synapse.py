@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_clients.bridges.core import Bin, Say
+from ilqr_clients.bridges.core import Say, SourceBin
 from ilqr_clients.bridges.stamps import Gather, SourceClock
 from ilqr_clients.bridges.zmq_source import ZmqBridge
 from ilqr_vae.errors import ConfigError
@@ -232,7 +232,7 @@ class SynapseBridge(ZmqBridge):
             return
         number, summed = gathered
         now = self.clock.now_ns()
-        self.send_bin(Bin(summed[columns], frame.timestamp_ns / 1e9, now, number))
+        self.send_bin(SourceBin(summed[columns], frame.timestamp_ns / 1e9, now, number))
 
     # ---- broadband -------------------------------------------------------------------------------
 

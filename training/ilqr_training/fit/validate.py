@@ -16,7 +16,7 @@ from ilqr_training.fit.crops import Prepared
 from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_training.readout.classes import ClassFit, fit_classes
 from ilqr_training.readout.fit import ReadoutBins, ReadoutFit, fit_readout
-from ilqr_training.readout.fixed_lag import Windows, fit_fixed_lag, with_fixed_lag
+from ilqr_training.readout.fixed_lag import LagWindows, fit_fixed_lag, with_fixed_lag
 from ilqr_training.readout.intervals import fit_intervals
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.intervals import SpeedScale, stated
@@ -203,11 +203,13 @@ def _later(
     segment[r.breaks] = 1
     segment = segment.cumsum()
     columns = readout.W.shape[1]
-    parts: list[Windows] = []
+    parts: list[LagWindows] = []
     for causal, span in ((train, data.train), (held, data.validation)):
         rows = slice(*span)
         parts.append(
-            Windows(causal.window[:, :columns], r.kinematics[rows], r.scored[rows], segment[rows])
+            LagWindows(
+                causal.window[:, :columns], r.kinematics[rows], r.scored[rows], segment[rows]
+            )
         )
     decoded = np.full(parts[1].y.shape, np.nan)
     decoded[parts[1].scored] = fit.decoded

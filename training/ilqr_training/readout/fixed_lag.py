@@ -29,7 +29,7 @@ _FACTORS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class Windows:
+class LagWindows:
     """The windows of a span, and their targets.
 
     Attributes:
@@ -51,7 +51,7 @@ class Windows:
 
 
 def fit_fixed_lag(
-    train: Windows, held: Windows, decoded: Array, lags: int, alphas: Sequence[float]
+    train: LagWindows, held: LagWindows, decoded: Array, lags: int, alphas: Sequence[float]
 ) -> FixedLag | None:
     """Fit the maps; None if a part has no ``lags`` + 1 consecutive bins.
 
@@ -69,7 +69,7 @@ def fit_fixed_lag(
     y_mean = train.y[rows].mean(0)
     y_scale = np.where(varies(train.y[rows]), train.y[rows].std(0) + 1e-12, 1.0)
 
-    def sums(part: Windows, at: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+    def sums(part: LagWindows, at: NDArray[np.int64]) -> tuple[Array, Array, Array]:
         x = (part.x[at] - x_mean) / x_scale
         y = [(part.y[at - k] - y_mean) / y_scale for k in range(lags + 1)]
         return x, x.T @ x, x.T @ np.concatenate(y, 1)
