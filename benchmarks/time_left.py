@@ -76,9 +76,17 @@ def told(folder: Path) -> list[Told]:
 
 def main(folders: list[str]) -> int:
     """Print a table for each folder."""
+    if not folders:
+        print(__doc__)
+        return 2
     for folder in folders:
+        try:
+            found = told(Path(folder))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         print(f"{folder}\n{'at':>18}  {'told':>8}  {'took':>8}  took / told")
-        for one in told(Path(folder)):
+        for one in found:
             print(f"{one.at:>18}  {one.told:6.1f} s  {one.took:6.1f} s  {one.ratio:.2f}")
     return 0
 

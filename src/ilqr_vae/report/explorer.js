@@ -74,9 +74,10 @@
         u.ctx.moveTo(x, u.bbox.top);
         u.ctx.lineTo(x, u.bbox.top + u.bbox.height);
         u.ctx.stroke();
-        if (row === 0 && x > free) {
+        const end = x + 8 + u.ctx.measureText(name).width;
+        if (row === 0 && x > free && end < u.bbox.left + u.bbox.width) {
           u.ctx.fillText(name, x + 3, u.bbox.top + 10 * devicePixelRatio);
-          free = x + 8 + u.ctx.measureText(name).width;
+          free = end;
         }
       });
       u.ctx.restore();
