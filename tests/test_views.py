@@ -90,6 +90,7 @@ def test_every_help_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     check(text)
     assert text.count("Show this message and exit.") == len(verbs) + 2
     assert "\\u" not in text
+    assert not re.search(r"\w-\r\n", text)  # a word broken at its hyphen
     for near in ("did you mean 'lorenz'?", "did you mean 'train'?", "--recording"):
         assert near in " ".join(text.split())
     helps = text.split("\r\n$ ")

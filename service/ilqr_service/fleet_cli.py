@@ -20,8 +20,10 @@ from ilqr_vae.protocol.keys import read_client_key
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+EXAMPLE = "Example: ilqr-vae fleet model.safetensors --journal /shared/journals --servers 2:8"
 
-@app.command()
+
+@app.command(epilog=EXAMPLE)
 def fleet(
     model: Annotated[Path, typer.Argument(help="A model file (.safetensors).")],
     journal: Annotated[
@@ -52,7 +54,10 @@ def fleet(
     ] = "127.0.0.1",
     replicate: Annotated[
         bool,
-        typer.Option(help="--journal is a folder of each machine's own; copy it to a second one."),
+        typer.Option(
+            "--replicate",
+            help="--journal is a folder of each machine's own; copy it to a second one.",
+        ),
     ] = False,
     patience: Annotated[
         float, typer.Option(min=1.0, help="Seconds without a reply until a server is given up.")
@@ -62,8 +67,6 @@ def fleet(
     ] = None,
 ) -> None:
     """Serve a model by many servers on a Ray cluster, behind one address, until a signal stops it.
-
-    Example: ilqr-vae fleet model.safetensors --journal /shared/journals --servers 2:8
 
     A client opens a session at the fleet's address and is redirected to its server. If a server
     dies or hangs, another one takes over its sessions from its journal. Monitor, dashboard and

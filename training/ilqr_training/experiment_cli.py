@@ -46,7 +46,13 @@ class _Named(TyperGroup):
         return found
 
 
-app = typer.Typer(cls=_Named, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=_Named,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run an experiment of the paper on simulated data, or compare decoders on a recording.",
+    epilog="ilqr-vae experiment COMMAND --help says what one takes, with an example.",
+)
 
 
 def settings_of(name: str, config: Path | None) -> msgspec.Struct:
