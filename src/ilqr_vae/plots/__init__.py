@@ -1,7 +1,7 @@
-"""Figures, as matplotlib ones: of an ``infer`` result, of arrays, of what the service answered.
+"""Matplotlib figures of an ``infer`` result, of arrays, or of answers of the service.
 
-Each function takes numpy arrays (or, where it says so, an ``infer`` result), draws into the axes it
-is given, else into a new figure, and returns the figure. Needs the extra ``report``; no torch.
+Each function takes numpy arrays (or, where stated, an ``infer`` result), draws into the given axes
+or a new figure, and returns the figure. Needs the extra ``report``, but not torch.
 
 >>> from ilqr_vae import plots                                   # doctest: +SKIP
 >>> r = model.infer(counts)                                      # doctest: +SKIP

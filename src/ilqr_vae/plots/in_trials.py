@@ -43,7 +43,7 @@ Trials = Sequence[tuple[int, int]]
 def condition_colours(
     conditions: Sequence[str], directions: Mapping[str, float] | None
 ) -> list[Colour]:
-    """One colour a condition: that of its direction in radians where all are known."""
+    """Return a colour for each condition, by its direction in radians if all are known."""
     known = directions or {}
     if conditions and all(np.isfinite(known.get(name, np.nan)) for name in conditions):
         return [hue(known[name]) for name in conditions]
@@ -67,8 +67,8 @@ def averages(
         time: (L,) seconds from the event.
         counted, modelled: (C, L) spikes per second.
         conditions: C names.
-        directions: radians of the conditions that are movements; all known, they give the colours.
-        event: what time counts from.
+        directions: directions of the conditions in radians; if all are known, they set the colours.
+        event: name of the event at time zero.
         ax: where to draw; default a figure of its own.
 
     Raises:
@@ -113,17 +113,17 @@ def psth(
     units: Sequence[str] = (),
     event: str = "the event",
 ) -> Figure:
-    """Peristimulus time histograms of the units that tell the conditions apart, one panel each.
+    """Peristimulus time histograms of the units that best separate the conditions, one panel each.
 
     Args:
         counts: (T, N) spikes per bin, or an ``infer`` result (its rates are then the model's).
-        at: (K,) bins of the event in each of K trials; NaN for none.
+        at: (K,) bin of the event in each of K trials; NaN for none.
         rates: (T, N) expected spikes per bin, drawn over the counts.
         bin_width: seconds.
-        conditions: K names; default one condition.
+        conditions: K names; default: a single condition.
         directions: see ``averages``.
         window: seconds around the event.
-        shown: most units drawn.
+        shown: largest number of units.
         units: N names.
         event: what it is.
 
@@ -202,7 +202,7 @@ def input_size(
 
 
 def paths_of(velocity: Array, trials: Trials, bin_width: float) -> list[Array]:
-    """(L + 1, 2) positions of each trial from its first two channels, from the origin on."""
+    """Integrate the first two channels of each trial: positions (L + 1, 2) from the origin."""
     made: list[Array] = []
     for a, b in trials:
         steps = np.nan_to_num(velocity[a:b, :2]) * bin_width
@@ -225,10 +225,10 @@ def paths(
 
     Args:
         paths: (L, 2) positions of each.
-        unit: of the positions.
-        colours: one a path; default that of the direction in which it ends.
+        unit: unit of the positions.
+        colours: one per path; default: by its final direction.
         targets: (K, 2) circles, of ``radius``.
-        reach: half of the width shown; default as far as anything goes.
+        reach: half of the width shown; default: large enough for everything.
         ax: where to draw; default a figure of its own.
 
     Raises:
@@ -258,7 +258,7 @@ def paths(
 
 
 def principal(latents: Array) -> tuple[Array, Array]:
-    """(T, 2) first two principal components and their shares of the variance; NaN rows stay NaN."""
+    """Return the first two principal components (T, 2) and their shares of the variance."""
     rows = np.isfinite(latents).all(axis=1)
     centred = latents - latents[rows].mean(axis=0)
     _, s, vt = np.linalg.svd(centred[rows], full_matrices=False)
@@ -282,12 +282,12 @@ def latent_plane(
 
     Args:
         latents: (T, n), or an ``infer`` result.
-        trials: ranges of bins drawn over the whole; default all of it as one line.
-        colours: one a trial.
+        trials: ranges of bins to draw over the whole; default: one line.
+        colours: one per trial.
         ax: where to draw; default a figure of its own.
 
     Raises:
-        ShapeError: an array of another shape, or fewer than two bins that are known.
+        ShapeError: the array has another shape, or fewer than two bins are known.
     """
     z = series(latents, "latents")
     if np.isfinite(z).all(axis=1).sum() < 2 or not z.shape[1]:

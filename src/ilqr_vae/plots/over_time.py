@@ -36,7 +36,7 @@ from ilqr_vae.scoring.score import OURS
 
 
 def _image(ax: Axes, values: Array, bin_width: float, start: float, top: float) -> None:
-    """(T, K) as shades of blue, one row for each of K."""
+    """Draw (T, K) in shades of blue, one row for each of K."""
     image = np.zeros((*values.T.shape, 4))
     image[..., :3] = to_rgb(BLUE)
     image[..., 3] = np.clip(np.nan_to_num(values.T) / max(top, 1e-300), 0, 1) ** 0.6
@@ -57,13 +57,13 @@ def raster(
     by_rate: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
-    """Spike counts, one row a unit.
+    """Spike counts, one row per unit.
 
     Args:
         counts: (T, N) spikes per bin, or an ``infer`` result.
         bin_width: seconds.
-        start: seconds, left edge of the first bin.
-        by_rate: the most active unit on top; else in the order of the columns.
+        start: left edge of the first bin in seconds.
+        by_rate: sort units by rate, the most active on top; if false, keep their order.
         ax: where to draw; default a figure of its own.
 
     Raises:
@@ -88,7 +88,7 @@ def rates(
     by_rate: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
-    """Firing rates, one row a unit, each as a share of its own greatest.
+    """Firing rates, one row per unit, each as a share of its maximum.
 
     Args:
         rates: (T, N) expected spikes per bin, or an ``infer`` result.
@@ -112,7 +112,7 @@ def rates(
 def _stacked(
     ax: Axes, values: Array, std: Array | None, time: Array, names: Sequence[str], what: str
 ) -> None:
-    """K series over one another, each about its own level, in one scale."""
+    """Draw K series above one another on the same scale, each around its own level."""
     size = 5.0 * float(np.nanmedian(np.nanstd(values, axis=0)) or 1.0)
     levels = -size * np.arange(values.shape[1])
     for level, colour, k in zip(levels, shades(len(levels)), range(len(levels)), strict=True):
@@ -128,7 +128,7 @@ def _stacked(
 
 
 def _largest(values: Array, number: int) -> NDArray[np.intp]:
-    """Columns of largest variance, of those that are known at all."""
+    """Return the columns of largest variance, ignoring unknown ones."""
     known = np.isfinite(values).sum(axis=0) > 1
     variance = np.array([np.nanvar(v) if k else -1.0 for v, k in zip(values.T, known, strict=True)])
     order = np.argsort(-variance, kind="stable")[:number]
@@ -144,7 +144,7 @@ def _series_of(
     shown: int,
     ax: Axes | None,
 ) -> Figure:
-    """``latents`` and ``inputs``: the field ``name`` of a result, or an array in its place.
+    """Draw ``latents`` or ``inputs``: the field ``name`` of a result, or an array.
 
     Args:
         time: bin width and start.
@@ -178,8 +178,8 @@ def latents(
 
     Args:
         latents: (T, n), or an ``infer`` result.
-        std: (T, n); default that of the ``infer`` result, none for an array.
-        shown: most latents drawn.
+        std: (T, n); default: that of the ``infer`` result, none for an array.
+        shown: largest number of latents.
         bin_width, start, ax: see ``raster``.
 
     Raises:
@@ -224,12 +224,12 @@ def decode(
     others: Mapping[str, ArrayLike] | None = None,
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Decoded kinematics with their 90 % band over the truth, one row a channel.
+    """Decoded kinematics with their 90 % band over the truth, one row per channel.
 
     Args:
         decoded: (T, D), or an ``infer`` result.
         std: (T, D); default that of the ``infer`` result, no band for an array.
-        truth: (T, D), what was measured.
+        truth: (T, D), measured kinematics.
         names, units: of the D channels.
         others: (T, D) decodes of other decoders, by name.
         axes: D axes to draw in; default a figure of its own.
@@ -279,7 +279,7 @@ def residuals(
     units: Sequence[str] = (),
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Root mean square error of K blocks of a run, beside what the decoder stated.
+    """Root mean square error of K blocks of a run, beside the stated deviation.
 
     Args:
         time: (K,) seconds.

@@ -1,4 +1,4 @@
-"""Colours, sizes and axes that all figures share."""
+"""Colours, sizes and axes shared by all figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 Array = NDArray[np.float64]
 Colour = tuple[float, float, float] | str
 
-# The light theme. A report turns these three into variables of its page.
+# The light theme. A report replaces these three by variables of its page.
 INK, MUTED, GRID = "#1b2430", "#8993a1", "#e4e8ee"
 
 # Middle tones, readable on white and on near-black.
@@ -48,7 +48,7 @@ STATUS_COLOURS = {
 }
 
 WIDE, PANEL = (9.6, 2.6), (3.6, 2.7)
-"""Inches of a figure over time, and of one panel among several."""
+"""Width in inches of a figure over time, and of one panel among several."""
 
 Z90 = 1.6448536269514722
 """Standard deviations on either side of the mean that hold 90 % of a Gaussian."""
@@ -78,7 +78,7 @@ _STYLE: Any = {
     "savefig.dpi": 150,
     "svg.fonttype": "none",
     "text.color": INK,
-    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.parse_math": False,  # a dollar sign in a name does not start a formula
     "xtick.color": MUTED,
     "xtick.labelcolor": INK,
     "xtick.labelsize": 8,
@@ -89,7 +89,7 @@ _STYLE: Any = {
 
 
 class Picture(Figure):
-    """A matplotlib figure without a window or global state, which notebooks show."""
+    """A matplotlib figure without window or global state, which notebooks display."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -99,15 +99,15 @@ class Picture(Figure):
 
 @contextmanager
 def style() -> Generator[None]:
-    """Draw inside this."""
+    """A context for drawing in the style of all figures."""
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        # of glyphs that its own font lacks and the reader's has, and of room a long name takes
+        # warnings about missing glyphs, which the reader's font may have, and about long names
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A plot function that draws in this style."""
+    """Wrap a plot function to draw in this style."""
 
     @wraps(draw)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -118,21 +118,21 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def blank(size: tuple[float, float]) -> Picture:
-    """An empty figure of this width and height in inches."""
+    """Return an empty figure of this width and height in inches."""
     made = Picture(figsize=size)
     FigureCanvasAgg(made)
     return made
 
 
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The axes given, or those of a new figure."""
+    """Return the given axes, or those of a new figure."""
     return blank(size).subplots() if ax is None else ax
 
 
 def rows_of(
     axes: Sequence[Axes] | None, rows: int, field: str, *, width: float = WIDE[0]
 ) -> list[Axes]:
-    """One axes a row, the time shared; new ones where none are given.
+    """Return one axes per row with shared time; new ones if none are given.
 
     Raises:
         ShapeError: another number of axes.
@@ -146,27 +146,27 @@ def rows_of(
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that axes are in."""
+    """Return the figure of axes."""
     made = ax.get_figure(root=True)
-    assert made is not None  # axes are made with one
+    assert made is not None  # axes always have one
     return made
 
 
 def short(name: str, most: int = 32) -> str:
-    """A name as a label: on one line, and no longer than a figure has room for."""
+    """Shorten a name to a label on one line that fits into a figure."""
     name = visible(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def quantity(name: str, unit: str) -> str:
-    """``name (unit)``, or the name alone where the unit is not known."""
+    """Return ``name (unit)``, or only the name if the unit is not known."""
     return f"{short(name)} ({short(unit, 16)})" if unit else short(name)
 
 
 def legend(ax: Axes) -> None:
-    """What is labelled in ``ax``, above it, in as many columns as there is room for.
+    """Draw the legend of ``ax`` above it, in as many columns as fit.
 
-    Of a figure made here it stands above all axes, where no title is in its way.
+    In a new figure it is above all axes, where it does not overlap a title.
     """
     handles, labels = ax.get_legend_handles_labels()
     if not labels:
@@ -189,13 +189,13 @@ def legend(ax: Axes) -> None:
 
 
 def series(values: Inference | ArrayLike, field: str, name: str = "") -> Array:
-    """(T, K) numbers: those of an ``infer`` result's ``field``, or the array itself.
+    """Return numbers (T, K): a ``field`` of an ``infer`` result, or the array itself.
 
     Args:
-        name: of the argument, in an error; default the field's.
+        name: name of the argument in errors; default: the field's.
 
     Raises:
-        ShapeError: a batch of trials, or an array of another number of axes.
+        ShapeError: it is a batch of trials, or an array with another number of axes.
     """
     if isinstance(values, Inference):
         if values.batched:
@@ -211,10 +211,10 @@ def series(values: Inference | ArrayLike, field: str, name: str = "") -> Array:
 def spread(
     values: Inference | ArrayLike, std: ArrayLike | None, field: str, like: Array
 ) -> Array | None:
-    """The standard deviations given, else those of an ``infer`` result; None where there are none.
+    """Return the given standard deviations, or those of an ``infer`` result, or None.
 
     Raises:
-        ShapeError: not of the shape of ``like``.
+        ShapeError: the shape differs from that of ``like``.
     """
     if std is None and isinstance(values, Inference):
         std = getattr(values, f"{field}_std")
@@ -222,7 +222,7 @@ def spread(
 
 
 def alike(values: ArrayLike, like: Array, name: str) -> Array:
-    """``values`` as (T, K) of the shape of ``like``. Raises ShapeError where they are not."""
+    """Return ``values`` as (T, K). Raises ShapeError if the shape differs from ``like``."""
     made = series(values, name)
     if made.shape != like.shape:
         raise ShapeError(name, expected=f"shape {like.shape}", got=f"shape {made.shape}")
@@ -230,18 +230,18 @@ def alike(values: ArrayLike, like: Array, name: str) -> Array:
 
 
 def seconds(bins: int, bin_width: float, start: float) -> Array:
-    """(T,), left edge of each bin."""
+    """Return the left edge (T,) of each bin."""
     return start + np.arange(bins, dtype=np.float64) * bin_width
 
 
 def hue(angle: float) -> Colour:
-    """The colour of a direction in radians, everywhere."""
+    """Return the colour of a direction in radians, the same in all figures."""
     r, g, b, _ = colormaps["hsv"]((angle / (2 * np.pi)) % 1.0)
-    # Pull towards a middle grey: pure yellow and pure blue vanish on one page or the other.
+    # Blend with grey: pure yellow and pure blue are hard to see on light or dark pages.
     return (0.12 + 0.72 * r, 0.12 + 0.66 * g, 0.16 + 0.76 * b)
 
 
 def shades(number: int) -> list[Colour]:
-    """Colours of things in an order, or without one."""
+    """Return colours for ordered or unordered items."""
     steps = np.linspace(0.12, 0.82, max(number, 1))[:number]
     return [tuple(colormaps["viridis"](float(s))[:3]) for s in steps]  # pyright: ignore[reportReturnType]

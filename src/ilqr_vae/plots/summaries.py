@@ -50,7 +50,7 @@ def agreement(
     unit: str = "",
     ax: Axes | None = None,
 ) -> Figure:
-    """One decoded channel against what was measured; the dashed line is equality.
+    """One decoded channel against the measured one; the dashed line is equality.
 
     Args:
         truth, decoded: (T,).
@@ -87,12 +87,14 @@ def reliability(
     of: Literal["intervals", "classes"] = "intervals",
     ax: Axes | None = None,
 ) -> Figure:
-    """How often the truth fell inside intervals of each nominal level, or how often classes of each
-    stated probability were right; 5 % either way is shaded.
+    """A reliability curve: actual against nominal shares, with 5 % either way shaded.
+
+    The shares are those of true values inside intervals of each nominal level, or of right classes
+    of each stated probability.
 
     Args:
         nominal, actual: (K,) shares, 0 to 1.
-        of: what they are of.
+        of: name of the quantity.
         ax: where to draw; default a figure of its own.
     """
     ax = axes_of(ax, (PANEL[0], PANEL[0]))
@@ -115,16 +117,16 @@ def calibration(
     *,
     ax: Axes | None = None,
 ) -> Figure:
-    """How often the truth fell inside the central intervals that the decoder stated.
+    """Calibration curve: how often the truth lies inside the stated central intervals.
 
     Args:
-        truth: (T, D); bins that are not known are left out.
+        truth: (T, D); unknown bins are ignored.
         decoded: (T, D), or an ``infer`` result.
         std: (T, D); default that of the ``infer`` result.
         ax: where to draw; default a figure of its own.
 
     Raises:
-        ShapeError: arrays of other shapes, or no standard deviation.
+        ShapeError: shapes differ, or there is no standard deviation.
     """
     y = series(decoded, "kinematics", "decoded")
     deviation = spread(decoded, std, "kinematics", y)
@@ -145,15 +147,15 @@ def latency(
     deadline_ms: float | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Histogram of latencies, both axes logarithmic, the deadline marked.
+    """Histogram of latencies on logarithmic axes, with the deadline marked.
 
     Args:
-        latency_ms: (T,) milliseconds a bin, by stage where there are several; NaN is left out.
-        deadline_ms: what they are held against.
+        latency_ms: (T,) milliseconds per bin, possibly by stage; NaN is ignored.
+        deadline_ms: the deadline to mark.
         ax: where to draw; default a figure of its own.
 
     Raises:
-        ShapeError: there is no latency at all.
+        ShapeError: there are no latencies.
     """
     given = latency_ms if isinstance(latency_ms, Mapping) else {"total": latency_ms}
     stages = {name: np.asarray(v, dtype=np.float64) for name, v in given.items()}
@@ -199,11 +201,11 @@ def learning(
     colour: str = BLUE,
     ax: Axes | None = None,
 ) -> Figure:
-    """What was followed while a model was trained.
+    """A learning curve.
 
     Args:
         steps, values: (K,).
-        name: of the values, with their unit.
+        name: name of the values, with their unit.
         ax: where to draw; default a figure of its own.
     """
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -224,14 +226,14 @@ def trials(
     name: str = "score",
     logarithmic: Sequence[str] = (),
 ) -> Figure:
-    """The trials of a search: how each learned, and its score over each key that was searched.
+    """The trials of a search: learning curves, and scores over each searched key.
 
     Args:
-        values: of each searched key, one a trial.
+        values: values of each searched key, one per trial.
         scores: (K,), higher is better.
         curves: (validations, score) of each trial.
-        name: of the score.
-        logarithmic: keys that are drawn over their logarithm.
+        name: name of the score.
+        logarithmic: keys to draw on a logarithmic axis.
     """
     y = np.asarray(scores, dtype=np.float64)
     best = int(np.argmax(y)) if y.size else -1
@@ -267,9 +269,9 @@ def bars(
     """Horizontal bars in groups, each labelled with its number.
 
     Args:
-        groups: number by series, by group.
-        xlabel: what the numbers are, with their unit.
-        colours: one a series, in their order.
+        groups: numbers by series, by group.
+        xlabel: name of the numbers, with their unit.
+        colours: one per series, in order.
         digits: decimals of the labels.
         ax: where to draw; default a figure of its own.
     """

@@ -1,4 +1,4 @@
-"""A decoded session as NWB: its answers, what was fed where that is known, events and trials."""
+"""A decoded session as NWB: answers, counts if known, events and trials."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ STATUSES = ("none", "ok", "degraded", "late", "missing", "extrapolated")
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a service does not know of a session; without it nwbinspector finds the file wanting.
+    """Metadata that a service does not know; nwbinspector reports them if missing.
 
     Attributes:
-        subject: who was recorded.
-        experimenter: by whom, Last, First.
-        institution: where.
+        subject: the subject.
+        experimenter: the experimenter, as Last, First.
+        institution: the institution.
     """
 
     subject: SubjectInfo | None = None
@@ -38,20 +38,20 @@ class About:
 
 @dataclass(slots=True, kw_only=True)
 class Decoded:
-    """A session's run, with the newest revision of each answer.
+    """A run of a session, with the newest revision of each answer.
 
     Attributes:
-        session, epoch: its name and number.
-        identifier: of the run, for the file.
+        session, epoch: name and epoch of the session.
+        identifier: identifier of the file.
         units: N names.
-        bin_width_ns: of its bins.
-        at_ns, clock_ns: ns of the Unix epoch, and of the service's clock then.
-        manifests: of the models, by id.
-        origin_ns: when bin 0 begins by the feeder's clock, for a session of spikes.
-        results: by index.
-        events: by source and number.
-        bins: (N,) counts and (N,) mask of each bin that came; None where they are not known.
-        texts: what else is to be kept, by name; written as JSON.
+        bin_width_ns: bin width.
+        at_ns, clock_ns: time in ns of the Unix epoch, and of the service's clock.
+        manifests: manifests of the models by id.
+        origin_ns: start of bin 0 by the feeder's clock, for a spike session.
+        results: results by index.
+        events: events by source and number.
+        bins: (N,) counts and (N,) mask of each received bin; None if not known.
+        texts: further data by name, written as JSON.
     """
 
     session: str
@@ -71,7 +71,7 @@ class Decoded:
     texts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def add(self, message: messages.Result | messages.Event) -> None:
-        """Keep an answer, if it is newer than what is kept for its bin, or an event."""
+        """Add an event, or an answer if it is newer than the one of its bin."""
         if isinstance(message, messages.Event):
             self.events.setdefault((message.source, message.index), message)
             return
@@ -81,8 +81,10 @@ class Decoded:
 
     @property
     def start_ns(self) -> int:
-        """When the first answered bin was complete, by the service's clock; where its feeder did
-        not state its clock, when it was received."""
+        """When the first answered bin was complete, by the service's clock.
+
+        If its feeder did not state its clock, when it was received.
+        """
         first = self.results[min(self.results)]
         if first.clock is None or not first.source_ns:
             return first.received_ns
@@ -98,8 +100,10 @@ class Decoded:
         return datetime.fromtimestamp(started_ns / 1e9, UTC)
 
     def timed_events(self) -> list[tuple[float, messages.Event]]:
-        """Events with their times in seconds from the start, rising; an event whose sender did not
-        state its clock has the time at which it was received."""
+        """Return events with increasing times in seconds from the start.
+
+        An event whose sender did not state its clock has the time of its arrival.
+        """
         timed = [
             (e.received_ns if e.clock is None else e.time_ns + e.clock.offset_ns, e)
             for e in self.events.values()
@@ -108,7 +112,7 @@ class Decoded:
 
 
 def check_out(path: Path, *, force: bool = False) -> None:
-    """Refuse a path that an NWB file cannot be written to. Raises RecordingError."""
+    """Check that an NWB file can be written to a path. Raises RecordingError."""
     if path.suffix.lower() != ".nwb" or not path.parent.is_dir():
         raise RecordingError("out", expected="NAME.nwb in an existing folder", got=str(path))
     if path.exists() and not force:
@@ -116,17 +120,17 @@ def check_out(path: Path, *, force: bool = False) -> None:
 
 
 def write_decoded(path: Path, decoded: Decoded, about: About) -> None:
-    """Write a run with at least one answer as NWB, whole or not at all; replaces a file.
+    """Write a run with at least one answer as NWB, atomically; replaces a file.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file could not be written.
         RecordingError: pynwb is not installed.
     """
     try:
         import pynwb as pynwb_module
     except ModuleNotFoundError as error:
         raise missing_extra("out", "pynwb", "nwb") from error
-    pynwb: Any = pynwb_module  # its classes are made at run time
+    pynwb: Any = pynwb_module  # its classes are created at run time
     nwb: Any = pynwb.NWBFile(
         session_description=f"session {decoded.session}, epoch {decoded.epoch}, decoded live",
         identifier=decoded.identifier,
@@ -140,11 +144,11 @@ def write_decoded(path: Path, decoded: Decoded, about: About) -> None:
     if about.subject is not None:
         known = {key: value for key, value in asdict(about.subject).items() if value}
         nwb.subject = pynwb.file.Subject(**known)
-    # a row for each bin with an answer; time counts from the first of them
+    # a row for each answered bin; time counts from the first
     indices = np.array(sorted(decoded.results), dtype=np.int64)
     width = decoded.bin_width_ns / 1e9
     clock: dict[str, Any] = {"rate": 1 / width, "starting_time": 0.0}
-    if indices[-1] - indices[0] >= len(indices):  # after a gap that has no answers
+    if indices[-1] - indices[0] >= len(indices):  # after a gap without answers
         clock = {"timestamps": (indices - indices[0]) * width}
 
     def add(module: Any, name: str, data: Any, unit: str, what: str, columns: list[str]) -> None:
@@ -181,7 +185,7 @@ def _fed(
     indices: NDArray[np.int64],
     n_units: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """(T, N) counts, NaN where no bin came, and (T, N) where they were observed."""
+    """Return counts (T, N), NaN for missing bins, and which were observed (T, N)."""
     counts = np.full((len(indices), n_units), np.nan)
     observed = np.zeros((len(indices), n_units), dtype=np.uint8)
     for row, index in enumerate(indices.tolist()):
@@ -214,7 +218,7 @@ def _add_answers(nwb: Any, add: Any, decoded: Decoded, indices: NDArray[np.int64
         data = np.full((len(results), size), np.nan)
         for row, result in enumerate(results):
             values = messages.unpack(getattr(result, name), name)
-            data[row, : len(values)] = values[:size]  # a model that was swapped in has others
+            data[row, : len(values)] = values[:size]  # a model that was swapped in may have others
         what = "standard deviation" if name != base else "mean"
         if name == "classes":
             what = "probability of each class"

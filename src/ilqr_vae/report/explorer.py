@@ -1,4 +1,4 @@
-"""The run bin by bin, as data for the page's own script: zoom, pan, values under the pointer."""
+"""The run bin by bin, as data for the interactive charts of the page."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from ilqr_vae.scoring.score import OURS, WIENER
 from ilqr_vae.terminal import visible
 
 MOST_NUMBERS = 200_000
-"""Of all series together, two bytes each, so that a page stays below 2 MB."""
+"""Largest total number of values, two bytes each, so that a page stays below 2 MB."""
 MOST_EVENTS = 5000
 _MISSING, _GREATEST = -32768, 32767
 
 
 def _packed(values: Array) -> dict[str, Any]:
-    """Numbers as 16-bit steps between the least and the greatest; NaN as ``_MISSING``."""
+    """Pack numbers as 16-bit steps between minimum and maximum; NaN as ``_MISSING``."""
     known = np.isfinite(values)
     low = float(values[known].min()) if known.any() else 0.0
     high = float(values[known].max()) if known.any() else 0.0
@@ -52,7 +52,7 @@ def _line(name: str, colour: str, values: Array, **more: Any) -> dict[str, Any]:
 
 
 def charts(data: ReportData) -> list[dict[str, Any]]:
-    """One chart a decoded channel (at most 4), then latents, inputs, firing and latency."""
+    """Return a chart per decoded channel (at most 4), then latents, inputs, firing, latency."""
     made: list[dict[str, Any]] = []
     for d, name in enumerate(data.names[:4] if data.decoded is not None else ()):
         assert data.decoded is not None  # as above
@@ -104,7 +104,7 @@ def charts(data: ReportData) -> list[dict[str, Any]]:
 
 
 def run_data(data: ReportData) -> dict[str, Any] | None:
-    """The middle of the run, as many bins of it as ``MOST_NUMBERS`` allow; None for no bins."""
+    """Return the middle of the run, as many bins as ``MOST_NUMBERS`` allows; None without bins."""
     made = charts(data)
     bins = len(data.counts)
     if bins < 2 or not made:
@@ -137,6 +137,6 @@ def run_data(data: ReportData) -> dict[str, Any] | None:
 
 
 def as_json(found: dict[str, Any]) -> str:
-    """For an inline script element: no character of it can end the element."""
+    """Return JSON for an inline script element, without characters that could end it."""
     text = json.dumps(found, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,7 +1,7 @@
-"""What a report shows of a run: each figure drawn for a wide page and for a narrow one.
+"""The figures of a report, each drawn for a wide and a narrow page.
 
-A figure over time is drawn twice, ``wide`` and ``narrow``; one of several panels is drawn once, and
-the page puts as many side by side as there is room for.
+A figure over time is drawn twice, ``wide`` and ``narrow``. A figure of several panels is drawn
+once, and the page places as many side by side as fit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXCERPT_BINS = 300
 MAX_TRIALS = 150
 MAX_POINTS = 4000
 WIDTHS = {"wide": 9.6, "narrow": 4.0}
-"""Inches of a figure over time, by the page it is for."""
+"""Width in inches of a figure over time, by page width."""
 
 Key = tuple[tuple[str, str], ...]
 
@@ -39,8 +39,8 @@ class Drawn:
     Attributes:
         wide, narrow: one figure, for the two widths of a page; "" where there are panels alone.
         panels: small ones, side by side.
-        key: colour and meaning of what all panels share.
-        text: a sentence on what was found.
+        key: legend shared by all panels.
+        text: a sentence on the result.
     """
 
     wide: str = ""
@@ -51,7 +51,7 @@ class Drawn:
 
 
 def excerpt(data: ReportData) -> slice:
-    """The bins shown in time courses: the middle of the run."""
+    """Return the bins to show in time courses: the middle of the run."""
     n = len(data.counts)
     length = min(n, max(EXCERPT_BINS, round(15.0 / data.bin_width)), 1200)
     start = (n - length) // 2
@@ -61,7 +61,7 @@ def excerpt(data: ReportData) -> slice:
 def _both(
     name: str, rows: int, height: float, draw: Callable[[Sequence[Axes]], object]
 ) -> tuple[str, str]:
-    """What ``draw`` draws in so many rows of axes, as SVG for either width."""
+    """Return the SVG, for both widths, of what ``draw`` draws into rows of axes."""
     made: list[str] = []
     for kind, width in WIDTHS.items():
         with style():
@@ -77,7 +77,7 @@ def _panels(name: str, figures: Sequence[Figure]) -> tuple[str, ...]:
 
 
 def time_course(data: ReportData) -> Drawn | None:
-    """Decoded with its 90 % band over the truth, one row a channel."""
+    """Decoded with its 90 % band over the truth, one row per channel."""
     if data.decoded is None or not data.names:
         return None
     n, shown = min(len(data.names), 4), excerpt(data)
@@ -107,13 +107,13 @@ def time_course(data: ReportData) -> Drawn | None:
 
 
 def _marks(data: ReportData, shown: slice) -> list[tuple[float, str]]:
-    """The events within the bins shown."""
+    """Return the events within the shown bins."""
     begin, end = data.time[shown.start], data.time[shown.stop - 1] + data.bin_width
     return [(t, short(name, 24)) for t, name in data.marks if begin <= t < end]
 
 
 def _mark(data: ReportData, shown: slice, axes: Sequence[Axes]) -> None:
-    """A line for each event, named on the first axis where there is room."""
+    """Draw a line for each event, labelled on the first axis if there is room."""
     free = -np.inf
     for t, name in _marks(data, shown):
         for ax in axes:
@@ -126,7 +126,7 @@ def _mark(data: ReportData, shown: slice, axes: Sequence[Axes]) -> None:
 
 
 def _reaches(data: ReportData) -> tuple[list[tuple[int, int]], Array]:
-    """The outward parts of the trials shown, as ranges of bins, and their directions."""
+    """Return the outward parts of the shown trials, as ranges of bins, and their directions."""
     ranges, angles = outward(data)
     chosen = np.flatnonzero(np.isfinite(angles) & (np.diff(ranges, axis=1)[:, 0] > 2))[:MAX_TRIALS]
     return [(int(a), int(b)) for a, b in ranges[chosen]], angles[chosen]
@@ -152,7 +152,7 @@ def reaches(data: ReportData) -> Drawn | None:
 
 
 def agreement(data: ReportData) -> Drawn | None:
-    """Decoded against measured, one panel a channel, and the calibration curve beside them."""
+    """Decoded against measured, one panel per channel, and the calibration curve."""
     if data.decoded is None or data.truth is None:
         return None
     made = [
@@ -199,7 +199,7 @@ def latents(data: ReportData) -> Drawn | None:
 
 
 def _plane(data: ReportData) -> Figure:
-    """By direction where trials or velocities give one, else the excerpt over the whole."""
+    """Draw latents by direction if it is known, else the excerpt over the whole run."""
     ranges, angles = _reaches(data)
     colours: list[Colour] = [hue(float(angle)) for angle in angles]
     if not ranges and not (data.has_velocity and data.truth is not None):
@@ -248,7 +248,7 @@ def latency(data: ReportData) -> Drawn | None:
 
 
 def residual_course(data: ReportData) -> Drawn | None:
-    """Root mean square error, block by block, and what was stated."""
+    """Root mean square error by block, and the stated deviation."""
     found = residuals_of(data)
     if found is None:
         return None
@@ -315,13 +315,13 @@ def inputs_around(data: ReportData) -> Drawn | None:
         figure = plots.input_size(one.time, one.mean, one.error, event=one.event)
         with style():
             figure.axes[0].set_title(f"{one.trials} trials")
-            figure.axes[0].set_ylim(0, top)  # one scale for all
+            figure.axes[0].set_ylim(0, top)  # the same scale for all
         made.append(figure)
     return Drawn(panels=_panels("inputs", made))
 
 
 def learning(data: ReportData) -> Drawn | None:
-    """One panel for each thing followed while training."""
+    """One panel per learning curve."""
     curves = {name: np.array(points) for name, points in data.learning.items() if points}
     if not curves:
         return None
@@ -333,7 +333,7 @@ def learning(data: ReportData) -> Drawn | None:
 
 
 def cursor_paths(cursor: Mapping[str, Reaches], radius: float) -> Drawn | None:
-    """The cursor's way in each reach, coloured by the direction of its target."""
+    """Cursor paths of reaches, coloured by the direction of their targets."""
     shown = {name: one for name, one in cursor.items() if one.paths}
     if not shown:
         return None
@@ -362,7 +362,7 @@ def cursor_paths(cursor: Mapping[str, Reaches], radius: float) -> Drawn | None:
 
 
 def picture(data: ReportData) -> Figure | None:
-    """The run at a glance: decoded over the truth, and reaches. None where nothing is decoded."""
+    """An overview of the run: decoded over the truth, and reaches. None if nothing is decoded."""
     if data.decoded is None or not data.names:
         return None
     n, shown = min(len(data.names), 2), excerpt(data)

@@ -1,4 +1,4 @@
-"""Events of the experiment as NWB: a table of all, and the trials that they begin and end."""
+"""Events of the experiment as NWB: a table of all, and the trials that they delimit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ Timed = Sequence[tuple[float, Event]]
 
 
 def trials_of(events: Timed, end_s: float, width_s: float = 0.0) -> list[dict[str, Any]]:
-    """Trials as rows: ``start_time`` and ``stop_time`` in seconds, and what the payloads of the
-    events that begin and end each hold. A trial that no event ends lasts until the next begins.
+    """Return trials as rows: ``start_time``, ``stop_time`` in seconds, and the payloads.
+
+    The payloads are those of the events that start and end a trial. A trial without an end event
+    lasts until the next one starts.
 
     Args:
-        events: with their times in seconds, rising.
-        end_s: when the recording ends.
-        width_s: how long a trial that begins after the end lasts.
+        events: events with increasing times in seconds.
+        end_s: end of the recording.
+        width_s: duration of a trial that starts after the end.
     """
     rows: list[dict[str, Any]] = []
     open_ = False
@@ -42,7 +44,7 @@ def trials_of(events: Timed, end_s: float, width_s: float = 0.0) -> list[dict[st
 
 
 def add_events(pynwb: Any, nwb: Any, events: Timed, end_s: float, width_s: float) -> None:
-    """Add the table of events and, where there are any, trials to a file that is being built."""
+    """Add the table of events, and trials if there are any, to a file."""
     if not events:
         return
     module = nwb.processing.get("behavior") or nwb.create_processing_module(
@@ -77,7 +79,7 @@ def add_events(pynwb: Any, nwb: Any, events: Timed, end_s: float, width_s: float
 
 
 def named(payload: Mapping[str, Any], reserved: Sequence[str] = ()) -> dict[str, Any]:
-    """What a payload holds by the names of columns: a map within it has a column for each key."""
+    """Flatten a payload by column name: a nested map has a column for each key."""
     found: dict[str, Any] = {}
     for key, value in payload.items():
         name = f"{key}_" if key in reserved else key.replace("/", "_").replace(":", "_") or "_"
@@ -90,7 +92,7 @@ def named(payload: Mapping[str, Any], reserved: Sequence[str] = ()) -> dict[str,
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Any], float | str]]:
-    """How the values of each column are written: as numbers where all are, else as text."""
+    """Return the values of each column: numbers if all are, else text."""
     numbers: dict[str, bool] = {}
     for row in rows:
         for name, value in row.items():
