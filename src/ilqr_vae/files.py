@@ -166,7 +166,7 @@ def frame_at(data: bytes, at: int, longest: int) -> bytes | None:
 
 
 def read_toml(path: Path, kind: type[T], field: str = "config") -> T:
-    """A TOML file as a struct.
+    """Read a TOML file into a struct.
 
     Args:
         kind: what it holds, see ``to_struct``.
@@ -187,7 +187,7 @@ def read_toml(path: Path, kind: type[T], field: str = "config") -> T:
 
 
 def to_struct(values: Any, kind: type[T], field: str, *, strict: bool = True) -> T:
-    """Plain values as a struct, its types and ranges checked.
+    """Convert plain values to a struct, with checks of types and ranges.
 
     Args:
         values: dicts, lists, strings, numbers; or a struct to be checked again.
@@ -224,7 +224,7 @@ def to_struct(values: Any, kind: type[T], field: str, *, strict: bool = True) ->
 
 
 def _type_at(kind: Any, keys: list[str]) -> Any:
-    """The type of what lies at ``keys`` within the struct type ``kind``."""
+    """Return the type at ``keys`` within the struct type ``kind``."""
     for key in keys:
         kind = get_args(kind)[0] if key.isdecimal() else get_type_hints(kind)[key]
     return kind
@@ -237,7 +237,7 @@ def _at(values: Any, keys: list[str]) -> Any:
 
 
 def with_settings(base: S, given: Mapping[str, Any]) -> S:
-    """A configuration with keys replaced.
+    """Return a configuration with keys replaced.
 
     Args:
         base: a struct, whose fields may be structs.
@@ -255,7 +255,7 @@ def with_settings(base: S, given: Mapping[str, Any]) -> S:
 
 
 def _replace(content: dict[str, Any], kind: type[msgspec.Struct], given: Mapping[str, Any]) -> None:
-    """``with_settings`` on a struct as a dict of dicts."""
+    """Apply ``with_settings`` to a struct in the form of nested dicts."""
     kinds = _kinds(kind)
     for key, value in given.items():
         named = {p: p.count(".") for p in kinds if p == key or p.endswith(f".{key}")}

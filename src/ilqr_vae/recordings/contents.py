@@ -1,4 +1,4 @@
-"""What is in a recording's file: units, series, trials, and what would be read of them."""
+"""The contents of a recording file: units, series, trials, and what would be read of them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.trials import TrialRows, words
 
 _MOST_GROUPS = 8
-"""Values of a column of units that are listed one by one."""
+"""Largest number of listed values of a column of units."""
 
 
 class Group(msgspec.Struct, frozen=True):
-    """Units that have one value in a column; ``rate`` is their mean, Hz."""
+    """Units with the same value in a column; ``rate`` is their mean rate in Hz."""
 
     column: str
     value: str
@@ -37,9 +37,9 @@ class Series(msgspec.Struct, frozen=True):
     Attributes:
         kind: its type in the file.
         shape: as stored.
-        rate: samples per second; None where it has no clock.
-        begin, end: seconds; None where it has no clock.
-        decodable: what sort of behaviour it is taken for; "" for none.
+        rate: samples per second; None without a clock.
+        begin, end: seconds; None without a clock.
+        decodable: assumed kind of behaviour; "" for none.
     """
 
     name: str
@@ -53,26 +53,26 @@ class Series(msgspec.Struct, frozen=True):
 
 
 class Column(msgspec.Struct, frozen=True):
-    """A column of the trials table, and what is in it."""
+    """A column of the trials table, and a description of its values."""
 
     name: str
     holds: str
 
 
 class Contents(msgspec.Struct, frozen=True):
-    """A recording's file.
+    """The contents of a recording file.
 
     Attributes:
-        name: of the file.
-        n_units: in the file, whatever is selected.
-        rates: Hz, slowest, median and fastest unit; empty where they are not known.
+        name: name of the file.
+        n_units: number of units in the file, before selection.
+        rates: rate of the slowest, median and fastest unit in Hz; empty if not known.
         unit_columns: what units can be selected by (``data.units``).
         groups: units by the values of those columns.
-        series: all there are; those that could be decoded first, in the order of preference.
+        series: all series; first those that could be decoded, in order of preference.
         n_trials, trials_begin, trials_end, trial_columns: the trials table; seconds.
-        reads: what would be read, by what it is; empty where it cannot be.
-        notes, warnings: of that, see ``Recording``.
-        refused: why it cannot be read, with these settings.
+        reads: what would be read, by kind; empty if it cannot be read.
+        notes, warnings: see ``Recording``.
+        refused: why it cannot be read with these settings.
     """
 
     name: str
@@ -92,13 +92,13 @@ class Contents(msgspec.Struct, frozen=True):
 
 
 def contents_of(path: str | Path, spec: RecordingSpec) -> Contents:
-    """Look into a recording.
+    """Inspect a recording file.
 
     Args:
-        spec: how it would be read.
+        spec: how to read it.
 
     Raises:
-        RecordingError: no such file, another suffix, or not what its suffix says.
+        RecordingError: there is no such file, or it is not of a known type.
     """
     path = existing_file(path)
     suffix = path.suffix.lower()
@@ -157,7 +157,7 @@ def _spread(rates: NDArray[np.float64]) -> tuple[float, ...]:
 
 
 def _holds(values: NDArray[Any]) -> str:
-    """What a column holds, in words."""
+    """Describe the values of a column."""
     lost = ""
     if values.dtype.kind in "iuf":
         numbers = values.astype(np.float64)

@@ -1,4 +1,4 @@
-"""HDF5 as a reader needs it: whatever a file holds, an access ends in a value or in an error.
+"""Safe access to HDF5: any access to any file ends in a value or an error.
 
 The errors name what was found. Only calls into h5py are guarded, so that a mistake of this project
 is not reported as a damaged file.
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import MOST_VALUES, Cells, Found, missing_extra
 
-# What h5py raises on damaged or foreign files, found by corrupting them; NotImplementedError and
-# UnicodeDecodeError are among their subclasses.
+# Raised by h5py on damaged or foreign files, as found by corrupting them; NotImplementedError and
+# UnicodeDecodeError are subclasses.
 _H5PY = (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, OverflowError)
 
 
 @contextmanager
 def guarded(path: Path, expected: str) -> Generator[None]:
-    """Around calls into h5py alone. Raises RecordingError where they fail."""
+    """Guard calls into h5py only. Raises RecordingError if they fail."""
     try:
         yield
     except _H5PY as error:
@@ -41,7 +41,7 @@ class File:
         expected: what the file should be, for errors: ``an HDF5 file``.
 
     Raises:
-        RecordingError: it is no HDF5 file, or h5py is not installed.
+        RecordingError: it is not an HDF5 file, or h5py is not installed.
     """
 
     def __init__(self, path: Path, expected: str) -> None:
@@ -57,21 +57,21 @@ class File:
         self.root.close()
 
     def names(self, node: Any) -> list[str]:
-        """What is in a group; nothing in a dataset."""
+        """Return the names in a group; none for a dataset."""
         with guarded(self.path, self.expected):
             return [str(name) for name in node] if isinstance(node, self._h5py.Group) else []
 
     def child(self, node: Any, name: str) -> Any:
-        """What has this name or path below a group; None where nothing has, or a link is broken."""
+        """Return the object of this name or path below a group; None if absent or a broken link."""
         if not isinstance(node, self._h5py.Group):
             return None
         try:
             return node.get(name)
-        except _H5PY:  # a link to a file or an object that is not there
+        except _H5PY:  # a link to a missing file or object
             return None
 
     def datasets(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Path, type and shape of every dataset."""
+        """Yield path, type and shape of every dataset."""
         found: list[tuple[str, str, tuple[int, ...]]] = []
 
         def add(name: str, node: Any) -> None:
@@ -86,19 +86,19 @@ class File:
         return isinstance(node, self._h5py.Group)
 
     def attribute(self, node: Any, name: str) -> Any:
-        """An attribute; None where there is none."""
+        """Return an attribute, or None."""
         with guarded(self.path, self.expected):
             return node.attrs.get(name)
 
     def value(self, node: Any) -> NDArray[Any] | list[Any] | Found:
-        """What a dataset holds: numbers, native, in the file's shape; or text, an array of str.
+        """Return the value of a dataset: native numbers in the file's shape, or an array of str.
 
         Returns:
-            an array; for references, a list of what they are of, None for nothing; for arrays of
-            different lengths, a list of them; or what else it is.
+            An array; for references, a list of their targets or None; for arrays of different
+            lengths, a list of them; or a description of another type.
 
         Raises:
-            RecordingError: it cannot be read, or is larger than any recording.
+            RecordingError: it could not be read, or is larger than any recording.
         """
         if not isinstance(node, self._h5py.Dataset):
             return Found(f"a group of {', '.join(self.names(node)) or 'nothing'}")
@@ -126,7 +126,7 @@ class File:
 
 
 def _kind(dtype: np.dtype[Any]) -> str:
-    """A type that holds no numbers, in words."""
+    """Describe a type that is not numeric."""
     if dtype.names is not None:
         complex_number = set(dtype.names) == {"real", "imag"}
         return "complex numbers" if complex_number else f"records of {', '.join(dtype.names)}"

@@ -1,4 +1,4 @@
-"""Trials x bins x units in HDF5, as the Neural Latents Benchmark's tools write them (h5py)."""
+"""HDF5 files of trials x bins x units, as written by the Neural Latents Benchmark's tools."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DEFAULT = Hdf5Spec()
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Trials of one part: counts (K, T, N), kinematics (K, T, D) or None, a condition a trial."""
+    """The trials of a part: counts (K, T, N), kinematics (K, T, D) or None, and conditions."""
 
     counts: NDArray[Any]
     kinematics: Array | None
@@ -39,13 +39,13 @@ class _Part:
 
 
 def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
-    """An HDF5 file of trials as a recording: every trial a segment, laid end to end.
+    """Read an HDF5 file of trials as a recording of concatenated segments.
 
-    The file does not say how long a bin is: ``spec.bin_width`` does. Units are named ``heldin0``,
-    ... and ``heldout0``, ...; NaN counts are bins that were not recorded. The trials to test on
-    are the test part where the file has their kinematics (or nothing has any); the others are
-    split by number. A trial with a kinematic channel that is all NaN is left out; single NaN are
-    interpolated within their trial and not scored.
+    The file does not state the bin width: ``spec.bin_width`` does. Units are named ``heldin0``, ...
+    and ``heldout0``, ...; NaN counts are bins that were not recorded. The file's test trials are
+    the test part if it has their kinematics (or none at all); the others are split by number. A
+    trial with a kinematic channel of only NaN is left out; single NaN are interpolated within their
+    trial and not scored.
 
     Raises:
         RecordingError: no such file, not HDF5, a dataset is absent (those present are listed),
@@ -77,7 +77,7 @@ def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
 def _read(
     file: File, names: Hdf5Spec, unit_columns: tuple[str, ...]
 ) -> tuple[list[_Part], int, dict[str, NDArray[np.str_]]]:
-    """The parts, how many units are held in, and columns of the units as words."""
+    """Return the parts, the number of held-in units, and columns of the units as text."""
     group = file.child(file.root, names.group) if names.group else file.root
     if not file.is_group(group):
         raise RecordingError(
@@ -88,7 +88,7 @@ def _read(
     present = file.names(group)
 
     def read(name: str, field: str) -> NDArray[Any]:
-        """A dataset's numbers or text. Raises RecordingError."""
+        """Return the numbers or text of a dataset. Raises RecordingError."""
         node = file.child(group, name)
         if node is None:
             listed = ", ".join(present) or "none"
@@ -142,7 +142,7 @@ def _part(
     kinematics: dict[str, NDArray[Any] | None],
     condition: NDArray[np.str_] | None,
 ) -> _Part:
-    """Datasets by name, of which the first says how many trials and bins there are."""
+    """Read datasets by name; the first sets the numbers of trials and bins."""
     first, shape = next((name, values.shape[:2]) for name, values in counts.items())
     for name, values in (counts | kinematics).items():
         if values is not None and values.shape[:2] != shape:
@@ -164,7 +164,7 @@ def _part(
 
 
 def _rows(part: _Part, rows: list[int], hdf5: Hdf5Spec) -> Array:
-    """Channels of a part's kinematics. Raises RecordingError where it has fewer."""
+    """Select channels of a part's kinematics. Raises RecordingError if it has fewer."""
     assert part.kinematics is not None  # all parts or none have them: see _read
     if max(rows) >= part.kinematics.shape[2]:
         raise RecordingError(

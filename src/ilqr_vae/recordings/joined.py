@@ -1,7 +1,7 @@
 """Several sessions with different units as one recording, each unit recorded in its own session.
 
-What the sessions share is then learnt from all of them; a unit of another session is a unit that
-was not recorded (``Recording.observed``).
+What the sessions share is then learnt from all of them; units of other sessions are not observed
+(``Recording.observed``).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ SEPARATOR = "/"
 
 
 def join(sessions: Mapping[str, Recording], split: SplitSpec) -> Recording:
-    """All training parts one after the other, then all validation parts, then all test parts.
+    """Concatenate all training parts, then all validation parts, then all test parts.
 
-    Nothing crosses from one session to another: each part begins with a break. Units are named
-    ``session/unit``; the others' units are not ``observed`` in a session's bins.
+    Each part begins with a break, so that nothing crosses between sessions. Units are named
+    ``session/unit``; units of other sessions are not ``observed`` in a session's bins.
 
     Args:
-        sessions: two or more by name, with the same bin width and the same kinematic channels;
-            their units become the first's.
-        split: of each session that has no bounds of its own.
+        sessions: two or more by name, with the same bin width and kinematic channels; kinematics
+            are converted to the units of the first.
+        split: split of sessions without their own bounds.
 
     Raises:
-        RecordingError: fewer than two sessions, or they differ in bin width or in kinematics, or
-            their units do not convert.
+        RecordingError: there are fewer than two sessions, or they differ in bin width or
+            kinematics, or their units cannot be converted.
     """
     if len(sessions) < 2:
         raise RecordingError("recording", expected="two or more sessions", got=str(len(sessions)))

@@ -1,4 +1,4 @@
-"""The variables of a MAT file by name, version 5 (scipy) and 7.3 (h5py), down into structs."""
+"""Variables of a MAT file by name, including struct fields; version 5 (scipy) and 7.3 (h5py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scipy import io, sparse
 from ilqr_vae.errors import RecordingError, did_you_mean
 from ilqr_vae.recordings.checks import MOST_VALUES, Cells, Found
 
-if TYPE_CHECKING:  # h5py is no part of the base install
+if TYPE_CHECKING:  # h5py is not part of the base install
     from ilqr_vae.recordings.h5 import File
 
 _DEEPEST = 8
@@ -31,8 +31,8 @@ _NUMBERS, _TEXTS = {1, 2, 3, 4, 5, 6, 7, 9, 12, 13}, {16, 17, 18}
 _CHARS, _SPARSE = 4, 5
 _ARRAYS = range(_CHARS, 16)
 
-# What scipy's reader raises on bytes that are no MAT file, or half of one (found by truncating and
-# corrupting files: it does not wrap what its parser trips over).
+# Raised by scipy's reader on bytes that are not a complete MAT file, as found by truncating and
+# corrupting files: it does not wrap the errors of its parser.
 _UNREADABLE = (
     ValueError,
     TypeError,
@@ -51,7 +51,7 @@ _UNREADABLE = (
 
 
 def read_variables(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
-    """What is wanted by the name it is wanted by, in MATLAB's own axis order.
+    """Return the wanted variables by name, in MATLAB's axis order.
 
     A name may lead into structs: ``session.data.spikes``. A field of a struct array is a list of
     its elements' values, as a cell array is of its cells, column by column as MATLAB counts them.
@@ -65,14 +65,14 @@ def read_variables(path: Path, wanted: dict[str, str]) -> dict[str, Any]:
 
 
 def variables_of(path: Path) -> list[tuple[str, str]]:
-    """Every variable of a file, and what it is in words."""
+    """Return all variables of a file, with descriptions."""
     with _opened(path, None) as tree:
         return [(n, described(tree.value(tree.child(None, n)))) for n in tree.children(None)]
 
 
 @contextmanager
 def _opened(path: Path, names: list[str] | None) -> Generator[_Tree]:
-    """The variables of these names, of all without any."""
+    """Open the variables of these names, or all."""
     with path.open("rb") as file:
         head = file.read(1024)
     # A version 7.3 file is HDF5 behind a block of 512 bytes; Octave and others leave that out.
@@ -85,7 +85,7 @@ def _opened(path: Path, names: list[str] | None) -> Generator[_Tree]:
     try:
         _check_elements(path, head)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of variables that are not asked for
+            warnings.simplefilter("ignore")  # about variables that are not wanted
             present = [str(name) for name, _, _ in io.whosmat(path)]
             found = io.loadmat(path, variable_names=names)
     except _UNREADABLE as error:
@@ -96,10 +96,10 @@ def _opened(path: Path, names: list[str] | None) -> Generator[_Tree]:
 
 
 def _check_elements(path: Path, head: bytes) -> None:
-    """Walk the elements of a version 5 file. Raises ValueError where one is not what it must be.
+    """Walk the elements of a version 5 file. Raises ValueError if one is invalid.
 
-    Scipy looks types up in a table without looking whether they are in it, and reads beyond a
-    matrix that has fewer parts than its class asks for: either can end the process.
+    Scipy looks up types in a table without a bounds check, and reads beyond a matrix that has fewer
+    parts than its class requires: either can crash the process.
     """
     if len(head) < 128 or 0 in head[:4]:  # version 4, which has no types
         return
@@ -147,22 +147,22 @@ class _Tree(ABC):
 
     @abstractmethod
     def children(self, node: Any) -> list[str]:
-        """The names of the fields of a struct; none of anything else."""
+        """Return the field names of a struct; none for other values."""
 
     @abstractmethod
     def child(self, node: Any, name: str) -> Any:
-        """A field of a struct."""
+        """Return a field of a struct."""
 
     @abstractmethod
     def value(self, node: Any) -> Any:
-        """An array, a list for a cell array, or ``Found``."""
+        """Return an array, a list for a cell array, or ``Found``."""
 
     def all(self, wanted: dict[str, str]) -> dict[str, Any]:
         """See ``read_variables``."""
         return {name: self._find(name, field) for field, name in wanted.items()}
 
     def _find(self, name: str, field: str) -> Any:
-        """Raises RecordingError naming ``field`` and what there is instead."""
+        """Find a variable. Raises RecordingError naming ``field`` and the existing variables."""
         node: Any = None
         parts = [name] if name in self.children(None) else name.split(".")
         for i, part in enumerate(parts):
@@ -256,7 +256,8 @@ class _V73(_Tree):
             rows = self._file.attribute(node, "MATLAB_sparse")
             fields = ", ".join(self.children(node)) or "nothing"
             return Found(f"a struct of {fields}") if rows is None else self._sparse(node, rows)
-        if np.any(self._file.attribute(node, "MATLAB_empty") or 0):  # stored as its size
+        # an empty array is stored as its size
+        if np.any(self._file.attribute(node, "MATLAB_empty") or 0):
             return [] if kind == "cell" else np.zeros(0)
         found = self._content(node)
         if isinstance(found, list):
@@ -271,7 +272,7 @@ class _V73(_Tree):
     def _sparse(self, node: Any, rows: Any) -> Any:
         columns, *parts = (self._content(self.child(node, name)) for name in ("jc", "ir", "data"))
         if not all(isinstance(part, np.ndarray) for part in parts):
-            parts = [np.zeros(0, dtype=np.int64), np.zeros(0)]  # of zeros alone
+            parts = [np.zeros(0, dtype=np.int64), np.zeros(0)]  # of zeros only
         try:
             shape = int(np.ravel(rows)[0]), len(columns) - 1
             return _dense(sparse.csc_matrix((parts[1], parts[0], columns), shape=shape))
@@ -280,7 +281,7 @@ class _V73(_Tree):
 
 
 def _text(codes: NDArray[Any]) -> NDArray[np.str_]:
-    """Characters as MATLAB stores them, UTF-16, a column of the file each row: as texts."""
+    """Decode MATLAB characters (UTF-16, one text per row, stored by columns)."""
     rows = codes.astype(np.uint16).reshape(len(codes), -1).T
     return np.array([row.tobytes().decode("utf-16-le", "replace") for row in rows], dtype=np.str_)
 
@@ -289,14 +290,14 @@ def _dense(matrix: Any) -> Any:
     if float(matrix.shape[0]) * matrix.shape[1] > MOST_VALUES:
         return Found(f"a sparse matrix of shape {matrix.shape}")
     try:
-        matrix.check_format(full_check=True)  # indices outside of it would be written anywhere
+        matrix.check_format(full_check=True)  # indices out of range would write to arbitrary memory
     except ValueError as error:
         return Found(f"a damaged sparse matrix ({error})")
     return matrix.toarray()
 
 
 def described(value: Any) -> str:
-    """What a value is, in words, for errors."""
+    """Describe a value for errors."""
     if isinstance(value, Found):
         return value.what
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Physical units of kinematics: which are the same, and how values of one become another's.
+"""Physical units of kinematics: equality and conversion.
 
-A small table for what labs write (``cm/s``, ``meters``, ``deg s^-1``): lengths, angles, times,
-masses, forces, voltages and pixels, with metric prefixes. What it does not know is never guessed.
+A small table of common notations (``cm/s``, ``meters``, ``deg s^-1``): lengths, angles, times,
+masses, forces, voltages and pixels, with metric prefixes. Unknown units are never guessed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _FACTOR = re.compile(r"([^\W\d_]+|°)(?:\^?(-?\d))?")
 
 
 def _unit(name: str) -> tuple[float, dict[str, int]] | None:
-    """Size and base units of one unit, prefix included."""
+    """Return size and base units of a unit, including its prefix."""
     word = name.lower() if len(name) > 2 else name
     for table, prefixes, text in ((_SYMBOLS, _PREFIXES, name), (_WORDS, _LONG_PREFIXES, word)):
         for prefix, size in {"": 1.0, **prefixes}.items():
@@ -68,13 +68,13 @@ def _unit(name: str) -> tuple[float, dict[str, int]] | None:
 
 
 def _parsed(text: str) -> tuple[float, Counter[str]] | None:
-    """Size and powers of the base units of an expression; None where any of it is not known."""
+    """Return size and powers of the base units of an expression; None if any is not known."""
     text = text.strip().translate(_POWERS).replace("**", "^")
     text = re.sub(r"\s*(?:/|\bper\b)\s*", "/", re.sub(r"\(([^()*/\s]+)\)", r"\1", text))
     above, *below = re.sub(r"\s*[*·⋅×.\s]\s*", " ", text).split("/")
     factors = [] if above == "1" and below else [(name, 1) for name in above.split(" ")]
     size, powers = 1.0, Counter[str]()
-    # "a/b c" is left alone: to some it means a/(b c)
+    # "a/b c" is ambiguous: it may mean a/(b c)
     for factor, sign in factors + [(name, -1) for name in below]:
         match = _FACTOR.fullmatch(factor)
         found = None if match is None else _unit(match[1])
@@ -88,7 +88,7 @@ def _parsed(text: str) -> tuple[float, Counter[str]] | None:
 
 
 def unstated(unit: str) -> bool:
-    """Whether the text says that no unit is known; ``/s`` of such a unit says no more."""
+    """Return whether the text means that no unit is known, also with ``/s``."""
     stem = unit.strip().lower()
     while stem.endswith("/s"):
         stem = stem.removesuffix("/s")
@@ -96,7 +96,7 @@ def unstated(unit: str) -> bool:
 
 
 def conversion(given: str, wanted: str) -> float | None:
-    """What values in ``given`` are multiplied by to be in ``wanted``; None where not certain."""
+    """Return the factor from ``given`` to ``wanted``; None if it is not certain."""
     if given.strip() == wanted.strip():
         return 1.0
     a, b = _parsed(given), _parsed(wanted)
@@ -107,16 +107,15 @@ def conversion(given: str, wanted: str) -> float | None:
 
 
 def in_units(recording: Recording, units: tuple[str, ...], whose: str) -> Recording:
-    """The recording with its kinematics in these units, one a channel.
+    """Convert the kinematics of a recording to these units, one per channel.
 
-    Where one side states no unit, values stay as they are. A warning says so, and what was
-    converted.
+    If one side states no unit, values are not changed. Warnings report this, and conversions.
 
     Args:
-        whose: whose the units are, for warnings and errors, e.g. ``the model``.
+        whose: owner of the units for messages, e.g. ``the model``.
 
     Raises:
-        RecordingError: a channel's unit is another that does not convert with certainty.
+        RecordingError: the unit of a channel differs and cannot be converted with certainty.
     """
     if recording.kinematics is None or recording.kinematic_units == units:
         return recording

@@ -1,8 +1,8 @@
-"""Whether a file's contents agree with one another: order, spans, shares, rates.
+"""Plausibility checks of the contents of a file: order, spans, shares, rates.
 
-What cannot be is refused with a ``RecordingError``; what is odd is a ``RecordingWarning``. Every
-reader of times passes through here (``unbinned.recording_of``), and every recording through
-``silences``.
+Impossible contents are refused with a ``RecordingError``; implausible ones cause a
+``RecordingWarning``. All readers of times use these checks (``unbinned.recording_of``), and all
+recordings pass through ``silences``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ilqr_vae.recordings.recording import Recording, RecordingWarning
 Array = NDArray[np.float64]
 
 FEWEST_SPIKES = 50
-"""Fewer spikes than this say nothing about the unit of their times."""
+"""Fewest spikes for a check of the unit of their times."""
 SURELY = 20.0
-"""A stretch in which this many spikes are expected and none comes was not recorded (exp(-20))."""
+"""A range without spikes where this many are expected was not recorded (exp(-20))."""
 USUAL_RATES = (0.05, 500.0)
-"""Hz, mean of the units that fire: outside, the times are hardly seconds."""
+"""Range of the mean rate of firing units in Hz; outside it, times are hardly in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The span that spikes are compared with: of the kinematics, else of the trials.
+    """The span to compare spikes with: that of the kinematics, else of the trials.
 
     Attributes:
-        name: for people.
+        name: name for messages.
         begin, end: seconds.
         refutes: whether spikes that cover little of it prove a wrong clock.
     """
@@ -46,7 +46,7 @@ class Reference:
 def check_spikes(
     times: Sequence[NDArray[Any]], field: str, against: Reference | None
 ) -> list[RecordingWarning]:
-    """Look at N units' spike times in the file's order, finite.
+    """Check the finite spike times of N units, in the file's order.
 
     Raises:
         RecordingError: they are whole numbers, restart, lie elsewhere than ``against``, or cover
@@ -82,7 +82,7 @@ def check_spikes(
 
 
 def _alike(times: Sequence[NDArray[Any]]) -> list[RecordingWarning]:
-    """Units with the very same spikes as another."""
+    """Return units with exactly the same spikes as another."""
     long = [t.tobytes() for t in times if len(t) >= FEWEST_SPIKES]
     n = len(long) - len(set(long))
     if not n:
@@ -92,8 +92,10 @@ def _alike(times: Sequence[NDArray[Any]]) -> list[RecordingWarning]:
 
 
 def check_values(values: Array, names: Sequence[str], field: str) -> list[RecordingWarning]:
-    """Look at behaviour (K, D), NaN where missing: a value far from all others that comes again and
-    again, such as -9999, stands for a lost sample (``kinematics-sentinel``)."""
+    """Check behaviour (K, D), NaN if missing, for sentinel values such as -9999.
+
+    A frequent value far from all others marks lost samples (``kinematics-sentinel``).
+    """
     found: list[RecordingWarning] = []
     for name, column in zip(names, values.T, strict=True):
         known = column[np.isfinite(column)]
@@ -183,10 +185,9 @@ def _spans(
 
 
 def silences(recording: Recording) -> Recording:
-    """The recording with warnings about its counts, and without bins before and after all spikes.
+    """Add warnings about counts, and mask bins before and after all spikes.
 
-    A stretch at either end without a spike of any unit, in which ``SURELY`` were expected, is
-    marked invalid.
+    A range at either end without spikes, in which ``SURELY`` were expected, is marked invalid.
     """
     found = list(recording.warnings)
     width, mask = recording.bin_width, recording.mask()
@@ -230,7 +231,7 @@ def silences(recording: Recording) -> Recording:
 
 
 def _counts(recording: Recording, each: NDArray[np.int64]) -> list[RecordingWarning]:
-    """What is odd about counts as such; ``each`` bin's sum is (T,)."""
+    """Return warnings about counts; ``each`` (T,) are the sums of bins."""
     found: list[RecordingWarning] = []
     firing = int(np.count_nonzero(recording.counts.any(axis=0)))
     seconds = recording.bin_width * max(int(recording.valid.sum()), 1)
@@ -253,14 +254,14 @@ def _counts(recording: Recording, each: NDArray[np.int64]) -> list[RecordingWarn
 def check_trials(
     start: Array, stop: Array, begin: float, end: float, *, needed: bool
 ) -> list[RecordingWarning]:
-    """Look at K trials, NaN where unknown, of a recording from ``begin`` to ``end`` seconds.
+    """Check K trials, NaN if unknown, of a recording from ``begin`` to ``end`` seconds.
 
     Args:
         needed: whether the recording is cut at its trials.
 
     Raises:
-        RecordingError: most trials stop before they start; or, where they are needed, all lie
-            outside the recording.
+        RecordingError: most trials stop before they start, or, if needed, all lie outside the
+            recording.
     """
     known = np.isfinite(start) & np.isfinite(stop)
     start, stop = start[known], stop[known]
@@ -320,8 +321,11 @@ def check_trials(
 
 
 def check_event(name: str, when: Array, start: Array, stop: Array) -> RecordingWarning | None:
-    """What is odd about an event's times, one a trial, seconds: ``event-relative`` where they are
-    seconds from their trials' starts, ``event-outside`` where some lie outside their trials."""
+    """Return warnings about the times of an event in seconds, one per trial.
+
+    ``event-relative``: they are relative to the start of their trials; ``event-outside``: some lie
+    outside their trials.
+    """
     known = np.isfinite(when) & np.isfinite(start) & np.isfinite(stop) & (stop > start)
     when, start, stop = when[known], start[known], stop[known]
     if not len(when):
@@ -346,10 +350,10 @@ def check_event(name: str, when: Array, start: Array, stop: Array) -> RecordingW
 
 
 def check_windows(begin: Array, length: Array) -> list[RecordingWarning]:
-    """Look at K windows, seconds, that are to be cut out.
+    """Check K windows in seconds that are to be cut out.
 
     Raises:
-        RecordingError: they lie over one another, so that all parts of a split are the same bins.
+        RecordingError: they overlap so much that all parts of a split have the same bins.
     """
     order = np.argsort(begin, kind="stable")
     low, high = begin[order], (begin + length)[order]

@@ -1,4 +1,4 @@
-"""What a file holds, in seconds: what every reader of spike times or counts hands over."""
+"""The contents of a file in seconds, as all readers of spike times or counts return them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Moving:
     """A behaviour series.
 
     Attributes:
-        path: what to call it in errors.
+        path: name in errors.
         values: (K, D), NaN where missing.
-        times: (K,), seconds, increasing: when what each sample covers begins.
+        times: (K,), increasing, in seconds: start of the time that each sample covers.
         interval: seconds between samples.
         names, units: D each.
-        circular: whether the channels are angles whatever their units.
+        circular: whether the channels are angles regardless of their units.
         turns: (D,), period of channels that wrapped and are unwrapped in ``values``, else 0.
         lows: (D,), where their range began.
     """
@@ -45,7 +45,9 @@ class Moving:
     lows: Array = field(default_factory=lambda: np.zeros(0))
 
     def unwrapped(self) -> Moving:
-        """Angles without jumps at the ends of their range, to be averaged and interpolated."""
+        """Return angles without jumps at the ends of their range, for averages and
+        interpolation.
+        """
         values = self.values.copy()
         turns, lows = np.zeros(values.shape[1]), np.zeros(values.shape[1])
         for d, unit in enumerate(self.units):
@@ -56,35 +58,35 @@ class Moving:
         return replace(self, values=values, turns=turns, lows=lows) if turns.any() else self
 
     def wrapped(self, values: Array) -> Array:
-        """Values (T, D) of unwrapped channels in the range they had."""
+        """Return values (T, D) of unwrapped channels in their original range."""
         for d in np.flatnonzero(self.turns):
             values[:, d] = self.lows[d] + (values[:, d] - self.lows[d]) % self.turns[d]
         return values
 
     @property
     def end(self) -> float:
-        """Seconds, where the last sample ends."""
+        """End of the last sample in seconds."""
         return float(self.times[-1]) + self.interval
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedSession:
-    """What a file holds, in seconds.
+    """The contents of a file, in seconds.
 
     Attributes:
-        unit_names: one a unit.
-        spike_times: one array a unit, in the file's order; or
+        unit_names: one per unit.
+        spike_times: one array per unit, in the file's order; or
         counts: uint16 (T, N) already binned, ``data.bin_width`` each, and
-        begin: seconds, where their first bin begins.
-        spikes_field: what to call the spikes in errors.
-        held_out: names of units kept back for co-smoothing.
-        observed: (k, 2) intervals a unit in which it was recorded; None: all, always.
+        begin: start of their first bin in seconds.
+        spikes_field: name of the spikes in errors.
+        held_out: names of units held out for co-smoothing.
+        observed: (k, 2) intervals per unit in which it was recorded; None for always.
         moving: the behaviour, or None.
-        scored: one channel at times of its own: nonzero where behaviour is to be scored; or None.
+        scored: a channel with its own times, nonzero where behaviour is to be scored; or None.
         table: trials, or None.
-        spike_trials: the row in ``table`` of each spike, one array a unit, where the file says it.
-        invalid: (M, 2) intervals in which nothing is to be believed.
-        notes, warnings: as ``Recording``'s.
+        spike_trials: row in ``table`` of each spike, one array per unit, if the file states it.
+        invalid: (M, 2) intervals of invalid data.
+        notes, warnings: as in ``Recording``.
     """
 
     unit_names: tuple[str, ...]
@@ -103,7 +105,7 @@ class RecordedSession:
     warnings: tuple[RecordingWarning, ...] = ()
 
     def keeping(self, rows: NDArray[np.int64]) -> RecordedSession:
-        """These units alone."""
+        """Return the session with only these units."""
         names = tuple(self.unit_names[i] for i in rows)
         trials, observed = self.spike_trials, self.observed
         return replace(
@@ -118,14 +120,14 @@ class RecordedSession:
 
 
 def unrolled(session: RecordedSession) -> RecordedSession:
-    """The session with spike times on its clock, where they are seconds from their trials' starts.
+    """Convert spike times that are relative to the starts of trials to the session's clock.
 
-    Units are taken as observed in their trials alone. A spike that lies in another trial than its
-    own is left out, since that one has it too.
+    Units are then observed only in their trials. A spike that lies in another trial than its own is
+    dropped, since that trial has it too.
 
     Raises:
-        RecordingError: there are no trials or no spike times; it cannot be told which trial each
-            spike is of; or most lie outside of their trials.
+        RecordingError: there are no trials or no spike times, the trial of each spike cannot be
+            determined, or most spikes lie outside of their trials.
     """
     field, table = "data.trials.relative_spikes", session.table
     if table is None or session.counts is not None:
@@ -171,8 +173,10 @@ def unrolled(session: RecordedSession) -> RecordedSession:
 def _trials_of_spikes(
     session: RecordedSession, n: int
 ) -> tuple[RecordedSession, list[NDArray[np.int64]]]:
-    """The row of each spike's trial, said or counted from where times start again; units of which
-    it cannot be counted are left out."""
+    """Return the row of each spike's trial, as stated or counted from restarts of the times.
+
+    Units for which it cannot be counted are left out.
+    """
     if session.spike_trials is not None:
         return session, list(session.spike_trials)
     rows = [np.cumsum(np.append(0, np.diff(t) < 0))[: len(t)] for t in session.spike_times]
@@ -197,12 +201,14 @@ def _trials_of_spikes(
 
 
 def span_of(times: Sequence[NDArray[Any]]) -> tuple[float, float]:
-    """First and last of sorted spike times, some at least."""
+    """Return the first and last of sorted, non-empty spike times."""
     return min(float(t[0]) for t in times if len(t)), max(float(t[-1]) for t in times if len(t))
 
 
 def plausible(session: RecordedSession, spec: RecordingSpec) -> RecordedSession:
-    """The session, its spike times in seconds and sorted, with warnings. Raises RecordingError."""
+    """Return the session with sorted spike times in seconds, and warnings. Raises
+    RecordingError.
+    """
     if session.counts is not None and spec.clocks.spikes != (1.0, 0.0):
         raise RecordingError(
             "data.clocks.spikes",

@@ -1,4 +1,4 @@
-"""Times of a behaviour series' samples: which can be used."""
+"""Usable times of the samples of a behaviour series."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ilqr_vae.recordings.recording import RecordingWarning
 Array = NDArray[np.float64]
 
 LOST_SAMPLES = 0.01
-"""Share of samples without a usable time that may be left out."""
+"""Largest share of samples without a usable time that may be dropped."""
 
 
 def usable_stamps(
     times: NDArray[Any], n: int, field: str
 ) -> tuple[Array, NDArray[np.int64], tuple[RecordingWarning, ...]]:
-    """Times of ``n`` samples that increase, and which samples have one.
+    """Return increasing times of ``n`` samples, and which samples have one.
 
-    Samples whose time is not finite, or not after the one before it, are left out where they are
-    few (``LOST_SAMPLES``, or two).
+    Samples whose time is not finite, or not after the previous one, are dropped if they are few
+    (``LOST_SAMPLES``, or two).
 
     Raises:
-        RecordingError: another number or shape of times, or more that cannot be used.
+        RecordingError: the number or shape of times is wrong, or more are unusable.
     """
     raw = np.asarray(times)
     shape = "x".join(map(str, raw.shape))
@@ -58,7 +58,7 @@ def usable_stamps(
 
 
 def _increasing(values: Array) -> NDArray[np.int64]:
-    """Indices of a longest strictly increasing subsequence."""
+    """Return the indices of a longest strictly increasing subsequence."""
     ends: list[float] = []
     last: list[int] = []
     previous = np.full(len(values), -1, dtype=np.int64)

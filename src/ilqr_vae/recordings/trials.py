@@ -1,4 +1,4 @@
-"""Which trials of a table are taken, which window of each, and in which order."""
+"""The selection of trials from a table, with their windows and order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.split import SplitSpec
 
 _DURATIONS = {"reaction", "movement", "response", "hold", "delay", "duration", "latency", "wait"}
-"""Words in the names of columns that are durations, though they end in ``_time``."""
+"""Words in the names of columns that are durations although they end in ``_time``."""
 CONDITION_COLUMNS = ("condition", "target_index", "target_id", "target", "trial_type")
 
 Array = NDArray[np.float64]
@@ -38,7 +38,7 @@ class TrialRows:
     columns: Mapping[str, NDArray[Any]]
 
     def column(self, name: str, field: str) -> NDArray[Any]:
-        """A column by name, start and stop among them. Raises RecordingError."""
+        """Return a column by name, including start and stop. Raises RecordingError."""
         both = {"start_time": self.start, "stop_time": self.stop} | dict(self.columns)
         if name not in both:
             raise RecordingError(
@@ -49,7 +49,7 @@ class TrialRows:
         return both[name]
 
     def seconds(self, name: str, field: str) -> Array:
-        """A column of times. Raises RecordingError where it holds something else."""
+        """Return a column of times. Raises RecordingError if it holds other values."""
         values = self.column(name, field)
         if values.dtype.kind not in "iuf":
             raise RecordingError(
@@ -60,14 +60,14 @@ class TrialRows:
 
 @dataclass(frozen=True, slots=True)
 class TrialWindows:
-    """Windows of K trials in the order they are laid end to end.
+    """The windows of K trials, in the order in which they are concatenated.
 
     Attributes:
         rows: int64 (K,), the trials' rows in the table.
         begin: float64 (K,), seconds: left edge of each window's first bin.
         bins: int64 (K,).
         part: int64 (K,), 0 train, 1 validation, 2 test; never decreasing.
-        notes: as ``Recording.notes``.
+        notes: see ``Recording.notes``.
     """
 
     rows: NDArray[np.int64]
@@ -82,7 +82,7 @@ class TrialWindows:
         return int(self.bins[self.part < 1].sum()), int(self.bins[self.part < 2].sum())
 
     def keeping(self, keep: NDArray[np.bool_], why_not: str) -> TrialWindows:
-        """The trials kept, with a note of how many are left out and why."""
+        """Return the kept trials, with a note of how many are left out and why."""
         lost = int((~keep).sum())
         note = (f"{lost} of {len(keep)} trials {why_not}: left out.",) if lost else ()
         return replace(
@@ -98,12 +98,12 @@ class TrialWindows:
 def on_clock(
     table: TrialRows, spec: RecordingSpec
 ) -> tuple[TrialRows, tuple[RecordingWarning, ...]]:
-    """The table on the recording's clock, its events on the session's, and what is odd about them.
+    """Convert the table to the recording's clock and its events to the session's, with warnings.
 
-    Events that are not asked for and lie outside their trials are left out.
+    Events outside their trials are left out unless requested.
 
     Raises:
-        RecordingError: the event that windows are laid around is told from its trial's start.
+        RecordingError: the event of the windows is relative to the start of its trial.
     """
     wanted, (scale, offset) = spec.trials, spec.clocks.trials
     start, stop = table.start * scale + offset, table.stop * scale + offset
@@ -111,7 +111,7 @@ def on_clock(
     asked = {*wanted.events, *([wanted.event] if wanted.event else [])}
     for name in asked | {n for n in columns if is_event(table, n)}:
         if name not in columns or columns[name].dtype.kind not in "iuf":
-            continue  # said where it is used
+            continue  # reported where it is used
         when = columns[name].astype(np.float64) * scale
         columns[name] = when = when + (start if wanted.relative else offset)
         odd = check_event(name, when, start, stop)
@@ -136,7 +136,7 @@ def is_event(table: TrialRows, name: str) -> bool:
 def plan(
     table: TrialRows, spec: RecordingSpec
 ) -> tuple[TrialWindows, tuple[RecordingWarning, ...]]:
-    """Choose windows and parts by ``spec.trials`` and ``spec.split``; and what is odd about them.
+    """Choose windows and parts by ``spec.trials`` and ``spec.split``, with warnings.
 
     Raises:
         RecordingError: a column is absent or of the wrong kind, the window is empty or has no
@@ -174,7 +174,7 @@ def plan(
             got=f"{len(known)} trials, {int(known.sum())} with times, {int(usable.sum())} of a bin "
             f"or more, {int((part >= 0).sum())} with a label",
         )
-    # in the order they were recorded, whatever the table's
+    # in the order of recording, not that of the table
     rows = rows[np.argsort(begin[rows], kind="stable")]
     split = spec.split
     parts = (split.train > 0) + (split.validation > split.train) + (split.validation < 1)
@@ -252,7 +252,7 @@ def _overlap(made: TrialWindows, width: float) -> tuple[str, ...]:
 
 
 def words(values: NDArray[Any]) -> NDArray[np.str_]:
-    """A column as words: whole floats without their point, bytes decoded."""
+    """Return a column as text: whole floats without a decimal point, bytes decoded."""
 
     def word(value: Any) -> str:
         if isinstance(value, bytes):
@@ -265,10 +265,10 @@ def words(values: NDArray[Any]) -> NDArray[np.str_]:
 
 
 def condition_of(table: TrialRows, rows: NDArray[np.int64], spec: RecordingSpec) -> tuple[str, ...]:
-    """Each trial's condition, columns joined by a slash; empty where there is no column for it.
+    """Return each trial's condition, with columns joined by a slash; empty without a column.
 
     Raises:
-        RecordingError: a column asked for is absent.
+        RecordingError: a requested column is absent.
     """
     columns = spec.trials.condition
     if not columns:
@@ -280,17 +280,17 @@ def condition_of(table: TrialRows, rows: NDArray[np.int64], spec: RecordingSpec)
 
 
 def events_of(table: TrialRows, rows: NDArray[np.int64], spec: RecordingSpec) -> dict[str, Array]:
-    """Seconds of each event of the trials; NaN where it did not come.
+    """Return the times of each event in seconds; NaN if it did not occur.
 
     Raises:
-        RecordingError: a column asked for is absent or holds no numbers.
+        RecordingError: a requested column is absent or not numeric.
     """
     names = spec.trials.events or tuple(n for n in table.columns if is_event(table, n))
     return {name: table.seconds(name, "data.trials.events")[rows] for name in names}
 
 
 def trials_of(table: TrialRows, spec: RecordingSpec, start: float, n_bins: int) -> Trials | None:
-    """The trials wholly inside the bins of a continuous recording; None where there is none."""
+    """Return the trials entirely inside the bins of a continuous recording, or None."""
     begin, end, width = table.start, table.stop, spec.width
     if not len(begin):
         return None
@@ -313,11 +313,11 @@ def cut(
     condition: tuple[str, ...],
     events: Mapping[str, Array],
 ) -> Recording:
-    """Windows of a continuous recording laid end to end, each a segment of its own.
+    """Concatenate windows of a continuous recording, each as a segment.
 
     Args:
-        first, bins: (K,), where each window begins in ``recording`` and how long it is.
-        condition: one a window, or none.
+        first, bins: (K,), first bin and length of each window in ``recording``.
+        condition: one per window, or none.
         events: (K,) by name, in bins of ``recording``.
     """
     starts = np.concatenate([[0], np.cumsum(bins)])
@@ -344,19 +344,19 @@ def cut(
 def in_course(
     course: Recording, windows: Recording, bins: tuple[int, int]
 ) -> tuple[Recording, NDArray[np.bool_]]:
-    """A recording as it ran, to be scored in some of its trials alone.
+    """Restrict the scored bins of a continuous recording to some of its trials.
 
     Args:
-        course: as it ran.
-        windows: the same recording as trials laid end to end.
-        bins: half-open range of ``windows``: of the trials wanted.
+        course: the continuous recording.
+        windows: the same recording as concatenated trials.
+        bins: half-open range of ``windows`` with the wanted trials.
 
     Returns:
-        ``course`` with those trials for its trials and ``scored`` in them alone; and bool (T,),
-        the bins of ``course`` wholly inside them and outside of all other trials.
+        ``course`` with only these trials, ``scored`` only in them; and bool (T,), the bins of
+        ``course`` entirely inside them and outside of all other trials.
 
     Raises:
-        RecordingError: it is not known when the trials began (``Trials.begin``).
+        RecordingError: the start times of the trials are not known (``Trials.begin``).
     """
     trials = windows.trials
     if trials is None or len(trials.begin) != len(trials):

@@ -1,7 +1,7 @@
-"""A session with spike times as a ``Recording``: its whole course, or its trials one by one.
+"""Conversion of a session with spike times to a ``Recording``, continuous or by trials.
 
-Every reader of spike times fills a ``RecordedSession`` and hands it here, so that bins, lag, gaps
-and trials mean the same whatever the file.
+All readers of spike times return a ``RecordedSession`` that is converted here, so that bins, lag,
+gaps and trials mean the same for any file format.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Array = NDArray[np.float64]
 
 
 def recording_of(session: RecordedSession, spec: RecordingSpec) -> Recording:
-    """The session on bins, as ``spec.mode`` asks, after ``plausible`` has looked at it.
+    """Check the session (``plausible``) and bin it by ``spec.mode``.
 
     Raises:
         RecordingError: no spike falls inside the bins, there are more bins than any recording has,
@@ -90,8 +90,8 @@ def _elsewhere(times: Sequence[NDArray[Any]]) -> str:
 
 
 def possible(n_bins: float, n_units: int, width: float) -> None:
-    """Raises RecordingError where there is no bin, or more than any recording has."""
-    if not n_bins >= 1:  # nor where it is NaN
+    """Raise RecordingError if there is no bin, or more than any recording has."""
+    if not n_bins >= 1:  # also for NaN
         raise RecordingError("recording", expected=f"one bin of {width:g} s or more", got="none")
     if n_bins > _MOST_BINS or n_bins * n_units > MOST_VALUES:
         raise RecordingError(
@@ -116,7 +116,7 @@ def _continuous(session: RecordedSession, spec: RecordingSpec) -> Recording:
 
 
 def _of_spikes(session: RecordedSession, width: float) -> tuple[float, float]:
-    """Where bins begin and end, seconds, with spikes alone.
+    """Return start and end of the bins in seconds, from spikes only.
 
     They begin at 0 of the file's clock; where it is said when units were recorded, or the stretch
     before the first spike is longer than ``plausible.SURELY`` spikes, at the multiple of the bin
@@ -139,7 +139,7 @@ def _of_spikes(session: RecordedSession, width: float) -> tuple[float, float]:
 def _finish(
     counts: NDArray[np.uint16], begin: Array, session: RecordedSession, spec: RecordingSpec
 ) -> Recording:
-    """A continuous recording of counts (T, N) whose bins begin at ``begin`` (T,) seconds."""
+    """Build a continuous recording of counts (T, N) whose bins start at ``begin`` (T,) seconds."""
     width, start, n_bins = spec.width, float(begin[0]), len(begin)
     valid, observed = _observed(session, begin, width)
     if session.invalid is not None:
@@ -197,7 +197,7 @@ def _channels(moving: Moving | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _touched(intervals: Array, start: float, width: float, n_bins: int) -> NDArray[np.bool_]:
     bad = np.zeros(n_bins, dtype=bool)
-    # one may be without end: the bins are all that matters
+    # an interval may be unbounded: clip it to the bins
     for begin, end in intervals.clip(start, start + width * n_bins):
         if end > begin:
             first = int(bins_of(np.array([begin]), start, width)[0])
@@ -219,7 +219,7 @@ def _scored(
 def _observed(
     session: RecordedSession, begin: Array, width: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
-    """Bins in which any unit was recorded, and which units were; None where all of them were."""
+    """Return bins in which any unit was recorded, and which units were; None for all."""
     if session.observed is None:
         return np.ones(len(begin), dtype=bool), None
     alike: dict[bytes, NDArray[np.bool_]] = {}
@@ -303,10 +303,10 @@ def _trials(session: RecordedSession, spec: RecordingSpec) -> Recording:
 def _piece(
     session: RecordedSession, spec: RecordingSpec, begin: float, n_bins: int
 ) -> tuple[Array, NDArray[np.bool_]] | None:
-    """Kinematics of one trial's window and which bins had them; None where some channel has none.
+    """Return kinematics of a trial's window and which bins had them; None if a channel has none.
 
-    Gaps are as long as they are in the recording as it ran: samples up to ``MAX_GAP_SECONDS``
-    beyond the window are looked at too.
+    Gaps have their length in the continuous recording: samples up to ``MAX_GAP_SECONDS`` beyond the
+    window are used too.
     """
     moving, width = session.moving, spec.width
     if moving is None:
@@ -330,12 +330,12 @@ def _piece(
 
 
 def _bridged(moving: Moving, width: float) -> int:
-    """Bins in a row that jitter alone leaves without a sample."""
+    """Return how many consecutive bins may lack a sample because of jitter."""
     return 1 if moving.interval > 0.5 * width else 0
 
 
 def cut_on_grid(recording: Recording, table: TrialRows | None, spec: RecordingSpec) -> Recording:
-    """The trials of a recording already binned, cut at the nearest edges of its bins.
+    """Cut the trials of a binned recording at the nearest edges of its bins.
 
     Raises:
         RecordingError: there are no trials, or none lies inside the recording.
@@ -365,7 +365,7 @@ def cut_on_grid(recording: Recording, table: TrialRows | None, spec: RecordingSp
 
 
 def differentiated(recording: Recording) -> Recording:
-    """Kinematics as their rate of change, within each segment; names and units say so."""
+    """Differentiate the kinematics within each segment; names and units reflect it."""
     if recording.kinematics is None:
         return recording
     rate = np.zeros_like(recording.kinematics)

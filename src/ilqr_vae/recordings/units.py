@@ -1,4 +1,4 @@
-"""Which units of a file are read: by the columns of its units table (``RecordingSpec.units``)."""
+"""Selection of units by columns of the units table (``RecordingSpec.units``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ilqr_vae.recordings.spec import Label
 from ilqr_vae.recordings.trials import words
 
 _LISTED = 20
-"""Values of a column that an error lists."""
+"""Largest number of values of a column in an error."""
 
 
 def selected_units(
@@ -21,15 +21,14 @@ def selected_units(
     column: Callable[[str], NDArray[np.str_]],
     n_units: int,
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Rows of the units that have the values wanted in every column, and a note of the choice.
+    """Return the rows of units with the wanted values in all columns, and a note.
 
     Args:
-        wanted: a value, or several of which one is enough, by column.
-        column: gives a column as words, one a unit; raises RecordingError for one that is not
-            there.
+        wanted: a value, or several alternatives, by column.
+        column: returns a column as text, one per unit; raises RecordingError if it is absent.
 
     Raises:
-        RecordingError: a column or a value is not there, or no unit is left.
+        RecordingError: a column or value is absent, or no unit is left.
     """
     keep = np.ones(n_units, dtype=bool)
     for name, values in wanted.items():
@@ -65,12 +64,12 @@ def selected_units(
 
 
 def _spellings(value: Label) -> list[str]:
-    """How a file may write a value."""
+    """Return the notations of a value in a file."""
     if isinstance(value, bool):
         return ["True", "true", "1"] if value else ["False", "false", "0"]
     return words(np.array([value], dtype=object)).tolist()
 
 
 def labels_of(values: NDArray[Any]) -> NDArray[np.str_]:
-    """A column as words, without blanks at the ends."""
+    """Return a column as stripped text."""
     return np.char.strip(words(values))
