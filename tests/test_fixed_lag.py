@@ -14,7 +14,7 @@ from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.engine import Engine
 from ilqr_service.work import EngineAnswer, Insert, Solve
 from ilqr_training.readout.fixed_lag import LagWindows, fit_fixed_lag, with_fixed_lag
-from ilqr_vae.artifact import SCHEMA, load_artifact
+from ilqr_vae.artifact import CLASSES_SCHEMA, load_artifact
 from ilqr_vae.model.readout import KinematicReadout, ReadoutShape
 from ilqr_vae.protocol import messages
 from ilqr_vae.streaming.fixed_lag import FixedLags
@@ -44,7 +44,7 @@ def newest(answers: list[EngineAnswer]) -> dict[int, EngineAnswer]:
 def test_a_bin_is_answered_once_more_after_so_many_others(path: Path) -> None:
     engine = Engine.load(path, ServiceSettings(device="cpu"))
     assert engine.model_info.lags == LAG
-    assert load_artifact(path).manifest.schema == SCHEMA
+    assert load_artifact(path).manifest.schema == CLASSES_SCHEMA
     steps = [engine.solve([work]) for work in works(1)]
     plain = [engine.solve([work])[0] for work in works(2, lag=0)]
     assert [len(step) for step in steps] == [1, 1] + [2] * 10

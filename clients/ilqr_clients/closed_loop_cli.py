@@ -196,6 +196,7 @@ def closed_loop(
     try:
         with ServiceClient(to, timeout=timeout) as service:
             model = model_of(service.describe())
+            model.require_counts("closed-loop")
             check_velocity(model)
             columns = unit_columns(model.unit_names, units)
             deadline = parse_deadline(deadline_ms, model.bin_width)

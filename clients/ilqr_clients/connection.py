@@ -44,10 +44,22 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     kinematic_names: tuple[str, ...] = ()
     kinematic_units: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
     data: RecordingSpec = msgspec.field(default_factory=RecordingSpec)
     scores: dict[str, float] = msgspec.field(default_factory=dict[str, float])
     provenance: dict[str, str] = msgspec.field(default_factory=dict[str, str])
     history: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Names of the units that are counted: ``unit_names`` without the features."""
+        return self.unit_names[: len(self.unit_names) - len(self.features)]
+
+    def require_counts(self, what: str) -> None:
+        """Raises ServiceError: the model has features, which ``what`` does not send."""
+        if self.features:
+            expected, got = f"one without features, which {what} does not send", self.features
+            raise ServiceError("model", expected=expected, got=", ".join(got))
 
     @property
     def learning(self) -> dict[str, tuple[tuple[int, float], ...]]:

@@ -43,16 +43,31 @@ def whole(field: str, value: SupportsIndex, least: int = 0) -> int:
     return number
 
 
-def packed_bin(
-    counts: ArrayLike, mask: ArrayLike | None, n_units: int
-) -> tuple[messages.Array, messages.Array | None]:
-    """Pack counts and mask (N,) of a bin for sending. Raises ShapeError."""
+def packed_counts(counts: ArrayLike, n_units: int) -> messages.Array:
+    """Pack the counts (N,) of a bin for sending. Raises ShapeError."""
     expected = f"whole numbers in [0, {messages.MAX_COUNT}]"
-    packed = messages.pack(exactly("counts", counts, n_units, "<u2", expected), "<u2")
+    return messages.pack(exactly("counts", counts, n_units, "<u2", expected), "<u2")
+
+
+def packed_mask(mask: ArrayLike | None, n_channels: int) -> messages.Array | None:
+    """A mask as it is sent. Raises ShapeError."""
     if mask is None:
-        return packed, None
-    observed = exactly("mask", mask, n_units, np.bool_, "True or False")
-    return packed, messages.pack(observed, "u1")
+        return None
+    return messages.pack(exactly("mask", mask, n_channels, np.bool_, "True or False"), "u1")
+
+
+def packed_features(values: ArrayLike, n_features: int) -> messages.Array:
+    """Features (F,) of a bin as they are sent, NaN where there is none. Raises ShapeError."""
+    expected = "finite numbers, or NaN where not observed"
+    try:
+        given = np.asarray(values)
+    except ValueError as error:  # lists of several lengths
+        raise ShapeError("features", expected=f"({n_features},)", got=str(error)) from error
+    if given.shape != (n_features,):
+        raise ShapeError("features", expected=f"({n_features},)", got=str(given.shape))
+    if given.dtype.kind not in "biuf" or np.isinf(given).any():
+        raise ShapeError("features", expected=expected, got=repr(given))
+    return messages.pack(given, "<f8")
 
 
 def sized(

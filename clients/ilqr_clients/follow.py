@@ -104,6 +104,7 @@ class Follower:
         described = service.describe()
         self._service, self._session, self._policy, self._say = service, session, policy, say
         self._served = model_of(described)
+        self._served.require_counts("follow")
         width = self._served.bin_width
         self._fit, self._trial = round(seconds / width), max(1, round(trial / width))
         self._minute = max(1, round(60 / width))

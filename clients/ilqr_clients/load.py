@@ -192,7 +192,7 @@ class Generator(Closing):
         self._clock = KnownClock(self._timer, self._before)
         self.model: Model = model_of(described)
         self._completed = completed(load, faults, self.model.bin_width)
-        units = len(self.model.unit_names)
+        units = len(self.model.counted)
         self._counts = [
             [messages.pack(row, "<u2") for row in counts_of(load, faults, k, units)]
             for k in range(load.sessions)

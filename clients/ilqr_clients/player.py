@@ -14,7 +14,7 @@ from ilqr_clients.stream import MOST_BINS, NextBin, seen
 from ilqr_vae.protocol.messages import TRIAL_START as START
 from ilqr_vae.protocol.messages import TRIAL_STOP as STOP
 from ilqr_vae.recordings import Recording
-from ilqr_vae.simulated.disturbance import Counts, Mask
+from ilqr_vae.simulated.disturbance import Mask
 
 Array = NDArray[np.float64]
 
@@ -25,17 +25,17 @@ class Played:
 
     Attributes:
         rows: bins of the recording.
-        counts: (N,) counts as sent; zeros if nothing was sent.
+        counts: (N,) counts as sent, features last; zeros if nothing was sent.
         mask: (N,), True where observed; all False if nothing was sent.
         decoders: (D,) decodes of each rival.
     """
 
     rows: list[int] = field(default_factory=list[int])
-    counts: list[NDArray[np.uint16]] = field(default_factory=list["NDArray[np.uint16]"])
+    counts: list[NDArray[Any]] = field(default_factory=list["NDArray[Any]"])
     mask: list[NDArray[np.bool_]] = field(default_factory=list["NDArray[np.bool_]"])
     decoders: dict[str, list[Array]] = field(default_factory=dict[str, "list[Array]"])
 
-    def add(self, row: int, given: tuple[Counts, Mask | None] | None, units: int) -> None:
+    def add(self, row: int, given: tuple[NDArray[Any], Mask | None] | None, units: int) -> None:
         """Add a bin: its row in the recording, and what was sent."""
         counts, mask = given or (np.zeros(units, dtype=np.uint16), np.zeros(units, dtype=bool))
         self.rows.append(row)
@@ -117,8 +117,17 @@ class Player:
         mask = seen(self._mask[row])
         steering = self._steering
         lost = self._dropped is not None and index < len(self._dropped) and self._dropped[index]
-        given = None if lost else steering.disturb(index, self._recording.counts[row], mask)
+        counts, units = self._recording.counts[row], self._recording.n_units
+        units -= self._recording.features
+        of_units = None if mask is None else mask[:units]
+        given = None if lost else steering.disturb(index, counts[:units], of_units)
         others = steering.decode(None) if given is None else steering.decode(*given)
+        if given is not None and self._recording.features:  # which nothing disturbs
+            there = np.ones(units, dtype=bool) if given[1] is None else given[1]
+            given = (
+                np.concatenate([given[0], counts[units:]]),
+                np.concatenate([there, self._mask[row, units:]]),
+            )
         delay = steering.settings.latency
         later = min(row + round(delay / self._recording.bin_width), len(self._recording) - 1)
         truth = self._recording.kinematics
@@ -183,7 +192,7 @@ def as_played(part: Part, first: int, played: Played) -> tuple[Part, NDArray[np.
     came = np.array([bool(row.any()) for row in played.mask])
     streamed = replace(
         recording,
-        counts=np.array(played.counts),
+        counts=np.array(played.counts).astype(recording.counts.dtype, copy=False),
         kinematics=None if recording.kinematics is None else recording.kinematics[rows],
         start_time=recording.start_time + int(rows[0]) * recording.bin_width,
         trials=None if in_order is None else in_order.trials,

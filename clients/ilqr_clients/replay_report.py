@@ -202,7 +202,7 @@ def report_of(run: Replay, log: StreamLog, ending: Ending) -> ReportData:
     clock = ClockTrack(run.clock, ending.clock)
     scores = _scores(run, log)
     part = run.recording.slice(run.start, run.stop)
-    names = run.model.kinematic_names
+    units, names = part.without_features(), run.model.kinematic_names
     latency = log.latency_ms(rows, clock)
     crossing = dict.fromkeys(CROSSING, clock.uncertainty_ns / 1000000.0)
     elapsed = (log.ended_ns - log.started_ns) / 1e9
@@ -215,15 +215,15 @@ def report_of(run: Replay, log: StreamLog, ending: Ending) -> ReportData:
         kind="replay",
         bin_width=run.recording.bin_width,
         start=part.start_time,
-        counts=part.counts,
+        counts=units.counts,
         status=tuple(log.status[rows]),
         latents=log.latent[rows],
         latents_std=log.latent_std[rows],
-        rates=log.rates[rows].astype(np.float64),
+        rates=log.rates[rows, : units.n_units].astype(np.float64),
         inputs=log.table(log.inputs, rows),
         learning=run.model.learning,
         bits_per_spike=bits,
-        unit_names=run.recording.unit_names,
+        unit_names=units.unit_names,
         names=names,
         units=run.model.kinematic_units,
         truth=part.kinematics if names else None,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from typing import SupportsIndex
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.channel import TURN_S, Channel
 from ilqr_clients.channel import OnError as OnError
 from ilqr_clients.connection import refusal
-from ilqr_clients.exact import packed_bin, whole
+from ilqr_clients.exact import packed_counts, packed_features, packed_mask, whole
 from ilqr_clients.outstanding import REMEMBERED
 from ilqr_vae.errors import AnswerTimeoutError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
@@ -29,6 +30,7 @@ class Session(Channel):
         index: SupportsIndex,
         counts: ArrayLike,
         *,
+        features: ArrayLike | None = None,
         mask: ArrayLike | None = None,
         source_ns: SupportsIndex | None = None,
     ) -> int:
@@ -36,8 +38,10 @@ class Session(Channel):
 
         Args:
             index: index of the bin, increasing from 0; a skipped index is a missing bin.
-            counts: (N,) spike counts, integers in [0, 65535].
-            mask: bool (N,), True where the unit was observed; None means all.
+            counts: (N,) spike counts, integers in [0, 65535]; or (N + F,), with the features last.
+            features: (F,) values of ``opened.features``, in the recording's units, NaN where not
+                observed; None means that none is.
+            mask: bool (N + F,), True where the unit or feature was observed; None means all.
             source_ns: when the bin was complete, or was to be sent, by this client's clock;
                 default: now. It must not decrease with the index.
 
@@ -46,24 +50,28 @@ class Session(Channel):
 
         Raises:
             ShapeError: the index or a count is not an integer in its range, there is not one count
-                (or mask) per unit, or the mask is not boolean.
+                (or mask) per unit, the features are not the model's, or the mask is not boolean.
             RequestRefusedError: an earlier bin was refused (see ``refused``); this one is not sent.
             SessionEndedError: the session is not open any more.
             ServiceUnreachableError, AnswerTimeoutError: no answer for ``patience`` seconds.
         """
         self._take(0.0)
         self._report(sending=True)
-        return self._send(index, counts, mask, source_ns)
+        return self._send(index, counts, features, mask, source_ns)
 
     def _send(
         self,
         index: SupportsIndex,
         counts: ArrayLike,
+        features: ArrayLike | None,
         mask: ArrayLike | None,
         source_ns: SupportsIndex | None,
     ) -> int:
         number = whole("index", index)
-        packed, observed = packed_bin(counts, mask, len(self.request.units))
+        channels, continuous = len(self.request.units), len(self.opened.features or ())
+        if features is None and continuous and np.shape(counts) == (channels,):
+            counts, features = np.split(np.asarray(counts), [channels - continuous])
+        packed = packed_counts(counts, channels - continuous)
         now = self.timer.now_ns()
         source = now if source_ns is None else whole("source_ns", source_ns, -(2**63))
         message = messages.Bin(
@@ -72,7 +80,8 @@ class Session(Channel):
             index=number,
             source_ns=source,
             counts=packed,
-            mask=observed,
+            features=None if features is None else packed_features(features, continuous),
+            mask=packed_mask(mask, channels),
             clock=self.clock.stated(now),
             token=self.request.token,
         )
@@ -90,6 +99,7 @@ class Session(Channel):
         counts: ArrayLike,
         timeout: float | None = None,
         *,
+        features: ArrayLike | None = None,
         mask: ArrayLike | None = None,
         source_ns: SupportsIndex | None = None,
     ) -> Answer:
@@ -98,7 +108,7 @@ class Session(Channel):
         A further call for a bin that was not answered in time only waits again.
 
         Args:
-            index, counts, mask, source_ns: as for ``send``.
+            index, counts, features, mask, source_ns: as for ``send``.
             timeout: seconds to wait; default: ``patience``.
 
         Raises:
@@ -113,7 +123,7 @@ class Session(Channel):
         self._check()
         earlier, end = len(self.refused), time.monotonic() + limit
         if number not in self._outstanding and all(a.index != number for a in self._ready):
-            self._send(number, counts, mask, source_ns)
+            self._send(number, counts, features, mask, source_ns)
         while True:
             for k, answer in enumerate(self._ready):
                 if answer.index == number:

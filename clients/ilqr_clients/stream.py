@@ -204,7 +204,7 @@ class NextBin:
 
     Attributes:
         index: its index in the stream.
-        counts, mask: (N,); None as mask means all observed.
+        counts, mask: (N,), features last; None as mask means all observed.
         intended_ns: when it was complete, by this client's clock.
         due_ns: when to send it; None for as soon as there are credits.
     """

@@ -48,7 +48,8 @@ class EngineInfo:
 
     Attributes:
         model: id of the model.
-        unit_names: N names, in the order of the counts.
+        unit_names: N names, in the order of the counts; the last are those of features.
+        feature_names: F names; none for a model of counts alone.
         bin_width_ns: nanoseconds.
         latents: n.
         kinematic_names, kinematic_units: D each.
@@ -69,9 +70,15 @@ class EngineInfo:
     horizon: int
     iterations: int
     class_names: tuple[str, ...] = ()
+    feature_names: tuple[str, ...] = ()
     bits_per_spike: float = math.nan
     mean_rates: tuple[float, ...] = ()
     lags: int = 0
+
+    @property
+    def counted(self) -> int:
+        """Units that are counted: all but the features."""
+        return len(self.unit_names) - len(self.feature_names)
 
 
 class _Queued(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -104,7 +111,7 @@ class _Bin(_Queued, frozen=True, kw_only=True, gc=False):
     """A bin.
 
     Attributes:
-        counts: (N,) spike counts, or None if no bin came.
+        counts: (N,) spike counts, then the features as they came; or None if no bin came.
         mask: bool (N,), True where observed; None means all.
         source_ns: time stamp of the feeder; 0 if no bin came.
         clock: clock offset that the feeder stated, if any.

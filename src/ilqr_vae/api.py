@@ -58,15 +58,15 @@ class Stream:
         """Process one bin.
 
         Args:
-            counts: (N,) spike counts of any numeric dtype; None for a missing bin.
+            counts: (N,) spike counts and last the features, in the recording's units, NaN where
+                missing; of any numeric dtype; None for a missing bin.
             mask: (N,), nonzero where a unit was observed; default: all units.
 
         Raises:
             ShapeError: counts or a mask that are not the model's.
         """
-        units = len(self._model.unit_names)
         if counts is None:
-            counts, mask = np.zeros(units), np.zeros(units)
+            counts = mask = np.zeros(len(self._model.unit_names))
         y, seen = self._model.checked(counts, mask, ndim=1)
         like = self._estimator.mean_rate
         y, seen = (torch.as_tensor(x[None]).to(like) for x in (y, seen))
@@ -100,12 +100,18 @@ class TrainedModel:
 
     def __init__(self, artifact: Artifact, name: str = "") -> None:
         self.artifact, self._name = artifact, name
+        self._spikes = artifact.model.group("spikes")
         self.members = tuple(TrainedModel(a) for a in artifact.members) if artifact.others else ()
 
     @property
     def unit_names(self) -> tuple[str, ...]:
-        """Names of the N units, in the order of the counts."""
+        """Names of the N units, in the order of the counts, those of features last."""
         return self.artifact.manifest.unit_names
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The last F of ``unit_names``, which are continuous; none for a model of counts alone."""
+        return self.artifact.manifest.features or ()
 
     @property
     def kinematic_names(self) -> tuple[str, ...]:
@@ -156,8 +162,9 @@ class TrainedModel:
         self, counts: ArrayLike, mask: ArrayLike | None, *, ndim: int = 0, field: str = "counts"
     ) -> tuple[Array, Array]:
         """Return counts of this model's units and their mask as float64; see ``arrays.checked``."""
-        whole = isinstance(self.artifact.model.group("spikes"), Counts)
-        return checked(counts, mask, self.unit_names, whole=whole, ndim=ndim, field=field)
+        whole, features = isinstance(self._spikes.parts[0], Counts), self._spikes.features
+        about: dict[str, Any] = {"ndim": ndim, "field": field, "features": features}
+        return checked(counts, mask, self.unit_names, whole=whole, **about)
 
     def _given(self, recording: Recording) -> tuple[Array, Array]:
         recording.require_bin_width(self.bin_width)
@@ -176,8 +183,8 @@ class TrainedModel:
         """Infer the posterior of latents and inputs given whole trials (smoothed, not causal).
 
         Args:
-            counts: counts of any numeric dtype: (T, N); (B, T, N); a list of (T_b, N), trials of
-                any lengths, solved together; or a recording that has the model's units.
+            counts: counts and features, as for ``Stream.step``: (T, N); (B, T, N); a list of
+                (T_b, N), trials of any lengths, solved together; or a recording.
             mask: zero where not observed; shape of the counts, or without the axis of units.
 
         Returns:
@@ -194,16 +201,11 @@ class TrainedModel:
             if not counts or len(masks) != len(counts):
                 got = f"{len(counts)} trials, {len(masks)} masks"
                 raise ShapeError("counts", expected="at least one trial, a mask each", got=got)
-            return self._ragged(
-                [
-                    self.checked(y, m, ndim=2, field=f"counts[{i}]")
-                    for i, (y, m) in enumerate(zip(counts, masks, strict=True))
-                ]
-            )
+            pairs = enumerate(zip(counts, masks, strict=True))
+            given = [self.checked(y, m, ndim=2, field=f"counts[{i}]") for i, (y, m) in pairs]
+            return self._ragged(given)
         y, seen = self.checked(counts, mask)
-        if y.ndim == 3:
-            return self._infer(y, seen)
-        return self._infer(y[None], seen[None]).trial(0)
+        return self._infer(y, seen) if y.ndim == 3 else self._infer(y[None], seen[None]).trial(0)
 
     def _ragged(self, trials: list[tuple[Array, Array]]) -> list[Inference]:
         """Infer trials of different lengths as a masked batch, and cut off the padding."""
@@ -220,7 +222,7 @@ class TrainedModel:
     ) -> prediction.Inferred:
         like = self.artifact.mean_rate
         y, seen = (torch.as_tensor(x).to(like) for x in (counts, mask))
-        observed = {"spikes": Observed(y, seen)}
+        observed = {"spikes": Observed(self._spikes.standard(y), seen)}
         model = self.artifact.model
         generator = torch.Generator(like.device).manual_seed(seed)
         if start is not None:
@@ -228,8 +230,7 @@ class TrainedModel:
             return prediction.infer(
                 model, observed, solver=_SOLVER, start=(z0, u), generator=generator, check=False
             )
-        training = self.artifact.manifest.config.get("training", {})
-        chunk = training.get("chunk", 40)
+        chunk = self.artifact.manifest.config.get("training", {}).get("chunk", 40)
         return prediction.infer_long(
             model, observed, chunk=chunk, solver=_SOLVER, generator=generator, check=False
         )
@@ -244,18 +245,17 @@ class TrainedModel:
         found = self._solve(counts, mask, start)
         assert found.laplace is not None
         z, covariance = found.z[:, 1:], found.laplace.z_cov[:, 1:]
-        spikes = self.artifact.model.group("spikes")
-        a = spikes.affine(z)
+        a = (spikes := self._spikes).affine(z)
         spread = torch.einsum("ki,btij,kj->btk", spikes.C, covariance, spikes.C).clamp(min=0).sqrt()
-        slope = torch.func.jvp(spikes.expected, (a,), (torch.ones_like(a),))[1]
+        rates = torch.func.jvp(spikes.expected_values, (a,), (torch.ones_like(a),))
         kinematics, kinematics_std = self._decode(found, covariance, counts, mask)
         return Inference(
             latents=_numpy(z),
             covariance=_numpy(covariance),
             inputs=_numpy(found.u),
             inputs_std=_numpy(found.laplace.u_cov.diagonal(dim1=-2, dim2=-1).sqrt()),
-            rates=_numpy(spikes.expected(a)),
-            rates_std=_numpy(slope.abs() * spread),
+            rates=_numpy(rates[0]),
+            rates_std=_numpy(rates[1].abs() * spread),
             kinematics=kinematics,
             kinematics_std=kinematics_std,
             initial=_numpy(found.z[:, 0]),
@@ -280,8 +280,8 @@ class TrainedModel:
             return (none := np.zeros((B, T, 0))), none
         like, H = self.artifact.mean_rate, self.artifact.manifest.horizon.horizon
         y, seen = (torch.as_tensor(x).to(like) for x in (counts, mask))
-        seen = readout.believed(seen)
-        expects = readout.expects(self.artifact.model.group("spikes"))
+        y, seen = self._spikes.standard(y), readout.believed(seen)
+        expects = readout.expects(self._spikes)
         parts: list[tuple[Tensor, Tensor]] = []
         for a in range(0, T, _BINS_AT_ONCE):
             bins = torch.arange(a, min(T, a + _BINS_AT_ONCE), device=like.device)
@@ -356,8 +356,8 @@ class TrainedModel:
         found = self._solve(r.counts, r.mask, (r.initial, r.inputs), seed)
         generator = torch.Generator(found.z.device).manual_seed(seed + 1)
         drawn = found.sample(samples, generator)
-        parts = (drawn.states[:, :, 1:], drawn.inputs, drawn.rates["spikes"])
-        arrays = [_numpy(x) for x in (*parts, drawn.observations["spikes"])]
+        parts = map(self._spikes.restored, (drawn.rates["spikes"], drawn.observations["spikes"]))
+        arrays = [_numpy(x) for x in (drawn.states[:, :, 1:], drawn.inputs, *parts)]
         return Samples(*(x if inferred.batched else x[:, 0] for x in arrays))
 
     def stream(self, *, iterations: int | None = None, horizon: int | None = None) -> Stream:

@@ -184,6 +184,7 @@ def checked(
     units: tuple[str, ...],
     *,
     whole: bool,
+    features: int = 0,
     ndim: int = 0,
     field: str = "counts",
 ) -> tuple[Array, Array]:
@@ -195,6 +196,8 @@ def checked(
         units: names of the units along the last axis.
         whole: whether counts must be integers from 0 to ``MAX_COUNT``; if false, they must be
             finite.
+        features: number of units, the last ones, that are finite numbers in any case; NaN if not
+            observed.
         ndim: required number of axes; default: two (bins, units) or three (trials, bins, units).
         field: name of the counts in errors.
 
@@ -217,11 +220,16 @@ def checked(
             expected = f"shape {y.shape}" + (f" or {y.shape[:-1]}" if y.ndim > 1 else "")
             raise ShapeError("mask", expected=expected, got=f"shape {np.shape(mask)}")
         seen = seen * (m != 0)
+    continuous = np.arange(len(units)) >= (len(units) - features if whole else 0)
+    if features:
+        seen = seen * ~(continuous & np.isnan(y))
     y = np.where(seen > 0, y, 0.0)
-    bad = ~((y >= 0) & (y <= MAX_COUNT) & (y == np.round(y))) if whole else ~np.isfinite(y)
+    countable = (y >= 0) & (y <= MAX_COUNT) & (y == np.round(y))
+    bad = ~np.where(continuous, np.isfinite(y), countable)
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
-        wanted = f"whole numbers from 0 to {MAX_COUNT}" if whole else "finite numbers"
+        counted = f"whole numbers from 0 to {MAX_COUNT}"
+        wanted = "finite numbers" if continuous[at[-1]] else counted
         raise ShapeError(
             field,
             expected=f"{wanted}, or a mask of zero there",

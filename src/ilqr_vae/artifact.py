@@ -40,8 +40,8 @@ from ilqr_vae.streaming.bounds import TrainingRange
 from ilqr_vae.streaming.ensemble import EnsembleHorizon, Horizon
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
-SINGLE_SCHEMA, SCALED_SCHEMA, SCHEMA = 3, 4, 5
-"""Written: 5 with classes or fixed-lag decodes, else 4 with members or scaled intervals, else 3."""
+SINGLE_SCHEMA, SCALED_SCHEMA, CLASSES_SCHEMA, SCHEMA = 3, 4, 5, 6
+"""Written: 6 with features, 5 with classes or fixed-lag decodes, 4 with members or intervals."""
 KEY = "ilqr_vae"
 MANIFEST_SHA256 = "ilqr_vae.sha256"
 
@@ -64,7 +64,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             the answers. Files that differ only in scores, provenance or configuration share it.
         sha256: hash of the tensors.
         bin_width: bin width in seconds.
-        unit_names: names of the units, in the order of the counts.
+        unit_names: names of the units, in the order of the counts, then those of features.
+        features: names of the features, the last of ``unit_names``; absent for counts alone.
         data: how the recording was read, so that a replay reads it in the same way.
         horizon: settings of the estimator.
         model: shapes and families.
@@ -91,6 +92,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     readout: ReadoutShape | None = None
     members: tuple[MemberSpec, ...] | msgspec.UnsetType = msgspec.UNSET
     classes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    features: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     scores: dict[str, float] = msgspec.field(default_factory=dict)
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
     config: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -233,10 +235,12 @@ def save_artifact(
     made = Artifact(manifest, model, readout, mean_rate, seen, intervals, tuple(others), classes)
     tensors = _tensors(made)
     later = any(m.readout is not None and m.readout.shape.later for m in made.members)
+    features = sum(group.features or 0 for group in manifest.model.groups.values())
     schema = SCALED_SCHEMA if others or intervals is not None else SINGLE_SCHEMA
     manifest = msgspec.structs.replace(
         manifest,
-        schema=SCHEMA if later or classes is not None else schema,
+        schema=SCHEMA if features else CLASSES_SCHEMA if later or classes else schema,
+        features=manifest.unit_names[-features:] if features else msgspec.UNSET,
         sha256=_digest(tensors),
         members=tuple(MemberSpec(readout=m.manifest.readout) for m in others) or msgspec.UNSET,
     )
@@ -264,7 +268,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
     try:
         raw = msgspec.json.decode(metadata[KEY])
         schema = raw.get("schema") if isinstance(raw, dict) else None
-        if schema not in (SINGLE_SCHEMA, SCALED_SCHEMA, SCHEMA):
+        if schema not in range(SINGLE_SCHEMA, SCHEMA + 1):
             expected = f"schema version {SINGLE_SCHEMA} to {SCHEMA} (what this ilqr-vae reads; "
             expected += "for a later one install a newer ilqr-vae)"
             raise _refuse(path, expected, str(schema))
@@ -286,8 +290,7 @@ def read_manifest(path: str | Path) -> Manifest:
 def _load_into(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
     part = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
     expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    got = {k: tuple(v.shape) for k, v in part.items()}
-    if expected != got:
+    if expected != (got := {k: tuple(v.shape) for k, v in part.items()}):
         odd = sorted(set(expected.items()) ^ set(got.items()))
         raise _refuse(path, f"{prefix}* of the manifest's shapes", f"a difference at {odd[0]}")
     module.load_state_dict(part)
@@ -358,6 +361,8 @@ def load_artifact(
     if spikes is None or spikes.channels != units:
         got = "none" if spikes is None else f"one of {spikes.channels}"
         raise _refuse(path, f"a group of spikes of the {units} named units", got)
+    if len(manifest.features or ()) != (spikes.features or 0):
+        raise _refuse(path, f"names of {spikes.features or 0} features", str(manifest.features))
     if "mean_rate" not in tensors or tensors["mean_rate"].shape != (units,):
         raise _refuse(path, f"mean_rate of {units} units", "another shape")
     where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -377,12 +382,7 @@ def _member(
     index: int,
     where: dict[str, Any],
 ) -> Artifact:
-    """Return a member as a model.
-
-    Args:
-        manifest: manifest with the shape of its readout.
-        where: device and dtype.
-    """
+    """Return a member as a model; ``manifest`` has its readout, ``where`` device and dtype."""
     prefix, units = _prefix(index), len(manifest.unit_names)
     channels = len(manifest.kinematic_names)
     model = build(manifest.model).double()  # a file may hold float64, which float32 would round

@@ -103,6 +103,7 @@ def adapt_experiment(
     read = load_recording(recording, settings.data)
     if span == "validation":
         read = earlier_split(read, settings.data.split)
+    read.require_counts("experiment adapt")
     start, stop = settings.data.split.occupied("test", read)
     first = start + round(at / read.bin_width)
     if first + round(after / read.bin_width) >= stop:
@@ -156,6 +157,7 @@ def days_experiment(
     schedule = Schedule(least, window, trial).checked()
     settings = _begin(config, out, json_file, steps, threads)
     first, *later = (load_recording(path, settings.data) for path in recording)
+    first.require_counts("experiment days")
     base = prepare(first, settings.data, chunk=settings.training.chunk).recording
     days = dict(zip(names[1:], map(_active(settings, base), later), strict=True))
     whole, streams = days_after(base, days, settings.data.split, minutes)

@@ -88,6 +88,7 @@ def decode(
     settings = overridden(load_config(config), steps=steps)
     use_threads(threads)
     read = load_recording(recording, settings.data)
+    read.require_counts("experiment decode")
     with Bar() as bar:
         result = compare(settings, read, out, plan, bar)
     result |= {"rows": rows_of(result), "stress": stress_rows(result)}

@@ -132,6 +132,8 @@ def evaluate(
     artifact = load_artifact(model)
     data, split = artifact.manifest.data, artifact.manifest.data.split
     read = load_matching(recording, data, artifact.manifest)
+    if stress:
+        read.require_counts("--stress")
     decodes = read.kinematics is not None and bool(artifact.manifest.kinematic_names)
     if stress and not decodes:
         raise ConfigError("--stress", expected="kinematics to decode", got="none")

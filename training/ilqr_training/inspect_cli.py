@@ -45,7 +45,9 @@ def model_sections(manifest: Manifest) -> list[Section]:
     spec = manifest.model
     groups = ", ".join(f"{k} ({g.family}, {g.channels})" for k, g in spec.groups.items())
     channels = zip(manifest.kinematic_names, manifest.kinematic_units, strict=True)
-    units = ", ".join(manifest.unit_names[:6]) + (", ..." if len(manifest.unit_names) > 6 else "")
+    features = manifest.features or ()
+    names = manifest.unit_names[: len(manifest.unit_names) - len(features)]
+    units = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     model = {
         "dynamics": f"{spec.dynamics}, n = {spec.latents}, m = {spec.inputs}, {spec.prior} inputs",
         "members": f"{1 + len(manifest.members)}, averaged" if manifest.members else "1",
@@ -53,7 +55,8 @@ def model_sections(manifest: Manifest) -> list[Section]:
         "decodes": ", ".join(named(n, u) for n, u in channels) or "latents and rates only",
         "classes": ", ".join(manifest.classes or ()) or "none",
         "bin width": f"{manifest.bin_width * 1e3:g} ms",
-        "units": f"{len(manifest.unit_names)}: {units}",
+        "units": f"{len(names)}: {units}",
+        "features": ", ".join(features) or "none",
         "estimator": f"horizon {manifest.horizon.horizon} bins, {manifest.horizon.iterations} "
         "iterations a bin",
         "schema": str(manifest.schema),

@@ -39,6 +39,7 @@ class TrainingPlan(msgspec.Struct, frozen=True):
 
     recordings: list[str]
     units: list[str]
+    features: list[str]
     left_out: list[str]
     bins: int
     bin_width: float
@@ -68,7 +69,8 @@ def plan_of(config: TrainConfig, recordings: list[Path]) -> TrainingPlan:
     kept = set(r.unit_names)
     return TrainingPlan(
         recordings=[path.name for path in recordings],
-        units=list(r.unit_names),
+        units=list(r.unit_names[: r.n_units - r.features]),
+        features=list(r.unit_names[r.n_units - r.features :]),
         left_out=[name for name in read.unit_names if name not in kept],
         bins=len(r),
         bin_width=r.bin_width,
@@ -103,9 +105,10 @@ def sections_of(plan: TrainingPlan) -> list[Section]:
     units = f"{len(plan.units)}: {', '.join(plan.units[:6])}"
     units += ", ..." if len(plan.units) > 6 else ""
     if plan.left_out:
-        units += f"; {len(plan.left_out)} left out: slower than data.min_rate, or silent"
+        units += f"; {len(plan.left_out)} left out: slower than data.min_rate, silent, or constant"
     rows = {
         "units": units,
+        "features": ", ".join(plan.features) or "none",
         "bins": f"{plan.bins} of {width * 1e3:g} ms; {plan.masked} masked",
         "split": "; ".join(split),
         "kinematics": ", ".join(plan.kinematics) or "none: latents and rates alone",

@@ -239,6 +239,9 @@ def _save_rivals(data: Prepared, settings: TrainConfig, path: Path, bar: Bar) ->
     if data.recording.kinematics is None:
         bar.log("no rivals: the recording has no kinematics")
         return
+    if data.recording.features:
+        bar.log("no rivals: they would read the features too")
+        return
     try:
         fitted = fit_rivals(
             data.recording,

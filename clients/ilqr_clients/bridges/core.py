@@ -84,6 +84,7 @@ class Bridge(Closing):
         self.clock = self.client.timer
         try:
             self.model: Model = model_of(self.client.describe())
+            self.model.require_counts("a bridge")
         except ServiceError:
             self.client.close()
             raise

@@ -61,6 +61,7 @@ class FalconDecoder(Closing):
         with ExitStack() as undo:
             undo.callback(self._client.close)
             self._model = model_of(self._client.describe())
+            self._model.require_counts("a FALCON decoder")
             named = self._model.unit_names if channels is None else channels
             place = {name: k for k, name in enumerate(named)}
             absent = [name for name in self._model.unit_names if name not in place]

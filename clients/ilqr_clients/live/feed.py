@@ -279,7 +279,7 @@ class LiveFeed:
             "bin_width": model.bin_width,
             "names": list(model.kinematic_names),
             "units": list(model.kinematic_units),
-            "unit_names": list(model.unit_names[:_SHOWN_UNITS]),
+            "unit_names": list(model.counted[:_SHOWN_UNITS]),
             "models": [
                 {
                     "slot": m.slot,

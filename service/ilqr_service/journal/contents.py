@@ -142,9 +142,11 @@ def _answered(
 
 
 def _model(manifest: dict[str, Any]) -> str:
-    units, width = len(manifest.get("unit_names", ())), float(manifest.get("bin_width", 0.0))
+    features, width = len(manifest.get("features", ())), float(manifest.get("bin_width", 0.0))
+    units = len(manifest.get("unit_names", ())) - features
+    beside = f" and {features} features" if features else ""
     decodes = ", ".join(manifest.get("kinematic_names", ())) or "latents and rates only"
-    return f"{units} units, {width * 1e3:g} ms bins; decodes {decodes}"
+    return f"{units} units{beside}, {width * 1e3:g} ms bins; decodes {decodes}"
 
 
 def look(folder: Path) -> tuple[JournalContents, list[Section]]:

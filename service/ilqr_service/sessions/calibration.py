@@ -64,12 +64,14 @@ class Calibration:
         counts = answer.work.counts
         if counts is None or answer.ignored:
             return 0.0, 0.0
+        counts = counts[: len(self._mu)]  # features come after them
         if answer.used is None:
             self._new_counts += counts
             self._new_bins += 1.0
         else:
-            self._new_counts += counts * answer.used
-            self._new_bins += answer.used
+            used = answer.used[: len(self._mu)]
+            self._new_counts += counts * used
+            self._new_bins += used
         self._bits += answer.bits
         self._spikes += answer.spikes
         self._done += 1

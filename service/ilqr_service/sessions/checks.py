@@ -50,6 +50,9 @@ def check_open(message: messages.Open, model_info: EngineInfo) -> None:
     if not 0 <= message.lag <= model_info.lags:
         expected = f"0 to {model_info.lags}, the longest lag of the model"
         raise ProtocolError("lag", expected=expected, got=str(message.lag))
+    if message.origin_ns is not None and model_info.feature_names:
+        expected = "none: batches of spikes carry no features, and the model has some"
+        raise ProtocolError("origin_ns", expected=expected, got=str(message.origin_ns))
     names = model_info.unit_names
     if len(message.units) != len(names):
         raise ProtocolError(
@@ -116,15 +119,16 @@ def check_event(event: messages.Event) -> None:
 def check_bin(
     message: messages.Bin, model_info: EngineInfo
 ) -> tuple[Vector, NDArray[np.bool_] | None]:
-    """Return counts and mask of a bin, each (N,).
+    """Return counts, with the features after them, and mask of a bin, each (N,).
 
     Raises:
         ProtocolError: there is not one count per unit, a count is not an integer in [0, 65535], the
-            mask is not u1 of zeros and ones, or the index is out of range.
+            features are not the model's or infinite, the mask is not u1 of zeros and ones, or the
+            index is out of range.
     """
     if not 0 <= message.index <= MAX_INDEX:
         raise ProtocolError("index", expected=f"0 to {MAX_INDEX}", got=str(message.index))
-    n_units = len(model_info.unit_names)
+    n_units = model_info.counted
     raw = _vector(message.counts, "counts", n_units)
     counts = raw.astype(np.float64)
     if raw.dtype.kind == "f" and not np.isfinite(counts).all():
@@ -139,12 +143,34 @@ def check_bin(
                 expected=f"whole numbers from 0 to {messages.MAX_COUNT}",
                 got=f"{counts[unit]:g} for unit {model_info.unit_names[unit]!r}",
             )
+    there = np.ones(n_units, dtype=bool)
+    if model_info.feature_names or message.features is not None:
+        values = _features(message, model_info)
+        known = np.isfinite(values)
+        counts = np.concatenate([counts, np.where(known, values, 0.0)])
+        there = np.concatenate([there, known])
     if message.mask is None:
-        return counts, None
+        return counts, None if bool(there.all()) else there
     if message.mask.dtype != "u1":
         raise ProtocolError("mask.dtype", expected="u1", got=message.mask.dtype)
-    mask = _vector(message.mask, "mask", n_units)
+    mask = _vector(message.mask, "mask", len(there))
     if (mask > 1).any():
         raise ProtocolError("mask", expected="zeros and ones", got=str(int(mask.max())))
-    observed = mask.astype(bool)
+    observed = mask.astype(bool) & there
     return counts, None if bool(observed.all()) else observed
+
+
+def _features(message: messages.Bin, model_info: EngineInfo) -> Vector:
+    """(F,), NaN where not observed."""
+    names, given = model_info.feature_names, message.features
+    if given is None:
+        return np.full(len(names), np.nan)
+    if not names:
+        expected = "none: the model has no features"
+        raise ProtocolError("features", expected=expected, got=f"shape {given.shape}")
+    values = _vector(given, "features", len(names)).astype(np.float64)
+    if (wild := np.isinf(values)).any():
+        which = names[int(np.argmax(wild))]
+        expected = "finite numbers, or NaN where there is none"
+        raise ProtocolError("features", expected=expected, got=f"infinity for {which!r}")
+    return values

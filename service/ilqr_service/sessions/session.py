@@ -227,6 +227,7 @@ class ServedSession:
             next_index=next_index,
             resumed=resumed,
             next_batch=UNSET if self.binner is None else self.binner.next_batch,
+            features=model_info.feature_names or UNSET,
         )
 
     def note(self, event: messages.Event, received_ns: int) -> messages.Noted:
@@ -303,12 +304,16 @@ class ServedSession:
     def detail(self, revision: int, answer: EngineAnswer) -> messages.Detail:
         """Return the inputs of an answer."""
         work, used, inputs = answer.work, answer.used, answer.inputs
+        counts, features = work.counts, None
+        if counts is not None and self.model_info.feature_names:
+            counts, features = np.split(counts, [self.model_info.counted])
         return messages.Detail(
             session=self.name,
             epoch=self.epoch,
             index=work.index,
             revision=revision,
-            counts=None if work.counts is None else messages.pack(work.counts, "<u2"),
+            counts=None if counts is None else messages.pack(counts, "<u2"),
+            features=None if features is None else _packed(features),
             mask=None if used is None or work.missing else messages.pack(used, "u1"),
             inputs=None if inputs is None else _packed(inputs),
             input_delay=answer.input_delay,
@@ -372,9 +377,9 @@ class ServedSession:
             effects.events["ignored_counts"] += len(answer.ignored)
         for unit in answer.ignored:
             if unit not in self.ignored:  # once per episode
-                what = (
-                    f"unit {unit} ignored from bin {index}: its count is beyond the model's limit"
-                )
+                kind = "feature" if unit in self.model_info.feature_names else "unit"
+                what = f"{kind} {unit} ignored from bin {index}: "
+                what += f"its {'count' if kind == 'unit' else 'value'} is beyond the model's limit"
                 effects.published.append(self.notice(what))
         self.ignored = answer.ignored
         if answer.restarted:

@@ -90,7 +90,9 @@ class Engine:
         horizon = settings.horizon or manifest.horizon.horizon
         iterations = settings.iterations or manifest.horizon.iterations
         estimator = artifact.estimator(iterations=iterations, horizon=horizon)
-        counted = isinstance(estimator.spikes, Counts)
+        features = manifest.features or ()
+        counted = isinstance(estimator.spikes.parts[0], Counts)
+        mean_rates = artifact.mean_rate[: len(manifest.unit_names) - len(features)].tolist()
         self.model_info = EngineInfo(
             model=manifest.model_id,
             unit_names=tuple(manifest.unit_names),
@@ -101,8 +103,9 @@ class Engine:
             horizon=horizon,
             iterations=iterations,
             class_names=tuple(manifest.classes or ()),
+            feature_names=features,
             bits_per_spike=manifest.scores.get("bits_per_spike", math.nan),
-            mean_rates=tuple(artifact.mean_rate.tolist()) if counted else (),
+            mean_rates=tuple(mean_rates) if counted else (),
             lags=FixedLags(estimator).lags,
         )
         self.manifest: dict[str, Any] = msgspec.to_builtins(manifest)
@@ -159,7 +162,7 @@ class Engine:
         if not works:
             return
         if watch is None and works[0].watch:
-            watch = UnitWatch.fresh(len(self.model_info.unit_names))
+            watch = UnitWatch.fresh(self.model_info.counted)
         self._begin(run, works, watch, serial)
 
     def _begin(self, run: int, works: list[Solve], watch: UnitWatch | None, serial: int) -> None:
@@ -247,7 +250,7 @@ class Engine:
         if found is not None:
             return found
         # It starts, or restarts after a failure that lost its state.
-        watch = UnitWatch.fresh(len(self.model_info.unit_names)) if work.watch else None
+        watch = UnitWatch.fresh(self.model_info.counted) if work.watch else None
         return Run(self.model_info.horizon, self._stepper.initial, watch)
 
     def _keep(

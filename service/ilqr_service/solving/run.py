@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ilqr_service.solving.pool import Pool, Row
 from ilqr_service.work import EngineAnswer, Insert, Solve, SwapModel, Work
@@ -68,7 +69,7 @@ class Run:
 
 
 class PackedWork(msgspec.Struct, frozen=True, array_like=True):
-    """A ``Work`` in a snapshot: counts as <u4, mask as u1.
+    """A ``Work`` in a snapshot: counts as <u4, with features as <f8; mask as u1.
 
     ``lost``: its record was lost, and a restart replaced it by a missing bin.
     """
@@ -101,7 +102,7 @@ def pack_work(work: Work) -> PackedWork:
         run=work.run,
         serial=work.serial,
         index=work.index,
-        counts=None if counts is None else messages.pack(counts, "<u4"),
+        counts=None if counts is None else messages.pack(counts, _kept_as(counts)),
         mask=None if mask is None else messages.pack(mask, "u1"),
         restart=solve is not None and solve.restart,
         late=isinstance(work, Insert),
@@ -116,6 +117,12 @@ def pack_work(work: Work) -> PackedWork:
         clock=bin_.clock if bin_ else None,
         lag=work.lag,
     )
+
+
+def _kept_as(counts: NDArray[np.float64]) -> messages.DType:
+    """The dtype that changes no value; features need not be whole."""
+    whole = (counts == np.floor(counts)) & (counts >= 0) & (counts < 2**32)
+    return "<u4" if bool(whole.all()) else "<f8"
 
 
 def unpack_work(packed: PackedWork, slot: str = "") -> Work:

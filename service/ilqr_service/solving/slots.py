@@ -75,6 +75,7 @@ def _fits(engine: Engine, model_info: EngineInfo) -> None:
         ("kinematic_names", model_info.kinematic_names, new.kinematic_names),
         ("kinematic_units", model_info.kinematic_units, new.kinematic_units),
         ("classes", model_info.class_names, new.class_names),
+        ("features", model_info.feature_names, new.feature_names),
     ):
         if expected != got:
             raise ProtocolError(

@@ -92,6 +92,8 @@ class Stepper:
         self._compiled = estimator.compiled(like)
         self._delay = min(INPUT_DELAY, model_info.horizon - 1)
         self._limits = estimator.bounds.counts.cpu().numpy()
+        scaling = estimator.spikes.scaling
+        self._scaling = scaling and tuple(t.to(like).cpu().numpy() for t in scaling)
         self.fixed_lags = FixedLags(estimator)
         self._windows = windows_of(estimator)
         self.separate = self._compiled is not None
@@ -215,7 +217,7 @@ class Stepper:
             if work.mask is not None:
                 mask[i] = work.mask
             if watch is not None:
-                mask[i, watch.masked] = 0
+                mask[i, np.flatnonzero(watch.masked)] = 0
         return counts, mask
 
     def _stop(self, works: Sequence[Solve], started: int) -> Callable[[], NDArray[np.bool_]] | None:
@@ -311,5 +313,8 @@ class Stepper:
 
     def _ignored(self, counts: Array, mask: Array) -> tuple[str, ...]:
         """Return the observed units whose counts exceeded the model's bounds."""
+        if self._scaling:
+            centre, scale = self._scaling
+            counts = (counts - centre) / scale
         beyond = (np.abs(counts) > self._limits) & np.isfinite(counts) & (mask > 0)
         return tuple(self._facts.unit_names[unit] for unit in np.flatnonzero(beyond))

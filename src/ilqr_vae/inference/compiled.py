@@ -66,8 +66,9 @@ def unsupported(
     if type(model.prior) not in priors:
         return f"the prior {model.prior.family!r}"
     for name in names:
-        if type(model.group(name)) not in likelihoods:
-            return f"the likelihood {model.group(name).family!r}"
+        for part in model.group(name).parts:
+            if type(part) not in likelihoods:
+                return f"the likelihood {part.family!r}"
     return None
 
 
@@ -132,7 +133,8 @@ def channel_arrays(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -
 
 def channels_of(families: Sequence[Likelihood], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """Return the concatenated groups for the kernels."""
-    tensors, poisson, linked = channel_arrays(families, n, dtype)
+    parts = [part for family in families for part in family.parts]
+    tensors, poisson, linked = channel_arrays(parts, n, dtype)
     C, b, limit, precision, *rates = (array(x) for x in tensors)
     return pack_channels(C, b, limit, precision, poisson, linked, *rates)
 
@@ -166,7 +168,9 @@ def plan(model: Model, w: Weights, names: Iterable[str]) -> PackedModel:
     """Pack a ``usable`` model."""
     family = model.dynamics.kernel
     # Poisson channels come first
-    order = tuple(sorted(names, key=lambda name: not isinstance(model.group(name), Counts)))
+    order = tuple(
+        sorted(names, key=lambda name: not isinstance(model.group(name).parts[0], Counts))
+    )
     dtype = w[0].dtype
     with torch.no_grad():
         mean, precision, constant, nu = prior_arrays(model)

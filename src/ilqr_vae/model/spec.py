@@ -10,7 +10,14 @@ import msgspec
 from ilqr_vae.errors import ArtifactError
 from ilqr_vae.model.dynamics import FAMILIES, DynamicsOptions
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import LIKELIHOODS, Counts, Likelihood, Poisson
+from ilqr_vae.model.likelihoods import (
+    LIKELIHOODS,
+    Counts,
+    CountsAndFeatures,
+    Gaussian,
+    Likelihood,
+    Poisson,
+)
 from ilqr_vae.model.priors import INPUT_PRIORS, InitialPrior, InputPrior, StudentPrior
 
 
@@ -19,9 +26,11 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     Attributes:
         family: name of the likelihood.
-        channels: number of channels.
+        channels: number of channels, features included.
         log_rate_max: for poisson: where the exponential link becomes linear.
         gain, floor: for the Poisson families, see ``likelihoods.Counts``.
+        features: number of channels, the last ones, that are continuous beside counts; absent for
+            counts alone (``likelihoods.CountsAndFeatures``).
     """
 
     family: str
@@ -29,6 +38,7 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     log_rate_max: Annotated[float, msgspec.Meta(ge=-100, le=100)] = 6.0
     gain: bool = False
     floor: float = 0.0
+    features: Annotated[int, msgspec.Meta(ge=1)] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -72,7 +82,14 @@ def build(spec: ModelSpec) -> Model:
                 field = f"model.groups.{name}.floor"
                 raise ArtifactError(field, expected="zero or more", got=f"{g.floor:g}")
             given |= {"gain": g.gain, "floor": g.floor}
-        groups[name] = kind(spec.latents, g.channels, **given)
+        features = g.features or 0
+        if features and not (issubclass(kind, Counts) and features < g.channels):
+            field, expected = f"model.groups.{name}.features", f"below {g.channels}, beside counts"
+            raise ArtifactError(field, expected=expected, got=f"{features} beside {g.family}")
+        made = kind(spec.latents, g.channels - features, **given)
+        if features and isinstance(made, Counts):
+            made = CountsAndFeatures(made, Gaussian(spec.latents, features))
+        groups[name] = made
     prior: InputPrior
     if spec.prior == StudentPrior.family:
         if not spec.nu > 2:

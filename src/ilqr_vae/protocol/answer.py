@@ -29,10 +29,10 @@ class Estimated(msgspec.Struct, Generic[V], frozen=True, kw_only=True, gc=False)
 
     Attributes:
         latent, latent_std: (n,).
-        rates: (N,), expected counts per bin.
+        rates: (N,), expected counts per bin; then the features that are expected.
         kinematics, kinematics_std: (D,), in the recording's units.
-        bits: one-step-ahead log-likelihood of the bin in bits, relative to the mean rates in
-            training.
+        bits: one-step-ahead log-likelihood of the bin, features included, in bits, relative to the
+            mean rates in training.
         spikes: number of spikes in the bin. The running ratio of both is bits per spike.
         iterations: number of iLQR iterations.
         solver: status of the solver, e.g. converged, iteration_limit.

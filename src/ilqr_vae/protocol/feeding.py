@@ -23,7 +23,7 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         protocol: ``PROTOCOL``.
         session: name, 1-64 of [A-Za-z0-9._-].
-        units: names of the model's units, in the order of the counts.
+        units: names of the model's units, in the order of the counts, then those of features.
         bin_width_ns: bin width of the model.
         epoch: run number; results of different epochs never mix.
         deadline_ns: an answer published later than this after ``received`` is flagged late.
@@ -72,7 +72,7 @@ class Open(Message, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Counts of one bin.
+    """Counts of one bin, and features.
 
     It is from the session's feeder if it arrives on the connection that opened the session or
     states the session's token. If the session has no token, a bin of the same user, session and
@@ -82,8 +82,10 @@ class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         source_ns: when it was complete, by the feeder's monotonic clock; must not decrease with the
             index.
-        mask: u1 per unit, 1 = observed; None = all observed.
+        mask: u1 per unit and feature, 1 = observed; None = all observed.
         clock: how far the service's clock is from the feeder's; None where that is not known.
+        features: <f8 (F,) or another dtype, in the recording's units; NaN = not observed, None =
+            none of them.
     """
 
     session: str
@@ -94,6 +96,7 @@ class Bin(Message, frozen=True, kw_only=True, omit_defaults=True):
     mask: Array | None = None
     clock: Offset | None = None
     token: Token = ""
+    features: Array | None = None
 
 
 class Spikes(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -182,6 +185,7 @@ class Opened(Message, frozen=True, kw_only=True):
         resumed: whether the session continues, from ``next_index``.
         next_batch: first batch of spikes that was not accepted yet; only for spikes.
         ignored: fields of ``Open`` that the service does not know, if any.
+        features: names of the model's features, the last of its units, if any.
     """
 
     session: str
@@ -197,6 +201,7 @@ class Opened(Message, frozen=True, kw_only=True):
     resumed: bool = False
     next_batch: int | UnsetType = UNSET
     ignored: tuple[str, ...] | UnsetType = UNSET
+    features: tuple[str, ...] | UnsetType = UNSET
 
 
 class Moved(Message, frozen=True, kw_only=True, omit_defaults=True):

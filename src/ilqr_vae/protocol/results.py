@@ -18,7 +18,8 @@ class Detail(Message, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         revision: revision of the result.
         counts: <u2 (N,), counts as used; None for a missing bin.
-        mask: u1 (N,), 1 = used; None = all used.
+        features: <f8 (F,), features as used; None for a missing bin, and for a model without.
+        mask: u1 (N + F,), 1 = used; None = all used.
         inputs: <f8 (m,), inputs of the dynamics ``input_delay`` bins before, since a bin alone says
             little about its own; None if nothing was solved, or the session is shorter.
         members: <f8 (K, n), latents of all members of an ensemble, each in its own coordinates;
@@ -34,6 +35,7 @@ class Detail(Message, frozen=True, kw_only=True, omit_defaults=True):
     inputs: Array | None = None
     input_delay: int = 0
     members: Array | None = None
+    features: Array | None = None
 
 
 class Notice(Message, frozen=True, kw_only=True):

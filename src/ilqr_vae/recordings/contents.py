@@ -116,7 +116,7 @@ def contents_of(path: str | Path, spec: RecordingSpec) -> Contents:
         return msgspec.structs.replace(found, refused=str(error))
     return msgspec.structs.replace(
         found,
-        n_units=found.n_units or read.n_units,
+        n_units=found.n_units or read.n_units - read.features,
         rates=found.rates or _spread(_rates(read)),
         reads=_reads(read, spec),
         notes=read.notes,
@@ -129,10 +129,13 @@ def _reads(read: Recording, spec: RecordingSpec) -> dict[str, str]:
     parts = (f"{s} {' to '.join(map(str, spec.split.span(s, read)))}" for s in _SPANS)
     channels = zip(read.kinematic_names, read.kinematic_units, strict=True)
     laid = ", trials laid end to end" if spec.mode == "trials" else ""
+    units, features = read.n_units - read.features, read.unit_names[-read.features :]
+    said = {"features": f"{read.features}: {', '.join(features)}"} if read.features else {}
     return {
-        "units": f"{read.n_units}: {', '.join(read.unit_names[:6])}"
-        + (", ..." if read.n_units > 6 else "")
+        "units": f"{units}: {', '.join(read.unit_names[: min(units, 6)])}"
+        + (", ..." if units > 6 else "")
         + (f"; {len(read.held_out)} held out" if read.held_out else ""),
+        **said,
         "bins": f"{len(read)} of {read.bin_width * 1e3:g} ms from {begin:g} s{laid}; "
         f"{int((~read.valid).sum())} masked",
         "kinematics": ", ".join(f"{n} ({u})" if u else n for n, u in channels) or "none",
@@ -145,6 +148,7 @@ _SPANS = ("train", "validation", "test")
 
 
 def _rates(read: Recording) -> NDArray[np.float64]:
+    read = read.without_features()
     seen = read.mask()
     spikes = np.where(seen, read.counts, 0).sum(axis=0, dtype=np.float64)
     return spikes / np.maximum(seen.sum(axis=0), 1) / read.bin_width

@@ -49,7 +49,8 @@ def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
 
     Raises:
         RecordingError: no such file, not HDF5, a dataset is absent (those present are listed),
-            shapes disagree, counts are not whole numbers, ``mode`` is not "trials", or ``lag`` is
+            shapes disagree, counts are not whole numbers, features are asked for, ``mode`` is not
+            "trials", or ``lag`` is
             not zero (the kinematics of such a file have their lag in them).
     """
     path = existing_file(path)
@@ -63,6 +64,9 @@ def read_hdf5(path: str | Path, spec: RecordingSpec) -> Recording:
         raise RecordingError(
             "data.clocks", expected="none for an HDF5 file of bins", got=str(spec.clocks)
         )
+    if spec.features:
+        got = ", ".join(spec.features)
+        raise RecordingError("data.features", expected="none for an HDF5 file", got=got)
     spec = stated_width(spec, "HDF5")
     with closing(File(path, "an HDF5 file")) as file:
         parts, n_held_in, columns = _read(file, spec.hdf5, tuple(spec.units))

@@ -39,6 +39,7 @@ def join(sessions: Mapping[str, Recording], split: SplitSpec) -> Recording:
         raise RecordingError("recording", expected="two or more sessions", got=str(len(sessions)))
     first_name, first = next(iter(sessions.items()))
     for name, other in sessions.items():
+        other.require_counts("sessions that are joined")
         _alike(first_name, first, name, other)
     sessions = {
         name: in_units(other, first.kinematic_units, first_name) for name, other in sessions.items()

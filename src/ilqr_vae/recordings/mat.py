@@ -21,6 +21,7 @@ from ilqr_vae.recordings.checks import (
     unique_names,
     whole_counts,
 )
+from ilqr_vae.recordings.features import series_of
 from ilqr_vae.recordings.mat_variables import Cells, described, read_variables
 from ilqr_vae.recordings.recording import Recording, RecordingWarning
 from ilqr_vae.recordings.session import Moving, RecordedSession
@@ -66,6 +67,7 @@ def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
         "data.mat.bin_width": mat.bin_width,
         "data.mat.time": mat.time,
         "data.mat.kinematics": mat.kinematics,
+        **{f"data.features[{i}]": name for i, name in enumerate(spec.features)},
         "data.mat.trial_starts": mat.trial_starts,
         "data.mat.trial_stops": mat.trial_stops,
         "data.mat.trial_conditions": mat.trial_conditions,
@@ -110,9 +112,16 @@ def _binned(
             )
         k = _kinematics(variables[mat.kinematics], mat, n_bins, "bins")
         moving, odd = Moving(mat.kinematics, k.values, begin, width, k.names, k.units), k.warnings
-    names = tuple(f"unit{i}" for i in range(counts.shape[1]))
-    table = _table(variables, mat, begin, width)
-    return RecordedSession(names, counts=counts, moving=moving, table=table, warnings=odd), spec
+    raw = {name: _numbers(variables[name], name) for name in spec.features}
+    session = RecordedSession(
+        tuple(f"unit{i}" for i in range(counts.shape[1])),
+        counts=counts,
+        moving=moving,
+        features=series_of(raw, n_bins, "bins", begin, width),
+        table=_table(variables, mat, begin, width),
+        warnings=odd,
+    )
+    return session, spec
 
 
 def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSession, RecordingSpec]:
@@ -120,7 +129,8 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSess
     moving: Moving | None = None
     odd: tuple[RecordingWarning, ...] = ()
     at, interval = np.zeros(0), 0.0
-    if mat.kinematics:
+    features: tuple[Moving, ...] = ()
+    if mat.kinematics or spec.features:
         if not mat.time:
             raise RecordingError(
                 "data.mat.time", expected="the variable with the samples' times", got="none"
@@ -131,10 +141,13 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSess
             raise RecordingError(mat.time, expected="two or more increasing seconds", got=f"{n}")
         times, rows, odd = usable_stamps(stamps, n, mat.time)
         times = times * scale + offset
-        k = _kinematics(variables[mat.kinematics], mat, n, f"samples, as {mat.time} has")
-        interval = float(np.median(np.diff(times)))
-        moving = Moving(mat.kinematics, k.values[rows], times, interval, k.names, k.units)
-        odd += k.warnings
+        interval, what = float(np.median(np.diff(times))), f"samples, as {mat.time} has"
+        raw = {name: _numbers(variables[name], name) for name in spec.features}
+        features = series_of(raw, n, what, times, interval, rows)
+        if mat.kinematics:
+            k = _kinematics(variables[mat.kinematics], mat, n, what)
+            moving = Moving(mat.kinematics, k.values[rows], times, interval, k.names, k.units)
+            odd += k.warnings
         # where each sample of the file begins, those left out too
         at = np.interp(np.arange(n), rows, times)
     elif mat.trial_starts and mat.trial_times == "bins":
@@ -151,6 +164,7 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSess
         units,
         spikes_field=mat.spike_times,
         moving=moving,
+        features=features,
         table=table,
         spike_trials=trials,
         warnings=odd,

@@ -189,14 +189,14 @@ def silences(recording: Recording) -> Recording:
 
     A range at either end without spikes, in which ``SURELY`` were expected, is marked invalid.
     """
-    found = list(recording.warnings)
-    width, mask = recording.bin_width, recording.mask()
-    each = np.where(mask, recording.counts, 0).sum(axis=1, dtype=np.int64)
+    found, counted = list(recording.warnings), recording.without_features()
+    width, mask = counted.bin_width, counted.mask()
+    each = np.where(mask, counted.counts, 0).sum(axis=1, dtype=np.int64)
     seen = np.flatnonzero(recording.valid)
     spiking = np.flatnonzero(each)
     if not len(spiking):
         return recording
-    found += _counts(recording, each)
+    found += _counts(counted, each)
     per_bin = float(each.sum()) / max(int(recording.valid[spiking[0] : spiking[-1] + 1].sum()), 1)
     least = max(SURELY / per_bin, 1.0 / width)
     position = np.flatnonzero(each[seen])  # among the valid bins

@@ -1,6 +1,7 @@
 """The type of recordings: binned spike counts, with kinematics and trials.
 
-Notation: T bins, N units, D kinematic channels. Bin t covers [start + t w, start + (t+1) w), w the
+Notation: T bins, N units, D kinematic channels. Of the units the last F may be features: continuous
+channels, in units of their own. Bin t covers [start + t w, start + (t+1) w), w the
 bin width; kinematics at bin t are what the subject did during bin t.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +87,8 @@ class Recording:
     """A binned recording.
 
     Attributes:
-        counts: uint16 (T, N), spikes of each unit in each bin.
+        counts: uint16 (T, N), spikes of each unit in each bin; float64 where there are features,
+            finite also where they are not observed.
         bin_width: seconds.
         unit_names: N names, unique.
         kinematics: float64 (T, D) or None where the recording has none; never NaN.
@@ -101,6 +104,7 @@ class Recording:
         breaks: int64 (B,), increasing: bins that do not follow in time on the bin before them.
             Nothing that looks back in time looks across one: see ``segments``.
         held_out: names of units kept back for co-smoothing.
+        features: F, how many of the units, the last ones, are continuous.
         bounds: first bins after the training and the validation part, where the file's own split
             (or the trials' boundaries) decide; None leaves it to ``SplitSpec``.
         notes: sentences a reader should know (what was left out, and why).
@@ -109,7 +113,7 @@ class Recording:
         sha256: of the file it came from, "" when made in memory.
     """
 
-    counts: NDArray[np.uint16]
+    counts: NDArray[Any]
     bin_width: float
     unit_names: tuple[str, ...]
     kinematics: NDArray[np.float64] | None = None
@@ -122,6 +126,7 @@ class Recording:
     observed: NDArray[np.bool_] | None = None
     breaks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     held_out: tuple[str, ...] = ()
+    features: int = 0
     bounds: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[RecordingWarning, ...] = ()
@@ -136,8 +141,10 @@ class Recording:
                 expected="bins x units with at least one of each",
                 got=f"shape {counts.shape}",
             )
-        if counts.dtype != np.uint16:
-            raise RecordingError("recording.counts", expected="uint16", got=str(counts.dtype))
+        wanted = np.float64 if self.features else np.uint16
+        if counts.dtype != wanted:
+            expected = np.dtype(wanted).name
+            raise RecordingError("recording.counts", expected=expected, got=str(counts.dtype))
         if not (np.isfinite(self.bin_width) and self.bin_width > 0):
             raise RecordingError(
                 "recording.bin_width", expected="seconds above zero", got=str(self.bin_width)
@@ -198,7 +205,20 @@ class Recording:
 
     @property
     def n_units(self) -> int:
+        """N, the features among them."""
         return int(self.counts.shape[1])
+
+    def without_features(self) -> Recording:
+        """The units that are counted."""
+        if not self.features:
+            return self
+        return self.select_units(self.unit_names[: -self.features])
+
+    def require_counts(self, what: str) -> None:
+        """Raises RecordingError: there are features, which ``what`` does not take."""
+        if self.features:
+            got = ", ".join(self.unit_names[-self.features :])
+            raise RecordingError("data.features", expected=f"none for {what}", got=got)
 
     def segments(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
         """The contiguous ranges of bins [start, stop)."""
@@ -283,9 +303,16 @@ class Recording:
                 got=f"{len(missing)} of them absent, e.g. {missing[0]!r}",
             )
         columns = [index[name] for name in names]
+        continuous = [column >= self.n_units - self.features for column in columns]
+        features = sum(continuous)
+        if continuous != sorted(continuous):
+            expected, got = "features after all units", ", ".join(names[:8])
+            raise RecordingError("recording.unit_names", expected=expected, got=got)
+        counts = self.counts[:, columns]
         return replace(
             self,
-            counts=self.counts[:, columns],
+            counts=counts if features or not self.features else counts.astype(np.uint16),
+            features=features,
             unit_names=tuple(names),
             observed=None if self.observed is None else self.observed[:, columns],
             held_out=tuple(name for name in self.held_out if name in set(names)),

@@ -82,6 +82,7 @@ class RecordedSession:
         held_out: names of units held out for co-smoothing.
         observed: (k, 2) intervals per unit in which it was recorded; None for always.
         moving: the behaviour, or None.
+        features: continuous series to be observed beside the spikes.
         scored: a channel with its own times, nonzero where behaviour is to be scored; or None.
         table: trials, or None.
         spike_trials: row in ``table`` of each spike, one array per unit, if the file states it.
@@ -97,6 +98,7 @@ class RecordedSession:
     held_out: tuple[str, ...] = ()
     observed: list[Array] | None = None
     moving: Moving | None = None
+    features: tuple[Moving, ...] = ()
     scored: Moving | None = None
     table: TrialRows | None = None
     spike_trials: Sequence[NDArray[np.int64]] | None = None

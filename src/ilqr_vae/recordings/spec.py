@@ -179,6 +179,10 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             that a unit has there, e.g. ``quality = "good"`` or ``electrode_group = ["a", "b"]``. In
             NWB also columns of the units' electrodes (``location``); in MAT and HDF5 variables
             with one value a unit. Empty means all units.
+        features: continuous series to be observed beside the counts, spike-band power for one: of
+            NWB their names (or paths), of MAT variables, channels x bins or samples, on the clock
+            of ``mat.time`` beside spike times. A bin has the mean of its samples; where there is
+            none, the feature is not observed. The model learns their mean and scale.
         mode: the recording as it ran, or its trials one after the other, nothing crossing from one
             to the next.
         lag: seconds; the kinematics of a bin are those measured this much later (negative:
@@ -194,6 +198,7 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     bin_width: Annotated[PositiveFloat | None, unit("s")] = None
     min_rate: Annotated[NonNegativeFloat, unit("Hz")] = 0.0
     units: dict[str, Label | tuple[Label, ...]] = msgspec.field(default_factory=_any_unit)
+    features: tuple[str, ...] = ()
     mode: Literal["continuous", "trials"] = "continuous"
     lag: Annotated[FiniteFloat, unit("s")] = 0.0
     differentiate: bool = False

@@ -31,6 +31,7 @@ from ilqr_vae.recordings.checks import (
     inside_intervals,
     measured,
 )
+from ilqr_vae.recordings.features import with_features
 from ilqr_vae.recordings.plausible import SURELY
 from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
 from ilqr_vae.recordings.session import Moving, RecordedSession, plausible, span_of
@@ -188,6 +189,7 @@ def _finish(
         notes=session.notes,
         warnings=session.warnings,
     )
+    made = with_features(made, session.features, [(start, n_bins)])
     return differentiated(made) if spec.differentiate else made
 
 
@@ -297,6 +299,8 @@ def _trials(session: RecordedSession, spec: RecordingSpec) -> Recording:
         notes=session.notes + planned.notes,
         warnings=session.warnings + odd,
     )
+    windows = list(zip(planned.begin.tolist(), planned.bins.tolist(), strict=True))
+    made = with_features(made, session.features, windows)
     return differentiated(made) if spec.differentiate else made
 
 

@@ -50,7 +50,7 @@ class Decoded:
         origin_ns: start of bin 0 by the feeder's clock, for a spike session.
         results: results by index.
         events: events by source and number.
-        bins: (N,) counts and (N,) mask of each received bin; None if not known.
+        bins: (N,) counts, features last, and (N,) mask of each received bin; None if not known.
         texts: further data by name, written as JSON.
     """
 
@@ -165,11 +165,19 @@ def write_decoded(path: Path, decoded: Decoded, about: About) -> None:
 
     if decoded.bins is not None:
         units = list(decoded.units)
-        counts, observed = _fed(decoded.bins, indices, len(units))
+        values, observed = _fed(decoded.bins, indices, len(units))
+        info = decoded.manifests.get(decoded.results[int(indices[0])].model, {})
+        features = list(info.get("features", ()))
+        units = units[: len(units) - len(features)]
+        counts, values = np.split(values, [len(units)], axis=1)
+        observed, known = np.split(observed, [len(units)], axis=1)
         spikes = nwb.create_processing_module("ecephys", "spikes counted in bins, as they came")
         what = "spikes of each unit (columns) in each bin (rows); NaN where no bin came"
         add(spikes, "binned_spikes", counts, "count", what, units)
         add(spikes, "observed", observed, "n.a.", "1 where the feeder observed the unit", units)
+        if features:
+            what = "features (columns) of each bin (rows), as they came; NaN where not observed"
+            add(spikes, "features", np.where(known, values, np.nan), "n.a.", what, features)
     _add_answers(nwb, add, decoded, indices)
     add_events(pynwb, nwb, decoded.timed_events(), (indices[-1] - indices[0]) * width, width)
     served = sorted({r.model for r in decoded.results.values()})

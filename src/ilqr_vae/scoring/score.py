@@ -265,8 +265,10 @@ def score_decodes(
         by_decoded = coverage_by_speed(*seen_here, units, "decoded")
     wiener: Array | None = None
     if baseline:
+        recording = recording.without_features()
         try:
-            fitted = fit_wiener(recording if fit_on is None else fit_on, split)
+            own = recording if fit_on is None else fit_on.without_features()
+            fitted = fit_wiener(own, split)
         except ShapeError as error:
             notes += (f"No Wiener filter beside it: {error}.",)
         else:

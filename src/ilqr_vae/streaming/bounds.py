@@ -6,11 +6,12 @@ A count c of a unit is used up to
 
 with h the unit's highest count in training: a Poisson count of twice that mean exceeds the limit
 with a probability below 1e-12. A count above the limit is ignored, as if its unit had not been
-observed in that bin. An answer is *beyond* the training range if a unit's expected count is above
-its limit, if a latent or a kinematic channel is farther from the middle of its range in training
-than three times half that range, or if all units observed in the bin were ignored. A state a
-thousand times as far from the middle of the latents, or one that is not finite, is *lost*: the
-stream restarts.
+observed in that bin. So is a feature that is farther from its centre than 2 h + 8 of its standard
+deviations (``likelihoods.CountsAndFeatures``), with h the farthest in training. An answer is
+*beyond* the training range if a unit's expected count is above its limit, if a latent or a
+kinematic channel is farther from the middle of its range in training than three times half that
+range, or if all units observed in the bin were ignored. A state a thousand times as far from the
+middle of the latents, or one that is not finite, is *lost*: the stream restarts.
 
 A model file without training ranges gets wider bounds: h = max(20 mean rate, 10), latents within a
 hundred prior standard deviations (at least 1 each), kinematics within thirty standard deviations.
@@ -40,7 +41,8 @@ class TrainingRange(NamedTuple):
     """Ranges in the training part.
 
     Attributes:
-        counts: highest count of each unit in a bin (``highest_counts``).
+        counts: highest count of each unit in a bin (``highest_counts``); of a feature how far it
+            is from its centre, in standard deviations.
         latents: lowest and highest causal estimate of each latent.
         kinematics: lowest and highest of each channel; D = 0 without kinematics.
     """
@@ -54,7 +56,8 @@ class PlausibleBounds(NamedTuple):
     """The plausible ranges of a model.
 
     Attributes:
-        counts: (N,) largest count of each unit in a bin.
+        counts: (N,) largest count of each unit in a bin; of a feature the largest distance from its
+            centre, in standard deviations.
         latent_centre, latent_reach, latent_lost: (n,) the middle of the range, and the distances
             from it at which an estimate is beyond the range and a state is lost.
         decode_centre, decode_reach: (D,) the same for the kinematics.
@@ -96,6 +99,12 @@ def check_bin(family: Likelihood, counts: Float[Tensor, "S N"], mask: Float[Tens
     Raises:
         ShapeError: an observed value is not finite, or a count is negative.
     """
+    if family.features:
+        parts = counts.shape[-1] - family.features, family.features
+        pairs = zip(family.parts, counts.split(parts, -1), mask.split(parts, -1), strict=True)
+        for part, values, seen in pairs:
+            check_bin(part, values, seen)
+        return
     whole = isinstance(family, Counts)
     if counts.device.type == "cpu":  # numpy is much faster than torch for so few numbers
         x = counts.numpy()
@@ -143,5 +152,7 @@ def bounds_of(
         decode_reach = 3.0 * torch.maximum((decode_high - decode_low) / 2, spread.to(decode_low))
     rate = 2.0 * highest
     limit = (rate + _SURPRISE * (rate + 1.0).sqrt() + _SURPRISE).ceil()
+    if features := model.group("spikes").features:
+        limit[-features:] = rate[-features:] + _SURPRISE
     made = (limit.to(mean_rate), centre, reach, _LOST * reach, decode_centre, decode_reach)
     return PlausibleBounds(*(x.to(mean_rate).contiguous() for x in made))

@@ -129,6 +129,9 @@ class Estimator:
             initial=Streams(*(array(x) for x in initial.tensors())),
         )
         self.fixed = (*fixed[:-2], tuple(fixed.bounds), tuple(fixed.initial))  # see ``step``
+        scaling = model.group("spikes").scaling
+        self.scaling = scaling and tuple(array(t.to(mean_rate.dtype)) for t in scaling)
+        self.units = N - model.group("spikes").features
         self._spare: dict[int, list[_Workspace]] = {}
 
     def _reads(self, model: Model, readout: KinematicReadout, mean_rate: Tensor) -> tuple[Any, ...]:
@@ -167,6 +170,9 @@ class Estimator:
     ) -> tuple[Any, ...]:
         """Return the arguments of the kernels."""
         before, after = (tuple(state) for state in states)
+        if self.scaling:
+            centre, scale = self.scaling
+            bins = (bins[0] - centre) / scale, bins[1]
         return self.fixed, self.readout, (before, after), rows, bins, tuple(estimates)
 
     def empty(self, streams: int) -> Estimates:
@@ -244,7 +250,7 @@ def step_together(
     for member, own in zip(members, spaces, strict=True):
         for space in own:
             member.put(space)
-    return _scaled(members, estimates)
+    return _finished(members, states, rows, estimates)
 
 
 def predict_together(
@@ -264,15 +270,27 @@ def predict_together(
         for member, state, row, estimate in zip(members, states, rows, estimates, strict=True)
     ]
     _run(kernels.predict_only, members, given)
-    return _scaled(members, estimates)
+    return _finished(members, states, rows, estimates)
 
 
-def _scaled(members: Sequence[Estimator], estimates: list[Estimates]) -> list[Estimates]:
-    """Scale the deviations for publication."""
-    return [
-        e._replace(kinematics_std=stated(member.intervals, e.kinematics, e.kinematics_std))
-        for member, e in zip(members, estimates, strict=True)
-    ]
+def _finished(
+    members: Sequence[Estimator],
+    states: Sequence[States],
+    rows: Sequence[Rows],
+    estimates: list[Estimates],
+) -> list[Estimates]:
+    """Scale the deviations for publication; with features, return expected values in their units
+    and count the spikes of the units alone, since the kernels sum all channels."""
+    made: list[Estimates] = []
+    for member, (_, after), (_, at), e in zip(members, states, rows, estimates, strict=True):
+        std = stated(member.intervals, e.kinematics, e.kinematics_std)
+        e = e._replace(kinematics_std=std)
+        if member.scaling:
+            centre, scale = member.scaling
+            newest = after.counts[at, after.age[at] - 1, : member.units]
+            e = e._replace(rates=e.rates * scale + centre, spikes=newest.sum(-1))
+        made.append(e)
+    return made
 
 
 def _workers(members: Sequence[Estimator], streams: int) -> int:

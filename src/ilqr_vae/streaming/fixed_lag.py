@@ -71,5 +71,5 @@ class FixedLags:
             z = window[part][n : (self.lags + 1) * n].reshape(self.lags, n).copy()
             latents.append(z)
             expected = member.spikes.mean(torch.tensor(z).to(member.mean_rate))
-            rates.append(expected.cpu().numpy())
+            rates.append(member.spikes.restored(expected).cpu().numpy())
         return Later(latents[0], np.mean(rates, axis=0), self.project(window[None])[0])

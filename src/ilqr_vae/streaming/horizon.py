@@ -90,7 +90,8 @@ class MovingHorizon:
     Args:
         model: model on the device and in the dtype of the computation; it is copied.
         readout: kinematics from latents, or None.
-        mean_rate: (N,) mean counts per bin in the training part, the baseline of ``bits``.
+        mean_rate: (N,) mean counts per bin in the training part, the baseline of ``bits``; features
+            in standard units, see ``Likelihood.standard``.
         config: horizon and iterations.
         seen: ranges in the training part; None gives wider bounds.
         intervals: scales the stated deviations of the kinematics; None leaves them as they are.
@@ -210,8 +211,8 @@ class MovingHorizon:
         """Process one bin of each stream.
 
         Args:
-            counts: spike counts; any number where the mask is zero. Counts beyond the bounds are
-                ignored.
+            counts: spike counts, then features in the recording's units; any finite number where
+                the mask is zero. What is beyond the bounds is ignored.
             mask: one where observed; a row of zeros is a missing bin (the answer is a prediction).
             stop: called before every iteration after the first; True ends the solve (anytime). One
                 truth value, or one per stream. On a GPU all calls come before the solve.
@@ -314,6 +315,7 @@ class MovingHorizon:
         absorbs: bool = True,
     ) -> tuple[HorizonState, _Entered]:
         """Enter the new bin into the window."""
+        counts = self.spikes.standard(counts)
         restarted = self.bounds.lost(state.mean, state.z, state.u)
         if sync_free or bool(restarted.any()):
             state = state.replaced(restarted, self._initial)
@@ -351,15 +353,16 @@ class MovingHorizon:
         rates, counts, used = self.spikes.mean(z), entered.counts, entered.used
         gain = self.spikes.evidence(entered.predicted, self.mean_rate, counts)
         blind = (entered.ignored > 0) & (used == 0).all(-1)
+        spikes = (counts * used)[:, : counts.shape[-1] - self.spikes.features].sum(-1)
         return Estimate(
             z=z,
             z_cov=Sigma,
             window=window,
-            rates=rates,
+            rates=self.spikes.restored(rates),
             kinematics=kinematics,
             kinematics_std=kinematics_std,
             bits=(gain * used).sum(-1) / math.log(2),
-            spikes=(counts * used).sum(-1),
+            spikes=spikes,
             iterations=iterations,
             status=torch.where(entered.bad, int(ilqr.Status.NOT_FINITE), status),
             ignored=entered.ignored,

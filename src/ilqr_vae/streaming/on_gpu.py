@@ -72,6 +72,8 @@ def usable(model: Model, like: Tensor) -> bool:
     if not like.is_cuda or like.dtype not in _DTYPES or backend.current() == "reference":
         return False
     reason = compiled.unsupported(model, ("spikes",), FAMILIES)
+    if reason is None and model.group("spikes").features:
+        reason = "features beside counts"
     if reason is None and model.m > LARGEST_M:
         reason = f"{model.m} inputs, more than {LARGEST_M}"
     if reason is not None:

@@ -70,11 +70,15 @@ class UnitWatch:
         """One bin later.
 
         Args:
-            counts: (N,) as they came, or None where no bin did.
+            counts: (N,) as they came, or None where no bin did. Channels after the N units are not
+                looked at, here and below.
             observed: (N,) by the feeder's mask; None means all.
             rates: (N,) the model's expectation after this bin, which is what the next one is
                 compared with.
         """
+        n = len(self.seen)
+        counts = None if counts is None else counts[:n]
+        observed, rates = None if observed is None else observed[:n], rates[:n]
         ok = np.isfinite(self.predicted)
         if counts is None or not ok.all():
             return UnitWatch(

@@ -262,13 +262,14 @@ def fit_baselines(
     """Fit the named baselines, with all choices made on the validation part.
 
     Args:
-        recording: the whole recording, with kinematics.
+        recording: the whole recording, with kinematics; features are not read.
         names: names of the baselines; the result keeps this order.
         seed: seed of the networks.
 
     Raises:
         ShapeError: no kinematics, or a part without a bin to fit or choose on.
     """
+    recording = recording.without_features()
 
     @cache
     def network(grid: tuple[GRUConfig, ...]) -> GRUDecoder:

@@ -93,7 +93,9 @@ def held_out_units(recording: Recording, share: float, seed: int) -> tuple[Flags
 
     Raises:
         ConfigError: the share is not between 0 and 1, or would hold out no unit or all.
+        RecordingError: there are features.
     """
+    recording.require_counts("co-smoothing")
     if not 0 <= share <= 1:
         raise ConfigError("--held-out", expected="a share of the units, 0 to 1", got=f"{share:g}")
     if recording.held_out:

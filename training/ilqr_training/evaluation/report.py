@@ -94,20 +94,21 @@ class EvaluationReport:
         if len(recording.breaks):
             notes += ("Trials are laid end to end: times leave out what lay between them.",)
         sha = recording.sha256
+        units = part.without_features()
         return ReportData(
             title=f"Offline causal evaluation on {recording.name}",
             kind="evaluate",
             bin_width=recording.bin_width,
             start=part.start_time,
-            counts=part.counts,
+            counts=units.counts,
             status=tuple("missing" if m else "ok" for m in missing),
             latents=result.window[:, : manifest.latents],
             latents_std=result.latent_std,
-            rates=result.rates,
+            rates=result.rates[:, : units.n_units],
             inputs=result.inputs,
             learning=self.learning,
             bits_per_spike=result.bits_per_spike,
-            unit_names=recording.unit_names,
+            unit_names=units.unit_names,
             names=names,
             units=manifest.kinematic_units,
             truth=part.kinematics if names else None,

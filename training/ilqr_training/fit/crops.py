@@ -60,11 +60,13 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
         )
     rates = recording.mean_counts(*train) / recording.bin_width
     keep = (rates >= spec.min_rate) & (rates > 0)
-    if not keep.any():
+    counted = recording.n_units - recording.features
+    keep[counted:] = _varying(recording, train)
+    if not keep[:counted].any():
         raise RecordingError(
             "data.min_rate",
             expected="a rate that leaves at least one unit",
-            got=f"{spec.min_rate:g} Hz; the fastest unit has {rates.max():.3g} Hz",
+            got=f"{spec.min_rate:g} Hz; the fastest unit has {rates[:counted].max():.3g} Hz",
         )
     names = tuple(name for name, k in zip(recording.unit_names, keep, strict=True) if k)
     recording = recording.select_units(names)
@@ -85,6 +87,15 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
         still = tuple(w for w in at_rest(recording, spec.split) if w not in said)
         recording = replace(recording, warnings=said + still)
     return Prepared(recording, train, validation, spec.split.span("test", recording), mean, scale)
+
+
+def _varying(recording: Recording, train: tuple[int, int]) -> list[bool]:
+    """Which features vary where they were observed in the training part."""
+    part, first = slice(*train), recording.n_units - recording.features
+    values, seen = recording.counts[part, first:], recording.mask()[part, first:]
+    return [
+        bool(varies(x[there][:, None]).any()) for x, there in zip(values.T, seen.T, strict=True)
+    ]
 
 
 def _movement(recording: Recording, split: SplitSpec) -> None:
@@ -112,7 +123,9 @@ class Crops:
         like = model.initial.mean
         a, b = data.train
         self.chunk, self.n_bins = chunk, b - a
-        self.counts = torch.as_tensor(data.recording.counts[a:b].astype(np.float64)).to(like)
+        spikes = model.group("spikes")
+        values = torch.as_tensor(data.recording.counts[a:b].astype(np.float64))
+        self.counts = spikes.standard(values.to(like.device)).to(like)
         whole = data.recording.observed is None
         seen = data.recording.valid[a:b, None] if whole else data.recording.mask()[a:b]
         self.mask = torch.as_tensor(seen.astype(np.float64)).to(like)

@@ -62,6 +62,10 @@ def first_model(origin: Artifact, data: Prepared, seed: int, progress: Progress)
     """
     recording, manifest = data.recording, origin.manifest
     recording.require_bin_width(manifest.bin_width)
+    recording.require_counts("--from")
+    if manifest.features:
+        got = ", ".join(manifest.features)
+        raise ConfigError("--from", expected="a model without features", got=got)
     if "kinematics" in origin.model.groups and recording.kinematic_names != (
         names := manifest.kinematic_names
     ):

@@ -298,12 +298,12 @@ def _left(pace: Pace, step: int) -> str:
 
 def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:
     """Log the contents of the recording, its split, and the estimated memory."""
-    r, spans = data.recording, (data.train, data.validation, data.test)
-    train, validation, test = (f"{a}:{b}" for a, b in spans)
+    r, spans = data.recording, ("train", "validation", "test")
+    split = ", ".join("{} {}:{}".format(span, *getattr(data, span)) for span in spans)
     progress.log(
-        f"{r.name}: {len(r)} bins of {r.bin_width * 1e3:g} ms, {r.n_units} units, kinematics: "
-        f"{', '.join(r.kinematic_names) or 'none'}; train {train}, validation {validation}, "
-        f"test {test}"
+        f"{r.name}: {len(r)} bins of {r.bin_width * 1e3:g} ms, {r.n_units - r.features} units"
+        f"{f' and {r.features} features' if r.features else ''}, kinematics: "
+        f"{', '.join(r.kinematic_names) or 'none'}; {split}"
     )
     for line in (*r.warnings, *r.notes, str(estimate(config, data))):
         progress.log(f"  {line}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ilqr_training.readout.fixed_lag import LagWindows, fit_fixed_lag, with_fixe
 from ilqr_training.readout.intervals import fit_intervals
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.intervals import SpeedScale, stated
+from ilqr_vae.model.likelihoods import Likelihood
 from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings.split import warmup_start
@@ -89,12 +90,15 @@ def scored(held: HeldOut, data: Prepared) -> tuple[SpeedScale | None, dict[str, 
     return intervals, scores
 
 
-def _seen(data: Prepared, latents: NDArray[np.float64]) -> TrainingRange:
+def _seen(data: Prepared, latents: NDArray[np.float64], spikes: Likelihood) -> TrainingRange:
     """Return statistics of the training part, including its causal latents."""
     recording, part = data.recording, slice(*data.train)
     k = np.zeros((1, 0)) if recording.kinematics is None else recording.kinematics[part]
     k = k[np.isfinite(k).all(-1)]
-    highest = highest_counts(recording.counts[part], recording.mask()[part])
+    values: NDArray[Any] = recording.counts[part]
+    if recording.features:
+        values = spikes.standard(torch.as_tensor(values)).abs().numpy()
+    highest = highest_counts(values, recording.mask()[part])
     ranges = (np.stack([x.min(0), x.max(0)]).astype(np.float64) for x in (latents, k))
     return TrainingRange(*(torch.as_tensor(x) for x in (highest, *ranges)))
 
@@ -122,6 +126,7 @@ def estimator_of(
         ).double()
     double = copy.deepcopy(model).double().cpu()
     mean_rate = torch.as_tensor(data.recording.mean_counts(*data.train))
+    mean_rate = double.group("spikes").standard(mean_rate)
     return MovingHorizon(double, blank, mean_rate, config.estimator)
 
 
@@ -161,7 +166,7 @@ def validate(
     )
     scores = {"bits_per_spike": held.bits_per_spike, "iterations": held.iterations}
     k = data.recording.kinematics
-    seen = _seen(data, train.window[:, : model.n])
+    seen = _seen(data, train.window[:, : model.n], estimator.spikes)
     reads, classes = _reads(config, thorough), None
     if thorough and config.readout.classes:
         lags = 0 if k is None else reads.lags

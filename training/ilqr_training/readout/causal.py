@@ -136,7 +136,8 @@ def causal_pass(
     fresh = np.zeros(len(recording), dtype=bool)
     fresh[[0, *recording.breaks]] = True
 
-    units = UnitWatch.fresh(recording.n_units) if watch else None
+    counted = recording.n_units - recording.features
+    units = UnitWatch.fresh(counted) if watch else None
     readout = estimator.readout
     direct = None if readout is None else readout.W.shape[1]
     reads = 0 if readout is None else readout.shape.features(readout.n, recording.n_units)
@@ -155,7 +156,9 @@ def causal_pass(
         # row by row: all bins at once in float64 take much memory for a long recording
         counts = torch.as_tensor(recording.counts[index].astype(np.float64)).to(like)
         observed = seen[index] & inside[:, None]
-        believed = observed if units is None else observed & ~units.masked
+        believed = observed.copy()
+        if units is not None:
+            believed[:, :counted] &= ~units.masked
         mask = torch.as_tensor(believed.astype(np.float64)).to(like)
         again = fresh[index] & inside
         state = restarted(estimator, state, again)
@@ -163,7 +166,8 @@ def causal_pass(
         progress(what, j + lead + 1, length + lead)
         held = None if units is None else units.masked
         if units is not None:
-            units = _watched(units, recording.counts[bins[0]], observed[0], again[0], answer.rates)
+            one = recording.counts[bins[0]], observed[0], again[0], answer.rates
+            units = _watched(units, *one)
         if j < 0:
             continue
         if held is not None:
@@ -207,7 +211,7 @@ def causal_pass(
 
 def _watched(
     units: UnitWatch,
-    counts: NDArray[np.uint16],
+    counts: NDArray[Any],
     observed: NDArray[np.bool_],
     again: bool | np.bool_,
     rates: torch.Tensor,

@@ -3,6 +3,7 @@
 from ilqr_vae.model.likelihoods.base import Likelihood, Observations, Observed, padded
 from ilqr_vae.model.likelihoods.counts import Counts, Poisson, SoftplusPoisson
 from ilqr_vae.model.likelihoods.gaussian import Gaussian
+from ilqr_vae.model.likelihoods.mixed import CountsAndFeatures
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     cls.family: cls for cls in (Poisson, SoftplusPoisson, Gaussian)
@@ -12,6 +13,7 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 __all__ = [
     "LIKELIHOODS",
     "Counts",
+    "CountsAndFeatures",
     "Gaussian",
     "Likelihood",
     "Observations",

@@ -38,14 +38,47 @@ Observations = Mapping[str, Observed]
 
 
 class Likelihood(nn.Module, ABC):
-    """Base of the families: an affine readout a = C z + b and a density per channel."""
+    """Base of the families: an affine readout a = C z + b and a density per channel.
+
+    Attributes:
+        features: how many of the channels, the last ones, are continuous beside counts.
+    """
 
     family: str
+    features: int = 0
 
     def __init__(self, n: int, channels: int) -> None:
         super().__init__()
         self.C = nn.Parameter(torch.randn(channels, n) / math.sqrt(n))
         self.b = nn.Parameter(torch.zeros(channels))
+
+    @property
+    def parts(self) -> tuple[Likelihood, ...]:
+        """Families of one kind each, whose channels lie side by side; itself for one kind."""
+        return (self,)
+
+    @property
+    def scaling(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]] | None:
+        """Centre and scale of each channel; None where values are modelled as they are."""
+        return None
+
+    def standard(self, values: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
+        """Values as the family models them: less their centre, over their scale."""
+        if self.scaling is None:
+            return values
+        centre, scale = self.scaling
+        return (values - centre) / scale
+
+    def restored(self, values: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
+        """The inverse of ``standard``."""
+        if self.scaling is None:
+            return values
+        centre, scale = self.scaling
+        return values * scale + centre
+
+    def expected_values(self, a: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
+        """``expected``, in the units that values come in."""
+        return self.restored(self.expected(a))
 
     def affine(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch N"]:
         return z @ self.C.mT + self.b

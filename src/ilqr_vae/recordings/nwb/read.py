@@ -13,7 +13,7 @@ import msgspec
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.checks import existing_file, missing_extra, sha256_of
-from ilqr_vae.recordings.nwb.series import find, kinematics_of, mask_of
+from ilqr_vae.recordings.nwb.series import features_of, find, kinematics_of, mask_of
 from ilqr_vae.recordings.nwb.tables import (
     binned_counts,
     invalid_times,
@@ -116,11 +116,14 @@ def _session(
 ) -> tuple[RecordedSession, RecordingSpec]:
     """What the file holds, and how to read it with the bin width that it states."""
     binned = find(series, spec.nwb.counts, "data.nwb.counts") if spec.nwb.counts else None
-    kinematics = kinematics_of(series, spec, binned)
+    features = features_of(series, spec)
+    others = {path: item for path, item in series.items() if path not in {f.path for f in features}}
+    kinematics = kinematics_of(others, spec, binned)
     moving, warnings = kinematics.moving, kinematics.warnings
     told = RecordedSession(
         unit_names=(),
         moving=moving,
+        features=features,
         scored=mask_of(series, spec.nwb, moving),
         table=trials_table(nwb) if spec.nwb.trials or spec.mode == "trials" else None,
         invalid=None if nwb.invalid_times is None else invalid_times(nwb.invalid_times),

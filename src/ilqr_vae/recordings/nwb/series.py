@@ -294,6 +294,25 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
     return Kinematics(moving, notes, (*warnings, *odd, *doubt))
 
 
+def features_of(series: dict[str, Any], spec: RecordingSpec) -> tuple[Moving, ...]:
+    """The series that ``RecordingSpec.features`` names, on the kinematics' clock.
+
+    Raises:
+        RecordingError: one is not there, is not numbers, or its times are not usable.
+    """
+    made: list[Moving] = []
+    scale, offset = spec.clocks.kinematics
+    for name in spec.features:
+        item = find(series, name, "data.features")
+        path = next(path for path, one in series.items() if one is item)
+        values, _ = _values(path, item)
+        times, interval = clock(item, len(values))
+        channels = _channels(item, values.shape[1])
+        times = times * scale + offset
+        made.append(Moving(path, values, times, interval * scale, *channels))
+    return tuple(made)
+
+
 def mask_of(series: dict[str, Any], nwb: NwbSpec, moving: Moving | None) -> Moving | None:
     """The series ``NwbSpec.scored`` names; on the kinematics' clock where it is as long as they.
 

@@ -112,8 +112,8 @@ def write_nwb(
 
     Raises:
         RecordingError: the file exists and ``force`` is not given, its folder does not exist, the
-            suffix is another, it cannot be written, names do not fit or repeat, or pynwb is not
-            installed.
+            suffix is another, it cannot be written, names do not fit or repeat, the recording has
+            features, or pynwb is not installed.
     """
     path = Path(path)
     if path.suffix.lower() != ".nwb":
@@ -123,6 +123,7 @@ def write_nwb(
     if not path.parent.is_dir():
         raise RecordingError("out", expected="an existing folder", got=str(path.parent))
     if isinstance(spikes, Recording):
+        spikes.require_counts("binned_spikes")
         if unit_names or series or trials is not None:
             raise RecordingError("series", expected="the recording's own", got="more beside it")
         names, series, trials = spikes.unit_names, _series_of(spikes), _trials_of(spikes)
