@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any, Self
 
 _CODES = {"Tab": {"windowsVirtualKeyCode": 9}, "ArrowRight": {"windowsVirtualKeyCode": 39}}
+IN_BACKGROUND = ("chrt", "--idle", "0")
+"""Before a command: it runs when nothing else wants to, as a browser that ``dashboard --open``
+starts."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Browser:
-    """A page. ``problems`` collects console errors, exceptions and failed requests; ``asked``
-    collects the requested addresses.
-    """
+    """One page. ``problems`` collects console errors, exceptions and refused requests; ``asked``
+    the addresses requested; ``pid`` is of its first process."""
 
-    def __init__(self, width: int = 1400, height: int = 1000, *, niceness: int = 0) -> None:
+    def __init__(self, width: int = 1400, height: int = 1000, *, background: bool = False) -> None:
         assert CHROMIUM is not None
         self._folder = tempfile.TemporaryDirectory(prefix="chromium-")
         there, out = os.pipe()
@@ -37,13 +39,15 @@ class Browser:
             *("--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage"),
             *(f"--user-data-dir={self._folder.name}", f"--window-size={width},{height}"),
         ]
+        before = IN_BACKGROUND if background else ()
         self._process = subprocess.Popen(
-            ["nice", "-n", str(niceness), "bash", "-c", command, CHROMIUM, *arguments],
+            [*before, "bash", "-c", command, CHROMIUM, *arguments],
             pass_fds=(there, here),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self.pid = self._process.pid
         os.close(there)
         os.close(here)
         self._out, self._back, self._left = out, back, b""

@@ -1,6 +1,6 @@
 """The live page: its cost, its memory over time, and a picture of it.
 
-    python -m benchmarks.live latency DEMO     service latency without and with the page
+    python -m benchmarks.live latency DEMO     what the page costs the service; under 6 minutes
     python -m benchmarks.live memory DEMO      memory of the page and of its server, 10 minutes
     python -m benchmarks.live picture DEMO --out docs/live.webp
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import itertools
 import json
 import os
 import socket
@@ -20,37 +19,52 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.browser import Browser
+from benchmarks.browser import IN_BACKGROUND, Browser
 from ilqr_clients.load import Generator
 from ilqr_clients.load_schedule import Faults, LoadSize
 from ilqr_vae.commands.children import serving
 
-CONDITIONS = ("no page", "page open", "viewer that stalls")
+CONDITIONS = ("no page", "page open", "viewer that stalls", "another program")
 _ENVIRONMENT = os.environ | {"PYTHONUNBUFFERED": "1"}
+_RESAMPLES = 4000
+_BUSY = """
+import sys, time
+share, began = float(sys.argv[1]), time.monotonic()
+for turn in range(sys.maxsize):
+    until = time.thread_time() + share / 32
+    while time.thread_time() < until:
+        pass
+    time.sleep(max(0.0, began + (turn + 1) / 32 - time.monotonic()))
+"""
+"""A program that takes a share of a core, 32 times a second a part of it."""
 
 
 @contextmanager
-def _verb(*words: str | Path, niceness: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a verb as a process, with a pipe for its standard output."""
-    command = ["nice", "-n", str(niceness), sys.executable, "-m", "ilqr_vae.cli", *map(str, words)]
+def _process(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, its standard output in a pipe."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_ENVIRONMENT
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_ENVIRONMENT
     )
     try:
         yield process
     finally:
         process.terminate()
         process.wait(30)
+
+
+def _verb(*words: str | Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    return _process(sys.executable, "-m", "ilqr_vae.cli", *words)
 
 
 @contextmanager
@@ -71,40 +85,99 @@ def _stalled(address: str) -> socket.socket:
     return viewer
 
 
-def latency(ingest: str, rounds: int, seconds: float, speed: float) -> dict[str, Any]:
-    """Measure the service latency in ms by condition, interleaved, and frames per second."""
-    times: dict[str, list[float]] = defaultdict(list)
-    frames: list[float] = []
-    for _, condition in itertools.product(range(rounds), CONDITIONS):
+def _spent(process: psutil.Process) -> float:
+    """Seconds of processor time of a process and what it started."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
+
+
+class _Rounds:
+    """Rounds of all conditions.
+
+    Attributes:
+        times: milliseconds from a bin's arrival in the service to its answer: an array a round.
+        frames: pictures a second that the page drew; shares: of a core that the browser took.
+    """
+
+    def __init__(self, ingest: str, seconds: float, speed: float, *, background: bool) -> None:
+        self._ingest, self._speed, self._background = ingest, speed, background
+        self._load = LoadSize(
+            bins=round((seconds + 1) * speed / 0.05), warm_up=round(speed / 0.05), speed=speed
+        )
+        self.times: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+        self.frames: list[float] = []
+        self.shares: list[float] = []
+
+    def run(self, condition: str) -> None:
+        """One block of a condition."""
         with ExitStack() as stack:
             browser: Browser | None = None
-            if condition != "no page":
-                address, _ = stack.enter_context(_page(ingest))
+            if condition in CONDITIONS[1:3]:
+                address, _ = stack.enter_context(_page(self._ingest))
                 if condition == "page open":
-                    browser = stack.enter_context(Browser(niceness=5))
+                    browser = stack.enter_context(Browser(background=self._background))
                     browser.open(address)
                     browser.wait("window.live")
                 else:
                     stack.enter_context(_stalled(address))
-            bins = round(seconds * speed / 0.05)
-            load = LoadSize(bins=bins, warm_up=round(speed / 0.05), speed=speed)
-            with Generator(ingest, load, Faults()) as generator:
+            elif condition == "another program":
+                behind = IN_BACKGROUND if self._background else ()
+                busy = (sys.executable, "-c", _BUSY, f"{self.shares[-1]:.3f}")
+                stack.enter_context(_process(*behind, *busy))
+            with Generator(self._ingest, self._load, Faults()) as generator:
                 generator.open()
-                began, before = time.monotonic(), browser.value("live.frames()") if browser else 0
+                began, before = time.monotonic(), self._of(browser)
                 found = generator.run().stamps
-                if browser is not None:
-                    drawn = browser.value("live.frames()") - before
-                    frames.append(drawn / (time.monotonic() - began))
-            times[condition] += [(s.published - s.received) / 1e6 for s in found]
-    quantiles = {
-        name: {f"p{q:g}": float(np.percentile(values, q)) for q in (50, 99)} | {"n": len(values)}
-        for name, values in times.items()
-    }
-    base = quantiles[CONDITIONS[0]]["p99"]
+                took, after = time.monotonic() - began, self._of(browser)
+            if browser is not None:
+                self.frames.append((after[0] - before[0]) / took)
+                self.shares.append((after[1] - before[1]) / took)
+        spent = [(s.published - s.received) / 1e6 for s in found]
+        self.times[condition].append(np.array(spent))
+
+    def _of(self, browser: Browser | None) -> tuple[float, float]:
+        if browser is None:
+            return 0.0, 0.0
+        return browser.value("live.frames()"), _spent(psutil.Process(browser.pid))
+
+    def ratio(self, condition: str, quantile: float) -> dict[str, Any]:
+        """A quantile over that of the first condition; its 95 % interval: rounds resampled."""
+        rng = np.random.default_rng(0)
+        here, base = self.times[condition], self.times[CONDITIONS[0]]
+
+        def of(rounds: Iterable[int]) -> float:
+            chosen = list(rounds)
+            parts = (np.concatenate([kind[k] for k in chosen]) for kind in (here, base))
+            with_it, without = (float(np.percentile(part, quantile)) for part in parts)
+            return with_it / without
+
+        n = len(base)
+        drawn = [of(rng.integers(n, size=n)) for _ in range(_RESAMPLES)]
+        low, high = np.percentile(drawn, (2.5, 97.5))
+        each = [of([k]) for k in range(n)]
+        return {"ratio": of(range(n)), "interval": [float(low), float(high)], "rounds": each}
+
+
+def latency(
+    ingest: str, rounds: int, seconds: float, speed: float, *, background: bool
+) -> dict[str, Any]:
+    """What a page costs the service: its own times of a bin in rounds of all conditions, in turns
+    forward and backward. The last condition is a program that takes as much of a core as the
+    browser did and knows nothing of the service."""
+    found = _Rounds(ingest, seconds, speed, background=background)
+    for k in range(rounds):
+        for condition in CONDITIONS if k % 2 == 0 else CONDITIONS[::-1]:
+            found.run(condition)
+    pooled = {name: np.concatenate(parts) for name, parts in found.times.items()}
     return {
-        "latency_ms": quantiles,
-        "p99_ratio": {name: found["p99"] / base for name, found in quantiles.items()},
-        "frames_per_second": frames,
+        "milliseconds": {
+            name: {f"p{q:g}": float(np.percentile(v, q)) for q in (50, 99)} | {"n": len(v)}
+            for name, v in pooled.items()
+        },
+        "p99": {name: found.ratio(name, 99) for name in CONDITIONS[1:]},
+        "p50": {name: found.ratio(name, 50) for name in CONDITIONS[1:]},
+        "frames_per_second": found.frames,
+        "share_of_a_core": found.shares,
         "load_average": os.getloadavg()[0],
     }
 
@@ -180,17 +253,27 @@ def main() -> int:
     parser.add_argument("what", choices=("latency", "memory", "picture"))
     parser.add_argument("demo", type=Path, help="the folder that make demo has written")
     parser.add_argument("--minutes", type=float, default=10.0, help="of memory")
-    parser.add_argument("--rounds", type=int, default=4, help="of latency")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of a round, or of the picture")
+    parser.add_argument("--rounds", type=int, default=8, help="of latency")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a block, or of the picture")
     parser.add_argument(
         "--speed", type=float, default=5.0, help="of latency: 5 is 100 bins a second"
+    )
+    parser.add_argument(
+        "--realtime", type=int, default=1, help="of the service; 1 is what the demo asks for"
+    )
+    parser.add_argument(
+        "--by-hand",
+        action="store_true",
+        help="a browser of normal priority, not one that dashboard --open starts",
     )
     parser.add_argument("--out", type=Path, default=Path("live.webp"), help="of the picture")
     parser.add_argument("--json", type=Path, help="where the figures go")
     given = parser.parse_args()
-    with serving(given.demo / "model.safetensors", given.demo / "live.log") as ready:
+    served = given.demo / "model.safetensors", given.demo / "live.log"
+    with serving(*served, realtime=given.realtime) as ready:
         if given.what == "latency":
-            found = latency(ready.ingest, given.rounds, given.seconds, given.speed)
+            size = given.rounds, given.seconds, given.speed
+            found = latency(ready.ingest, *size, background=not given.by_hand)
         elif given.what == "memory":
             found = memory(ready.ingest, given.demo, given.minutes)
         else:

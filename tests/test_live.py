@@ -23,7 +23,8 @@ from starlette.types import ASGIApp
 from browser import needs_chromium
 from feeder import WAIT_S
 from ilqr_clients.live.app import application
-from ilqr_clients.live.feed import KEPT, LiveFeed, SessionBuffer, SteeringEvent
+from ilqr_clients.live.buffer import KEPT, SessionBuffer, SteeringEvent
+from ilqr_clients.live.feed import LiveFeed
 from ilqr_clients.sdk import ServiceClient, Session
 from ilqr_training.evaluation.baselines import fit_rivals
 from ilqr_vae.errors import ConfigError
@@ -33,13 +34,13 @@ from rig import BIN_S, SPLIT, make_model, serving, spec, until, write_recording
 
 N_UNITS = 5
 NAMES = tuple(f"u{i}" for i in range(N_UNITS))
+OTHERS = tuple(f"<img src=x{i}>" for i in range(7))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(
-        tmp_path_factory.mktemp("model") / "m.safetensors", n_units=N_UNITS, names=NAMES
-    )
+    path = tmp_path_factory.mktemp("model") / "m.safetensors"
+    return make_model(path, n_units=N_UNITS, names=NAMES, classes=("<b>left</b>", "right"))
 
 
 @contextmanager
@@ -72,14 +73,14 @@ def verb(name: str, *options: str | Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(WAIT_S)
 
 
-def feed(session: Session, bins: range) -> None:
-    counts = np.random.default_rng(0).poisson(1.0, (bins.stop, N_UNITS))
+def feed(session: Session, bins: range, n_units: int = N_UNITS) -> None:
+    counts = np.random.default_rng(0).poisson(1.0, (bins.stop, n_units))
     for index in bins:
         session.step(index, counts[index], timeout=WAIT_S)
 
 
-def opened(service: ServiceClient, name: str) -> Session:
-    return service.open(name, units=NAMES, bin_width=BIN_S, deadline=10.0)
+def opened(service: ServiceClient, name: str, names: tuple[str, ...] = NAMES) -> Session:
+    return service.open(name, units=names, bin_width=BIN_S, deadline=10.0)
 
 
 def text(name: str) -> str:
@@ -207,6 +208,43 @@ def saves_what_it_shows(browser: Browser, folder: Path) -> None:
         assert len(colours) > 50
 
 
+def pictures(browser: Browser, bins_a_second: float, seconds: float = 1.0) -> int:
+    """How many pictures the page draws in so many seconds of a browser that asks for 60 a second,
+    while bins come at a rate; none come where the rate is 0. Time is made up: nothing waits."""
+    script = """
+        const before = live.frames(), start = performance.now() + 5000;
+        let due = 0;
+        for (let k = 0; k < 60 * SECONDS; k++) {
+            const log = [], now = start + (k * 1000) / 60;
+            for (due += RATE / 60; due >= 1; due -= 1)
+                log.push({ b: { ...live.newest(), i: live.newest().i + 1 + log.length } });
+            if (log.length) live.hear({ log }, now);
+            live.frame(now);
+        }
+        return live.frames() - before;"""
+    script = script.replace("RATE", str(bins_a_second)).replace("SECONDS", str(seconds))
+    return browser.value(f"(() => {{ {script} }})()")
+
+
+def draws_thirty_pictures_a_second_while_bins_come(browser: Browser) -> None:
+    for rate in (20, 100, 200):
+        assert 30 <= pictures(browser, rate) <= 40
+    pictures(browser, 0, 2)  # up to the newest bin
+    assert pictures(browser, 0) == 0
+
+
+def costs_nothing_while_nobody_sees_it(browser: Browser, session: Session, bins: range) -> None:
+    """A page in a tab that is hidden takes no part; shown again it has what came meanwhile."""
+    hide = "Object.defineProperty(document, 'hidden', {{ value: {}, configurable: true }}); "
+    hide += "document.dispatchEvent(new Event('visibilitychange'))"
+    before = browser.value("live.bins()")
+    browser.value(hide.format("true"))
+    feed(session, bins)
+    assert browser.value("live.bins()") == before
+    browser.value(hide.format("false"))
+    browser.wait(f"live.newest() && live.newest().i === {bins.stop - 1}")
+
+
 @needs_chromium
 def test_a_person_steers_a_closed_loop_from_a_page_with_a_token(tmp_path: Path) -> None:
     names = tuple(f"unit{i:03d}" for i in range(N_UNITS))
@@ -265,11 +303,15 @@ def test_a_slow_viewer_misses_the_oldest_and_costs_no_memory() -> None:
     some, position = channel.after(position - 3, 2)
     assert [json.loads(one)["i"] for one in some] == [KEPT + 7, KEPT + 8]
     assert position == KEPT + 9
+    channel.most = 1000
+    channel.add({"i": 0})
+    assert channel.size == sum(map(len, channel.entries)) <= 1000
 
 
 @needs_chromium
 def test_a_browser_sees_bins_faults_and_a_restart(model: Path, tmp_path: Path) -> None:
     port = free_port()
+    second = make_model(tmp_path / "other.safetensors", n_units=len(OTHERS), names=OTHERS)
     with page(f"tcp://127.0.0.1:{port}") as address, Browser() as browser:
         browser.size(1400, 1400)
         browser.open(address)
@@ -289,16 +331,21 @@ def test_a_browser_sees_bins_faults_and_a_restart(model: Path, tmp_path: Path) -
             bins = [one["b"]["i"] for one in piece["log"] if "b" in one]
             assert bins[-59:] == list(range(1, 60))
             browser.wait("live.newest().c && live.newest().c.length === 5")  # its counts
-            session.step(63, np.ones(N_UNITS), timeout=WAIT_S)
-            browser.wait(
-                "document.getElementById('alarms').textContent.includes('missing from bin 60')"
-            )
+            browser.wait(f"/Answered: (<b>left|right)/.test({text('classes-note')})")
+            assert client.event("rat-7", "reward", {"drops": 2})
+            browser.wait(f"{text('events')}.includes('reward: drops 2')")
+            costs_nothing_while_nobody_sees_it(browser, session, range(60, 63))
+            browser.wait(f"{text('events')}.includes('reward: drops 2')")
+            assert browser.value("document.getElementById('events').children.length") == 1
+            session.step(66, np.ones(N_UNITS), timeout=WAIT_S)
+            browser.wait(f"{text('alarms')}.includes('missing from bin 63')")
+            browser.wait(f"{text('numbers')}.includes('bin 66')")
             browser.value("document.getElementById('pause').click()")
-            feed(session, range(64, 66))
-            browser.wait("live.newest().i === 65")
-            browser.wait(f"{text('numbers')}.includes('bin 63')")
+            feed(session, range(67, 69))
+            browser.wait("live.newest().i === 68")
+            browser.wait(f"{text('numbers')}.includes('bin 66')")
             browser.value("document.getElementById('pause').click()")
-            browser.wait(f"{text('numbers')}.includes('bin 65')")
+            browser.wait(f"{text('numbers')}.includes('bin 68')")
             for width in (1400, 390):
                 browser.size(width, 1400)
                 browser.wait(f"innerWidth === {width}")
@@ -312,13 +359,16 @@ def test_a_browser_sees_bins_faults_and_a_restart(model: Path, tmp_path: Path) -
             service.kill()
             browser.wait(f"{text('service')}.includes('no answer')")
         with (
-            served(model, tmp_path / "second.log", port=port) as service,
+            served(second, tmp_path / "second.log", port=port) as service,
             ServiceClient(service.ingest, timeout=WAIT_S) as client,
-            opened(client, "rat-8") as session,
+            opened(client, "rat-8", OTHERS) as session,
         ):
-            feed(session, range(1))
+            feed(session, range(1), len(OTHERS))
             browser.wait("document.getElementById('session').value === 'rat-8'")
-            feed(session, range(1, 20))
-            browser.wait("live.newest() && live.newest().i === 19")
+            feed(session, range(1, 20), len(OTHERS))
+            browser.wait("live.newest() && live.newest().i === 19 && live.newest().r.length === 7")
+            browser.wait("document.getElementById('classes-card').hidden")
+            browser.wait(f"{text('numbers')}.includes('bin 19')")
+            draws_thirty_pictures_a_second_while_bins_come(browser)
         assert browser.problems == []
         assert all(asked.startswith((address, "data:")) for asked in browser.asked)

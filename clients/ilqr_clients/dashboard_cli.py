@@ -6,7 +6,9 @@ import os
 import secrets
 import socket
 import webbrowser
+from contextlib import suppress
 from importlib.util import find_spec
+from threading import Thread
 from typing import Annotated
 
 import typer
@@ -18,6 +20,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 EXAMPLE = "Example: ilqr-vae dashboard --to tcp://127.0.0.1:5555 --http 127.0.0.1:8080"
 LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
+MOST_CONNECTIONS = 256
+
+
+def open_behind(address: str) -> None:
+    """Open the address in a browser; a browser that this starts has idle priority.
+
+    Call it in a separate thread: child processes inherit the thread's scheduling policy, which
+    cannot be restored without privileges.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    webbrowser.open(address)
 
 
 def _bound(http: str) -> tuple[socket.socket, str]:
@@ -79,14 +94,21 @@ def dashboard(
     name = f"[{host}]" if ":" in host else host
     address = f"http://{name}:{bound.getsockname()[1]}/{f'?token={token}' if token else ''}"
     console(soft_wrap=True).print(f"live page of {to}: {address}   (Ctrl-C ends)")
-    if open_browser:
-        webbrowser.open(address)
     if hasattr(os, "nice"):
-        os.nice(5)  # a service on this machine has priority
+        os.nice(10)  # a service on this machine has priority
+    if open_browser:
+        Thread(target=open_behind, args=(address,), daemon=True).start()
     feed.start()
     try:
         config = uvicorn.Config(
-            page, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off"
+            page,
+            http="h11",  # limits the size of a request's head
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=1,
+            lifespan="off",
         )
         uvicorn.Server(config).run(sockets=[bound])
     finally:

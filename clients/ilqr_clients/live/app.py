@@ -24,8 +24,8 @@ from ilqr_clients.live.feed import LiveFeed
 from ilqr_vae.errors import IlqrVaeError
 
 FRAME_S = 1 / 30
-"""Time between two chunks of the stream: thirty frames per second."""
-MOST_AT_ONCE = 2000
+"""Time between two chunks of the stream: thirty per second."""
+MOST_AT_ONCE = 200
 """Largest number of entries in a chunk."""
 _MOST_BODY = 4096
 
@@ -146,7 +146,8 @@ async def _events(feed: LiveFeed, session: str, request: Request) -> AsyncIterat
     while not await request.is_disconnected():
         with feed.lock:
             state = feed.state
-            alarms = [one for one in feed.alarms if one["n"] > alarm]
+            news = feed.alarms and feed.alarms[-1]["n"] > alarm
+            alarms = [one for one in feed.alarms if one["n"] > alarm] if news else []
             channel = feed.channels.get(session)
             entries: list[bytes] = []
             fresh = False

@@ -9,8 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from itertools import islice
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -20,24 +18,20 @@ import zmq
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.connection import connect, model_of, reachable
+from ilqr_clients.live.buffer import KEPT, KEPT_BYTES, KEPT_S, SessionBuffer, SteeringEvent
 from ilqr_clients.sdk import ServiceClient
 from ilqr_clients.steering import LOOPBACK, Remote
 from ilqr_vae.errors import ConfigError, IlqrVaeError
 from ilqr_vae.protocol import messages
 from ilqr_vae.report.data import plain
 
-KEPT = 18_000
-"""Entries per session, three per bin: 5 minutes at 20 bins per second, 30 s at 200."""
+KEPT_SESSIONS = 32
 KEPT_ALARMS = 200
-_ASK_S, _TURN_S = 1.0, 0.05
-_SHOWN_UNITS = 256
+_ASK_S, _TURN_S, _PACE_S = 1.0, 0.05, 0.02
+SHOWN_UNITS = 1024
 _MOST_AT_ONCE = 1000
 _KEEP = 5000
 """Messages queued for this process; further ones are lost to it, but to no other listener."""
-_REPEATED = 200
-"""A service may publish this many bins again; an older index belongs to another run."""
-_STEERED_S = 5.0
-"""Seconds after its last message for which a run counts as steerable."""
 
 Numbers = Annotated[list[float | None], msgspec.Meta(max_length=64)]
 Place = Annotated[list[float], msgspec.Meta(min_length=2, max_length=2)]
@@ -57,21 +51,6 @@ class KinematicsRow(msgspec.Struct, omit_defaults=True):
 
 class _Rows(msgspec.Struct):
     rows: Annotated[list[KinematicsRow], msgspec.Meta(max_length=1000)]
-
-
-class SteeringEvent(msgspec.Struct):
-    """The event ``steering`` (docs/protocol.md)."""
-
-    address: str
-    secret: str
-    kind: str
-    paused: bool
-    loop: bool
-    position: float
-    length: float
-    decoder: str
-    decoders: list[str]
-    disturbance: dict[str, float]
 
 
 def shown(answer: Answer) -> dict[str, Any]:
@@ -96,22 +75,22 @@ def shown(answer: Answer) -> dict[str, Any]:
         "y": few(answer.kinematics),
         "s": few(answer.kinematics_std),
         "z": few(answer.latent),
-        "r": few(answer.rates[:_SHOWN_UNITS]),
+        "r": few(answer.rates[:SHOWN_UNITS]),
         "bits": float(answer.bits) if np.isfinite(answer.bits) else None,
         "spikes": answer.spikes,
         "ms": latency,
         "total": round((answer.published_ns - answer.received_ns) / 1e6, 3),
-    }
+    } | ({} if answer.classes is None else {"k": few(answer.classes), "kn": answer.class_name})
 
 
 def detail_shown(detail: messages.Detail) -> dict[str, Any]:
     """Return a detail for the page: counts of shown units, unused units, and earlier inputs."""
     shown: dict[str, Any] = {"i": detail.index, "ui": detail.index - detail.input_delay}
     if detail.counts is not None:
-        counts = messages.unpack(detail.counts, "counts")[:_SHOWN_UNITS]
+        counts = messages.unpack(detail.counts, "counts")[:SHOWN_UNITS]
         shown["c"] = counts.astype(int).tolist()
     if detail.mask is not None:
-        unused = messages.unpack(detail.mask, "mask")[:_SHOWN_UNITS] == 0
+        unused = messages.unpack(detail.mask, "mask")[:SHOWN_UNITS] == 0
         shown["x"] = np.flatnonzero(unused).tolist()
     if detail.inputs is not None:
         shown["u"] = [float(f"{v:.4g}") for v in messages.unpack(detail.inputs, "inputs")]
@@ -124,60 +103,6 @@ def _topics(session: str) -> tuple[bytes, ...]:
         messages.event_topic(session),
         messages.detail_topic(session),
     )
-
-
-@dataclass
-class SessionBuffer:
-    """The buffer of a session.
-
-    Attributes:
-        entries: the newest ``KEPT`` entries, as JSON.
-        written: total number of entries so far.
-        epoch: epoch of the session.
-        status, newest: status and bin of its newest answer.
-        begun: number of restarts of the buffer.
-        run: how its feeder can be steered, and when it said so.
-    """
-
-    entries: deque[bytes] = field(default_factory=lambda: deque(maxlen=KEPT))
-    written: int = 0
-    epoch: int = -1
-    newest: int = -1
-    begun: int = 0
-    status: str = "ok"
-    run: tuple[SteeringEvent, float] | None = None
-
-    def begin(self, message: messages.Result | messages.Detail | messages.Event) -> None:
-        """Drop entries of another run of the session."""
-        again = (
-            isinstance(message, messages.Result)
-            and message.revision == 0
-            and message.index < max(1, self.newest - _REPEATED)
-            and self.newest > 0
-        )
-        if self.epoch != message.epoch or again:
-            self.entries.clear()
-            self.epoch, self.newest, self.status = message.epoch, -1, "ok"
-            self.begun += 1
-        if isinstance(message, messages.Result):
-            self.newest = max(self.newest, message.index)
-
-    def add(self, entry: dict[str, Any]) -> None:
-        self.entries.append(msgspec.json.encode(entry))
-        self.written += 1
-
-    def after(self, position: int, most: int = KEPT) -> tuple[list[bytes], int]:
-        """Return the entries after ``position``, oldest first, and the new position."""
-        missing = min(len(self.entries), max(0, self.written - position))
-        start = len(self.entries) - missing
-        found = list(islice(self.entries, start, start + most))
-        return found, self.written - missing + len(found)
-
-    def steered(self) -> SteeringEvent | None:
-        """Return how the session can be steered now, if it can."""
-        if self.run is None or time.monotonic() - self.run[1] > _STEERED_S:
-            return None
-        return self.run[0]
 
 
 class LiveFeed:
@@ -203,6 +128,7 @@ class LiveFeed:
         self.alarms: deque[dict[str, Any]] = deque(maxlen=KEPT_ALARMS)
         # numbers that increase even over restarts of this process, within JavaScript's integers
         self._numbered = time.time_ns() // 1_000_000
+        self._kept = KEPT
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-feed", daemon=True)
 
@@ -255,12 +181,14 @@ class LiveFeed:
                         self._ask(service, socket, listened)
                     if socket.poll(int(1e3 * _TURN_S)):
                         self._take(socket, service)
+                        self._ended.wait(_PACE_S)  # so that messages are taken in batches
         finally:
             context.destroy(linger=0)
 
     def _ask(self, service: ServiceClient, socket: zmq.Socket[bytes], listened: set[str]) -> None:
         described, sessions, models = service.describe(), service.sessions(), service.models()
         model = model_of(described)
+        self._kept = min(KEPT, round(3 * KEPT_S / model.bin_width))
         names = {info.session for info in sessions}
         for name in names - listened:
             for topic in _topics(name):
@@ -279,7 +207,9 @@ class LiveFeed:
             "bin_width": model.bin_width,
             "names": list(model.kinematic_names),
             "units": list(model.kinematic_units),
-            "unit_names": list(model.counted[:_SHOWN_UNITS]),
+            "unit_names": list(model.counted[:SHOWN_UNITS]),
+            "all_units": len(model.counted),
+            "classes": list(model.classes),
             "models": [
                 {
                     "slot": m.slot,
@@ -331,6 +261,17 @@ class LiveFeed:
         with Remote(run.address, run.secret) as remote:
             return remote.change(**change)
 
+    def _channel(self, session: str) -> SessionBuffer:
+        """Return the session's buffer. Beyond ``KEPT_SESSIONS`` the oldest one is dropped."""
+        channel = self.channels.get(session)
+        if channel is None:
+            while len(self.channels) >= KEPT_SESSIONS:
+                del self.channels[next(iter(self.channels))]
+            channel = self.channels[session] = SessionBuffer(kept=self._kept)
+            for each in self.channels.values():
+                each.most = KEPT_BYTES // len(self.channels)
+        return channel
+
     def _event(self, event: messages.Event, channel: SessionBuffer) -> None:
         """Add an event. One with a reserved name but other fields is a plain event."""
         try:
@@ -360,12 +301,13 @@ class LiveFeed:
                     self._alarm("notice", message.what, message.session)
                 continue
             with self.lock:
-                channel = self.channels.setdefault(message.session, SessionBuffer())
+                channel = self._channel(message.session)
                 channel.begin(message)
             if isinstance(message, messages.Result):
                 answer = Answer.of(message, service.timer.now_ns())
                 entry = shown(answer)
                 with self.lock:
+                    channel.shaped(answer)
                     before, channel.status = channel.status, answer.status
                     channel.add({"b": entry})
                 if answer.status not in ("ok", before):  # the first of several in a row

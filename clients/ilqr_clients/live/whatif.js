@@ -1,5 +1,5 @@
 // What if: steer a replay or a closed loop that allows it.
-import { OURS, S, TONES, address, el, info, rivals, tone } from "./core.js";
+import { OURS, S, TONES, address, el, info, rivals, say, tone } from "./core.js";
 
 const SLIDERS = [
   ["silent", "units silenced", 100, "%", 0, 80, 5],
@@ -18,7 +18,7 @@ async function send() {
     const answer = await fetch(address("steer"), { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ session: S.session, change }) });
     if (!answer.ok) said = await answer.text();
   } catch { said = "the page's server does not answer"; }
-  el("steer-said").textContent = said;
+  say(el("steer-said"), said);
 }
 function change(fields) {
   touched = performance.now();
@@ -55,7 +55,7 @@ export function told() {
   if (!run || performance.now() - touched < 1500) return;
   for (const [name, , scale] of SLIDERS) { const s = el("if-" + name); s.value = (run.disturbance[name] || 0) * scale; shown(s, Number(s.value)); }
   el("run-pause").setAttribute("aria-pressed", String(run.paused));
-  el("run-pause").textContent = run.paused ? "resume the run" : "pause the run";
+  say(el("run-pause"), run.paused ? "resume the run" : "pause the run");
   el("run-loop").checked = run.loop;
   el("replay-tools").hidden = run.kind !== "replay"; el("loop-tools").hidden = run.kind === "replay";
   Object.assign(el("run-seek"), { max: run.length, value: run.position });
@@ -76,7 +76,7 @@ export function scoreboard(scores) {
   }));
   scores.forEach(([name, v], k) => {
     const [label, bar, value] = place.children[k].children;
-    label.textContent = name; value.textContent = v === null ? "–" : v.toFixed(2);
+    say(label, name); say(value, v === null ? "–" : v.toFixed(2));
     bar.style.setProperty("--share", Math.max(0, Math.min(1, v || 0)));
     bar.style.setProperty("--tone", name === OURS ? TONES[0] : tone(name, names));
   });

@@ -148,14 +148,14 @@ class Ready(msgspec.Struct, frozen=True):
     pid: int
 
 
-def serve_arguments(model: Path) -> list[str]:
+def serve_arguments(model: Path, realtime: int = 1) -> list[str]:
     """Return the verb and its options: free ports, and a line on standard output when ready.
 
     If permitted, its threads have priority over the browser that shows the live page.
     """
     free = "tcp://127.0.0.1:*"
     where = ["--ingest", free, "--results", free, "--http", "127.0.0.1:0"]
-    return ["serve", str(model), *where, "--realtime", "1", "--ready-file", "-"]
+    return ["serve", str(model), *where, "--realtime", str(realtime), "--ready-file", "-"]
 
 
 @contextmanager
@@ -185,7 +185,11 @@ def _failed(code: int, log: Path, lines: int = 15) -> StepError:
 
 @contextmanager
 def serving(
-    model: Path, log: Path, *, waiting: AbstractContextManager[Any] | None = None
+    model: Path,
+    log: Path,
+    *,
+    waiting: AbstractContextManager[Any] | None = None,
+    realtime: int = 1,
 ) -> Generator[Ready]:
     """Run ``ilqr-vae serve`` on free loopback ports for the duration of the context.
 
@@ -193,6 +197,7 @@ def serving(
         model: the model file.
         log: file for its log.
         waiting: context entered while it warms up, e.g. to show that.
+        realtime: SCHED_FIFO priority of the service's threads; 0 for none.
 
     Raises:
         StepError: it could not start, or ended with an error; the message has the end of its log.
@@ -200,7 +205,10 @@ def serving(
     with (
         log.open("wb") as errors,
         _child(
-            serve_arguments(model), signal.SIGTERM, stdout=subprocess.PIPE, stderr=errors
+            serve_arguments(model, realtime),
+            signal.SIGTERM,
+            stdout=subprocess.PIPE,
+            stderr=errors,
         ) as process,
     ):
         assert process.stdout is not None
