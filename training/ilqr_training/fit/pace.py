@@ -48,7 +48,7 @@ class Costs:
 
     Attributes:
         bin, stream: a bin of a causal pass takes ``bin``, and ``stream`` more for each stream.
-        linear: fitting and choosing the linear map of the readout.
+        linear: fitting and choosing the linear map of the readout, twice.
         hidden, recurrent: a gradient step of each layer of the readout; 0 for none.
     """
 
@@ -71,17 +71,21 @@ def _timed(do: Callable[[], object], clock: Clock) -> float:
     return clock() - began
 
 
-def measure(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -> Costs:
-    """Measure the cost of passes and readout fits on a few bins and steps.
+def measure(
+    model: Model, data: Prepared, config: TrainConfig, clock: Clock, *, thorough: bool
+) -> Costs:
+    """Measure the cost of passes, and of a thorough validation's fits, on a few bins and steps.
 
     The state does not change, including that of random number generators.
     """
     with torch.random.fork_rng():
-        return _measured(model, data, config, clock)
+        return _measured(model, data, config, clock, thorough)
 
 
-def _measured(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -> Costs:
-    estimator = estimator_of(model, data, config)
+def _measured(
+    model: Model, data: Prepared, config: TrainConfig, clock: Clock, thorough: bool
+) -> Costs:
+    estimator = estimator_of(model, data, config, thorough=thorough)
     start, stop = data.train
 
     def seconds(bins: int, streams: int) -> float:
@@ -98,7 +102,7 @@ def _measured(model: Model, data: Prepared, config: TrainConfig, clock: Clock) -
     one, many = seconds_a_bin(1), seconds_a_bin(_STREAMS)
     stream = max(0.0, (many - one) / (_STREAMS - 1))
     fits = Costs()
-    if data.recording.kinematics is not None:
+    if thorough and data.recording.kinematics is not None:
         fits = _fits(model.n, data, config, clock)
     return dataclasses.replace(fits, bin=max(0.0, one - stream), stream=stream)
 
@@ -135,7 +139,7 @@ def _linear(x: NDArray[np.float64], data: Prepared, reads: ReadoutConfig, clock:
     product = _timed(lambda: x.T @ x, clock) * (data.train[1] - data.train[0]) / len(x)
     solve = _timed(lambda: linalg.solve(gram, x[0], assume_a="pos"), clock)
     choices = len(reads.alphas) * (1 + len(reads.alphas) * bool(reads.residuals))
-    return product + choices * solve
+    return 2 * product + (choices + 1) * solve
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,8 @@ class Pace:
     ) -> None:
         self._model, self._data, self._config, self._clock = model, data, config, clock
         self._afterwards = afterwards
-        self._costs = measure(model, data, config, clock)
+        self._costs = measure(model, data, config, clock, thorough=True)
+        self._quick = measure(model, data, config, clock, thorough=False)
         self._spent = [0.0]  # cumulative time of the gradient steps
         self._validations: list[float] = []
         self._slower = 1.0  # ratio of the time of passes to that first measured
@@ -298,8 +303,9 @@ class Pace:
 
     def _passes(self, *, thorough: bool) -> list[_Part]:
         planned = planned_passes(self._data, self._config, thorough=thorough)
+        costs = self._costs if thorough else self._quick
         return [
-            _Part(what, bins, self._slower * self._costs.of_pass(bins, streams))
+            _Part(what, bins, self._slower * costs.of_pass(bins, streams))
             for what, bins, streams in planned
         ]
 
@@ -318,7 +324,11 @@ class Pace:
         if reads.recurrent and reads.lags:
             steps = reads.recurrent_steps
             layers.append(_Part("readout, recurrent", steps, costs.recurrent * (steps + looks)))
-        return [*passes, _Part("", 0, costs.linear), *layers, *layers]
+        rows = 1 + len(
+            reads.lost
+        )  # those of a validation while training, and as many with bins lost
+        linear = _Part("", 0, rows * costs.linear / 2)
+        return [*passes, linear, *layers, linear, *layers]
 
     def _beyond(self, final: list[_Part]) -> float:
         """Return the time of the validations afterwards: one set of passes, fits for each."""
