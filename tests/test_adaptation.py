@@ -38,6 +38,7 @@ from ilqr_vae.streaming.horizon import HorizonConfig
 
 N, T, LATENTS = 24, 1400, 2
 CHANGED = np.arange(0, N, 4)  # a quarter of the units
+LOUDER = 1  # one that fires twice as much
 BINS = (0, T)
 
 
@@ -163,6 +164,7 @@ def changed(artifact: Artifact) -> tuple[Tensor, Recording, Adaptation]:
     C = C.clone()
     # a unit of like tuning would be taken for its predecessor, as it may be
     C[CHANGED] = C[CHANGED] @ torch.tensor([[-0.8, 0.6], [-0.6, -0.8]]).double()
+    b[LOUDER] += np.log(2)
     recording = recorded(spikes_of(C, b, 6)[1], NAMES)
     return C, recording, adapt(artifact, recording, BINS)
 
@@ -187,7 +189,7 @@ def test_units_that_changed_are_found_and_learnt(
 
 
 def test_an_adapted_model_streams_and_is_saved(
-    changed: tuple[Tensor, Recording, Adaptation], tmp_path: Path
+    artifact: Artifact, changed: tuple[Tensor, Recording, Adaptation], tmp_path: Path
 ) -> None:
     """Compiled and in torch; the readout reads of a changed unit what it would of a missing one."""
     _, recording, made = changed
@@ -211,6 +213,11 @@ def test_an_adapted_model_streams_and_is_saved(
             torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
     assert loaded.readout is not None
     torch.testing.assert_close((loaded.readout.reads > 0).double(), missing[0])
+    assert artifact.readout is not None
+    now, before = (r.P for r in (loaded.readout, artifact.readout))
+    torch.testing.assert_close(now[:, LOUDER], 0.5 * before[:, LOUDER], rtol=0.2, atol=0)
+    rows_kept = [NAMES.index(u) for u, v in made.verdicts.items() if v is UnitVerdict.KEPT]
+    assert torch.equal(now[:, rows_kept], before[:, rows_kept])
     counts[0, CHANGED] = 7.0  # a window of residuals does not notice
     with backend.using("reference"):
         _, answer = estimator.step(states["reference"], counts, torch.ones_like(missing))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,14 +16,15 @@ from ilqr_training.adaptation.units import Rows, refit
 from ilqr_vae.artifact import Artifact, ModelSpec, build
 from ilqr_vae.errors import ConfigError
 from ilqr_vae.model.generative import Model
-from ilqr_vae.model.likelihoods import Counts, Observed
+from ilqr_vae.model.likelihoods import Counts, Likelihood, Observed
 from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.progress import Progress
 from ilqr_vae.recordings import Recording
 from ilqr_vae.streaming.bounds import TrainingRange, highest_counts
 
 _LEAST_BINS = 400
-_SHIFT = 0.35  # of a log rate
+_ALIKE = 0.5  # least squared correlation of the rates that the old and the new row expect
+_LEVELS = 4.0  # largest ratio of mean rates up to which counts are rescaled
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _adapted(
         seen = TrainingRange(torch.maximum(kept, counts), seen.latents, seen.kinematics)
     readout = artifact.readout
     if readout is not None:
-        readout = _readout(readout, units, rows, own, own_gain, artifact.mean_rate)
+        readout = _readout(readout, units, rows, (own, own_gain), spikes, artifact.mean_rate)
     manifest = msgspec.structs.replace(
         artifact.manifest,
         unit_names=recording.unit_names,
@@ -151,41 +154,66 @@ def _readout(
     old: KinematicReadout,
     units: CarriedUnits,
     rows: Rows,
-    own: Tensor,
-    own_gain: Tensor,
+    known_as: tuple[Tensor, Tensor],
+    spikes: Likelihood,
     mean_rate: Tensor,
 ) -> KinematicReadout:
     """Return the readout for the units of the recording.
 
-    It ignores units that are gone or whose rows changed. The rates of units that are gone can no
-    longer be inferred: their mean counts are used instead.
+    It reads each unit whose new row expects rates like those of the row that the readout knows. The
+    unit's counts are then compared with what the new row expects, and its weights are multiplied by
+    the ratio of the old to the new mean rate. It ignores all other units. The rates of units that
+    are gone can no longer be inferred: their mean counts are used instead.
     """
     n, N = old.n, len(units.here)
     shape = msgspec.structs.replace(old.shape, own_rows=True)
     new = KinematicReadout(n, len(old.b), shape, units=N).double()
     names = dict(old.named_buffers())
-    was = names.get("reads", torch.ones(len(mean_rate)).double())
+    own, gain = known_as
     known = units.known
     for name, value in names.items():
-        if name not in ("W", "U", "P", "p", "rows", "log_gain", "reads"):
+        if name not in ("W", "U", "P", "p", "rows", "log_gain", "reads", "later_maps"):
             getattr(new, name).copy_(value)
+    own_gain = gain
+    if old.shape.own_rows:
+        own, own_gain = units.rows(old.rows, own), units.rows(old.log_gain, gain)
+    assert isinstance(spikes, Counts)
+    read, scale = _read(spikes, rows, own, own_gain)
+    read &= known
+    scale = torch.where(read, scale, 1.0)
     latents = (shape.lags + 1) * n
-    for name in ("W", "U"):
+    for name in ("W", "U", "later_maps") if shape.later else ("W", "U"):
         value = names[name]
-        residuals = value[:, latents:].reshape(len(value), shape.residuals, len(mean_rate))
+        residuals = value[..., latents:].unflatten(-1, (shape.residuals, len(mean_rate)))
         moved = units.rows(residuals.movedim(-1, 0), torch.zeros(()).to(value)).movedim(0, -1)
-        getattr(new, name).copy_(torch.cat([value[:, :latents], moved.flatten(1)], 1))
+        moved = (moved * scale).flatten(-2)
+        getattr(new, name).copy_(torch.cat([value[..., :latents], moved], -1))
     if shape.recurrent:
         gone = np.setdiff1d(np.arange(len(mean_rate)), units.here)
-        new.P.copy_(units.rows(old.P.mT, torch.zeros(()).to(old.P)).mT)
+        new.P.copy_(units.rows(old.P.mT, torch.zeros(()).to(old.P)).mT * scale)
         new.p.copy_(old.p + old.P[:, torch.as_tensor(gone)] @ mean_rate[torch.as_tensor(gone)])
-    if old.shape.own_rows:
-        own, own_gain = units.rows(old.rows, own), units.rows(old.log_gain, own_gain)
-    new.rows.copy_(own)
-    new.log_gain.copy_(own_gain)
-    # A unit that fires at another level is ignored too. Rescaling its counts to the old level was
-    # tried, and decodes worse if rows change as well.
-    shift = own[:, -1] - rows.w[:, -1]
-    read = (shift.abs() < _SHIFT) & rows.anchors & known
-    new.reads.copy_(read * units.rows(was, torch.zeros(()).to(own)))
+    new.rows.copy_(torch.where(read.unsqueeze(1), rows.w, own))
+    new.log_gain.copy_(torch.where(read, gain, own_gain))
+    new.reads.copy_(read)
     return new
+
+
+def _read(
+    spikes: Counts, rows: Rows, own: Tensor, own_gain: Tensor
+) -> tuple[Bool[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return the units that the readout can read, and the ratio of old to new mean rates.
+
+    The ratio is exactly one for a row that did not change.
+    """
+    z = rows.latents
+    now = spikes.expected(z @ rows.w[:, :-1].mT + rows.w[:, -1])
+    then = copy.deepcopy(spikes).requires_grad_(False)
+    if then.log_gain is not None:
+        then.log_gain.copy_(own_gain)
+    was = then.expected(z @ own[:, :-1].mT + own[:, -1])
+    x, y = now - now.mean(0), was - was.mean(0)
+    alike = (x * y).mean(0) > (_ALIKE * (x * x).mean(0) * (y * y).mean(0)).sqrt()
+    ratio = was.mean(0) / now.mean(0).clamp(min=1e-9)
+    same = (rows.w == own).all(1)
+    near = (ratio < _LEVELS) & (ratio > 1 / _LEVELS)
+    return rows.used & (same | (alike & near)), torch.where(same, 1.0, ratio)

@@ -8,16 +8,18 @@ With draws z of these latents, and the counts y of the unit,
 
 A unit is an *anchor* if old_i > none_i. Latents are then inferred from the anchors only, and
 anchors are chosen again; three rounds suffice. If behaviour is known, latents are also inferred
-from it. Anchors fix the latent frame: their C is kept, or refitted near its old value if that
-predicts the other half of the bins better. The rows of all other units are fitted under a prior of
-the size of the model's rows. They are used if they predict the other half of the bins better than a
-constant rate; latents are then inferred with them too.
+from it. Anchors fix the latent frame: their C is kept. Its level changes if that predicts better by
+``_SURE`` nats. C is refitted near its old value only if that predicts the other half of the bins
+better by ``_MOVED`` nats more. A unit is no longer an anchor if a row fitted from scratch predicts
+better by ``_MOVED`` nats and the old row has less than ``_SHARE`` of its evidence: it is then
+another unit with similar tuning. The rows of all other units are fitted under a prior of the size
+of the model's rows. They are used if they predict the other half of the bins better than a constant
+rate does; latents are then inferred with them too.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -38,6 +40,8 @@ _DRAWS = 4
 _FOLDS = 4
 _ROUNDS = 3
 _SURE = 3.0  # a new row must beat the row it replaces by this many nats
+_MOVED = 10.0  # another C must beat the old one by this many nats
+_SHARE = 0.5  # least evidence of an anchor's old row, as a share of that of the best row
 _NEAR = 0.15  # expected change of an anchor's row, as a share of the spread of the rows
 _LEVEL = 0.5  # expected change of a log rate
 _ANY_LEVEL = 3.0
@@ -59,10 +63,17 @@ class Rows:
     Attributes:
         w: (N, n + 1), C and b.
         verdicts: one per unit.
+        latents: (T, n), a draw from their posterior.
     """
 
     w: Float[Tensor, "N F"]
     verdicts: tuple[UnitVerdict, ...]
+    latents: Float[Tensor, "T n"]
+
+    @property
+    def used(self) -> Bool[Tensor, " N"]:
+        """Units that the latents predict."""
+        return torch.tensor([v is not UnitVerdict.UNUSED for v in self.verdicts])
 
     @property
     def anchors(self) -> Bool[Tensor, " N"]:
@@ -158,15 +169,16 @@ class _Bins:
         y, mask = self.y[bins][:, units], self.mask[bins][:, units]
         return fit_rows(family_of(self.spikes, units), z[:, bins], y, mask, prior)
 
-    def crossed(
-        self, units: Tensor, z: Tensor, rows: Callable[[slice], Tensor]
-    ) -> Float[Tensor, " units"]:
-        """Return the evidence of rows fitted on each half of the bins, on the other half."""
-        half = len(self.y) // 2
+    def tried(
+        self, units: Tensor, z: Tensor, prior: RowPrior
+    ) -> tuple[Float[Tensor, "units F"], Float[Tensor, " units"]]:
+        """Return rows, and the evidence of rows fitted on each half of the bins, on the other."""
+        half, own = len(self.y) // 2, prior.of_units(units)
         total = z.new_zeros(len(units))
         for fitted, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-            total += self.evidence(units, affine(z[:, other], rows(fitted)), other)
-        return total
+            row = self.fit(units, z, own, fitted)
+            total += self.evidence(units, affine(z[:, other], row), other)
+        return self.fit(units, z, own), total
 
 
 def affine(z: Float[Tensor, "K T n"], w: Float[Tensor, "N F"]) -> Float[Tensor, "K T N"]:
@@ -218,34 +230,40 @@ def refit(
             anchor[units] = bins.evidence(units, a + level) > 0
         w, anchor = moved, anchor & known & fires
 
-    near = RowPrior.of(torch.cat([first[:, :n], w[:, n:]], 1), size / _NEAR**2, _LEVEL)
+    level = torch.cat([first[:, :n], w[:, n:]], 1)
     blank = torch.cat([torch.zeros_like(first[:, :n]), bins.constant.unsqueeze(1)], 1)
+    near = RowPrior.of(level, size / _NEAR**2, _LEVEL)
     anywhere = RowPrior.of(blank, size, _ANY_LEVEL)
-    prior = near.where(anchor, anywhere)
-    before = torch.where(anchor.unsqueeze(1), first, blank)
-    w, used, better = prior.mean, anchor, torch.zeros_like(anchor)
+    w, used, moved, learnt = torch.where(anchor.unsqueeze(1), level, blank), anchor, *2 * [~known]
+    draw = y.new_zeros(len(y), n)
     for done in range(_ROUNDS):
         progress("adapt", _ROUNDS + done, 2 * _ROUNDS, "rows of the others")
-        fitted, better = w.clone(), torch.zeros_like(anchor)
+        made, moved, learnt = blank.clone(), torch.zeros_like(anchor), torch.zeros_like(anchor)
+        stays_anchor = anchor.clone()
         for units, z in bins.latents(w, used.to(y)):
-            own = prior.of_units(units)
-
-            def on(
-                part: slice, units: Tensor = units, z: Tensor = z, own: RowPrior = own
-            ) -> Tensor:
-                return bins.fit(units, z, own, part)
-
-            fitted[units] = bins.fit(units, z, own)
-            stays = bins.evidence(units, affine(z, before[units]))
-            better[units] = bins.crossed(units, z, on) > stays + _SURE
-        w = torch.where((better & fires).unsqueeze(1), fitted, before)
-        used = (anchor | better) & fires
+            draw = z[0]
+            fitted, found = bins.tried(units, z, anywhere)
+            kept, old = anchor[units], bins.evidence(units, affine(z, first[units]))
+            at_level = bins.evidence(units, affine(z, level[units]))
+            best, row = old, first[units]
+            for other, gained, least in (
+                (level[units], at_level, _SURE),
+                (*bins.tried(units, z, near), _MOVED),
+            ):
+                better = gained > best + least
+                row = torch.where(better.unsqueeze(1), other, row)
+                best = torch.where(better, gained, best)
+            kept = kept & ~((found > best + _MOVED) & (at_level < _SHARE * found))
+            new = ~kept & (found > _SURE) & fires[units]
+            made[units] = torch.where(kept.unsqueeze(1), row, made[units])
+            made[units] = torch.where(new.unsqueeze(1), fitted, made[units])
+            stays_anchor[units], learnt[units] = kept, new
+            moved[units] = kept & (row != first[units]).any(1)
+        w, used = made, stays_anchor | learnt
+        anchor = stays_anchor
     progress("adapt", 2 * _ROUNDS, 2 * _ROUNDS, "rows of the others")
-    verdicts = {
-        (True, False): UnitVerdict.KEPT,
-        (True, True): UnitVerdict.MOVED,
-        (False, True): UnitVerdict.LEARNT,
-        (False, False): UnitVerdict.UNUSED,
-    }
-    pairs = zip(anchor.tolist(), (better & fires).tolist(), strict=True)
-    return Rows(w, tuple(verdicts[pair] for pair in pairs))
+    verdicts = [UnitVerdict.KEPT if kept else UnitVerdict.UNUSED for kept in anchor.tolist()]
+    for verdict, these in ((UnitVerdict.MOVED, moved), (UnitVerdict.LEARNT, learnt)):
+        for unit in these.nonzero().flatten().tolist():
+            verdicts[unit] = verdict
+    return Rows(w, tuple(verdicts), draw)
