@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import torch
 
-from ilqr_training.config import LoopConfig, ModelConfig
+from ilqr_training.config import LoopConfig, ModelConfig, ReadoutConfig
 from ilqr_training.fit.build import build_model
 from ilqr_training.fit.crops import Crops, Prepared, prepare
 from ilqr_training.fit.loop import TrainingRun, start
 from ilqr_vae.artifact import GroupSpec, ModelSpec, build
 from ilqr_vae.model.generative import Model
+from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.recordings import MatSpec, Recording, RecordingSpec, SplitSpec
+from ilqr_vae.streaming.ensemble import EnsembleHorizon
 from ilqr_vae.streaming.horizon import HorizonConfig, MovingHorizon
 
 BIN_S = 0.05
@@ -42,6 +45,24 @@ def estimator_of(
     rate = torch.full((units,), 0.4, dtype=dtype, device=device)
     config = HorizonConfig(horizon=horizon, iterations=iterations)
     return MovingHorizon(model_of(n, m, units).to(device, dtype), None, rate, config)
+
+
+def decoder_of(
+    members: int, n: int, m: int, units: int, horizon: int, iterations: int
+) -> EnsembleHorizon:
+    """Return an ensemble of such models, each with a two-channel readout of the default shape."""
+    config = ReadoutConfig().within(horizon)
+    shape = msgspec.structs.replace(config.shape, hidden=config.hidden * config.members)
+    rate = torch.full((units,), 0.4, dtype=torch.float64)
+    made: list[MovingHorizon] = []
+    g = torch.Generator().manual_seed(0)
+    for _ in range(members):
+        readout = KinematicReadout(n, 2, shape, units=units).double()
+        for name in ("W", "U", "O", "C", "A", "P", "G"):
+            getattr(readout, name).normal_(0.0, 0.05, generator=g)
+        options = HorizonConfig(horizon=horizon, iterations=iterations)
+        made.append(MovingHorizon(model_of(n, m, units), readout, rate, options))
+    return EnsembleHorizon(made)
 
 
 def recording_of(units: int, bins: int = 6000) -> Recording:

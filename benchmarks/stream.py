@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.models import estimator_of
+from benchmarks.models import decoder_of, estimator_of
 from benchmarks.rows import Row, quantiles, row
 from ilqr_vae.kernels import backend
-from ilqr_vae.kernels.cpu import step as steps
+from ilqr_vae.kernels.cpu import step as kernels
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.machine import cores
+from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.horizon import MovingHorizon
 
 BASE = {"n": 20, "m": 5, "units": 196, "H": 20, "streams": 1, "iterations": 2}
+DECODING = {"n": 20, "m": 8, "units": 143, "H": 10}
+"""Sizes of the recording in docs/decoding.md. With ``members``, each model has its own readout."""
 GRID: list[Row] = [
     *({"H": H} for H in (5, 10, 20, 50)),
     *({"n": n, "m": n // 4} for n in (10, 20, 32, 64)),
@@ -27,14 +30,15 @@ GRID: list[Row] = [
     *({"streams": S} for S in (1, 8, 64, 100, 256)),
     *({"n": 32, "m": 8, "units": N, "H": H} for N in (100, 200) for H in (10, 50)),
     {"n": 32, "m": 8, "units": 192, "H": 64},
-    {"n": 20, "m": 8, "units": 143, "H": 10},
+    DECODING,
+    *(DECODING | {"members": K} for K in (1, 3)),
 ]
-QUICK: list[Row] = [{}, {"H": 10}, {"streams": 8}]
+QUICK: list[Row] = [{}, {"H": 10}, {"streams": 8}, DECODING | {"members": 3}]
 # : The sizes in the picture, which vary one at a time.
 AXES = ("H", "n", "units", "streams")
 
 
-def bins_of(est: MovingHorizon, streams: int, count: int = 64) -> torch.Tensor:
+def bins_of(est: Horizon, streams: int, count: int = 64) -> torch.Tensor:
     """Draw bins (count, S, N)."""
     g = torch.Generator().manual_seed(1)
     N = est.mean_rate.shape[0]
@@ -42,7 +46,7 @@ def bins_of(est: MovingHorizon, streams: int, count: int = 64) -> torch.Tensor:
 
 
 def measure(
-    est: MovingHorizon, streams: int, seconds: float, stop: Callable[[], bool] | None = None
+    est: Horizon, streams: int, seconds: float, stop: Callable[[], bool] | None = None
 ) -> list[float]:
     """Time single steps with a full window."""
     like = est.mean_rate
@@ -70,37 +74,33 @@ class _Stopwatch:
         self.spent: dict[int, list[float]] = defaultdict(list)
 
     def __enter__(self) -> _Stopwatch:
-        self._original = threads.together
-        step = steps.step
+        self._original = step = kernels.step
 
-        def timed(calls: Any) -> None:
+        def timed(queue: Any, which: int, *rest: Any) -> None:
             began = time.perf_counter()
-            self._original(calls)
-            spent = time.perf_counter() - began
-            kernel, (which, *_) = calls[0].args
-            if kernel is step:
-                self.spent[which].append(spent)
+            step(queue, which, *rest)
+            self.spent[which].append(time.perf_counter() - began)
 
-        threads.together = timed
+        kernels.step = timed
         return self
 
     def __exit__(self, *_: object) -> None:
-        threads.together = self._original
+        kernels.step = self._original
 
 
-def _parts(est: MovingHorizon, whole: float) -> Row:
+def time_parts(est: MovingHorizon, whole: float, *, seconds: float = 0.3) -> Row:
     """Return median microseconds of shifting the window, solving, the estimate, and Python.
 
     To measure them, the step runs in parts, as it does with a callback between iterations.
     """
     with _Stopwatch() as watch:
-        measure(est, 1, 0.3, stop=lambda: False)
+        measure(est, 1, seconds, stop=lambda: False)
     us = {which: float(np.median(spent)) * 1e6 for which, spent in watch.spent.items()}
-    iteration = us[steps.SOLVE]
+    iteration = us[kernels.SOLVE]
     parts = {
-        "enter": round(us[steps.ENTER | steps.SOLVE] - iteration, 1),
+        "enter": round(us[kernels.ENTER | kernels.SOLVE] - iteration, 1),
         "solve": round(est.config.iterations * iteration, 1),
-        "leave": round(us[steps.LEAVE], 1),
+        "leave": round(us[kernels.LEAVE], 1),
     }
     return parts | {"python": round(whole - sum(parts.values()), 1)}
 
@@ -123,7 +123,9 @@ def line(rows: list[Row], axis: str) -> list[tuple[float, float]]:
         {
             r[axis]: r["median_us"]
             for r in rows
-            if r["implementation"] == "ilqr-vae" and all(r[k] == BASE[k] for k in held)
+            if r["implementation"] == "ilqr-vae"
+            and "members" not in r
+            and all(r[k] == BASE[k] for k in held)
         }.items()
     )
 
@@ -135,15 +137,17 @@ def run(quick: bool) -> list[Row]:
     seconds = 1.0 if quick else 4.0
     for change in QUICK if quick else GRID:
         size = BASE | change
-        est = estimator_of(size["n"], size["m"], size["units"], size["H"], size["iterations"])
-        threads.use(1 if size["streams"] == 1 else cores())
+        sizes = size["n"], size["m"], size["units"], size["H"], size["iterations"]
+        members = size.get("members")
+        est = estimator_of(*sizes) if members is None else decoder_of(members, *sizes)
+        threads.use(1 if size["streams"] * (members or 1) == 1 else cores())
         found = quantiles(measure(est, size["streams"], seconds))
         common = size | {"dtype": "float64", "device": "cpu", "threads": threads.count()}
         ours = row("stream", "ilqr-vae", **common) | found
-        if size["streams"] == 1:
-            ours["parts_us"] = _parts(est, found["median_us"])
+        if isinstance(est, MovingHorizon) and size["streams"] == 1:
+            ours["parts_us"] = time_parts(est, found["median_us"])
         rows.append(ours)
-        if change in QUICK:
+        if change in QUICK and members is None:
             with backend.using("reference"):
                 found = quantiles(measure(est, size["streams"], seconds / 2))
             rows.append(row("stream", "torch reference", **common) | found)

@@ -23,7 +23,8 @@ NOTES = {
     "`GFLOP/s`: the operations of the square-root recursion (`lqr.operations`) over the median; "
     "`share of product`: that over what one core reaches in a product of large matrices.",
     "stream": "One moving-horizon step, two iterations, the window full. `parts`: moving the "
-    "window, solving, answering, and Python around them.",
+    "window, solving, answering, and Python around them. Rows with `members`: models streamed as "
+    "one, each with the default readout; the others have no readout.",
     "train": "One gradient step of 32 crops of 40 bins (made-up data), solves warm. "
     "`train solves`: such a batch solved from zero inputs, alone; diffilqrax is given the "
     "initial state and the number of iterations ours took.",
@@ -40,7 +41,8 @@ NOTES = {
 # : Columns in order: (key, heading).
 COLUMNS = {
     "benchmark": "benchmark", "implementation": "implementation", "n": "n", "m": "m", "T": "T",
-    "H": "H", "units": "units", "streams": "streams", "batch": "batch", "threads": "threads",
+    "H": "H", "units": "units", "streams": "streams", "members": "members", "batch": "batch",
+    "threads": "threads",
     "dtype": "dtype", "axis": "size", "exponent": "exponent", "iterations": "iterations",
     "min_us": "min µs", "median_us": "median µs", "p99_us": "p99 µs", "p999_us": "p99.9 µs",
     "max_us": "max µs", "samples": "samples", "error": "error",

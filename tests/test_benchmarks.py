@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.models import decoder_of, estimator_of
+from benchmarks.stream import measure, time_parts
 
 from ilqr_clients.load import Generator
 from ilqr_clients.load_schedule import Faults, LoadSize
@@ -49,6 +51,13 @@ def test_an_unknown_benchmark_is_refused() -> None:
     ran = run("abacus", "--json", "x.json")
     assert ran.returncode == 2
     assert "abacus" in ran.stderr
+
+
+def test_a_streams_step_is_timed_in_parts_and_several_members_as_one() -> None:
+    sizes = (4, 2, 5, 3, 2)
+    assert len(measure(decoder_of(2, *sizes), 1, 0.0)) == 20
+    parts = time_parts(estimator_of(*sizes), 0.0, seconds=0.0)
+    assert all(parts[name] > 0 for name in ("enter", "solve", "leave"))
 
 
 def test_the_load_generator_sends_each_bin_at_its_time_and_matches_its_answer() -> None:
