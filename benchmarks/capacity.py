@@ -1,13 +1,14 @@
-"""The capacity of a fleet, for docs/capacity.md.
+"""What a fleet takes: measured, compared with a queue, and carried to more streams.
 
-    python -m benchmarks.capacity streams --json F    streams a core, bytes, memory, waiting times
-    python -m benchmarks.capacity fleet --json F      what the redirect and the replica cost
-    python -m benchmarks.capacity carry FILE          from one core to 10^3, 10^5, 10^6 streams
+    python -m benchmarks.capacity --json F --page docs/capacity.md    measure, within 8 minutes
+    python -m benchmarks.capacity --read F --page docs/capacity.md    write the tables again
 
-A server with a journal runs on its own core, and the load generator on the others. Waiting times
-are compared with a simulated queue of one server with gated batches: it takes all waiting bins,
-works for D per bin, and then answers them together. D is the processor time of a bin with 12
-streams. Each stream sends a bin per bin width, with its own phase.
+A server runs on one core of its own, with a journal, the load on the others. Waiting times are
+compared with a queue of one server and gated batches: it takes all bins that wait and answers them
+together; bins come from streams with a period of one bin width and phases of their own (sum of
+D_i / G / 1). How long a batch takes is drawn from what was measured of that very server: bursts of
+1, 2, 4, ... bins sent to it at once while it was idle, from the send to the last answer. The queue
+is simulated.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import zmq
+from numpy.typing import NDArray
 
 from benchmarks import rows
+from benchmarks.capacity_page import write
 from benchmarks.models import BIN_S
 from benchmarks.rows import Row, quantiles, row
-from benchmarks.service import RATE, fed_by, model_file, running
+from benchmarks.service import RATE, model_file, running
 from ilqr_clients import ServiceClient, Session
+from ilqr_clients.load import Generator, LoadResult
+from ilqr_clients.load_schedule import Faults, LoadSize
 from ilqr_vae.cluster import connected
 from ilqr_vae.protocol import messages
 
@@ -38,13 +44,40 @@ SIZES = {
     "large": {"n": 32, "m": 8, "units": 192, "horizon": 64},
 }
 LOADS = (0.3, 0.6, 0.85)
-ROOM = 0.9
-"""Share of a core that the fleet gives to sessions."""
-SECONDS, OPENED, FEW = 12.0, 100, 12
+BURSTS, DRAWS = (1, 2, 4, 8, 16, 32), 24
+SECONDS, OPENED, FEW = 12.0, 40, 12
+Spans = dict[int, NDArray[np.float64]]
+"""Seconds that batches took, by the number of bins in them."""
 
 
-def simulated(streams: int, work_s: float, seconds: float = 60.0, seed: int = 0) -> np.ndarray:
-    """Simulate the queue: seconds from the arrival of each bin to its answer."""
+class Batches:
+    """Draws how long a batch takes: the same quantile of the two sizes that were measured beside
+    it, in proportion; beyond the largest, by what a bin more of it takes."""
+
+    def __init__(self, spans: Spans) -> None:
+        self._sizes = np.array(sorted(spans))
+        self._at = np.linspace(0.0, 1.0, 101)
+        self._table = np.array([np.quantile(spans[k], self._at) for k in sorted(spans)])
+
+    def seconds(self, bins: int, quantile: float) -> float:
+        """Of a batch of so many bins."""
+        spans = [float(np.interp(quantile, self._at, column)) for column in self._table]
+        if bins > self._sizes[-1] and len(spans) > 1:
+            each = (spans[-1] - spans[-2]) / (self._sizes[-1] - self._sizes[-2])
+            return spans[-1] + max(each, 0.0) * float(bins - self._sizes[-1])
+        return float(np.interp(bins, self._sizes, spans))
+
+    @property
+    def streams(self) -> float:
+        """At which a server of such batches is busy all the time, in the largest ones."""
+        medians = self._table[:, 50]
+        return float(max(self._sizes * BIN_S / medians))
+
+
+def simulated(
+    streams: int, batches: Batches, seconds: float = 30.0, seed: int = 0
+) -> NDArray[np.float64]:
+    """Seconds from each bin's arrival to its answer, by the queue above."""
     rng = np.random.default_rng(seed)
     phases = rng.uniform(0, BIN_S, streams)
     times = np.sort((phases[:, None] + BIN_S * np.arange(int(seconds / BIN_S))).ravel())
@@ -52,65 +85,142 @@ def simulated(streams: int, work_s: float, seconds: float = 60.0, seed: int = 0)
     while first < times.size:
         now = max(now, times[first])
         last = int(np.searchsorted(times, now, side="right"))
-        now += work_s * (last - first)
+        now += batches.seconds(last - first, rng.random())
         spent[first:last] = now - times[first:last]
         first = last
     return spent
 
 
-def _streams() -> list[Row]:
+def _fed(server: Row, streams: int, seconds: float, warm: int) -> tuple[LoadResult, float]:
+    """A load in real time, and the server's processor time a bin in microseconds."""
+    process = psutil.Process(server["pid"])
+    load = LoadSize(sessions=streams, bins=warm + int(seconds / BIN_S), warm_up=warm, rate=RATE)
+    with Generator(server["ingest"], load, Faults()) as made:
+        made.open()
+        before = process.cpu_times()
+        outcome = made.run()
+        after = process.cpu_times()
+    spent = after.user + after.system - before.user - before.system
+    return outcome, round(spent / max(1, outcome.sent) * 1e6, 1)
+
+
+def _bursts(server: Row, warm: int) -> Spans:
+    """How long the idle server takes from the send of so many bins at once to the last answer."""
+    most = max(BURSTS)
+    bins = warm + DRAWS * len(BURSTS)
+    load = LoadSize(sessions=most, bins=bins, warm_up=warm, rate=RATE, deadline=10.0)
+    sizes = np.random.default_rng(0).permutation(np.repeat(BURSTS, DRAWS))
+    step, period = round(BIN_S * 1e9), round(2 * BIN_S * 1e9)
+    plan = [(step * i, k, i) for i in range(warm) for k in range(most)]
+    began, sent = step * warm + period, [warm] * most
+    for j, size in enumerate(sizes):
+        for k in range(size):
+            plan.append((began + period * j, k, sent[k]))
+            sent[k] += 1
+    with Generator(server["ingest"], load, Faults()) as made:
+        made.open()
+        outcome = made.run(plan)
+    ends: dict[int, list[int]] = {}
+    for stamp in outcome.stamps:
+        ends.setdefault(stamp.intended, []).append(stamp.arrived)
+    spans: dict[int, list[float]] = {}
+    for intended, arrived in ends.items():
+        spans.setdefault(len(arrived), []).append((max(arrived) - intended) / 1e9)
+    return {k: np.array(v) for k, v in spans.items() if k in BURSTS and len(v) >= DRAWS // 2}
+
+
+def _streams(device: str) -> list[Row]:
     found: list[Row] = []
-    core, *others = sorted(psutil.Process().cpu_affinity() or [0])
-    psutil.Process().cpu_affinity(others or [core])
-    for name, size in SIZES.items():
-        with tempfile.TemporaryDirectory() as text:
-            folder = Path(text)
-            model = model_file(folder / "model.safetensors", **size)
-            serve = (
-                *("-m", "ilqr_vae.cli", "serve", str(model), "--device", "cpu", "--http", ""),
-                *("--ingest", "tcp://127.0.0.1:*", "--results", "tcp://127.0.0.1:*"),
-                *("--threads", "1", "--journal", str(folder / "journal"), "--ready-file", "-"),
-            )
-            with running(serve) as server:
-                process = psutil.Process(server["pid"])
-                process.cpu_affinity([core])
-                for thread in process.threads():
-                    psutil.Process(thread.id).cpu_affinity([core])
-                about = size | {"iterations": 2}
-                found.append(_memory(name, server, process, about))
-                warm = size["horizon"] + 5
-                alone = fed_by(folder, server, FEW, 1.0, SECONDS, warm)
-                work_s = alone["cpu_us"] / 1e6
-                most = int(ROOM * BIN_S / work_s)
-                bytes_s = _bytes(server, size)
-                common = about | {"core_us_a_bin": alone["cpu_us"], "streams_a_core": most}
-                found.append(row("capacity", name, **common, bytes_s_a_stream=bytes_s))
-                for load in LOADS:
-                    streams = max(1, round(load * BIN_S / work_s))
-                    fed = fed_by(folder, server, streams, 1.0, SECONDS, warm)
-                    found.append(_compared(name, streams, load, work_s, fed))
-                    print(found[-1], file=sys.stderr)
+    mine = psutil.Process()
+    allowed = mine.cpu_affinity() or [0]
+    core, *others = sorted(allowed)
+    mine.cpu_affinity(others or [core])
+    try:
+        for name, size in SIZES.items():
+            with tempfile.TemporaryDirectory() as text:
+                found += _size(name, size, Path(text), core, device)
+    finally:
+        mine.cpu_affinity(allowed)
     return found
 
 
-def _compared(name: str, streams: int, load: float, work_s: float, fed: Row) -> Row:
-    """Return the measured latency, and that of the queue."""
-    model = np.concatenate([simulated(streams, work_s, seed=seed) for seed in range(10)]) * 1e3
-    late = fed["first_statuses"].get("late", 0) / max(1, fed["answered"])
+def _size(name: str, size: Row, folder: Path, core: int, device: str) -> list[Row]:
+    """One size of model, on a server of its own."""
+    model, found = model_file(folder / "model.safetensors", **size), list[Row]()
+    (folder / "s.toml").write_text("max_sessions = 1000\n")
+    serve = (
+        *("-m", "ilqr_vae.cli", "serve", str(model), "--device", device, "--http", ""),
+        *("--ingest", "tcp://127.0.0.1:*", "--results", "tcp://127.0.0.1:*"),
+        *("--threads", "1", "--journal", str(folder / "journal"), "--ready-file", "-"),
+        *("--config", str(folder / "s.toml")),
+    )
+    with running(serve) as server:
+        process = psutil.Process(server["pid"])
+        for thread in process.threads():
+            psutil.Process(thread.id).cpu_affinity([core])
+        about = size | {"iterations": 2, "device": device}
+        warm = size["horizon"] + 5
+        found.append(_memory(name, server, process, about))
+        _, few_us = _fed(server, FEW, SECONDS / 2, warm)
+        spans = _bursts(server, warm)
+        batches = Batches(spans)
+        loaded = [
+            _compared(name, load, max(1, round(load * batches.streams)), batches, server, warm)
+            for load in LOADS
+        ]
+        kept_up = [r["streams"] for r in loaded if r["late_share"] < 0.01 and not r["shed"]]
+        most = max(kept_up, default=int(LOADS[0] * batches.streams))
+        found.append(
+            row(
+                "capacity",
+                name,
+                **about,
+                core_us_a_bin=few_us,
+                core_us_a_bin_most=loaded[-1]["core_us_a_bin"],
+                streams_a_core=most,
+                bytes_s_a_stream=_bytes(server, size),
+                batch_ms={str(k): _quantiles(v) for k, v in sorted(spans.items())},
+            )
+        )
+        found += loaded
+    print(*found, sep="\n", file=sys.stderr)
+    return found
+
+
+def _quantiles(seconds: NDArray[np.float64]) -> list[float]:
+    """Milliseconds of the 10th, 50th, 90th and 99th percentile."""
+    return [round(float(q) * 1e3, 3) for q in np.percentile(seconds, (10, 50, 90, 99))]
+
+
+def _compared(
+    name: str, load: float, streams: int, batches: Batches, server: Row, warm: int
+) -> Row:
+    """Latency as it was measured, and as the queue has it."""
+    fed, cpu_us = _fed(server, streams, SECONDS, warm)
+    measured = np.array(fed.latency_ms()["latency"])
+    model = np.concatenate([simulated(streams, batches, seed=seed) for seed in range(3)]) * 1e3
+    report = fed.to_json()
+    percentiles = (50, 90, 99)
     return row(
         "queue",
         name,
-        load=load,
+        share=load,
         streams=streams,
-        bins=int(fed["latency_ms"]["n"]),
-        core_us_a_bin=fed["cpu_us"],
-        bins_a_step=fed["bins_per_step"],
-        late_share=round(late, 4),
-        shed=fed["shed"],
-        unanswered=fed["unanswered"],
-        **{f"measured_{q}_ms": fed["latency_ms"][q] for q in ("p50", "p90", "p99")},
-        **{f"model_p{q}_ms": round(float(np.percentile(model, q)), 3) for q in (50, 90, 99)},
+        bins=int(measured.size),
+        core_us_a_bin=cpu_us,
+        busy=round(cpu_us * 1e-6 * streams / BIN_S, 3),
+        bins_a_step=report["bins_per_step"],
+        late_share=round(fed.first_statuses.get("late", 0) / max(1, fed.first), 4),
+        shed=fed.shed,
+        unanswered=fed.unanswered,
+        generator_late_p99_ms=report["sent_late_ms"].get("p99"),
+        **{f"measured_p{q}_ms": _at(measured, q) for q in percentiles},
+        **{f"model_p{q}_ms": _at(model, q) for q in percentiles},
     )
+
+
+def _at(values: NDArray[np.float64], percentile: int) -> float | None:
+    return round(float(np.percentile(values, percentile)), 3) if values.size else None
 
 
 def _memory(name: str, server: Row, process: psutil.Process, about: Row) -> Row:
@@ -169,93 +279,120 @@ def _bytes(server: Row, size: Row) -> int:
     return round((sum(sent) + came) / 20 / BIN_S)
 
 
+@contextmanager
+def _two_nodes() -> Any:
+    """A cluster of two nodes on this machine."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        with connected(cluster.address):
+            yield
+    finally:
+        cluster.shutdown()
+
+
 def _fleet() -> list[Row]:
-    """Measure the cost of the redirect: opening at the fleet's address and at the server's."""
+    """What the redirect costs, and the copy of a journal: two servers on two nodes."""
     from ilqr_service.fleet.fleet import Fleet
     from ilqr_service.settings import ServiceSettings
 
     settings = ServiceSettings(
-        ingest="tcp://127.0.0.1:*", results="tcp://127.0.0.1:*", http="", device="cpu"
+        ingest="tcp://127.0.0.1:*", results="tcp://127.0.0.1:*", http="127.0.0.1:0", device="cpu"
     )
-    size = SIZES["middle"]
-    names = tuple(f"unit{i}" for i in range(size["units"]))
-    with tempfile.TemporaryDirectory() as text, connected(cpus=2):
-        folder = Path(text)
-        fleet = Fleet(
-            model_file(folder / "model.safetensors", **size), settings, folder / "j", fewest=1
-        )
-        try:
-            (server,) = fleet.servers()
-            places = {"the server's address": server.ingest, "the fleet's": fleet.gateway.ingest}
-            found: list[Row] = []
-            for k, (place, address) in enumerate(places.items()):
-                with ServiceClient(address) as client:
-                    spent: list[float] = []
-                    for i in range(OPENED):
-                        began = time.perf_counter()
-                        session = client.open(f"o{k}-{i}", units=names, bin_width=BIN_S)
-                        spent.append(time.perf_counter() - began)
-                        session.close()
-                found.append(row("open", f"at {place}", **quantiles(spent)))
-            return found
-        finally:
-            fleet.close()
-
-
-def carried(measured: list[Row], streams: int) -> list[Row]:
-    """Extrapolate cores, network and gateway load to this many streams from one core."""
     found: list[Row] = []
-    for one in measured:
-        if one["benchmark"] != "capacity":
-            continue
-        cores = -(-streams // one["streams_a_core"])
-        memory = next(
-            r
-            for r in measured
-            if r["benchmark"] == "memory" and r["implementation"] == one["implementation"]
-        )
-        found.append(
-            {
-                "model": one["implementation"],
-                "streams": streams,
-                "cores": cores,
-                "machines of 64 cores": -(-cores // 64),
-                "Gbit/s in all": round(8 * streams * one["bytes_s_a_stream"] / 1e9, 2),
-                "Mbit/s a machine": round(
-                    8 * min(streams, 64 * one["streams_a_core"]) * one["bytes_s_a_stream"] / 1e6
-                ),
-                "GiB of memory": round(
-                    (streams * memory["kib_a_session"] / 1024 + cores * memory["server_mib"])
-                    / 1024,
-                    1,
-                ),
-            }
-        )
+    with tempfile.TemporaryDirectory() as text, _two_nodes():
+        folder = Path(text)
+        model = model_file(folder / "model.safetensors", **SIZES["small"])
+        for replicate in (False, True):
+            journals = folder / f"journals{replicate:d}"
+            fleet = Fleet(model, settings, journals, fewest=2, replicate=replicate)
+            try:
+                end = time.monotonic() + 60.0
+                while fleet.copies < 2 * replicate and time.monotonic() < end:
+                    time.sleep(0.05)
+                servers = {s.name: s for s in fleet.servers()}
+                server = servers[min(servers)]
+                if not replicate:
+                    found += _opened(server.ingest, fleet.gateway.ingest)
+                found.append(_copied(fleet, server.ingest, server.name, replicate))
+            finally:
+                fleet.close()
     return found
 
 
+def _opened(server: str, gateway: str) -> list[Row]:
+    """Opening at the server's own address, and at the fleet's."""
+    names = tuple(f"unit{i}" for i in range(SIZES["small"]["units"]))
+    found: list[Row] = []
+    for k, (place, address) in enumerate((("the server's", server), ("the fleet's", gateway))):
+        with ServiceClient(address, timeout=30.0) as client:
+            spent: list[float] = []
+            for i in range(2 * OPENED):
+                began = time.perf_counter()
+                session = client.open(f"o{k}-{i}", units=names, bin_width=BIN_S)
+                spent.append(time.perf_counter() - began)
+                session.close()
+        found.append(row("open", f"at {place} address", **quantiles(spent)))
+    return found
+
+
+def _copied(fleet: Any, ingest: str, name: str, replicate: bool) -> Row:
+    """Latency of a load on one server of a fleet, and how far its journal's copy was behind."""
+    load = LoadSize(sessions=FEW, bins=int(SECONDS / BIN_S), warm_up=15, rate=RATE)
+    with Generator(ingest, load, Faults()) as made:
+        made.open()
+        outcome = made.run()
+    latency = np.array(outcome.latency_ms()["latency"])
+    figures: Row = {f"latency_p{q}_ms": _at(latency, q) for q in (50, 90, 99)}
+    if replicate:
+        families = {family.name: family for family in fleet.collect()}
+        took = families["ilqr_journal_copy_seconds"].samples
+        mine = [s for s in took if s.labels.get("server") == name]
+        edges = {s.labels["le"]: s.value for s in mine if s.name.endswith("_bucket")}
+        for share in (0.5, 0.99):
+            least = share * edges["+Inf"]
+            edge = next(le for le, n in edges.items() if n >= least)
+            figures[f"copy_p{share * 100:g}_ms_at_most"] = float(edge) * 1e3
+        pieces = edges["+Inf"]
+        written = next(
+            s.value
+            for s in families["ilqr_journal_bytes"].samples
+            if s.labels.get("server") == name
+        )
+        figures |= {"pieces": pieces, "bytes_a_piece": round(written / max(1, pieces))}
+    return row("copy", "replicated" if replicate else "shared folder", streams=FEW, **figures)
+
+
+def measured(device: str) -> list[Row]:
+    """All rows."""
+    return [*_streams(device), *_fleet()]
+
+
 def main() -> int:
-    """Measure, or extrapolate from results."""
+    """Measure, and write the page's tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.capacity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("streams", "fleet"):
-        commands.add_parser(name).add_argument("--json", type=Path, required=True)
-    commands.add_parser("carry").add_argument("file", type=Path)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--json", type=Path, help="measure, and write the rows here")
+    source.add_argument("--read", type=Path, help="rows that were measured")
+    parser.add_argument("--page", type=Path, help="write its tables")
+    parser.add_argument("--device", default="cpu", help="of the servers: cpu or cuda")
     given = parser.parse_args()
-    if given.command == "carry":
-        measured = json.loads(given.file.read_text())["rows"]
-        for streams in (10**3, 10**5, 10**6):
-            for line in carried(measured, streams):
-                print(", ".join(f"{k} {v}" for k, v in line.items()))
-        return 0
-    machine = rows.machine()
-    found = _streams() if given.command == "streams" else _fleet()
-    content = {"benchmark": given.command, "machine": machine, "rows": found}
-    given.json.write_text(json.dumps(content, indent=1) + "\n")
+    if given.json is not None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        machine, began = rows.machine(), time.monotonic()
+        content = {"machine": machine, "rows": measured(given.device)}
+        content["minutes"] = round((time.monotonic() - began) / 60, 1)
+        given.json.write_text(json.dumps(content, indent=1) + "\n")
+    else:
+        content = json.loads(given.read.read_text())
+    write(content, given.page)
     return 0
 
 

@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from scipy import io
 
 from ilqr_training.distributed.archive import recordings_in
 from ilqr_vae import cluster
+from ilqr_vae.artifact import load_artifact
 from ilqr_vae.cli import main
 from ilqr_vae.errors import ConfigError
 from rig import make_model, write_recording
@@ -83,6 +85,19 @@ def test_models_of_an_archive_decode_it(ray_cluster: str, tmp_path: Path) -> Non
     assert json.loads((out / "x.mat.json").read_text())["model"] == outcome["model"]
     assert (out / "x.mat.npz").stat().st_size > 0
     assert not list(models.rglob("*.checkpoint"))
+
+
+def test_members_of_an_ensemble_are_trained_as_tasks(ray_cluster: str, tmp_path: Path) -> None:
+    recording = write_recording(tmp_path / "r.mat", n_units=N_UNITS)
+    settings = write_config(tmp_path / "c.toml", config(steps=2, validate_every=2, members=2))
+    out = tmp_path / "m.safetensors"
+    command = ["train", str(settings), "--recording", str(recording), "--out", str(out)]
+    assert main([*command, "--no-baselines", "--address", ray_cluster]) == 0
+    first, second = load_artifact(out).members
+    assert not torch.equal(first.model.group("spikes").C, second.model.group("spikes").C)
+    assert not list(tmp_path.glob("*.member-*"))
+    (tmp_path / "m.safetensors.member-2.checkpoint").write_bytes(b"no checkpoint")
+    assert main([*command, "--no-baselines", "--address", ray_cluster, "--resume"]) == 4
 
 
 def test_a_text_file_lists_recordings(tmp_path: Path) -> None:

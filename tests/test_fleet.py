@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,20 +14,24 @@ from typing import Any
 import psutil
 import pytest
 
-from feeder import UNITS, spikes
+from feeder import UNITS, Feeder, spikes
 from ilqr_clients import ServiceClient
 from ilqr_clients.session import Session
 from ilqr_service.fleet.fleet import Fleet
-from ilqr_service.fleet.placement import ServerLoad, cost, place, room
+from ilqr_service.fleet.member import Server
+from ilqr_service.fleet.placement import ServerLoad, change, cost, place, room
+from ilqr_service.fleet.rolling import Rolling
 from ilqr_service.journal.verify import verify
 from ilqr_service.settings import ServiceSettings
-from ilqr_vae.errors import RequestRefusedError
+from ilqr_vae.errors import ProtocolError, RequestRefusedError
+from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.keys import add_client, read_client_key
 from ray_rig import NODE
-from rig import BIN_S, make_model
+from rig import BIN_S, make_model, serving
 
 FULL = os.environ.get("CHAOS") == "full"
 SESSIONS = 20
+MOST = 15
 BINS = 200 if FULL else 24
 WAIT_S = 60.0
 
@@ -55,6 +60,7 @@ def running(nodes: Any, folder: Path, replicate: bool) -> Iterator[Fleet]:
         ingest="tcp://127.0.0.1:*",
         results="tcp://127.0.0.1:*",
         http="127.0.0.1:0",
+        max_sessions=MOST,
         keys=str(folder / "keys"),
     )
     made = Fleet(
@@ -79,7 +85,7 @@ def client(running: Fleet, folder: Path, replicate: bool) -> Iterator[ServiceCli
     waited(lambda: len(running.servers()) >= 2 == len(running))
     waited(lambda: running.copies == len(running.servers()) * replicate)
     key = read_client_key(folder / "keys/rig.key")
-    with ServiceClient(running.gateway.ingest, key=key) as made:
+    with ServiceClient(running.gateway.ingest, key=key, timeout=WAIT_S) as made:
         yield made
 
 
@@ -185,7 +191,7 @@ def test_twenty_sessions_outlive_a_killed_node(
     streams = Streams(client, [f"s{k}" for k in range(SESSIONS)])
     where = homes(running)
     assert sorted(where) == sorted(streams.sessions)
-    assert len(set(where.values())) == 2
+    assert all(set(where.values()) & set(names) for _, names in running.places())
     half = BINS // 2
     streams.step(range(half))
     worker = next(n for n in nodes.list_all_nodes() if not n.head)
@@ -222,18 +228,78 @@ def test_a_member_that_goes_hands_its_sessions_over(
 ) -> None:
     streams = Streams(client, ["e", "f", "g"])
     streams.step(range(4))
-    running.scale(1)
+    waited(lambda: running.busy < 0.3)  # of what they began with; else they would be full
+    smaller = threading.Thread(target=running.scale, args=(1,))
+    smaller.start()
+    opened = list[Streams]()
+    while smaller.is_alive() and len(opened) < MOST:
+        opened.append(Streams(client, [f"meanwhile{len(opened)}"]))
+    smaller.join()
     assert len(running) == 1
     streams.after(4, time.monotonic())
     streams.step(range(5, 8))
     assert len({tuple(sorted(answers.items())) for answers in streams.seen.values()}) == 1
-    streams.close()
+    for one in opened:
+        one.step(range(2))
+    # all servers are full: one more begins, on the node that is free
+    full = len(running.servers()) * MOST - len(streams.sessions) - len(opened)
+    crowd = Streams(client, [f"full{k}" for k in range(full)])
+    last = Streams(client, ["one-more"])
+    assert len(running) == 2
+    last.step(range(3))
+    for one in (streams, crowd, last, *opened):
+        one.close()
     running.close()
     models = [folder / f"{k}.safetensors" for k in range(2)]
     files = (folder / f"journals{replicate:d}").rglob("*.journal")
     verdicts = [verify(path, models) for path in {file.parent for file in files}]
     assert sum(v.answers for v in verdicts) == sum(v.identical for v in verdicts) > 0
     assert not [line for v in verdicts for line in v.damaged]
+
+
+def asked(server: Feeder, message: messages.Message) -> messages.ModelList:
+    server.send(message)
+    reply = server.reply()
+    if isinstance(reply, messages.Refused):
+        raise ProtocolError(reply.field, expected=reply.expected, got=reply.got)
+    assert isinstance(reply, messages.ModelList)
+    return reply
+
+
+@pytest.mark.parametrize("meddled", [False, True])
+def test_a_server_that_refuses_to_swap_takes_the_others_back(tmp_path: Path, meddled: bool) -> None:
+    """Between the trial and its swap server 2 loses the shadow, and the file is gone. Where server
+    1 cannot go back, since a shadow was loaded there meanwhile, it is said what serves where."""
+    for k in range(3):
+        make_model(tmp_path / f"{k}.safetensors", n_units=len(UNITS), names=UNITS, seed=k)
+    with (
+        serving(tmp_path / "0.safetensors") as one,
+        serving(tmp_path / "0.safetensors") as two,
+        Feeder(one.ingest, one.results) as first,
+        Feeder(two.ingest, two.results) as second,
+    ):
+        servers = [Server(f"000{k}", s.ingest, s.results) for k, s in ((1, one), (2, two))]
+        feeders = {"0001": first, "0002": second}
+        old, swapped = one.model, list[str]()
+
+        def served(name: str, listed: messages.ModelList, path: str) -> None:
+            swapped.append(listed.models[0].model)
+            if len(swapped) == 1:
+                asked(second, messages.Rollback())
+                (tmp_path / "1.safetensors").unlink()
+                if meddled:
+                    asked(first, messages.Load(path="2.safetensors", shadow=True))
+
+        rolling = Rolling(lambda s, m: asked(feeders[s.name], m), lambda: servers, served)
+        with pytest.raises(ProtocolError, match=r"path: .*server 0002 ") as refused:
+            rolling.changed(messages.Load(path="1.safetensors"))
+        new = swapped[0]
+        assert new != old
+        serve = [asked(f, messages.Models()).models for f in feeders.values()]
+        assert [m[0].model for m in serve] == [new if meddled else old, old]
+        assert {m.role for models in serve for m in models} <= {"serving", "before"}
+        said = f"now 0001 serves {new}, 0002 serves {old}"
+        assert (said if meddled else "every server serves what it did before") in str(refused.value)
 
 
 def test_sessions_go_where_there_is_room() -> None:
@@ -246,3 +312,11 @@ def test_sessions_go_where_there_is_room() -> None:
     assert place(busy) == 1
     assert place([ServerLoad(1, 0.95, 10), ServerLoad(1, 0.89, 10)]) is None
     assert place([]) is None
+    assert change([], 1, 4) == 0
+    assert change(even[:2], 3, 3) == 1
+    assert change(busy, 1, 4) == 1  # little room
+    assert change(busy, 1, 3) == 0
+    dear = ServerLoad(1, 0.5, 1)  # room enough, but not for one more of those
+    assert change([dear, dear], 1, 4) == 1
+    assert change(even, 1, 4) == -1
+    assert change(even, 3, 4) == 0

@@ -12,6 +12,8 @@ from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.keys import make_server_key
 from rig import serving, until
 
+BEHIND = "ilqr_journal_copy_behind_bytes"
+
 
 def answered(folder: Path) -> list[int]:
     return sorted({r.index for r in stream(folder) if isinstance(r, Answered)})
@@ -38,11 +40,16 @@ def test_nothing_is_told_that_the_copy_has_not(model_file: Path, tmp_path: Path)
             feeder.send(*bins[10:20])
             feeder.results(10)
             assert answered(copy) == list(range(20))
+            service.telemetry.registry.register(copier)
+            assert service.telemetry.registry.get_sample_value(BEHIND) == 0
             store.release("a")
             feeder.send(*bins[20:25])
             until("answered", lambda: answered(live) == list(range(25)))
             feeder.ask(messages.Probe(client_ns=0), messages.Probed)  # it is alive
             assert not feeder.sub.poll(0)
+            sizes = [[(d / p.name).stat().st_size for p in copy.iterdir()] for d in (live, copy)]
+            behind = service.telemetry.registry.get_sample_value(BEHIND)
+            assert behind == sum(sizes[0]) - sum(sizes[1]) > 0
             with (
                 serving(model_file, journal=str(copy)) as heir,
                 Feeder(heir.ingest, heir.results) as other,

@@ -39,6 +39,7 @@ OnError = Callable[[ServiceError], None]
 TURN_S = 0.25
 """Longest single wait; between waits a session checks for losses."""
 
+_OPEN_AGAIN_S = 0.5
 _LINGER_MS = 200
 
 
@@ -104,6 +105,8 @@ class Channel(Closing):
         self._at, self._key = endpoint, key
         self._front: zmq.Socket[bytes] | None = None  # of a fleet
         self._moved = False
+        self._not_ready: messages.Refused | None = None  # of a fleet
+        self._open_next = 0.0
         self._confirmed = self._end_reported = False
         self._ended = ""
         self._refusals: list[messages.Refused] = []  # to be reported
@@ -143,15 +146,18 @@ class Channel(Closing):
             if self._confirmed and before < 0:
                 self.send_raw(messages.encode(self.request))
                 before = len(self.notices)
+            self._open_again(before >= 0)
             left = end - time.monotonic()
             if left <= 0:
+                if self._not_ready is not None:
+                    raise refusal(self.endpoint, self._not_ready)
                 what = "opened" if self._confirmed else "the session's results"
                 raise ServiceUnreachableError(
                     f"service at {self.endpoint}",
                     expected=f"{what} within {self.timeout:g} s",
                     got="none",
                 )
-            self._take(left)
+            self._take(min(left, TURN_S))
             if self.refused:
                 raise refusal(self.endpoint, self.refused[0])
         if self._opened.ignored:
@@ -161,6 +167,19 @@ class Channel(Closing):
                 got="one that ignored it",
                 endpoint=self.endpoint,
             )
+
+    def _open_again(self, asked: bool) -> None:
+        """Ask a fleet again where its session is to be: its server was not ready, or may have gone
+        after the fleet had named it."""
+        now = time.monotonic()
+        if not (self.request.follow and asked):
+            self._open_next = now + _OPEN_AGAIN_S
+        elif now >= self._open_next:
+            self._open_next = now + _OPEN_AGAIN_S
+            if self._front is not None:
+                self._front.send(messages.encode(self.request))
+            if self._front is None or self._not_ready is not None:
+                self.send_raw(messages.encode(self.request))
 
     @property
     def opened(self) -> messages.Opened:
@@ -282,6 +301,8 @@ class Channel(Closing):
             case messages.Refused(field="follow") if first and not self.request.follow:
                 self.request = replace(self.request, follow=True)
                 self.send_raw(messages.encode(self.request))
+            case messages.Refused(field="service") if first and self.request.follow:
+                self._not_ready = reply
             case messages.Refused():
                 kind = "for good" if first else self._outstanding.refused(reply)
                 if kind == "for good":

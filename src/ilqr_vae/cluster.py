@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -36,6 +37,14 @@ def check_ray(verb: str) -> None:
     """Raise ConfigError if the extra ``ray`` is not installed."""
     if find_spec("ray") is None:
         raise ConfigError(verb, expected="the package ray; try: pip install '.[ray]'", got="none")
+
+
+def drives_cluster() -> bool:
+    """Whether this process is connected to a Ray cluster, and is not one of its workers."""
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return bool(ray.get_runtime_context().worker.mode == ray.SCRIPT_MODE)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from ilqr_training.fit.train import checkpoint_path, train
 from ilqr_training.options import JsonFile, Steps, Threads, use_threads
 from ilqr_training.plan import TrainingPlan, plan_of, sections_of
 from ilqr_vae.artifact import Manifest, load_artifact
+from ilqr_vae.cluster import check_ray, connected
 from ilqr_vae.errors import ConfigError, ShapeError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.kernels.backend import device_of
@@ -84,6 +86,14 @@ def train_command(
         typer.Option(help="Folder for TensorBoard events.", show_default="beside --out"),
     ] = None,
     threads: Threads = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Train the members of an ensemble on a Ray cluster: HOST:PORT or auto. --out must "
+            "be the same on every node.",
+            show_default="this machine, without Ray",
+        ),
+    ] = None,
     baselines: Annotated[
         bool,
         typer.Option(help="Also fit a Wiener and a Kalman filter and show their scores."),
@@ -139,12 +149,14 @@ def train_command(
     if check_only:
         _say_plan(plan_of(settings, recording), json_file)
         return
+    if address is not None:
+        check_ray("--address")
     use_threads(threads)
     began = time.monotonic()
     own: dict[str, Manifest] = {}
     beside: dict[str, float] = {}
     try:
-        with Bar() as bar:
+        with Bar() as bar, nullcontext() if address is None else connected(address):
 
             def before(data: Prepared) -> None:
                 beside.update(_baselines(data, settings, gru, bar) if baselines else {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from ilqr_service.fleet.gateway import Gateway
 from ilqr_service.fleet.health import Health
 from ilqr_service.fleet.member import Measured, Place, Server
 from ilqr_service.fleet.members import Members
-from ilqr_service.fleet.placement import ServerLoad, cost, place, room
+from ilqr_service.fleet.placement import ServerLoad, change, place
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.transport.http import Web
 from ilqr_vae.artifact import read_manifest
@@ -30,7 +31,6 @@ from ilqr_vae.protocol.keys import ClientKey
 
 _MEASURE_S, _CALL_S = 1.0, 5.0
 _NEWS_S = 60.0
-_FEWEST_ROOM = 0.25
 _QUIET_S = 60.0
 
 
@@ -90,6 +90,7 @@ class Fleet:
         self._serving: dict[str, str] = {}
         self._down: dict[str, tuple[float, float]] = {}
         self._sizing, self._stop = threading.RLock(), threading.Event()
+        self._turned_away = self._growing = False
         self._members = Members(
             self._settings,
             root.absolute(),
@@ -110,6 +111,7 @@ class Fleet:
             took_up=self._took_up,
             missing=lambda: bool(self._members.lost),
             served=self._served,
+            size=self._sizing,
         )
         registry = CollectorRegistry()
         registry.register(cast(Any, self))
@@ -141,6 +143,11 @@ class Fleet:
     def copies(self) -> int:
         """Servers with a complete copy of their journal on a second node."""
         return self._members.in_step
+
+    @property
+    def busy(self) -> float:
+        """Cores that members use, as measured last."""
+        return sum(member.load.busy for member in list(self._members.alive))
 
     def servers(self) -> list[Server]:
         """Servers that answer."""
@@ -198,9 +205,7 @@ class Fleet:
         import ray
         from ray.exceptions import RayError
 
-        counts: dict[str, int] = {}
-        for server, _ in self.gateway.infos():
-            counts[server.name] = counts.get(server.name, 0) + 1
+        counts = Counter(server.name for server, _ in self.gateway.infos())
         for member in list(self._members.alive):
             call, member.measuring = member.measuring, member.actor.measured.remote()
             if call is None:
@@ -216,7 +221,7 @@ class Fleet:
             if before is None or before.at_s == now.at_s:
                 continue
             busy = (now.cpu_s - before.cpu_s) / max(1e-3, now.at_s - before.at_s)
-            sessions = sum(counts.get(name, 0) for name in list(member.servers))
+            sessions = sum(counts[name] for name in list(member.servers))
             with self._members.lock:
                 # the measurement is as old as the call
                 while member.placed and member.placed[0] < time.monotonic() - 3 * _MEASURE_S:
@@ -228,19 +233,22 @@ class Fleet:
                 member.quiet_since = time.monotonic()
 
     def _resize(self) -> None:
-        """Add a member if there is little room; remove one that had no session for long."""
-        loads = [member.load for member in list(self._members.alive)]
-        if not loads:
-            return
-        each = cost(loads)
-        free = sum(room(load, each) for load in loads) / sum(load.cores for load in loads)
-        wanted = len(loads) < self.fewest or (free < _FEWEST_ROOM and len(loads) < self.most)
-        if wanted and self._fits():
-            self._members.grow([[self._members.name()]])
+        """Between ``fewest`` and ``most`` members: one more where there is little room or one was
+        turned away, one less where one had no session for long."""
+        members = list(self._members.alive)
+        wanted = change([member.load for member in members], self.fewest, self.most)
+        turned_away, self._turned_away = self._turned_away, False
+        if wanted > 0 or (turned_away and 0 < len(members) < self.most):
+            if self._fits():
+                self._growing = True
+                try:
+                    self._members.grow([[self._members.name()]])
+                finally:
+                    self._growing = False
             return
         limit = time.monotonic() - _QUIET_S
-        idle = [m for m in self._members.alive if m.load.sessions == 0 and m.quiet_since < limit]
-        if idle and len(loads) > self.fewest and free > 2 * _FEWEST_ROOM:
+        idle = [m for m in members if m.load.sessions == 0 and m.quiet_since < limit]
+        if idle and wanted < 0:
             self._members.retire(idle[0])
 
     def _fits(self) -> bool:
@@ -252,21 +260,30 @@ class Fleet:
 
     # ---- for the gateway -----------------------------------------------------------------------
 
-    def _place(self) -> Server:
+    def _place(self, sessions: Counter[str]) -> Server:
+        """The server for a new session, where each has so many by its name."""
+        most = self._settings.max_sessions
         with self._members.lock:
-            members = [member for member in self._members.alive if member.servers]
+            members = [
+                member
+                for member in self._members.alive
+                if any(sessions[name] < most for name in member.servers)
+            ]
             chosen = place([member.load for member in members])
             if chosen is None:
+                self._turned_away = True
+                count = len(self.servers())
+                if self._growing or (len(self._members) < self.most and self._fits()):
+                    got = f"{count} full servers, one more is started"
+                    raise ProtocolError("service", expected="ready", got=got)
                 raise ProtocolError(
-                    "session",
-                    expected="room for one more",
-                    got=f"{len(members)} full servers",
+                    "session", expected="room for one more", got=f"{count} full servers"
                 )
             member = members[chosen]
             member.placed.append(time.monotonic())
             load = member.load
             member.load = ServerLoad(load.cores, load.busy, load.sessions + 1, load.placed + 1)
-            return min(member.servers.values(), key=lambda server: server.name)
+            return min(member.servers.values(), key=lambda server: sessions[server.name])
 
     def _taken_up(self, name: str, there: bool) -> None:
         """Record the downtime of a server, and redirect its clients."""
@@ -307,7 +324,7 @@ class Fleet:
             "copies": (self.copies, "servers whose journal has a copy on a second node"),
             "takeovers": (len(self.takeovers), "servers taken up since the fleet began"),
             "down_seconds": (sum(d for _, d in self.takeovers), "time that servers were down"),
-            "busy_cores": (sum(m.load.busy for m in members), "cores that members use"),
+            "busy_cores": (self.busy, "cores that members use"),
         }
         found = {
             f"ilqr_fleet_{name}": cast(Metric, GaugeMetricFamily(f"ilqr_fleet_{name}", text, value))

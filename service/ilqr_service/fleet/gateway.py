@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +33,7 @@ from ilqr_vae.protocol.keys import ClientKey
 _POLL_S = 0.02
 _ASK_S, _LOAD_S = 0.5, 120.0
 _OPENING_S = 5.0
+_LOOK_S = 0.25
 _BYTES, _REPLIES = 1 << 20, 10_000
 Reply = TypeVar("Reply", bound=messages.Message)
 
@@ -51,10 +54,12 @@ class Gateway:
         settings: addresses and keys.
         key: key of a user with all roles, to connect to servers that require keys.
         servers: returns the servers that answer.
-        place: returns the server for a new session. Raises ProtocolError if all are full.
+        place: returns the server for a new session, given the number of sessions by server. Raises
+            ProtocolError if all are full.
         took_up: returns the downtime of recently taken-over servers by name.
         missing: returns whether servers are being taken over.
         served: called with the models of a server after a change, and the loaded file.
+        size: lock held while models are changed, so that no server is added meanwhile.
     """
 
     def __init__(
@@ -63,10 +68,11 @@ class Gateway:
         key: ClientKey | None,
         *,
         servers: Callable[[], list[Server]],
-        place: Callable[[], Server],
+        place: Callable[[Counter[str]], Server],
         took_up: Callable[[str], int],
         missing: Callable[[], bool],
         served: Served,
+        size: AbstractContextManager[object],
     ) -> None:
         self._settings, self._key = settings, key
         self._servers, self._place, self._took_up = servers, place, took_up
@@ -86,6 +92,7 @@ class Gateway:
             lambda server, message: self._ask(server, message, messages.ModelList, _LOAD_S),
             servers,
             served,
+            size,
         )
         self._news: SimpleQueue[tuple[str, bool]] = SimpleQueue()
         self._stop = threading.Event()
@@ -240,6 +247,7 @@ class Gateway:
             case messages.Models():
                 return models_of(listed for _, listed in self._some(message, messages.ModelList))
             case messages.Load() | messages.Swap() | messages.Rollback():
+                self._check_all_there()
                 self._rolling.begin(owner, message)
                 return None
             case messages.Event():
@@ -265,19 +273,23 @@ class Gateway:
                 got="one that does not say so",
             )
         if server is None:
-            if self._missing():
-                raise ProtocolError(
-                    "service", expected="ready", got="sessions of a server that died are taken up"
-                )
+            self._check_all_there()
             if message.resume and not message.begin:
                 raise ProtocolError("session", expected="an open session", got=message.session)
-            server = self._place()
+            server = self._place(Counter(home.server for home in self._homes.values()))
         with self._lock:
             before = self._homes.get(message.session)
             at = time.monotonic() if before is None or not message.resume else before.at
             self._homes[message.session] = _Home(server.name, at, message.epoch, owner)
         down_ns = self._took_up(server.name) if message.resume else 0
         return _moved(message.session, message.epoch, server, down_ns)
+
+    def _check_all_there(self) -> None:
+        """Raises ProtocolError: a server died, and its sessions are being taken up."""
+        if self._missing():
+            raise ProtocolError(
+                "service", expected="ready", got="sessions of a server that died are taken up"
+            )
 
     def _tell(self, name: str, there: bool) -> None:
         """Redirect the clients of a server to its current address, or drop its sessions."""
@@ -343,7 +355,11 @@ class Gateway:
                 sockets[socket] = server
             waiting = set(sockets)
             while waiting and (left := end - time.monotonic()) > 0:
-                for socket, _ in poller.poll(max(1, int(left * 1e3))):
+                came = poller.poll(max(1, int(min(left, _LOOK_S) * 1e3)))
+                if not came:  # nobody waits for a server that died
+                    alive = self._servers()
+                    waiting = {socket for socket in waiting if sockets[socket] in alive}
+                for socket, _ in came:
                     reply = messages.decode_downstream(socket.recv())
                     if isinstance(reply, kind):
                         found.append((sockets[socket], reply))

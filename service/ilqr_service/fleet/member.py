@@ -112,6 +112,7 @@ class Member:
         self._services[name] = service
         if copier is not None:
             self._copiers[name] = copier
+            service.telemetry.registry.register(copier)
         gc.collect()
         gc.freeze()
         return Server(name, _seen(service.ingest), _seen(service.results))

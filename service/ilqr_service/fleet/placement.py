@@ -1,4 +1,4 @@
-"""Placement of new sessions, by free room and by the measured cost of streams.
+"""Placement of new sessions and number of servers, by free room and by the measured cost of streams.
 
 Pure: no sockets, no clock.
 """
@@ -12,7 +12,7 @@ _FULL = 0.9
 """Share of a server's cores for sessions: queues grow without bound as it approaches one."""
 
 _PLENTY = 0.25
-"""Share of free cores above which a server has plenty of room."""
+"""Share of free cores above which a server has plenty of room, and below which a fleet grows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +55,15 @@ def place(loads: Sequence[ServerLoad]) -> int | None:
         return min(plenty, key=lambda k: (loads[k].sessions / loads[k].cores, -free[k]))
     able = [k for k in range(len(loads)) if free[k] >= max(each, 0.0)]
     return max(able, key=lambda k: free[k], default=None)
+
+
+def change(loads: Sequence[ServerLoad], fewest: int, most: int) -> int:
+    """How many servers more there should be, between ``fewest`` and ``most`` in all; -1 where one
+    could go."""
+    if not loads:
+        return 0
+    each, cores = cost(loads), sum(load.cores for load in loads)
+    free = sum(room(load, each) for load in loads) / cores
+    if len(loads) < fewest or (len(loads) < most and (free < _PLENTY or place(loads) is None)):
+        return 1
+    return -1 if len(loads) > fewest and free > 2 * _PLENTY else 0

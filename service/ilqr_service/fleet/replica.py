@@ -5,23 +5,30 @@ acknowledges. A copy begins with a new segment, which suffices to continue from.
 caught up, the copy is in step: from then on the server publishes nothing that the store has not
 acknowledged, until the fleet names another store or none. So a server that takes over from the copy
 has every answer that anyone has received. A server that was given up and wakes later publishes
-nothing more, because its store acknowledges nothing more.
+nothing more, because its store acknowledges nothing more. Metrics show what is not acknowledged
+yet, which would be lost with the node.
 """
 
 from __future__ import annotations
 
 import hmac
+import math
 import struct
 import threading
 import time
+from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import zmq
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from ilqr_service import logs
 from ilqr_service.journal.records import SUFFIX
+from ilqr_service.metrics.histogram import Durations, Histogram
 from ilqr_vae.protocol.keys import ServerKey
 
 _PLACE = struct.Struct("<QQQ")  # position, segment, offset
@@ -31,8 +38,20 @@ _POLL_MS = 50
 _ALL = 2**62
 
 
-class Copier:
-    """The side of the server. ``aim`` and ``in_step`` are thread-safe; the rest is for the writer.
+_EDGES_S = tuple(e / 1e3 for e in (0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 250, 1000, 4000))
+
+
+class _Piece(NamedTuple):
+    """What was sent and not acknowledged: its position, when, and the bytes written up to it."""
+
+    position: int
+    at_ns: int
+    bytes: int
+
+
+class Copier(Collector):
+    """The side of the server. ``aim``, ``in_step`` and ``collect`` are thread-safe; the rest is for
+    the writer.
 
     Args:
         name: name of the server.
@@ -49,6 +68,14 @@ class Copier:
         self._socket: zmq.Socket[bytes] | None = None
         self._first = self._copied = self.position = 0
         self._heard = 0.0
+        self._bytes = self._bytes_copied = 0
+        self._pieces: deque[_Piece] = deque()
+        self._took = Durations(_EDGES_S)
+        self._histogram = Histogram(
+            "ilqr_journal_copy_seconds",
+            "from a write of the journal until the copy's node has it",
+            {"": self._took},
+        )
 
     def aim(self, address: str) -> None:
         """Copy to the store at this address from now on; "" for none."""
@@ -80,6 +107,8 @@ class Copier:
         self.position += 1
         if self._socket is None:
             return
+        self._bytes += len(data)
+        self._pieces.append(_Piece(self.position, time.monotonic_ns(), self._bytes))
         place = _PLACE.pack(self.position, segment, offset)
         with suppress(zmq.Again):  # it does not read: restart the copy
             parts = [self._secret, self._name, place, data]
@@ -91,11 +120,41 @@ class Copier:
             (position,) = struct.unpack("<Q", self._socket.recv())
             if position >= self._first:
                 self._copied, self._heard = position, time.monotonic()
+                self._acknowledged(position)
             else:
                 self._begin = True  # the store misses a piece
         reached = self._copied >= max(self._first, self.position)
         self._in_step = self._in_step or (self._socket is not None and reached)
         return self._copied if self._in_step else _ALL
+
+    def _acknowledged(self, position: int) -> None:
+        now = time.monotonic_ns()
+        while self._pieces and self._pieces[0].position <= position:
+            piece = self._pieces.popleft()
+            self._bytes_copied = piece.bytes
+            self._took.add(now - piece.at_ns)
+
+    def describe(self) -> Iterable[Metric]:
+        """The metrics without numbers."""
+        return [*self._behind(math.nan, math.nan), *self._histogram.describe()]
+
+    def collect(self) -> Iterable[Metric]:
+        """How far the copy is behind: what would be lost with this node now. NaN without a copy."""
+        if not self._in_step:
+            return [*self._behind(math.nan, math.nan), *self._histogram.collect()]
+        with suppress(IndexError):
+            since = time.monotonic_ns() - self._pieces[0].at_ns
+            behind = self._behind(float(self._bytes - self._bytes_copied), since / 1e9)
+            return [*behind, *self._histogram.collect()]
+        return [*self._behind(0.0, 0.0), *self._histogram.collect()]
+
+    @staticmethod
+    def _behind(size: float, seconds: float) -> list[Metric]:
+        name = "ilqr_journal_copy_behind"
+        return [
+            GaugeMetricFamily(f"{name}_bytes", "of the journal that the copy lacks", size),
+            GaugeMetricFamily(f"{name}_seconds", "age of the oldest that the copy lacks", seconds),
+        ]
 
     def _connect(self) -> None:
         """Open a new connection, with an empty queue."""
@@ -103,6 +162,8 @@ class Copier:
             self._socket.close()
         self._socket, self._heard = None, time.monotonic()
         if not self._aimed:
+            self._pieces.clear()
+            self._bytes_copied = self._bytes
             return
         made: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         made.linger, made.sndhwm = 0, _QUEUE

@@ -1,9 +1,9 @@
 """Training of an ensemble: the members in parallel, then one model file.
 
 Each member is trained in its own process with its own seed, and writes a model file and its decodes
-of the validation part beside ``--out``. With ``--resume``, results of the same configuration and
-recording are reused. The intervals of the ensemble are calibrated on the members' mean decode of
-the validation part.
+of the validation part beside ``--out``. The process is local, or a Ray task if ``--address`` names
+a cluster. With ``--resume``, results of the same configuration and recording are reused. The
+intervals of the ensemble are calibrated on the members' mean decode of the validation part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,18 @@ from ilqr_training.config import TrainConfig
 from ilqr_training.fit.validate import HeldOut
 from ilqr_vae import errors
 from ilqr_vae.arrays import mixture
+from ilqr_vae.cluster import drives_cluster
 from ilqr_vae.errors import ConfigError, IlqrVaeError, TrainingError
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.machine import cores
-from ilqr_vae.progress import Progress
+from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.recordings import Recording
 
 _SEEDS_APART = 10_007
 """Distance between members' seeds, so that runs with adjacent seeds share no member."""
+
+_RETRIES = 2
+"""Of a Ray task whose node or worker dies."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,9 @@ def train_members(jobs: Sequence[MemberJob], at_once: int, progress: Progress) -
     Raises:
         IlqrVaeError: a member failed; the others are stopped.
     """
+    if drives_cluster():
+        _train_as_tasks(jobs, progress)
+        return
     running: list[subprocess.Popen[bytes]] = []
     failed = threading.Event()
 
@@ -169,6 +176,42 @@ def train_members(jobs: Sequence[MemberJob], at_once: int, progress: Progress) -
                 process.wait()
     for error in sorted(errors_, key=lambda e: isinstance(e, _Stopped)):
         raise error
+
+
+def _train_as_tasks(jobs: Sequence[MemberJob], progress: Progress) -> None:
+    """``train_members`` as Ray tasks, of a core or a GPU each. All nodes see the jobs' folder."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    task: Any = ray.remote(_task)
+    running: dict[Any, int] = {}
+    for number, job in enumerate(jobs, 1):
+        if job.resume and job.done:
+            continue
+        job.decodes.unlink(missing_ok=True)
+        on_gpu = device_of(job.config.training.device).type != "cpu"
+        options = task.options(num_cpus=1, num_gpus=int(on_gpu), max_retries=_RETRIES)
+        logs = None if job.log_dir is None else job.log_dir.absolute()
+        own = replace(job, out=job.out.absolute(), log_dir=logs, threads=1)
+        packed = msgspec.msgpack.encode(own, enc_hook=_plain)
+        running[options.remote(packed)] = number
+    progress.log(f"{len(jobs)} members, {len(running)} Ray tasks")
+    try:
+        while running:
+            for ended in ray.wait(list(running), num_returns=1)[0]:
+                number = running.pop(ended)
+                try:
+                    ray.get(ended)
+                except RayTaskError as error:
+                    raise (error.cause or error) from error
+                except RayError as error:  # its worker died each time
+                    got = str(error).splitlines()[0]
+                    name = f"member {number}"
+                    raise _Stopped(name, expected="a run that ends", got=got) from error
+                progress.log(f"member {number}: trained")
+    finally:
+        for left in running:
+            ray.cancel(left, force=True)
 
 
 class _Stopped(TrainingError):
@@ -235,22 +278,32 @@ class _Pipe:
 
 def main() -> None:
     """Train the member whose job is read from standard input."""
-    from ilqr_training.fit.train import train_on
-    from ilqr_training.options import use_threads
-
     pipe = _Pipe()
-    job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=MemberJob, dec_hook=_made)
-    use_threads(job.threads)
     try:
-        done = train_on(
-            job.config, job.recording, job.out, pipe, resume=job.resume, log_dir=job.log_dir
-        )
+        _train(sys.stdin.buffer.read(), pipe)
     except IlqrVaeError as error:
         kind = type(error).__name__
         pipe.say(error=kind, field=error.field, expected=error.expected, got=error.got)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _task(packed: bytes) -> None:
+    """A Ray task: train the member of that job."""
+    _train(packed, SILENT)
+
+
+def _train(packed: bytes, progress: Progress) -> None:
+    """Train a member, and write its model file and its decodes."""
+    from ilqr_training.fit.train import train_on
+    from ilqr_training.options import use_threads
+
+    job = msgspec.msgpack.decode(packed, type=MemberJob, dec_hook=_made)
+    use_threads(job.threads)
+    done = train_on(
+        job.config, job.recording, job.out, progress, resume=job.resume, log_dir=job.log_dir
+    )
     none = np.zeros((0, 0))
     held = done.validation.held_out or HeldOut(none, none, none)
     with job.decodes.open("wb") as file:
