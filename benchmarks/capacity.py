@@ -284,7 +284,7 @@ def _two_nodes() -> Any:
     """A cluster of two nodes on this machine."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    node: Row = {"num_cpus": 1, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     try:
         cluster.add_node(**node)
@@ -387,7 +387,7 @@ def main() -> int:
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         machine, began = rows.machine(), time.monotonic()
-        content = {"machine": machine, "rows": measured(given.device)}
+        content: Row = {"machine": machine, "rows": measured(given.device)}
         content["minutes"] = round((time.monotonic() - began) / 60, 1)
         given.json.write_text(json.dumps(content, indent=1) + "\n")
     else:
