@@ -1,4 +1,4 @@
-"""Placement of new sessions and number of servers, by free room and by the measured cost of streams.
+"""Placement of new sessions and number of servers, by free room and by the cost of streams.
 
 Pure: no sockets, no clock.
 """
