@@ -6,9 +6,9 @@
 A server runs on one core of its own, with a journal, the load on the others. Waiting times are
 compared with a queue of one server and gated batches: it takes all bins that wait and answers them
 together; bins come from streams with a period of one bin width and phases of their own (sum of
-D_i / G / 1). How long a batch takes is drawn from what was measured of that very server: bursts of
-1, 2, 4, ... bins sent to it at once while it was idle, from the send to the last answer. The queue
-is simulated.
+D_i / G / 1). How long a batch takes is drawn from what was measured of that very server, sent 1, 2,
+4, ... bins at once while it was idle: from the first arrival to the last answer. The ways there and
+back are drawn too, and keep nobody busy. The queue is simulated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.models import BIN_S
 from benchmarks.rows import Row, quantiles, row
 from benchmarks.service import RATE, model_file, running
 from ilqr_clients import ServiceClient, Session
-from ilqr_clients.load import Generator, LoadResult
+from ilqr_clients.load import Generator, LoadResult, Stamps
 from ilqr_clients.load_schedule import Faults, LoadSize
 from ilqr_vae.cluster import connected
 from ilqr_vae.protocol import messages
@@ -54,7 +54,8 @@ class Batches:
     """Draws how long a batch takes: the same quantile of the two sizes that were measured beside
     it, in proportion; beyond the largest, by what a bin more of it takes."""
 
-    def __init__(self, spans: Spans) -> None:
+    def __init__(self, spans: Spans, ways: NDArray[np.float64]) -> None:
+        self.ways = ways
         self._sizes = np.array(sorted(spans))
         self._at = np.linspace(0.0, 1.0, 101)
         self._table = np.array([np.quantile(spans[k], self._at) for k in sorted(spans)])
@@ -88,7 +89,7 @@ def simulated(
         now += batches.seconds(last - first, rng.random())
         spent[first:last] = now - times[first:last]
         first = last
-    return spent
+    return spent + rng.choice(batches.ways, times.size)
 
 
 def _fed(server: Row, streams: int, seconds: float, warm: int) -> tuple[LoadResult, float]:
@@ -104,8 +105,9 @@ def _fed(server: Row, streams: int, seconds: float, warm: int) -> tuple[LoadResu
     return outcome, round(spent / max(1, outcome.sent) * 1e6, 1)
 
 
-def _bursts(server: Row, warm: int) -> Spans:
-    """How long the idle server takes from the send of so many bins at once to the last answer."""
+def _bursts(server: Row, warm: int) -> tuple[Spans, NDArray[np.float64]]:
+    """How long the idle server takes for so many bins at once, and the ways of single bins to it
+    and back, in seconds."""
     most = max(BURSTS)
     bins = warm + DRAWS * len(BURSTS)
     load = LoadSize(sessions=most, bins=bins, warm_up=warm, rate=RATE, deadline=10.0)
@@ -120,13 +122,17 @@ def _bursts(server: Row, warm: int) -> Spans:
     with Generator(server["ingest"], load, Faults()) as made:
         made.open()
         outcome = made.run(plan)
-    ends: dict[int, list[int]] = {}
-    for stamp in outcome.stamps:
-        ends.setdefault(stamp.intended, []).append(stamp.arrived)
+    bursts: dict[int, list[Stamps]] = {}
+    for stamps in outcome.stamps:
+        bursts.setdefault(stamps.intended, []).append(stamps)
     spans: dict[int, list[float]] = {}
-    for intended, arrived in ends.items():
-        spans.setdefault(len(arrived), []).append((max(arrived) - intended) / 1e9)
-    return {k: np.array(v) for k, v in spans.items() if k in BURSTS and len(v) >= DRAWS // 2}
+    for came in bursts.values():
+        span = max(s.published for s in came) - min(s.received for s in came)
+        spans.setdefault(len(came), []).append(span / 1e9)
+    alone = [came[0] for came in bursts.values() if len(came) == 1]
+    ways = [s.received - s.intended + s.arrived - s.published for s in alone]
+    found = {k: np.array(v) for k, v in spans.items() if k in BURSTS and len(v) >= DRAWS // 2}
+    return found, np.array(ways) / 1e9
 
 
 def _streams(device: str) -> list[Row]:
@@ -162,8 +168,8 @@ def _size(name: str, size: Row, folder: Path, core: int, device: str) -> list[Ro
         warm = size["horizon"] + 5
         found.append(_memory(name, server, process, about))
         _, few_us = _fed(server, FEW, SECONDS / 2, warm)
-        spans = _bursts(server, warm)
-        batches = Batches(spans)
+        spans, ways = _bursts(server, warm)
+        batches = Batches(spans, ways)
         loaded = [
             _compared(name, load, max(1, round(load * batches.streams)), batches, server, warm)
             for load in LOADS
@@ -366,11 +372,6 @@ def _copied(fleet: Any, ingest: str, name: str, replicate: bool) -> Row:
     return row("copy", "replicated" if replicate else "shared folder", streams=FEW, **figures)
 
 
-def measured(device: str) -> list[Row]:
-    """All rows."""
-    return [*_streams(device), *_fleet()]
-
-
 def main() -> int:
     """Measure, and write the page's tables."""
     parser = argparse.ArgumentParser(
@@ -385,9 +386,8 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="of the servers: cpu or cuda")
     given = parser.parse_args()
     if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
         machine, began = rows.machine(), time.monotonic()
-        content: Row = {"machine": machine, "rows": measured(given.device)}
+        content: Row = {"machine": machine, "rows": [*_streams(given.device), *_fleet()]}
         content["minutes"] = round((time.monotonic() - began) / 60, 1)
         given.json.write_text(json.dumps(content, indent=1) + "\n")
     else:
