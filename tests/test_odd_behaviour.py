@@ -162,6 +162,23 @@ def test_directions_are_averaged_round_the_circle(tmp_path: Path, unit: str, tur
     assert np.allclose(faster.kinematics, 0.4 / (2 * np.pi) * turn)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+def test_directions_of_no_stated_unit(tmp_path: Path) -> None:
+    """Those of a CompassDirection are angles, their rate of change too; others are named."""
+    angle = (0.4 * TIME) % (2 * np.pi)
+    series = pynwb.behavior.SpatialSeries(
+        name="head", data=angle, unit="n/a", reference_frame="north", rate=100.0
+    )
+    nwb = file()
+    module = nwb.create_processing_module("behavior", "b")
+    module.add(pynwb.behavior.CompassDirection(spatial_series=[series]))
+    made = read(tmp_path, nwb, differentiate=True)
+    assert made.kinematics is not None
+    assert np.allclose(made.kinematics, 0.4)
+    plain_series = moved(file(), "head_direction", angle, unit="n/a")
+    assert named(read(tmp_path, plain_series)) == ["kinematics-wrap"]
+    assert named(read(tmp_path, plain_series, nwb=NwbSpec(kinematic_units=("rad",)))) == []
+
+
 def test_a_rate_that_is_an_interval_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=r"spikes throughout .*hand_vel.*is its rate"):
         read(tmp_path, moved(file(), rate=0.01))
@@ -179,6 +196,8 @@ def test_a_rate_that_is_an_interval_is_refused(tmp_path: Path) -> None:
         (START, START + np.r_[-1.0, np.full(11, 4.0)], "trials-negative"),
         (START / 60, START / 60 + 0.05, "trials-cover"),
         (START, START, "trials-empty"),
+        (np.where(START == 10, np.nan, START), START + 4, "trials-unknown"),
+        (START, START + 7, "trials-overlap"),
     ],
 )
 def test_odd_trials_are_named(tmp_path: Path, start: Array, stop: Array, name: str) -> None:
@@ -289,6 +308,31 @@ def test_no_content_of_a_dataset_is_more_than_one_line(
     except RecordingError as error:
         said = str(error)
     assert len(said.splitlines()) == 1
+
+
+def test_a_sample_far_from_all_others_is_named(tmp_path: Path) -> None:
+    data = MOVEMENT.copy()
+    data[3000, 1] = 1e8
+    made = read(tmp_path, moved(file(), data=data))
+    assert "kinematics-outlier" in named(made)
+    assert "1 of 6000 samples of hand_vel_y" in made.warnings[0].text
+    zeros = np.where(np.arange(len(TIME))[:, None] % 50 == 0, 0.0, MOVEMENT + 3)
+    assert "kinematics-sentinel" in named(read(tmp_path, moved(file(), data=zeros)))
+
+
+def test_invalid_times_that_stop_before_they_start_are_refused(tmp_path: Path) -> None:
+    nwb = moved(file())
+    nwb.add_invalid_time_interval(start_time=4.0, stop_time=3.0)
+    with pytest.raises(RecordingError, match=r"invalid_times.stop_time: .*3 for a start at 4"):
+        read(tmp_path, nwb)
+
+
+def test_a_name_that_several_series_have_is_answered_with_their_paths(tmp_path: Path) -> None:
+    nwb = moved(file(), "hand")
+    again = pynwb.TimeSeries(name="hand", data=MOVEMENT, unit="m/s", rate=100.0)
+    nwb.create_processing_module("other", "b").add(again)
+    with pytest.raises(RecordingError, match=r"one of several .*other/hand, got 'hand'$"):
+        read(tmp_path, nwb, nwb=NwbSpec(kinematics="hand"))
 
 
 def test_values_that_stand_for_lost_samples_are_named(tmp_path: Path) -> None:

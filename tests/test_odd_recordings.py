@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import io
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.recordings import (
     ClockSpec,
     MatSpec,
@@ -225,6 +225,74 @@ def counted(tmp_path: Path, silent: slice = slice(0, 0)) -> Path:
 )
 def test_odd_spike_times_are_named(tmp_path: Path, spikes: list[Array], name: str) -> None:
     assert name in named(read(tmp_path, moved(file(spikes))))
+
+
+@pytest.mark.parametrize(
+    ("spikes", "name"),
+    [
+        ([np.r_[np.zeros(200), t] for t in SPIKES], "spikes-repeat"),
+        ([np.repeat(t, 2) for t in SPIKES], "spikes-repeat"),
+        ([np.round(t, 1) for t in SPIKES], "spike-resolution"),
+        ([SPIKES[0] * 1000, *SPIKES[1:]], "spikes-outside"),
+    ],
+)
+def test_times_that_are_none_of_spikes_are_named(
+    tmp_path: Path, spikes: list[Array], name: str
+) -> None:
+    assert name in named(read(tmp_path, moved(file(spikes))))
+
+
+def test_spikes_at_one_time_alone_are_refused(tmp_path: Path) -> None:
+    times = [np.full(20, 7.0)] * UNITS
+    with pytest.raises(RecordingError, match=r"expected seconds that differ, got 120 spikes"):
+        read(tmp_path, moved(file(times)))
+
+
+def test_a_unit_of_many_on_another_clock_is_named(tmp_path: Path) -> None:
+    many = [t + 1e-4 * k for k in range(20) for t in SPIKES]
+    path = mat(tmp_path, [many[0] + 1000, *many[1:]], v=MOVEMENT.T, t=TIME)
+    spec = MatSpec(spike_times="st", kinematics="v", time="t")
+    made = load_recording(path, RecordingSpec(mat=spec))
+    assert named(made) == ["spikes-outside"]
+    assert "Units with most of theirs there: 1." in made.warnings[0].text
+
+
+def test_a_unit_that_fires_too_often_and_transposed_counts_are_named(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).poisson(0.6, (UNITS, 1200))
+    counts[2] += 50
+    io.savemat(tmp_path / "a.mat", {"spikes": counts})
+    made = load_recording(tmp_path / "a.mat", bin_width=0.05)
+    assert named(made) == ["unit-rate"]
+    assert "Unit unit2 fires 1.01e+03 times a second" in made.warnings[0].text
+    io.savemat(tmp_path / "a.mat", {"spikes": counts.T})
+    made = load_recording(tmp_path / "a.mat", bin_width=0.05)
+    assert "counts-transposed" in named(made)
+
+
+def test_a_clock_setting_holds_for_all_that_is_on_that_clock(tmp_path: Path) -> None:
+    """Intervals beside the spikes, masks beside the kinematics, a rate's first sample."""
+    nwb = pynwb.NWBFile("made up", "id", datetime(2024, 1, 1, tzinfo=UTC))
+    for times in SPIKES:
+        nwb.add_unit(spike_times=times * 1e3, obs_intervals=[[0.0, 30e3]])
+    moved(nwb, timestamps=TIME * 1e3)
+    moved(nwb, "eval_mask", np.arange(600) < 100, timestamps=100.0 * np.arange(600))
+    nwb.add_invalid_time_interval(start_time=20e3, stop_time=25e3)
+    nwb_spec = NwbSpec(kinematics="hand_vel", scored="eval_mask")
+    ms = (1e-3, 0.0)
+    clocks = ClockSpec(spikes=ms, kinematics=ms, trials=ms)
+    made = read(tmp_path, nwb, clocks=clocks, nwb=nwb_spec)
+    assert "spikes-unobserved" in named(made)
+    valid = np.zeros(1200, bool)
+    valid[:600] = True
+    valid[400:500] = False
+    assert np.array_equal(made.valid, valid)
+    assert np.array_equal(np.flatnonzero(made.scored), np.arange(199))
+    late = moved(file(), rate=0.1, starting_time=2000.0)
+    made = read(tmp_path, late, clocks=ClockSpec(kinematics=ms), nwb=NwbSpec(rate=100.0))
+    assert made.start_time == 2.0
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r"clocks.spikes: expected float"):
+            load_recording(saved(tmp_path, late), clocks={"spikes": (wrong, 0.0)})
 
 
 def test_spikes_alone_in_milliseconds_are_named(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def existing_file(path: str | Path) -> Path:
     path = Path(path)
     try:
         if not path.is_file():
-            what = "a directory" if path.is_dir() else "no such file"
+            other = "no regular file" if path.exists() else "no such file"
+            what = "a directory" if path.is_dir() else other
             raise RecordingError("recording", expected="a file", got=f"{what}: {path}")
         path.open("rb").close()
     except (OSError, ValueError) as error:  # a null byte in a name is a ValueError

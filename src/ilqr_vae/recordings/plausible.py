@@ -27,6 +27,14 @@ USUAL_RATES = (0.05, 500.0)
 """Range of the mean rate of firing units in Hz; outside it, times are hardly in seconds."""
 
 
+_REPEATED = 20
+"""Spikes of one unit at one time that were not recorded."""
+_LOOKED_AT = 20_000
+"""Spikes of a unit that are compared with others'."""
+_FAR = 1000.0
+"""Ranges of the middle 98 % of values beyond which no value of behaviour lies."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """The span to compare spikes with: that of the kinematics, else of the trials.
@@ -44,9 +52,12 @@ class Reference:
 
 
 def check_spikes(
-    times: Sequence[NDArray[Any]], field: str, against: Reference | None
+    times: Sequence[NDArray[Any]], field: str, against: Reference | None, width: float
 ) -> list[RecordingWarning]:
     """Check the finite spike times of N units, in the file's order.
+
+    Args:
+        width: seconds of a bin that they are to be counted in.
 
     Raises:
         RecordingError: they are whole numbers, restart, lie elsewhere than ``against``, or cover
@@ -58,14 +69,19 @@ def check_spikes(
     first = min(float(t.min()) for t in times if len(t))
     last = max(float(t.max()) for t in times if len(t))
     found = [*_order(times, field, first, last, against), *_alike(times)]
-    if total < FEWEST_SPIKES or last <= first:
+    if total < FEWEST_SPIKES:
         return found
+    if last <= first:
+        raise RecordingError(
+            field, expected="seconds that differ", got=f"{total} spikes, all of them at {first:g}"
+        )
     if all(bool((t == np.floor(t)).all()) for t in times):
         raise RecordingError(
             field,
             expected="seconds (data.clocks.spikes converts other units)",
             got=f"whole numbers from {first:g} to {last:g}, as samples or milliseconds are",
         )
+    found += _resolution(times, width)
     per_unit = total / (last - first) / sum(1 for t in times if len(t))
     low, high = USUAL_RATES
     if not low <= per_unit <= high:
@@ -91,6 +107,29 @@ def _alike(times: Sequence[NDArray[Any]]) -> list[RecordingWarning]:
     return [RecordingWarning("units-coincide", text)]
 
 
+def _resolution(times: Sequence[NDArray[Any]], width: float) -> list[RecordingWarning]:
+    """Times that repeat within their unit, as those of padding do; times that are as coarse as the
+    bins, such as large ones in 32 bits."""
+    found: list[RecordingWarning] = []
+    each = [np.unique(t, return_counts=True) for t in times if len(t)]
+    total = sum(int(n.sum()) for _, n in each)
+    again = total - sum(len(n) for _, n in each)
+    most, when = max((int(n.max()), float(at[n.argmax()])) for at, n in each)
+    if again > 0.1 * total or most >= _REPEATED:
+        text = f"{again} of {total} spike times come more than once in their unit, {when:g} s "
+        text += f"{most} times: does the file fill up its rows, or have each spike twice?"
+        found.append(RecordingWarning("spikes-repeat", text))
+    some = np.unique(np.concatenate([at[:_LOOKED_AT] for at, _ in each]))
+    # distinct times at random come closer than this, but once in many recordings
+    closest = 20.0 * float(np.ptp(some)) / len(some) ** 2
+    step = float(np.diff(some).min(initial=np.inf))
+    if len(some) > FEWEST_SPIKES and step > max(0.25 * width, closest):
+        text = f"Spike times are multiples of {step:.3g} s, bins {width:g} s wide: counts of "
+        text += "single bins are wrong by as much."
+        found.append(RecordingWarning("spike-resolution", text))
+    return found
+
+
 def check_values(values: Array, names: Sequence[str], field: str) -> list[RecordingWarning]:
     """Check behaviour (K, D), NaN if missing, for sentinel values such as -9999.
 
@@ -99,16 +138,50 @@ def check_values(values: Array, names: Sequence[str], field: str) -> list[Record
     found: list[RecordingWarning] = []
     for name, column in zip(names, values.T, strict=True):
         known = column[np.isfinite(column)]
+        found += [*_outliers(known, name, field), *_wraps(known, name, field)]
         for end in (known.min(initial=np.inf), known.max(initial=-np.inf)):
             rest = known[known != end]
             n = len(known) - len(rest)
             if n < 3 or not len(rest) or np.ptp(rest) == 0:
                 continue
-            if np.abs(rest - end).min() > 5 * np.ptp(rest):
+            alone = np.abs(rest - end).min() / np.ptp(rest)
+            # a value of several, such as a lever's places, comes as often as the others
+            if alone > 5 or (alone > 0.25 and 5 * _most_often(rest) < n):
                 text = f"{n} of {len(known)} samples of {name} ({field}) are {end:g}, far from all "
                 text += f"others ({rest.min():g} to {rest.max():g}): do they stand for lost ones?"
                 found.append(RecordingWarning("kinematics-sentinel", text))
     return found
+
+
+def _most_often(values: Array) -> int:
+    return int(np.unique(values, return_counts=True)[1].max())
+
+
+def _outliers(known: Array, name: str, field: str) -> list[RecordingWarning]:
+    low, middle, high = np.quantile(known, [0.01, 0.5, 0.99]) if len(known) else (0.0, 0.0, 0.0)
+    with np.errstate(over="ignore"):
+        far = np.abs(known - middle) > _FAR * (high - low)
+    if high <= low or not far.any():
+        return []
+    text = f"{int(far.sum())} of {len(known)} samples of {name} ({field}) lie far from all others, "
+    text += f"e.g. {known[far][0]:g} where most are {low:g} to {high:g}."
+    return [RecordingWarning("kinematics-outlier", text)]
+
+
+def _wraps(known: Array, name: str, field: str) -> list[RecordingWarning]:
+    """A channel that leaves its range at one end and comes back at the other, as angles do, though
+    it is not read as one."""
+    low, size = float(known.min(initial=np.inf)), float(np.ptp(known)) if len(known) else 0.0
+    if not 0 < size < np.inf:
+        return []
+    steps = np.abs(np.diff(known)) / size
+    wraps, between = int((steps > 0.75).sum()), int(((steps > 0.25) & (steps <= 0.75)).sum())
+    quarters = np.bincount(((known - low) / size * 4).astype(np.int64).clip(0, 3), minlength=4)
+    if wraps < 3 or 20 * wraps > len(known) or between > wraps or 20 * quarters.min() < len(known):
+        return []
+    text = f"{name} ({field}) jumps {wraps} times from one end of its range to the other. Means of "
+    text += "such bins are wrong: is it an angle (kinematic_units: rad, deg or turns)?"
+    return [RecordingWarning("kinematics-wrap", text)]
 
 
 def _order(
@@ -164,14 +237,15 @@ def _spans(
             else f"{inside} of {total}; they span {first:g} to {last:g} s",
         )
     found: list[RecordingWarning] = []
-    if inside < 0.95 * total:
-        found.append(
-            RecordingWarning(
-                "spikes-outside",
-                f"{total - inside} of the {total} spikes lie outside {where}: they span {first:g} "
-                f"to {last:g} s.",
-            )
-        )
+    apart = sum(
+        1
+        for t in times
+        if len(t) >= FEWEST_SPIKES and 2 * int(((t >= begin) & (t <= end)).sum()) < len(t)
+    )
+    if inside < 0.95 * total or apart:
+        text = f"{total - inside} of the {total} spikes lie outside {where}: they span {first:g} "
+        text += f"to {last:g} s." + (f" Units with most of theirs there: {apart}." if apart else "")
+        found.append(RecordingWarning("spikes-outside", text))
     covered = max(min(last, end) - max(first, begin), 0.0)
     if against.refutes and covered < 0.1 * (end - begin):
         raise RecordingError(
@@ -243,136 +317,19 @@ def _counts(recording: Recording, each: NDArray[np.int64]) -> list[RecordingWarn
         text = f"The units fire {per_unit:.2g} times a second on average: are these counts, and is "
         text += f"a bin {recording.bin_width:g} s long?"
         found.append(RecordingWarning("spike-rate", text))
+    rates = recording.mean_counts(0, len(recording)) / recording.bin_width
+    if per_unit <= high < rates.max():
+        fast = int(np.argmax(rates))
+        text = f"Unit {recording.unit_names[fast]} fires {rates[fast]:.3g} times a second on "
+        text += f"average, {int((rates > high).sum())} units more than {high:g} times."
+        found.append(RecordingWarning("unit-rate", text))
+    if recording.n_units > len(recording):
+        text = f"There are {recording.n_units} units and {len(recording)} bins: are the counts "
+        text += "transposed?"
+        found.append(RecordingWarning("counts-transposed", text))
     values = np.flatnonzero(np.bincount(recording.counts.ravel(), minlength=2)[1:]) + 1
     common = int(np.gcd.reduce(values)) if len(values) > 1 else 1
     if common > 1:
         text = f"All counts are multiples of {common}: are they spikes a bin, or rates?"
         found.append(RecordingWarning("counts-multiples", text))
     return found
-
-
-def check_trials(
-    start: Array, stop: Array, begin: float, end: float, *, needed: bool
-) -> list[RecordingWarning]:
-    """Check K trials, NaN if unknown, of a recording from ``begin`` to ``end`` seconds.
-
-    Args:
-        needed: whether the recording is cut at its trials.
-
-    Raises:
-        RecordingError: most trials stop before they start, or, if needed, all lie outside the
-            recording.
-    """
-    known = np.isfinite(start) & np.isfinite(stop)
-    start, stop = start[known], stop[known]
-    n = len(start)
-    if not n:
-        return []
-    found: list[RecordingWarning] = []
-
-    def odd(name: str, bad: NDArray[np.bool_], text: str) -> None:
-        if bad.any():
-            found.append(RecordingWarning(name, f"{int(bad.sum())} of {n} trials {text}."))
-
-    negative = stop < start
-    if 2 * int(negative.sum()) > n:
-        raise RecordingError(
-            "trials.stop_time",
-            expected="seconds after each trial's start_time",
-            got=f"{int(negative.sum())} of {n} that lie before it, e.g. {stop[negative][0]:g} for "
-            f"a start at {start[negative][0]:g} (a duration, or another clock?)",
-        )
-    odd("trials-negative", negative, "stop before they start: left out")
-    odd("trials-empty", stop == start, "have no length: left out")
-    outside = (stop < begin) | (start > end)
-    if needed and outside.all():
-        raise RecordingError(
-            "trials.start_time",
-            expected=f"trials within the recording, {begin:g} to {end:g} s (data.clocks.trials "
-            "converts other units)",
-            got=f"{n} trials from {start.min():g} to {stop.max():g} s",
-        )
-    if needed and float(np.median(stop - start)) > 2 * (end - begin):
-        raise RecordingError(
-            "trials.stop_time",
-            expected=f"trials shorter than the recording, {begin:g} to {end:g} s "
-            "(data.clocks.trials converts other units)",
-            got=f"half of {n} trials longer than {float(np.median(stop - start)):g} s",
-        )
-    odd(
-        "trials-outside",
-        outside,
-        f"lie outside the recording, {begin:g} to {end:g} s; they span {start.min():g} to "
-        f"{stop.max():g} s",
-    )
-    odd("trials-order", np.diff(start) < 0, "start before the trial above them in the table")
-    _, which, counts = np.unique(start, return_inverse=True, return_counts=True)
-    odd("trials-coincide", counts[which] > 1, "start at the same time as another")
-    span = float(stop.max() - start.min())
-    if n >= 10 and not outside.any() and span < 0.05 * (end - begin):
-        found.append(
-            RecordingWarning(
-                "trials-cover",
-                f"All {n} trials lie within {span:.4g} s of {end - begin:.4g} s of recording: are "
-                "their times seconds (data.clocks.trials)?",
-            )
-        )
-    return found
-
-
-def check_event(name: str, when: Array, start: Array, stop: Array) -> RecordingWarning | None:
-    """Return warnings about the times of an event in seconds, one per trial.
-
-    ``event-relative``: they are relative to the start of their trials; ``event-outside``: some lie
-    outside their trials.
-    """
-    known = np.isfinite(when) & np.isfinite(start) & np.isfinite(stop) & (stop > start)
-    when, start, stop = when[known], start[known], stop[known]
-    if not len(when):
-        return None
-    slack = np.maximum(0.5 * (stop - start), 1.0)
-    outside = (when < start - slack) | (when > stop + slack)
-    n = int(outside.sum())
-    if not n:
-        return None
-    within = (when[outside] >= -1e-6) & (when[outside] <= (stop - start)[outside] + 1e-6)
-    said = f"{n} of {len(when)} times of {name} lie outside of their trials"
-    if within.mean() > 0.9 and 2 * n >= len(when):
-        return RecordingWarning(
-            "event-relative",
-            f"{said}: they look like seconds from each trial's start (data.trials.relative).",
-        )
-    return RecordingWarning(
-        "event-outside",
-        f"{said}, e.g. {when[outside][0]:g} s for one from "
-        f"{start[outside][0]:g} to {stop[outside][0]:g} s.",
-    )
-
-
-def check_windows(begin: Array, length: Array) -> list[RecordingWarning]:
-    """Check K windows in seconds that are to be cut out.
-
-    Raises:
-        RecordingError: they overlap so much that all parts of a split have the same bins.
-    """
-    order = np.argsort(begin, kind="stable")
-    low, high = begin[order], (begin + length)[order]
-    before = np.maximum.accumulate(np.concatenate([[-np.inf], high[:-1]]))
-    alone = float((high - np.maximum(low, before)).clip(0).sum())
-    total = float(length.sum())
-    if len(begin) > 1 and alone < 0.5 * total:
-        raise RecordingError(
-            "data.trials",
-            expected="windows of trials that lie apart",
-            got=f"{len(begin)} windows of {total:.4g} s in all that cover {alone:.4g} s: most lie "
-            "over one another",
-        )
-    if total - alone > 1e-3 * total:
-        return [
-            RecordingWarning(
-                "windows-overlap",
-                f"Windows of trials overlap by {total - alone:.4g} of {total:.4g} s: bins of one "
-                "are bins of another.",
-            )
-        ]
-    return []

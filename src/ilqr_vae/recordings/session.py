@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError
 from ilqr_vae.recordings.binning import full_turn
-from ilqr_vae.recordings.plausible import Reference, check_spikes, check_trials, check_values
+from ilqr_vae.recordings.plausible import Reference, check_spikes, check_values
+from ilqr_vae.recordings.plausible_trials import check_trials
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.trials import TrialRows
@@ -219,6 +220,8 @@ def plausible(session: RecordedSession, spec: RecordingSpec) -> RecordedSession:
         )
     scale, offset = spec.clocks.spikes
     times = [np.asarray(t, dtype=np.float64) * scale + offset for t in session.spike_times]
+    if session.observed is not None:
+        session = replace(session, observed=[p * scale + offset for p in session.observed])
     if spec.trials.relative_spikes:
         session = unrolled(replace(session, spike_times=times))
         times = [np.asarray(t, dtype=np.float64) for t in session.spike_times]
@@ -226,14 +229,15 @@ def plausible(session: RecordedSession, spec: RecordingSpec) -> RecordedSession:
     moving, table = session.moving, session.table
     against = None
     if moving is not None:
-        found += check_values(moving.values, moving.names, moving.path)
+        found += check_values(moving.unwrapped().values, moving.names, moving.path)
         against = Reference(moving.path, *_recorded(session, float(moving.times[0]), moving.end))
     elif table is not None and np.isfinite(table.stop).any():
         start, stop = float(np.nanmin(table.start)), float(np.nanmax(table.stop))
         against = Reference("the trials", start, stop, refutes=False)
     if session.counts is None:
-        found += check_spikes(times, session.spikes_field, against)
+        found += check_spikes(times, session.spikes_field, against, spec.width)
     times = [np.sort(t) for t in times]
+    found += _unobserved(times, session.observed)
     if table is not None:
         begin = end = session.begin
         if session.counts is not None:
@@ -245,6 +249,28 @@ def plausible(session: RecordedSession, spec: RecordingSpec) -> RecordedSession:
         needed = spec.mode == "trials"
         found += check_trials(table.start, table.stop, begin, end, needed=needed)
     return replace(session, spike_times=times, warnings=tuple(found))
+
+
+def _unobserved(
+    times: Sequence[NDArray[Any]], observed: list[Array] | None
+) -> list[RecordingWarning]:
+    """Spikes outside of their unit's own intervals, which are not counted."""
+    total = sum(len(t) for t in times)
+    if observed is None or not total:
+        return []
+    lost = units = 0
+    slack = np.array([-1e-6, 1e-6])
+    for t, pairs in zip(times, observed, strict=True):
+        inside = np.zeros(len(t), dtype=bool)
+        for a, b in np.searchsorted(t, pairs + slack).tolist():
+            inside[a:b] = True
+        lost += int((~inside).sum())
+        units += not inside.all()
+    if lost <= 0.01 * total:
+        return []
+    text = f"{lost} of {total} spikes, of {units} units, lie outside of their obs_intervals: they "
+    text += "are not counted."
+    return [RecordingWarning("spikes-unobserved", text)]
 
 
 def _recorded(session: RecordedSession, begin: float, end: float) -> tuple[float, float, bool]:

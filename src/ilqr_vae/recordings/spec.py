@@ -10,6 +10,7 @@ from ilqr_vae.files import FiniteFloat, NonNegativeFloat, PositiveFloat, unit
 from ilqr_vae.recordings.split import SplitSpec
 
 Label = str | int | float | bool
+ClockMap = tuple[PositiveFloat, FiniteFloat]
 
 
 def _any_unit() -> dict[str, Label | tuple[Label, ...]]:
@@ -63,14 +64,15 @@ class ClockSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """How a file's times become seconds on one clock: scale x time + offset.
 
     Attributes:
-        spikes: (scale, offset) of spike times: (0.001, 0.0) for milliseconds.
-        kinematics: of the kinematics' timestamps.
-        trials: of the trials' starts, stops and events (NWB, and MAT where they are seconds).
+        spikes: (scale, offset) of spike times and ``obs_intervals``: (0.001, 0.0) for milliseconds.
+        kinematics: of the kinematics' timestamps, and of ``data.nwb.scored``.
+        trials: of the trials' starts, stops and events (NWB, and MAT where they are seconds), and
+            of ``invalid_times``.
     """
 
-    spikes: tuple[float, float] = (1.0, 0.0)
-    kinematics: tuple[float, float] = (1.0, 0.0)
-    trials: tuple[float, float] = (1.0, 0.0)
+    spikes: ClockMap = (1.0, 0.0)
+    kinematics: ClockMap = (1.0, 0.0)
+    trials: ClockMap = (1.0, 0.0)
 
 
 class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

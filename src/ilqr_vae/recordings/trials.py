@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ilqr_vae.errors import RecordingError, did_you_mean
 from ilqr_vae.recordings.binning import EDGE, bins_of
 from ilqr_vae.recordings.checks import name_words
-from ilqr_vae.recordings.plausible import check_event, check_windows
+from ilqr_vae.recordings.plausible_trials import check_event, check_windows
 from ilqr_vae.recordings.recording import Recording, RecordingWarning, Trials
 from ilqr_vae.recordings.spec import RecordingSpec
 from ilqr_vae.recordings.split import SplitSpec

@@ -190,7 +190,7 @@ def _finish(
         warnings=session.warnings,
     )
     made = with_features(made, session.features, [(start, n_bins)])
-    return differentiated(made) if spec.differentiate else made
+    return differentiated(made, session.moving) if spec.differentiate else made
 
 
 def _channels(moving: Moving | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -301,7 +301,7 @@ def _trials(session: RecordedSession, spec: RecordingSpec) -> Recording:
     )
     windows = list(zip(planned.begin.tolist(), planned.bins.tolist(), strict=True))
     made = with_features(made, session.features, windows)
-    return differentiated(made) if spec.differentiate else made
+    return differentiated(made, moving) if spec.differentiate else made
 
 
 def _piece(
@@ -368,15 +368,20 @@ def cut_on_grid(recording: Recording, table: TrialRows | None, spec: RecordingSp
     )
 
 
-def differentiated(recording: Recording) -> Recording:
-    """Differentiate the kinematics within each segment; names and units reflect it."""
+def differentiated(recording: Recording, moving: Moving | None = None) -> Recording:
+    """Differentiate the kinematics within each segment; names and units reflect it.
+
+    Args:
+        moving: what they were resampled from, which knows the channels that wrap.
+    """
     if recording.kinematics is None:
         return recording
     rate = np.zeros_like(recording.kinematics)
-    turns = [
-        full_turn(column, unit)[0]
-        for column, unit in zip(recording.kinematics.T, recording.kinematic_units, strict=True)
-    ]
+    if moving is not None:
+        turns = moving.turns
+    else:
+        each = zip(recording.kinematics.T, recording.kinematic_units, strict=True)
+        turns = np.array([full_turn(column, unit)[0] for column, unit in each])
     for a, b in recording.segments():
         if b - a > 1:
             part = recording.kinematics[a:b].copy()

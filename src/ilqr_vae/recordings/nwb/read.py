@@ -124,9 +124,9 @@ def _session(
         unit_names=(),
         moving=moving,
         features=features,
-        scored=mask_of(series, spec.nwb, moving),
+        scored=mask_of(series, spec, moving),
         table=trials_table(nwb) if spec.nwb.trials or spec.mode == "trials" else None,
-        invalid=None if nwb.invalid_times is None else invalid_times(nwb.invalid_times),
+        invalid=invalid_times(nwb, spec),
         notes=kinematics.notes,
     )
     if binned is None:

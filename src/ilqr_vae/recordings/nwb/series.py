@@ -27,7 +27,8 @@ def find(series: dict[str, Any], wanted: str, field: str) -> Any:
     if len(hits) == 1:
         return series[hits[0]]
     present = ", ".join(hits or series) or "none"
-    near = did_you_mean(wanted, [*series, *(path.rpartition("/")[2] for path in series)])
+    known = [*series, *(path.rpartition("/")[2] for path in series)]
+    near = "" if hits else did_you_mean(wanted, known)
     what = "one of several of that name" if hits else "a series of the file"
     raise RecordingError(field, expected=f"{what}: {present}", got=repr(wanted) + near)
 
@@ -62,14 +63,15 @@ def clock(item: Any, n: int) -> tuple[NDArray[np.float64], float]:
 
 
 def _kinematic_clock(
-    item: Any, n: int, spec: RecordingSpec
+    item: Any, n: int, spec: RecordingSpec, rate: float = 0.0
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], float, tuple[RecordingWarning, ...]]:
-    """Times of a series' samples, which samples have one, and the interval between them."""
-    field, rate, (scale, offset) = f"{item.name}.timestamps", spec.nwb.rate, spec.clocks.kinematics
+    """Times of a series' samples, which samples have one, and the interval between them; ``rate``
+    is used instead of the file's unless it is 0."""
+    field, (scale, offset) = f"{item.name}.timestamps", spec.clocks.kinematics
     if item.timestamps is None:
         if rate:
-            start = float(item.starting_time or 0.0)
-            return start + np.arange(n) / rate + offset, np.arange(n), 1.0 / rate, ()
+            start = float(item.starting_time or 0.0) * scale + offset
+            return start + np.arange(n) / rate, np.arange(n), 1.0 / rate, ()
         times, interval = clock(item, n)
         return times * scale + offset, np.arange(n), interval * scale, ()
     raw = contents(item.timestamps, field)
@@ -267,7 +269,7 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
     read = {place: _values(place, item) for place, item in chosen.items()}
     parts = {place: values for place, (values, _) in read.items()}
     warnings = [warning for _, odd in read.values() for warning in odd]
-    clocks = [_kinematic_clock(item, len(parts[place]), spec) for place, item in chosen.items()]
+    clocks = [_kinematic_clock(item, len(parts[p]), spec, nwb.rate) for p, item in chosen.items()]
     times, rows, interval, odd = clocks[0]
     for place, (other, their_rows, _, _) in zip(chosen, clocks, strict=True):
         same = len(parts[place]) == len(parts[next(iter(chosen))]) and len(other) == len(times)
@@ -313,12 +315,13 @@ def features_of(series: dict[str, Any], spec: RecordingSpec) -> tuple[Moving, ..
     return tuple(made)
 
 
-def mask_of(series: dict[str, Any], nwb: NwbSpec, moving: Moving | None) -> Moving | None:
+def mask_of(series: dict[str, Any], spec: RecordingSpec, moving: Moving | None) -> Moving | None:
     """The series ``NwbSpec.scored`` names; on the kinematics' clock where it is as long as they.
 
     Raises:
         RecordingError: it is not there or has more than one channel.
     """
+    nwb = spec.nwb
     if not nwb.scored:
         return None
     item = find(series, nwb.scored, "data.nwb.scored")
@@ -331,7 +334,8 @@ def mask_of(series: dict[str, Any], nwb: NwbSpec, moving: Moving | None) -> Movi
     if moving is not None and len(values) == len(moving.times):
         times, interval = moving.times, moving.interval
     else:
-        times, interval = clock(item, len(values))
+        times, rows, interval, _ = _kinematic_clock(item, len(values), spec)
+        values = values[rows]
         times = times - interval if nwb.stamps == "end" else times
     return Moving(str(item.name), values, times, interval, (str(item.name),), ("",))
 

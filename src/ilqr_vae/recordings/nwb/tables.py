@@ -337,11 +337,25 @@ def _column(table: Any, name: str, field: str) -> NDArray[np.float64]:
     return values.astype(np.float64)
 
 
-def invalid_times(table: Any) -> NDArray[np.float64]:
-    """(M, 2) starts and stops, seconds; without end where they are not known."""
-    begin = _column(table, "start_time", "invalid_times")
-    end = _column(table, "stop_time", "invalid_times")
-    return np.stack([np.nan_to_num(begin, nan=-np.inf), np.nan_to_num(end, nan=np.inf)], axis=1)
+def invalid_times(nwb: Any, spec: RecordingSpec) -> NDArray[np.float64] | None:
+    """(M, 2) starts and stops, seconds; without end where they are not known; None without any.
+
+    Raises:
+        RecordingError: one stops before it starts.
+    """
+    table, (scale, offset) = nwb.invalid_times, spec.clocks.trials
+    if table is None:
+        return None
+    begin = np.nan_to_num(_column(table, "start_time", "invalid_times"), nan=-np.inf)
+    end = np.nan_to_num(_column(table, "stop_time", "invalid_times"), nan=np.inf)
+    if (end < begin).any():
+        row = int(np.argmax(end < begin))
+        raise RecordingError(
+            "invalid_times.stop_time",
+            expected="seconds after each start_time",
+            got=f"{end[row]:g} for a start at {begin[row]:g}",
+        )
+    return np.stack([begin, end], axis=1) * scale + offset
 
 
 def trials_table(nwb: Any) -> TrialRows | None:
