@@ -203,12 +203,35 @@ def test_counts_and_mask_may_be_plain_lists(client: ServiceClient) -> None:
         session.send(1, [0, 1, 2, 0, 3], mask=[True, True, False, True, True])
         first, second = collect(session, 2)
         assert (first.spikes, second.spikes) == (6, 4)
-        for wrong in ([1, 2, 3, 4], [[1], [2, 3]], ["1", "b", "c", "d", "e"], [2**70] * 5, None):
+        masked = np.ma.array([1, 2, 3, 4, 5], mask=[1, 0, 0, 0, 0])
+        lists = ([1, 2, 3, 4], [[1], [2, 3]], ["1", "b", "c", "d", "e"], [2**70] * 5, [1j] * 5)
+        for wrong in (*lists, None, masked):
             with pytest.raises(ShapeError, match="counts: expected"):
                 session.send(2, wrong)
         for wrong in ([True] * 4, [2, 1, 1, 1, 1], ["yes"] * 5):
             with pytest.raises(ShapeError, match="mask: expected"):
                 session.send(2, [0] * 5, mask=wrong)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("patience", np.nan, ShapeError),  # with which no wait would end
+        ("deadline", np.inf, ShapeError),
+        ("grace", "soon", ShapeError),
+        ("bin_width", np.nan, ShapeError),
+        ("abstain", None, ShapeError),
+        ("lag", 2**70, ProtocolError),
+    ],
+)
+def test_an_option_that_is_no_number_is_named(
+    client: ServiceClient, option: str, value: Any, error: type[Exception]
+) -> None:
+    options = {"units": UNITS, "bin_width": BIN_S, option: value}
+    with pytest.raises(error, match="message|" + option):
+        client.open("odd", **options)
+    with pytest.raises(ProtocolError, match="message: expected integers of 64 bits"):
+        client.event("odd", "cue", {"at": object()})
 
 
 def test_no_service_is_said_in_time_and_by_address(tmp_path: Path) -> None:

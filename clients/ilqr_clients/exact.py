@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import Any, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ilqr_vae.errors import ShapeError
 from ilqr_vae.protocol import messages
+
+_LARGEST = 1e9
 
 
 def exactly(
@@ -22,6 +25,8 @@ def exactly(
         raise ShapeError(field, expected=f"({n_units},)", got=str(error)) from error
     if given.shape != (n_units,):
         raise ShapeError(field, expected=f"({n_units},)", got=str(given.shape))
+    if np.ma.is_masked(values) or given.dtype.kind == "c":  # a part of them would be lost
+        raise ShapeError(field, expected=f"{expected}, not masked", got=repr(values))
     try:
         with np.errstate(invalid="ignore"):
             converted = given.astype(dtype)
@@ -40,6 +45,17 @@ def whole(field: str, value: SupportsIndex, least: int = 0) -> int:
         number = least - 1
     if number < least:
         raise ShapeError(field, expected=f"a whole number, at least {least}", got=repr(value))
+    return number
+
+
+def finite(field: str, value: SupportsFloat) -> float:
+    """Return a number that is at most 1e9 in size, such as seconds, as float. Raises ShapeError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= _LARGEST:
+        raise ShapeError(field, expected=f"a number, at most {_LARGEST:g}", got=repr(value))
     return number
 
 

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import zmq
 
 from ilqr_clients.connection import Closing, Model, connect, model_of, reachable, refusal
-from ilqr_clients.exact import whole
+from ilqr_clients.exact import finite, whole
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.listener import PATIENCE_S, Listener
 from ilqr_clients.session import OnError, Session
@@ -224,7 +224,9 @@ class ServiceClient(Closing):
         Raises:
             ServiceUnreachableError: no answer.
             RequestRefusedError: the session was refused; the field says why.
+            ShapeError: an option is not a number, or not in its range.
         """
+        width, patience = finite("bin_width", bin_width), finite("patience", patience)
         results = reachable(self.describe().results, self.endpoint)
         if epoch is None:
             known = [s.epoch for s in self.sessions() if s.session == session]
@@ -234,19 +236,19 @@ class ServiceClient(Closing):
             protocol=messages.PROTOCOL,
             session=session,
             units=tuple(map(str, units)),
-            bin_width_ns=round(float(bin_width) * 1e9),
+            bin_width_ns=round(width * 1e9),
             epoch=epoch,
-            deadline_ns=round(float(bin_width if deadline is None else deadline) * 1e9),
+            deadline_ns=round(finite("deadline", width if deadline is None else deadline) * 1e9),
             anytime=bool(anytime),
             clocked=bool(clocked),
-            grace_ns=round(float(grace) * 1e9),
+            grace_ns=round(finite("grace", grace) * 1e9),
             watch_units=bool(watch_units),
             lag=whole("lag", lag),
             resume=bool(resume),
             answered=answered,
             model=model,
             origin_ns=None if origin_ns is None else whole("origin_ns", origin_ns, -(2**63)),
-            abstain=float(abstain),
+            abstain=finite("abstain", abstain),
         )
         kind = Session if origin_ns is None else SpikeSession
         return kind(
@@ -275,6 +277,7 @@ class ServiceClient(Closing):
             ServiceUnreachableError: no answer.
             ServiceError: no session of that name is open.
         """
+        patience = finite("patience", patience)
         results = reachable(self.describe().results, self.endpoint)
         names = sorted(s.session for s in self.sessions())
         if not wait and session not in names:

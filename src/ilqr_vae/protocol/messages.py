@@ -97,8 +97,17 @@ T = TypeVar("T")
 
 
 def encode(message: Message) -> bytes:
-    """Encode a message as a MessagePack frame."""
-    return _encoder.encode(message)
+    """Encode a message as one MessagePack frame.
+
+    Raises:
+        ProtocolError: a field holds what MessagePack cannot.
+    """
+    try:
+        return _encoder.encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ProtocolError(
+            "message", expected="integers of 64 bits, numbers, text, lists and maps", got=str(error)
+        ) from error
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes, what: str) -> T:
