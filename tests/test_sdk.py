@@ -227,7 +227,7 @@ def test_counts_and_mask_may_be_plain_lists(client: ServiceClient) -> None:
 def test_an_option_that_is_no_number_is_named(
     client: ServiceClient, option: str, value: Any, error: type[Exception]
 ) -> None:
-    options = {"units": UNITS, "bin_width": BIN_S, option: value}
+    options: dict[str, Any] = {"units": UNITS, "bin_width": BIN_S, option: value}
     with pytest.raises(error, match="message|" + option):
         client.open("odd", **options)
     with pytest.raises(ProtocolError, match="message: expected integers of 64 bits"):
