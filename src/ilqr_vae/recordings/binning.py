@@ -1,4 +1,4 @@
-"""Spike times and behaviour series onto one grid of bins.
+"""Binning of spike times and behaviour series on one grid.
 
 Bin t covers [start + t w, start + (t+1) w).
 """
@@ -71,7 +71,7 @@ def bin_windows(
     edges = np.concatenate(
         [b + bin_width * (np.arange(n + 1) - EDGE) for b, n in zip(begin, bins, strict=True)]
     )
-    # between the last edge of a window and the first of the next lies no bin
+    # no bin lies between the last edge of a window and the first edge of the next
     real = np.ones(len(edges) - 1, dtype=bool)
     real[np.cumsum(bins + 1)[:-1] - 1] = False
     counts = np.empty((int(bins.sum()), len(spike_times)), dtype=np.uint16)
@@ -93,10 +93,10 @@ def bins_of(seconds: NDArray[Any], start: float, bin_width: float) -> NDArray[np
 
 
 def full_turn(values: NDArray[Any], unit: str, *, circular: bool = False) -> tuple[float, float]:
-    """The period of a channel (K,) of angles that wraps, and where its range begins; else (0, 0).
+    """Return the period of a channel (K,) of angles that wrap, and the start of its range.
 
-    It is one of angles by its ``unit``, or, where that is neither radians nor degrees, by
-    ``circular``, its range then saying which.
+    The channel holds angles if its ``unit`` is radians or degrees, or if ``circular`` is true; its
+    range then tells which of the two. For any other channel the result is (0, 0).
     """
     finite = values[np.isfinite(values)]
     if len(finite) < 2:
@@ -122,12 +122,12 @@ def resample(
     *,
     interval: float | None = None,
 ) -> NDArray[np.float64]:
-    """A series (K, D) sampled at increasing ``times`` (K,), in seconds, on the bins: (n_bins, D).
+    """Resample a series (K, D), with increasing ``times`` (K,) in seconds, to bins: (n_bins, D).
 
-    Where samples come at least once a bin, a bin's value is the mean of the finite samples inside
-    it. Where they come slower, it is the linear interpolation at the bin's centre, the nearest
-    sample holding beyond the ends by up to half a sampling interval. What neither gives is NaN.
-    ``interval``, seconds between samples, is their median unless given.
+    If there is at least one sample per bin, the value of a bin is the mean of the finite samples in
+    it. If samples are slower than bins, it is the linear interpolation at the bin's centre; beyond
+    the first and last sample, the nearest one is used for up to half a sampling interval. All other
+    values are NaN. ``interval`` is the sampling interval in seconds; by default, the median.
 
     Raises:
         RecordingError: times do not increase.
@@ -169,7 +169,7 @@ def _interpolate(
         when, what = times[good], values[good, channel]
         inside = (centres >= when[0] - interval / 2) & (centres <= when[-1] + interval / 2)
         after = np.searchsorted(when, centres).clip(1, max(len(when) - 1, 1))
-        if len(when) > 1:  # not across a hole in the samples: that is a gap, to be seen as one
+        if len(when) > 1:  # do not interpolate across missing samples: they are a gap
             hole = when[after] - when[after - 1] > max(2 * interval, MAX_GAP_SECONDS)
             between = (centres > when[after - 1]) & (centres < when[after])
             inside &= ~(hole & between)

@@ -26,16 +26,16 @@ MAX_GAP_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Something in a file that is no array of numbers, text or cell array: what it is, in words."""
+    """A description of a value that is no array of numbers, text or cell array."""
 
     what: str
 
 
 class Cells(list[Any]):
-    """The values of a cell array, column by column as MATLAB counts them.
+    """The values of a cell array, in MATLAB's order, column by column.
 
     Attributes:
-        shape: of the array.
+        shape: shape of the array.
     """
 
     def __init__(self, values: Iterable[Any], shape: tuple[int, ...]) -> None:
@@ -44,7 +44,7 @@ class Cells(list[Any]):
 
 
 def existing_file(path: str | Path) -> Path:
-    """The path of a file that opens. Raises RecordingError naming what is there instead."""
+    """Return the path of a file that opens. Raises RecordingError naming what is there instead."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -66,11 +66,11 @@ def sha256_of(path: Path) -> str:
 
 
 def whole_counts(values: NDArray[Any], field: str) -> NDArray[np.uint16]:
-    """Counts as uint16, any shape, unchanged in value.
+    """Convert counts of any shape to uint16 without changing a value.
 
     Raises:
-        RecordingError: there are none, or one is NaN, infinite, negative, fractional or above
-            65535; ``field`` is named.
+        RecordingError: the array is empty, or a count is NaN, infinite, negative, fractional or
+            above 65535; the error names ``field``.
     """
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
@@ -97,7 +97,7 @@ def _refuse(array: NDArray[Any], bad: NDArray[np.bool_], field: str, expected: s
 
 
 def same_bin_width(file: float, spec: float, field: str) -> None:
-    """Raises RecordingError unless the file's bin width is the spec's (relative 1e-6)."""
+    """Raise RecordingError unless the file and the spec have the same bin width (relative 1e-6)."""
     if not (np.isfinite(file) and abs(file - spec) <= 1e-6 * abs(spec)):
         # enough digits to distinguish the two widths
         raise RecordingError(
@@ -106,7 +106,7 @@ def same_bin_width(file: float, spec: float, field: str) -> None:
 
 
 def stated_width(spec: RecordingSpec, kind: str) -> RecordingSpec:
-    """The spec. Raises RecordingError where nothing states how long the bins of counts are."""
+    """Return the spec. Raises RecordingError if nothing states the bin width of counts."""
     if spec.bin_width is None:
         raise RecordingError(
             "data.bin_width",
@@ -137,17 +137,17 @@ def channels_of(
     units: tuple[str, ...],
     field: str,
 ) -> tuple[list[int], tuple[str, ...], tuple[str, ...], tuple[RecordingWarning, ...]]:
-    """The kinematic channels to decode, their names and units, and what is odd about the units.
+    """Return the channels to decode, their names and units, and warnings about the units.
 
-    Names and units are those a person gave, else the file's.
+    Names and units are those of the configuration, or else those of the file.
 
     Args:
-        names, units: the file's, one a channel.
-        field: of ``given`` in the configuration, e.g. ``data.mat``.
+        names, units: the file's, one per channel.
+        field: key of ``given`` in the configuration, e.g. ``data.mat``.
 
     Raises:
-        RecordingError: a row is not there or comes twice, the number of names or units is not that
-            of the channels, or a name comes twice.
+        RecordingError: a row does not exist or is repeated, there are more or fewer names or units
+            than channels, or a name is repeated.
     """
     rows = list(given.kinematic_rows or range(len(names)))
     bad = [row for row in rows if not 0 <= row < len(names)]
@@ -186,14 +186,14 @@ def fill_gaps(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Return kinematics without NaN, and which rows are valid.
 
-    A row with any channel missing is interpolated linearly in time, each channel by itself; before
-    the first and after the last measurement the nearest one holds.
+    Each channel of a row with a missing value is interpolated linearly in time. Before the first
+    and after the last measurement, the nearest one is used.
 
     Args:
         values: (T, D), NaN or infinite where missing.
-        seconds_per_row: to tell short gaps from long ones.
-        field: named in errors.
-        wanted: (T,), rows of which at most half may lie in long gaps; None for all.
+        seconds_per_row: seconds per row, to distinguish short gaps from long ones.
+        field: name for errors.
+        wanted: (T,), rows of which at most half may lie in long gaps; None means all rows.
 
     Returns:
         float64 (T, D), finite; and bool (T,), False inside gaps above ``MAX_GAP_SECONDS``.
@@ -232,10 +232,10 @@ def fill_gaps(
 
 
 def measured(values: NDArray[np.float64], bridged: int) -> NDArray[np.bool_]:
-    """(T,), True for rows (T, D) without NaN, and for up to ``bridged`` in a row between two such.
+    """Return (T,), True for rows without NaN, and for up to ``bridged`` rows between two of them.
 
-    Samples as far apart as bins, with jitter, leave single bins empty: those are known from their
-    neighbours. Rows in longer gaps are filled, not measured.
+    If samples are as far apart as bins, jitter leaves single bins empty. Those are interpolated
+    from their neighbours and count as measured; rows in longer gaps do not.
     """
     finite = np.isfinite(values).all(axis=1)
     edges = np.flatnonzero(np.diff(np.concatenate(([0], ~finite, [0])).astype(np.int8)))
@@ -248,7 +248,7 @@ def measured(values: NDArray[np.float64], bridged: int) -> NDArray[np.bool_]:
 def inside_intervals(
     intervals: NDArray[np.float64], begin: NDArray[np.float64], end: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """(T,), True where [begin, end) lies inside one of the intervals, or of those that touch.
+    """Return (T,), True if [begin, end) lies inside an interval, or inside several that touch.
 
     Args:
         intervals: (M, 2), seconds, in any order; they may overlap.

@@ -1,4 +1,4 @@
-"""Continuous channels beside the counts: averaged in each bin, NaN where there is no sample."""
+"""Continuous channels beside the counts: their mean in each bin, or NaN without a sample."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def series_of(
     interval: float,
     rows: NDArray[np.int64] | slice = slice(None),
 ) -> tuple[Moving, ...]:
-    """Arrays of channels x samples, or samples x channels, as series on one clock.
+    """Convert arrays of channels x samples, or samples x channels, to series on one clock.
 
     Args:
-        n, what: how many samples, and what they are called in errors.
-        times: seconds, of the samples kept; interval: between them.
-        rows: the samples kept.
+        n, what: number of samples, and their name for errors.
+        times: times of the selected samples, in seconds.
+        interval: seconds between samples.
+        rows: the selected samples.
 
     Raises:
-        RecordingError: an array of another shape.
+        RecordingError: an array has another shape.
     """
     made: list[Moving] = []
     for name, given in arrays.items():
@@ -49,15 +50,15 @@ def series_of(
 def with_features(
     made: Recording, features: Sequence[Moving], windows: Sequence[tuple[float, int]]
 ) -> Recording:
-    """The recording with series as its last channels, not observed in bins without a sample.
+    """Return the recording with series as its last channels, unobserved in bins without a sample.
 
     Args:
-        windows: seconds at which each stretch of bins begins, and how many bins it has; in order,
-            all bins of ``made``.
+        windows: start in seconds and number of bins of each contiguous stretch, in the order of
+            the bins of ``made``.
 
     Raises:
-        RecordingError: a series with fewer samples than bins, none in the bins at all, or with a
-            channel of another's name.
+        RecordingError: a series has fewer samples than bins, or none inside the bins, or a name
+            is repeated.
     """
     if not features:
         return made

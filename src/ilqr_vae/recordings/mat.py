@@ -38,9 +38,9 @@ _LONGEST_BIN = 10.0
 
 
 def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
-    """A MAT file as a recording; units are named ``unit0``, ``unit1``, ... in the file's order.
+    """Read a MAT file; units are named ``unit0``, ``unit1``, ... in the order of the file.
 
-    ``spec.mat`` says which variable is what. Kinematics with missing samples are interpolated;
+    ``spec.mat`` names the variables. Kinematics with missing samples are interpolated;
     bins inside a gap above one second are marked invalid (``checks.fill_gaps``).
 
     Raises:
@@ -86,7 +86,7 @@ def read_mat(path: str | Path, spec: RecordingSpec) -> Recording:
 def _binned(
     variables: dict[str, Any], spec: RecordingSpec
 ) -> tuple[RecordedSession, RecordingSpec]:
-    """The session, and how to read it with the bin width that the file states."""
+    """Return the session, and the spec with the bin width that the file states."""
     mat = spec.mat
     counts = _counts(variables[mat.spikes], mat)
     if mat.bin_width:
@@ -148,7 +148,7 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSess
             k = _kinematics(variables[mat.kinematics], mat, n, what)
             moving = Moving(mat.kinematics, k.values[rows], times, interval, k.names, k.units)
             odd += k.warnings
-        # where each sample of the file begins, those left out too
+        # start of each sample of the file, including those that are left out
         at = np.interp(np.arange(n), rows, times)
     elif mat.trial_starts and mat.trial_times == "bins":
         raise RecordingError(
@@ -175,7 +175,7 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSess
 def _spike_times(
     variables: dict[str, Any], spec: RecordingSpec, n_trials: int
 ) -> tuple[list[Array], list[NDArray[np.int64]] | None]:
-    """Times a unit, and the row of each one's trial where the file says it."""
+    """Return the spike times of each unit, and the trial of each spike if the file states it."""
     mat = spec.mat
     cells = variables[mat.spike_times]
     if not isinstance(cells, list):
@@ -212,8 +212,8 @@ def _spike_times(
 
 
 def _by_trial(cells: list[Any], n_trials: int) -> list[list[Any]] | None:
-    """Cells of units x trials, or of trials x units, as lists of a cell a trial, one a unit; None
-    where they are one cell a unit."""
+    """Return cells of units x trials, or trials x units, as one list of trials per unit; None if
+    there is one cell per unit."""
     if cells and all(isinstance(each, list) for each in cells):  # cells within cells
         lengths = {len(each) for each in cells}
         if lengths == {n_trials}:
@@ -251,9 +251,9 @@ def _trial_numbers(
 
 
 def _labels(value: Any, field: str) -> NDArray[np.str_]:
-    """Numbers or text, one a trial or unit, as words.
+    """Return numbers or text, one per trial or unit, as text.
 
-    Text is a cell array, or a matrix of characters with a row each.
+    Text is a cell array, or a matrix of characters with one row per entry.
     """
     if isinstance(value, list):
         each = [np.ravel(cell) if isinstance(cell, np.ndarray) else None for cell in value]
@@ -281,7 +281,7 @@ def _numbers(value: Any, field: str) -> NDArray[Any]:
 
 
 def _vector(value: Any, field: str) -> NDArray[np.float64]:
-    """Numbers along one axis, flat, float64."""
+    """Return numbers along one axis, flat, float64."""
     array = _numbers(value, field)
     if sum(size != 1 for size in array.shape) > 1 and array.size:
         raise RecordingError(field, expected="a vector", got=f"shape {array.shape}")
@@ -297,7 +297,7 @@ def _counts(value: Any, mat: MatSpec) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True, slots=True)
 class _Channels:
-    """Kinematics (K, D) with names, units, and what is odd about them."""
+    """Kinematics (K, D) with names, units and warnings."""
 
     values: Array
     names: tuple[str, ...]
@@ -320,7 +320,7 @@ def _kinematics(value: Any, mat: MatSpec, n_bins: int, what: str) -> _Channels:
 
 
 def whole_lag(spec: RecordingSpec) -> None:
-    """Raises RecordingError unless the lag is a whole number of bins, as binned files need."""
+    """Raise RecordingError unless the lag is a whole number of bins, as binned files require."""
     bins = spec.lag / spec.width
     if abs(bins - round(bins)) > 1e-6:
         raise RecordingError(
@@ -331,8 +331,8 @@ def whole_lag(spec: RecordingSpec) -> None:
 
 
 def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> TrialRows | None:
-    """Trials in seconds; where the file counts bins from one, bins begin at ``at``, each ``width``
-    long."""
+    """Return trials in seconds. Bin numbers of the file count from one; bins begin at ``at`` and
+    are ``width`` long."""
     if not mat.trial_starts:
         return None
     n_bins, bins = len(at), mat.trial_times == "bins"
@@ -364,7 +364,7 @@ def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> 
                 expected=f"one-based last bins, from each trial's first to {n_bins}",
                 got="some that are not",
             )
-        stop = stop + 1 if bins else stop  # where the last bin ends
+        stop = stop + 1 if bins else stop  # end of the last bin
     columns: dict[str, NDArray[Any]] = {}
     if mat.trial_conditions:
         values = _labels(variables[mat.trial_conditions], mat.trial_conditions)
@@ -374,7 +374,7 @@ def _table(variables: dict[str, Any], mat: MatSpec, at: Array, width: float) -> 
         values = _vector(variables[name], name)
         _one_a_trial(values, len(start), name)
         columns[name if name.endswith("_time") else f"{name}_time"] = seconds(values)
-    # a column of the file's own name too, so that ``data.trials.event`` may say it as it is
+    # also under the file's own name, so that ``data.trials.event`` accepts it
     columns |= {name: columns[f"{name}_time"] for name in mat.trial_events if name not in columns}
     return TrialRows(seconds(start), seconds(stop), columns)
 
@@ -385,7 +385,7 @@ def _one_a_trial(values: NDArray[Any], trials: int, field: str) -> None:
 
 
 def _bin_numbers(value: Any, field: str) -> NDArray[np.int64]:
-    """Bin numbers as flat int64. Raises RecordingError where one is not a whole number."""
+    """Return bin numbers as flat int64. Raises RecordingError if one is not a whole number."""
     flat = _vector(value, field)
     if flat.size == 0 or not (np.abs(flat) < 2**53).all() or (flat != np.floor(flat)).any():
         raise RecordingError(field, expected="whole numbers of bins", got=f"{flat[:3]}")

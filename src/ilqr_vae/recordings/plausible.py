@@ -57,10 +57,10 @@ def check_spikes(
     """Check the finite spike times of N units, in the file's order.
 
     Args:
-        width: seconds of a bin that they are to be counted in.
+        width: bin width in seconds.
 
     Raises:
-        RecordingError: they are whole numbers, restart, lie elsewhere than ``against``, or cover
+        RecordingError: the times are whole numbers, restart, lie outside ``against``, or cover
             little of it.
     """
     total = sum(len(t) for t in times)
@@ -98,7 +98,7 @@ def check_spikes(
 
 
 def _alike(times: Sequence[NDArray[Any]]) -> list[RecordingWarning]:
-    """Return units with exactly the same spikes as another."""
+    """Return units that have exactly the same spikes as another unit."""
     long = [t.tobytes() for t in times if len(t) >= FEWEST_SPIKES]
     n = len(long) - len(set(long))
     if not n:
@@ -108,8 +108,8 @@ def _alike(times: Sequence[NDArray[Any]]) -> list[RecordingWarning]:
 
 
 def _resolution(times: Sequence[NDArray[Any]], width: float) -> list[RecordingWarning]:
-    """Times that repeat within their unit, as those of padding do; times that are as coarse as the
-    bins, such as large ones in 32 bits."""
+    """Return warnings about times that repeat within a unit, as padding does, and about times with
+    a resolution as coarse as the bins, such as large times in 32 bits."""
     found: list[RecordingWarning] = []
     each = [np.unique(t, return_counts=True) for t in times if len(t)]
     total = sum(int(n.sum()) for _, n in each)
@@ -120,7 +120,7 @@ def _resolution(times: Sequence[NDArray[Any]], width: float) -> list[RecordingWa
         text += f"{most} times: does the file fill up its rows, or have each spike twice?"
         found.append(RecordingWarning("spikes-repeat", text))
     some = np.unique(np.concatenate([at[:_LOOKED_AT] for at, _ in each]))
-    # distinct times at random come closer than this, but once in many recordings
+    # random distinct times come closer than this in nearly every recording
     closest = 20.0 * float(np.ptp(some)) / len(some) ** 2
     step = float(np.diff(some).min(initial=np.inf))
     if len(some) > FEWEST_SPIKES and step > max(0.25 * width, closest):
@@ -145,7 +145,7 @@ def check_values(values: Array, names: Sequence[str], field: str) -> list[Record
             if n < 3 or not len(rest) or np.ptp(rest) == 0:
                 continue
             alone = np.abs(rest - end).min() / np.ptp(rest)
-            # a value of several, such as a lever's places, comes as often as the others
+            # one of a few values, such as positions of a lever, is as frequent as the others
             if alone > 5 or (alone > 0.25 and 5 * _most_often(rest) < n):
                 text = f"{n} of {len(known)} samples of {name} ({field}) are {end:g}, far from all "
                 text += f"others ({rest.min():g} to {rest.max():g}): do they stand for lost ones?"
@@ -169,8 +169,8 @@ def _outliers(known: Array, name: str, field: str) -> list[RecordingWarning]:
 
 
 def _wraps(known: Array, name: str, field: str) -> list[RecordingWarning]:
-    """A channel that leaves its range at one end and comes back at the other, as angles do, though
-    it is not read as one."""
+    """Return a warning about a channel that leaves its range at one end and returns at the other,
+    as angles do, but is not read as an angle."""
     low, size = float(known.min(initial=np.inf)), float(np.ptp(known)) if len(known) else 0.0
     if not 0 < size < np.inf:
         return []

@@ -1,5 +1,4 @@
-"""Whether trials, their events and the windows cut around them can be: the part of ``plausible``
-about trials."""
+"""Plausibility checks of trials, their events and the windows cut around them."""
 
 from __future__ import annotations
 
@@ -72,7 +71,7 @@ def check_trials(
     odd("trials-order", np.diff(start) < 0, "start before the trial above them in the table")
     _, which, counts = np.unique(start, return_inverse=True, return_counts=True)
     odd("trials-coincide", counts[which] > 1, "start at the same time as another")
-    if not needed:  # else ``check_windows`` says it
+    if not needed:  # otherwise ``check_windows`` reports it
         order = np.argsort(start, kind="stable")
         latest = np.maximum.accumulate(stop[order])
         odd("trials-overlap", start[order][1:] < latest[:-1] - 1e-6, "begin before another ends")

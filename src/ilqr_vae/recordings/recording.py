@@ -43,7 +43,7 @@ class Trials:
         stop: int64 (K,), one past the last bin.
         condition: str per trial, empty where unknown.
         events: float64 (K,) by name: when each event came, in bins (fractions allowed) on the
-            recording's own bins; NaN where it did not.
+            recording's own bins; NaN if it did not occur.
         begin: float64 (K,), seconds on the recording's clock where each begins, of trials that are
             laid end to end; empty where they are where they ran, or it is not known.
     """
@@ -97,20 +97,20 @@ class Recording:
         start_time: seconds, the left edge of bin 0 on the recording's clock.
         trials: bin ranges of trials, or None for a continuous recording.
         valid: bool (T,), False where the recording has a gap (the counts there are not data).
-        scored: bool (T,), bins whose kinematics are there to learn from and to score on; within
+        scored: bool (T,), bins whose kinematics are learnt from and scored on; a subset of
             ``valid``.
         observed: bool (T, N), False where a unit was not recorded though others were; None where
             every unit was recorded throughout.
         breaks: int64 (B,), increasing: bins that do not follow in time on the bin before them.
             Nothing that looks back in time looks across one: see ``segments``.
         held_out: names of units kept back for co-smoothing.
-        features: F, how many of the units, the last ones, are continuous.
+        features: F, number of continuous channels; they are the last of the units.
         bounds: first bins after the training and the validation part, where the file's own split
             (or the trials' boundaries) decide; None leaves it to ``SplitSpec``.
         notes: sentences a reader should know (what was left out, and why).
-        warnings: what is odd about the recording (``plausible``); shown wherever notes are.
-        name: what to call it (the file's name, not its path).
-        sha256: of the file it came from, "" when made in memory.
+        warnings: implausible contents (``plausible``); shown wherever notes are.
+        name: name of the file, without its path.
+        sha256: SHA-256 of the file; "" for a recording made in memory.
     """
 
     counts: NDArray[Any]
@@ -209,19 +209,19 @@ class Recording:
         return int(self.counts.shape[1])
 
     def without_features(self) -> Recording:
-        """The units that are counted."""
+        """Return the recording without its features."""
         if not self.features:
             return self
         return self.select_units(self.unit_names[: -self.features])
 
     def require_counts(self, what: str) -> None:
-        """Raises RecordingError: there are features, which ``what`` does not take."""
+        """Raise RecordingError if there are features, which ``what`` does not support."""
         if self.features:
             got = ", ".join(self.unit_names[-self.features :])
             raise RecordingError("data.features", expected=f"none for {what}", got=got)
 
     def segments(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-        """The contiguous ranges of bins [start, stop)."""
+        """Return the contiguous ranges of bins [start, stop)."""
         stop = len(self) if stop is None else stop
         inside = self.breaks[(self.breaks > start) & (self.breaks < stop)]
         edges = [start, *inside.tolist(), stop]
@@ -233,8 +233,7 @@ class Recording:
         return whole if self.observed is None else whole & self.observed
 
     def conditions(self, start: int, stop: int) -> tuple[str, ...]:
-        """The conditions of the trials that begin in [start, stop), in order, without those that
-        are not known."""
+        """Return the known conditions of the trials that begin in [start, stop), in order."""
         if self.trials is None:
             return ()
         inside = ((self.trials.start >= start) & (self.trials.start < stop)).tolist()
@@ -242,8 +241,8 @@ class Recording:
         return tuple(sorted(found - UNKNOWN, key=_numbers_first))
 
     def labels(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """(T,), the place in ``names`` of the condition of the trial that a bin lies in; -1 outside
-        of trials and where the condition is not among them."""
+        """Return (T,), the index in ``names`` of the condition of each bin's trial; -1 outside
+        trials and for other conditions."""
         place = {name: k for k, name in enumerate(names)}
         found = np.full(len(self), -1, dtype=np.int64)
         if self.trials is not None:

@@ -83,7 +83,7 @@ class RecordedSession:
         held_out: names of units held out for co-smoothing.
         observed: (k, 2) intervals per unit in which it was recorded; None for always.
         moving: the behaviour, or None.
-        features: continuous series to be observed beside the spikes.
+        features: continuous series to observe beside the spikes.
         scored: a channel with its own times, nonzero where behaviour is to be scored; or None.
         table: trials, or None.
         spike_trials: row in ``table`` of each spike, one array per unit, if the file states it.
@@ -254,7 +254,7 @@ def plausible(session: RecordedSession, spec: RecordingSpec) -> RecordedSession:
 def _unobserved(
     times: Sequence[NDArray[Any]], observed: list[Array] | None
 ) -> list[RecordingWarning]:
-    """Spikes outside of their unit's own intervals, which are not counted."""
+    """Return a warning about spikes outside their unit's own intervals, which are not counted."""
     total = sum(len(t) for t in times)
     if observed is None or not total:
         return []
@@ -274,8 +274,8 @@ def _unobserved(
 
 
 def _recorded(session: RecordedSession, begin: float, end: float) -> tuple[float, float, bool]:
-    """The part of [begin, end] in which units are said to have been recorded, and whether nothing
-    is said of that."""
+    """Return the part of [begin, end] in which units were recorded according to the file, and
+    whether the file states nothing about that."""
     if session.observed is None or not any(len(pairs) for pairs in session.observed):
         return begin, end, session.invalid is None
     pairs = np.concatenate(session.observed)

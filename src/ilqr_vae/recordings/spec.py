@@ -1,4 +1,4 @@
-"""How to read a recording, as a person writes it in a config and as a model file remembers it."""
+"""How to read a recording: the part of a configuration that model files keep too."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     Attributes:
         spikes: variable with the counts.
         spikes_axes: order of its two axes.
-        spike_times: cell array of vectors of spike times in seconds, one cell a unit (of any
-            shape; a unit whose cell is empty never fires); given, it takes the place of ``spikes``.
-            With ``data.trials.relative_spikes`` also cells of units x trials, or of trials x units.
+        spike_times: cell array of vectors of spike times in seconds, one cell per unit (of any
+            shape; a unit with an empty cell never fires). It replaces ``spikes``. With
+            ``data.trials.relative_spikes``, also cells of units x trials or of trials x units.
         spike_trials: cell array like ``spike_times`` with the one-based trial of each spike, or "".
         time: with ``spike_times``: variable with the times of the kinematics' samples, seconds.
         bin_width: variable with the bin width in seconds, or "" to take ``data.bin_width``.
         kinematics: variable with the kinematics, or "" for none; channels x bins or transposed.
         kinematic_rows: which channels of it to decode, from 0; empty means all.
-        kinematic_names, kinematic_units: one each per decoded channel.
+        kinematic_names, kinematic_units: one per decoded channel.
         trial_starts: variable with one-based first bins of trials, or "". Beside spike times, bins
             are the kinematics' samples.
         trial_stops: variable with one-based last bins of trials; "" means until the next begins.
         trial_times: whether starts, stops and events of trials are bins or seconds.
         trial_conditions: variable with a number or text per trial, or "".
-        trial_events: variables with one-based bins of events, one number a trial, NaN for none;
-            each once.
+        trial_events: variables with the one-based bins of events, one number per trial, NaN if the
+            event did not occur.
     """
 
     spikes: str = "spikes"
@@ -61,13 +61,13 @@ class MatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class ClockSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How a file's times become seconds on one clock: scale x time + offset.
+    """Conversion of a file's times to seconds on one clock: scale x time + offset.
 
     Attributes:
         spikes: (scale, offset) of spike times and ``obs_intervals``: (0.001, 0.0) for milliseconds.
-        kinematics: of the kinematics' timestamps, and of ``data.nwb.scored``.
-        trials: of the trials' starts, stops and events (NWB, and MAT where they are seconds), and
-            of ``invalid_times``.
+        kinematics: the same for the kinematics' timestamps and ``data.nwb.scored``.
+        trials: the same for the trials' starts, stops and events (in NWB, and in MAT if they are
+            seconds) and ``invalid_times``.
     """
 
     spikes: ClockMap = (1.0, 0.0)
@@ -82,21 +82,21 @@ class NwbSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         counts: path of a TimeSeries of binned counts inside the file; "" means spike times from
             the units table.
         unit_names: column of the units table that names the units, or "id"; "" means
-            ``unit_name`` or ``name`` where there is one, else the ids. Names that repeat get the
-            probe or electrode group before them, else the id (or the row) after them.
+            ``unit_name`` or ``name`` if it exists, else the ids. Repeated names are prefixed with
+            the probe or electrode group, or else get the id (or the row) as a suffix.
         kinematics: name (or path) of the behaviour series to decode, or of a container whose
             one-channel series are to be decoded together; "" means the most likely one
             (``nwb.series.likeliest``): velocity before position, movement before eyes and reward.
         kinematic_rows: which of its channels to decode, from 0; empty means all.
-        kinematic_names, kinematic_units: of the decoded channels, instead of what the file says;
-            empty keeps it. Units that the file contradicts are a warning.
+        kinematic_names, kinematic_units: names and units of the decoded channels instead of the
+            file's; empty keeps those. A unit that contradicts the file's causes a warning.
         rate: samples per second of the kinematics, instead of the file's; 0 keeps it. The first
             sample, and the first after each pause in the timestamps, keep their times. (FALCON's
-            H1 files state the interval where the rate belongs.)
-        stamps: whether a sample's time is the start or the end of what it covers.
-        scored: name (or path) of a series that is nonzero where kinematics are to be learnt from
-            and scored, e.g. ``eval_mask``; "" means everywhere.
-        trials: use the trials table where there is one.
+            H1 files state the interval instead of the rate.)
+        stamps: whether a sample's time is the start or the end of the interval it covers.
+        scored: name (or path) of a series, e.g. ``eval_mask``, that is nonzero where kinematics are
+            learnt from and scored; "" means everywhere.
+        trials: use the trials table if there is one.
         spike_trials: column of the units table with the trial (its id) of each spike, or "".
     """
 
@@ -117,15 +117,15 @@ class Hdf5Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Datasets of an HDF5 file of trials x bins x units, by default as NLB's tools name them.
 
     Attributes:
-        group: the group they are in; "" is the file itself.
+        group: group of the datasets; "" is the root of the file.
         spikes: counts of the held-in units.
-        held_out: counts of the held-out units, or "" to leave them.
-        kinematics: trials x bins x channels, or "" for none; absent is none for the default name.
-        test_spikes, test_held_out, test_kinematics: the same of the trials to test on; they are
-            used where the file has all that the training part has.
+        held_out: counts of the held-out units, or "" to leave them out.
+        kinematics: trials x bins x channels, or "" for none. The default name may be absent.
+        test_spikes, test_held_out, test_kinematics: the same for the test trials, which are used if
+            the file has all that the training part has.
         conditions, test_conditions: a number or text per trial, or "".
         kinematic_rows: which channels to decode, from 0; empty means all.
-        kinematic_names, kinematic_units: one each per decoded channel.
+        kinematic_names, kinematic_units: one per decoded channel.
     """
 
     group: str = ""
@@ -143,23 +143,23 @@ class Hdf5Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class TrialSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How ``mode = "trials"`` cuts a recording: which window of each trial.
+    """The window of each trial that ``mode = "trials"`` reads.
 
     Bin k of a trial covers [event + from + k w, event + from + (k+1) w); only whole bins are kept.
     Files already binned are cut at the nearest edges of their own bins.
 
     Attributes:
-        event: column of the trials table (or of ``data.mat.trial_events``) the window is laid
-            around; "" takes each trial from its start to its stop.
+        event: column of the trials table (or of ``data.mat.trial_events``) to align the window
+            with; "" takes each trial from its start to its stop.
         window: seconds from the event, (from, to); only with an event.
-        condition: columns that make up a trial's condition; empty means the first there is of
+        condition: columns that define a trial's condition; empty means the first that exists of
             condition, target_index, target_id, target, trial_type.
         events: columns kept as events; empty means all that end in ``_time``.
-        relative: whether events are seconds from their trial's start, not the recording's.
-        relative_spikes: whether spike times are. Which trial each is of is said by ``spike_trials``
-            (``data.nwb``, ``data.mat``), by a cell array of units x trials in MAT, or by times that
-            start again at each trial, where every trial has a spike of the unit. Bins outside of
-            all trials are masked.
+        relative: whether events are relative to the start of their trial, not of the recording.
+        relative_spikes: whether spike times are relative to the start of their trial. The trial of
+            each spike is given by ``spike_trials`` (``data.nwb``, ``data.mat``), by a cell array of
+            units x trials in MAT, or by times that restart at each trial, if the unit has a spike
+            in every trial. Bins outside all trials are masked.
     """
 
     event: str = ""
@@ -174,27 +174,27 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """The ``[data]`` part of a config.
 
     Attributes:
-        bin_width: seconds. By default 0.05 for spike times, and for counts what the file states; it
-            must agree with that. A file of counts that states none (MAT, HDF5) needs it.
-        min_rate: Hz; units slower than this on the training part are left out of the model.
-        units: which units to read: columns of the units table with the value, or one of the values,
-            that a unit has there, e.g. ``quality = "good"`` or ``electrode_group = ["a", "b"]``. In
-            NWB also columns of the units' electrodes (``location``); in MAT and HDF5 variables
-            with one value a unit. Empty means all units.
-        features: continuous series to be observed beside the counts, spike-band power for one: of
-            NWB their names (or paths), of MAT variables, channels x bins or samples, on the clock
-            of ``mat.time`` beside spike times. A bin has the mean of its samples; where there is
-            none, the feature is not observed. The model learns their mean and scale.
-        mode: the recording as it ran, or its trials one after the other, nothing crossing from one
-            to the next.
-        lag: seconds; the kinematics of a bin are those measured this much later (negative:
-            earlier). Movement follows motor cortex, so decoding is easier some 0.1 s ahead.
+        bin_width: seconds. The default is 0.05 for spike times and the file's bin width for counts,
+            with which it must agree. It is required for counts without one (MAT, HDF5).
+        min_rate: Hz; units that fire more slowly on the training part are left out of the model.
+        units: units to read, by the value, or values, of columns of the units table, e.g.
+            ``quality = "good"`` or ``electrode_group = ["a", "b"]``. In NWB, also by columns of the
+            units' electrodes (``location``); in MAT and HDF5, by variables with one value per unit.
+            Empty means all units.
+        features: continuous series to observe beside the counts, e.g. spike-band power: names or
+            paths in NWB; in MAT, variables of channels x bins, or of channels x samples on the
+            clock of ``mat.time`` if there are spike times. The value of a bin is the mean of its
+            samples; without samples, the feature is not observed. The model learns mean and scale.
+        mode: "continuous" reads the recording as it ran; "trials" concatenates its trials, and
+            nothing crosses from one to the next.
+        lag: seconds by which the kinematics of a bin are taken later (negative: earlier). Movement
+            follows motor cortex, so decoding is easier some 0.1 s ahead.
         differentiate: decode the rate of change of the kinematics (velocity from position), by
             central differences of the bins' means.
-        clocks: how the file's times become seconds.
+        clocks: conversion of the file's times to seconds.
         mat, nwb, hdf5: how to read each format.
-        trials: which part of each trial.
-        split: by time, or by the file's labels.
+        trials: window of each trial to read.
+        split: split by time, or by the file's labels.
     """
 
     bin_width: Annotated[PositiveFloat | None, unit("s")] = None
@@ -213,10 +213,10 @@ class RecordingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def width(self) -> float:
-        """Seconds a bin."""
+        """Bin width in seconds."""
         return 0.05 if self.bin_width is None else self.bin_width
 
     def as_it_ran(self) -> RecordingSpec:
-        """The same, in one piece: to stream it, since a stream runs on between trials."""
+        """Return the same spec in continuous mode, since a stream does not stop between trials."""
         split = msgspec.structs.replace(self.split, column="")
         return msgspec.structs.replace(self, mode="continuous", split=split)

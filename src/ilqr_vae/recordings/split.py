@@ -61,10 +61,10 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     without validation labels the last of the training trials are, in the proportion that ``train``
     has to ``validation``. Other trials are left out.
 
-    ``fraction`` leaves a decoder less to learn from: training and validation part together are the
-    first ``fraction`` of all bins, divided as they would be without it, and what lies between them
-    and the test part is left out. The test part stays what it is. So whatever is chosen is chosen
-    within that share too, by every decoder alike. Trials stay whole.
+    With ``fraction``, decoders learn from less data: the training and the validation part together
+    are the first ``fraction`` of all bins, divided in the usual proportion, and the bins between
+    them and the test part are left out. The test part does not change. Choices are therefore made
+    within that fraction too, for all decoders alike. Trials stay whole.
 
     Attributes:
         train: where the training part ends, as a share of the bins or trials.
@@ -107,7 +107,7 @@ class SplitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def _ranges(
         self, a: int, b: int, n_bins: int, trials: Recording | None = None
     ) -> dict[Span, tuple[int, int]]:
-        """Of first bins ``a`` and ``b`` after the training and the validation part."""
+        """Return the ranges of the parts, given the first bins after training and validation."""
         test = b
         if self.fraction < 1 and b > 0:
             used = min(b, round(self.fraction * n_bins))
@@ -126,11 +126,11 @@ def segment_start(recording: Recording, bin_: int) -> int:
 
 
 def nested_split(recording: Recording, split: SplitSpec) -> Recording:
-    """The recording without its test part, split anew: for choices that must not see that part.
+    """Split the recording without its test part anew, for choices that must not see that part.
 
-    The validation part stands for the test part, and the last of the training part, in the
-    proportion that validation has to both, for the validation part. Nothing of the test part is
-    left, so nothing can be fitted to it or chosen on it.
+    The validation part takes the place of the test part. The end of the training part takes the
+    place of the validation part, in the same proportion. The result contains nothing of the test
+    part, so nothing can be fitted to it or chosen on it.
     """
     a, b = split.span("validation", recording)
     inner = round(a * a / b) if b else 0
@@ -144,7 +144,7 @@ HARDLY = 0.02
 
 
 def at_rest(recording: Recording, split: SplitSpec) -> tuple[RecordingWarning, ...]:
-    """Warnings of channels that do not move in some part, where they have no R2 then."""
+    """Return warnings about channels that do not vary in some part, and so have no R2 there."""
     k = recording.kinematics
     if k is None:
         return ()
@@ -174,6 +174,6 @@ def at_rest(recording: Recording, split: SplitSpec) -> tuple[RecordingWarning, .
 
 
 def varies(y: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(D,), which columns of (T, D) vary by more than rounding; T is at least 1."""
+    """Return (D,), the columns of (T, D) that vary by more than rounding; T is at least 1."""
     dust = 16 * np.finfo(np.float64).eps * np.abs(y).max(axis=0)
     return np.ptp(y, axis=0) > dust  # exact, unlike a mean, which is rounded

@@ -78,7 +78,7 @@ class TrialWindows:
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """First bins after the training and after the validation part."""
+        """Return the first bins after the training and the validation part."""
         return int(self.bins[self.part < 1].sum()), int(self.bins[self.part < 2].sum())
 
     def keeping(self, keep: NDArray[np.bool_], why_not: str) -> TrialWindows:
@@ -129,7 +129,7 @@ def on_clock(
 
 
 def is_event(table: TrialRows, name: str) -> bool:
-    """Whether a column of the table is taken for an event unasked."""
+    """Return whether a column is kept as an event by default."""
     return name.endswith("_time") and table.columns[name].dtype.kind in "iuf"
 
 

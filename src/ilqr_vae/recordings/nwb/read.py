@@ -28,24 +28,24 @@ from ilqr_vae.recordings.unbinned import recording_of
 
 
 def read_nwb(path: str | Path, spec: RecordingSpec) -> Recording:
-    """An NWB file as a recording.
+    """Read an NWB file.
 
-    Bins begin where the kinematic series (or the series of binned counts) begins; where there is
-    neither, at 0 of the file's clock, or where the units begin if that is far from 0. Only whole
+    Bins begin with the kinematic series (or the series of binned counts). Without either, they
+    begin at 0 of the file's clock, or with the units if those begin far from 0. Only whole
     bins are kept. Counts come from the spike times of the units table, or from a series already
     binned (``spec.nwb.counts``). Kinematics are the mean of the samples inside each bin, or
-    interpolated at bin centres where samples come slower than bins. Missing samples are
+    interpolated at bin centres if samples are slower than bins. Missing samples are
     interpolated; bins inside a gap above one second, and those in the file's ``invalid_times`` or
     outside every unit's ``obs_intervals``, are marked invalid. Unit names are
     ``NwbSpec.unit_names``; a column ``heldout`` says which are held out. With
-    ``spec.mode = "trials"`` each trial's window has bins of its own, laid from the event
+    ``spec.mode = "trials"``, each trial's window has its own bins, aligned with the event
     (``TrialSpec``).
 
     Raises:
         RecordingError: no such file, no NWB file, a series is absent (those present are listed),
-            no spikes, counts that are not whole numbers 0..65535, a bin width that is not the
-            spec's, times that cannot be (``plausible``), trials asked for that are not there, or
-            pynwb is not installed.
+            there are no spikes, counts are not whole numbers 0..65535, the bin width is not the
+            spec's, times are impossible (``plausible``), requested trials are absent, or pynwb is
+            not installed.
     """
     path = existing_file(path)
     with opened(path) as (nwb, series):
@@ -55,14 +55,14 @@ def read_nwb(path: str | Path, spec: RecordingSpec) -> Recording:
 
 @contextmanager
 def opened(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
-    """The file's contents, and every time series in it by its path."""
+    """Return the contents of the file, and all its time series by path."""
     try:
         import pynwb
         from hdmf.build.errors import BuildError, ConstructError
     except ModuleNotFoundError as error:
         raise missing_extra("recording", "pynwb", "nwb") from error
-    # What h5py, hdmf and pynwb raise on a file that is no NWB file, or is damaged. Contents that
-    # cannot be read later are ``series.contents``'s to say; what else is raised there is our fault.
+    # Raised by h5py, hdmf and pynwb on a file that is damaged or no NWB file. Contents that cannot
+    # be read later are reported by ``series.contents``; any other exception there is a bug.
     unreadable = (
         OSError,
         RuntimeError,
@@ -74,11 +74,11 @@ def opened(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
         ConstructError,
     )
     # Files of other versions of NWB, or that break a recommendation, make pynwb and hdmf warn;
-    # what matters here is checked here.
+    # what matters is checked below.
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         try:
-            # pynwb's classes are made at run time: the checker knows nothing of what they take.
+            # pynwb's classes are made at run time: the type checker does not know their arguments.
             reader: Any = pynwb.NWBHDF5IO
             nwb = stack.enter_context(reader(str(path), mode="r")).read()
             series = _all_series(nwb, pynwb)
@@ -94,7 +94,9 @@ def opened(path: Path) -> Generator[tuple[Any, dict[str, Any]]]:
 
 
 def _all_series(nwb: Any, pynwb: Any) -> dict[str, Any]:
-    """Every TimeSeries by its path inside the file, e.g. ``processing/behavior/Position/hand``."""
+    """Return every TimeSeries by its path inside the file, e.g.
+    ``processing/behavior/Position/hand``.
+    """
     found: dict[str, Any] = {}
     for item in nwb.objects.values():
         if isinstance(item, pynwb.TimeSeries):
@@ -114,7 +116,7 @@ def _all_series(nwb: Any, pynwb: Any) -> dict[str, Any]:
 def _session(
     nwb: Any, series: dict[str, Any], spec: RecordingSpec
 ) -> tuple[RecordedSession, RecordingSpec]:
-    """What the file holds, and how to read it with the bin width that it states."""
+    """Return the contents of the file, and the spec with the bin width that it states."""
     binned = find(series, spec.nwb.counts, "data.nwb.counts") if spec.nwb.counts else None
     features = features_of(series, spec)
     others = {path: item for path, item in series.items() if path not in {f.path for f in features}}

@@ -1,4 +1,4 @@
-"""Behaviour series of an NWB file: which, when, what their channels are called."""
+"""Behaviour series of an NWB file: their choice, times and channel names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ilqr_vae.recordings.stamps import usable_stamps
 
 
 def find(series: dict[str, Any], wanted: str, field: str) -> Any:
-    """The series of that path, or the only one whose path ends so."""
+    """Return the series with this path, or the only one whose path ends with it."""
     wanted = wanted.strip("/")
     if wanted in series:
         return series[wanted]
@@ -34,7 +34,7 @@ def find(series: dict[str, Any], wanted: str, field: str) -> Any:
 
 
 def contents(data: Any, field: str) -> NDArray[Any]:
-    """A dataset's values. Raises RecordingError where they cannot be read."""
+    """Return the values of a dataset. Raises RecordingError if they cannot be read."""
     try:
         return np.asarray(data[:])
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -42,7 +42,7 @@ def contents(data: Any, field: str) -> NDArray[Any]:
 
 
 def clock(item: Any, n: int) -> tuple[NDArray[np.float64], float]:
-    """Times of a series' samples in seconds, and the interval between them."""
+    """Return the times of a series' samples and the interval between them, in seconds."""
     if item.timestamps is not None:
         times, rows, _ = usable_stamps(
             contents(item.timestamps, f"{item.name}.timestamps"), n, f"{item.name}.timestamps"
@@ -65,8 +65,9 @@ def clock(item: Any, n: int) -> tuple[NDArray[np.float64], float]:
 def _kinematic_clock(
     item: Any, n: int, spec: RecordingSpec, rate: float = 0.0
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], float, tuple[RecordingWarning, ...]]:
-    """Times of a series' samples, which samples have one, and the interval between them; ``rate``
-    is used instead of the file's unless it is 0."""
+    """Return the times of a series' samples, which samples have one, and the interval between them.
+
+    ``rate`` replaces the file's rate unless it is 0."""
     field, (scale, offset) = f"{item.name}.timestamps", spec.clocks.kinematics
     if item.timestamps is None:
         if rate:
@@ -86,7 +87,7 @@ def _kinematic_clock(
 def _contradicted(
     stamps: NDArray[np.float64], rate: float, field: str
 ) -> tuple[RecordingWarning, ...]:
-    """A warning where stamps come at another rate than the one stated."""
+    """Return a warning if the rate of the stamps differs from the stated one."""
     steps = np.diff(stamps[np.isfinite(stamps)])
     if not len(steps) or abs(float(np.median(steps)) * rate - 1.0) < 0.2:
         return ()
@@ -97,7 +98,7 @@ def _contradicted(
 def _at_rate(
     stamps: NDArray[np.float64], rate: float, field: str
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Times at a stated rate that keep the stamps of the first sample and after each pause."""
+    """Return times at a stated rate that keep the first stamp and the first after each pause."""
     n = len(stamps)
     rows, known = np.arange(n), np.isfinite(stamps)
     if not known.any():
@@ -139,8 +140,8 @@ RANKS = (
 
 
 def likeliest(path: str, item: Any) -> tuple[int, ...]:
-    """How unlikely a series is to be what should be decoded: its place in ``RANKS``, then among
-    those of its kind."""
+    """Return the sort key of a series as a candidate to decode: its place in ``RANKS``, then among
+    series of its kind. The smallest is the likeliest."""
     leaf, place = name_words(path.rpartition("/")[2]), name_words(path)
     fast = any(w.startswith("vel") or re.search(r"(?<!le)vel$|velocity", w) for w in leaf)
     data = getattr(item.data, "shape", ())
@@ -161,7 +162,7 @@ def likeliest(path: str, item: Any) -> tuple[int, ...]:
 
 
 def _core_types(item: Any) -> list[str]:
-    """Names of the NWB core's types that a series is of, its own or its nearest first."""
+    """Return the names of the NWB core types of a series, the most specific first."""
     return [c.__name__ for c in type(item).__mro__ if getattr(c, "namespace", "") == "core"]
 
 
@@ -185,7 +186,7 @@ def _is_behaviour(path: str, item: Any) -> bool:
 
 
 def behaviour(series: dict[str, Any], binned: Any = None) -> dict[str, int]:
-    """Paths of the series that could be decoded, likeliest first, with their places in
+    """Return the paths of series that could be decoded, likeliest first, with their places in
     ``RANKS``."""
     usual = [p for p, s in series.items() if s is not binned and _is_behaviour(p, s)]
     return {
@@ -194,7 +195,7 @@ def behaviour(series: dict[str, Any], binned: Any = None) -> dict[str, int]:
 
 
 def _chosen(series: dict[str, Any], nwb: NwbSpec, binned: Any) -> dict[str, Any]:
-    """The series to decode by path: one, or all of a container; empty where there is none."""
+    """Return the series to decode by path: one, or all of a container; empty if there is none."""
     if not nwb.kinematics:
         return {path: series[path] for path in list(behaviour(series, binned))[:1]}
     wanted = nwb.kinematics.strip("/")
@@ -207,7 +208,7 @@ def _chosen(series: dict[str, Any], nwb: NwbSpec, binned: Any) -> dict[str, Any]
 
 
 def _values(path: str, item: Any) -> tuple[NDArray[np.float64], tuple[RecordingWarning, ...]]:
-    """(K, D), in the series' unit."""
+    """Return the values (K, D) in the series' unit."""
     raw, odd = contents(item.data, path), ()
     if raw.dtype.kind not in "biuf" or raw.ndim not in (1, 2) or 0 in raw.shape:
         raise RecordingError(
@@ -232,7 +233,7 @@ def _values(path: str, item: Any) -> tuple[NDArray[np.float64], tuple[RecordingW
 
 @dataclass(frozen=True, slots=True)
 class Kinematics:
-    """The behaviour that was chosen, or None, with what a reader should know of the choice."""
+    """The chosen behaviour, or None, with notes and warnings about the choice."""
 
     moving: Moving | None
     notes: tuple[str, ...] = ()
@@ -240,11 +241,11 @@ class Kinematics:
 
 
 def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> Kinematics:
-    """The behaviour to decode, by the rule ``NwbSpec.kinematics`` states.
+    """Return the behaviour to decode, chosen as ``NwbSpec.kinematics`` states.
 
     Raises:
-        RecordingError: it is not there, is not numbers, its parts have different clocks, its times
-            are not usable (``stamps.usable_stamps``), or names or units given do not fit its
+        RecordingError: it is absent or not numeric, its parts have different clocks, its times are
+            not usable (``stamps.usable_stamps``), or the given names or units do not fit its
             channels.
     """
     nwb, others = spec.nwb, {path: s for path, s in series.items() if s is not binned}
@@ -297,10 +298,10 @@ def kinematics_of(series: dict[str, Any], spec: RecordingSpec, binned: Any) -> K
 
 
 def features_of(series: dict[str, Any], spec: RecordingSpec) -> tuple[Moving, ...]:
-    """The series that ``RecordingSpec.features`` names, on the kinematics' clock.
+    """Return the series that ``RecordingSpec.features`` names, on the kinematics' clock.
 
     Raises:
-        RecordingError: one is not there, is not numbers, or its times are not usable.
+        RecordingError: one is absent or not numeric, or its times are not usable.
     """
     made: list[Moving] = []
     scale, offset = spec.clocks.kinematics
@@ -316,10 +317,10 @@ def features_of(series: dict[str, Any], spec: RecordingSpec) -> tuple[Moving, ..
 
 
 def mask_of(series: dict[str, Any], spec: RecordingSpec, moving: Moving | None) -> Moving | None:
-    """The series ``NwbSpec.scored`` names; on the kinematics' clock where it is as long as they.
+    """Return the series that ``NwbSpec.scored`` names, on the kinematics' clock if as long.
 
     Raises:
-        RecordingError: it is not there or has more than one channel.
+        RecordingError: it is absent, or has more than one channel.
     """
     nwb = spec.nwb
     if not nwb.scored:
@@ -341,12 +342,12 @@ def mask_of(series: dict[str, Any], spec: RecordingSpec, moving: Moving | None) 
 
 
 def channel_comments(names: tuple[str, ...], units: tuple[str, ...]) -> str:
-    """A series' comments, saying what its channels are, as ``write_nwb`` leaves them."""
+    """Return the comments with which ``write_nwb`` describes the channels of a series."""
     return json.dumps({"channels": names, "units": units})
 
 
 def told_channels(item: Any, channels: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Names and units of a series' channels where its comments say so (``channel_comments``)."""
+    """Return names and units of channels if the comments state them (``channel_comments``)."""
     try:
         told = json.loads(item.comments or "")
         names, units = told["channels"], told["units"]
@@ -362,7 +363,7 @@ def _channels(item: Any, channels: int) -> tuple[tuple[str, ...], tuple[str, ...
     if told is not None:
         return told
     listed = re.search(r"columns=\[([^\]]*)\]", item.comments or "")
-    if listed is not None:  # as the Neural Latents Benchmark's files say it
+    if listed is not None:  # the notation of the Neural Latents Benchmark's files
         words = [word.strip() for word in listed[1].split(",")]
         if len(words) == channels:
             return tuple(f"{item.name}_{word}" for word in words), (str(item.unit),) * channels

@@ -37,7 +37,7 @@ class Units:
 
 
 def binned_counts(item: Any, spec: RecordingSpec) -> tuple[NDArray[np.uint16], float, float]:
-    """Counts (T, N), where their first bin begins, and how long each is, seconds."""
+    """Return counts (T, N), the start of their first bin and the bin width, in seconds."""
     data = contents(item.data, spec.nwb.counts)
     if data.ndim != 2:
         raise RecordingError(spec.nwb.counts, expected="bins x units", got=f"shape {data.shape}")
@@ -57,12 +57,12 @@ def binned_counts(item: Any, spec: RecordingSpec) -> tuple[NDArray[np.uint16], f
 
 
 def spikes_of(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Units:
-    """Spike times as they stand in the file, with names, held-out flags and observation intervals,
-    of the units that ``spec.units`` selects.
+    """Return the unchanged spike times of the selected units (``spec.units``), with their names,
+    held-out flags and observation intervals.
 
     Raises:
-        RecordingError: there are none (the series there are listed), times are not finite, the
-            index of the column does not fit it, or what is selected by is not there.
+        RecordingError: there are none (existing series are listed), times are not finite, the
+            index of the column does not fit it, or the selection names something absent.
     """
     units = nwb.units
     if units is None or len(units) == 0 or "spike_times" not in units.colnames:
@@ -86,7 +86,7 @@ def spikes_of(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Units:
     if lost:
         text = f"{lost} of {total} spike times are NaN: left out."
         odd = (RecordingWarning("spikes-missing", text),)
-    # named among all units: a name does not depend on what is selected
+    # among all units, so that a name does not depend on the selection
     names, repeats = _unit_names(units, spec.nwb.unit_names)
     held_out, chosen = _held_out(units, names), tuple(names[i] for i in rows)
     return Units(
@@ -103,7 +103,7 @@ def spikes_of(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Units:
 def _spike_trials(
     nwb: Any, column: str, rows: NDArray[np.int64], known: list[NDArray[np.bool_]]
 ) -> list[NDArray[np.int64]] | None:
-    """The row in the trials table of each spike; None where no column says it."""
+    """Return the row in the trials table of each spike; None if no column states it."""
     if not column:
         return None
     field, units, trials = "data.nwb.spike_trials", nwb.units, nwb.trials
@@ -128,7 +128,7 @@ def _spike_trials(
 
 
 def unit_columns(units: Any) -> list[str]:
-    """Names of the columns by which units can be selected (``unit_labels``)."""
+    """Return the names of columns by which units can be selected (``unit_labels``)."""
     own = [n for n in units.colnames if not hasattr(units[n], "target") and n != "electrodes"]
     table = _electrodes(units)
     further = [n for n in ([] if table is None else table[0].colnames) if n not in own]
@@ -137,10 +137,10 @@ def unit_columns(units: Any) -> list[str]:
 
 
 def unit_labels(units: Any, name: str, field: str) -> NDArray[np.str_]:
-    """A column of the units, or of their electrodes, as words.
+    """Return a column of the units, or of their electrodes, as text.
 
     Raises:
-        RecordingError: there is none of that name, or it cannot be read.
+        RecordingError: there is no such column, or it cannot be read.
     """
     if name not in (there := unit_columns(units)):
         expected = f"a column of the units: {', '.join(there)}"
@@ -148,7 +148,7 @@ def unit_labels(units: Any, name: str, field: str) -> NDArray[np.str_]:
     if name == "id" or (name in units.colnames and name != "electrodes"):
         return np.array(_labels(units.id if name == "id" else units[name], name), dtype=np.str_)
     found = _electrodes(units)
-    if found is None or name not in found[0].colnames:  # where the group is
+    if found is None or name not in found[0].colnames:  # location of the group
         groups = contents(units["electrode_group"].data, field)
         return labels_of(np.array([g.location for g in groups], dtype=object))
     table, rows = found
@@ -161,7 +161,7 @@ def unit_labels(units: Any, name: str, field: str) -> NDArray[np.str_]:
 
 
 def _electrodes(units: Any) -> tuple[Any, list[NDArray[np.int64]]] | None:
-    """The table of electrodes and each unit's rows in it; None where units have none."""
+    """Return the table of electrodes and each unit's rows in it; None if units have none."""
     if "electrodes" not in units.colnames:
         return None
     node = units["electrodes"]
@@ -181,7 +181,7 @@ def _electrodes(units: Any) -> tuple[Any, list[NDArray[np.int64]]] | None:
 def ragged(
     table: Any, column: str, field: str, rows: NDArray[np.int64]
 ) -> list[NDArray[np.float64]]:
-    """These rows of a ragged column of numbers. Raises RecordingError: its index is not one."""
+    """Return rows of a ragged column of numbers. Raises RecordingError if its index is invalid."""
     n, node = len(table), table[column]
     indexed = hasattr(node, "target")
     flat = contents((node.target if indexed else node).data, field)
@@ -240,10 +240,10 @@ def _observed(units: Any, rows: NDArray[np.int64]) -> list[NDArray[np.float64]] 
 
 
 def _unit_names(units: Any, named_by: str) -> tuple[tuple[str, ...], tuple[RecordingWarning, ...]]:
-    """One name a unit, unique, by the rule ``NwbSpec.unit_names`` states.
+    """Return a unique name for each unit, chosen as ``NwbSpec.unit_names`` states.
 
     Raises:
-        RecordingError: the column is not there.
+        RecordingError: the column is absent.
     """
     columns: dict[str, Any] = {name: units[name] for name in units.colnames} | {"id": units.id}
     if named_by and named_by not in columns:
@@ -279,7 +279,7 @@ def _renamed(column: str, by: str, names: tuple[str, ...]) -> RecordingWarning:
 
 
 def _labels(column: Any, field: str) -> tuple[str, ...]:
-    """A column as words; objects it refers to, such as electrode groups, by their names."""
+    """Return a column as text; objects such as electrode groups are given by name."""
     named = [getattr(value, "name", value) for value in contents(column.data, f"units.{field}")]
     if any(np.ndim(value) for value in named):
         raise RecordingError(f"units.{field}", expected="one value a unit", got="several")
@@ -288,7 +288,7 @@ def _labels(column: Any, field: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Names for binned counts, which are held out, and rows of those selected, with a note."""
+    """Names and held-out units of binned counts, and the selected rows, with a note."""
 
     names: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -298,11 +298,11 @@ class Beside:
 
 
 def units_beside(nwb: Any, binned: Any, n_units: int, spec: RecordingSpec) -> Beside:
-    """What the units table of as many rows says of binned counts; names are the series' own where
-    it has some.
+    """Return what a units table with as many rows states about binned counts; names are the series'
+    own if it has any.
 
     Raises:
-        RecordingError: units are to be selected, and there is no such table or column.
+        RecordingError: units are to be selected, but there is no such table or column.
     """
     units, named_by = nwb.units, spec.nwb.unit_names
     beside = units is not None and len(units) == n_units
@@ -338,7 +338,7 @@ def _column(table: Any, name: str, field: str) -> NDArray[np.float64]:
 
 
 def invalid_times(nwb: Any, spec: RecordingSpec) -> NDArray[np.float64] | None:
-    """(M, 2) starts and stops, seconds; without end where they are not known; None without any.
+    """Return starts and stops (M, 2) in seconds, infinite if unknown; None without a table.
 
     Raises:
         RecordingError: one stops before it starts.
@@ -359,7 +359,7 @@ def invalid_times(nwb: Any, spec: RecordingSpec) -> NDArray[np.float64] | None:
 
 
 def trials_table(nwb: Any) -> TrialRows | None:
-    """The trials with every column of one value a trial; None where there are none.
+    """Return the trials with all columns of one value per trial; None if there are none.
 
     Raises:
         RecordingError: a column has another number of rows than the table.

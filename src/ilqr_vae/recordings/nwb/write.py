@@ -34,7 +34,7 @@ class BehaviourSeries:
         rate: samples per second.
         start: seconds of the first sample.
         channels: D names, e.g. ("vx", "vy").
-        units: D units where channels differ; empty means ``unit`` for each.
+        units: D units if channels differ; empty means ``unit`` for all.
         description: for people.
         position: write as a SpatialSeries inside a Position container.
     """
@@ -52,8 +52,8 @@ class BehaviourSeries:
 
 @dataclass(frozen=True, slots=True)
 class SubjectInfo:
-    """Who was recorded, as NWB asks: ``species`` a Latin binomial or an NCBI taxonomy address,
-    ``sex`` one of M, F, O, U, ``age`` an ISO 8601 duration (P8Y), empty where unknown."""
+    """The recorded subject, as NWB requires: ``species`` is a Latin binomial or an NCBI taxonomy
+    address, ``sex`` is M, F, O or U, ``age`` is an ISO 8601 duration (P8Y) or empty if unknown."""
 
     subject_id: str
     species: str = ""
@@ -101,19 +101,19 @@ def write_nwb(
         unit_names: one a unit; by default ``unit0``, ``unit1``, ...
         series: behaviour.
         trials: the trials table.
-        subject: who was recorded; without it nwbinspector finds the file wanting.
+        subject: the recorded subject; without it, nwbinspector reports a violation.
         description: of the session, for people.
         session_start: with a time zone; by default now.
-        resolution: seconds, of the clock the spike times were read from.
+        resolution: resolution of the spike times in seconds.
         force: replace an existing file.
 
     Returns:
         The path written.
 
     Raises:
-        RecordingError: the file exists and ``force`` is not given, its folder does not exist, the
-            suffix is another, it cannot be written, names do not fit or repeat, the recording has
-            features, or pynwb is not installed.
+        RecordingError: the file exists and ``force`` is not given, its folder does not exist, it
+            has another suffix, it cannot be written, names do not fit or are repeated, the
+            recording has features, or pynwb is not installed.
     """
     path = Path(path)
     if path.suffix.lower() != ".nwb":
@@ -140,7 +140,7 @@ def write_nwb(
         import pynwb as pynwb_module
     except ModuleNotFoundError as error:
         raise missing_extra("out", "pynwb", "nwb") from error
-    # pynwb's classes are made at run time: what they take and hold is unknown to the checker.
+    # pynwb's classes are made at run time: the type checker does not know their attributes.
     pynwb: Any = pynwb_module
     nwb: Any = pynwb.NWBFile(
         session_description=description,
@@ -159,10 +159,10 @@ def write_nwb(
 
 
 def write_whole_nwb(pynwb: Any, nwb: Any, path: Path) -> None:
-    """Write an ``NWBFile`` beside ``path`` and rename: the whole file, or none.
+    """Write an ``NWBFile`` atomically, by renaming a complete file to ``path``.
 
     Raises:
-        ConfigError: it cannot be written there.
+        ConfigError: the path cannot be written.
     """
     with replacing(path, "--out") as part, pynwb.NWBHDF5IO(str(part), mode="w") as file:
         file.write(nwb)
