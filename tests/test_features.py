@@ -255,7 +255,15 @@ def test_the_service_answers_what_the_library_does_and_its_journal_gives_the_sam
                     s.send(51, counts[0, :UNITS], features=wrong)
             with pytest.raises(ShapeError, match="counts"):
                 s.send(51, counts[0, :UNITS] + 0.5)
-    assert verify(tmp_path, [model_path]) == Comparison(1, 51, 51)
+            s.step(52, read.counts[52], mask=read.mask()[52], timeout=60.0)
+            s.send(51, read.counts[51], mask=read.mask()[51])  # late
+            last = s.step(53, read.counts[53], mask=read.mask()[53], timeout=60.0)
+            stream.step(read.counts[50], read.mask()[50])
+            for t in (51, 52):
+                stream.step(read.counts[t], read.mask()[t])
+            same = stream.step(read.counts[53], read.mask()[53])
+            assert np.allclose(last.latent, same.latents, rtol=0.0, atol=0.05)
+    assert verify(tmp_path, [model_path]) == Comparison(1, 54, 54)
 
 
 def test_it_is_replayed_and_bins_that_are_not_the_models_are_refused(
