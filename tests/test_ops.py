@@ -14,6 +14,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 from feeder import UNITS, WAIT_S, Feeder, bin_, open_, spikes
 from ilqr_clients.load import quantiles
 from ilqr_clients.load_schedule import Faults, LoadSize, schedule
+from ilqr_service.fleet.replica import Copier
 from ilqr_service.hygiene import Hygiene, parse_cpus
 from ilqr_service.metrics.telemetry import Telemetry
 from ilqr_service.server import Service
@@ -112,7 +114,8 @@ def test_what_operations_names_is_there() -> None:
         re.findall(r'"(\w+)": \(', (root / "service/ilqr_service/fleet/fleet.py").read_text())
     )
     counted = set(re.findall(r"`(ilqr_\w+)", told)) - {f"ilqr_fleet_{name}" for name in fleet}
-    known = list(Telemetry(0.05).registry.collect())
+    with closing(Copier("a", b"", None)) as copier:
+        known = [*Telemetry(0.05).registry.collect(), *copier.collect()]
     names = {s.name for m in known for s in m.samples} | {m.name for m in known} | {"ilqr_hygiene"}
     assert counted <= names, counted - names
 

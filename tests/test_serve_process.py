@@ -176,10 +176,13 @@ def test_slow_web_clients_keep_nobody_out_and_no_thread_each() -> None:
 
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
 def test_process_from_ready_to_signal(model_file: Path, told: signal.Signals) -> None:
+    # a process inherits that a signal is ignored, as under nohup
+    before = signal.signal(told, signal.SIG_DFL)
     process = run(
         *(str(model_file), "--ingest", FREE["ingest"], "--results", FREE["results"]),
         *("--http", FREE["http"], "--device", "cpu", "--log", "json", "--ready-file", "-"),
     )
+    signal.signal(told, before)
     assert process.stdout is not None
     try:
         ready = json.loads(process.stdout.readline())
