@@ -85,7 +85,7 @@ def test_a_channel_that_never_moves_is_trained_and_said(
     assert main(["evaluate", str(tmp_path / "m.safetensors"), *arguments]) == 0
     out = capsys.readouterr().out
     head, *rows = (line for line in out.splitlines() if "mean R2" in line or "iLQR-VAE" in line)
-    assert {row[head.index("R2 vy") :].split()[0] for row in rows} == {"–"}
+    assert {row[head.index("r2.vy") :].split()[0] for row in rows} == {"–"}
     assert "nan" not in out
     scores = json.loads(numbers.read_text())
     ours = scores["scores"][OURS]

@@ -100,7 +100,7 @@ def test_brackets_in_names_and_paths_are_shown(
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "Offline causal evaluation on reach [1].mat" in out
-    assert "R2 vx [/s]" in out
+    assert "r2.vx [/s]" in out
     assert "vy [cm/s]" in page.read_text()
 
 

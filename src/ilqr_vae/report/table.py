@@ -194,7 +194,7 @@ def scores_table(
     covered = any("coverage_90" in values for values in methods.values())
     columns = ["decoder", "mean R2"]
     columns += ["95 % interval"] if bounded else []
-    columns += [f"R2 {name.removeprefix('r2.')}" for name in names]
+    columns += names  # as in JSON
     columns += ["90 % covers"] if covered else []
     rows: list[tuple[str, ...]] = []
     for method, values in methods.items():
