@@ -317,7 +317,9 @@ def _fleet() -> list[Row]:
             fleet = Fleet(model, settings, journals, fewest=2, replicate=replicate)
             try:
                 end = time.monotonic() + 60.0
-                while fleet.copies < 2 * replicate and time.monotonic() < end:
+                while fleet.copies < 2 * replicate:
+                    if time.monotonic() > end:
+                        raise TimeoutError("not every journal has a copy after 60 s")
                     time.sleep(0.05)
                 servers = {s.name: s for s in fleet.servers()}
                 server = servers[min(servers)]

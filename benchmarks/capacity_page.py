@@ -15,7 +15,7 @@ from benchmarks.rows import Row
 
 STREAMS = (10**3, 10**5, 10**6)
 CORES = 64
-"""Of a machine."""
+"""Cores of a machine."""
 
 
 def _table(columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
@@ -158,10 +158,10 @@ def carried(measured: list[Row], streams: int) -> list[Row]:
                 "model": one["implementation"],
                 "streams": streams,
                 "cores": cores,
-                "machines of 64 cores": -(-cores // 64),
+                f"machines of {CORES} cores": -(-cores // CORES),
                 "Gbit/s in all": round(8 * streams * one["bytes_s_a_stream"] / 1e9, 2),
                 "Mbit/s a machine": round(
-                    8 * min(streams, 64 * one["streams_a_core"]) * one["bytes_s_a_stream"] / 1e6
+                    8 * min(streams, CORES * one["streams_a_core"]) * one["bytes_s_a_stream"] / 1e6
                 ),
                 "GiB of memory": round(
                     (streams * memory["kib_a_session"] / 1024 + cores * memory["server_mib"])

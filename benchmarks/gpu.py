@@ -27,9 +27,9 @@ STREAMS: list[Row] = [
     {"n": 32, "m": 8, "units": 192, "H": 64, "streams": 1},
     *({"n": 20, "m": 5, "units": 196, "H": 20, "streams": S} for S in (1, 64, 1000, 10_000)),
 ]
-# : Numbers of streams at which the step in torch is measured too, and its time limit to compile.
+#: Numbers of streams at which the step in torch is measured too, and its time limit to compile.
 RECORDED, PATIENCE = (1, 1000), 100.0
-# : Published peaks per card: (bytes, float32 operations) per second.
+#: Published peaks per card: (bytes, float32 operations) per second.
 PEAKS = {"H200": (4.8e12, 67e12), "H100": (3.35e12, 67e12), "A100": (2.0e12, 19.5e12)}
 
 

@@ -34,7 +34,7 @@ GRID: list[Row] = [
     *(DECODING | {"members": K} for K in (1, 3)),
 ]
 QUICK: list[Row] = [{}, {"H": 10}, {"streams": 8}, DECODING | {"members": 3}]
-# : The sizes in the picture, which vary one at a time.
+#: The sizes in the picture, which vary one at a time.
 AXES = ("H", "n", "units", "streams")
 
 

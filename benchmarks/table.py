@@ -38,7 +38,7 @@ NOTES = {
     "gpu": "`share of floor`: the least time that moving each number once and doing the "
     "arithmetic would take at the card's published peaks, over the time measured.",
 }
-# : Columns in order: (key, heading).
+#: Columns in order: (key, heading).
 COLUMNS = {
     "benchmark": "benchmark", "implementation": "implementation", "n": "n", "m": "m", "T": "T",
     "H": "H", "units": "units", "streams": "streams", "members": "members", "batch": "batch",
@@ -91,7 +91,7 @@ def _where(machine: Row) -> str:
     )
 
 
-# : Captions of the pictures at the head of the page, by benchmark.
+#: Captions of the pictures at the head of the page, by benchmark.
 CAPTIONS = {
     "service": "Latency through the service, from the intended send to the answer, by the number "
     "of streams; beside it a bare ZeroMQ echo under the same load",

@@ -241,6 +241,7 @@ def test_a_member_that_goes_hands_its_sessions_over(
     assert len({tuple(sorted(answers.items())) for answers in streams.seen.values()}) == 1
     for one in opened:
         one.step(range(2))
+    waited(lambda: running.busy < 0.3)
     # all servers are full: one more begins, on the node that is free
     full = len(running.servers()) * MOST - len(streams.sessions) - len(opened)
     crowd = Streams(client, [f"full{k}" for k in range(full)])

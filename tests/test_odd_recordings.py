@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pynwb
 import pytest
-from numpy.typing import NDArray
 from scipy import io
 
 from ilqr_vae.errors import ConfigError, RecordingError
@@ -34,7 +31,6 @@ from odd_files import (
     named,
     plain,
     read,
-    replaced,
     saved,
     trials,
 )
@@ -351,71 +347,3 @@ def test_observation_intervals_may_have_no_end(tmp_path: Path) -> None:
 
 
 # ---- the units table ----------------------------------------------------------------------------
-
-
-def test_names_that_repeat_over_probes(tmp_path: Path) -> None:
-    numbers = ["0", "1", "2"] * 2
-    made = read(tmp_path, moved(file(unit_name=numbers, probe=["a"] * 3 + ["b"] * 3)))
-    assert made.unit_names == ("a/0", "a/1", "a/2", "b/0", "b/1", "b/2")
-    assert named(made) == ["unit-names"]
-    made = read(tmp_path, moved(file(unit_name=numbers)))
-    assert made.unit_names == ("0#0", "1#1", "2#2", "0#3", "1#4", "2#5")
-    made = read(tmp_path, moved(file(unit_name=numbers)), nwb=NwbSpec(unit_names="id"))
-    assert made.unit_names == tuple("012345")
-    assert made.warnings == ()
-    path = saved(tmp_path, moved(file(unit_name=numbers)))
-    made = load_recording(replaced(path, "units/id", np.zeros(6, dtype=np.int64)))
-    assert made.unit_names == ("0#0", "1#1", "2#2", "0#3", "1#4", "2#5")
-    with pytest.raises(RecordingError, match=r"data.nwb.unit_names: expected a column .*'cluster'"):
-        read(tmp_path, moved(file()), nwb=NwbSpec(unit_names="cluster"))
-
-
-def test_names_that_are_numbers_stay_whole(tmp_path: Path) -> None:
-    made = read(tmp_path, file(unit_name=[12345670.0 + i for i in range(UNITS)]))
-    assert made.unit_names[:2] == ("12345670", "12345671")
-
-
-def _wrapped(ends: NDArray[Any]) -> NDArray[Any]:
-    return ends.astype(np.uint8)
-
-
-def _starts(ends: NDArray[Any]) -> NDArray[Any]:
-    return np.concatenate([[0], ends[:-1]])
-
-
-def _beyond(ends: NDArray[Any]) -> NDArray[Any]:
-    return ends + 7
-
-
-def _short(ends: NDArray[Any]) -> NDArray[Any]:
-    return np.append(ends[:-1], ends[-1] - 5)
-
-
-def _shuffled(ends: NDArray[Any]) -> NDArray[Any]:
-    return ends[::-1]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (_wrapped, "overflowed"),
-        (_starts, "as if it held starts"),
-        (_beyond, "beyond the data"),
-        (_short, "a last end of"),
-        (_shuffled, "and then"),
-    ],
-)
-@pytest.mark.parametrize("column", ["spike_times", "obs_intervals"])
-def test_an_index_that_does_not_fit_is_refused(
-    tmp_path: Path, change: Callable[[NDArray[Any]], NDArray[Any]], said: str, column: str
-) -> None:
-    nwb = pynwb.NWBFile("made up", "id", datetime(2024, 1, 1, tzinfo=UTC))
-    intervals = np.stack([np.arange(0, 60, 0.5), np.arange(0.5, 60.5, 0.5)], axis=1)
-    for times in SPIKES:
-        nwb.add_unit(spike_times=times, obs_intervals=intervals)
-    path = saved(tmp_path, moved(nwb))
-    with h5py.File(path, "r") as raw:
-        ends = raw[f"units/{column}_index"][:]
-    replaced(path, f"units/{column}_index", change(ends))
-    with pytest.raises(RecordingError, match=rf"units.{column}_index: expected row ends.*{said}"):
-        load_recording(path)

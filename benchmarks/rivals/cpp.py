@@ -12,7 +12,7 @@ import numpy as np
 
 from ilqr_vae.lqr import LQRProblem
 
-# : Folders to search for Eigen's headers, after EIGEN3_INCLUDE.
+#: Folders to search for Eigen's headers, after EIGEN3_INCLUDE.
 PLACES = ("/usr/include/eigen3", "/usr/local/include/eigen3", "/opt/homebrew/include/eigen3")
 SOURCE = Path(__file__).with_name("lqr.cpp")
 

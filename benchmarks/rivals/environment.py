@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# : Names a Python that has the rivals; otherwise environments are created once, below ``HOME``.
+#: Names a Python that has the rivals; otherwise environments are created once, below ``HOME``.
 VARIABLE = "ILQR_VAE_RIVALS"
 HOME = Path.home() / ".cache"
 

@@ -15,18 +15,24 @@ from ilqr_vae.protocol import messages
 _LARGEST = 1e9
 
 
+def _vector(field: str, values: ArrayLike, size: int, expected: str) -> NDArray[Any]:
+    """Return ``values`` as an array (size,), none of them masked or complex."""
+    try:
+        given = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise ShapeError(field, expected=f"({size},)", got=str(error)) from error
+    if given.shape != (size,):
+        raise ShapeError(field, expected=f"({size},)", got=str(given.shape))
+    if np.ma.is_masked(values) or given.dtype.kind == "c":  # a part of them would be lost
+        raise ShapeError(field, expected=f"{expected}, not masked", got=repr(values))
+    return given
+
+
 def exactly(
     field: str, values: ArrayLike, n_units: int, dtype: DTypeLike, expected: str
 ) -> NDArray[Any]:
     """Return ``values`` as ``dtype``, which must not change any."""
-    try:
-        given = np.asarray(values)
-    except ValueError as error:  # lists of different lengths
-        raise ShapeError(field, expected=f"({n_units},)", got=str(error)) from error
-    if given.shape != (n_units,):
-        raise ShapeError(field, expected=f"({n_units},)", got=str(given.shape))
-    if np.ma.is_masked(values) or given.dtype.kind == "c":  # a part of them would be lost
-        raise ShapeError(field, expected=f"{expected}, not masked", got=repr(values))
+    given = _vector(field, values, n_units, expected)
     try:
         with np.errstate(invalid="ignore"):
             converted = given.astype(dtype)
@@ -75,12 +81,7 @@ def packed_mask(mask: ArrayLike | None, n_channels: int) -> messages.Array | Non
 def packed_features(values: ArrayLike, n_features: int) -> messages.Array:
     """Features (F,) of a bin as they are sent, NaN where there is none. Raises ShapeError."""
     expected = "finite numbers, or NaN where not observed"
-    try:
-        given = np.asarray(values)
-    except ValueError as error:  # lists of several lengths
-        raise ShapeError("features", expected=f"({n_features},)", got=str(error)) from error
-    if given.shape != (n_features,):
-        raise ShapeError("features", expected=f"({n_features},)", got=str(given.shape))
+    given = _vector("features", values, n_features, expected)
     if given.dtype.kind not in "biuf" or np.isinf(given).any():
         raise ShapeError("features", expected=expected, got=repr(given))
     return messages.pack(given, "<f8")

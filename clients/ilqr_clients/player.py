@@ -117,8 +117,7 @@ class Player:
         mask = seen(self._mask[row])
         steering = self._steering
         lost = self._dropped is not None and index < len(self._dropped) and self._dropped[index]
-        counts, units = self._recording.counts[row], self._recording.n_units
-        units -= self._recording.features
+        counts, units = self._recording.counts[row], self._recording.counted
         of_units = None if mask is None else mask[:units]
         given = None if lost else steering.disturb(index, counts[:units], of_units)
         others = steering.decode(None) if given is None else steering.decode(*given)

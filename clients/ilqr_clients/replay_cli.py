@@ -270,7 +270,7 @@ def replay(
             )
             played_part = read.slice(first, stop)
             steering = Steering(
-                read.n_units - read.features,
+                read.counted,
                 read.bin_width,
                 kind="replay",
                 seed=seed,

@@ -11,10 +11,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -28,6 +28,9 @@ Address = Annotated[
     ),
 ]
 
+T = TypeVar("T")
+TASK_RETRIES = 2
+"""Retries of a task whose node or worker dies."""
 _REACH_S = 5.0
 _STORE = 256 * MIB
 """Size of the object store of a local cluster, for models, tables and settings."""
@@ -90,6 +93,16 @@ def connected(address: str | None = None, *, cpus: int | None = None) -> Generat
         yield
     finally:
         ray.shutdown()
+
+
+def as_they_end(running: dict[Any, T]) -> Iterator[tuple[Any, T]]:
+    """Yield the references of tasks as they end, with their values, and take them out of it."""
+    import ray
+
+    while running:
+        ended, _ = ray.wait(list(running), num_returns=1)
+        for reference in ended:
+            yield reference, running.pop(reference)
 
 
 def _check_listening(address: str | None) -> None:

@@ -69,8 +69,8 @@ def plan_of(config: TrainConfig, recordings: list[Path]) -> TrainingPlan:
     kept = set(r.unit_names)
     return TrainingPlan(
         recordings=[path.name for path in recordings],
-        units=list(r.unit_names[: r.n_units - r.features]),
-        features=list(r.unit_names[r.n_units - r.features :]),
+        units=list(r.unit_names[: r.counted]),
+        features=list(r.unit_names[r.counted :]),
         left_out=[name for name in read.unit_names if name not in kept],
         bins=len(r),
         bin_width=r.bin_width,

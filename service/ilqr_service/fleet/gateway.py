@@ -276,7 +276,9 @@ class Gateway:
             self._check_all_there()
             if message.resume and not message.begin:
                 raise ProtocolError("session", expected="an open session", got=message.session)
-            server = self._place(Counter(home.server for home in self._homes.values()))
+            with self._lock:
+                sessions = Counter(home.server for home in self._homes.values())
+            server = self._place(sessions)
         with self._lock:
             before = self._homes.get(message.session)
             at = time.monotonic() if before is None or not message.resume else before.at

@@ -143,21 +143,20 @@ def check_bin(
                 expected=f"whole numbers from 0 to {messages.MAX_COUNT}",
                 got=f"{counts[unit]:g} for unit {model_info.unit_names[unit]!r}",
             )
-    there = np.ones(n_units, dtype=bool)
+    there: NDArray[np.bool_] | None = None
     if model_info.feature_names or message.features is not None:
         values = _features(message, model_info)
         known = np.isfinite(values)
         counts = np.concatenate([counts, np.where(known, values, 0.0)])
-        there = np.concatenate([there, known])
-    if message.mask is None:
-        return counts, None if bool(there.all()) else there
-    if message.mask.dtype != "u1":
-        raise ProtocolError("mask.dtype", expected="u1", got=message.mask.dtype)
-    mask = _vector(message.mask, "mask", len(there))
-    if (mask > 1).any():
-        raise ProtocolError("mask", expected="zeros and ones", got=str(int(mask.max())))
-    observed = mask.astype(bool) & there
-    return counts, None if bool(observed.all()) else observed
+        there = np.concatenate([np.ones(n_units, dtype=bool), known])
+    if message.mask is not None:
+        if message.mask.dtype != "u1":
+            raise ProtocolError("mask.dtype", expected="u1", got=message.mask.dtype)
+        mask = _vector(message.mask, "mask", len(counts))
+        if (mask > 1).any():
+            raise ProtocolError("mask", expected="zeros and ones", got=str(int(mask.max())))
+        there = mask.astype(bool) if there is None else mask.astype(bool) & there
+    return counts, None if there is None or bool(there.all()) else there
 
 
 def _features(message: messages.Bin, model_info: EngineInfo) -> Vector:

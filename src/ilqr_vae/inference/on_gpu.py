@@ -26,7 +26,7 @@ from ilqr_vae.model.priors import LOG_2PI, GaussianPrior, InitialCost
 _log = logging.getLogger(__name__)
 
 _WHAT = "iterations run"
-# : Channels per block.
+#: Channels per block.
 _CHANNELS = 64
 
 

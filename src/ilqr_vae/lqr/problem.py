@@ -46,7 +46,7 @@ from ilqr_vae.errors import ShapeError
 
 #: One number per problem.
 PerProblem: TypeAlias = Float[Tensor, " B"]
-# : One boolean per problem.
+#: One boolean per problem.
 FlagPerProblem: TypeAlias = Bool[Tensor, " B"]
 #: One state per problem.
 State: TypeAlias = Float[Tensor, "B n"]

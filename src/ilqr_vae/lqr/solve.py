@@ -50,7 +50,7 @@ BACKENDS: dict[str, Backend] = {
     "cpu": Backend(solve_cpu, marginal_covariance_cpu),
     "gpu": Backend(solve_gpu, marginal_covariance_gpu),
 }
-# : The backend of "auto" by torch device type, for tensors without gradients of a listed dtype.
+#: The backend of "auto" by torch device type, for tensors without gradients of a listed dtype.
 FOR_DEVICE: dict[str, str] = {"cpu": "cpu", "cuda": "gpu"}
 _COMPILED_DTYPES = (torch.float32, torch.float64)
 

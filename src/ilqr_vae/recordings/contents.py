@@ -116,7 +116,7 @@ def contents_of(path: str | Path, spec: RecordingSpec) -> Contents:
         return msgspec.structs.replace(found, refused=str(error))
     return msgspec.structs.replace(
         found,
-        n_units=found.n_units or read.n_units - read.features,
+        n_units=found.n_units or read.counted,
         rates=found.rates or _spread(_rates(read)),
         reads=_reads(read, spec),
         notes=read.notes,
@@ -129,7 +129,7 @@ def _reads(read: Recording, spec: RecordingSpec) -> dict[str, str]:
     parts = (f"{s} {' to '.join(map(str, spec.split.span(s, read)))}" for s in _SPANS)
     channels = zip(read.kinematic_names, read.kinematic_units, strict=True)
     laid = ", trials laid end to end" if spec.mode == "trials" else ""
-    units, features = read.n_units - read.features, read.unit_names[-read.features :]
+    units, features = read.counted, read.unit_names[-read.features :]
     said = {"features": f"{read.features}: {', '.join(features)}"} if read.features else {}
     return {
         "units": f"{units}: {', '.join(read.unit_names[: min(units, 6)])}"

@@ -208,6 +208,11 @@ class Recording:
         """N, the features among them."""
         return int(self.counts.shape[1])
 
+    @property
+    def counted(self) -> int:
+        """Number of units whose spikes are counted: all but the features."""
+        return self.n_units - self.features
+
     def without_features(self) -> Recording:
         """Return the recording without its features."""
         if not self.features:
@@ -302,7 +307,7 @@ class Recording:
                 got=f"{len(missing)} of them absent, e.g. {missing[0]!r}",
             )
         columns = [index[name] for name in names]
-        continuous = [column >= self.n_units - self.features for column in columns]
+        continuous = [column >= self.counted for column in columns]
         features = sum(continuous)
         if continuous != sorted(continuous):
             expected, got = "features after all units", ", ".join(names[:8])

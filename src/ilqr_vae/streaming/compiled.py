@@ -36,7 +36,7 @@ from ilqr_vae.model.readout import KinematicReadout
 from ilqr_vae.streaming.bounds import PlausibleBounds
 from ilqr_vae.streaming.state import Estimate, HorizonState
 
-# : Work arrays kept per size, besides one for each thread.
+#: Work arrays kept per size, besides one for each thread.
 _SPARE = 2
 
 States: TypeAlias = tuple[Streams, Streams]

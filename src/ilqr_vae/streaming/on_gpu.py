@@ -53,7 +53,7 @@ class _Launches(Protocol):
     def launch(self, argument: bytes, blocks: int, stream: int) -> None: ...
 
 
-# : Compiles a kernel for a shape and the names of the model's arrays.
+#: Compiles a kernel for a shape and the names of the model's arrays.
 Build = Callable[[Shape, tuple[str, ...]], _Launches]
 
 

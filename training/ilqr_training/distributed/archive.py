@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from ilqr_training.config import TrainConfig
+from ilqr_vae.cluster import TASK_RETRIES, as_they_end
 from ilqr_vae.errors import ConfigError, IlqrVaeError, TrainingError
 from ilqr_vae.files import replacing, write_whole
 from ilqr_vae.progress import SILENT, Progress
@@ -28,8 +29,6 @@ from ilqr_vae.scoring.score import OURS
 
 Task = Literal["train", "evaluate", "decode"]
 SUFFIXES = (".nwb", ".mat", ".h5", ".hdf5")
-_RETRIES = 2
-"""Retries of a task whose node or worker dies."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -280,11 +279,11 @@ def run(
     for job in jobs:
         if job.name not in outcomes:
             options = task.options(
-                num_cpus=job.cpus, num_gpus=gpus, max_retries=_RETRIES, name=job.name
+                num_cpus=job.cpus, num_gpus=gpus, max_retries=TASK_RETRIES, name=job.name
             )
             running[options.remote(job)] = job
     try:
-        for reference, job in _as_they_end(running):
+        for reference, job in as_they_end(running):
             try:
                 outcome: RecordingResult = cast(Any, ray.get(reference))
             except exceptions.RayTaskError as error:
@@ -302,15 +301,6 @@ def run(
             with suppress(exceptions.RayError):
                 ray.cancel(reference)
     return [outcomes[job.name] for job in jobs]
-
-
-def _as_they_end(running: dict[Any, Job]) -> Iterator[tuple[Any, Job]]:
-    import ray
-
-    while running:
-        ended, _ = ray.wait(list(running), num_returns=1)
-        for reference in ended:
-            yield reference, running.pop(reference)
 
 
 def table_of(outcomes: Sequence[RecordingResult]) -> Table:

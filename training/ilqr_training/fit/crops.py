@@ -60,7 +60,7 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
         )
     rates = recording.mean_counts(*train) / recording.bin_width
     keep = (rates >= spec.min_rate) & (rates > 0)
-    counted = recording.n_units - recording.features
+    counted = recording.counted
     keep[counted:] = _varying(recording, train)
     if not keep[:counted].any():
         raise RecordingError(
@@ -91,7 +91,7 @@ def prepare(recording: Recording, spec: RecordingSpec, *, chunk: int) -> Prepare
 
 def _varying(recording: Recording, train: tuple[int, int]) -> list[bool]:
     """Which features vary where they were observed in the training part."""
-    part, first = slice(*train), recording.n_units - recording.features
+    part, first = slice(*train), recording.counted
     values, seen = recording.counts[part, first:], recording.mask()[part, first:]
     return [
         bool(varies(x[there][:, None]).any()) for x, there in zip(values.T, seen.T, strict=True)

@@ -27,7 +27,7 @@ from ilqr_training.config import TrainConfig
 from ilqr_training.fit.validate import HeldOut
 from ilqr_vae import errors
 from ilqr_vae.arrays import mixture
-from ilqr_vae.cluster import drives_cluster
+from ilqr_vae.cluster import TASK_RETRIES, as_they_end, drives_cluster
 from ilqr_vae.errors import ConfigError, IlqrVaeError, TrainingError
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.machine import cores
@@ -36,9 +36,6 @@ from ilqr_vae.recordings import Recording
 
 _SEEDS_APART = 10_007
 """Distance between members' seeds, so that runs with adjacent seeds share no member."""
-
-_RETRIES = 2
-"""Of a Ray task whose node or worker dies."""
 
 
 @dataclass(frozen=True)
@@ -190,25 +187,23 @@ def _train_as_tasks(jobs: Sequence[MemberJob], progress: Progress) -> None:
             continue
         job.decodes.unlink(missing_ok=True)
         on_gpu = device_of(job.config.training.device).type != "cpu"
-        options = task.options(num_cpus=1, num_gpus=int(on_gpu), max_retries=_RETRIES)
+        options = task.options(num_cpus=1, num_gpus=int(on_gpu), max_retries=TASK_RETRIES)
         logs = None if job.log_dir is None else job.log_dir.absolute()
         own = replace(job, out=job.out.absolute(), log_dir=logs, threads=1)
         packed = msgspec.msgpack.encode(own, enc_hook=_plain)
         running[options.remote(packed)] = number
     progress.log(f"{len(jobs)} members, {len(running)} Ray tasks")
     try:
-        while running:
-            for ended in ray.wait(list(running), num_returns=1)[0]:
-                number = running.pop(ended)
-                try:
-                    ray.get(ended)
-                except RayTaskError as error:
-                    raise (error.cause or error) from error
-                except RayError as error:  # its worker died each time
-                    got = str(error).splitlines()[0]
-                    name = f"member {number}"
-                    raise _Stopped(name, expected="a run that ends", got=got) from error
-                progress.log(f"member {number}: trained")
+        for ended, number in as_they_end(running):
+            try:
+                ray.get(ended)
+            except RayTaskError as error:
+                raise (error.cause or error) from error
+            except RayError as error:  # its worker died each time
+                got = str(error).splitlines()[0]
+                name = f"member {number}"
+                raise _Stopped(name, expected="a run that ends", got=got) from error
+            progress.log(f"member {number}: trained")
     finally:
         for left in running:
             ray.cancel(left, force=True)

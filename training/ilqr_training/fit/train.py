@@ -301,7 +301,7 @@ def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:
     r, spans = data.recording, ("train", "validation", "test")
     split = ", ".join("{} {}:{}".format(span, *getattr(data, span)) for span in spans)
     progress.log(
-        f"{r.name}: {len(r)} bins of {r.bin_width * 1e3:g} ms, {r.n_units - r.features} units"
+        f"{r.name}: {len(r)} bins of {r.bin_width * 1e3:g} ms, {r.counted} units"
         f"{f' and {r.features} features' if r.features else ''}, kinematics: "
         f"{', '.join(r.kinematic_names) or 'none'}; {split}"
     )

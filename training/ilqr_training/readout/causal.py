@@ -136,7 +136,7 @@ def causal_pass(
     fresh = np.zeros(len(recording), dtype=bool)
     fresh[[0, *recording.breaks]] = True
 
-    counted = recording.n_units - recording.features
+    counted = recording.counted
     units = UnitWatch.fresh(counted) if watch else None
     readout = estimator.readout
     direct = None if readout is None else readout.W.shape[1]

@@ -64,16 +64,16 @@ class Likelihood(nn.Module, ABC):
 
     def standard(self, values: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
         """Values as the family models them: less their centre, over their scale."""
-        if self.scaling is None:
+        if (scaling := self.scaling) is None:
             return values
-        centre, scale = self.scaling
+        centre, scale = scaling
         return (values - centre) / scale
 
     def restored(self, values: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:
         """The inverse of ``standard``."""
-        if self.scaling is None:
+        if (scaling := self.scaling) is None:
             return values
-        centre, scale = self.scaling
+        centre, scale = scaling
         return values * scale + centre
 
     def expected_values(self, a: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch N"]:

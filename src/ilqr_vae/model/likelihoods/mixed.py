@@ -89,8 +89,10 @@ class CountsAndFeatures(Likelihood):
         return first + second
 
     def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        slope = self._beside(lambda part, x: part.derivatives(*x)[0], a, values)
-        return slope, self._beside(lambda part, x: part.derivatives(*x)[1], a, values)
+        given = zip(self._split(a), self._split(values), strict=True)
+        each = [part.derivatives(*x) for part, x in zip(self.parts, given, strict=True)]
+        slope, curvature = (torch.cat(both, -1) for both in zip(*each, strict=True))
+        return slope, curvature
 
     def curvature(self, a: Tensor, values: Tensor) -> Tensor:
         return self._beside(lambda part, x: part.curvature(*x), a, values)
