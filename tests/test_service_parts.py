@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,38 @@ def test_a_backlog_gives_way_to_a_stream_in_real_time() -> None:
     assert [w.run for w in policy.take(1)] == [0]
     policy.push(work(1, 0, 101 * MS))  # one bin of a live stream, due a little later
     assert [w.run for w in policy.take(1)] == [1]
+
+
+def test_a_flood_that_is_late_anyway_gives_way_to_a_stream_in_real_time() -> None:
+    policy = Policy(lambda _: Cost(50 * MS, horizon=5, most=64, each=MS))
+    for run in range(1, 41):  # due as they are sent
+        for i in range(8):
+            policy.push(work(run, i, 100 * MS, sheds=True))
+    policy.push(work(0, 0, 150 * MS))
+    solved, *shed = policy.next(110 * MS, limit=64, shed=64)
+    assert [(w.run, w.index) for step in solved for w in step] == [(0, 0)]
+    unsolved = [w.run for steps in shed for step in steps for w in step]
+    assert Counter(unsolved) == dict.fromkeys(range(1, 25), 2) | dict.fromkeys(range(25, 41), 1)
+    # what nobody reads yet is not added to; then it is the others' turn
+    assert policy.next(110 * MS, limit=64, shed=0) == []
+    ((first,), *_) = policy.next(110 * MS, limit=64, shed=24)
+    assert {w.run for w in first} == set(range(25, 41)) | set(range(1, 9))
+
+
+def test_a_session_faster_than_real_time_keeps_its_place_with_an_empty_queue() -> None:
+    policy = Policy(cost)
+    for i in range(8):  # each when the one before it is answered
+        policy.push(work(0, i, 100 * MS))
+        assert [w.run for w in policy.take(1)] == [0]
+    policy.push(work(0, 8, 100 * MS))
+    policy.push(work(1, 0, 149 * MS))
+    assert [w.run for w in policy.take(2)] == [1, 0]
+    for i in range(100):  # in real time again: soon among the others as before
+        policy.push(work(0, 9 + i, (150 + 50 * i) * MS))
+        policy.take(1)
+    policy.push(work(0, 109, 5150 * MS))
+    policy.push(work(1, 1, 5160 * MS))
+    assert [w.run for w in policy.take(2)] == [0, 1]
 
 
 def test_what_would_be_late_gives_way_to_the_newest_of_its_run() -> None:

@@ -40,6 +40,7 @@ from ilqr_vae.protocol import messages
 _POLL_S = 0.1
 _HELD_S = 0.001  # while answers wait for the journal's copy
 _TOGETHER = 16  # messages or answers that are journalled and passed to the solver together
+_ANSWERS = 64  # handled before the next messages
 _LINGER_S = 0.5
 _REPLIES_BYTES = 1 << 20  # replies kept for a peer that does not read
 _REPLIES = 10_000
@@ -277,7 +278,7 @@ class Service:
     def _answers(self) -> None:
         answers = self._solver.finished()
         step: list[Effects] = []
-        while answers:
+        for _ in range(min(_ANSWERS, len(answers))):
             answer = answers.popleft()
             if isinstance(answer, PackedRun):
                 self._journal.keep(answer)

@@ -3,8 +3,10 @@
 Earliest deadline first, with one bin width reserved per bin of a session (a constant-bandwidth
 server): queued bins of a session rank as if each were due at least one bin width after the previous
 one. So a stream in real time ranks by its due times, and a replay at full speed, or a session that
-catches up after a gap, uses only the capacity that real-time streams leave. When a session has
-nothing queued, its rank restarts from its due time. Bins of a session keep their order.
+catches up after a gap, uses only the capacity that real-time streams leave. A session that is ahead
+of real time stays behind the others by its lead when its queue is empty again, but forgets a
+sixteenth of it with each bin: otherwise one that sends fast, with short deadlines, would come first
+always. Bins of a session keep their order.
 
 Waiting bins of different sessions are solved together, as many as fit into a step: an eighth of the
 bin width, and half of the time until the first of them is due. If the most urgent bin is overdue, a
@@ -13,8 +15,8 @@ same reason a bin that has waited long (``BACKLOG``) does not shorten the step: 
 shorter as bins approach their due times, a backlog would never be worked off.
 
 Overload is shed: if the next bin of a session that sheds would be late while newer ones wait, all
-but the newest are taken without a solve. So solves are spent on bins that can still be in time, and
-the session is at its newest bin again at once.
+but the newest are taken without a solve, in turn with those of other sessions. So solves are spent
+on bins that can still be in time, and the session is at its newest bin again at once.
 
 Pure: no clock, no threads, no sockets.
 """
@@ -22,7 +24,7 @@ Pure: no clock, no threads, no sockets.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,8 +37,8 @@ SHARE = 8
 CATCH_UP = 4
 BACKLOG = 2
 """A bin is part of a backlog if it has waited for this many steps of the largest size."""
-SHED_AT_ONCE = 128
-"""Largest number of bins taken without a solve between two solves."""
+LEAD_LOST = 16
+"""One part in this many of a session's lead is forgotten with each bin."""
 
 
 class Cost:
@@ -128,6 +130,7 @@ class Policy:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._queues: dict[int, _Queue] = {}
+        self._solved: dict[int, int] = {}  # rank of the newest bin of each run that was taken
         self._heads: list[tuple[int, int, int]] = []  # (rank, run, index)
         self._waiting = 0
 
@@ -137,9 +140,10 @@ class Policy:
     def push(self, work: Work) -> None:
         """Queue a work behind those of its run."""
         queue = self._queues.setdefault(work.run, _Queue())
-        rank = work.due_ns
         if queue.works:
-            rank = max(rank, queue.rank + self._costs(work.model).bin_ns)
+            rank = max(work.due_ns, queue.rank + self._costs(work.model).bin_ns)
+        else:
+            rank = self._first(work)
         queue.rank = rank
         queue.sheds = isinstance(work, Solve) and work.sheds
         queue.works.append((rank, work))
@@ -147,35 +151,73 @@ class Policy:
         if len(queue.works) == 1:
             heapq.heappush(self._heads, (rank, work.run, work.index))
 
-    def next(self, now_ns: int, limit: int) -> list[list[list[Work]]]:
+    def _first(self, work: Work) -> int:
+        """Return the rank of a work that is the only one of its run."""
+        due_ns = work.due_ns
+        lead = self._solved.get(work.run, 0) + self._costs(work.model).bin_ns - due_ns
+        return due_ns + max(0, lead - lead // LEAD_LOST)
+
+    def _behind(self, queue: _Queue, now_ns: int) -> bool:
+        """Return whether a queue's first work would be late if solved, and others may be shed."""
+        first = queue.works[0][1]
+        return queue.sheds and first.due_ns <= now_ns + self._costs(first.model).ns(1)
+
+    def _late(self, queue: _Queue, now_ns: int) -> bool:
+        """Return whether a queue's first work is to be shed, or may be, since it is late."""
+        first = queue.works[0][1]
+        late = queue.sheds and isinstance(first, Solve) and first.due_ns <= now_ns
+        return late or self._sheds(queue, now_ns)
+
+    def _sheds(self, queue: _Queue, now_ns: int) -> bool:
+        """Return whether a queue's first work is to be taken without a solve."""
+        return self._next_sheds(queue, behind=self._behind(queue, now_ns))
+
+    @staticmethod
+    def _next_sheds(queue: _Queue, *, behind: bool) -> bool:
+        first = queue.works[0][1]
+        newer = len(queue.works) > 1
+        return newer and isinstance(first, Solve) and (behind or first.budget == NO_SOLVE)
+
+    def next(self, now_ns: int, limit: int, shed: int) -> list[list[list[Work]]]:
         """Return rounds of steps, each round with works of different runs.
 
-        First shed bins, then at most ``limit`` of the most urgent works.
+        First at most ``limit`` of the most urgent works, then at most ``shed`` bins without a
+        solve.
         """
-        rounds = [*self.shed(now_ns, SHED_AT_ONCE), self.take(limit, now_ns)]
-        return [steps(works, self._costs) for works in rounds]
+        rounds = [self.take(limit, now_ns), *self.shed(now_ns, shed)]
+        return [steps(works, self._costs) for works in rounds if works]
 
     def take(self, limit: int, now_ns: int | None = None) -> list[Work]:
         """Up to ``limit`` works of as many different runs, most urgent first.
 
         Args:
-            now_ns: the time, to take no more than fit into a step; the first is always taken.
+            now_ns: the time, to take no more than fit into a step; the first is always taken. Bins
+                to shed are left, and late bins of runs that shed come after those in time.
         """
         quota = None if now_ns is None else Quota(self._costs, now_ns)
         taken: list[Work] = []
+        late: list[tuple[int, int, int]] = []
         while self._heads and len(taken) < limit:
-            rank, run, index = self._heads[0]
+            head = rank, run, index = heapq.heappop(self._heads)
             queue = self._queues.get(run)
             # The head of a run that was forgotten, shed or taken meanwhile is stale.
             first = queue.works[0] if queue and queue.works else None
             if queue is None or first is None or (first[0], first[1].index) != (rank, index):
-                heapq.heappop(self._heads)
                 continue
-            if quota is not None and not quota.fits(first[1]) and taken:
+            if now_ns is not None and self._late(queue, now_ns):
+                late.append(head)
+            elif quota is not None and not quota.fits(first[1]) and taken:
+                heapq.heappush(self._heads, head)
                 break
-            heapq.heappop(self._heads)
-            taken.append(queue.works.popleft()[1])
-        self._waiting -= len(taken)
+            else:
+                taken.append(self._pop(run))
+        for head in late:
+            queue = self._queues[head[1]]
+            full = len(taken) >= limit or (now_ns is not None and self._sheds(queue, now_ns))
+            if full or (quota is not None and not quota.fits(queue.works[0][1]) and taken):
+                heapq.heappush(self._heads, head)
+            else:
+                taken.append(self._pop(head[1]))
         for work in taken:
             queue = self._queues[work.run]
             if queue.works:
@@ -184,6 +226,12 @@ class Policy:
             else:
                 del self._queues[work.run]
         return taken
+
+    def _pop(self, run: int) -> Work:
+        """Remove the first work of a run."""
+        self._waiting -= 1
+        self._solved[run], work = self._queues[run].works.popleft()
+        return work
 
     def overran(self, run: int) -> None:
         """Allow queued bins of a run to be shed."""
@@ -196,31 +244,34 @@ class Policy:
         Bins of a run are in order. The newest bin of a run is never shed.
         """
         rounds: list[list[Work]] = []
-        for run, queue in self._queues.items():
-            works, place = queue.works, 0
-            if len(works) == 1:
-                continue
-            first = works[0][1]
-            behind = queue.sheds and first.due_ns <= now_ns + self._costs(first.model).ns(1)
-            while len(works) > 1 and limit > 0:
-                work = works[0][1]
-                if not isinstance(work, Solve) or not (behind or work.budget == NO_SOLVE):
-                    break
-                works.popleft()
-                rounds += [[]] if place == len(rounds) else []
-                rounds[place].append(replace(work, budget=NO_SOLVE))
-                place, limit = place + 1, limit - 1
-            if place:
-                self._waiting -= place
-                if len(works) == 1:  # bins that were not solved cost nothing
-                    queue.rank = works[0][1].due_ns
-                    works[0] = (queue.rank, works[0][1])
-                heapq.heappush(self._heads, (works[0][0], run, works[0][1].index))
+        shed = Counter[int]()
+        runs = [run for run, queue in self._queues.items() if self._sheds(queue, now_ns)]
+        behind = {run for run in runs if self._behind(self._queues[run], now_ns)}
+        while runs := runs[:limit]:
+            limit -= len(runs)
+            rounds.append([self._unsolved(run) for run in runs])
+            shed.update(runs)
+            runs = [r for r in runs if self._next_sheds(self._queues[r], behind=r in behind)]
+        for run in sorted(shed, key=shed.__getitem__):  # next time those come first that had least
+            queue = self._queues[run] = self._queues.pop(run)
+            rank, first = queue.works[0]
+            if len(queue.works) == 1:  # bins that were not solved cost nothing
+                queue.rank = rank = self._first(first)
+                queue.works[0] = (rank, first)
+            heapq.heappush(self._heads, (rank, run, first.index))
         return rounds
+
+    def _unsolved(self, run: int) -> Work:
+        """Remove the first work of a run; return it as one to take without a solve."""
+        self._waiting -= 1
+        work = self._queues[run].works.popleft()[1]
+        assert isinstance(work, Solve)
+        return replace(work, budget=NO_SOLVE)
 
     def forget(self, run: int) -> int:
         """Drop the queued works of a run; return their number."""
         queue = self._queues.pop(run, None)
+        self._solved.pop(run, None)
         dropped = len(queue.works) if queue is not None else 0
         self._waiting -= dropped
         return dropped

@@ -20,6 +20,9 @@ from ilqr_service.solving.run import PackedRun, Resumed
 from ilqr_service.work import EngineAnswer, SwapModel, Work
 from ilqr_vae.errors import IlqrVaeError
 
+_UNREAD = 128
+"""Answers that wait for the I/O thread, above which nothing is shed."""
+
 
 class SolverThread:
     """Runs the engines in a thread.
@@ -58,7 +61,7 @@ class SolverThread:
         self._since: dict[int, int] = {}
         self._policy = Policy(engines.cost)
         self._forgotten: list[int] = []
-        self._stopping = self._woken = False
+        self._stopping = self._woken = self._held = False
         self._changed = threading.Condition()
         self._answers: deque[EngineAnswer | PackedRun] = deque()
         self._thread = threading.Thread(target=self._run, name="solver", daemon=True)
@@ -95,6 +98,9 @@ class SolverThread:
         Later ones wake the I/O thread again.
         """
         self._woken = False
+        if self._held and len(self._answers) < _UNREAD // 2:
+            with self._changed:
+                self._changed.notify()
         return self._answers
 
     def stop(self) -> None:
@@ -106,15 +112,24 @@ class SolverThread:
             self._thread.join()
 
     def _next(self) -> tuple[list[int], list[list[list[Work]]]] | None:
-        """Wait for runs to forget and rounds of steps (see ``Policy.next``); None at the end."""
+        """Wait for runs to forget and rounds of steps (see ``Policy.next``); None at the end.
+
+        Nothing is shed while the I/O thread has many answers to read: an answer of another run
+        would wait behind them.
+        """
         with self._changed:
-            while not (self._stopping or self._forgotten or len(self._policy)):
-                if not self._changed.wait(self._keep_warm_s or None):
+            while not (self._stopping or self._forgotten):
+                shed = max(0, _UNREAD - len(self._answers))
+                rounds = self._policy.next(time.monotonic_ns(), self._engines.batch, shed)
+                if rounds:
+                    return [], rounds
+                self._held = len(self._policy) > 0
+                if not self._changed.wait(self._keep_warm_s or None) and not self._held:
                     return [], []
             if self._stopping:
                 return None
             forgotten, self._forgotten = self._forgotten, []
-            return forgotten, self._policy.next(time.monotonic_ns(), self._engines.batch)
+            return forgotten, []
 
     def _run(self) -> None:
         try:

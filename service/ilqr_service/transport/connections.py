@@ -166,7 +166,7 @@ class Connections:
                     continue
             taken += self._parse(connection, min(_TURN_FRAMES, fair), came)
         self.flush()
-        return came
+        return _in_turn(came)
 
     def send(self, connection: Connection, body: bytes, topic: bytes | None = None) -> bool:
         """Queue a message; return False if the peer is gone, or its queue is full."""
@@ -384,3 +384,16 @@ class Connections:
 def _descriptors() -> int:
     """Return the limit of open files, capped at what is useful here."""
     return int(min(file_limits()[0], _DESCRIPTORS))
+
+
+def _in_turn(came: list[Received]) -> list[Received]:
+    """Order messages so that each connection's first come first, then the second ones, and so on.
+
+    A connection that sends one message does not wait for the many of another.
+    """
+    seen: Counter[bytes] = Counter()
+    turns: list[int] = []
+    for received in came:
+        turns.append(seen[received.owner])
+        seen[received.owner] += 1
+    return [came[i] for i in sorted(range(len(came)), key=turns.__getitem__)]
