@@ -1,14 +1,11 @@
-"""What a fleet takes: measured, compared with a queue, and carried to more streams.
+"""What a fleet takes: measured, compared with a queueing model, and carried to more streams.
 
-    python -m benchmarks.capacity --json F --page docs/capacity.md    measure, within 8 minutes
+    python -m benchmarks.capacity --json F --page docs/capacity.md    measure, within 5 minutes
     python -m benchmarks.capacity --read F --page docs/capacity.md    write the tables again
 
-A server runs on one core of its own, with a journal, the load on the others. Waiting times are
-compared with a queue of one server and gated batches: it takes all bins that wait and answers them
-together; bins come from streams with a period of one bin width and phases of their own (sum of
-D_i / G / 1). How long a batch takes is drawn from what was measured of that very server, sent 1, 2,
-4, ... bins at once while it was idle: from the first arrival to the last answer. The ways there and
-back are drawn too, and keep nobody busy. The queue is simulated.
+A server runs on one core of its own, with a journal; the load comes from one process on the other
+cores. The model (``benchmarks.queueing``) is calibrated on streams at three loads, and predicts
+three others.
 """
 
 from __future__ import annotations
@@ -30,10 +27,11 @@ from numpy.typing import NDArray
 from benchmarks import rows
 from benchmarks.capacity_page import write
 from benchmarks.models import BIN_S
+from benchmarks.queueing import Core, Sends, Simulation, interruptions
 from benchmarks.rows import Row, quantiles, row
 from benchmarks.service import RATE, model_file, running
 from ilqr_clients import ServiceClient, Session
-from ilqr_clients.load import Generator, LoadResult, Stamps
+from ilqr_clients.load import Generator, LoadResult
 from ilqr_clients.load_schedule import Faults, LoadSize
 from ilqr_vae.cluster import connected
 from ilqr_vae.protocol import messages
@@ -44,52 +42,9 @@ SIZES = {
     "large": {"n": 32, "m": 8, "units": 192, "horizon": 64},
 }
 LOADS = (0.3, 0.6, 0.85)
-BURSTS, DRAWS = (1, 2, 4, 8, 16, 32), 24
-SECONDS, OPENED, FEW = 12.0, 40, 12
-Spans = dict[int, NDArray[np.float64]]
-"""Seconds that batches took, by the number of bins in them."""
-
-
-class Batches:
-    """Draws how long a batch takes: the same quantile of the two sizes that were measured beside
-    it, in proportion; beyond the largest, by what a bin more of it takes."""
-
-    def __init__(self, spans: Spans, ways: NDArray[np.float64]) -> None:
-        self.ways = ways
-        self._sizes = np.array(sorted(spans))
-        self._at = np.linspace(0.0, 1.0, 101)
-        self._table = np.array([np.quantile(spans[k], self._at) for k in sorted(spans)])
-
-    def seconds(self, bins: int, quantile: float) -> float:
-        """Of a batch of so many bins."""
-        spans = [float(np.interp(quantile, self._at, column)) for column in self._table]
-        if bins > self._sizes[-1] and len(spans) > 1:
-            each = (spans[-1] - spans[-2]) / (self._sizes[-1] - self._sizes[-2])
-            return spans[-1] + max(each, 0.0) * float(bins - self._sizes[-1])
-        return float(np.interp(bins, self._sizes, spans))
-
-    @property
-    def streams(self) -> float:
-        """At which a server of such batches is busy all the time, in the largest ones."""
-        medians = self._table[:, 50]
-        return float(max(self._sizes * BIN_S / medians))
-
-
-def simulated(
-    streams: int, batches: Batches, seconds: float = 30.0, seed: int = 0
-) -> NDArray[np.float64]:
-    """Seconds from each bin's arrival to its answer, by the queue above."""
-    rng = np.random.default_rng(seed)
-    phases = rng.uniform(0, BIN_S, streams)
-    times = np.sort((phases[:, None] + BIN_S * np.arange(int(seconds / BIN_S))).ravel())
-    spent, first, now = np.empty_like(times), 0, 0.0
-    while first < times.size:
-        now = max(now, times[first])
-        last = int(np.searchsorted(times, now, side="right"))
-        now += batches.seconds(last - first, rng.random())
-        spent[first:last] = now - times[first:last]
-        first = last
-    return spent + rng.choice(batches.ways, times.size)
+CALIBRATED = 0.5
+"""Load at which the model is calibrated, besides two low ones."""
+SECONDS, CALIBRATION_S, OPENED, FEW = 12.0, 5.0, 40, 12
 
 
 def _fed(server: Row, streams: int, seconds: float, warm: int) -> tuple[LoadResult, float]:
@@ -103,36 +58,6 @@ def _fed(server: Row, streams: int, seconds: float, warm: int) -> tuple[LoadResu
         after = process.cpu_times()
     spent = after.user + after.system - before.user - before.system
     return outcome, round(spent / max(1, outcome.sent) * 1e6, 1)
-
-
-def _bursts(server: Row, warm: int) -> tuple[Spans, NDArray[np.float64]]:
-    """How long the idle server takes for so many bins at once, and the ways of single bins to it
-    and back, in seconds."""
-    most = max(BURSTS)
-    bins = warm + DRAWS * len(BURSTS)
-    load = LoadSize(sessions=most, bins=bins, warm_up=warm, rate=RATE, deadline=10.0)
-    sizes = np.random.default_rng(0).permutation(np.repeat(BURSTS, DRAWS))
-    step, period = round(BIN_S * 1e9), round(2 * BIN_S * 1e9)
-    plan = [(step * i, k, i) for i in range(warm) for k in range(most)]
-    began, sent = step * warm + period, [warm] * most
-    for j, size in enumerate(sizes):
-        for k in range(size):
-            plan.append((began + period * j, k, sent[k]))
-            sent[k] += 1
-    with Generator(server["ingest"], load, Faults()) as made:
-        made.open()
-        outcome = made.run(plan)
-    bursts: dict[int, list[Stamps]] = {}
-    for stamps in outcome.stamps:
-        bursts.setdefault(stamps.intended, []).append(stamps)
-    spans: dict[int, list[float]] = {}
-    for came in bursts.values():
-        span = max(s.published for s in came) - min(s.received for s in came)
-        spans.setdefault(len(came), []).append(span / 1e9)
-    alone = [came[0] for came in bursts.values() if len(came) == 1]
-    ways = [s.received - s.intended + s.arrived - s.published for s in alone]
-    found = {k: np.array(v) for k, v in spans.items() if k in BURSTS and len(v) >= DRAWS // 2}
-    return found, np.array(ways) / 1e9
 
 
 def _streams(device: str) -> list[Row]:
@@ -167,15 +92,18 @@ def _size(name: str, size: Row, folder: Path, core: int, device: str) -> list[Ro
         about = size | {"iterations": 2, "device": device}
         warm = size["horizon"] + 5
         found.append(_memory(name, server, process, about))
-        _, few_us = _fed(server, FEW, SECONDS / 2, warm)
-        spans, ways = _bursts(server, warm)
-        batches = Batches(spans, ways)
+        few, few_us = _fed(server, FEW, CALIBRATION_S, warm)
+        some, _ = _fed(server, 2 * FEW, CALIBRATION_S, warm)
+        most = Core.fitted([few.stamps, some.stamps]).most_streams(BIN_S)
+        half = max(FEW, round(CALIBRATED * most))
+        many, _ = _fed(server, half, CALIBRATION_S, warm)
+        fitted = Core.fitted([few.stamps, some.stamps, many.stamps])
+        most = fitted.most_streams(BIN_S)
         loaded = [
-            _compared(name, load, max(1, round(load * batches.streams)), batches, server, warm)
+            _compared(name, load, max(1, round(load * most)), fitted, server, warm)
             for load in LOADS
         ]
         kept_up = [r["streams"] for r in loaded if r["late_share"] < 0.01 and not r["shed"]]
-        most = max(kept_up, default=int(LOADS[0] * batches.streams))
         found.append(
             row(
                 "capacity",
@@ -183,9 +111,13 @@ def _size(name: str, size: Row, folder: Path, core: int, device: str) -> list[Ro
                 **about,
                 core_us_a_bin=few_us,
                 core_us_a_bin_most=loaded[-1]["core_us_a_bin"],
-                streams_a_core=most,
+                streams_a_core=max(kept_up, default=half),
                 bytes_s_a_stream=_bytes(server, size),
-                batch_ms={str(k): _quantiles(v) for k, v in sorted(spans.items())},
+                calibrated_at=[FEW, 2 * FEW, half],
+                most_streams=round(most, 1),
+                times_us={k: round(v * 1e6, 1) for k, v in fitted.times._asdict().items()},
+                way_in_us=round(float(np.median(fitted.way_in)) * 1e6, 1),
+                way_out_us=round(float(np.median(fitted.way_out)) * 1e6, 1),
             )
         )
         found += loaded
@@ -193,26 +125,24 @@ def _size(name: str, size: Row, folder: Path, core: int, device: str) -> list[Ro
     return found
 
 
-def _quantiles(seconds: NDArray[np.float64]) -> list[float]:
-    """Milliseconds of the 10th, 50th, 90th and 99th percentile."""
-    return [round(float(q) * 1e3, 3) for q in np.percentile(seconds, (10, 50, 90, 99))]
-
-
-def _compared(
-    name: str, load: float, streams: int, batches: Batches, server: Row, warm: int
-) -> Row:
-    """Latency as it was measured, and as the queue has it."""
+def _compared(name: str, load: float, streams: int, core: Core, server: Row, warm: int) -> Row:
+    """Latency as it was measured, and as the model has it: for the bins as they were sent, and
+    with the interruptions of the server that were measured."""
     fed, cpu_us = _fed(server, streams, SECONDS, warm)
-    measured = np.array(fed.latency_ms()["latency"])
-    model = np.concatenate([simulated(streams, batches, seed=seed) for seed in range(3)]) * 1e3
+    sends = Sends.of(fed.stamps)
+    taken = interruptions(core, fed.stamps)
+    latencies = {
+        "measured": sends.measured,
+        "model": Simulation(core, BIN_S).run(sends),
+        "interrupted": Simulation(core, BIN_S, taken).run(sends),
+    }
     report = fed.to_json()
-    percentiles = (50, 90, 99)
     return row(
         "queue",
         name,
         share=load,
         streams=streams,
-        bins=int(measured.size),
+        bins=int(sends.sent.size),
         core_us_a_bin=cpu_us,
         busy=round(cpu_us * 1e-6 * streams / BIN_S, 3),
         bins_a_step=report["bins_per_step"],
@@ -220,8 +150,13 @@ def _compared(
         shed=fed.shed,
         unanswered=fed.unanswered,
         generator_late_p99_ms=report["sent_late_ms"].get("p99"),
-        **{f"measured_p{q}_ms": _at(measured, q) for q in percentiles},
-        **{f"model_p{q}_ms": _at(model, q) for q in percentiles},
+        interruptions=len(taken),
+        interrupted_ms=round(sum(one.seconds for one in taken) * 1e3, 1),
+        **{
+            f"{kind}_p{q}_ms": _at(seconds * 1e3, q)
+            for kind, seconds in latencies.items()
+            for q in (50, 90, 99)
+        },
     )
 
 

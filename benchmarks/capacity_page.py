@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.rows import Row
 
 STREAMS = (10**3, 10**5, 10**6)
+KINDS = ("model", "interrupted", "measured")
 CORES = 64
 """Cores of a machine."""
 
@@ -63,34 +64,40 @@ def _one_core(rows: Sequence[Row]) -> str:
     return _table(columns, cells)
 
 
-def _batches(rows: Sequence[Row]) -> str:
-    found = _of(rows, "capacity")
-    sizes = sorted({int(k) for r in found for k in r["batch_ms"]})
-    cells = [
-        (
-            r["implementation"],
-            *(
-                "{1:.3g} ({0:.3g} to {2:.3g})".format(*r["batch_ms"][str(k)])
-                if str(k) in r["batch_ms"]
-                else "–"
-                for k in sizes
-            ),
+def _core(rows: Sequence[Row]) -> str:
+    cells: list[Sequence[Any]] = []
+    for r in _of(rows, "capacity"):
+        t = {name: round(us) for name, us in r["times_us"].items()}
+        cells.append(
+            (
+                *(r["implementation"], ", ".join(map(str, r["calibrated_at"])), t["read"]),
+                f"{t['solve']} + {t['each']} k",
+                f"{t['gap']} + {t['telling']} k",
+                f"{t['told']} + {t['answer']} k",
+                *(round(r["way_in_us"]), round(r["way_out_us"]), round(r["most_streams"])),
+            )
         )
-        for r in found
-    ]
-    return _table(("model", *(f"{k} at once" for k in sizes)), cells)
+    columns = (
+        *("model", "streams", "read a bin", "solve k", "to the next solve", "to the last answer"),
+        *("way there", "way back", "streams if always busy"),
+    )
+    return _table(columns, cells)
 
 
 def _waiting(rows: Sequence[Row]) -> str:
     cells = [
         (
             *(r["implementation"], r["share"], r["streams"], r["busy"], r["bins_a_step"]),
-            *(f"{_ms(r[f'model_p{q}_ms'])} / {_ms(r[f'measured_p{q}_ms'])}" for q in (50, 90, 99)),
+            *(" / ".join(_ms(r[f"{kind}_p{q}_ms"]) for kind in KINDS) for q in (50, 90, 99)),
+            f"{r['interruptions']}, {r['interrupted_ms']:.0f} ms",
             f"{r['late_share'] * 100:.2g} %",
         )
         for r in _of(rows, "queue")
     ]
-    columns = ("model", "load", "streams", "core busy", "bins a step", "p50", "p90", "p99", "late")
+    columns = (
+        *("model", "load", "streams", "core busy", "bins a step", "p50", "p90", "p99"),
+        *("interruptions", "late"),
+    )
     return _table(columns, cells)
 
 
@@ -98,22 +105,27 @@ def _ms(value: float | None) -> str:
     return "–" if value is None else _text(float(value))
 
 
-def agreement(rows: Sequence[Row]) -> dict[float, float]:
-    """The largest factor between model and measurement, either way, by percentile."""
-    found: dict[float, float] = {}
+def agreement(rows: Sequence[Row], kind: str, share: float) -> dict[int, float]:
+    """The largest factor between a model and measurement at a load, either way, by percentile."""
+    found: dict[int, float] = {}
     for q in (50, 90, 99):
         ratios = [
-            r[f"model_p{q}_ms"] / r[f"measured_p{q}_ms"]
+            r[f"{kind}_p{q}_ms"] / r[f"measured_p{q}_ms"]
             for r in _of(rows, "queue")
-            if r[f"measured_p{q}_ms"] and r[f"model_p{q}_ms"]
+            if r["share"] == share and r[f"measured_p{q}_ms"] and r[f"{kind}_p{q}_ms"]
         ]
         found[q] = max((max(x, 1 / x) for x in ratios), default=float("nan"))
     return found
 
 
 def _agrees(rows: Sequence[Row]) -> str:
-    parts = [f"{factor:.2g} at p{q:g}" for q, factor in agreement(rows).items()]
-    return f"Model and measurement differ by a factor of at most {', '.join(parts)}."
+    cells = [
+        (share, *(f"{plain[q]:.2g} / {taken[q]:.2g}" for q in plain))
+        for share in sorted({r["share"] for r in _of(rows, "queue")})
+        for plain in [agreement(rows, "model", share)]
+        for taken in [agreement(rows, "interrupted", share)]
+    ]
+    return _table(("load", "p50", "p90", "p99"), cells)
 
 
 def _fleet(rows: Sequence[Row]) -> str:
@@ -184,7 +196,7 @@ def tables(content: Row) -> dict[str, str]:
     return {
         "machine": _machine(content),
         "one core": _one_core(rows),
-        "batches": _batches(rows),
+        "core": _core(rows),
         "waiting": _waiting(rows),
         "agreement": _agrees(rows),
         "fleet": _fleet(rows),

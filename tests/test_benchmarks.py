@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.models import decoder_of, estimator_of
+from benchmarks.models import BIN_S, decoder_of, estimator_of
+from benchmarks.queueing import Core, Interruption, Sends, Simulation, interruptions
 from benchmarks.stream import measure, time_parts
 
-from ilqr_clients.load import Generator
-from ilqr_clients.load_schedule import Faults, LoadSize
+from ilqr_clients.load import Generator, Stamps
+from ilqr_clients.load_schedule import Faults, LoadSize, schedule
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,3 +82,45 @@ def test_the_load_generator_sends_each_bin_at_its_time_and_matches_its_answer() 
     for phase in phases:
         assert (np.diff(np.sort(times[0][times[0] % every == phase])) == every).all()
     assert outcome.to_json()["latency_ms"]["n"] == 24
+
+
+def stamped(streams: int, bins: int = 40) -> list[Stamps]:
+    """What a server would state that takes all bins that wait: 0.1 ms to read one, 0.2 ms for a
+    step and 0.3 ms for each of its bins, 0.05 ms to publish each."""
+    load = LoadSize(sessions=streams, bins=bins)
+    sends = np.array([at for at, _, _ in schedule(load, Faults(), BIN_S)]) / 1e9
+    stamps, first, now = list[Stamps](), 0, 0.0
+    read = sends + 1e-4
+    while first < sends.size:
+        begin = max(now, read[first]) + 1e-4
+        last = int(np.searchsorted(read, begin, side="right"))
+        end = begin + 2e-4 + 3e-4 * (last - first)
+        arrived = int(np.searchsorted(read, end)) - last
+        end += 1e-4 * arrived
+        now = end + 5e-5 * (last - first)
+        for i in range(first, last):
+            told = end + 5e-5 * (i - first + 1)
+            times = (sends[i], sends[i], read[i], begin, end, told, told + 2e-4)
+            stamps.append(Stamps(*(round(t * 1e9) for t in times)))
+        first = last
+    return stamps
+
+
+def test_the_queueing_model_predicts_a_load_from_others() -> None:
+    core = Core.fitted([stamped(8), stamped(30)])
+    assert core.times.solve + core.times.each == pytest.approx(5e-4, rel=0.2)
+    assert 60 < core.most_streams(BIN_S) < 150
+    stamps = stamped(55)
+    sends = Sends.of(stamps)
+    percentiles = (50, 90, 99)
+    measured = np.percentile(sends.measured, percentiles)
+    model = np.percentile(Simulation(core, BIN_S).run(sends), percentiles)
+    assert model == pytest.approx(measured, rel=0.3)
+    assert not interruptions(core, stamps)
+    stalled = [s._replace(solve_end=s.solve_end + 10**7) for s in stamps[:1]]
+    (taken,) = interruptions(
+        core, [*stalled, *(s for s in stamps if s.solve_start != stamps[0][3])]
+    )
+    assert taken.seconds == pytest.approx(0.01, rel=0.2)
+    slowed = Simulation(core, BIN_S, [Interruption(1.0, 0.2)]).run(sends)
+    assert slowed.max() > 0.2 > sends.measured.max()

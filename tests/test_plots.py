@@ -62,7 +62,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "reliability": lambda: plots.reliability([0.1, 0.9], [0.2, 0.8]),
     "residuals": lambda: plots.residuals([0.0, 1.0], STD[:2], STD[:2], **NAMED),
     "trials": lambda: plots.trials(
-        {"a": [1.0, 200.0], "b": ["x", "y"]}, [0.2, 0.1], [[(1, 0.2)], []], logarithmic=["a"]
+        {"a": [1.0, 200.0], "b": ["x", "y"], "c": [4, 8]},
+        *([0.2, 0.1], [[(1, 0.2)], []]),
+        logarithmic=["a"],
     ),
 }
 
@@ -155,3 +157,12 @@ def test_the_bars_of_robustness_are_those_of_the_page() -> None:
     ]
     told = {OURS: 0.1, robustness.UNTOLD: 0.5, robustness.TOLD: 0.2}
     assert robustness.of_result({"stress": rows}) == {"25 % of units silent": told}
+
+
+def test_trials_highlight_the_chosen_one_at_the_values_that_were_tried() -> None:
+    figure = plots.trials({"latents": [4, 8, 4]}, [0.2, 0.5, 0.1], [[(1, 0.2), (2, 0.2)]], best=0)
+    curves, points = figure.axes
+    assert list(points.get_xticks()) == [4, 8]
+    colours: Any = points.collections[0].get_facecolor()
+    assert (colours == colours[0]).all(1).tolist() == [True, False, False]
+    assert all(float(t).is_integer() for t in curves.get_xticks())

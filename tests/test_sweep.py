@@ -109,9 +109,15 @@ def test_a_killed_sweep_goes_on_to_the_same_table_and_its_best_model_serves(
     assert "--out: expected a folder of the same sweep" in capsys.readouterr().err
 
 
-def test_a_population_ends_with_a_model(command: list[str], tmp_path: Path) -> None:
+def test_a_population_ends_with_a_model(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    assert main([*command, "--trials", "3", "--method", "population", "--out", str(out)]) == 0
+    monkeypatch.chdir(tmp_path)
+    given = [*command, "--trials", "3", "--method", "population", "--out", "out"]
+    assert main(given) == 0
+    (out / "sweep.json").unlink()
+    assert main(given) == 0  # it was interrupted while it wrote the table
     rows = table(out)
     assert len(rows) == 3
     assert rows[0]["state"] == "done"

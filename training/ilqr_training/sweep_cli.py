@@ -154,6 +154,7 @@ def _draw(rows: list[Trial], plan: SweepPlan, path: Path) -> None:
         [row.curve for row in scored],
         name=plan.objective,
         logarithmic=[axis.key for axis in plan.axes if axis.kind == "log"],
+        best=0,  # the first that is done; one that was stopped early may have scored higher
     )
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=130)

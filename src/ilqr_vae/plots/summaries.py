@@ -39,6 +39,8 @@ from ilqr_vae.scoring.score import LEVELS
 from ilqr_vae.scoring.score import calibration as coverage_of
 
 MAX_POINTS = 4000
+_FEW_VALUES = 6
+"""Up to so many values of an axis are its ticks."""
 
 
 @styled
@@ -225,6 +227,7 @@ def trials(
     *,
     name: str = "score",
     logarithmic: Sequence[str] = (),
+    best: int | None = None,
 ) -> Figure:
     """The trials of a search: learning curves, and scores over each searched key.
 
@@ -234,9 +237,11 @@ def trials(
         curves: (validations, score) of each trial.
         name: name of the score.
         logarithmic: keys to draw on a logarithmic axis.
+        best: the trial to highlight; default the one with the highest score.
     """
     y = np.asarray(scores, dtype=np.float64)
-    best = int(np.argmax(y)) if y.size else -1
+    if best is None:
+        best = int(np.argmax(y)) if y.size else -1
     width, height = PANEL
     figure = blank((width * (len(values) + 1), height))
     panels = figure.subplots(1, len(values) + 1, squeeze=False)
@@ -245,6 +250,7 @@ def trials(
         own = {"color": BLUE, "lw": 1.6, "zorder": 3} if k == best else {"color": GREY, "lw": 0.8}
         panels[0, 0].plot(*points.T, **own)
     panels[0, 0].set_xlabel("validations")
+    panels[0, 0].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     panels[0, 0].set_ylabel(short(name, 40))
     colours = [BLUE if k == best else GREY for k in range(len(y))]
     for ax, (key, drawn) in zip(panels[0, 1:], values.items(), strict=True):
@@ -253,6 +259,8 @@ def trials(
         if numbers and key in logarithmic:
             ax.set_xscale("log")
             _plain_numbers(ax.xaxis, 1.0, 3.0)
+        elif numbers and len(set(drawn)) <= _FEW_VALUES:
+            ax.set_xticks(sorted(set(drawn)))  # pyright: ignore[reportArgumentType]
         ax.set_xlabel(short(key, 40))
     return figure
 

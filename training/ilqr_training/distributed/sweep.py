@@ -9,9 +9,11 @@ interrupted trial gives the same result as one that was never interrupted.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -185,7 +187,11 @@ def tuner_of(plan: SweepPlan, out: Path, callbacks: list[Any]) -> Any:
     """
     from ray import tune
 
+    out = out.absolute()
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    # the live table is the output; it names failed trials
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     trainable: Any = tune.with_resources(
         tune.with_parameters(train_point, plan=plan), {"cpu": plan.cpus, "gpu": plan.gpus}
     )
@@ -214,7 +220,7 @@ def tuner_of(plan: SweepPlan, out: Path, callbacks: list[Any]) -> Any:
         ),
         run_config=tune.RunConfig(
             name=_TRIALS,
-            storage_path=str(out.absolute()),
+            storage_path=str(out),
             verbose=0,
             callbacks=callbacks,
             checkpoint_config=tune.CheckpointConfig(num_to_keep=_KEPT),
@@ -229,8 +235,12 @@ def _name(trial: Any) -> str:
 def _search(plan: SweepPlan) -> Any:
     seed = plan.config.training.seed
     if plan.method == "bayesian":
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # a resumed trial repeats its last report
+        warnings.filterwarnings("ignore", "The reported value is ignored", UserWarning)
         return OptunaSearch(seed=seed)
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
