@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ilqr_training.adaptation.labels import adapt_with_labels
+from ilqr_training.adaptation.labels import adapt_with_labels, intended
 from ilqr_training.evaluation.another_day import (
     ADAPTED,
     DECODERS,
@@ -110,6 +110,7 @@ def test_the_verb_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("adapt", ["--after", "1", "--change", "x"], "--change: expected one of nothing"),
         ("adapt", ["--least", "0"], "--least, --window, --trial"),
         ("adapt", ["--span", "all"], "--span"),
+        ("adapt", ["--model", "m"], "--span: expected test"),
         ("days", [], "two days or more"),
         ("days", ["--recording", str(read)], "files of different names"),
     ):
@@ -155,3 +156,18 @@ def test_factors_are_turned_back_by_the_units_that_stay() -> None:
     truth = np.asarray(recording.kinematics)[1200:]
     scores = [r2(truth, d.decode(changed, (1200, T))) for d in (fitted, aligned)]
     assert scores[1] > scores[0] + 0.05
+
+
+def test_the_intended_velocity_points_at_the_target_and_keeps_the_speed() -> None:
+    rng = np.random.default_rng(6)
+    decoded, cursor = rng.normal(size=(50, 3)), 0.1 * rng.normal(size=(50, 2))
+    heading, distance = rng.uniform(-np.pi, np.pi, 50), rng.uniform(0.03, 0.1, 50)
+    target = cursor + distance[:, None] * np.stack([np.cos(heading), np.sin(heading)], 1)
+    target[0], cursor[1] = np.nan, target[1] + 0.01  # no target; at the target
+    made, known = intended(decoded, cursor, target, np.full(50, 0.02))
+    assert known.tolist() == [False, *[True] * 49]
+    np.testing.assert_array_equal(made[1], [0.0, 0.0, decoded[1, 2]])
+    speed = np.hypot(decoded[2:, 0], decoded[2:, 1])
+    np.testing.assert_allclose(np.hypot(made[2:, 0], made[2:, 1]), speed)
+    np.testing.assert_allclose(np.arctan2(made[2:, 1], made[2:, 0]), heading[2:])
+    np.testing.assert_array_equal(made[2:, 2], decoded[2:, 2])

@@ -7,6 +7,10 @@ same bins as the serving model. Only if it predicts these better is it proposed 
 depending on the policy. Once it serves, the previous model runs in the shadow, and returns if it
 predicts better. Each step is a request to the service, so the journal records it and `verify`
 reproduces the run.
+
+If the session's events contain cursor and target, the intended velocity can be used as a label: the
+decoded speed, in the direction of the target. The readout is then fitted too, and a candidate must
+predict the spikes about as well as the serving model instead of better.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from ilqr_clients.closed_loop import metres_per_second
 from ilqr_clients.connection import model_of, reachable
 from ilqr_clients.listener import PATIENCE_S, Topic
 from ilqr_clients.sdk import ServiceClient
@@ -34,6 +39,10 @@ from ilqr_vae.protocol import messages
 
 Policy = Literal["never", "propose", "automatic"]
 _TURN_S = 0.2
+_LABELLED = 1 / 3
+"""Least share of bins with known targets; with fewer, the fit uses none."""
+_AS_WELL = 0.95
+"""Least bits of a candidate fitted with targets, as a share of those of the serving model."""
 
 
 class Verdict(Enum):
@@ -79,10 +88,12 @@ class Follower:
         policy: what to do with a better candidate.
         seconds: seconds of the stream to fit on.
         trial: seconds of the stream in the shadow.
+        targets: whether to use the targets in the session's ``kinematics`` events as labels.
         say: receives a line for each report.
 
     Raises:
-        ConfigError: the file does not exist, or a time is not positive.
+        ConfigError: the file does not exist, a time is not positive, or ``targets`` is set and the
+            model decodes no velocities.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class Follower:
         policy: Policy = "propose",
         seconds: float = 90.0,
         trial: float = 30.0,
+        targets: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         if not model.is_file():
@@ -105,16 +117,24 @@ class Follower:
         self._service, self._session, self._policy, self._say = service, session, policy, say
         self._served = model_of(described)
         self._served.require_counts("follow")
+        units = self._served.kinematic_units
+        if targets and (len(units) < 2 or None in metres_per_second(units)):
+            expected = "a model whose first two channels are velocities"
+            raise ConfigError("--targets", expected=expected, got=", ".join(units) or "none")
         width = self._served.bin_width
         self._fit, self._trial = round(seconds / width), max(1, round(trial / width))
         self._minute = max(1, round(60 / width))
-        self._model = model
+        self._model, self._targets = model, targets
+        self._decoded: dict[int, NDArray[np.float64]] = {}
+        self._aims: dict[int, NDArray[np.float64]] = {}
         self._bins: dict[int, tuple[NDArray[np.uint16], NDArray[np.bool_]] | None] = {}
         self._epoch, self._heard, self._made = -1, 0, 0
         self._context: zmq.Context[Any] = zmq.Context()
         address = reachable(described.results, service.endpoint)
         key, timer = service.key, service.timer
-        self._topic = Topic(self._context, address, session, key, timer, details=True)
+        self._topic = Topic(
+            self._context, address, session, key, timer, events=targets, details=True
+        )
 
     def close(self) -> None:
         """Stop listening."""
@@ -153,6 +173,8 @@ class Follower:
                         self._detail(message)
                     case messages.Result():
                         self._result(message)
+                    case messages.Event(name="kinematics"):
+                        self._aim(message)
                     case _:
                         pass
         return self._heard - begun
@@ -160,7 +182,8 @@ class Follower:
     def _detail(self, detail: messages.Detail) -> None:
         if detail.epoch != self._epoch:  # of another run: do not mix its bins with earlier ones
             self._epoch = detail.epoch
-            self._bins.clear()
+            for kept in (self._bins, self._decoded, self._aims):
+                kept.clear()
         if detail.counts is None:
             self._bins[detail.index] = None
         else:
@@ -171,11 +194,30 @@ class Follower:
             self._bins[detail.index] = counts.astype(np.uint16), mask
         while len(self._bins) > self._fit:
             del self._bins[min(self._bins)]
+        for kept in (self._decoded, self._aims):
+            while len(kept) > 2 * self._fit:
+                del kept[min(kept)]
+
+    def _aim(self, event: messages.Event) -> None:
+        """Keep cursor, target and radius of each bin after a go cue."""
+        rows = event.payload.get("rows")
+        for row in rows if isinstance(rows, list) and event.epoch == self._epoch else ():
+            if not isinstance(row, dict) or not row.get("go"):
+                continue
+            try:
+                at = [*row["cursor"], *row["target"], row.get("radius", 0.0)]
+                index, aim = int(row["bin"]), np.array(at, dtype=np.float64)
+            except (KeyError, TypeError, ValueError):
+                continue
+            if aim.shape == (5,) and np.isfinite(aim).all():
+                self._aims[index] = aim
 
     def _result(self, result: messages.Result) -> None:
         if result.revision:
             return
         self._heard += 1
+        if self._targets:
+            self._decoded[result.index] = messages.unpack(result.kinematics, "kinematics").copy()
         if self._heard % self._minute == 0:
             self._say(f"index {self.index:.2f} (1: as well as on held-out data at training)")
 
@@ -195,8 +237,33 @@ class Follower:
         strangers = (mask.sum(0) < came.sum() / 2) & (counts.sum(0) > 0)
         mask |= came[:, None] & strangers
         names = np.array(self._served.unit_names)
+        labels = self._labels(first, last)
         with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, counts=counts, mask=mask, names=names, bin_width=self._served.bin_width)
+            width = self._served.bin_width
+            np.savez(
+                file,
+                allow_pickle=False,
+                counts=counts,
+                mask=mask,
+                names=names,
+                bin_width=np.array(width),
+                **labels,
+            )
+
+    def _labels(self, first: int, last: int) -> dict[str, NDArray[Any]]:
+        """Return decodes and aims of these bins, NaN if unknown; nothing if too few are known."""
+        bins = range(first, last + 1)
+        known = sum(i in self._aims and i in self._decoded for i in bins)
+        if known < _LABELLED * len(bins):
+            if self._targets:
+                self._say(
+                    f"targets are known in {known} of {len(bins)} bins, too few: fitting without"
+                )
+            return {}
+        width = len(self._served.kinematic_names)
+        decoded = [self._decoded.get(i, np.full(width, np.nan)) for i in bins]
+        aims = np.array([self._aims.get(i, np.full(5, np.nan)) for i in bins])
+        return {"decoded": np.array(decoded), "aims": aims}
 
     def attempt(self) -> Attempt:
         """Fit, try, and apply the policy. Takes as long as the trial.
@@ -245,16 +312,22 @@ class Follower:
             _, errors = fitting.communicate()
         return subprocess.CompletedProcess(command, fitting.returncode, "", errors)
 
+    @property
+    def _least(self) -> float:
+        """Least bits of a candidate, as a share of those of the serving model."""
+        return _AS_WELL if self._targets else 1.0
+
     def _tried(self, made: Path) -> Attempt:
         bits = self._beside(made)
-        if not bits[1] > max(bits[0], 0.0):
+        least = self._least * bits[0]
+        if not bits[1] > max(least, 0.0):
             self._service.roll_back()
             return Attempt(Verdict.DROPPED, bits)
         if self._policy != "automatic":
             return Attempt(Verdict.PROPOSED, bits)
         self._service.swap()
         after = self._beside(self._model)  # on bins that were not used for the choice
-        if after[1] > after[0]:
+        if self._least * after[1] > after[0]:
             self._service.swap()
             return Attempt(Verdict.ROLLED_BACK, (after[1], after[0]))
         self._service.roll_back()

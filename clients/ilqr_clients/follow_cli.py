@@ -39,6 +39,14 @@ def run(
             "held-out data at training."
         ),
     ] = 0.8,
+    targets: Annotated[
+        bool,
+        typer.Option(
+            "--targets",
+            help="Use targets in the session's events as labels: the intended velocity is the "
+            "decoded speed, in the direction of the target. The readout is fitted too.",
+        ),
+    ] = False,
     attempts: Annotated[
         int | None, typer.Option(min=1, help="End after so many attempts.", show_default="no end")
     ] = None,
@@ -57,7 +65,16 @@ def run(
     with (
         ServiceClient(to) as service,
         closing(
-            Follower(service, session, model, policy=policy, seconds=seconds, trial=trial, say=say)
+            Follower(
+                service,
+                session,
+                model,
+                policy=policy,
+                seconds=seconds,
+                trial=trial,
+                targets=targets,
+                say=say,
+            )
         ) as follower,
     ):
         made = follower.run(attempts=attempts, threshold=threshold)

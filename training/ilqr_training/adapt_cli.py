@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from ilqr_training.adaptation.adapt import Adaptation, adapt
+from ilqr_training.adaptation.labels import intended
 from ilqr_training.adaptation.units import UnitVerdict
 from ilqr_training.options import JsonFile, RecordingFile, Threads, use_threads
-from ilqr_vae.artifact import Artifact, load_artifact, save_artifact
+from ilqr_vae.artifact import Artifact, Manifest, load_artifact, save_artifact
 from ilqr_vae.errors import ConfigError, RecordingError, TrainingError
 from ilqr_vae.files import STDOUT, check_writable, write_whole
 from ilqr_vae.progress import Bar
@@ -28,11 +29,26 @@ EXAMPLE = (
 )
 
 
-def read_streamed(path: Path) -> Recording:
-    """Read bins that `ilqr-vae follow` wrote."""
+def read_streamed(path: Path, manifest: Manifest | None = None) -> Recording:
+    """Read bins that `ilqr-vae follow` wrote; with intended velocities if it wrote targets.
+
+    Args:
+        manifest: names the channels of the decodes in the file; None ignores decodes and targets.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             mask = np.asarray(file["mask"], bool)
+            labels: dict[str, Any] = {}
+            if manifest is not None and "aims" in file:
+                aims = np.asarray(file["aims"], np.float64)
+                decoded = np.asarray(file["decoded"], np.float64)
+                kinematics, scored = intended(decoded, aims[:, :2], aims[:, 2:4], aims[:, 4])
+                labels = {
+                    "kinematics": kinematics,
+                    "scored": scored,
+                    "kinematic_names": manifest.kinematic_names,
+                    "kinematic_units": manifest.kinematic_units,
+                }
             return Recording(
                 name=path.stem,
                 bin_width=float(file["bin_width"]),
@@ -40,8 +56,9 @@ def read_streamed(path: Path) -> Recording:
                 unit_names=tuple(map(str, file["names"])),
                 valid=np.asarray(mask.any(1)),
                 observed=mask,
+                **labels,
             )
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
         raise RecordingError(
             f"recording {path.name}", expected="bins that `follow` wrote", got=str(error)
         ) from error
@@ -53,7 +70,7 @@ def _recording(
     """Return the recording, with the units to stream, and the bins to fit on."""
     manifest = artifact.manifest
     if path.suffix == ".npz":
-        read = read_streamed(path)
+        read = read_streamed(path, manifest)
         read.require_bin_width(manifest.bin_width)
     else:
         read = load_at(path, manifest.data.as_it_ran(), manifest.bin_width)
@@ -110,7 +127,8 @@ def run(
     artifact = load_artifact(model)
     read, bins = _recording(artifact, recording, seconds)
     with Bar() as bar:
-        made = adapt(artifact, read, bins, seed=seed, progress=bar)
+        labelled = recording.suffix == ".npz" and read.kinematics is not None
+        made = adapt(artifact, read, bins, labelled=labelled, seed=seed, progress=bar)
     if json_file is not None:
         numbers = {
             "units": {name: verdict.name.lower() for name, verdict in made.verdicts.items()},

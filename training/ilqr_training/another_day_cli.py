@@ -13,8 +13,17 @@ import msgspec
 import typer
 
 from ilqr_training.config import TrainConfig, load_config, overridden
-from ilqr_training.evaluation.another_day import Fitted, Schedule, scored, streamed
-from ilqr_training.evaluation.another_day_tables import attempts_table, picture, scores_table
+from ilqr_training.evaluation.another_day import (
+    Fitted,
+    Schedule,
+    scored,
+    streamed,
+)
+from ilqr_training.evaluation.another_day_tables import (
+    attempts_table,
+    picture,
+    scores_table,
+)
 from ilqr_training.evaluation.changed import (
     Stream,
     days_after,
@@ -56,6 +65,10 @@ Least = Annotated[
 ]
 Window = Annotated[float, typer.Option(help="Seconds fitted on at most, the latest ones.")]
 Trial = Annotated[float, typer.Option(help="Seconds of a candidate in the shadow.")]
+Alone = Annotated[
+    bool,
+    typer.Option("--alone", help="Compare the unchanged model and the one adapted without labels."),
+]
 After = Annotated[
     float, typer.Option(min=0, help="Seconds since the change from which R2 regained counts.")
 ]
@@ -79,6 +92,15 @@ def adapt_experiment(
             help="Only this change, beside nothing at all; repeat for several.", show_default="all"
         ),
     ] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Use this model instead of training one; repeat for several. Replaced units then "
+            "swap names with each other.",
+            show_default="train one per seed",
+        ),
+    ] = None,
+    alone: Alone = False,
     at: Annotated[
         float, typer.Option(min=0, help="Seconds of that part that are streamed unchanged.")
     ] = 0.0,
@@ -98,8 +120,10 @@ def adapt_experiment(
     """
     if span not in ("validation", "test"):
         raise ConfigError("--span", expected="validation or test", got=repr(span))
+    if model and span != "test":
+        raise ConfigError("--span", expected="test with --model, trained on the rest", got=span)
     schedule = Schedule(least, window, trial).checked()
-    settings = _begin(config, out, json_file, steps, threads)
+    settings = begin(config, out, json_file, steps, threads)
     read = load_recording(recording, settings.data)
     if span == "validation":
         read = earlier_split(read, settings.data.split)
@@ -116,14 +140,17 @@ def adapt_experiment(
     text = "Scored on the test part." if span == "test" else "Nothing here saw the test part."
     results = _Results(settings, read, schedule, after, text, out / "adapt", json_file)
     with Bar() as bar:
-        for each in _by_seed(settings, seeds):
+        for k, each in enumerate(by_seed(settings, len(model) if model else seeds)):
             seed = each.training.seed
-            trained, others = divided(units.unit_names, seed)
-            base = units.select_units(trained)
-            streams = turnover(base, units.select_units(others), (start, stop), first, seed)
-            streams = _chosen(streams, change)
-            artifact = _model(each, base, out, bar)
-            results.add(_compared(each, artifact, base, streams, schedule, after, bar))
+            if model:
+                artifact, others = load_artifact(model[k]), None
+                base = read.select_units(artifact.manifest.unit_names)
+            else:
+                trained, rest = divided(units.unit_names, seed)
+                base, others = units.select_units(trained), units.select_units(rest)
+                artifact = model_of(each, base, out, bar)
+            streams = _chosen(turnover(base, others, (start, stop), first, seed), change)
+            results.add(_compared(each, artifact, base, streams, schedule, after, alone, bar))
     results.show()
 
 
@@ -137,6 +164,7 @@ def days_experiment(
     minutes: Annotated[
         float, typer.Option(min=1, help="Minutes of each later day that are streamed.")
     ] = 10.0,
+    alone: Alone = False,
     after: After = 90.0,
     least: Least = Schedule.least,
     window: Window = Schedule.window,
@@ -155,7 +183,7 @@ def days_experiment(
     if len(set(names)) < len(names):
         raise RecordingError("--recording", expected="files of different names", got=str(names))
     schedule = Schedule(least, window, trial).checked()
-    settings = _begin(config, out, json_file, steps, threads)
+    settings = begin(config, out, json_file, steps, threads)
     first, *later = (load_recording(path, settings.data) for path in recording)
     first.require_counts("experiment days")
     base = prepare(first, settings.data, chunk=settings.training.chunk).recording
@@ -164,9 +192,9 @@ def days_experiment(
     text = f"Trained on {names[0]}."
     results = _Results(settings, base, schedule, after, text, out / "days", json_file)
     with Bar() as bar:
-        for each in _by_seed(settings, seeds):
-            artifact = _model(each, base, out, bar)
-            results.add(_compared(each, artifact, whole, streams, schedule, after, bar))
+        for each in by_seed(settings, seeds):
+            artifact = model_of(each, base, out, bar)
+            results.add(_compared(each, artifact, whole, streams, schedule, after, alone, bar))
     results.show()
 
 
@@ -192,7 +220,7 @@ def _active(settings: TrainConfig, base: Recording) -> Any:
     return of
 
 
-def _begin(
+def begin(
     config: Path, out: Path, json_file: Path | None, steps: int | None, threads: int | None
 ) -> TrainConfig:
     check_writable(json_file, "--json")
@@ -203,12 +231,12 @@ def _begin(
     return settings
 
 
-def _by_seed(settings: TrainConfig, seeds: int) -> list[TrainConfig]:
+def by_seed(settings: TrainConfig, seeds: int) -> list[TrainConfig]:
     first = settings.training.seed
     return [overridden(settings, seed=first + i) for i in range(seeds)]
 
 
-def _model(settings: TrainConfig, base: Recording, out: Path, bar: Progress) -> Artifact:
+def model_of(settings: TrainConfig, base: Recording, out: Path, bar: Progress) -> Artifact:
     """Train a model on these units and bins, or load it from the folder."""
     said = [settings, base.sha256, base.unit_names, base.bounds, len(base), version("ilqr-vae")]
     digest = hashlib.sha256(msgspec.json.encode(said)).hexdigest()[:12]
@@ -225,12 +253,15 @@ def _compared(
     streams: list[Stream],
     schedule: Schedule,
     after: float,
+    alone: bool,
     bar: Progress,
 ) -> dict[str, Any]:
     """Compare the decoders on all streams for one seed."""
     split, seed = settings.data.split, settings.training.seed
     steps = _GRU_STEPS * settings.training.steps
-    fitted = Fitted.beside(artifact, base, split, steps=steps, seed=seed, progress=bar)
+    fitted = Fitted(artifact)
+    if not alone:
+        fitted = Fitted.beside(artifact, base, split, steps=steps, seed=seed, progress=bar)
     made: list[dict[str, Any]] = []
     for stream in streams:
         decodes, attempts = streamed(fitted, stream, schedule, seed, bar)

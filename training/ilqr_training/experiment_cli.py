@@ -24,6 +24,8 @@ from ilqr_training.decode_cli import decode
 from ilqr_training.experiments import NAMES, SUMMARIES, find
 from ilqr_training.experiments.driver import ExperimentResult
 from ilqr_training.options import Threads, use_threads
+from ilqr_training.turnover_cli import EXAMPLE as TURNOVER_EXAMPLE
+from ilqr_training.turnover_cli import turnover_experiment
 from ilqr_vae.errors import ConfigError, did_you_mean
 from ilqr_vae.files import STDOUT, check_writable, read_toml, replacing, write_whole
 from ilqr_vae.progress import Bar, duration
@@ -36,7 +38,8 @@ class _Named(TyperGroup):
 
     # typer ships its own copy of click's types
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        found, names = super().get_command(ctx, cmd_name), (*NAMES, "decode", "adapt", "days")
+        found = super().get_command(ctx, cmd_name)
+        names = (*NAMES, "decode", "adapt", "days", "turnover")
         if found is None:
             raise ConfigError(
                 "experiment",
@@ -152,3 +155,8 @@ app.command(
 app.command(
     "days", epilog=DAYS_EXAMPLE, short_help="Compare decoders on the days after they were trained."
 )(days_experiment)
+app.command(
+    "turnover",
+    epilog=TURNOVER_EXAMPLE,
+    short_help="Reach on in a closed loop while units are replaced.",
+)(turnover_experiment)

@@ -71,14 +71,23 @@ def fitted_rows(
     behaviour: Observed | None,
     seed: int,
     progress: Progress,
+    start: Rows | None = None,
 ) -> tuple[Artifact, Rows]:
-    """Return the model with rows fitted on these bins."""
+    """Return the model with rows fitted on these bins, given those fitted on a part of them."""
     model = carried_model(artifact, units, recording.mean_counts(part.start, part.stop))
     y = torch.as_tensor(recording.counts[part].astype(np.float64))
     mask = torch.as_tensor(recording.mask()[part].astype(np.float64))
     like = artifact.model.group("spikes").C.detach()
     rows = refit(
-        model, units.known, y, mask, like, behaviour=behaviour, seed=seed, progress=progress
+        model,
+        units.known,
+        y,
+        mask,
+        like,
+        behaviour=behaviour,
+        start=start,
+        seed=seed,
+        progress=progress,
     )
     return _adapted(artifact, model, units, rows, recording, part), rows
 

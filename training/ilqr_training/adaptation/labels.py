@@ -3,6 +3,10 @@
 The rows are fitted as without labels, but latents are also inferred from the behaviour. The
 readout's map of the latents is then corrected by a ridge regression of its errors, in which the
 latest bins have the largest weight. The penalty is chosen by cross-validation.
+
+In a closed loop the intended velocity is not known, but the target is. ``intended`` takes the
+decoded speed in the direction from the cursor to the target, and zero where the cursor is at the
+target (ReFIT: Gilja et al. 2012, Nature Neuroscience 15:1752).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ilqr_training.adaptation.carried import fitted_rows, units_of
+from ilqr_training.adaptation.units import Rows
 from ilqr_training.readout.causal import causal_pass
 from ilqr_vae.artifact import Artifact
 from ilqr_vae.errors import ConfigError
@@ -26,6 +31,34 @@ from ilqr_vae.recordings import Recording
 _FOLDS = 4
 _RIDGES = tuple(float(a) for a in np.logspace(1, 5, 9))
 _RUN_IN = 100
+
+
+def intended(
+    decoded: NDArray[np.float64],
+    cursor: NDArray[np.float64],
+    target: NDArray[np.float64],
+    radius: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the intended kinematics, and the bins in which they are known.
+
+    Args:
+        decoded: (T, D) decoded kinematics. The first two channels are the velocity that moved the
+            cursor; the others are returned as they are.
+        cursor, target: (T, 2), NaN where there was no target.
+        radius: (T,) of the target, in the same unit.
+
+    Returns:
+        (T, D), and (T,) bool.
+    """
+    toward = target - cursor
+    distance = np.hypot(*toward.T)
+    known = np.isfinite(distance) & np.isfinite(decoded).all(1)
+    speed = np.hypot(*decoded[:, :2].T)
+    away = distance > np.nan_to_num(radius)
+    unit = toward / np.where(away, distance, 1.0)[:, None]
+    made = np.nan_to_num(decoded)
+    made[known, :2] = np.where(away[:, None], speed[:, None] * unit, 0.0)[known]
+    return made, known
 
 
 def adapt_with_labels(
@@ -52,6 +85,19 @@ def adapt_with_labels(
             for m in artifact.members
         )
         return replace(first, intervals=artifact.intervals, others=tuple(others))
+    return labelled_rows(artifact, recording, bins, half_life, seed, progress)[0]
+
+
+def labelled_rows(
+    artifact: Artifact,
+    recording: Recording,
+    bins: tuple[int, int],
+    half_life: float,
+    seed: int,
+    progress: Progress,
+    start: Rows | None = None,
+) -> tuple[Artifact, Rows]:
+    """Adapt one model; return it and its rows. ``start`` is as for ``units.refit``."""
     names = artifact.manifest.kinematic_names
     if artifact.readout is None or recording.kinematics is None or not names:
         raise ConfigError("labels", expected="a model and a recording with kinematics", got="none")
@@ -65,8 +111,8 @@ def adapt_with_labels(
         known = torch.as_tensor(recording.scored[part].astype(np.float64)).unsqueeze(1)
         behaviour = Observed(values, known.expand_as(values))
     units = units_of(artifact, recording, bins)
-    made, _ = fitted_rows(artifact, units, recording, part, behaviour, seed, progress)
-    return _corrected(made, recording, bins, half_life, progress)
+    made, rows = fitted_rows(artifact, units, recording, part, behaviour, seed, progress, start)
+    return _corrected(made, recording, bins, half_life, progress), rows
 
 
 def _corrected(

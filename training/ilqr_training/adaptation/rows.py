@@ -6,9 +6,9 @@ bins from their posterior, each with weight 1 / K, the row is the maximum of
     sum_tk mask_ti / K log p(y_ti | w_i' x_tk) - 1/2 (w_i - v_i)' S_i (w_i - v_i)
 
 with a Gaussian prior of mean v_i and precision S_i. It is found by Newton steps for all units at
-once; a step that does not improve a unit is halved. The families are concave in their affine
-argument, so the maximum is unique (Dempster, Laird & Rubin 1977 for EM; Smith & Brown 2003 for
-latent point processes).
+once, with the gradient of all draws and, for many bins, the Hessian of the first ones; a step that
+does not improve a unit is halved. The families are concave in their affine argument, so the maximum
+is unique (Dempster, Laird & Rubin 1977 for EM; Smith & Brown 2003 for latent point processes).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ilqr_vae.model.likelihoods import Counts
 _STEPS = 25
 _HALVINGS = 8
 _CLOSE = 1e-10
-_AT_ONCE = 4096  # number of draws whose outer products are held at once
+_AT_ONCE = 2048  # number of draws whose outer products are held at once
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,6 @@ class RowPrior:
         return 0.5 * torch.einsum("na,nab,nb->n", apart, self.precision, apart)
 
 
-def log_p(
-    spikes: Counts, a: Float[Tensor, "*batch N"], y: Float[Tensor, "*batch N"]
-) -> Float[Tensor, "*batch N"]:
-    """Return log p of each count relative to that under an expected count of one, in nats."""
-    return spikes.evidence(spikes.expected(a), torch.ones_like(a), y)
-
-
 @torch.no_grad()
 def fit_rows(
     spikes: Counts,
@@ -77,37 +70,46 @@ def fit_rows(
     y: Float[Tensor, "T N"],
     mask: Float[Tensor, "T N"],
     prior: RowPrior,
+    start: Float[Tensor, "N F"] | None = None,
 ) -> Float[Tensor, "N F"]:
-    """Fit the rows (N, n + 1) of N units, starting from the prior mean.
+    """Fit the rows (N, n + 1) of N units.
 
     Args:
         spikes: the observation family; its own rows are not used.
         z: K draws of the latents.
         y: counts.
         mask: one for observed counts, else zero.
+        start: rows from which to iterate; default: the prior mean.
 
     Returns:
         (N, n + 1).
     """
-    K = len(z)
-    x = torch.cat([z, torch.ones_like(z[..., :1])], -1).flatten(0, 1)
-    y, weight = y.repeat(K, 1), mask.repeat(K, 1) / K
-    F, N = x.shape[1], y.shape[1]
+    K, T, _ = z.shape
+    x = torch.cat([z, torch.ones_like(z[..., :1])], -1)
+    F, N = x.shape[-1], y.shape[1]
+    pairs = torch.triu_indices(F, F)
+    weight = mask / K
+    curved = max(1, min(K, _AT_ONCE // T))  # draws of the Hessian
 
     def cost(w: Tensor) -> Tensor:
-        return -(log_p(spikes, x @ w.mT, y) * weight).sum(0) + prior.cost(w)
+        found = (spikes.log_p(x @ w.mT, y.expand(K, T, N)) * weight).sum((0, 1))
+        return prior.cost(w) - found
 
-    w = prior.mean.clone()
+    w = prior.mean.clone() if start is None else start.clone()
     least = cost(w)
     for _ in range(_STEPS):
-        slope, curve = spikes.derivatives(x @ w.mT, y)
+        slope, curve = spikes.derivatives(x @ w.mT, y.expand(K, T, N))
         apart = torch.einsum("nab,nb->na", prior.precision, w - prior.mean)
-        gradient = (slope * weight).mT @ x + apart
+        gradient = (slope * weight).flatten(0, 1).mT @ x.flatten(0, 1) + apart
+        upper = y.new_zeros(N, pairs.shape[1])
+        bend, at = (curve[:curved] * mask / curved).flatten(0, 1), x[:curved].flatten(0, 1)
+        for part in torch.arange(len(at)).split(_AT_ONCE):
+            upper += bend[part].mT @ (at[part][:, pairs[0]] * at[part][:, pairs[1]])
         hessian = prior.precision.clone()
-        for part in torch.arange(len(x)).split(_AT_ONCE):
-            outer = (x[part].unsqueeze(2) * x[part].unsqueeze(1)).flatten(1)
-            hessian += ((curve[part] * weight[part]).mT @ outer).view(N, F, F)
-        step = torch.linalg.solve(hessian, gradient.unsqueeze(-1)).squeeze(-1)
+        hessian[:, pairs[0], pairs[1]] += upper
+        hessian[:, pairs[1], pairs[0]] = hessian[:, pairs[0], pairs[1]]
+        factor = torch.linalg.cholesky(hessian)
+        step = torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
         share, tried, found = torch.ones_like(least), w - step, cost(w - step)
         for _ in range(_HALVINGS):
             worse = ~(found <= least)

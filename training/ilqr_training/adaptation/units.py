@@ -27,17 +27,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ilqr_training.adaptation.rows import RowPrior, fit_rows, log_p
+from ilqr_training.adaptation.rows import RowPrior, fit_rows
 from ilqr_vae.inference import prediction
 from ilqr_vae.inference.problem import SolverConfig
 from ilqr_vae.model.generative import Model
 from ilqr_vae.model.likelihoods import Counts, Observed
 from ilqr_vae.progress import SILENT, Progress
 
-_SOLVER = SolverConfig(iterations=30, tolerance=1e-6)
+_SOLVER = SolverConfig(iterations=30, tolerance=1e-4)
 _CHUNK = 40
 _DRAWS = 4
+_DRAWN = 8000  # draws in all: long parts get fewer per bin
 _FOLDS = 4
+_JUDGED = 1200  # latest bins on which units are compared with their old rows
 _ROUNDS = 3
 _SURE = 3.0  # a new row must beat the row it replaces by this many nats
 _MOVED = 10.0  # another C must beat the old one by this many nats
@@ -45,6 +47,7 @@ _SHARE = 0.5  # least evidence of an anchor's old row, as a share of that of the
 _NEAR = 0.15  # expected change of an anchor's row, as a share of the spread of the rows
 _LEVEL = 0.5  # expected change of a log rate
 _ANY_LEVEL = 3.0
+_LEVEL_CLOSE = 1e-4
 
 
 class UnitVerdict(Enum):
@@ -119,9 +122,17 @@ class _Bins:
         level = copy.deepcopy(spikes)
         level.start_at(mean)
         self.constant = level.b.detach()
+        self._start: tuple[Tensor, Tensor] | None = None  # of the next solve
+
+    def latest(self, bins: int) -> _Bins:
+        """Return the latest bins."""
+        behaviour = self.behaviour
+        if behaviour is not None:
+            behaviour = Observed(*(value[-bins:] for value in behaviour))
+        return _Bins(self.model, self.y[-bins:], self.mask[-bins:], self.generator, behaviour)
 
     def latents(self, w: Tensor, used: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Yield the units of each fold, and draws (K, T, n) of latents from the other folds' units.
+        """Return the units of each fold, and draws (K, T, n) of latents from those of other folds.
 
         Args:
             used: (N,) one for units from which latents are inferred, else zero.
@@ -135,22 +146,29 @@ class _Bins:
         if self.behaviour is not None:
             same = (value.repeat(len(folds), 1, 1) for value in self.behaviour)
             observed["kinematics"] = Observed(*same)
-        found = prediction.infer_long(
-            with_rows(self.model, w), observed, chunk=_CHUNK, solver=_SOLVER, check=False
-        )
+        model = with_rows(self.model, w)
+        if self._start is None:
+            found = prediction.infer_long(
+                model, observed, chunk=_CHUNK, solver=_SOLVER, check=False
+            )
+        else:
+            z0, u = (value.repeat(len(folds), *[1] * (value.ndim - 1)) for value in self._start)
+            found = prediction.infer(model, observed, solver=_SOLVER, start=(z0, u), check=False)
+        self._start = found.z[:, 0].mean(0, keepdim=True), found.u.mean(0, keepdim=True)
         assert found.laplace is not None
         z, covariance = found.z[:, 1:], found.laplace.z_cov[:, 1:]
         factor = torch.linalg.cholesky_ex(covariance)[0].nan_to_num()
-        noise = torch.randn(_DRAWS, *z.shape, 1, generator=self.generator, dtype=z.dtype)
-        draws = z + (factor @ noise).squeeze(-1)
-        return [(units, draws[:, f]) for f, units in enumerate(folds)]
+        draws = max(1, min(_DRAWS, _DRAWN // len(self.y)))
+        noise = torch.randn(draws, *z.shape, 1, generator=self.generator, dtype=z.dtype)
+        drawn = z + (factor @ noise).squeeze(-1)
+        return [(units, drawn[:, f]) for f, units in enumerate(folds)]
 
     def evidence(self, units: Tensor, a: Tensor, bins: slice = slice(None)) -> Tensor:
         """Return log p of the counts given affine arguments (K, T, N), relative to a constant."""
         y, mask = self.y[bins][:, units], self.mask[bins][:, units]
         family = family_of(self.spikes, units)
-        gained = log_p(family, a, y.expand_as(a)).mean(0)
-        gained = gained - log_p(family, self.constant[units].expand_as(y), y)
+        gained = family.log_p(a, y.expand_as(a)).mean(0)
+        gained = gained - family.log_p(self.constant[units].expand_as(y), y)
         return (gained * mask).sum(0)
 
     def level(self, units: Tensor, a: Tensor) -> Tensor:
@@ -161,24 +179,35 @@ class _Bins:
         for _ in range(20):
             slope, curve = family.derivatives(a + c, y.expand_as(a))
             down = (slope.mean(0) * mask).sum(0) + tight * c
-            c = c - (down / ((curve.mean(0) * mask).sum(0) + tight)).clamp(-1, 1)
+            step = (down / ((curve.mean(0) * mask).sum(0) + tight)).clamp(-1, 1)
+            c = c - step
+            if bool((step.abs() < _LEVEL_CLOSE).all()):
+                break
         return c
 
-    def fit(self, units: Tensor, z: Tensor, prior: RowPrior, bins: slice = slice(None)) -> Tensor:
+    def fit(
+        self,
+        units: Tensor,
+        z: Tensor,
+        prior: RowPrior,
+        start: Tensor,
+        bins: slice = slice(None),
+    ) -> Tensor:
         """Fit rows of the units."""
         y, mask = self.y[bins][:, units], self.mask[bins][:, units]
-        return fit_rows(family_of(self.spikes, units), z[:, bins], y, mask, prior)
+        family = family_of(self.spikes, units)
+        return fit_rows(family, z[:, bins], y, mask, prior.of_units(units), start)
 
-    def tried(
-        self, units: Tensor, z: Tensor, prior: RowPrior
-    ) -> tuple[Float[Tensor, "units F"], Float[Tensor, " units"]]:
-        """Return rows, and the evidence of rows fitted on each half of the bins, on the other."""
-        half, own = len(self.y) // 2, prior.of_units(units)
+    def held_out(
+        self, units: Tensor, z: Tensor, prior: RowPrior, start: Tensor
+    ) -> Float[Tensor, " units"]:
+        """Return the evidence of rows fitted on each half of the bins, on the other half."""
+        half = len(self.y) // 2
         total = z.new_zeros(len(units))
         for fitted, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-            row = self.fit(units, z, own, fitted)
+            row = self.fit(units, z, prior, start, fitted)
             total += self.evidence(units, affine(z[:, other], row), other)
-        return self.fit(units, z, own), total
+        return total
 
 
 def affine(z: Float[Tensor, "K T n"], w: Float[Tensor, "N F"]) -> Float[Tensor, "K T N"]:
@@ -195,6 +224,7 @@ def refit(
     like: Float[Tensor, "M n"],
     *,
     behaviour: Observed | None = None,
+    start: Rows | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Rows:
@@ -207,6 +237,7 @@ def refit(
         mask: one for observed counts, else zero.
         like: rows of C of other units, for the expected size of a new unit's.
         behaviour: (T, D) observations of the group "kinematics", if known.
+        start: rows fitted on a part of the bins; one round on all bins then suffices.
         seed: seed of folds and draws.
     """
     bins = _Bins(model, y, mask, torch.Generator().manual_seed(seed), behaviour)
@@ -217,53 +248,67 @@ def refit(
     spread = spread + 1e-6 * spread.diagonal().mean().clamp(min=1e-12) * torch.eye(n).to(spread)
     size = torch.linalg.inv(spread)
     fires = (y * mask).sum(0) > 0
-    anchor, w = known & fires, first.clone()
-    for done in range(_ROUNDS):
-        progress("adapt", done, 2 * _ROUNDS, "which units still fit")
-        used = anchor
-        anchor = torch.zeros_like(known)
-        moved = w.clone()
-        for units, z in bins.latents(w, used.to(y)):
-            a = affine(z, w[units])
-            level = bins.level(units, a)
-            moved[units, n] += level
-            anchor[units] = bins.evidence(units, a + level) > 0
-        w, anchor = moved, anchor & known & fires
-
-    level = torch.cat([first[:, :n], w[:, n:]], 1)
     blank = torch.cat([torch.zeros_like(first[:, :n]), bins.constant.unsqueeze(1)], 1)
-    near = RowPrior.of(level, size / _NEAR**2, _LEVEL)
+    if start is None:
+        level, anchor = _anchors(bins.latest(_JUDGED), first, known & fires, progress)
+        w, used = torch.where(anchor.unsqueeze(1), level, blank), anchor
+    else:
+        w, used, anchor = start.w, start.used & fires, start.anchors & fires
     anywhere = RowPrior.of(blank, size, _ANY_LEVEL)
-    w, used, moved, learnt = torch.where(anchor.unsqueeze(1), level, blank), anchor, *2 * [~known]
+    moved, learnt = torch.zeros_like(known), torch.zeros_like(known)
     draw = y.new_zeros(len(y), n)
-    for done in range(_ROUNDS):
-        progress("adapt", _ROUNDS + done, 2 * _ROUNDS, "rows of the others")
+    rounds = _ROUNDS if start is None else 1
+    for done in range(rounds):
+        progress("adapt", done, rounds, "rows of the units")
         made, moved, learnt = blank.clone(), torch.zeros_like(anchor), torch.zeros_like(anchor)
         stays_anchor = anchor.clone()
         for units, z in bins.latents(w, used.to(y)):
             draw = z[0]
-            fitted, found = bins.tried(units, z, anywhere)
-            kept, old = anchor[units], bins.evidence(units, affine(z, first[units]))
-            at_level = bins.evidence(units, affine(z, level[units]))
-            best, row = old, first[units]
-            for other, gained, least in (
-                (level[units], at_level, _SURE),
-                (*bins.tried(units, z, near), _MOVED),
-            ):
-                better = gained > best + least
-                row = torch.where(better.unsqueeze(1), other, row)
-                best = torch.where(better, gained, best)
-            kept = kept & ~((found > best + _MOVED) & (at_level < _SHARE * found))
+            found = bins.held_out(units, z, anywhere, w[units])
+            kept, row = anchor[units], first[units].clone()
+            best = bins.evidence(units, affine(z, row))
+            level = row.clone()
+            level[:, n] += bins.level(units, affine(z, row))
+            levelled = bins.evidence(units, affine(z, level))
+            better = levelled > best + _SURE
+            row = torch.where(better.unsqueeze(1), level, row)
+            best = torch.where(better, levelled, best)
+            near = RowPrior.of(first.index_copy(0, units, level), size / _NEAR**2, _LEVEL)
+            these = kept.nonzero().flatten()
+            nearby = bins.held_out(units[these], z, near, row[these])
+            better = nearby > best[these] + _MOVED
+            these, nearby = these[better], nearby[better]
+            row[these] = bins.fit(units[these], z, near, row[these])
+            best[these] = nearby
+            kept = kept & ~((found > best + _MOVED) & (levelled < _SHARE * found))
             new = ~kept & (found > _SURE) & fires[units]
-            made[units] = torch.where(kept.unsqueeze(1), row, made[units])
-            made[units] = torch.where(new.unsqueeze(1), fitted, made[units])
+            made[units[kept]] = row[kept]
+            made[units[new]] = bins.fit(units[new], z, anywhere, w[units[new]])
             stays_anchor[units], learnt[units] = kept, new
             moved[units] = kept & (row != first[units]).any(1)
-        w, used = made, stays_anchor | learnt
-        anchor = stays_anchor
-    progress("adapt", 2 * _ROUNDS, 2 * _ROUNDS, "rows of the others")
+        w, used, anchor = made, stays_anchor | learnt, stays_anchor
+    progress("adapt", rounds, rounds, "rows of the units")
     verdicts = [UnitVerdict.KEPT if kept else UnitVerdict.UNUSED for kept in anchor.tolist()]
     for verdict, these in ((UnitVerdict.MOVED, moved), (UnitVerdict.LEARNT, learnt)):
         for unit in these.nonzero().flatten().tolist():
             verdicts[unit] = verdict
     return Rows(w, tuple(verdicts), draw)
+
+
+def _anchors(
+    bins: _Bins, rows: Float[Tensor, "N F"], known: Bool[Tensor, " N"], progress: Progress
+) -> tuple[Float[Tensor, "N F"], Bool[Tensor, " N"]]:
+    """Return the rows at the level that fits, and whether they predict the unit."""
+    w, anchor = rows.clone(), known
+    for done in range(_ROUNDS):
+        progress("adapt", done, _ROUNDS, "which units still fit")
+        used, anchor = anchor, torch.zeros_like(known)
+        for units, z in bins.latents(w, used.to(w)):
+            a = affine(z, w[units])
+            level = bins.level(units, a)
+            w[units, -1] += level
+            anchor[units] = bins.evidence(units, a + level) > 0
+        anchor &= known
+        if bool((anchor == used).all()):
+            break
+    return w, anchor

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_training.adaptation.adapt import adapt
+from ilqr_training.adaptation.adapt import Adaptation, adapt
 from ilqr_training.adaptation.labels import adapt_with_labels
 from ilqr_training.adaptation.units import UnitVerdict
 from ilqr_training.evaluation.baselines import GRU, KALMAN, Baseline, fit_baselines
@@ -91,13 +91,24 @@ class Refit:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The decoders fitted before the change, all on the same units and bins."""
+class Others:
+    """The baselines fitted before the change."""
 
-    artifact: Artifact
     kalman: Baseline
     gru: GRUDecoder
     stabiliser: Stabiliser
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The decoders fitted before the change, all on the same units and bins.
+
+    Attributes:
+        others: the baselines; None to compare the model with itself alone.
+    """
+
+    artifact: Artifact
+    others: Others | None = None
 
     @staticmethod
     def beside(
@@ -121,7 +132,8 @@ class Fitted:
         size = GRUConfig(steps=steps, schedule=steps)
         kalman = fit_baselines(recording, split, (KALMAN,), seed=seed, progress=progress)[KALMAN]
         gru = GRUDecoder.fit(recording, split, seed=seed, grid=(size,), progress=progress)
-        return Fitted(artifact, kalman, gru, Stabiliser.fit(recording, split))
+        others = Others(kalman, gru, Stabiliser.fit(recording, split))
+        return Fitted(artifact, others)
 
 
 def streamed(
@@ -129,11 +141,30 @@ def streamed(
 ) -> tuple[dict[str, Array], list[Refit]]:
     """Return decodes (T, D) of the stream by decoder, and the fits without labels.
 
-    There are no decodes of a stream to which nothing may be adapted.
+    There are no decodes of a stream to which nothing may be adapted. Without baselines nothing is
+    fitted with labels either.
     """
     adapted, attempts = _followed(fitted.artifact, stream, schedule, seed, progress)
     if stream.wrong:
         return {}, attempts
+    recording, (start, stop) = stream.recording, stream.bins
+    frozen = _decodes(fitted.artifact, recording)
+    served = [(at, _decodes(made, stream.own if at > start else recording)) for at, made in adapted]
+    decodes = {FROZEN: frozen(start, stop), ADAPTED: _pieced(served, stop)}
+    if fitted.others is not None:
+        decodes |= _with_labels(fitted.artifact, fitted.others, stream, schedule, seed, progress)
+    return decodes, attempts
+
+
+def _with_labels(
+    artifact: Artifact,
+    others: Others,
+    stream: Stream,
+    schedule: Schedule,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Array]:
+    """Return the decodes of the model with labels and of the baselines."""
     recording, (start, stop) = stream.recording, stream.bins
     width = recording.bin_width
     counts = recording.counts * recording.mask().astype(np.float64)
@@ -150,30 +181,24 @@ def streamed(
     def factors(decoder: Stabiliser) -> Decode:
         return lambda a, b: decoder.decode(recording, (a, b))
 
-    frozen = _decodes(fitted.artifact, recording)
-    labelled, gru = [(start, frozen)], [(start, network(fitted.gru))]
-    aligned = [(start, factors(fitted.stabiliser))]
+    labelled = [(start, _decodes(artifact, recording))]
+    gru, aligned = [(start, network(others.gru))], [(start, factors(others.stabiliser))]
     for done, (bins, at) in enumerate(fits):
         progress("fits with labels", done, len(fits), stream.name)
-        made = adapt_with_labels(fitted.artifact, stream.own, bins, seed=seed)
+        made = adapt_with_labels(artifact, stream.own, bins, seed=seed)
         labelled.append((at, _decodes(made, stream.own)))
-        tuned = fitted.gru.trained_on(recording, bins, steps=schedule.steps, seed=seed)
+        tuned = others.gru.trained_on(recording, bins, steps=schedule.steps, seed=seed)
         gru.append((at, network(tuned)))
-        aligned.append((at, factors(fitted.stabiliser.aligned(recording, bins))))
+        aligned.append((at, factors(others.stabiliser.aligned(recording, bins))))
     progress("fits with labels", len(fits), len(fits))
     missing = ~recording.mask()
     return {
-        FROZEN: frozen(start, stop),
-        ADAPTED: _pieced(
-            [(at, _decodes(made, stream.own if at > start else recording)) for at, made in adapted],
-            stop,
-        ),
         LABELLED: _pieced(labelled, stop),
         ALIGNED: _pieced(aligned, stop),
         GRU_FROZEN: gru[0][1](start, stop),
         GRU_LABELLED: _pieced(gru, stop),
-        KALMAN_FROZEN: fitted.kalman.decode(stream.bins, counts=recording.counts, missing=missing),
-    }, attempts
+        KALMAN_FROZEN: others.kalman.decode(stream.bins, counts=recording.counts, missing=missing),
+    }
 
 
 def _decodes(artifact: Artifact, recording: Recording) -> Decode:
@@ -191,41 +216,95 @@ def _pieced(decoders: Sequence[tuple[int, Decode]], stop: int) -> Array:
     return np.concatenate(parts).astype(np.float64)
 
 
+class Following:
+    """Adapts the model that serves a stream, bin by bin, without labels.
+
+    Args:
+        artifact: the first model.
+        width: bin width in seconds.
+        change: first bin that may be fitted on.
+        seed: seed of the fits.
+
+    Attributes:
+        serving: the model that serves.
+        attempts: the fits so far.
+        next: bin before which ``turn`` is due.
+        trial: bins of a candidate in the shadow.
+    """
+
+    def __init__(
+        self, artifact: Artifact, schedule: Schedule, width: float, change: int, seed: int
+    ) -> None:
+        self.serving, self.attempts = artifact, list[Refit]()
+        self._width, self._change, self._seed = width, change, seed
+        self._least, self._window, self.trial = (
+            round(s / width) for s in (schedule.least, schedule.window, schedule.trial)
+        )
+        self._begin, self.next = change, change + self._least
+        self._tried: Adaptation | None = None
+
+    @property
+    def ends(self) -> int:
+        """The first bin that the result of the next turn could serve."""
+        return self.next + (self.trial if self._tried is None else 0)
+
+    def turn(self, recording: Recording) -> bool:
+        """Fit a candidate, or judge the one in the shadow; return whether the model changes.
+
+        Args:
+            recording: recording whose bins before ``next`` are complete.
+        """
+        at = self.next
+        if self._tried is not None:
+            return self._judge(self._tried, recording)
+        made = adapt(
+            self.serving, recording, (max(self._begin, at - self._window), at), seed=self._seed
+        )
+        if made.refused:
+            self._note(made, at, "refused")
+            self._begin, self.next = at, at + self._least  # not on data that has just failed
+            return False
+        self._tried, self.next = made, at + self.trial
+        return False
+
+    def _judge(self, made: Adaptation, recording: Recording) -> bool:
+        at, end = self.next - self.trial, self.next
+        bits = made.bits
+        if made.artifact.manifest.unit_names == self.serving.manifest.unit_names:
+            models = self.serving, made.artifact
+            bits = _bits(models[0], recording, (at, end)), _bits(models[1], recording, (at, end))
+        better = bits[1] > max(bits[0], 0.0)
+        self._note(made, at, "swapped in" if better else "dropped", bits)
+        self._tried = None
+        if better:
+            self.serving = made.artifact
+        else:
+            self._begin, self.next = end, end + self._least
+        return better
+
+    def _note(
+        self, made: Adaptation, at: int, outcome: str, bits: tuple[float, float] | None = None
+    ) -> None:
+        units = {verdict.name.lower(): made.count(verdict) for verdict in UnitVerdict}
+        since = (at - self._change) * self._width
+        self.attempts.append(Refit(since, outcome, made.refused, bits, units))
+
+
 def _followed(
     artifact: Artifact, stream: Stream, schedule: Schedule, seed: int, progress: Progress
 ) -> tuple[list[tuple[int, Artifact]], list[Refit]]:
     """Return the serving models, each with its first bin, and all attempts."""
-    own, stop, width = stream.own, stream.bins[1], stream.own.bin_width
-    least, window, trial = (
-        round(s / width) for s in (schedule.least, schedule.window, schedule.trial)
-    )
-    serving, served, attempts = artifact, [(stream.bins[0], artifact)], list[Refit]()
-    begin, at = stream.change, stream.change + least
+    own, stop = stream.own, stream.bins[1]
+    following = Following(artifact, schedule, own.bin_width, stream.change, seed)
+    served = [(stream.bins[0], artifact)]
     # a candidate whose trial reaches the end of the stream would serve no bin
-    while at + trial < stop:
+    while following.ends < stop:
+        at = following.next
         progress("fits without labels", at - stream.change, stop - stream.change, stream.name)
-        made = adapt(serving, own, (max(begin, at - window), at), seed=seed)
-        since = (at - stream.change) * width
-        units = {verdict.name.lower(): made.count(verdict) for verdict in UnitVerdict}
-        if made.refused:
-            attempts.append(Refit(since, "refused", made.refused, units=units))
-            begin, at = at, at + least  # do not retry on the data that has just failed
-            continue
-        end = at + trial
-        bits = made.bits
-        if made.artifact.manifest.unit_names == serving.manifest.unit_names:
-            bits = _bits(serving, own, (at, end)), _bits(made.artifact, own, (at, end))
-        better = bits[1] > max(bits[0], 0.0)
-        outcome = "swapped in" if better else "dropped"
-        attempts.append(Refit(since, outcome, bits=bits, units=units))
-        if better:
-            serving = made.artifact
-            served.append((end, serving))
-        else:
-            begin = end
-        at = end if better else end + least
+        if following.turn(own):
+            served.append((at, following.serving))
     progress("fits without labels", stop - stream.change, stop - stream.change)
-    return served, attempts
+    return served, following.attempts
 
 
 def _bits(artifact: Artifact, recording: Recording, bins: tuple[int, int]) -> float:

@@ -61,11 +61,17 @@ def _changes(result: dict[str, Any]) -> list[str]:
     return [s["change"] for s in result["seeds"][0]["streams"] if s["decoders"]]
 
 
+def _decoders(result: dict[str, Any]) -> list[str]:
+    """Return the decoders of the result, in order."""
+    found = next(s["decoders"] for s in _first(result) if s["decoders"])
+    return [decoder for decoder in DECODERS if decoder in found]
+
+
 def scores_table(result: dict[str, Any]) -> Table:
     """Return the table of R2 by change and decoder, averaged over seeds."""
     changes, after = _changes(result), result["after"]
     count = max(len(s["decoders"][FROZEN]["minutes"]) for s in _first(result) if s["decoders"])
-    rows = [(change, decoder) for change in changes for decoder in DECODERS]
+    rows = [(change, decoder) for change in changes for decoder in _decoders(result)]
     return Table(
         f"R2 after units changed, {result['recording']}",
         f"{result['scored']} {len(result['seeds'])} seeds, means. Regained: of the R2 that the "
@@ -131,7 +137,7 @@ def picture(result: dict[str, Any]) -> Figure:
     panels = figure.subplots(1, len(changes), sharey=True, squeeze=False)[0]
     for ax, change in zip(panels, changes, strict=True):
         times = next(s["times"] for s in _first(result) if s["change"] == change)
-        for decoder in DECODERS:
+        for decoder in _decoders(result):
             curve = [mean_of(result, change, decoder, "over_time", k) for k in range(len(times))]
             ax.plot(times, np.maximum(curve, -0.5), label=decoder, **_LOOKS[decoder])
         ax.axvline(0, color=INK, lw=0.8)
@@ -139,4 +145,52 @@ def picture(result: dict[str, Any]) -> Figure:
         ax.set_xlabel("time since the change (s)")
     panels[0].set_ylabel("R2 of 30 s around, down to -0.5")
     legend(panels[0])
+    return figure
+
+
+# ---- a closed loop -----------------------------------------------------------------------------
+
+
+def reaches_table(result: dict[str, Any]) -> Table:
+    """Return the table of success rates before the turnover and after it, averaged over seeds."""
+    parts = result["parts"]
+
+    def mean(decoder: str, part: str) -> float:
+        return float(np.nanmean([seed[decoder]["success"][part] for seed in result["seeds"]]))
+
+    return Table(
+        "Successful reaches",
+        f"{result['share']:.0%} of the units are replaced at {result['change']:g} s; "
+        f"{len(result['seeds'])} seeds, means.",
+        ("model", *parts),
+        tuple(
+            (decoder, *(percent(mean(decoder, part)) for part in parts))
+            for decoder in (FROZEN, ADAPTED)
+        ),
+        words=1,
+    )
+
+
+@styled
+def reaches_picture(result: dict[str, Any]) -> Figure:
+    """Draw the success rate over time, averaged over seeds, and the swaps."""
+    figure = blank((2 * PANEL[0], PANEL[1]))
+    ax = figure.subplots()
+    for decoder in (FROZEN, ADAPTED):
+        rates = np.array([seed[decoder]["over_time"] for seed in result["seeds"]], dtype=np.float64)
+        known = np.isfinite(rates)
+        mean = np.where(known, rates, 0).sum(0) / np.maximum(known.sum(0), 1)
+        ax.plot(
+            result["times"],
+            np.where(known.any(0), mean, np.nan),
+            label=decoder,
+            **_LOOKS[decoder],
+        )
+    ax.axvline(result["change"], color=INK, lw=0.8)
+    swaps = [at for seed in result["seeds"] for at in seed[ADAPTED]["swaps"]]
+    ax.plot(swaps, np.full(len(swaps), 0.02), "^", color=BLUE, ms=5, label="swapped in")
+    ax.set_ylim(0, 1.03)
+    ax.set_xlabel("time (s)")
+    ax.set_ylabel(f"successful reaches in {result['around']:g} s")
+    legend(ax)
     return figure

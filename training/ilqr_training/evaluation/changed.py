@@ -73,13 +73,13 @@ def divided(names: tuple[str, ...], seed: int) -> tuple[tuple[str, ...], tuple[s
 
 
 def turnover(
-    base: Recording, others: Recording, bins: tuple[int, int], change: int, seed: int
+    base: Recording, others: Recording | None, bins: tuple[int, int], change: int, seed: int
 ) -> list[Stream]:
     """Return the unchanged stream, changed ones, and ones that must be refused.
 
     Args:
         base: units to train on.
-        others: the same bins of the replacement units.
+        others: the same bins of the replacement units; None if the replaced units swap names.
         bins: range streamed after training.
         change: first changed bin.
     """
@@ -93,11 +93,16 @@ def turnover(
 
     streams = [stream("nothing", counts)]
     rng = np.random.default_rng([seed, 1])
-    gone, come = rng.permutation(base.n_units), rng.permutation(others.n_units)
+    gone = rng.permutation(base.n_units)
+    come = None if others is None else rng.permutation(others.n_units)
     for share in _SHARES:
-        number = min(round(share * base.n_units), others.n_units)
+        number = round(share * base.n_units)
         made = counts.copy()
-        made[:, gone[:number]] = others.counts[change : bins[1], come[:number]]
+        if others is None or come is None:
+            made[:, gone[:number]] = counts[:, np.roll(gone[:number], 1)]
+        else:
+            number = min(number, others.n_units)
+            made[:, gone[:number]] = others.counts[change : bins[1], come[:number]]
         streams.append(stream(f"{share:.0%} of units replaced", made))
     streams.append(stream("gains and baselines", _drifted(counts, base.bin_width, rng)))
     shuffled = rng.permuted(counts, axis=0)

@@ -84,8 +84,11 @@ class Counts(Likelihood):
 
     def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
         """Return log p without the constant log y!, which does not affect the optimum."""
-        a = self.affine(z)
-        return ((o.values * self._log_rate(a)[0] - self._rate(a)[0]) * o.mask).sum(-1)
+        return (self.log_p(self.affine(z), o.values) * o.mask).sum(-1)
+
+    def log_p(self, a: Tensor, values: Tensor) -> Tensor:
+        """Return log p of each count given its affine argument, without log y!."""
+        return values * self._log_rate(a)[0] - self._rate(a)[0]
 
     def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         ratio = self._log_rate(a)[1]
@@ -218,7 +221,17 @@ class Poisson(Counts):
             gb = bend.sum(0)
         return (gC * self.C).sum() + gb @ self.b
 
+    def _exponential(self, a: Tensor) -> bool:
+        """Whether all rates are exp(a)."""
+        return self.plain and bool((a <= self.log_rate_max).all())
+
+    def log_p(self, a: Tensor, values: Tensor) -> Tensor:
+        return values * a - a.exp() if self._exponential(a) else super().log_p(a, values)
+
     def derivatives(self, a: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self._exponential(a):
+            rate = a.exp()
+            return rate - values, rate
         slope, ratio = self._rate(a)[1], self._log_rate(a)[1]
         # Fisher information; without a floor it is exact below log_rate_max, where ratio = 1
         return slope - values * ratio, slope * ratio
