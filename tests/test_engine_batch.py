@@ -358,6 +358,31 @@ def test_a_snapshot_goes_on_as_it_was_solved_though_its_time_is_over(engine: Eng
     assert held(answer) == held(expected)
 
 
+def test_after_a_pause_a_run_goes_on_as_if_there_had_been_none(engine: Engine) -> None:
+    def solve_at(run: int, index: int, kind: str = "plain", **fields: Any) -> EngineAnswer:
+        one = msgspec.structs.replace(work(230, index, kind), run=run, **fields)
+        return engine.solve([one])[-1]
+
+    expected = [held(solve_at(230, index)) for index in range(2 * H + 4)]
+    for index in range(H + 2):
+        solve_at(231, index)
+    for index in range(H + 2, 3 * H):
+        solve_at(231, index, "missing")
+        assert engine.paused(231)
+    got = [held(solve_at(231, index, rewind=index == H + 2)) for index in range(H + 2, 2 * H + 4)]
+    assert got == expected[H + 2 :]
+    assert not engine.paused(231)
+    # a bin of the window before the pause can still come
+    late = Insert(run=231, index=H + 5, counts=work(230, H + 1, "plain").counts, due_ns=2**62)
+    assert not engine.solve([late])[-1].void
+    # where the state before it is gone, the estimate begins again, and says so
+    for index in range(2 * H + 4, 4 * H):
+        solve_at(231, index, "missing")
+    engine.adopt(231, engine.window(231))
+    assert solve_at(231, 2 * H + 4, rewind=True).restarted
+    assert not solve_at(231, 2 * H + 5).restarted
+
+
 def test_a_snapshot_made_with_another_horizon_gives_its_bins(
     engine: Engine, model_file: Path
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from feeder import UNITS, Feeder, bin_, numbers, open_, spikes
 from ilqr_clients.sdk import ServiceClient
@@ -33,6 +34,7 @@ from ilqr_service.solving.run import pack_work
 from ilqr_service.work import Solve
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.protocol import messages
+from process import offline
 from rig import make_model, serving
 
 
@@ -251,6 +253,51 @@ def test_a_restarted_service_goes_on_where_the_other_stood(
     assert verdict == Comparison(1, 60, 60)
     kinds = {type(r) for p in segments(tmp_path / "b") for r in records(p)}
     assert {Snapshot, RunClosed} <= kinds
+
+
+def test_a_feeder_that_pauses_goes_on_where_it_stood_though_the_service_died_meanwhile(
+    model_file: Path, tmp_path: Path
+) -> None:
+    counts, pauses = spikes(60), (20, 40)
+    clocked = open_("s", clocked=True, deadline_ns=60_000_000_000)
+    newest: dict[int, messages.Result] = {}
+
+    def answered(feeder: Feeder, last: int, status: str) -> None:
+        """Until the newest bin is this one or later, with this status; no revision comes twice."""
+        while not (newest and max(newest) >= last and newest[last].status == status):
+            (result,) = feeder.results(1)
+            known = newest.get(result.index)
+            assert known is None or result.revision > known.revision
+            newest[result.index] = result
+
+    def feed(feeder: Feeder, first: int, last: int) -> None:
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(first, last)))
+        answered(feeder, last - 1, "ok")
+
+    with (
+        serving(model_file, journal=str(tmp_path / "a"), snapshot_every=7) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        horizon = feeder.ask(clocked, messages.Opened).horizon
+        feeder.subscribe("s")
+        feed(feeder, 0, pauses[0])
+        answered(feeder, pauses[0] + horizon + 1, "missing")
+        feed(feeder, pauses[0], pauses[1])
+        answered(feeder, pauses[1] + horizon + 1, "missing")
+        feeder.ask(messages.Describe(), messages.Described)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with (
+        serving(model_file, journal=str(tmp_path / "b")) as service,
+        Feeder(service.ingest, service.results) as feeder,
+    ):
+        feeder.subscribe("s")
+        feeder.ask(replace(clocked, resume=True, answered=max(newest)), messages.Opened)
+        feed(feeder, pauses[1], 60)
+        feeder.ask(messages.Close(session="s"), messages.Closed)
+    for index, expected in enumerate(offline(model_file, counts, np.ones(counts.shape, bool))):
+        np.testing.assert_array_equal(numbers(newest[index]), expected)
+    verdict = verify(tmp_path / "b", [model_file])
+    assert verdict == Comparison(1, verdict.answers, verdict.answers)
 
 
 def test_a_session_whose_model_is_not_served_waits_until_it_is(

@@ -11,6 +11,7 @@ import pytest
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.session import Limits
 from ilqr_service.sessions.table import SessionTable
+from ilqr_service.work import Solve
 from ilqr_vae.protocol import messages
 from test_sessions import INFO, MS, answer, bin_, open_, refused, started, table
 
@@ -205,8 +206,7 @@ def clocked(bins: list[tuple[int, float]], **limits: int) -> tuple[dict[int, boo
         now = arrival
         for step, ns in steps:
             effects.append(step)
-            for work in step.work:
-                t.answered(answer(work), ns)
+            effects += [t.answered(answer(work), ns) for work in step.work]
         used[index] = bool(indices(steps[-1][0]))
     return used, effects
 
@@ -217,14 +217,76 @@ def slips(effects: list[Effects]) -> int:
     return told
 
 
-@pytest.mark.parametrize("pause", [0.8, 6, 40, 99, 300])
+def published(effects: list[Effects]) -> list[messages.Result]:
+    """The results, after a check that none was given twice under a revision."""
+    results = [m for e in effects for m in e.published if isinstance(m, messages.Result)]
+    assert len({(r.index, r.revision) for r in results}) == len(results)
+    return results
+
+
+@pytest.mark.parametrize("pause", [0.8, 3, 6, 40, 99, 300, 1000])
 def test_a_feeder_that_pauses_is_followed(pause: float) -> None:
     bins = [(i, i + (pause if i >= 60 else 0)) for i in range(400)]
     used, effects = clocked(bins)
+    assert all(used.values())
     assert slips(effects) == 1
-    lost = [i for i in range(400) if not used[i]]
-    assert len(lost) <= min(pause, 100) + 3  # what was answered as missing meanwhile
-    assert all(60 <= i < 60 + min(pause, 100) + 3 for i in lost)
+    newest = {r.index: r for r in sorted(published(effects), key=lambda r: r.revision)}
+    assert {r.status for r in newest.values()} == {"ok"}
+    assert sorted(newest) == list(range(400))
+    if pause > INFO.horizon + 1:  # at the first bin after it, for all that was missing meanwhile
+        last = 59 + min(round(pause), 100)
+        late = f"slipped: bin 60 came {pause * 50:.0f} ms late, after a pause; bins 60 to {last} "
+        assert [n for e in effects for n in notices(e) if n.startswith(late)]
+        assert sum(r.revision > 0 for r in newest.values()) == min(round(pause), 100)
+
+
+@pytest.mark.parametrize("pause", [6, 40, 99])
+def test_a_feeder_that_pauses_and_goes_on_at_its_time_leaves_a_gap(pause: int) -> None:
+    bins = [(i, i) for i in range(300) if not 60 <= i < 60 + pause]
+    used, effects = clocked(bins)
+    assert all(used.values())
+    assert slips(effects) == 0
+    missing = [r.index for r in published(effects) if r.status == "missing"]
+    assert missing == list(range(60, 60 + pause))
+
+
+def test_a_feeder_that_goes_on_further_on_after_a_pause_leaves_a_gap_before_it() -> None:
+    t = table()
+    t.receive(b"f", open_(clocked=True), 0)
+    effects = [t.receive(b"f", bin_(i), i * WIDTH) for i in range(10)]
+    effects.append(t.tick(40 * WIDTH))
+    effects.append(t.receive(b"f", bin_(15), 40 * WIDTH))
+    works = [w for e in effects for w in e.work]
+    assert [w.index for w in works[-6:]] == [10, 11, 12, 13, 14, 15]
+    assert [isinstance(w, Solve) and w.rewind for w in works[-6:]] == [True, *[False] * 5]
+    assert indices(effects[-1]) == [15]
+    effects += [t.answered(answer(w), 40 * WIDTH) for w in works]
+    newest = {r.index: r for r in published(effects)}
+    assert [newest[i].revision for i in (9, 10, 14, 15, 16)] == [0, 1, 1, 1, 0]
+    # it came after another, so it follows no pause
+    assert refused(t.receive(b"f", bin_(10), 41 * WIDTH)).field == "late"
+
+
+@pytest.mark.parametrize("burst", [5, 50, 90])
+def test_a_feeder_that_sends_in_bursts_is_used(burst: int) -> None:
+    used, effects = clocked(
+        [(i, (i // burst + 1) * burst + 0.01 * (i % burst)) for i in range(450)]
+    )
+    assert all(used.values())
+    newest = {r.index: r for r in sorted(published(effects), key=lambda r: r.revision)}
+    assert {newest[i].status for i in range(450)} == {"ok"}
+
+
+def test_revisions_rise_after_a_pause_though_a_restart_knows_the_newest_answers_alone() -> None:
+    t = table()
+    t.receive(b"f", open_(clocked=True), 0)
+    effects = [t.receive(b"f", bin_(i), i * WIDTH) for i in range(10)]
+    effects.append(t.tick(40 * WIDTH))
+    (session,) = t
+    session.newest, session.known_from, session.revised_to = 39, 30, 3
+    effects.append(t.receive(b"f", bin_(10), 40 * WIDTH))
+    (result,) = published([t.answered(answer(effects[-1].work[0]), 41 * WIDTH)])
+    assert (result.index, result.revision) == (10, 4)
 
 
 @pytest.mark.parametrize("rate", [1.02, 1.05, 1.3, 2.0, 0.98, 0.5])
@@ -237,11 +299,15 @@ def test_a_slow_or_fast_feeders_bins_are_used(rate: float) -> None:
     assert missing <= 10 if rate <= 1.1 else missing > 0
 
 
-def test_a_burst_after_a_stall_is_no_slip() -> None:
-    bins = [(i, max(i, 100) + 0.001 * i if 60 <= i <= 100 else i) for i in range(300)]
+@pytest.mark.parametrize("stall", [3, 40])
+def test_a_burst_after_a_stall_costs_nothing(stall: int) -> None:
+    last = 60 + stall
+    bins = [(i, max(i, last) + 0.001 * i if 60 <= i <= last else i) for i in range(300)]
     used, effects = clocked(bins)
-    assert slips(effects) == 0
-    assert all(used[i] for i in (*range(60), *range(101, 300)))
+    assert all(used.values())
+    assert slips(effects) == (stall > INFO.horizon)  # it looks like a pause until the second bin
+    missing = sum(e.events["overdue"] for e in effects)
+    assert missing == stall  # the timetable is what it was
 
 
 def test_one_index_ahead_within_a_gap_delays_the_timetable_and_no_more() -> None:

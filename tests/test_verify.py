@@ -139,6 +139,8 @@ def rewritten(
                 assert isinstance(result, messages.Result)
                 record = replace(record, frame=messages.encode(alter(result)))
             framed.append(frame(record))
+            if isinstance(record, Answered) and not record.settles:
+                framed.append(framed[-1])  # as a segment does that begins between two answers
         (folder / path.name).write_bytes(MAGIC + b"".join(framed))
     return folder
 

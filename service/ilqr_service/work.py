@@ -138,6 +138,7 @@ class Solve(_Bin, frozen=True, kw_only=True, gc=False):
 
     Attributes:
         restart: start from the model's initial condition instead of the previous bin.
+        rewind: the bins from this one on were answered as missing; continue from the bin before it.
         anytime: the solver stops at ``due_ns`` with its current solution.
         budget: stop the solve after this many iterations, to repeat one that the clock cut short; 0
             for no limit, ``NO_SOLVE`` for no solve.
@@ -145,6 +146,7 @@ class Solve(_Bin, frozen=True, kw_only=True, gc=False):
     """
 
     restart: bool = False
+    rewind: bool = False
     anytime: bool = False
     budget: int = 0
     sheds: bool = False

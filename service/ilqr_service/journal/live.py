@@ -49,6 +49,8 @@ class Live:
         elif isinstance(record, Answered):
             self.answers.pop(record.index, None)  # keep the newest last
             self.answers[record.index] = framed
+            if record.revision > self.opened.revision:
+                self.opened = replace(self.opened, revision=record.revision)
             if len(self.answers) > TAIL:
                 del self.answers[min(self.answers)]
         elif isinstance(record, Fed):
@@ -102,6 +104,9 @@ def advance(opened: RunOpened, works: list[Queued]) -> RunOpened:
             continue
         if work.restart:
             base = work.index
+        if work.rewind:
+            next_index = work.index
+            missing = {i for i in missing if i < next_index}
         next_index = max(next_index, work.index + 1)
         if work.counts is None:
             missing.add(work.index)

@@ -68,6 +68,7 @@ class RunOpened(Record, frozen=True, kw_only=True, tag="began"):
     Attributes:
         request: the message that opened it.
         next_index, base, serial, missing: if ``again``, its state before the works that follow.
+        revision: if ``again``, the highest revision of an answer so far.
     """
 
     run: int
@@ -80,6 +81,7 @@ class RunOpened(Record, frozen=True, kw_only=True, tag="began"):
     base: int = 0
     serial: int = 0
     missing: tuple[int, ...] = ()
+    revision: int = 0
 
 
 class Queued(Record, frozen=True, kw_only=True, tag="worked"):

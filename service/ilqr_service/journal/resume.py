@@ -75,14 +75,15 @@ def _fill(live: Live) -> list[int]:
     """Insert a missing bin for each lost record of a bin. Return their indices.
 
     Serials of the works in a run are contiguous, and so are the indices of bins, except at a reset
-    of the estimate. A gap in both is a lost record.
+    of the estimate and after a pause. A gap in both is a lost record.
     """
     works: dict[int, tuple[bytes, Queued]] = {}
     lost: list[int] = []
     index, serial = live.opened.next_index, live.opened.serial
     for at, (framed, record) in live.works.items():
         work = record.work
-        hole = 0 if work.late or work.restart else min(work.index - index, at - serial)
+        jumps = work.late or work.restart or work.rewind
+        hole = 0 if jumps else min(work.index - index, at - serial)
         for back in range(hole, 0, -1):
             begins = at == back or (back == hole and work.index - hole > index)
             filler = replace(
@@ -92,6 +93,7 @@ def _fill(live: Live) -> list[int]:
                 counts=None,
                 mask=None,
                 restart=begins,
+                rewind=False,
                 anytime=False,
                 budget=0,
                 swap="",
@@ -208,15 +210,18 @@ def take_up(
         if answer.revision:
             session.revisions[answer.index] = answer.revision
         session.newest = max(session.newest, result.index)
+    session.revised_to = at.revision
+    session.known_from = min((result.index for _, result in results), default=0)
     session.bins = session.newest + 1
     _restore(session, live)
-    cut = {a.serial: budget_of(r) for a, r in results if not r.revision}
+    # a fixed-lag answer ends as the first one did; one to a late bin is solved without the clock
+    cut = {result.index: budget_of(result) for _, result in results}
     to_do: list[Work] = []
     for record in works:
         work = unpack_work(record.work, at.slot)
         if work.serial <= answered:  # with the recorded iterations, not by the clock
             if isinstance(work, Solve):
-                work = replace(work, anytime=False, budget=cut.get(work.serial, 0))
+                work = replace(work, anytime=False, budget=cut.get(work.index, 0))
         elif work.received_ns > now_ns:  # it refers to the clock of an earlier process
             work = replace(work, received_ns=now_ns, due_ns=now_ns)
         to_do.append(work)

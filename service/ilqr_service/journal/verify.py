@@ -73,13 +73,18 @@ class Comparison:
 
 @dataclass(slots=True)
 class _Run:
-    """A run in progress: computed up to the work ``done`` if its state is ``known``."""
+    """A run in progress: computed up to the work ``done`` if its state is ``known``.
+
+    ``frames``: later answers by serial, index and revision, since a segment repeats earlier ones.
+    """
 
     opened: RunOpened
     done: int = -1
     known: bool = True
     works: dict[int, Work] = field(default_factory=dict[int, Work])
-    frames: list[Answered] = field(default_factory=list[Answered])
+    frames: dict[tuple[int, int, int], Answered] = field(
+        default_factory=dict[tuple[int, int, int], Answered]
+    )
 
 
 def stream(
@@ -201,7 +206,8 @@ class Verifier:
             case Answered():
                 run = self._runs.get(record.run)
                 if run is not None and record.serial > run.done:
-                    run.frames.append(record)
+                    answer = record.serial, record.index, record.revision
+                    run.frames.setdefault(answer, record)
                     if record.settles:
                         self._settle(self._engines, run, record.serial)
             case _:
@@ -249,7 +255,7 @@ class Verifier:
         run.frames.clear()
 
     def _settle(self, engines: Engines, run: _Run, serial: int) -> None:
-        frames = [f for f in run.frames if f.serial == serial]
+        frames = [f for f in run.frames.values() if f.serial == serial]
         run.frames.clear()
         expected: list[messages.Result] = []
         for one in frames:

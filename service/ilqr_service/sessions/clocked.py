@@ -1,4 +1,4 @@
-"""Clocked sessions: due times of the next bins."""
+"""Clocked sessions: due times of the next bins, and what happens when the feeder pauses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ilqr_service.sessions.effects import Effects
     from ilqr_service.sessions.session import Limits, ServedSession
 
 _ARRIVALS = 64
@@ -24,7 +25,9 @@ class FeederClock:
     two halves (at most 10 % from the bin width), and it touches the earliest.
 
     A feeder that pauses, or is slower than that, falls behind the line. If three consecutive bins
-    arrive after they were due, and not in a burst, the line slips: it restarts at the last.
+    arrive after they were due, and not in a burst, the line slips: it restarts at the last. It also
+    restarts at a bin that is known to follow a pause, and at one that comes early by half a width:
+    then the line was late, as it is after a delay that looked like a pause.
 
     Args:
         width_ns: the bin width.
@@ -49,16 +52,22 @@ class FeederClock:
         drift = round(self._slope * (index - self._origin))
         return self._offset + drift + index * self._width + self._grace
 
-    def arrived(self, index: int, now_ns: int) -> int:
-        """Add an arrival. Return by how many nanoseconds the line slipped, 0 if it did not."""
+    def arrived(self, index: int, now_ns: int, *, paused: bool = False) -> int:
+        """Add an arrival. Return by how many nanoseconds the line slipped, 0 if it did not.
+
+        ``paused``: no bin has come since this one was due.
+        """
         due, offset = self.due_ns(index), now_ns - index * self._width
         slipped = 0
         if due is not None and now_ns > due:
             self._behind.append(offset)
             first, last = self._behind[-_LATE_IN_A_ROW:][0], offset
-            if len(self._behind) < _LATE_IN_A_ROW or 2 * (first - last) >= self._width:
+            few = len(self._behind) < _LATE_IN_A_ROW or 2 * (first - last) >= self._width
+            if few and not paused:
                 return 0
             slipped = now_ns - (due - self._grace)
+            self._arrivals.clear()
+        elif due is not None and now_ns < due - self._grace - self._width // 2:
             self._arrivals.clear()
         self._behind.clear()
         self._arrivals.append((index, offset))
@@ -80,6 +89,47 @@ class FeederClock:
 
 def _offset(arrival: tuple[int, int]) -> int:
     return arrival[1]
+
+
+def arrived(
+    session: ServedSession, index: int, now_ns: int, effects: Effects, again: range = range(0)
+) -> None:
+    """Update the timetable of a clocked session by a bin.
+
+    ``again``: bins that were answered as missing, and will be answered again.
+    """
+    if not session.request.clocked:
+        return
+    slipped_ns = session.clock.arrived(index, now_ns, paused=bool(again))
+    if slipped_ns or again:
+        session.silent = 0
+        effects.events["slipped"] += 1
+        late = f" {slipped_ns / 1e6:.0f} ms late," if slipped_ns else ""
+        how = "as those before it"
+        if again:
+            how = f"after a pause; bins {again[0]} to {again[-1]} are answered again"
+        effects.published.append(session.notice(f"slipped: bin {index} came{late} {how}"))
+
+
+def pause(session: ServedSession, index: int) -> range:
+    """Return the newest bins of a clocked session that are all missing, if ``index`` is of them.
+
+    Then no bin has come since ``index`` was due: its feeder has paused.
+    """
+    first = session.next_index
+    if session.request.clocked and session.base <= index < first:
+        while first > session.base and first - 1 in session.missing:
+            first -= 1
+    return range(first, session.next_index) if first <= index else range(0)
+
+
+def rewind(session: ServedSession, index: int) -> range:
+    """Go back to before a pause, if ``index`` has left the window; return the bins to repeat."""
+    again = range(0) if session.in_window(index) else pause(session, index)
+    if again:
+        session.missing.difference_update(again)
+        session.next_index, session.rewinds = again.start, True
+    return again
 
 
 class TimeTable:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ilqr_service.sessions.arrivals import Arrival, Decision
 from ilqr_service.sessions.checks import check_spikes
-from ilqr_service.sessions.clocked import TimeTable
+from ilqr_service.sessions.clocked import TimeTable, arrived, pause, rewind
 from ilqr_service.sessions.credits import Credits
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.session import Limits, ServedSession
@@ -108,7 +108,8 @@ class Intake:
             closed = unanswered[-self._limits.gap_limit - 1 :]
             self._reset(session, closed[0], "came at once", effects)
         told = [i for i in (*update.revised, *closed) if binner.complete(i)]
-        lost = {i for i in told if i < session.next_index and not session.in_window(i)}
+        late = [i for i in told if i < session.next_index and not session.in_window(i)]
+        lost = {i for i in late if not pause(session, i)}
         if update.early:
             effects.events["early_spikes"] += update.early
         if update.lost or lost:
@@ -128,8 +129,9 @@ class Intake:
         self, session: ServedSession, index: int, arrival: Arrival, effects: Effects
     ) -> None:
         """Queue a bin, after the missing ones before it."""
+        again = rewind(session, index)
         at_ns, late = arrival.received_ns, index < session.next_index
-        session.arrived(index, at_ns, effects)
+        arrived(session, index, at_ns, effects, again)
         session.silent = 0
         if late:
             session.missing.discard(index)
@@ -195,10 +197,12 @@ class Intake:
             work = Solve(
                 **fields,
                 restart=not session.started,
+                rewind=session.rewinds,
                 anytime=session.anytime,
                 budget=budget,
                 sheds=session.anytime or session.overrun,
             )
+            session.rewinds = False
         session.started = True
         session.waiting += 1
         if arrival is None:

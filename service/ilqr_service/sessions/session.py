@@ -94,8 +94,10 @@ class ServedSession:
         noted: newest events, by source and number.
         base: first bin of the current estimate.
         serial: number of works queued so far.
+        rewinds: the next work goes back to before the feeder's pause.
         missing: indices answered without a bin.
-        revisions: revisions of the bins that were answered again.
+        revisions: revisions of the bins from ``known_from`` on that were answered again.
+        revised_to: highest revision of an answer so far.
         ignored: units whose counts in the newest answered bin were not used.
         overrun: it exceeded its credits, and has not been in time for a whole window since;
             ``calm`` counts the bins in time.
@@ -117,6 +119,7 @@ class ServedSession:
     serial: int = 0
     newest: int = -1
     started: bool = False
+    rewinds: bool = False
     closing: bool = False
     waiting: int = 0
     unanswered: int = 0
@@ -132,6 +135,8 @@ class ServedSession:
     ignored: tuple[str, ...] = ()
     missing: set[int] = field(default_factory=set[int])
     revisions: dict[int, int] = field(default_factory=dict[int, int])
+    revised_to: int = 0
+    known_from: int = 0
     statuses: Counter[str] = field(default_factory=Counter[str])
     solves: Recent = field(default_factory=Recent)
     recent: deque[messages.Result] = field(
@@ -162,15 +167,6 @@ class ServedSession:
                 len(model_info.unit_names), width, origin_ns, grace_ns=grace_ns, keep=kept
             )
 
-    def arrived(self, index: int, now_ns: int, effects: Effects) -> None:
-        """Update the timetable of a clocked session by a bin."""
-        slipped_ns = self.clock.arrived(index, now_ns) if self.request.clocked else 0
-        if slipped_ns:
-            self.silent = 0
-            effects.events["slipped"] += 1
-            what = f"slipped: bin {index} came {slipped_ns / 1e6:.0f} ms late, as those before it"
-            effects.published.append(self.notice(what))
-
     def due_ns(self, limits: Limits) -> int | None:
         """Return when the next bin is answered as missing; None if not clocked."""
         waits = not self.request.clocked or self.closing
@@ -190,6 +186,7 @@ class ServedSession:
             # by answers, not by arrivals: answers to late bins may still be queued
             limit = self.newest - 2 * self.model_info.horizon
             self.revisions = {i: r for i, r in self.revisions.items() if i >= limit}
+            self.known_from = max(self.known_from, limit)
 
     def info(self, now_ns: int) -> messages.SessionInfo:
         p50, p99 = self.solves.quantiles(0.5, 0.99)
@@ -327,17 +324,20 @@ class ServedSession:
         if trouble := TROUBLE.get(answer.solver):
             effects.events[trouble] += 1
         revision = 0
-        if answer.revised:
-            revision = self.revisions[work.index] = self.revisions.get(work.index, 0) + 1
+        if answer.revised or work.index <= self.newest:
+            highest = 0 if work.index >= self.known_from else self.revised_to
+            revision = self.revisions[work.index] = self.revisions.get(work.index, highest) + 1
+            self.revised_to = max(self.revised_to, revision)
             self.revised += 1
             effects.events["revised"] += 1
         else:
             self.bins += 1
             self.newest = work.index
             self.statuses[status] += 1
+            effects.events[f"status:{status}"] += 1
+        if not answer.revised:
             self.solves.add(answer.solve_end_ns - answer.solve_start_ns)
             self._calm(answer, published_ns)
-            effects.events[f"status:{status}"] += 1
         first = work.serial == answer.serial or not answer.revised
         if math.isfinite(answer.bits) and first:
             self.bits += answer.bits

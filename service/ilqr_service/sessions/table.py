@@ -23,7 +23,9 @@ Rules:
   follow the feeder (``clocked``).
 - A bin that arrives after it was answered as missing is inserted if it is within the newest H bins;
   it and all later bins are answered again with a higher revision. An older one is refused
-  (``late``). A second bin of the same index is refused (``index``).
+  (``late``), unless the session is clocked and all bins from it on are missing: then its feeder has
+  paused, and the session goes back to the first of them. A second bin of the same index is refused
+  (``index``).
 - The bins of a spike session are built from batches (``intake``). The same rules apply, except that
   a bin whose counts change is inserted again.
 - A feeder may have ``credits`` bins unanswered. A credit returns when its bin is answered or
@@ -43,7 +45,7 @@ from msgspec.structs import replace
 
 from ilqr_service.sessions.arrivals import Arrival
 from ilqr_service.sessions.checks import check_bin, check_event, check_open
-from ilqr_service.sessions.clocked import TimeTable
+from ilqr_service.sessions.clocked import TimeTable, arrived, pause
 from ilqr_service.sessions.credits import Credits
 from ilqr_service.sessions.effects import Effects
 from ilqr_service.sessions.feeders import Feeders, Reaches, Sender
@@ -212,8 +214,8 @@ class SessionTable:
         index, held, late = message.index, session.arrivals.held, message.index < session.next_index
         if (late and index not in session.missing) or (held and held.index == index):
             raise ProtocolError("index", expected=f"{session.next_index} or above", got=str(index))
-        if late and not session.in_window(index):
-            session.arrived(index, now_ns, effects)
+        if late and not session.in_window(index) and not pause(session, index):
+            arrived(session, index, now_ns, effects)
             self._times.note(session)
             raise ProtocolError(
                 "late",

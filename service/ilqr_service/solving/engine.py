@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from ilqr_service import logs
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.solving.policy import Cost
+from ilqr_service.solving.pool import rows_of
 from ilqr_service.solving.run import Entry, PackedRun, Run, pack_run, unpack_state, unpack_work
 from ilqr_service.solving.stepper import Clock, Stepped, Stepper
 from ilqr_service.work import (
@@ -52,7 +53,7 @@ _RUN_SHARE = 0.25
 def _check_memory(estimator: Horizon, horizon: int) -> None:
     """Raise ServiceError if a run would take too much memory."""
     state = sum(t.nbytes for t in estimator.init(batch=1).tensors())
-    needed, most = (horizon + 2) * state, int(_RUN_SHARE * available_memory())
+    needed, most = rows_of(horizon) * state, int(_RUN_SHARE * available_memory())
     if needed > most:
         raise ServiceError(
             "model",
@@ -179,6 +180,10 @@ class Engine:
         if found is not None:  # a failed solve may lose it
             found.serial = serial
 
+    def paused(self, run: int) -> bool:
+        """Return whether the newest bins of a run are missing."""
+        return (found := self._runs.get(run)) is not None and found.paused is not None
+
     def pack(self, run: int) -> PackedRun | None:
         """Return a snapshot of a run; None if there is no such run."""
         found = self._runs.get(run)
@@ -247,6 +252,8 @@ class Engine:
 
     def _run_of(self, work: Solve) -> Run:
         found = None if work.restart else self._runs.get(work.run)
+        if found is not None and work.rewind:
+            found = found.before(work.index)
         if found is not None:
             return found
         # It starts, or restarts after a failure that lost its state.
@@ -264,9 +271,11 @@ class Engine:
             answer = replace(
                 answer, flags=watch.changes(before, names), flagged=watch.flagged(names)
             )
-        kept = work
+        kept = replace(work, rewind=False) if work.rewind else work
         if work.budget or stepped.answer.solver == STOPPED:
-            kept = replace(work, budget=budget_of(stepped.answer))
+            kept = replace(kept, budget=budget_of(stepped.answer))
+        if work.rewind and not found.entries:  # its model was changed meanwhile
+            answer = replace(answer, restarted=True)
         remembered = (answer, stepped.later) if work.lag else (None, None)
         found.add(Entry(kept, found.state, before, *remembered), stepped.after, watch)
         found.serial = max(found.serial, work.serial)

@@ -150,8 +150,14 @@ class Engines:
                     shadow.other.add(answer)
 
     def pack(self, work: Work) -> PackedRun | None:
-        """Return a snapshot of the run of ``work``."""
-        return self.engine(work.to if isinstance(work, SwapModel) else work.model).pack(work.run)
+        """Return a snapshot of the run of ``work``; None while bins are missing.
+
+        After a swap the run needs only the new model, so then there is always one.
+        """
+        if isinstance(work, SwapModel):
+            return self.engine(work.to).pack(work.run)
+        engine = self.engine(work.model)
+        return None if engine.paused(work.run) else engine.pack(work.run)
 
     def restore(self, packed: PackedRun) -> None:
         """Restore a run from a snapshot. Raises ProtocolError if array bytes do not match."""

@@ -24,6 +24,11 @@ _FIELDS = tuple(f.name for f in fields(HorizonState))
 _RESERVE_BYTES = 1 << 30
 
 
+def rows_of(horizon: int) -> int:
+    """Return how many rows a run takes while bins are missing: two windows, and the next state."""
+    return 2 * horizon + 3
+
+
 class Row:
     """A row of a ``Pool``, reserved for the lifetime of this object."""
 

@@ -4,8 +4,11 @@ A run holds the estimator's state and, for each bin of the window, the bin and t
 So a late bin can be inserted and the window solved again from there, with bit-identical results to
 an arrival in order.
 
+While bins are missing, the run also keeps its state before the first of them. So a feeder that
+pauses, and then sends its next bin, continues from there, however long the pause was.
+
 A snapshot holds the state before the window and the bins of the window; solving them again restores
-the rest.
+the rest. None is taken while bins are missing.
 """
 
 from __future__ import annotations
@@ -46,19 +49,35 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(slots=True)
 class Run:
-    """A run: the newest state and up to ``size`` entries, oldest first."""
+    """A run: the newest state and up to ``size`` entries, oldest first.
+
+    ``paused``: the first of the newest bins if these are missing, and the run before it.
+    """
 
     size: int
     state: Row
     watch: UnitWatch | None
     serial: int = -1
     entries: deque[Entry] = field(default_factory=deque[Entry])
+    paused: tuple[int, Run] | None = None
 
     def add(self, entry: Entry, state: Row, watch: UnitWatch | None) -> None:
+        if not entry.work.missing:
+            self.paused = None
+        elif self.paused is None:
+            before = Run(self.size, self.state, self.watch, self.serial, self.entries.copy())
+            self.paused = entry.work.index, before
         self.entries.append(entry)
         if len(self.entries) > self.size:
             self.entries.popleft()
         self.state, self.watch = state, watch
+
+    def before(self, index: int) -> Run | None:
+        """Return the run before a bin that is the next one, or the first of the newest missing."""
+        if self.paused is not None and self.paused[0] == index:
+            return self.paused[1]
+        follows = self.entries and self.entries[-1].work.index + 1 == index
+        return self if follows else None
 
     def place(self, index: int) -> int | None:
         """Return the position of the bin ``index``; None if it is not in the window."""
@@ -92,6 +111,7 @@ class PackedWork(msgspec.Struct, frozen=True, array_like=True):
     clock: messages.Offset | None = None
     lost: bool = False
     lag: int = 0
+    rewind: bool = False
 
 
 def pack_work(work: Work) -> PackedWork:
@@ -116,6 +136,7 @@ def pack_work(work: Work) -> PackedWork:
         model=work.model,
         clock=bin_.clock if bin_ else None,
         lag=work.lag,
+        rewind=solve is not None and solve.rewind,
     )
 
 
@@ -143,7 +164,7 @@ def unpack_work(packed: PackedWork, slot: str = "") -> Work:
     }
     if packed.late:
         return Insert(**queued, **arrived)
-    how = {name: getattr(packed, name) for name in ("restart", "anytime", "budget")}
+    how = {name: getattr(packed, name) for name in ("restart", "rewind", "anytime", "budget")}
     return Solve(**queued, **arrived, **how)
 
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ilqr_service.solving.pool import Pool, Row
+from ilqr_service.solving.pool import Pool, Row, rows_of
 from ilqr_service.work import SHED, EngineAnswer, EngineInfo, Solve
 from ilqr_vae.inference import ilqr
 from ilqr_vae.inference.compiled import Array
@@ -82,8 +82,8 @@ class Stepper:
         self._estimator, self._facts, self._clock = estimator, model_info, clock
         self._classes = classes
         initial = estimator.init(batch=1)
-        # a window of states for each run, and the current batch
-        self.pool = Pool(initial, (model_info.horizon + 2) * streams)
+        # a window of states for each run, the one before a pause, and the current batch
+        self.pool = Pool(initial, rows_of(model_info.horizon) * streams)
         (self.initial,) = self.pool.put(initial)
         like = estimator.mean_rate
         self._device = like.device

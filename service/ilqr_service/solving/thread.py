@@ -181,11 +181,10 @@ class SolverThread:
             return
         for work in works:
             since = self._since[work.run] = self._since.get(work.run, 0) + 1
-            # after a swap the run needs only the new model
             if isinstance(work, SwapModel) or since >= self._snapshot_every:
-                self._since[work.run] = 0
                 packed = self._engines.pack(work)
                 if packed is not None:
+                    self._since[work.run] = 0
                     self._answers.append(packed)
 
     def _wake_io(self) -> None:
