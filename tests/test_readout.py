@@ -233,5 +233,9 @@ def test_intervals_hold_at_every_speed_though_the_hand_rests_most_of_the_time(
     assert 0.84 < min(by.coverage) <= max(by.coverage) < 0.96
     before = coverage_by_speed(truth[later], decoded[later], std[later], units, "decoded")
     assert max(before.ratio) > 2
+    # the same errors within 15 s are 6, within 150 s 60: the 95 % quantiles of Student's t
+    brief = fit_intervals(truth[half], decoded[half], std[half], np.ones(2), 0.005)
+    assert brief is not None
+    np.testing.assert_allclose(brief.factors / scale.factors, 1.9432 / 1.6706, rtol=1e-4)
     # too few bins to tell speeds apart
     assert fit_intervals(truth[:30], decoded[:30], std[:30], np.ones(2), 0.05) is None
