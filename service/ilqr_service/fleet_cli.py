@@ -85,7 +85,10 @@ def fleet(
     logs.configure(settings.log)
     from ilqr_service.fleet.fleet import Fleet  # importing Ray takes seconds
 
-    with stop_on_signals() as stop, connected(address):
+    # Ray sets a handler of SIGTERM as it connects, so they are set once more
+    with stop_on_signals() as early, connected(address), stop_on_signals() as stop:
+        if early.is_set():
+            return
         running = Fleet(
             model,
             settings,

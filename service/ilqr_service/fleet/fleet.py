@@ -88,7 +88,6 @@ class Fleet:
         self._model = read_manifest(model).model_id
         self._paths = {self._model: str(model.absolute())}
         self._serving: dict[str, str] = {}
-        self._down: dict[str, tuple[float, float]] = {}
         self._sizing, self._stop = threading.RLock(), threading.Event()
         self._turned_away = self._growing = False
         self._members = Members(
@@ -286,16 +285,14 @@ class Fleet:
             return min(member.servers.values(), key=lambda server: sessions[server.name])
 
     def _taken_up(self, name: str, there: bool) -> None:
-        """Record the downtime of a server, and redirect its clients."""
+        """Redirect the clients of a server."""
         if not there:
             self.gateway.forget(name)
             return
-        _, down = next(t for t in reversed(self._members.takeovers) if t[0] == name)
-        self._down[name] = (down, time.monotonic())
         self.gateway.announce(name)
 
     def _took_up(self, name: str) -> int:
-        down, at = self._down.get(name, (0.0, 0.0))
+        down, at = self._members.down.get(name, (0.0, 0.0))
         return round(down * 1e9) if time.monotonic() - at < _NEWS_S else 0
 
     def _served(self, name: str, listed: messages.ModelList, path: str) -> None:

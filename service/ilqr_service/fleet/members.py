@@ -80,6 +80,7 @@ class Members:
         alive: living members.
         lost: servers that no member runs now.
         takeovers: servers that were taken over, and their seconds of downtime.
+        down: by server, the seconds of its last downtime, and when that ended.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Members:
         self.alive: list[Running] = []
         self.lost: dict[str, _Lost] = {}
         self.takeovers: list[tuple[str, float]] = []
+        self.down: dict[str, tuple[float, float]] = {}
         self.copies: dict[str, _Copy] = {}
         self._secret = secrets.token_bytes(32) if replicate else b""
         self._found, self._stop = threading.Condition(self.lock), threading.Event()
@@ -304,8 +306,10 @@ class Members:
                 logs.warning("a server could not be taken up", server=name, error=str(error))
                 lost.heir, lost.start, lost.not_before = None, None, now + _AGAIN_S
                 continue
-            down = time.monotonic() - lost.since
+            ended = time.monotonic()
+            down = ended - lost.since
             with self._found:
+                self.down[name] = (down, ended)
                 lost.heir.servers[name] = server
                 del self.lost[name]
                 self.copies.pop(name, None)

@@ -259,8 +259,9 @@ def trials(
         if numbers and key in logarithmic:
             ax.set_xscale("log")
             _plain_numbers(ax.xaxis, 1.0, 3.0)
-        elif numbers and len(set(drawn)) <= _FEW_VALUES:
-            ax.set_xticks(sorted(set(drawn)))  # pyright: ignore[reportArgumentType]
+        whole = {v for v in drawn if isinstance(v, int)} if numbers else set[int]()
+        if 0 < len(whole) <= _FEW_VALUES and key not in logarithmic:
+            ax.set_xticks(sorted(whole))
         ax.set_xlabel(short(key, 40))
     return figure
 
