@@ -75,7 +75,7 @@ def test_nothing_is_told_that_the_copy_has_not(model_file: Path, tmp_path: Path)
             end.close()
 
 
-def test_a_copy_that_lacks_a_piece_begins_anew(tmp_path: Path) -> None:
+def test_a_copy_begins_anew_after_a_lost_piece_and_says_what_fails(tmp_path: Path) -> None:
     store, copier = Store("127.0.0.1", b"x", None), Copier("a", b"x", None)
     store.hold("a", tmp_path)
     try:
@@ -88,6 +88,14 @@ def test_a_copy_that_lacks_a_piece_begins_anew(tmp_path: Path) -> None:
         until("copied", lambda: copier.copied() == copier.position)
         assert copier.in_step
         assert (tmp_path / "00000002.journal").read_bytes() == b"all"
+        (tmp_path / "gone").mkdir()
+        store.hold("a", tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        copier.write(3, 0, b"nowhere")
+        until("failing", lambda: store.failing == {"a"})
+        assert copier.copied() < copier.position
+        store.release("a")
+        assert not store.failing
     finally:
         copier.close()
         store.close()

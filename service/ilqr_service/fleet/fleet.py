@@ -216,6 +216,7 @@ class Fleet:
                 now: Measured = cast(Any, ray.get(call))
             except RayError:
                 continue
+            self._members.give_up_copies(member, now.failing)
             before, member.newest = member.newest, now
             if before is None or before.at_s == now.at_s:
                 continue

@@ -40,11 +40,15 @@ class Server(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """CPU seconds used by a member's process, at a time of its monotonic clock."""
+    """CPU seconds used by a member's process, at a time of its monotonic clock.
+
+    ``failing``: servers of whose journal it cannot write its copy.
+    """
 
     cpu_s: float
     at_s: float
     memory: int
+    failing: frozenset[str] = frozenset()
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -129,6 +133,11 @@ class Member:
         self._store.hold(name, self._root / name)
         return _seen(self._store.address)
 
+    def release(self, name: str) -> None:
+        """Keep a copy of a server's journal no longer."""
+        assert self._store is not None
+        self._store.release(name)
+
     def aim(self, name: str, address: str) -> None:
         """Copy a server's journal to this store; "" for none."""
         if (copier := self._copiers.get(name)) is not None:
@@ -155,7 +164,8 @@ class Member:
         process = psutil.Process()
         times = process.cpu_times()
         memory = process.memory_info().rss
-        return Measured(times.user + times.system, time.monotonic(), memory)
+        failing = frozenset[str]() if self._store is None else self._store.failing
+        return Measured(times.user + times.system, time.monotonic(), memory, failing)
 
     def metrics(self) -> dict[str, bytes]:
         """Return the metrics of each server by name."""

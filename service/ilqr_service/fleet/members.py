@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ _TICK_S = 0.05
 _CALL_S, _START_S = 5.0, 300.0
 _AGAIN_S = 0.5
 _COPIED_S = 30.0
+_HOLDS_AGAIN_S = 60.0
+"""After this time a member that could not write a copy is tried again."""
 
 
 @dataclass(eq=False)
@@ -44,6 +46,7 @@ class Running:
     asked: Any = None
     placed: deque[float] = field(default_factory=deque[float])
     quiet_since: float = field(default_factory=time.monotonic)
+    holds_again: float = 0.0
 
 
 @dataclass(eq=False)
@@ -344,7 +347,12 @@ class Members:
                 if copy is not None and copy.holder in self.alive and copy.holder is not member:
                     continue
                 holders = [copy.holder for copy in self.copies.values()]
-                others = [m for m in self.alive if m.place.node != member.place.node]
+                now = time.monotonic()
+                others = [
+                    other
+                    for other in self.alive
+                    if other.place.node != member.place.node and other.holds_again < now
+                ]
                 if others:
                     holder = min(others, key=holders.count)
                     self.copies[name] = _Copy(holder)
@@ -363,6 +371,20 @@ class Members:
                         with self._found:
                             copy.in_step = True
                             self._found.notify_all()
+
+    def give_up_copies(self, holder: Running, names: Iterable[str]) -> None:
+        """Copy journals elsewhere that this member cannot write; if nowhere, they have no copy."""
+        with self.lock:
+            for member in self.alive:
+                for name in member.servers.keys() & set(names):
+                    copy = self.copies.get(name)
+                    if copy is None or copy.holder is not holder:
+                        continue
+                    logs.warning("a copy is given up, it cannot be written", server=name)
+                    del self.copies[name]
+                    holder.holds_again = time.monotonic() + _HOLDS_AGAIN_S
+                    member.actor.aim.remote(name, "")
+                    holder.actor.release.remote(name)
 
     def _in_step(self, name: str) -> bool:
         copy = self.copies.get(name)

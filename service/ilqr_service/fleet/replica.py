@@ -11,6 +11,7 @@ yet, which would be lost with the node.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import math
 import struct
@@ -188,6 +189,7 @@ class Store:
 
     Attributes:
         address: bound address of the store.
+        failing: servers whose last piece could not be written, on a full disk for example.
     """
 
     def __init__(self, host: str, secret: bytes, key: ServerKey | None) -> None:
@@ -201,6 +203,7 @@ class Store:
             self._socket.curve_secretkey = key.secret.encode()
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
+        self.failing: frozenset[str] = frozenset()
         self._folders: dict[str, Path] = {}
         self._files: dict[str, tuple[int, BinaryIO]] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -217,6 +220,7 @@ class Store:
         """Stop writing and acknowledging for a server."""
         with self._lock:
             self._folders.pop(name, None)
+            self.failing -= {name}
             if (open_ := self._files.pop(name, None)) is not None:
                 open_[1].close()
 
@@ -235,8 +239,13 @@ class Store:
             sender, *parts = self._socket.recv_multipart()
             try:
                 reply = self._taken(parts)
-            except (OSError, ValueError, struct.error) as error:
-                logs.warning("a copy could not be written", error=str(error))
+            except OSError as error:
+                if (name := parts[1].decode()) not in self.failing:
+                    self.failing |= {name}
+                    logs.warning("a copy could not be written", server=name, error=str(error))
+                reply = None
+            except (ValueError, struct.error) as error:
+                logs.warning("a piece of a copy is refused", error=str(error))
                 reply = None
             if reply is not None:
                 with suppress(zmq.Again):
@@ -261,5 +270,7 @@ class Store:
                 open_ = self._files[name] = (segment, file)
             if open_ is None or open_[0] != segment or open_[1].tell() != offset:
                 return 0
-            open_[1].write(data)
+            if open_[1].write(data) != len(data):
+                raise OSError(errno.ENOSPC, "a piece was written in part", str(folder))
+            self.failing -= {name}
         return int(position)
