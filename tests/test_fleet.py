@@ -18,12 +18,13 @@ from feeder import UNITS, Feeder, spikes
 from ilqr_clients import ServiceClient
 from ilqr_clients.session import Session
 from ilqr_service.fleet.fleet import Fleet
+from ilqr_service.fleet.gateway import Gateway
 from ilqr_service.fleet.member import Server
 from ilqr_service.fleet.placement import ServerLoad, change, cost, place, room
 from ilqr_service.fleet.rolling import Rolling
 from ilqr_service.journal.verify import verify
 from ilqr_service.settings import ServiceSettings
-from ilqr_vae.errors import ProtocolError, RequestRefusedError
+from ilqr_vae.errors import ProtocolError, RequestRefusedError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.keys import add_client, read_client_key
 from ray_rig import NODE
@@ -326,6 +327,47 @@ def test_a_server_that_refuses_to_swap_takes_the_others_back(tmp_path: Path, med
         assert {m.role for models in serve for m in models} <= {"serving", "before"}
         said = f"now 0001 serves {new}, 0002 serves {old}"
         assert (said if meddled else "every server serves what it did before") in str(refused.value)
+
+
+def test_a_client_waits_for_a_fleet_whose_servers_do_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ServiceSettings(ingest="tcp://127.0.0.1:*", results="tcp://127.0.0.1:*")
+    there: list[Server] = []
+    some = Gateway._some  # pyright: ignore[reportPrivateUsage]
+
+    with serving(make_model(tmp_path / "m.safetensors", n_units=3)) as one:
+
+        def refused_at_first(*arguments: Any) -> Any:
+            try:
+                return some(*arguments)
+            except ProtocolError:
+                there.append(Server("0001", one.ingest, one.results))
+                raise
+
+        monkeypatch.setattr(Gateway, "_some", refused_at_first)
+        gateway = Gateway(
+            settings,
+            None,
+            servers=lambda: there,
+            place=lambda _: there[0],
+            took_up=lambda _: 0,
+            missing=lambda: False,
+            served=lambda *_: None,
+            size=threading.Lock(),
+        )
+        gateway.start()
+        try:
+            with ServiceClient(gateway.ingest, timeout=WAIT_S) as client:
+                assert client.describe().model == one.model
+            del there[:]
+            with (
+                ServiceClient(gateway.ingest, timeout=0.1) as client,
+                pytest.raises((RequestRefusedError, ServiceUnreachableError)),
+            ):
+                client.describe()
+        finally:
+            gateway.close()
 
 
 def test_sessions_go_where_there_is_room() -> None:

@@ -64,6 +64,7 @@ Reply = TypeVar(
     messages.ModelList,
     messages.Noted,
 )
+_AGAIN_S = 0.5
 
 
 class ServiceClient(Closing):
@@ -117,7 +118,11 @@ class ServiceClient(Closing):
             if isinstance(reply, kind):
                 return reply
             if isinstance(reply, messages.Refused):
-                raise refusal(self.endpoint, reply)
+                ready = (reply.field, reply.expected) != ("service", "ready")
+                if ready or time.monotonic() + _AGAIN_S > end:
+                    raise refusal(self.endpoint, reply)
+                time.sleep(_AGAIN_S)  # a fleet whose servers are busy, or are being taken up
+                self._socket.send(messages.encode(request))
         # A late reply must not be taken for the answer to the next request.
         self._socket.close()
         self._socket = connect(self._context, zmq.DEALER, self.endpoint, self.key)
