@@ -262,7 +262,7 @@ class Simulation:
                 )
             place = upto
             limit = CATCH_UP * self._cost.batch
-            for steps in self._policy.next(round(now * 1e9), limit):
+            for steps in self._policy.next(round(now * 1e9), limit, 0):
                 for step in steps:
                     k = len(step)
                     end = self._until(now, came, times.solve + k * times.each, drawn[1])
