@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.adapt import ratio
 from benchmarks.models import BIN_S, decoder_of, estimator_of
 from benchmarks.queueing import Core, Interruption, Sends, Simulation, interruptions
 from benchmarks.stream import measure, time_parts
@@ -124,3 +125,10 @@ def test_the_queueing_model_predicts_a_load_from_others() -> None:
     assert taken.seconds == pytest.approx(0.01, rel=0.2)
     slowed = Simulation(core, BIN_S, [Interruption(1.0, 0.2)]).run(sends)
     assert slowed.max() > 0.2 > sends.measured.max()
+
+
+def test_the_ratio_of_two_tails_is_of_all_blocks_and_has_an_interval() -> None:
+    ms = np.random.default_rng(1).lognormal(size=(8, 500))
+    found = ratio([(block, 1.2 * block) for block in ms])
+    assert found["ratio"] == found["interval"][0] == found["interval"][1] == 1.2
+    assert found["p99_us"] == round(1e3 * float(np.percentile(ms, 99)), 1)

@@ -6,6 +6,7 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -110,6 +111,28 @@ def test_a_stream_that_fits_nothing_changes_nothing(artifact: Artifact, tmp_path
         assert "rows that fit" in made.why
         assert [m.role for m in client.models()] == ["serving"]
     assert list(tmp_path.glob("day*")) == [file]
+
+
+def test_targets_among_the_bins_become_labels(artifact: Artifact, tmp_path: Path) -> None:
+    manifest = msgspec.structs.replace(
+        artifact.manifest, kinematic_names=("vx", "vy"), kinematic_units=("m/s", "m/s")
+    )
+    counts, aims = np.ones((3, 2), np.uint16), np.array([[0, 0, 0, 1, 0.1], [0, 0, 1, 0, 0.1]])
+    aims = np.concatenate([aims, np.full((1, 5), np.nan)])
+    np.savez(
+        tmp_path / "x.npz",
+        counts=counts,
+        mask=counts > 0,
+        names=np.array(["a", "b"]),
+        bin_width=0.05,
+        decoded=np.tile([3.0, 4.0], (3, 1)),
+        aims=aims,
+    )
+    read = read_streamed(tmp_path / "x.npz", manifest)
+    assert read.kinematics is not None
+    np.testing.assert_allclose(read.kinematics[:2], [[0, 5], [5, 0]], atol=1e-12)
+    assert read.scored.tolist() == [True, True, False]
+    assert read_streamed(tmp_path / "x.npz").kinematics is None
 
 
 def test_what_is_not_bins_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ predict the spikes about as well as the serving model instead of better.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -43,6 +44,22 @@ _LABELLED = 1 / 3
 """Least share of bins with known targets; with fewer, the fit uses none."""
 _AS_WELL = 0.95
 """Least bits of a candidate fitted with targets, as a share of those of the serving model."""
+
+
+def started_adapt(model: Path, bins: Path, out: Path) -> subprocess.Popen[str]:
+    """Start `ilqr-vae adapt` with one thread, on time that no other process wants."""
+    command = [sys.executable, "-m", "ilqr_vae.cli", "adapt", str(model)]
+    command += ["--recording", str(bins), "--out", str(out), "--threads", "1"]
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    with contextlib.suppress(OSError):  # it may have ended, or the system may not know this policy
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+        if hasattr(os, "sched_setscheduler"):
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+    return process
 
 
 class Verdict(Enum):
@@ -292,25 +309,14 @@ class Follower:
 
     def _adapt(self, bins: Path, made: Path) -> subprocess.CompletedProcess[str]:
         """Run `adapt`, and keep listening meanwhile so that no messages pile up."""
-        command = [sys.executable, "-m", "ilqr_vae.cli", "adapt", str(self._model)]
-        command += ["--recording", str(bins), "--out", str(made), "--threads", "1"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        ) as fitting:
+        with started_adapt(self._model, bins, made) as fitting:
             try:
-                if hasattr(os, "setpriority"):
-                    os.setpriority(os.PRIO_PROCESS, fitting.pid, 10)
                 self.listen(sys.maxsize, until=lambda: fitting.poll() is not None)
             except BaseException:
                 fitting.kill()
                 raise
             _, errors = fitting.communicate()
-        return subprocess.CompletedProcess(command, fitting.returncode, "", errors)
+        return subprocess.CompletedProcess(fitting.args, fitting.returncode, "", errors)
 
     @property
     def _least(self) -> float:

@@ -26,8 +26,9 @@ from ilqr_vae.recordings import Recording
 from ilqr_vae.streaming.horizon import MovingHorizon
 
 _FITTED = 0.75
-_CANDIDATE = 2400  # bins that a candidate is fitted on at most, before it is refitted on all
+_CANDIDATE = 1800  # bins that a candidate is fitted on at most, before it is refitted on all
 _RUN_IN = 100
+_STREAMS = 4  # parts of the last quarter that are streamed at once
 _ANCHORS = 0.2
 _OUTSIDE = 0.1
 
@@ -188,7 +189,13 @@ def _judged(
         )
         passes.append(
             causal_pass(
-                estimator, recording, *bins, run_in=_RUN_IN, progress=progress, what="candidate"
+                estimator,
+                recording,
+                *bins,
+                streams=_STREAMS,
+                run_in=_RUN_IN,
+                progress=progress,
+                what="candidate",
             )
         )
     return passes
