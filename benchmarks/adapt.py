@@ -138,7 +138,7 @@ def beside(folder: Path, blocks: int, seconds: float, streams: int) -> Row:
     )
     with running(serve) as server, Generator(server["ingest"], size, Faults()) as load:
         load.open()
-        edges = time.monotonic() + WARM * BIN_S + seconds * np.arange(blocks + 1)
+        edges = time.monotonic() + WARM * BIN_S + seconds * np.arange(blocks + 1, dtype=np.float64)
         with Beside(model, bins, edges) as refits:
             outcome = load.run()
     stamps = np.array(outcome.stamps, dtype=np.int64)
