@@ -259,6 +259,9 @@ class Members:
                 self._take_up()
                 if self._secret:
                     self._replicate()
+            except ServiceError as error:  # no member could be started
+                if not self._stop.is_set():
+                    logs.warning("servers wait for a member", error=str(error))
             except Exception:
                 logs.exception("the fleet goes on")
 
