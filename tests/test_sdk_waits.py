@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from ilqr_clients import (
     Answer,
     AnswerTimeoutError,
     AsyncServiceClient,
-    IlqrVaeError,
     RequestRefusedError,
     ServiceClient,
     ServiceError,
@@ -24,6 +24,7 @@ from ilqr_clients import (
     SessionEndedError,
 )
 from ilqr_service.server import Service
+from ilqr_vae.errors import ShapeError
 from process import served
 from rig import BIN_S, serving
 
@@ -126,9 +127,69 @@ def test_integers_and_names_of_numpy_are_taken(client: ServiceClient) -> None:
             sent = np.int64(1000 + int(index))
             answer = session.step(index, ROW.astype(np.float32), WAIT_S, source_ns=sent)
             assert (answer.session, answer.epoch, answer.source_ns) == ("numpy", 3, sent)
-    for wrong in (1.0, "1", -2):
-        with pytest.raises(IlqrVaeError, match="answered: expected a whole number, at least -1"):
-            client.open("numpy", units=UNITS, bin_width=BIN_S, answered=wrong)  # pyright: ignore[reportArgumentType]
+
+
+OPENED: dict[str, Any] = {"session": "odd", "units": UNITS, "bin_width": BIN_S}
+ODD: list[tuple[str, str, dict[str, Any], str]] = [
+    *(("open", "session", OPENED | {"session": odd}, "text") for odd in (5, None, b"s")),
+    *(("open", "units", OPENED | {"units": odd}, "a list of names") for odd in (None, 7, "abc")),
+    ("open", r"units\[1\]", OPENED | {"units": ["a", 2]}, "text"),
+    *(("open", "answered", OPENED | {"answered": odd}, "a whole number") for odd in (1.0, "1", -2)),
+    *(
+        ("open", "bin_width", OPENED | {"bin_width": odd}, "a number, at")
+        for odd in (None, "1", -1)
+    ),
+    *(
+        ("open", name, OPENED | {name: odd}, "True or False")
+        for name in ("anytime", "clocked", "watch_units", "resume", "hear_events", "hear_details")
+        for odd in ("no", None, 2)
+    ),
+    *(
+        ("open", name, OPENED | {name: odd}, "a number, ")
+        for name in ("deadline", "grace", "patience")
+        for odd in ("1", [], np.nan, np.inf)
+    ),
+    *(
+        ("open", name, OPENED | {name: odd}, "a whole number, ")
+        for name in ("epoch", "lag", "origin_ns")
+        for odd in ("1", 0.5, 2**64)
+    ),
+    ("open", "abstain", OPENED | {"abstain": "all"}, "a number, "),
+    ("open", "model", OPENED | {"model": None}, "text"),
+    ("open", "on_error", OPENED | {"on_error": "raise"}, "something to call"),
+    ("open_spikes", "origin_ns", OPENED | {"origin_ns": 0.5}, "a whole number"),
+    ("listen", "session", {"session": 5}, "text"),
+    ("listen", "wait", {"session": "odd", "wait": "yes"}, "True or False"),
+    ("listen", "patience", {"session": "odd", "patience": None}, "a number"),
+    ("load", "path", {"path": 5}, "text"),
+    ("load", "shadow", {"path": "m", "shadow": "no"}, "True or False"),
+    ("load", "timeout", {"path": "m", "timeout": "1"}, "a number"),
+    ("swap", "slot", {"slot": None}, "text"),
+    ("roll_back", "slot", {"slot": 1}, "text"),
+    ("clock", "probes", {"probes": 1.5}, "a whole number"),
+    ("event", "session", {"session": 1, "name": "e"}, "text"),
+    ("event", "name", {"session": "odd", "name": None}, "text"),
+    ("event", "payload", {"session": "odd", "name": "e", "payload": [1]}, "a map"),
+    ("event", "time_ns", {"session": "odd", "name": "e", "time_ns": "now"}, "a whole number"),
+    ("event", "token", {"session": "odd", "name": "e", "token": 1}, "text"),
+]
+
+
+def test_an_argument_of_the_wrong_kind_is_named_and_nothing_is_sent(client: ServiceClient) -> None:
+    for method, field, arguments, expected in ODD:
+        with pytest.raises(ShapeError, match=rf"^{field}: expected {expected}.*, got "):
+            getattr(client, method)(**arguments)
+    assert "odd" not in [session.session for session in client.sessions()]
+    with pytest.raises(RequestRefusedError, match=r"session.*: expected 1-64 of"):
+        client.open(**(OPENED | {"session": ""}))
+    odd: Any
+    for name, odd in (("endpoint", {"endpoint": 5}), ("timeout", {"endpoint": "", "timeout": "1"})):
+        with pytest.raises(ShapeError, match=f"^{name}: expected "):
+            ServiceClient(**odd)
+    with client.open(**OPENED) as session:
+        for method, arguments in ((session.receive, ("1",)), (session.step, (0, ROW, "1"))):
+            with pytest.raises(ShapeError, match=r"^timeout: expected a number"):
+                method(*arguments)
 
 
 def test_a_listener_reads_what_another_feeds(client: ServiceClient, service: Service) -> None:

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.connection import Closing, Watched, connect, reachable, refusal
+from ilqr_clients.exact import finite
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.listener import ENDS, PATIENCE_S, Topic
 from ilqr_clients.outstanding import Outstanding
@@ -200,7 +201,7 @@ class Channel(Closing):
             ProtocolError: a message is invalid.
             As ``send``, once all answers were taken.
         """
-        end = time.monotonic() + timeout
+        end = time.monotonic() + finite("timeout", timeout)
         while True:
             left = end - time.monotonic()
             self._take(0.0 if self._ready else min(left, TURN_S))

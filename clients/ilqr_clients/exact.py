@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, SupportsFloat, SupportsIndex
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -13,6 +14,7 @@ from ilqr_vae.errors import ShapeError
 from ilqr_vae.protocol import messages
 
 _LARGEST = 1e9
+_T = TypeVar("_T")
 
 
 def _vector(field: str, values: ArrayLike, size: int, expected: str) -> NDArray[Any]:
@@ -49,20 +51,61 @@ def whole(field: str, value: SupportsIndex, least: int = 0) -> int:
         number = operator.index(value)
     except TypeError:
         number = least - 1
-    if number < least:
-        raise ShapeError(field, expected=f"a whole number, at least {least}", got=repr(value))
+    if not least <= number < 2**63:
+        expected = f"a whole number, at least {least}"
+        raise ShapeError(field, expected=expected, got=_shown(value))
     return number
 
 
-def finite(field: str, value: SupportsFloat) -> float:
-    """Return a number that is at most 1e9 in size, such as seconds, as float. Raises ShapeError."""
+def finite(field: str, value: SupportsFloat, least: float = -_LARGEST) -> float:
+    """Return a number from ``least`` to 1e9, such as seconds, as float. Raises ShapeError."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= _LARGEST:
-        raise ShapeError(field, expected=f"a number, at most {_LARGEST:g}", got=repr(value))
+    if not least <= number <= _LARGEST:
+        between = "" if least < 0 else f"at least {least:g}, "
+        raise ShapeError(
+            field, expected=f"a number, {between}at most {_LARGEST:g}", got=_shown(value)
+        )
     return number
+
+
+def instance(field: str, value: object, kind: type[_T], expected: str) -> _T:
+    """Return ``value`` if it is of this kind. Raises ShapeError."""
+    if not isinstance(value, kind):
+        raise ShapeError(field, expected=expected, got=_shown(value))
+    return value
+
+
+def text(field: str, value: str) -> str:
+    """Return text of any kind, including numpy's, as str. Raises ShapeError."""
+    return str(instance(field, value, str, "text"))
+
+
+def switch(field: str, value: object) -> bool:
+    """Return True or False, including numpy's, as bool. Raises ShapeError."""
+    if not isinstance(value, bool | np.bool_):
+        raise ShapeError(field, expected="True or False", got=_shown(value))
+    return bool(value)
+
+
+def names(field: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Return a sequence of names, or an array of them, as a tuple. Raises ShapeError."""
+    given = cast(object, values)
+    if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str | bytes):
+        raise ShapeError(field, expected="a list of names", got=_shown(given))
+    return tuple(text(f"{field}[{k}]", name) for k, name in enumerate(values))
+
+
+def mapping(field: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a map as a dict, which is empty for None. Raises ShapeError."""
+    return {} if value is None else dict(instance(field, value, Mapping, "a map"))
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def packed_counts(counts: ArrayLike, n_units: int) -> messages.Array:

@@ -10,6 +10,7 @@ import zmq
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.connection import Closing, connect, reachable
+from ilqr_clients.exact import finite
 from ilqr_vae.errors import ServiceUnreachableError, SessionEndedError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, MonotonicClock
@@ -189,7 +190,7 @@ class Listener(Closing):
             ServiceUnreachableError: no message from the service for ``patience`` seconds.
             ProtocolError: a message is invalid.
         """
-        end = time.monotonic() + timeout
+        end = time.monotonic() + finite("timeout", timeout)
         while True:
             left = end - time.monotonic()
             self._take(0.0 if self._ready else min(left, _TURN_S))

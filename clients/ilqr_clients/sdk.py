@@ -35,12 +35,12 @@ from typing import Any, TypeVar
 import zmq
 
 from ilqr_clients.connection import Closing, Model, connect, model_of, reachable, refusal
-from ilqr_clients.exact import finite, whole
+from ilqr_clients.exact import finite, instance, mapping, names, switch, text, whole
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.listener import PATIENCE_S, Listener
 from ilqr_clients.session import OnError, Session
 from ilqr_clients.spike_session import SpikeSession
-from ilqr_vae.errors import ServiceError, ServiceUnreachableError
+from ilqr_vae.errors import ServiceError, ServiceUnreachableError, ShapeError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, ClockOffset, MonotonicClock, offset_of
 from ilqr_vae.protocol.keys import ClientKey
@@ -78,6 +78,7 @@ class ServiceClient(Closing):
 
     Raises:
         ServiceError: the address is not one.
+        ShapeError: an argument is of the wrong kind; so do all methods.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class ServiceClient(Closing):
         key: ClientKey | None = None,
         timer: Clock | None = None,
     ) -> None:
-        self.endpoint = endpoint
+        self.endpoint = text("endpoint", endpoint)
         self.timer: Clock = timer or MonotonicClock()
-        self.timeout = timeout
-        self.key = key
+        self.timeout = finite("timeout", timeout, 0.0)
+        self.key = None if key is None else instance("key", key, ClientKey, "a ClientKey")
         self._source, self._events = secrets.token_hex(8), 0
         self._offset = KnownClock(self.timer, None)
         self._context: zmq.Context[Any] = zmq.Context()
@@ -108,8 +109,8 @@ class ServiceClient(Closing):
     def _ask(
         self, request: messages.Message, kind: type[Reply], timeout: float | None = None
     ) -> Reply:
+        limit = self.timeout if timeout is None else finite("timeout", timeout, 0.0)
         self._socket.send(messages.encode(request))
-        limit = self.timeout if timeout is None else timeout
         end = time.monotonic() + limit
         while (left := end - time.monotonic()) > 0:
             if not self._socket.poll(max(1, int(left * 1e3))):
@@ -153,22 +154,24 @@ class ServiceClient(Closing):
             ServiceError: the request was refused (the served model does not change), or there was
                 no reply in ``timeout`` seconds.
         """
-        request = messages.Load(path=path, slot=slot, shadow=shadow)
+        request = messages.Load(
+            path=text("path", path), slot=text("slot", slot), shadow=switch("shadow", shadow)
+        )
         return self._ask(request, messages.ModelList, timeout).models
 
     def swap(self, slot: str = "") -> tuple[messages.ModelInfo, ...]:
         """Serve the shadow of a slot. Raises ServiceError."""
-        return self._ask(messages.Swap(slot=slot), messages.ModelList).models
+        return self._ask(messages.Swap(slot=text("slot", slot)), messages.ModelList).models
 
     def roll_back(self, slot: str = "") -> tuple[messages.ModelInfo, ...]:
         """Drop the shadow, or serve the previous model. Raises ServiceError."""
-        return self._ask(messages.Rollback(slot=slot), messages.ModelList).models
+        return self._ask(messages.Rollback(slot=text("slot", slot)), messages.ModelList).models
 
     def clock(self, probes: int = 15) -> ClockOffset:
         """Measure the offset of the service's clock from this client's. Raises ServiceError."""
         taken: list[tuple[int, int, int]] = []
         same = bool(self.timer.name)
-        for _ in range(max(1, probes)):
+        for _ in range(max(1, whole("probes", probes))):
             before = self.timer.now_ns()
             probed = self._ask(messages.Probe(client_ns=before), messages.Probed)
             taken.append((before, probed.service_ns, self.timer.now_ns()))
@@ -231,29 +234,37 @@ class ServiceClient(Closing):
             RequestRefusedError: the session was refused; the field says why.
             ShapeError: an option is not a number, or not in its range.
         """
-        width, patience = finite("bin_width", bin_width), finite("patience", patience)
+        width, patience = finite("bin_width", bin_width, 0.0), finite("patience", patience, 0.0)
+        session, units = text("session", session), names("units", units)
+        options: dict[str, Any] = {
+            "anytime": switch("anytime", anytime),
+            "clocked": switch("clocked", clocked),
+            "watch_units": switch("watch_units", watch_units),
+            "resume": switch("resume", resume),
+            "lag": whole("lag", lag),
+            "answered": whole("answered", answered, -1),
+            "model": text("model", model),
+            "abstain": finite("abstain", abstain),
+            "deadline_ns": round(finite("deadline", width if deadline is None else deadline) * 1e9),
+            "grace_ns": round(finite("grace", grace) * 1e9),
+            "origin_ns": None if origin_ns is None else whole("origin_ns", origin_ns, -(2**63)),
+        }
+        epoch = None if epoch is None else whole("epoch", epoch)
+        heard = switch("hear_events", hear_events), switch("hear_details", hear_details)
+        if not (on_error is None or callable(on_error)):
+            expected = "something to call, or None"
+            raise ShapeError("on_error", expected=expected, got=repr(on_error))
         results = reachable(self.describe().results, self.endpoint)
         if epoch is None:
             known = [s.epoch for s in self.sessions() if s.session == session]
             epoch = max((e if resume else e + 1 for e in known), default=0)
-        epoch, answered = whole("epoch", epoch), whole("answered", answered, -1)
         request = messages.Open(
             protocol=messages.PROTOCOL,
             session=session,
-            units=tuple(map(str, units)),
+            units=units,
             bin_width_ns=round(width * 1e9),
             epoch=epoch,
-            deadline_ns=round(finite("deadline", width if deadline is None else deadline) * 1e9),
-            anytime=bool(anytime),
-            clocked=bool(clocked),
-            grace_ns=round(finite("grace", grace) * 1e9),
-            watch_units=bool(watch_units),
-            lag=whole("lag", lag),
-            resume=bool(resume),
-            answered=answered,
-            model=model,
-            origin_ns=None if origin_ns is None else whole("origin_ns", origin_ns, -(2**63)),
-            abstain=finite("abstain", abstain),
+            **options,
         )
         kind = Session if origin_ns is None else SpikeSession
         return kind(
@@ -265,8 +276,8 @@ class ServiceClient(Closing):
             key=self.key,
             timer=self.timer,
             clock=self.clock(),
-            hear_events=hear_events,
-            hear_details=hear_details,
+            hear_events=heard[0],
+            hear_details=heard[1],
             on_error=on_error,
         )
 
@@ -282,7 +293,8 @@ class ServiceClient(Closing):
             ServiceUnreachableError: no answer.
             ServiceError: no session of that name is open.
         """
-        patience = finite("patience", patience)
+        patience, wait = finite("patience", patience, 0.0), switch("wait", wait)
+        session = text("session", session)
         results = reachable(self.describe().results, self.endpoint)
         names = sorted(s.session for s in self.sessions())
         if not wait and session not in names:
@@ -330,6 +342,7 @@ class ServiceClient(Closing):
         """Add an event of the experiment to an open session, and wait until it is taken.
 
         Args:
+            session: name of the session.
             name: name of the event, 1-64 characters. ``trial_start`` and ``trial_stop`` become
                 trials in an export, with the fields of their payloads as columns.
             payload: numbers, text, lists and maps, at most 64 KiB.
@@ -342,14 +355,17 @@ class ServiceClient(Closing):
         Raises:
             ServiceError: there was no reply, or the event was refused; the field says why.
         """
+        session, name, token = text("session", session), text("name", name), text("token", token)
+        fields = mapping("payload", payload)
+        at = None if time_ns is None else whole("time_ns", time_ns, -(2**63))
         if self._offset.offset is None:
             self._offset.offset = self.clock()
         now = self.timer.now_ns()
         event = messages.Event(
             session=session,
             name=name,
-            time_ns=now if time_ns is None else time_ns,
-            payload=dict(payload or {}),
+            time_ns=now if at is None else at,
+            payload=fields,
             source=self._source,
             index=self._events,
             clock=self._offset.stated(now),

@@ -12,7 +12,7 @@ from ilqr_clients.answer import Answer
 from ilqr_clients.channel import TURN_S, Channel
 from ilqr_clients.channel import OnError as OnError
 from ilqr_clients.connection import refusal
-from ilqr_clients.exact import packed_counts, packed_features, packed_mask, whole
+from ilqr_clients.exact import finite, packed_counts, packed_features, packed_mask, whole
 from ilqr_clients.outstanding import REMEMBERED
 from ilqr_vae.errors import AnswerTimeoutError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
@@ -118,7 +118,7 @@ class Session(Channel):
             SessionEndedError: the session is not open any more.
         """
         number = whole("index", index)
-        limit = self.patience if timeout is None else timeout
+        limit = self.patience if timeout is None else finite("timeout", timeout)
         self._take(0.0)
         self._check()
         earlier, end = len(self.refused), time.monotonic() + limit
