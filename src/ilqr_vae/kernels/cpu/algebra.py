@@ -84,7 +84,9 @@ _rest_minus = make_tile(4, minus=True)
 _across_wide = make_tile(ROWS, 2 * COLUMNS, across=True)
 _across = make_tile(ROWS, across=True)
 _across_rest = make_tile(4, across=True)
-_row_wide, _row = make_tile(1, 4 * COLUMNS, onto=True), make_tile(1, onto=True)
+_row, _row_two = make_tile(1, onto=True), make_tile(1, vectors=2, onto=True)
+_row_three = make_tile(1, vectors=3, onto=True)
+_row_minus, _row_three_minus = make_tile(1, minus=True), make_tile(1, vectors=3, minus=True)
 _move_eight, _move_four, _move_one = make_move(8), make_move(4), make_move(1)
 _add_eight, _add_four, _add_one = make_add(8), make_add(4), make_add(1)
 _four_dots, _one_dot, _short_dot = make_dots(4, 4), make_dots(4, 1), make_dots(1, 1)
@@ -157,18 +159,20 @@ def multiply_across(X, x0, ldx, Y, y0, ldy, C, c0, ldc, length, rows, columns):
 
 
 @inner
-def add_symmetric(Z, z0, Q, q0, P, p0, ld, size):
+def add_symmetric(Z, z0, Q, q0, ldq, P, p0, ld, size):
     """Z = (Q + Q') / 2 + P, exactly symmetric, of which P's upper triangle is read; Z may be Q.
 
-    The three start at z0, q0 and p0 and have row length ``ld``, ``size`` rounded up to 8.
+    The three start at z0, q0 and p0; all are used up to ``ld``, ``size`` rounded up to 8, which is
+    the row length of Z and P.
     """
     never_inline()
     for i in range(0, size, ROWS):
-        at = i * ld + i
-        _mirror_diagonal(Z, z0 + at, z0 + at, ld, Q, q0 + at, q0 + at, ld, P, p0 + at, ld)
+        at, there = i * ld + i, i * ldq + i
+        _mirror_diagonal(Z, z0 + at, z0 + at, ld, Q, q0 + there, q0 + there, ldq, P, p0 + at, ld)
         for j in range(i + ROWS, size, ROWS):
             up, low = i * ld + j, j * ld + i
-            _mirror(Z, z0 + up, z0 + low, ld, Q, q0 + up, q0 + low, ld, P, p0 + up, ld)
+            q_up, q_low = q0 + i * ldq + j, q0 + j * ldq + i
+            _mirror(Z, z0 + up, z0 + low, ld, Q, q_up, q_low, ldq, P, p0 + up, ld)
 
 
 @inner
@@ -177,11 +181,29 @@ def add_row_product(out, o, x, x0, M, m0, ldm, length, columns):
     never_inline()
     j = 0
     while j < columns:
-        if columns - j >= 4 * COLUMNS:
-            _row_wide(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
-            j += 4 * COLUMNS
+        left = columns - j
+        if left > 2 * COLUMNS:
+            _row_three(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            j += 3 * COLUMNS
+        elif left > COLUMNS:
+            _row_two(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            j += 2 * COLUMNS
         else:
             _row(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            j += COLUMNS
+
+
+@inner
+def subtract_row_product(out, o, x, x0, M, m0, ldm, length, columns):
+    """out[o : o + columns] -= x' M; see ``add_row_product``."""
+    never_inline()
+    j = 0
+    while j < columns:
+        if columns - j > 2 * COLUMNS:
+            _row_three_minus(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            j += 3 * COLUMNS
+        else:
+            _row_minus(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
             j += COLUMNS
 
 
@@ -217,11 +239,23 @@ def add_row(target, t, factor, source, s, count):
 
 @inner
 def move_rows(target, t0, ldt, source, s0, lds, rows, columns):
-    """A block of ``source`` written to one of ``target``; row lengths lds and ldt."""
+    """A block of ``source`` written to one of ``target``, other memory; row lengths lds and ldt."""
     never_inline()
-    one = target.dtype.type(1.0)
+    scale_rows(target, t0, ldt, source, s0, lds, rows, columns, target.dtype.type(1.0))
+
+
+@inner
+def scale_rows(target, t0, ldt, source, s0, lds, rows, columns, factor):
+    """``move_rows``, times a factor. The last vector of a row may write some numbers twice."""
     for i in range(rows):
-        move_row(target, t0 + i * ldt, source, s0 + i * lds, columns, one)
+        t, s = t0 + i * ldt, s0 + i * lds
+        if columns < 8:
+            move_row(target, t, source, s, columns, factor)
+            continue
+        for j in range(0, columns - 7, 8):
+            _move_eight(target, t + j, factor, source, s + j)
+        last = columns - 8
+        _move_eight(target, t + last, factor, source, s + last)
 
 
 @inner
@@ -301,7 +335,7 @@ def inverse_of_symmetric(M, out, size, scratch):
         return False
     multiply(E, wide_size, width, E, wide_size, width, D, 0, wide_size, size, size, size, True)
     out[:] = zero
-    add_symmetric(out, 0, out, 0, D, 0, wide_size, size)
+    add_symmetric(out, 0, out, 0, wide_size, D, 0, wide_size, size)
     return True
 
 

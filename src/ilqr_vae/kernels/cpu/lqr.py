@@ -21,7 +21,6 @@ from ilqr_vae.kernels.cpu import lanes
 from ilqr_vae.kernels.cpu.algebra import (
     COLUMNS,
     add_product,
-    add_row,
     add_row_product,
     add_symmetric,
     all_finite,
@@ -31,13 +30,14 @@ from ilqr_vae.kernels.cpu.algebra import (
     eliminate,
     inner,
     inverse_of_symmetric,
-    move_row,
     move_rows,
     multiply,
     multiply_across,
     never_inline,
     part,
     round_up,
+    scale_rows,
+    subtract_row_product,
     subtract_square,
 )
 
@@ -80,17 +80,18 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
     gx, gu = scratch[end : end + n8], scratch[end + n8 : end + ld]
     w = scratch[end + ld : end + ld + m8]  # L qu
     slope = scratch[end + ld + m8 : end + 2 * ld]
-    # where a matrix's rows are whole vectors it is used as it stands, else copied and padded
-    wide_rows, narrow_rows = n == n8, m == m8
+    # Matrices are used as they stand, with whole vectors read beyond the ends of rows, which spoils
+    # only padding. Near an array's end, where that would leave the array, they are copied. V is
+    # written in whole blocks: where its rows are not whole vectors, into scratch.
+    wide_rows = n == n8
     padded = scratch[end + 2 * ld : end + 2 * ld + 2 * n8 * n8 + n8 * m8]
     end += 2 * ld + 2 * n8 * n8 + n8 * m8
     diagonal = scratch[end : end + m]
     scratch[:end] = zero
     given_A, given_B, given_Q = A.reshape(A.size), B.reshape(B.size), Q.reshape(Q.size)
     values = V.reshape(V.size)
-    transition, value = (given_A, values) if wide_rows else (padded, padded)
-    drive = given_B if narrow_rows else padded
-    a0, p0, b0 = 0, n8 * n8, 2 * n8 * n8
+    value = values if wide_rows else padded
+    p0 = n8 * n8
 
     for i in range(n):
         v[T, i] = q[T, i]
@@ -102,13 +103,15 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
     for t in range(T - 1, -1, -1):
         at = t * n * n
         if wide_rows:
-            a0, p0 = at, at + n * n
-        else:
-            move_rows(padded, a0, n8, given_A, at, n, n, n)
-        if narrow_rows:
-            b0 = t * n * m
-        else:
-            move_rows(padded, b0, m8, given_B, t * n * m, m, n, m)
+            p0 = at + n * n
+        transition, a0, lda = given_A, at, n
+        if given_A.size - at < n * n + n8 - n:
+            move_rows(padded, 0, n8, given_A, at, n, n, n)
+            transition, a0, lda = padded, 0, n8
+        drive, b0, ldb = given_B, t * n * m, m
+        if given_B.size - b0 < n * m + m8 - m:
+            move_rows(padded, 2 * n8 * n8, m8, given_B, b0, m, n, m)
+            drive, b0, ldb = padded, 2 * n8 * n8, m8
         for i in range(n):
             slope[i] = v[t + 1, i]
             gx[i] = q[t, i]
@@ -116,12 +119,12 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
             gu[a] = r[t, a]
         if has_c:
             add_product(slope, 0, value, p0, n8, c, t * n, n, n)
-        add_row_product(gu, 0, slope, 0, drive, b0, m8, n, m)
-        add_row_product(gx, 0, slope, 0, transition, a0, n8, n, n)
-        multiply(value, p0, n8, drive, b0, m8, G, 0, ld, n, n, m, False)
-        multiply(value, p0, n8, transition, a0, n8, G, m8, ld, n, n, n, False)
-        multiply(drive, b0, m8, G, 0, ld, H, 0, ld, n, m, ld, False)
-        multiply(transition, a0, n8, G, m8, ld, D, 0, n8, n, n, n, True)
+        add_row_product(gu, 0, slope, 0, drive, b0, ldb, n, m)
+        add_row_product(gx, 0, slope, 0, transition, a0, lda, n, n)
+        multiply(value, p0, n8, drive, b0, ldb, G, 0, ld, n, n, m, False)
+        multiply(value, p0, n8, transition, a0, lda, G, m8, ld, n, n, n, False)
+        multiply(drive, b0, ldb, G, 0, ld, H, 0, ld, n, m, ld, False)
+        multiply(transition, a0, lda, G, m8, ld, D, 0, n8, n, n, n, True)
 
         for a in range(m):
             for b in range(a, m):
@@ -139,10 +142,13 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
         multiply_across(E, m8, 2 * m8, H, m8, ld, W, 0, n8, m, m, n)
         subtract_square(W, 0, n8, D, 0, n8, m, n)
         if wide_rows:
-            add_symmetric(values, at, given_Q, at, D, 0, n8, n)
-        else:
+            add_symmetric(values, at, given_Q, at, n, D, 0, n8, n)
+        elif given_Q.size - at < n8 * n + n8 - n:
             move_rows(padded, p0, n8, given_Q, at, n, n, n)
-            add_symmetric(padded, p0, padded, p0, D, 0, n8, n)
+            add_symmetric(padded, p0, padded, p0, n8, D, 0, n8, n)
+        else:
+            add_symmetric(padded, p0, given_Q, at, n, D, 0, n8, n)
+        if not wide_rows:
             move_rows(values, at, n, padded, p0, n8, n, n)
 
         multiply(E, m8, 2 * m8, W, 0, n8, gain, 0, n8, m, m, n, False)
@@ -152,8 +158,8 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
             for b in range(a + 1):
                 total += E[a, m8 + b] * gu[b]
             w[a] = total
-            add_row(gx, 0, -total, W, a * n8, n8)
-            move_row(K, (t * m + a) * n, gain, a * n8, n, -one)
+        subtract_row_product(gx, 0, w, 0, W, 0, n8, m, n)
+        scale_rows(K, t * m * n, n, gain, 0, n8, m, n, -one)
         for i in range(n):
             v[t, i] = gx[i]
         for a in range(m):
@@ -350,7 +356,7 @@ def covariance_of_one(A, B, K, Quu_inv, V0, Sigma, scratch):
         multiply(inverse, 0, m8, X, below, n8, Y, below, n8, m, m, n, False)
         multiply(X, 0, n8, Y, 0, n8, D, 0, n8, n + m, n, n, True)
         P[:] = zero
-        add_symmetric(P, 0, P, 0, D, 0, n8, n)
+        add_symmetric(P, 0, P, 0, n8, D, 0, n8, n)
     move_rows(Sigma, T * n * n, n, P, 0, n8, n, n)
     return True
 

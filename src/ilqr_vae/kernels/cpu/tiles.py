@@ -15,6 +15,7 @@ Only numba code lives here: it must not be wrapped by a type-checking import hoo
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -103,14 +104,15 @@ def make_tile(
     rows: int,
     columns: int = COLUMNS,
     *,
+    vectors: int = 1,
     across: bool = False,
     onto: bool = False,
     minus: bool = False,
 ) -> Any:
-    """An intrinsic that computes ``rows`` x ``columns`` numbers of a product.
+    """An intrinsic that computes ``rows`` x (``vectors`` x ``columns``) numbers of a product.
 
     tile(X, x0, ldx, Y, y0, ldy, C, c0, ldc, length):
-    C[c0 + i ldc + j] = sum_l X(l, i) Y[y0 + l ldy + j] for i < rows, j < columns, where X(l, i) is
+    C[c0 + i ldc + j] = sum_l X(l, i) Y[y0 + l ldy + j] for these i and j, where X(l, i) is
     X[x0 + l ldx + i], or with ``across`` X[x0 + i ldx + l] (X as it stands, not transposed). With
     ``onto`` the sum is added to what stands in C, with ``minus`` taken from it.
     """
@@ -133,16 +135,21 @@ def make_tile(
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e = Emit(context, builder, signature, args, columns)
             _, x0, ldx, _, y0, ldy, _, c0, ldc, length = args
-            sums = [cgutils.alloca_once(builder, e.vector) for _ in range(rows)]
             x, y, c = e.at(0, x0), e.at(3, y0), e.at(6, c0)
-            c_rows = [e.ahead(c, e.times(i, ldc)) for i in range(rows)]
-            for total, c_row in zip(sums, c_rows, strict=True):
-                builder.store(e.load(c_row) if onto or minus else e.zero, total)
+            starts = [ir.Constant(x0.type, v * columns) for v in range(vectors)]
+            places = [
+                [e.ahead(row, start) for start in starts]
+                for row in (e.ahead(c, e.times(i, ldc)) for i in range(rows))
+            ]
+            sums = [[cgutils.alloca_once(builder, e.vector) for _ in starts] for _ in range(rows)]
+            for total, place in zip(chain(*sums), chain(*places), strict=True):
+                builder.store(e.load(place) if onto or minus else e.zero, total)
             x_rows = [e.ahead(x, e.times(i, ldx)) for i in range(rows if across else 0)]
             with cgutils.for_range(builder, length) as loop:
                 x_row = e.ahead(x, builder.mul(loop.index, ldx))
-                y_row = e.load(e.ahead(y, builder.mul(loop.index, ldy)))
-                for i, total in enumerate(sums):
+                y_row = e.ahead(y, builder.mul(loop.index, ldy))
+                y_vectors = [e.load(e.ahead(y_row, start)) for start in starts]
+                for i in range(rows):
                     place = (
                         e.ahead(x_rows[i], loop.index)
                         if across
@@ -150,9 +157,10 @@ def make_tile(
                     )
                     factor = e.spread(builder.load(place))
                     factor = builder.fneg(factor) if minus else factor
-                    builder.store(e.fma(factor, y_row, builder.load(total)), total)
-            for total, c_row in zip(sums, c_rows, strict=True):
-                e.store(builder.load(total), c_row)
+                    for total, vector in zip(sums[i], y_vectors, strict=True):
+                        builder.store(e.fma(factor, vector, builder.load(total)), total)
+            for total, place in zip(chain(*sums), chain(*places), strict=True):
+                e.store(builder.load(total), place)
             return e.done()
 
         return signature, codegen
