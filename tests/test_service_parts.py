@@ -108,6 +108,10 @@ def test_a_flood_that_is_late_anyway_gives_way_to_a_stream_in_real_time() -> Non
     assert policy.next(110 * MS, limit=64, shed=0) == []
     ((first,), *_) = policy.next(110 * MS, limit=64, shed=24)
     assert {w.run for w in first} == set(range(25, 41)) | set(range(1, 9))
+    alone = Policy(lambda _: Cost(50 * MS, horizon=5, most=64, each=MS))
+    for i in range(200):
+        alone.push(work(1, i, 100 * MS, sheds=True))
+    assert 1 < len(alone.next(110 * MS, limit=64, shed=128)) < 32  # then others are looked for
 
 
 def test_a_session_faster_than_real_time_keeps_its_place_with_an_empty_queue() -> None:

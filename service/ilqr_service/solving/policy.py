@@ -39,6 +39,8 @@ BACKLOG = 2
 """A bin is part of a backlog if it has waited for this many steps of the largest size."""
 LEAD_LOST = 16
 """One part in this many of a session's lead is forgotten with each bin."""
+SHED_ROUNDS = 16
+"""Bins of one session that are shed before what can be in time is looked for again."""
 
 
 class Cost:
@@ -247,7 +249,7 @@ class Policy:
         shed = Counter[int]()
         runs = [run for run, queue in self._queues.items() if self._sheds(queue, now_ns)]
         behind = {run for run in runs if self._behind(self._queues[run], now_ns)}
-        while runs := runs[:limit]:
+        while (runs := runs[:limit]) and len(rounds) < SHED_ROUNDS:
             limit -= len(runs)
             rounds.append([self._unsolved(run) for run in runs])
             shed.update(runs)
