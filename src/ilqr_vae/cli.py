@@ -155,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         command_of(app)(args=rest, prog_name=f"ilqr-vae {verb}")
     except IlqrVaeError as error:
         return _refused(str(error), error.exit_code)
+    except MemoryError:
+        return _refused(f"{verb}: expected enough memory, got none that is left (ulimit -v)", 3)
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
