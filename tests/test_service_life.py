@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from feeder import UNITS, WAIT_S, Feeder, bin_, numbers, open_, spikes
+from ilqr_service import server
 from ilqr_service.serve_cli import await_ready
 from ilqr_service.server import Service
 from ilqr_service.settings import ServiceSettings
@@ -20,7 +21,7 @@ from ilqr_service.solving.engine import Engine
 from ilqr_service.transport.connections import Received
 from ilqr_vae.protocol import messages
 from process import offline
-from rig import serving
+from rig import serving, until
 
 
 def ready(address: str) -> int:
@@ -151,3 +152,34 @@ def test_bins_that_came_while_the_service_was_held_up_are_not_called_missing(
         results = feeder.results(20)
     assert [(r.index, r.revision) for r in results] == [(i, 0) for i in range(20)]
     assert "missing" not in {r.status for r in results}
+
+
+def test_answers_beyond_what_a_turn_handles_wait_for_nothing(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = spikes(150)
+    with (
+        serving(model_file, credits=200) as service,
+        Feeder(service.ingest, service.results) as feeder,
+        monkeypatch.context() as patch,
+    ):
+        poll, bins, held = service._connections.poll, 0, False
+
+        def after_all_are_solved(timeout_s: float) -> list[Received]:
+            nonlocal bins, held
+            if bins == len(counts) and not held:
+                held, waiting = True, service._solver._answers
+                until("answers", lambda: sum(s.bins for s in service._table) + len(waiting) == bins)
+            came = poll(timeout_s)
+            bins += sum(b"counts" in received.message.body for received in came)
+            return came
+
+        patch.setattr(service._connections, "poll", after_all_are_solved)
+        patch.setattr(server, "_POLL_S", 2 * WAIT_S)  # a turn that waits comes too late
+        feeder.subscribe("s")
+        feeder.ask(open_("s"), messages.Opened)
+        feeder.send(*(bin_("s", i, counts[i]) for i in range(len(counts))))
+        assert [r.index for r in feeder.results(len(counts))] == list(range(len(counts)))
+        assert held
+        patch.undo()
+        feeder.ask(messages.Close(session="s"), messages.Closed)

@@ -290,6 +290,8 @@ class Service:
                 self._carry_out(step)
                 step = []
         self._carry_out(step)
+        if answers:  # the next turn must not wait for anything else
+            self._connections.wake()
 
     def _messages(self, came: list[Received]) -> None:
         """Handle messages; answers have priority."""
