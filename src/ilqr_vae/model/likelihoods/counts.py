@@ -84,7 +84,8 @@ class Counts(Likelihood):
 
     def unnormalised(self, z: Tensor, o: Observed) -> Tensor:
         """Return log p without the constant log y!, which does not affect the optimum."""
-        return (self.log_p(self.affine(z), o.values) * o.mask).sum(-1)
+        # not a subclass's own, which may look at the values: vmap cannot
+        return (Counts.log_p(self, self.affine(z), o.values) * o.mask).sum(-1)
 
     def log_p(self, a: Tensor, values: Tensor) -> Tensor:
         """Return log p of each count given its affine argument, without log y!."""
