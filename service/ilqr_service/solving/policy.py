@@ -247,8 +247,9 @@ class Policy:
         """
         rounds: list[list[Work]] = []
         shed = Counter[int]()
-        runs = [run for run, queue in self._queues.items() if self._sheds(queue, now_ns)]
-        behind = {run for run in runs if self._behind(self._queues[run], now_ns)}
+        queues = self._queues.items()
+        behind = {run for run, queue in queues if self._behind(queue, now_ns)}
+        runs = [run for run, queue in queues if self._next_sheds(queue, behind=run in behind)]
         while (runs := runs[:limit]) and len(rounds) < SHED_ROUNDS:
             limit -= len(runs)
             rounds.append([self._unsolved(run) for run in runs])

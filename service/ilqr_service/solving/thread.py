@@ -98,7 +98,7 @@ class SolverThread:
         Later ones wake the I/O thread again.
         """
         self._woken = False
-        if self._held and len(self._answers) < _UNREAD // 2:
+        if self._held:
             with self._changed:
                 self._changed.notify()
         return self._answers
@@ -122,8 +122,11 @@ class SolverThread:
                 shed = max(0, _UNREAD - len(self._answers))
                 rounds = self._policy.next(time.monotonic_ns(), self._engines.batch, shed)
                 if rounds:
+                    self._held = False
                     return [], rounds
                 self._held = len(self._policy) > 0
+                if self._held and len(self._answers) < _UNREAD:
+                    continue  # they have been read meanwhile
                 if not self._changed.wait(self._keep_warm_s or None) and not self._held:
                     return [], []
             if self._stopping:

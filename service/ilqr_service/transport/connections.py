@@ -12,6 +12,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import NamedTuple
 
 from ilqr_service.transport.doors import Connection, Door, bound
@@ -151,7 +152,7 @@ class Connections:
                     self._write(key.data)
                 if mask & selectors.EVENT_READ and key.data not in self._pending:
                     self._read(key.data)
-        came: list[Received] = []
+        each: list[list[Received]] = []
         handshakes = taken = 0
         pending = list(self._pending)
         fair = max(_FEWEST_FRAMES, _ROUND_FRAMES // max(1, len(pending)))
@@ -164,9 +165,11 @@ class Connections:
                 handshakes += 1
                 if handshakes > _TURN_HANDSHAKES:
                     continue
+            each.append(came := [])
             taken += self._parse(connection, min(_TURN_FRAMES, fair), came)
         self.flush()
-        return _in_turn(came)
+        # the first of each connection, then the second ones: one does not wait for another's many
+        return [received for turn in zip_longest(*each) for received in turn if received]
 
     def send(self, connection: Connection, body: bytes, topic: bytes | None = None) -> bool:
         """Queue a message; return False if the peer is gone, or its queue is full."""
@@ -384,16 +387,3 @@ class Connections:
 def _descriptors() -> int:
     """Return the limit of open files, capped at what is useful here."""
     return int(min(file_limits()[0], _DESCRIPTORS))
-
-
-def _in_turn(came: list[Received]) -> list[Received]:
-    """Order messages so that each connection's first come first, then the second ones, and so on.
-
-    A connection that sends one message does not wait for the many of another.
-    """
-    seen: Counter[bytes] = Counter()
-    turns: list[int] = []
-    for received in came:
-        turns.append(seen[received.owner])
-        seen[received.owner] += 1
-    return [came[i] for i in sorted(range(len(came)), key=turns.__getitem__)]
