@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from matplotlib.figure import Figure
 
 from ilqr_training.config import TrainConfig, load_config, overridden
 from ilqr_training.evaluation.another_day import (
@@ -39,6 +41,7 @@ from ilqr_vae.errors import ConfigError, RecordingError
 from ilqr_vae.files import STDOUT, check_folder, check_writable, replacing, write_whole
 from ilqr_vae.progress import Bar, Progress
 from ilqr_vae.recordings import Recording, load_recording
+from ilqr_vae.report import Table
 from ilqr_vae.report.data import plain
 from ilqr_vae.report.table import show
 from ilqr_vae.terminal import console
@@ -138,7 +141,8 @@ def adapt_experiment(
         )
     units = prepare(read, settings.data, chunk=settings.training.chunk).recording
     text = "Scored on the test part." if span == "test" else "Nothing here saw the test part."
-    results = _Results(settings, read, schedule, after, text, out / "adapt", json_file)
+    about = _about(settings, read, schedule, after, text)
+    results = Results(about, out / "adapt", picture, _tables, json_file)
     with Bar() as bar:
         for k, each in enumerate(by_seed(settings, len(model) if model else seeds)):
             seed = each.training.seed
@@ -190,7 +194,8 @@ def days_experiment(
     days = dict(zip(names[1:], map(_active(settings, base), later), strict=True))
     whole, streams = days_after(base, days, settings.data.split, minutes)
     text = f"Trained on {names[0]}."
-    results = _Results(settings, base, schedule, after, text, out / "days", json_file)
+    about = _about(settings, base, schedule, after, text)
+    results = Results(about, out / "days", picture, _tables, json_file)
     with Bar() as bar:
         for each in by_seed(settings, seeds):
             artifact = model_of(each, base, out, bar)
@@ -270,45 +275,62 @@ def _compared(
     return {"seed": seed, "model": artifact.manifest.model_id, "streams": made}
 
 
-class _Results:
-    """The results so far, written after each seed."""
+def _about(
+    settings: TrainConfig, recording: Recording, schedule: Schedule, after: float, scored_on: str
+) -> dict[str, Any]:
+    """Return what the results of `experiment adapt` and `experiment days` say beside the seeds."""
+    return {
+        "recording": recording.name,
+        "recording_sha256": recording.sha256,
+        "scored": scored_on,
+        "after": after,
+        "schedule": asdict(schedule),
+        "config": msgspec.to_builtins(settings),
+        "versions": {"ilqr_vae": version("ilqr-vae")},
+    }
+
+
+def _tables(content: dict[str, Any]) -> list[Table]:
+    return [scores_table(content), attempts_table(content)]
+
+
+class Results:
+    """The results so far, written after each seed as numbers and a picture.
+
+    Args:
+        content: what they say beside the seeds.
+        to: files to write, without their extension.
+        picture, tables: draw the content.
+        json_file: where the numbers go as well in the end.
+    """
 
     def __init__(
         self,
-        settings: TrainConfig,
-        recording: Recording,
-        schedule: Schedule,
-        after: float,
-        scored_on: str,
+        content: dict[str, Any],
         to: Path,
+        picture: Callable[[dict[str, Any]], Figure],
+        tables: Callable[[dict[str, Any]], list[Table]],
         json_file: Path | None,
     ) -> None:
         self._seeds: list[dict[str, Any]] = []
-        self._to, self._json = to, json_file
-        self.content: dict[str, Any] = {
-            "recording": recording.name,
-            "recording_sha256": recording.sha256,
-            "scored": scored_on,
-            "after": after,
-            "schedule": asdict(schedule),
-            "config": msgspec.to_builtins(settings),
-            "versions": {"ilqr_vae": version("ilqr-vae")},
-            "seeds": self._seeds,
-        }
+        self._content = content | {"seeds": self._seeds}
+        self._to, self._picture, self._tables, self._json = to, picture, tables, json_file
+
+    def _numbers(self) -> str:
+        return json.dumps(plain(self._content), indent=1) + "\n"
 
     def add(self, seed: dict[str, Any]) -> None:
         """Add the results of a seed."""
         self._seeds.append(seed)
-        content = json.dumps(plain(self.content), indent=1) + "\n"
-        write_whole(self._to.with_suffix(".json"), content)
+        write_whole(self._to.with_suffix(".json"), self._numbers())
         with replacing(self._to.with_suffix(".png")) as part:
-            picture(self.content).savefig(part, format="png", dpi=130)
+            self._picture(self._content).savefig(part, format="png", dpi=130)
 
     def show(self) -> None:
         """Print the tables, or the numbers as JSON."""
         if self._json is not None:
-            write_whole(self._json, json.dumps(plain(self.content), indent=1) + "\n")
+            write_whole(self._json, self._numbers())
         if self._json != STDOUT:
             screen = console(soft_wrap=True)
-            for table in (scores_table(self.content), attempts_table(self.content)):
+            for table in self._tables(self._content):
                 show(table, screen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from ilqr_training.another_day_cli import (
     ConfigFile,
     Least,
     Out,
+    Results,
     Seeds,
     Trial,
     Window,
@@ -27,12 +27,8 @@ from ilqr_training.evaluation.changed import divided
 from ilqr_training.evaluation.reaching import Turnover, reach, replaced
 from ilqr_training.fit.crops import prepare
 from ilqr_training.options import JsonFile, Steps, Threads
-from ilqr_vae.files import STDOUT, replacing, write_whole
 from ilqr_vae.progress import Bar
-from ilqr_vae.report.data import plain
-from ilqr_vae.report.table import show
 from ilqr_vae.simulated.subject import simulate_session
-from ilqr_vae.terminal import console
 
 EXAMPLE = "Example: ilqr-vae experiment turnover configs/demo.toml --out turnover"
 
@@ -79,8 +75,9 @@ def turnover_experiment(
         "parts": list(parts := _parts(before, then)),
         "schedule": asdict(schedule),
         "config": msgspec.to_builtins(settings),
-        "seeds": [],
     }
+    to = out / "turnover"
+    results = Results(content, to, reaches_picture, lambda c: [reaches_table(c)], json_file)
     with Bar() as bar:
         for each in by_seed(settings, seeds):
             seed = each.training.seed
@@ -112,15 +109,8 @@ def turnover_experiment(
                         if fit.outcome == "swapped in"
                     ],
                 }
-            content["seeds"].append(found)
-            text = json.dumps(plain(content), indent=1) + "\n"
-            write_whole(out / "turnover.json", text)
-            with replacing(out / "turnover.png") as part:
-                reaches_picture(content).savefig(part, format="png", dpi=130)
-    if json_file is not None:
-        write_whole(json_file, json.dumps(plain(content), indent=1) + "\n")
-    if json_file != STDOUT:
-        show(reaches_table(content), console(soft_wrap=True))
+            results.add(found)
+    results.show()
 
 
 def _parts(before: float, then: float) -> dict[str, tuple[float, float]]:
