@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 import numpy as np
+import pynwb
 import pytest
 import torch
 import zmq
@@ -23,6 +25,7 @@ from ilqr_vae.artifact import load_artifact
 from ilqr_vae.errors import RequestRefusedError
 from ilqr_vae.protocol import messages
 from ilqr_vae.recordings.nwb.write import SubjectInfo
+from ilqr_vae.report import nwb_events
 from rig import make_model, serving
 from test_sessions import open_, refused, table
 
@@ -123,6 +126,35 @@ def test_events_reach_listeners_and_become_trials_in_an_export(tmp_path: Path) -
     assert trials["reward"][0] == 1.5
     assert np.isnan(trials["reward"][1])
     assert [str(m) for m in inspect_nwbfile(nwbfile_path=out) if m.importance.value >= 2] == []
+
+
+def test_no_payload_keeps_a_file_from_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that are attributes, arguments or reserved names of the table, or no names of a file."""
+    odd = "id name data description colnames columns namespace neurodata_type object_id tags "
+    odd += "tags_index start_time timestamp event . .. a/b a:b"
+    values = dict(zip(["", "a\0b", "payload", *odd.split()], range(1, 99), strict=False))
+    monkeypatch.setattr(nwb_events, "_MOST_COLUMNS", len(values) - 2)
+    more = {"x" * 70_000: 1, "text": "a\0b", "raw": b"\xff"}
+    payloads = [values, more]
+    events = [
+        (float(k), event(index=k, name="trial_start", source="a\0", payload=payload))
+        for k, payload in enumerate(payloads)
+    ]
+    nwb: Any = pynwb.NWBFile("made up", "id", datetime(2024, 1, 1, tzinfo=UTC))
+    nwb_events.add_events(pynwb, nwb, events, 5.0, 0.1)
+    with NWBHDF5IO(tmp_path / "a.nwb", "w") as out:
+        out.write(nwb)
+    with NWBHDF5IO(tmp_path / "a.nwb", "r") as io:
+        read: Any = io.read()
+        tables = [read.processing["behavior"]["events"].to_dataframe(), read.trials.to_dataframe()]
+    for made, first in zip(tables, (4, 2), strict=True):
+        own = made.iloc[0].tolist()[first:]
+        rest = json.loads(own.pop())
+        assert own == [value for key, value in values.items() if key not in rest]
+        assert values == {**values, **rest}
+        assert json.loads(made.iloc[1].tolist()[-1]) == {**more, "raw": "/w=="}
 
 
 def test_details_go_to_those_alone_who_subscribed_to_them() -> None:

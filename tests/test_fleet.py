@@ -13,12 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
 
 from feeder import UNITS, Feeder, spikes
 from ilqr_clients import ServiceClient
 from ilqr_clients.session import Session
 from ilqr_service.fleet.fleet import Fleet
 from ilqr_service.fleet.gateway import Gateway
+from ilqr_service.fleet.health import Health
 from ilqr_service.fleet.member import Server
 from ilqr_service.fleet.placement import ServerLoad, change, cost, place, room
 from ilqr_service.fleet.rolling import Rolling
@@ -368,6 +370,49 @@ def test_a_client_waits_for_a_fleet_whose_servers_do_not_answer(
                 client.describe()
         finally:
             gateway.close()
+
+
+def test_silence_counts_while_the_fleet_itself_runs_and_another_server_answers() -> None:
+    now, step = 0.0, 1 / 16
+    context: zmq.Context[Any] = zmq.Context()
+    sockets = [context.socket(zmq.ROUTER) for _ in range(2)]
+    ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in sockets]
+    servers = [Server(str(port), f"tcp://127.0.0.1:{port}", "") for port in ports]
+    made = [Health(None, patience=3.0, clock=lambda: now) for _ in range(2)]
+
+    def heard(health: Health, k: int) -> bool:
+        """Answer what has come, and look again at the same time."""
+        while sockets[k].poll(0):
+            sockets[k].send_multipart([sockets[k].recv_multipart()[0], b"there"])
+        health.look(servers)
+        pulse = health._pulses[servers[k]]
+        return pulse.ever and pulse.silent_s == 0
+
+    def looks(health: Health, count: int, *answering: int, every: float = step) -> set[Server]:
+        nonlocal now
+        dead: set[Server] = set()
+        for _ in range(count):
+            now += every
+            dead = set(health.look(servers))
+            for k in answering:
+                if health._pulses[servers[k]].silent_s > 4 * step:  # it was just asked
+                    waited(lambda k=k: heard(health, k))
+        return dead
+
+    try:
+        for health in made:
+            looks(health, 1)
+            waited(lambda h=health: heard(h, 0) and heard(h, 1))
+        assert looks(made[0], 47, 1) == set()
+        assert looks(made[0], 1, 1) == {servers[0]}
+        # a process that is held for 10 s at a time, and then no server at all
+        assert looks(made[1], 10, every=10.0) == set()
+        assert looks(made[1], 127) == set()
+        assert looks(made[1], 1) == set(servers)
+    finally:
+        for health in made:
+            health.close()
+        context.destroy(linger=0)
 
 
 def test_sessions_go_where_there_is_room() -> None:

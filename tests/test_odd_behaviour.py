@@ -135,6 +135,28 @@ def test_what_was_found_and_left_is_said(tmp_path: Path) -> None:
     assert "acquisition/lfp (TimeSeries)" in made.warnings[0].text
 
 
+def test_samples_much_rarer_than_bins_are_named(tmp_path: Path) -> None:
+    assert named(read(tmp_path, moved(file(), data=MOVEMENT[::30], rate=100 / 30))) == [
+        "kinematics-slow"
+    ]
+    assert named(read(tmp_path, moved(file(), data=MOVEMENT[::10], rate=10.0))) == []
+
+
+def test_tables_in_other_places_are_named(tmp_path: Path) -> None:
+    nwb = moved(pynwb.NWBFile("made up", "id", datetime(2024, 1, 1, tzinfo=UTC)))
+    elsewhere = pynwb.misc.Units(name="sorted", description="made up")
+    elsewhere.add_unit(spike_times=SPIKES[0])
+    nwb.create_processing_module("ecephys", "e").add(elsewhere)
+    with pytest.raises(RecordingError, match="but ecephys/sorted"):
+        read(tmp_path, nwb)
+    nwb = moved(file())
+    nwb.add_epoch(1.0, 2.0)
+    nwb.add_invalid_time_interval(start_time=0.0, stop_time=60.0)
+    assert named(read(tmp_path, nwb)) == ["masked"]
+    with pytest.raises(RecordingError, match="other intervals, which are not read: epochs"):
+        read(tmp_path, nwb, mode="trials")
+
+
 def test_booleans_are_numbers(tmp_path: Path) -> None:
     made = read(tmp_path, moved(file(), "licking", np.sin(TIME) > 0))
     assert made.kinematics is not None

@@ -205,6 +205,16 @@ def with_error(reading: Callable[[], Recording]) -> None:
     assert said
 
 
+def test_an_object_of_matlabs_own_is_named(tmp_path: Path) -> None:
+    def write(file: h5py.File) -> None:
+        file["spikes"], file["hand"] = COUNTS.T, np.ones((6, 1), "u4")
+        file["hand"].attrs["MATLAB_class"] = np.bytes_("timetable")
+        file["hand"].attrs["MATLAB_object_decode"] = 3
+
+    with pytest.raises(RecordingError, match=r"got an object of MATLAB.s own .class timetable"):
+        read(v73(tmp_path / "a.mat", write), BINNED)
+
+
 def test_a_null_reference_is_a_unit_that_never_fires(tmp_path: Path) -> None:
     def write(file: h5py.File) -> None:
         cells(file, "spikes", [TIMES[0][None], None, TIMES[2][None]])

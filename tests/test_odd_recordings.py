@@ -221,6 +221,9 @@ def counted(tmp_path: Path, silent: slice = slice(0, 0)) -> Path:
 )
 def test_odd_spike_times_are_named(tmp_path: Path, spikes: list[Array], name: str) -> None:
     assert name in named(read(tmp_path, moved(file(spikes))))
+    path = mat(tmp_path, spikes, v=MOVEMENT.T, t=TIME)
+    spec = MatSpec(spike_times="st", kinematics="v", time="t")
+    assert name in named(load_recording(path, RecordingSpec(mat=spec)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import subprocess
 import tomllib
 import zipfile
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ def test_every_verb_has_a_summary_and_help(capsys: pytest.CaptureFixture[str]) -
     for verb, summary in SUMMARIES.items():
         assert f"  {verb} " in said
         assert summary in said
+
+
+def test_ctrl_c_while_a_verb_is_loading_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: EntryPoint) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EntryPoint, "load", interrupted)
+    assert main(["train"]) == 130
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from ilqr_service.settings import (
     loopback_endpoint,
 )
 from ilqr_service.solving.policy import Cost, Policy, steps
+from ilqr_service.solving.thread import SolverThread
 from ilqr_service.work import NO_SOLVE, Insert, Solve, SwapModel, Work
 from ilqr_vae.errors import ConfigError, ServiceError
 
@@ -152,6 +156,40 @@ def test_what_would_be_late_gives_way_to_the_newest_of_its_run() -> None:
     assert [(w.run, w.index) for w in rounds] == [(1, 1), (1, 2)]
     assert len(policy) == 5
     policy.overran(7)  # one that is not queued
+
+
+@pytest.mark.parametrize("when", ["before it waits", "while it waits"])
+def test_what_was_held_is_shed_whenever_the_answers_are_read(when: str) -> None:
+    """Nobody wakes the solver where they are read after the I/O thread has looked whether to."""
+
+    def costs(_: str) -> Cost:
+        return Cost(50 * MS, horizon=5, most=64, each=MS)
+
+    engines: Any = SimpleNamespace(cost=costs, batch=64)
+    thread = SolverThread(engines, wake=lambda: None)
+    asked: list[int] = []
+
+    class Asked(Policy):
+        def next(self, now_ns: int, limit: int, shed: int) -> list[list[list[Work]]]:
+            found = super().next(now_ns, limit, shed)
+            asked.append(shed)
+            if when == "before it waits":
+                thread._answers.clear()
+            return found
+
+    class Waited(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout
+            thread._answers.clear()
+            return super().wait(timeout)
+
+    thread._policy, thread._changed = Asked(costs), Waited()
+    thread._answers.extend([None] * 128)
+    thread.submit([work(0, i, -100 * MS, sheds=True) for i in range(3)])
+    found = thread._next()
+    assert found is not None
+    assert [w.index for steps in found[1] for step in steps for w in step] == [0, 1]
+    assert asked == [0, 128]
 
 
 def test_a_batch_is_split_into_steps_of_one_model_and_one_kind() -> None:

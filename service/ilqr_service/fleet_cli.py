@@ -60,7 +60,12 @@ def fleet(
         ),
     ] = False,
     patience: Annotated[
-        float, typer.Option(min=1.0, help="Seconds without a reply until a server is given up.")
+        float,
+        typer.Option(
+            min=1.0,
+            help="Seconds without a reply until a server is given up; "
+            "three times as long while no server replies.",
+        ),
     ] = PATIENCE_S,
     ready_file: Annotated[
         Path | None, typer.Option(help="Once ready, write the addresses here as one JSON line.")

@@ -129,6 +129,13 @@ def _refused(text: str, code: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; return the exit code (see the module's docstring)."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:  # also while a verb's packages are imported, which takes seconds
+        return 130
+
+
+def _run(argv: list[str] | None) -> int:
     any_encoding()
     args = list(sys.argv[1:] if argv is None else argv)
     verbs = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -157,8 +164,6 @@ def main(argv: list[str] | None = None) -> int:
         return _refused(str(error), error.exit_code)
     except MemoryError:
         return _refused(f"{verb}: expected enough memory, got none that is left (ulimit -v)", 3)
-    except KeyboardInterrupt:
-        return 130
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0

@@ -2,13 +2,15 @@
 
 When a process is killed, its connections close and its address refuses new ones: this is detected
 within a fraction of a second. A process that hangs, or whose machine lost power, is only silent:
-this is detected after ``patience`` seconds of probes without a reply.
+this is detected after ``patience`` seconds of probes without a reply. Only time in which this
+process itself ran counts, since what delays it may delay the servers. While no server answers, a
+cause on this side is likelier than that all hang: then it takes three times as long.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +29,10 @@ _REFUSED = 3
 """Attempts to reconnect after which a server is dead; the first is reported when the connection
 breaks, so two have failed.
 """
+_RAN_S = 0.1
+"""Longest time between two looks that counts as silence."""
+_ALL_SILENT = 3.0
+"""Factor on the patience while no server answers."""
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 
 
@@ -36,19 +42,16 @@ class _Pulse:
     def __init__(self, socket: zmq.Socket[bytes], server: Server, now: float) -> None:
         self.server = server
         self.heard = now
-        self.misses = self.attempts = 0
-        self.ever = False
-        self._sent, self._due = now - _PROBE_S, False
+        self.silent_s, self.attempts = 0.0, 0
+        self.ever = self.reported = False
+        self._sent = now - _PROBE_S
         self._broken = False
         self._socket = socket
         self._monitor = socket.get_monitor_socket(_EVENTS)
         socket.connect(server.ingest)
 
-    def look(self, now: float) -> None:
-        """Read replies, count a missed probe, and send the next one.
-
-        At most one probe is counted as missed per call, however long ago the last call was.
-        """
+    def look(self, now: float, ran: float) -> None:
+        """Read replies, add ``ran`` seconds of silence if there are none, and send a probe."""
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             if event == zmq.EVENT_CONNECT_RETRIED:
@@ -56,13 +59,13 @@ class _Pulse:
             else:
                 self._broken, self.attempts = event == zmq.EVENT_DISCONNECTED, 0
                 self.heard = now
+        self.silent_s += ran
         while self._socket.poll(0):
             self._socket.recv()
-            self.heard, self.misses, self.ever, self._due = now, 0, True, False
+            self.heard, self.silent_s, self.ever = now, 0.0, True
         if now - self._sent < _PROBE_S:
             return
-        self.misses += self._due
-        self._sent, self._due = now, True
+        self._sent = now
         with suppress(zmq.Again):
             self._socket.send(messages.encode(messages.Probe(client_ns=0)), zmq.NOBLOCK)
 
@@ -78,11 +81,18 @@ class Health:
     Args:
         key: key of the fleet, if servers require keys.
         patience: seconds without a reply after which a server counts as dead.
+        clock: monotonic, seconds.
     """
 
-    def __init__(self, key: ClientKey | None, patience: float = PATIENCE_S) -> None:
-        self._key = key
-        self._misses = max(2, round(patience / _PROBE_S))
+    def __init__(
+        self,
+        key: ClientKey | None,
+        patience: float = PATIENCE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._key, self._clock = key, clock
+        self._patience = max(2 * _PROBE_S, patience)
+        self._looked = clock()
         self._context: zmq.Context[Any] = zmq.Context()
         self._pulses: dict[Server, _Pulse] = {}
 
@@ -91,20 +101,25 @@ class Health:
 
         A server that never answered is not included: its address may be unreachable from here.
         """
-        now, wanted = time.monotonic(), set(servers)
+        now, wanted = self._clock(), set(servers)
+        ran, self._looked = min(now - self._looked, _RAN_S), now
         for server in self._pulses.keys() - wanted:
             self._pulses.pop(server).close()
         for server in wanted - self._pulses.keys():
             self._pulses[server] = _Pulse(self._socket(), server, now)
-        dead: dict[Server, float] = {}
-        for server, pulse in self._pulses.items():
-            pulse.look(now)
-            if pulse.ever and (pulse.attempts >= _REFUSED or pulse.misses >= self._misses):
-                dead[server] = pulse.heard
-            elif pulse.misses == self._misses and not pulse.ever:
-                pulse.misses += 1  # log it once
-                logs.warning("a server does not answer the fleet", address=server.ingest)
-        return dead
+        for pulse in self._pulses.values():
+            pulse.look(now, ran)
+            if not pulse.ever and pulse.silent_s >= self._patience and not pulse.reported:
+                pulse.reported = True
+                logs.warning("a server does not answer the fleet", address=pulse.server.ingest)
+        known = [pulse for pulse in self._pulses.values() if pulse.ever]
+        answered = any(pulse.silent_s < 2 * _PROBE_S for pulse in known)
+        limit = self._patience * (1.0 if answered else _ALL_SILENT)
+        return {
+            pulse.server: pulse.heard
+            for pulse in known
+            if pulse.attempts >= _REFUSED or pulse.silent_s >= limit
+        }
 
     def _socket(self) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)

@@ -22,6 +22,8 @@ from ilqr_vae.errors import IlqrVaeError
 
 _UNREAD = 128
 """Answers that wait for the I/O thread, above which nothing is shed."""
+_HELD_S = 0.005
+"""Longest wait until the I/O thread reads them."""
 
 
 class SolverThread:
@@ -127,7 +129,9 @@ class SolverThread:
                 self._held = len(self._policy) > 0
                 if self._held and len(self._answers) < _UNREAD:
                     continue  # they have been read meanwhile
-                if not self._changed.wait(self._keep_warm_s or None) and not self._held:
+                # The I/O thread may have seen that nothing is held before this thread decided so.
+                timeout = _HELD_S if self._held else self._keep_warm_s or None
+                if not self._changed.wait(timeout) and not self._held:
                     return [], []
             if self._stopping:
                 return None

@@ -24,7 +24,7 @@ the fields of an ``Open`` that it ignored.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import msgspec
 from msgspec.structs import fields
@@ -114,7 +114,10 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes, what: str) -> T:
     try:
         return decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError("message", expected=what, got=str(error)) from error
+        got = str(error)
+        if got.endswith("dtype`"):
+            what += f" with arrays of {', '.join(get_args(DType))}"
+        raise ProtocolError("message", expected=what, got=got) from error
 
 
 def _decode_known(decoder: msgspec.msgpack.Decoder[T], frame: bytes, what: str) -> T | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ MOST_VALUES = 1_000_000_000
 """Of one array of a file: more than any recording has, and than memory holds."""
 MAX_GAP_SECONDS = 1.0
 """Kinematics missing for longer than this are filled, and their bins marked invalid."""
+
+
+FEW_LOST = 0.01
+"""Share of spike times that may be NaN and left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,3 +279,21 @@ def missing_extra(field: str, package: str, extra: str) -> RecordingError:
         expected=f"the package {package!r} (pip install '.[{extra}]')",
         got="not installed",
     )
+
+
+def known_spikes(
+    times: Sequence[NDArray[np.float64]], field: str
+) -> tuple[list[NDArray[np.bool_]], tuple[RecordingWarning, ...]]:
+    """Return which spike times of each unit are known, with a warning if a few are NaN.
+
+    Raises:
+        RecordingError: more than ``FEW_LOST`` of them are NaN, or one is infinite.
+    """
+    known = [np.isfinite(t) for t in times]
+    lost, total = sum(int((~k).sum()) for k in known), sum(len(k) for k in known)
+    if lost > FEW_LOST * total or any(np.isinf(t).any() for t in times):
+        raise RecordingError(
+            field, expected="finite seconds", got=f"{lost} of {total} that are not"
+        )
+    text = f"{lost} of {total} spike times are NaN: left out."
+    return known, (RecordingWarning("spikes-missing", text),) if lost else ()

@@ -15,6 +15,7 @@ from ilqr_vae.recordings.binning import left_edges
 from ilqr_vae.recordings.checks import (
     channels_of,
     existing_file,
+    known_spikes,
     same_bin_width,
     sha256_of,
     stated_width,
@@ -158,7 +159,7 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSess
             got="none",
         )
     table = _table(variables, mat, at, interval)
-    units, trials = _spike_times(variables, spec, 0 if table is None else len(table.start))
+    units, trials, lost = _spike_times(variables, spec, 0 if table is None else len(table.start))
     session = RecordedSession(
         tuple(f"unit{i}" for i in range(len(units))),
         units,
@@ -167,15 +168,16 @@ def _timed(variables: dict[str, Any], spec: RecordingSpec) -> tuple[RecordedSess
         features=features,
         table=table,
         spike_trials=trials,
-        warnings=odd,
+        warnings=odd + lost,
     )
     return session, spec
 
 
 def _spike_times(
     variables: dict[str, Any], spec: RecordingSpec, n_trials: int
-) -> tuple[list[Array], list[NDArray[np.int64]] | None]:
-    """Return the spike times of each unit, and the trial of each spike if the file states it."""
+) -> tuple[list[Array], list[NDArray[np.int64]] | None, tuple[RecordingWarning, ...]]:
+    """Return the spike times of each unit, the trial of each spike if the file states it, and
+    warnings."""
     mat = spec.mat
     cells = variables[mat.spike_times]
     if not isinstance(cells, list):
@@ -204,11 +206,12 @@ def _spike_times(
         units = [_vector(c, f"{mat.spike_times}{{{i + 1}}}") for i, c in enumerate(cells)]
         if mat.spike_trials:
             trials = _trial_numbers(variables[mat.spike_trials], units, mat, n_trials)
-    if not all(np.isfinite(times).all() for times in units):
-        raise RecordingError(mat.spike_times, expected="finite seconds", got="some that are not")
+    known, odd = known_spikes(units, mat.spike_times)
+    units = [times[k] for times, k in zip(units, known, strict=True)]
+    trials = trials and [rows[k] for rows, k in zip(trials, known, strict=True)]
     if not any(times.size for times in units):
         raise RecordingError(mat.spike_times, expected="cells with spike times", got="none")
-    return units, trials
+    return units, trials, odd
 
 
 def _by_trial(cells: list[Any], n_trials: int) -> list[list[Any]] | None:

@@ -252,6 +252,8 @@ class _V73(_Tree):
             return node
         kind = self._file.attribute(node, "MATLAB_class")
         kind = kind.decode(errors="replace") if isinstance(kind, bytes) else str(kind)
+        if self._file.attribute(node, "MATLAB_object_decode") is not None:
+            return Found(f"an object of MATLAB's own (class {kind})")
         if self._file.is_group(node):
             rows = self._file.attribute(node, "MATLAB_sparse")
             fields = ", ".join(self.children(node)) or "nothing"

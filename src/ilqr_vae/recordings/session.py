@@ -19,6 +19,9 @@ from ilqr_vae.recordings.trials import TrialRows
 
 Array = NDArray[np.float64]
 
+_RARE = 5.0
+"""Bins from one sample of behaviour to the next, above which there is a warning."""
+
 
 @dataclass(frozen=True, slots=True)
 class Moving:
@@ -230,6 +233,7 @@ def plausible(session: RecordedSession, spec: RecordingSpec) -> RecordedSession:
     against = None
     if moving is not None:
         found += check_values(moving.unwrapped().values, moving.names, moving.path)
+        found += _slow(moving, spec.width)
         against = Reference(moving.path, *_recorded(session, float(moving.times[0]), moving.end))
     elif table is not None and np.isfinite(table.stop).any():
         start, stop = float(np.nanmin(table.start)), float(np.nanmax(table.stop))
@@ -249,6 +253,15 @@ def plausible(session: RecordedSession, spec: RecordingSpec) -> RecordedSession:
         needed = spec.mode == "trials"
         found += check_trials(table.start, table.stop, begin, end, needed=needed)
     return replace(session, spike_times=times, warnings=tuple(found))
+
+
+def _slow(moving: Moving, width: float) -> list[RecordingWarning]:
+    """Return a warning about samples so rare that most bins have values between two of them."""
+    if moving.interval <= _RARE * width:
+        return []
+    text = f"{moving.path} has a sample every {moving.interval:.3g} s, and bins are {width:g} s: "
+    text += "most values are interpolated, and so is what a model learns and is scored by."
+    return [RecordingWarning("kinematics-slow", text)]
 
 
 def _unobserved(

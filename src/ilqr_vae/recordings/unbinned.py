@@ -145,6 +145,9 @@ def _finish(
     valid, observed = _observed(session, begin, width)
     if session.invalid is not None:
         valid = valid & ~_touched(session.invalid, start, width, n_bins)
+    if not valid.any():
+        text = "All bins lie in invalid_times or outside of obs_intervals: none can be used."
+        session = replace(session, warnings=(*session.warnings, RecordingWarning("masked", text)))
     kinematics: Array | None = None
     scored = valid
     if session.moving is not None:

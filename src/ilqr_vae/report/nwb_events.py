@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -11,16 +11,20 @@ from ilqr_vae.protocol.messages import TRIAL_START as START
 from ilqr_vae.protocol.messages import TRIAL_STOP as STOP
 from ilqr_vae.protocol.messages import Event
 
-_OF_TABLE = ("timestamp", "event", "source", "bin", "id")
-_OF_TRIALS = ("start_time", "stop_time", "id", "tags", "timeseries")
+_OF_NWB = {"namespace", "neurodata_type", "tags_index", "timeseries_index", ".", ".."}
+"""Names that no column may have, beside those of the table's attributes."""
+_MOST_COLUMNS, _LONGEST_NAME = 256, 128
 
 Timed = Sequence[tuple[float, Event]]
+Payload = dict[str, Any]
 
 
-def trials_of(events: Timed, end_s: float, width_s: float = 0.0) -> list[dict[str, Any]]:
-    """Return trials as rows: ``start_time``, ``stop_time`` in seconds, and the payloads.
+def trials_of(
+    events: Timed, end_s: float, width_s: float = 0.0
+) -> list[tuple[float, float, Payload]]:
+    """Return start and stop of each trial in seconds, and its payload.
 
-    The payloads are those of the events that start and end a trial. A trial without an end event
+    The payload is that of the events that start and end the trial. A trial without an end event
     lasts until the next one starts.
 
     Args:
@@ -28,17 +32,16 @@ def trials_of(events: Timed, end_s: float, width_s: float = 0.0) -> list[dict[st
         end_s: end of the recording.
         width_s: duration of a trial that starts after the end.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[float, float, Payload]] = []
     open_ = False
     for at, event in events:
         if event.name == START:
             if open_:
-                rows[-1]["stop_time"] = at
-            times = {"start_time": at, "stop_time": max(at + width_s, end_s)}
-            rows.append(times | named(event.payload, _OF_TRIALS))
+                rows[-1] = (rows[-1][0], at, rows[-1][2])
+            rows.append((at, max(at + width_s, end_s), dict(event.payload)))
             open_ = True
         elif event.name == STOP and open_:
-            rows[-1] |= {"stop_time": at} | named(event.payload, _OF_TRIALS)
+            rows[-1] = (rows[-1][0], at, rows[-1][2] | event.payload)
             open_ = False
     return rows
 
@@ -61,44 +64,53 @@ def add_events(pynwb: Any, nwb: Any, events: Timed, end_s: float, width_s: float
         ("bin", "the next bin when it was received"),
     ):
         table.add_column(name, what)
-    payloads = [named(event.payload, _OF_TABLE) for _, event in events]
-    columns = _columns(payloads)
-    for name in columns:
-        table.add_column(name, f"{name}, of the event's payload")
-    for (at, event), payload in zip(events, payloads, strict=True):
-        own = {"timestamp": at, "event": event.name, "source": event.source, "bin": event.bin}
-        table.add_row(**own, **{name: cell(payload.get(name)) for name, cell in columns.items()})
+    for at, event in events:
+        who = {"event": _text(event.name), "source": _text(event.source)}
+        table.add_row(timestamp=at, bin=event.bin, **who)
+    _add_columns(table, [event.payload for _, event in events], "{}, of the event's payload")
     module.add(table)
     rows = trials_of(events, end_s, width_s)
-    columns = _columns([{k: v for k, v in row.items() if k not in _OF_TRIALS} for row in rows])
-    for name in columns:
-        nwb.add_trial_column(name, f"{name}, as the events of the trial say")
-    for row in rows:
-        values = {name: cell(row.get(name)) for name, cell in columns.items()}
-        nwb.add_trial(start_time=row["start_time"], stop_time=row["stop_time"], **values)
+    for start, stop, _ in rows:
+        nwb.add_trial(start_time=start, stop_time=stop)
+    if rows:
+        _add_columns(nwb.trials, [p for _, _, p in rows], "{}, as the events of the trial say")
 
 
-def named(payload: Mapping[str, Any], reserved: Sequence[str] = ()) -> dict[str, Any]:
-    """Flatten a payload by column name: a nested map has a column for each key."""
-    found: dict[str, Any] = {}
+def _add_columns(table: Any, payloads: Sequence[Mapping[str, Any]], what: str) -> None:
+    """Add a column for each key of the payloads, one for each row of the table.
+
+    Keys are names of no file: a column is named by its key with ``_`` for what NWB cannot hold, and
+    with a further ``_`` where the table has the name. Keys too many or too long for columns share
+    the last one, ``payload``, as JSON.
+    """
+    flat = [_flat(payload) for payload in payloads]
+    keys = list(dict.fromkeys(key for row in flat for key in row))
+    own = dict.fromkeys([key for key in keys if len(key) <= _LONGEST_NAME][:_MOST_COLUMNS])
+    if len(own) < len(keys):
+        own.pop("payload", None)
+        rest = [{key: value for key, value in row.items() if key not in own} for row in flat]
+        flat = [row | {"payload": more or None} for row, more in zip(flat, rest, strict=True)]
+        own["payload"] = None
+    for key in own:
+        name = "".join("_" if c in "/:" or not c.isprintable() else c for c in key) or "_"
+        while name in _OF_NWB or name in table.colnames or hasattr(table, name):
+            name += "_"
+        values = [row.get(key) for row in flat]
+        numbers = all(value is None or isinstance(value, int | float) for value in values)
+        cell = _number if numbers else _text
+        table.add_column(name=name, description=what.format(name), data=list(map(cell, values)))
+
+
+def _flat(payload: Mapping[str, Any]) -> Payload:
+    """Flatten a payload: a nested map has an entry for each key, as ``target.x``."""
+    found: Payload = {}
     for key, value in payload.items():
-        name = f"{key}_" if key in reserved else key.replace("/", "_").replace(":", "_") or "_"
         if isinstance(value, dict):
-            within = named(cast(dict[str, Any], value))
-            found |= {f"{name}.{part}": inner for part, inner in within.items()}
+            within = _flat(cast(Payload, value))
+            found |= {f"{key}.{part}": inner for part, inner in within.items()}
         else:
-            found[name] = value
+            found[key] = value
     return found
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Any], float | str]]:
-    """Return the values of each column: numbers if all are, else text."""
-    numbers: dict[str, bool] = {}
-    for row in rows:
-        for name, value in row.items():
-            number = value is None or isinstance(value, int | float)
-            numbers[name] = numbers.get(name, True) and number
-    return {name: _number if all_numbers else _text for name, all_numbers in numbers.items()}
 
 
 def _number(value: Any) -> float:
@@ -106,6 +118,8 @@ def _number(value: Any) -> float:
 
 
 def _text(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return msgspec.json.encode(value).decode()
+    """Return a value as text; NUL, which HDF5 cannot hold, as an escape."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return text.replace("\0", "\\0")

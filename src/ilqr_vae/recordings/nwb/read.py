@@ -121,13 +121,22 @@ def _session(
     features = features_of(series, spec)
     others = {path: item for path, item in series.items() if path not in {f.path for f in features}}
     kinematics = kinematics_of(others, spec, binned)
+    table = trials_table(nwb) if spec.nwb.trials or spec.mode == "trials" else None
+    if table is None and spec.mode == "trials":
+        tables = ", ".join(nwb.intervals or ())
+        raise RecordingError(
+            "data.mode",
+            expected="a file with a trials table for 'trials'",
+            got="no trials"
+            + (f"; other intervals, which are not read: {tables}" if tables else ""),
+        )
     moving, warnings = kinematics.moving, kinematics.warnings
     told = RecordedSession(
         unit_names=(),
         moving=moving,
         features=features,
         scored=mask_of(series, spec, moving),
-        table=trials_table(nwb) if spec.nwb.trials or spec.mode == "trials" else None,
+        table=table,
         invalid=invalid_times(nwb, spec),
         notes=kinematics.notes,
     )

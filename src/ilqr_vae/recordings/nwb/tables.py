@@ -9,7 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_vae.errors import RecordingError, did_you_mean
-from ilqr_vae.recordings.checks import same_bin_width, unique_names, whole_counts
+from ilqr_vae.recordings.checks import (
+    known_spikes,
+    same_bin_width,
+    unique_names,
+    whole_counts,
+)
 from ilqr_vae.recordings.nwb.series import clock, contents, told_channels
 from ilqr_vae.recordings.recording import RecordingWarning
 from ilqr_vae.recordings.spec import RecordingSpec
@@ -19,8 +24,6 @@ from ilqr_vae.recordings.units import labels_of, selected_units
 NAME_COLUMNS = ("unit_name", "name")
 GROUP_COLUMNS = ("probe", "probe_name", "electrode_group", "group", "shank", "array", "tetrode")
 HELD_OUT = "heldout"
-FEW_LOST = 0.01
-"""Share of spike times that may be NaN and left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +73,15 @@ def spikes_of(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Units:
             "units.spike_times",
             expected="a units table with spike times (or data.nwb.counts naming binned counts: "
             f"{', '.join(series) or 'the file has no series'})",
-            got="none" if units is None else f"{len(units)} units with {', '.join(units.colnames)}",
+            got=_elsewhere(nwb)
+            if units is None
+            else f"{len(units)} units with {', '.join(units.colnames)}",
         )
     rows, notes = selected_units(
         spec.units, lambda name: unit_labels(units, name, f"data.units.{name}"), len(units)
     )
     pieces = ragged(units, "spike_times", "units.spike_times", rows)
-    known = [np.isfinite(t) for t in pieces]
-    lost, total = sum(int((~k).sum()) for k in known), sum(len(k) for k in known)
-    if lost > FEW_LOST * total or any(np.isinf(t).any() for t in pieces):
-        raise RecordingError(
-            "units.spike_times", expected="finite seconds", got=f"{lost} of {total} that are not"
-        )
-    odd: tuple[RecordingWarning, ...] = ()
-    if lost:
-        text = f"{lost} of {total} spike times are NaN: left out."
-        odd = (RecordingWarning("spikes-missing", text),)
+    known, odd = known_spikes(pieces, "units.spike_times")
     # among all units, so that a name does not depend on the selection
     names, repeats = _unit_names(units, spec.nwb.unit_names)
     held_out, chosen = _held_out(units, names), tuple(names[i] for i in rows)
@@ -98,6 +94,13 @@ def spikes_of(nwb: Any, series: dict[str, Any], spec: RecordingSpec) -> Units:
         notes=notes,
         warnings=odd + repeats,
     )
+
+
+def _elsewhere(nwb: Any) -> str:
+    """Describe units tables in other places of the file, which are not read."""
+    there = [item for item in nwb.objects.values() if type(item).__name__ == "Units"]
+    named = ", ".join(f"{item.parent.name}/{item.name}" for item in there)
+    return f"none at /units, where it belongs, but {named}" if named else "none"
 
 
 def _spike_trials(
