@@ -91,7 +91,14 @@ class OpenEphys(Published):
 
     def odd(self) -> list[tuple[bytes, ...]]:
         """A channel that the model does not have, and a message that is none."""
-        return [*self.bin(12, [1] * (UNITS + 1), (*NAMES, "other")), (b"DATA", b"\xff\xfe{", b"")]
+        at = {"sample_num": self.begin + 12 * round(RATE * WIDTH_S)}
+        bodies = ({"sample_num": 10**30}, at | {"sample_rate": "fast", "num_samples": "all"})
+        return [
+            *(self.message("data", body, b"") for body in bodies),
+            *self.bin(12, [1] * (UNITS + 1), (*NAMES, "other")),
+            (b"DATA", b"\xff\xfe{", b""),
+            (b"DATA", b"[" * 100_000, b""),
+        ]
 
     def first(self) -> None:
         body = {"channel_num": 0, "num_samples": 0, "sample_rate": RATE, "sample_num": self.begin}
@@ -122,7 +129,9 @@ class Synapse(Published):
         return made
 
     def odd(self) -> list[tuple[bytes, ...]]:
-        return [*self.bin(12, [1] * (UNITS + 1)), (b"DATA", b"\xff\xfe{", b"")]
+        frame = {"bin_size_ms": 25, "spike_counts": [1] * UNITS, "sequence_number": self.number}
+        late = frame_types()[0](timestamp_ns=2**64 - 1, **frame).SerializeToString()
+        return [(late,), *self.bin(12, [1] * (UNITS + 1)), (b"DATA", b"\xff\xfe{", b"")]
 
     def first(self) -> None:
         pass
@@ -150,8 +159,11 @@ class Ezmsg:
         return [(self.array(k, [counts], NAMES),)]
 
     def odd(self) -> list[tuple[Any, ...]]:
-        wide = self.array(12, np.ones((1, UNITS + 1)))
-        return [(wide,), (AxisArray(np.ones(3), dims=["ch"], axes={}),)]
+        wide, text = self.array(12, np.ones((1, UNITS + 1))), self.array(12, np.ones((1, UNITS)))
+        text.data = text.data.astype(str)
+        never = self.array(12, np.ones((1, UNITS)))
+        never.axes["time"].offset = np.nan
+        return [(wide,), (AxisArray(np.ones(3), dims=["ch"], axes={}),), (text,), (never,)]
 
     def bridge(self, service: Service, name: str, **options: Any) -> Bridge:
         self._bridge = EzmsgBridge(service.ingest, name, lambda answer, at: None, **options)

@@ -282,8 +282,11 @@ def test_open_ephys_hears_heartbeats_and_its_ttl_events_become_events(service: S
             until("open", lambda: any(s.session == "ttl" for s in client.sessions()))
             data = bytes([3, 1]) + (5).to_bytes(8, "little")
             body = {"type": 3, "sample_num": source.begin + 70, "source_node": 101}
+            for line in (2**70, "\ud800"):  # no message of ours can hold them
+                source.send(*source.message("event", body | {"event_channel": line}, b""))
             source.send(*source.message("event", body, data))
             until("the event", lambda: bridge.tally["markers"] == 1)
+            assert bridge.tally["unusable"] == 2
             (session,) = [s for s in service._table if s.name == "ttl"]
         assert len(session.noted) == 1
 

@@ -196,9 +196,12 @@ def test_a_counter_in_the_stream_numbers_the_bins(service: Service) -> None:
     with bridging(service, "counted", "counted") as (bridge, _):
         rows = Rows("counted-out")
         assert source.wait_for_consumers(WAIT_S)
-        for index in (0, 1, 2, 5):
-            source.push_sample([float(index), *counts[index].astype(float).tolist()])
+        for index in (0, 1, 2, np.nan, np.inf, 5):
+            row = counts[index] if index in (0, 1, 2, 5) else counts[0]
+            source.push_sample([float(index), *row.astype(float).tolist()])
+        source.push_sample([6.0] * (UNITS + 1), timestamp=np.nan)
         rows.upto(5)
+        until("unusable", lambda: bridge.tally["unusable"] == 3)
     assert bridge.tally["gap"] == 2
     same(rows, through_sdk(service, "c", {k: counts[k] for k in (0, 1, 2, 5)}))
 

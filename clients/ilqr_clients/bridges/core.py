@@ -24,7 +24,7 @@ from ilqr_clients.sdk import ServiceClient
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
 from ilqr_clients.stream import seen
-from ilqr_vae.errors import RequestRefusedError, ServiceError, ShapeError
+from ilqr_vae.errors import IlqrVaeError, RequestRefusedError, ServiceError, ShapeError
 
 STATUSES = ("ok", "degraded", "late", "missing", "extrapolated")
 """Statuses in a stream of decodes, numbered from 0."""
@@ -209,13 +209,8 @@ class Bridge(Closing):
             raise error
         return came
 
-    # ---- events --------------------------------------------------------------------------------
-
     def event(self, name: str, payload: dict[str, Any], at_ns: int) -> None:
-        """Add an event to the session, by this client's clock, retrying until it is taken.
-
-        Thread-safe.
-        """
+        """Add an event to the session, by this client's clock, retrying until it is taken."""
         self._events.put((name.strip()[:64] or "marker", payload, at_ns))
 
     def _tell(self) -> None:
@@ -240,7 +235,10 @@ class Bridge(Closing):
         except ServiceError as error:
             self.say(f"marker {name!r} waits: {error}")
             return False
-        self.tally["markers"] += 1
+        except IlqrVaeError as error:  # it holds what no message can
+            self.unusable(f"marker {name!r} cannot be used: {error}")
+        else:
+            self.tally["markers"] += 1
         return True
 
     # ---- bins ------------------------------------------------------------------------------------
@@ -272,13 +270,17 @@ class Bridge(Closing):
             counts, mask = np.where(observed, sample.values, 0), seen(observed)
             session.send(index, counts, mask=mask, source_ns=source_ns)
         except ShapeError as error:
-            if not self.tally["unusable"]:
-                self.say(f"samples that cannot be used: {error}")
-            self.tally["unusable"] += 1
+            self.unusable(f"samples that cannot be used: {error}")
             return
         self.tally["bins"] += 1
         if newest:
             self.newest = index, sample.stamp_s
+
+    def unusable(self, what: str, count: int = 1) -> None:
+        """Count data that cannot be used, and report the first."""
+        if not self.tally["unusable"]:
+            self.say(what)
+        self.tally["unusable"] += count
 
     def _ordered(self, index: int, at_ns: int) -> int:
         """Return the time of a bin, clipped between those of its neighbours."""
@@ -382,9 +384,8 @@ class Bridge(Closing):
         known = (units >= 0) & (units < len(self.model.unit_names))
         self.tally["samples"] += len(units)
         if unusable := int((~known).sum()):
-            if not self.tally["unusable"]:
-                self.say(f"spikes of no unit of the model, the first of {units[~known][0]}")
-            self.tally["unusable"] += unusable
+            what = f"spikes of no unit of the model, the first of {units[~known][0]}"
+            self.unusable(what, unusable)
         times, units = times_ns[known], units[known]
         self._wait_for_credit(session)
         if batch is not None:

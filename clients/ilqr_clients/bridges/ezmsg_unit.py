@@ -25,7 +25,7 @@ from ezmsg.util.messages.axisarray import AxisArray
 
 from ilqr_clients.answer import Answer
 from ilqr_clients.bridges.core import Bridge, SourceBin
-from ilqr_clients.bridges.stamps import SLACK_S, Gather
+from ilqr_clients.bridges.stamps import MOST, SLACK_S, Gather
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
 
@@ -72,15 +72,19 @@ class EzmsgBridge(Bridge):
     def hand_on(self, came: AxisArray) -> None:
         axis: Any = came.axes.get("time")
         if "time" not in came.dims or len(came.dims) != 2 or not getattr(axis, "gain", 0.0) > 0:
-            self._useless(f"an array of {came.dims}; expected time and ch, time with a gain")
+            self.unusable(f"an array of {came.dims}; expected time and ch, time with a gain")
+            return
+        data = np.asarray(came.data)
+        if data.dtype.kind not in "biuf" or not abs(axis.offset / axis.gain) < MOST:
+            self.unusable(f"an array of {data.dtype} from {axis.offset} s; expected finite numbers")
             return
         parts = self.model.bin_width / axis.gain
         if round(parts) < 1 or abs(parts - round(parts)) > 1e-6:
-            self._useless(f"samples of {axis.gain:g} s; a bin has {self.model.bin_width:g} s")
+            self.unusable(f"samples of {axis.gain:g} s; a bin has {self.model.bin_width:g} s")
             return
         if self._gather.parts != round(parts):
             self._gather = Gather(round(parts))
-        values = np.moveaxis(np.asarray(came.data, np.float64), came.dims.index("time"), 0)
+        values = np.moveaxis(data.astype(np.float64), came.dims.index("time"), 0)
         self.count_channels(values.shape[1])
         labels = [str(label) for label in getattr(came.axes.get("ch"), "data", ())]
         columns, now = self.columns(labels, values.shape[1]), self.clock.now_ns()
@@ -93,11 +97,6 @@ class EzmsgBridge(Bridge):
             self.tally["repeated"] += self._gather.repeated - repeated
             if gathered is not None:
                 self.send_bin(SourceBin(gathered[1][columns], stamp, now))
-
-    def _useless(self, what: str) -> None:
-        if not self.tally["unusable"]:
-            self.say(what)
-        self.tally["unusable"] += 1
 
     def answer(self, session: Session | SpikeSession, answer: Answer) -> None:
         index, at = self.newest

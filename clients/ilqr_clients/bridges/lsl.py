@@ -25,6 +25,7 @@ from ilqr_clients.bridges.lsl_streams import (
     load_pylsl,
     lsl_minus_ours_s,
 )
+from ilqr_clients.bridges.stamps import MOST
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
 
@@ -95,12 +96,16 @@ class LslBridge(Bridge):
 
     def pull(self) -> StreamSamples | None:
         samples = self.stream.pull(self.model.bin_width / 4)
+        self.tally["unusable"] += self.stream.stampless
+        self.stream.stampless = 0
         if samples is None and isinstance(self._session, SpikeSession):
             return StreamSamples(np.zeros((0, 1)), np.zeros(0))  # an empty batch is to be sent
         return samples
 
     def hand_on(self, came: StreamSamples) -> None:
-        if isinstance(self._session, SpikeSession):
+        if not isinstance(came.values, np.ndarray):
+            self.unusable(f"stream {self.stream.name!r} is text; expected counts or spikes")
+        elif isinstance(self._session, SpikeSession):
             self._spikes(came)
         else:
             self._bins(came)
@@ -119,7 +124,12 @@ class LslBridge(Bridge):
         units = self.columns(labels, self.stream.info.channel_count(), counter)
         times = self._times(samples.stamps)
         for row, stamp, at_ns in zip(samples.values, samples.stamps.tolist(), times, strict=True):
-            number = None if counter is None else int(row[counter])
+            number = None
+            if counter is not None:
+                if not abs(row[counter]) < MOST:  # also for NaN
+                    self.unusable(f"samples without a number: bin_index is {row[counter]}")
+                    continue
+                number = int(row[counter])
             self.send_bin(SourceBin(np.asarray(row[units], np.float64), stamp, at_ns, number))
 
     def first_of(self, number: int) -> int:

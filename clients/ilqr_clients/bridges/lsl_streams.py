@@ -67,13 +67,14 @@ class NamedStream:
         correction_s, uncertainty_s: offset from stamps to LSL's clock on this machine, and its
             uncertainty.
         found: number of times that a source was found.
+        stampless: number of samples without a finite time stamp, which are left out.
     """
 
     def __init__(self, pylsl: Any, name: str, say: Say) -> None:
         self.name = name
         self.info: Any = None
         self.correction_s = self.uncertainty_s = 0.0
-        self.found = 0
+        self.found = self.stampless = 0
         self._pylsl, self._say = pylsl, say
         self._inlet: Any = None
         self._watch: Any = None
@@ -131,6 +132,12 @@ class NamedStream:
         values, stamps = self._inlet.pull_chunk(
             0.0 if lost else timeout, 4096, min_samples=1, as_numpy=not text
         )
+        known = np.isfinite(stamps)
+        if not known.all():
+            self._say(f"stream {self.name!r}: {(~known).sum()} samples have no time stamp")
+            self.stampless += int((~known).sum())
+            values = [value for value, k in zip(values, known, strict=True) if k]
+            values, stamps = values if text else np.array(values), np.asarray(stamps)[known]
         if len(stamps):
             if not lost and time.monotonic() - self._corrected > _CLOCK_S:
                 self._correct(_CORRECT_S)

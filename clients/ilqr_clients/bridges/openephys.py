@@ -19,11 +19,11 @@ import numpy as np
 import zmq
 
 from ilqr_clients.bridges.core import Say
-from ilqr_clients.bridges.stamps import SourceClock
+from ilqr_clients.bridges.stamps import MOST, SourceClock
 from ilqr_clients.bridges.zmq_source import ZmqBridge
 
 _HEARTBEAT_S, _HOLES, _SEEN = 2.0, 64, 4096
-_RATE = 30000.0
+_RATE, _HIGHEST_RATE = 30000.0, 1e7
 
 
 class OpenEphysBridge(ZmqBridge):
@@ -109,7 +109,7 @@ class OpenEphysBridge(ZmqBridge):
         """Return the header of a message; empty if it has none."""
         try:
             header = json.loads(frames[1].rstrip(b"\0"))
-        except (IndexError, ValueError):
+        except (IndexError, ValueError, RecursionError):
             return {}
         return cast(dict[str, Any], header) if isinstance(header, dict) else {}
 
@@ -120,10 +120,13 @@ class OpenEphysBridge(ZmqBridge):
     def _stamp(self, header: dict[str, Any]) -> int | None:
         """Return its time in ns of the acquisition's clock; None if it states none."""
         body = self._body(header)
-        if header.get("type") == "data" and (rate := body.get("sample_rate")):
+        rate = body.get("sample_rate") if header.get("type") == "data" else None
+        if isinstance(rate, int | float) and 1 <= rate <= _HIGHEST_RATE:
             self._rate = float(rate)
         sample = body.get("timestamp", body.get("sample_num"))
-        return None if not isinstance(sample, int) else round(sample * 1e9 / self._rate)
+        if not isinstance(sample, int) or abs(sample) * 1_000_000_000 >= MOST * int(self._rate):
+            return None
+        return round(sample * 1e9 / self._rate)
 
     def hand_on(self, came: list[list[bytes]]) -> None:
         for frames in came:
@@ -160,7 +163,8 @@ class OpenEphysBridge(ZmqBridge):
             self.send_spikes(times, which, now_ns=now, batch=batch, after_ns=after_ns)
             return
         if header.get("type") == "data":
-            samples = int(body.get("n_real_samples", body.get("num_samples", 0)))
+            samples = body.get("n_real_samples", body.get("num_samples", 0))
+            samples = samples if isinstance(samples, int) and 0 <= samples <= self._rate else 0
             if self._until_ns is not None and at_ns - self._sent_ns >= self._step_ns:
                 self._flush()  # so that a batch closes few bins
             self._until_ns = max(self._until_ns or at_ns, at_ns)

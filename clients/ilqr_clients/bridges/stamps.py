@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 Kind = Literal["next", "gap", "late", "repeated", "step"]
 
 SLACK_S = 1.0
+MOST = 2**62
+"""No number of nanoseconds or samples that is meant, and fits into a message, is larger."""
 _REMEMBERED = 256
 _COUNTED = 4096
 _FOLLOW = 0.1

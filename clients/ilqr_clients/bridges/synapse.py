@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_clients.bridges.core import Say, SourceBin
-from ilqr_clients.bridges.stamps import Gather, SourceClock
+from ilqr_clients.bridges.stamps import MOST, Gather, SourceClock
 from ilqr_clients.bridges.zmq_source import ZmqBridge
 from ilqr_vae.errors import ConfigError
 
@@ -179,11 +179,13 @@ class SynapseBridge(ZmqBridge):
 
         try:
             trains = self._trains.FromString(data)
-            if trains.bin_size_ms and len(trains.spike_counts):
-                return trains
             broadband = self._broadband.FromString(data)
         except DecodeError:
             return None
+        if max(trains.timestamp_ns, trains.sequence_number) >= MOST:  # as in broadband
+            return None
+        if trains.bin_size_ms and len(trains.spike_counts):
+            return trains
         return broadband if len(broadband.frame_data) else None
 
     def spiking(self) -> bool:
@@ -216,10 +218,8 @@ class SynapseBridge(ZmqBridge):
         self.count_channels(len(counts))
         parts = self.model.bin_width * 1e3 / frame.bin_size_ms
         if round(parts) < 1 or abs(parts - round(parts)) > 1e-6:
-            if not self.tally["unusable"]:
-                width = f"{self.model.bin_width * 1e3:g} ms"
-                self.say(f"frames of {frame.bin_size_ms} ms do not make up bins of {width}")
-            self.tally["unusable"] += 1
+            width = f"{self.model.bin_width * 1e3:g} ms"
+            self.unusable(f"frames of {frame.bin_size_ms} ms do not make up bins of {width}")
             return
         if self._gather.parts != round(parts):
             self._gather = Gather(round(parts))
