@@ -179,7 +179,8 @@ def test_what_is_no_model_file(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, plain)
     for path, said in [
         (tmp_path / "absent.safetensors", "absent.safetensors"),
-        (tmp_path, "readable"),
+        (tmp_path, "a folder, pipe or device"),
+        (Path("/dev/null"), "a folder, pipe or device"),
         (plain, "none in its metadata"),
     ]:
         with pytest.raises(ArtifactError, match=said):

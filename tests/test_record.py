@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import threading
@@ -152,6 +153,30 @@ def test_a_log_cut_anywhere_keeps_what_was_whole(tmp_path: Path) -> None:
     (tmp_path / "c.log").write_bytes(b"something else")
     with pytest.raises(RecordingError, match="a file that a recorder wrote"):
         list(RecordLog(tmp_path / "c.log").read())
+
+
+def test_what_a_full_disk_does_not_take_is_written_once_there_is_room(tmp_path: Path) -> None:
+    log = RecordLog(tmp_path / "a.log")
+    assert list(log.read()) == []
+    kept = [Heard(bytes([k]) * 100) for k in range(1, 6)]
+    log.add(kept[0])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = (tmp_path / "a.log").stat().st_size + 50
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (full, before[1]))
+        for record in kept[1:4]:
+            log.add(record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert log.failure == "File too large"
+    assert (tmp_path / "a.log").stat().st_size == full
+    with pytest.raises(RecordingError, match="no other recorder"):
+        RecordLog(tmp_path / "a.log")
+    log.sync()
+    assert not log.failure
+    log.add(kept[4])
+    assert list(log.read()) == kept
+    log.close(remove=True)
 
 
 def test_runs_of_a_session_that_is_opened_anew_are_files_of_their_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -75,7 +76,8 @@ def bridge(
         unit. Decodes are streamed out. openephys: spikes and TTL events of the ZMQ Interface
         plugin. synapse: spike trains or broadband data of a tap.
 
-    The bridge waits for a source or service that goes away. Losses are reported when they occur,
+    The bridge waits for a source or service that goes away, until Ctrl-C or SIGTERM; it ends if
+    another client opens its session. Losses are reported when they occur,
     and counted at the end.
     """
     if kind not in KINDS:
@@ -93,11 +95,13 @@ def bridge(
     ) as running:
         if duration is not None:
             timer.start()
+        before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
         try:
             running.run(stop)
         except KeyboardInterrupt:
             stop.set()
         finally:
+            signal.signal(signal.SIGTERM, before)
             timer.cancel()
             counts = ", ".join(f"{n} {what}" for what, n in sorted(running.tally.items()) if n)
             console(soft_wrap=True).print(f"{stream}: {counts or 'nothing came'}", markup=False)

@@ -21,7 +21,7 @@ from ilqr_clients.connection import Closing, reachable
 from ilqr_clients.listener import ENDS, Topic
 from ilqr_clients.record_log import Heard, RecordedService, RecordLog
 from ilqr_clients.sdk import ServiceClient
-from ilqr_vae.errors import ServiceError
+from ilqr_vae.errors import ConfigError, ServiceError
 from ilqr_vae.protocol import messages
 from ilqr_vae.report.decoded import About, Decoded, check_out, write_decoded
 
@@ -72,6 +72,7 @@ class Recorder(Closing):
         self._run: Decoded | None = None
         self._done_ns = self._newest_ns = 0
         self._dirty, self._refreshed, self._took = False, 0.0, 0.0
+        self._failure, self._stale = "", False
         self._heard = time.monotonic()
         self._gone = False
         self._client = ServiceClient(endpoint)
@@ -119,9 +120,10 @@ class Recorder(Closing):
                 self._ask()
             assert self._log is not None
             self._log.sync()
+            self._tell(self._log.failure)
             pause = max(_REFRESH_S, self._took / _SHARE)
             if self._follow and self._dirty and time.monotonic() - self._refreshed >= pause:
-                self._write()
+                self._refresh()
 
     # ---- what comes ----------------------------------------------------------------------------
 
@@ -248,6 +250,23 @@ class Recorder(Closing):
 
     # ---- what is written -----------------------------------------------------------------------
 
+    def _tell(self, failure: str) -> None:
+        """Say when messages cannot be stored, and when they can again."""
+        if failure and not self._failure:
+            self._say(f"messages are kept in memory until they can be stored: {failure}")
+        elif self._failure and not failure:
+            self._say("messages are stored again")
+        self._failure = failure
+
+    def _refresh(self) -> None:
+        """Rewrite the file of a run that goes on; its end is written if this fails."""
+        try:
+            self._write()
+        except ConfigError as error:
+            if not self._stale:
+                self._say(f"the file is not up to date: {error}")
+            self._stale, self._refreshed = True, time.monotonic()
+
     def _next_path(self) -> Path:
         """Return the file of the next run."""
         for number in itertools.count(2):
@@ -262,7 +281,7 @@ class Recorder(Closing):
             return
         write_decoded(self._path, run, self._about)
         self.written[self._path] = len(run.results)
-        self._dirty, self._refreshed = False, time.monotonic()
+        self._dirty, self._refreshed, self._stale = False, time.monotonic(), False
         self._took = self._refreshed - began
 
     def _finish(self, why: str = "its end was not heard") -> bool:

@@ -2,7 +2,8 @@
 
 Each record is passed to the operating system before the next message is read, so that it survives
 the death of the process; once a second the file is synced, so that it survives that of the machine.
-A truncated record at the end is removed when the file is opened again.
+A truncated record at the end is removed when the file is opened again. What cannot be written, on a
+full disk for example, is kept in memory and tried again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,11 @@ class RecordLog:
     Args:
         path: file, created if it does not exist.
 
+    Attributes:
+        failure: why the newest records are not written yet; "" if they are.
+
     Raises:
-        RecordingError: the file could not be written, or is not a log.
+        RecordingError: the file could not be created, or another recorder writes it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +73,22 @@ class RecordLog:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise self._wrong(error) from error
+        with suppress(ModuleNotFoundError):  # Windows has no such locks
+            self._lock()
+        self._pending, self.failure = bytearray(), ""
         self._dirty, self._synced = False, time.monotonic()
+
+    def _lock(self) -> None:
+        import fcntl
+
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._fd)
+            expected = "a file that no other recorder writes"
+            raise RecordingError(str(self.path), expected=expected, got="one in use") from error
+        except OSError:  # a file system without locks
+            pass
 
     def _wrong(self, error: OSError) -> RecordingError:
         expected = "a file that can be written"
@@ -101,17 +121,21 @@ class RecordLog:
             raise RecordingError(str(self.path), expected=expected, got=str(error)) from error
 
     def add(self, record: Record) -> None:
-        """Append a record. Raises RecordingError if that fails."""
-        view = memoryview(framed(_encoder.encode(record)))
+        """Append a record."""
+        self._pending += framed(_encoder.encode(record))
+        self._write()
+
+    def _write(self) -> None:
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
+            while self._pending:
+                del self._pending[: os.write(self._fd, self._pending)]
+                self._dirty, self.failure = True, ""
         except OSError as error:
-            raise self._wrong(error) from error
-        self._dirty = True
+            self.failure = str(error.strerror)
 
     def sync(self) -> None:
-        """Sync the file, at most once a second. Raises RecordingError."""
+        """Write what is left, and sync the file, at most once a second. Raises RecordingError."""
+        self._write()
         now = time.monotonic()
         if self._dirty and now - self._synced >= _SYNC_S:
             self._dirty, self._synced = False, now
@@ -123,6 +147,7 @@ class RecordLog:
     def begin_again(self) -> None:
         """Remove all records. Raises RecordingError."""
         try:
+            self._pending.clear()
             os.ftruncate(self._fd, len(MAGIC))
         except OSError as error:
             raise self._wrong(error) from error

@@ -258,10 +258,12 @@ def _refuse(path: Path, expected: str, got: str) -> ArtifactError:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Manifest]:
     try:
+        if path.exists() and not path.is_file():  # the library would wait for a pipe, without end
+            raise OSError("a folder, pipe or device")
         with safe_open(path, framework="pt", device="cpu") as f:  # pyright: ignore[reportPrivateImportUsage]
             metadata = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _refuse(path, "a readable .safetensors file", str(error)) from error
     if KEY not in metadata:
         raise _refuse(path, "a manifest written by ilqr-vae train", "none in its metadata")
@@ -348,10 +350,8 @@ def load_artifact(
         ArtifactError: it is not a model file, has another schema, shapes that differ from the
             manifest, non-finite values, or a wrong hash or id.
     """
-    path = Path(path)
-    tensors, manifest = _read(path)
-    digest = _digest(tensors)
-    if digest != manifest.sha256:
+    tensors, manifest = _read(path := Path(path))
+    if (digest := _digest(tensors)) != manifest.sha256:
         raise _refuse(path, f"tensors with hash {manifest.sha256[:12]}", digest[:12])
     for name, t in tensors.items():
         if not bool(t.isfinite().all()):

@@ -117,8 +117,10 @@ def replacing(path: Path, field: str = "", *, mode: int = 0o666) -> Generator[Pa
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
+        # HDF5's errors have no file name, but its whole call
+        said = os.strerror(error.errno) if error.errno and not error.filename else str(error)
         raise ConfigError(
-            field or str(path), expected="a file that can be written", got=str(error)
+            field or str(path), expected="a file that can be written", got=said
         ) from error
     finally:
         with suppress(OSError):

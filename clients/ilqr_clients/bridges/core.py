@@ -133,7 +133,7 @@ class Bridge(Closing):
     # ---- the session -----------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Feed until ``stop`` is set, waiting for a source, session or service that is gone."""
+        """Feed until ``stop`` is set or another client opens the session; wait for what is gone."""
         self._stop = stop
         teller = threading.Thread(target=self._tell, daemon=True)
         teller.start()
@@ -147,6 +147,8 @@ class Bridge(Closing):
                     if self._session is not None:
                         self._session.abandon()
                         self._session = None
+                    if getattr(error, "reason", "").startswith("restarted"):
+                        return  # by another client: both would open it again and again
                     stop.wait(AGAIN_S)
         finally:
             stop.set()
