@@ -339,6 +339,10 @@ def test_what_a_step_costs_is_followed() -> None:
     for _ in range(200):
         cost.learn(3, 4e6)
     assert cost.ns(3) == pytest.approx(4e6, rel=0.01)
+    cost.measured(one=1e6, many=1e8, bins=2)  # the machine was busy with something else then
+    for _ in range(200):
+        cost.learn(1, 1e6)
+    assert cost.ns(1) == pytest.approx(1e6, rel=0.01)
     cost.measured(one=1e6, many=1e6, bins=1)
     assert cost.ns(2) == 2e6
 

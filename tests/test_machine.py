@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
-from ilqr_vae.machine import available_memory, cores
+from ilqr_vae.machine import available_memory, cores, own_core
 
 MIB = 2**20
 
@@ -77,3 +80,34 @@ def test_without_a_limit_the_machine_decides(tmp_path: Path, limit: str) -> None
     total = psutil.virtual_memory().total
     assert 300 * MIB < available_memory(root) <= total
     assert cores(root) == cores(tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="threads have no cores of their own"
+)
+def test_other_threads_leave_the_core_of_the_caller_meanwhile() -> None:
+    done = threading.Event()
+    others = [threading.Thread(target=done.wait, args=(60,)) for _ in range(2)]
+    ended = threading.Thread(target=int)
+    for thread in (*others, ended):
+        thread.start()
+    ended.join()
+
+    def usable() -> list[set[int]]:
+        return [os.sched_getaffinity(thread.native_id or 0) for thread in others]
+
+    every = os.sched_getaffinity(0)
+    try:
+        with own_core([*others, ended]):
+            there = usable()
+        assert usable() == [every, every]
+        assert there[0] == there[1] <= every
+        assert len(there[0]) == max(1, len(every) - 1)  # with a single core nothing can be done
+        os.sched_setaffinity(0, {min(every)})
+        with own_core(others):
+            assert usable() == [every, every]
+    finally:
+        os.sched_setaffinity(0, every)
+        done.set()
+        for thread in others:
+            thread.join()

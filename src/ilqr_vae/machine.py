@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,11 @@ except ModuleNotFoundError:  # Windows
     resource = None
 
 _ROOT = Path("/")
+
+try:
+    _core: Callable[[], int] | None = ctypes.PyDLL(None).sched_getcpu  # keeps the interpreter lock
+except (AttributeError, OSError, TypeError):  # not on this system
+    _core = None
 
 
 def file_limits() -> tuple[float, float]:
@@ -83,6 +91,35 @@ def cores(root: Path = _ROOT) -> int:
         if quota.isdecimal() and period.isdecimal() and int(period):  # "max" and -1: no limit
             least = min(least, math.ceil(int(quota) / int(period)))
     return max(1, least)
+
+
+def core() -> int:
+    """Return the core on which the calling thread runs; -1 if the system does not say."""
+    return -1 if _core is None else _core()
+
+
+@contextmanager
+def own_core(others: list[threading.Thread]) -> Generator[None]:
+    """Keep other threads of this process off the core of the calling thread meanwhile.
+
+    Linux may put a thread that is woken on the core of the one that woke it, if no core is idle at
+    that moment, and leave both there for a second while another core has time to spare. Does
+    nothing where the calling thread may use no other core.
+    """
+    allowed = os.sched_getaffinity(0) if others else set[int]()
+    elsewhere = allowed - {core()}
+    kept = [thread for thread in others if elsewhere and thread.is_alive()]
+    _confine(kept, elsewhere)
+    try:
+        yield
+    finally:
+        _confine(kept, allowed)
+
+
+def _confine(threads: list[threading.Thread], cores: set[int]) -> None:
+    for thread in threads:
+        with suppress(OSError):  # the allowed cores were changed meanwhile
+            os.sched_setaffinity(thread.native_id or 0, cores)
 
 
 def _control_groups(controller: str, root: Path) -> Iterator[Path]:

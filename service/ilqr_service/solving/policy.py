@@ -81,9 +81,9 @@ class Cost:
         return max(1, min(self.most, 1 + int(more)))
 
     def learn(self, bins: int, ns: float) -> None:
-        """Update the scale by the time of a step."""
-        ratio = ns / (self.start + self.each * bins)
-        self._scale += (min(max(ratio, 0.25), 4.0) - self._scale) / 16
+        """Update the scale by the time of a step; a single outlier changes it little."""
+        scale, ratio = self._scale, ns / (self.start + self.each * bins)
+        self._scale += (min(max(ratio, scale / 4), 4 * scale) - scale) / 16
 
     def measured(self, one: float, many: float, bins: int) -> None:
         """Reset from the times of a step of one bin and of a step of ``bins``."""

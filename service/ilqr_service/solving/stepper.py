@@ -150,12 +150,13 @@ class Stepper:
         arrays, at = Streams(*self.pool.views()), np.array([row.at for row in rows])
         if self._device.type != "cpu":
             return self._inputs_there(arrays, torch.as_tensor(at, device=self._device))
-        age, u = arrays.age[at], arrays.u[at]
+        age, u = arrays.age, arrays.u
         if age.ndim == 2:
             age, u = age[:, 0], u[:, 0]
-        slot = age - 1 - self._delay
-        picked = _doubles(u[np.arange(len(rows)), np.maximum(slot, 0)])
-        return np.where(slot[:, None] < 0, np.nan, picked)
+        slot = age[at] - 1 - self._delay
+        picked = _doubles(u[at, np.maximum(slot, 0)])
+        picked[slot < 0] = np.nan
+        return picked
 
     def _inputs_there(self, tensors: Streams, at: torch.Tensor) -> Array:
         """Return ``_inputs`` of rows on a GPU, copying only the inputs."""
@@ -260,8 +261,9 @@ class Stepper:
         rates, kinematics = _doubles(e.rates), _doubles(e.kinematics)
         kinematics_std = _doubles(e.kinematics_std)
         # z is of the first member, rates and kinematics are of all
-        sound = [np.isfinite(x).all(-1) for x in (z, rates, kinematics)]
-        finite: list[bool] = np.logical_and.reduce(sound).tolist()
+        finite: list[bool] = (
+            np.isfinite(np.concatenate((z, rates, kinematics), 1)).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
+        )
         known: list[bool] = [False] * len(z)
         if inputs is not None:
             known = np.isfinite(inputs).all(-1).tolist()  # pyright: ignore[reportAssignmentType]

@@ -143,8 +143,7 @@ class Connections:
         for key, mask in self._selector.select(0.0 if self._pending else timeout_s):
             if key.data is None:
                 with contextlib.suppress(OSError):
-                    while self._woken.recv(4096):
-                        pass
+                    self._woken.recv(4096)  # what is left, if anything, ends the next wait
             elif isinstance(key.data, Door):
                 self._accept(key.data)
             else:

@@ -8,6 +8,7 @@ reused work arrays, so that a steady stream allocates only its answers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ilqr_vae import machine
 from ilqr_vae.inference import compiled
 from ilqr_vae.inference.compiled import (
     Array,
@@ -38,6 +40,9 @@ from ilqr_vae.streaming.state import Estimate, HorizonState
 
 #: Work arrays kept per size, besides one for each thread.
 _SPARE = 2
+
+#: The core where each helping thread was last.
+_helpers: dict[threading.Thread, int] = {}
 
 States: TypeAlias = tuple[Streams, Streams]
 """Arrays of the fields of ``HorizonState`` before and after the bins."""
@@ -304,17 +309,29 @@ def _run(
 ) -> None:
     """Run the kernel of each member, in as many threads as it has arguments.
 
-    Each member's streams form a queue; each thread starts with that of another member.
+    Each member's streams form a queue; each thread starts with that of another member. Threads
+    that last ran on the core of the calling one leave it.
     """
     queues = [np.zeros(1, np.int64) for _ in members]
 
-    def call(worker: int) -> None:
+    def work(worker: int) -> None:
         for i in range(len(members)):
             k = (i + worker) % len(members)
             buffer = threads.scratch(members[k].dtype, members[k].scratch_size)
             kernel(queues[k], *arguments[k][worker], buffer)
 
-    threads.together([partial(call, worker) for worker in range(len(arguments[0]))])
+    def help_out(worker: int) -> None:
+        work(worker)
+        _helpers[threading.current_thread()] = machine.core()
+
+    def lead() -> None:
+        core = machine.core()
+        beside = [thread for thread, last in list(_helpers.items()) if last == core >= 0]
+        with machine.own_core(beside):
+            work(0)
+
+    others = [partial(help_out, worker) for worker in range(1, len(arguments[0]))]
+    threads.together([lead if others else partial(work, 0), *others])
 
 
 def on_tensors(
