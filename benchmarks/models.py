@@ -83,7 +83,7 @@ def recording_of(units: int, bins: int = 6000) -> Recording:
 
 
 def training_run(units: int, loop: LoopConfig) -> tuple[TrainingRun, Prepared]:
-    """Return a new training run of the default model on such a recording."""
+    """Return a new training run of a model of n = 20 on such a recording."""
     spec = RecordingSpec(
         bin_width=BIN_S,
         mat=MatSpec(spikes="spikes"),
@@ -91,5 +91,5 @@ def training_run(units: int, loop: LoopConfig) -> tuple[TrainingRun, Prepared]:
     )
     data = prepare(recording_of(units), spec, chunk=loop.chunk)
     torch.manual_seed(loop.seed)
-    model = build_model(ModelConfig(), data)
+    model = build_model(ModelConfig(latents=20), data)
     return start(model, Crops(data, model, loop.chunk, loop.seed), loop), data

@@ -22,7 +22,7 @@ from ilqr_vae.streaming.horizon import MovingHorizon
 
 BASE = {"n": 20, "m": 5, "units": 196, "H": 20, "streams": 1, "iterations": 2}
 DECODING = {"n": 20, "m": 8, "units": 143, "H": 10}
-"""Sizes of the recording in docs/decoding.md. With ``members``, each model has its own readout."""
+"""Sizes of the recording in docs/decoding.md (recipe: n = 32). ``members`` have own readouts."""
 GRID: list[Row] = [
     *({"H": H} for H in (5, 10, 20, 50)),
     *({"n": n, "m": n // 4} for n in (10, 20, 32, 64)),
@@ -31,9 +31,14 @@ GRID: list[Row] = [
     *({"n": 32, "m": 8, "units": N, "H": H} for N in (100, 200) for H in (10, 50)),
     {"n": 32, "m": 8, "units": 192, "H": 64},
     DECODING,
-    *(DECODING | {"members": K} for K in (1, 3)),
+    *(DECODING | {"n": n, "members": K} for n in (20, 32) for K in (1, 3)),
 ]
-QUICK: list[Row] = [{}, {"H": 10}, {"streams": 8}, DECODING | {"members": 3}]
+QUICK: list[Row] = [
+    {},
+    {"H": 10},
+    {"streams": 8},
+    *(DECODING | {"n": n, "members": 3} for n in (20, 32)),
+]
 #: The sizes in the picture, which vary one at a time.
 AXES = ("H", "n", "units", "streams")
 

@@ -44,7 +44,7 @@ class ModelConfig(DynamicsOptions, frozen=True, forbid_unknown_fields=True, kw_o
             if false they are only decoded.
     """
 
-    latents: PositiveInt = 20
+    latents: PositiveInt = 32
     inputs: PositiveInt = 8
     dynamics: Literal["mgu2", "mgu", "rnn", "mlp", "linear"] = "mgu2"
     prior: Literal["gaussian", "student"] = "gaussian"
