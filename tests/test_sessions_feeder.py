@@ -310,7 +310,9 @@ def test_a_burst_after_a_stall_costs_nothing(stall: int) -> None:
     assert missing == stall  # the timetable is what it was
 
 
-def test_one_index_ahead_within_a_gap_delays_the_timetable_and_no_more() -> None:
-    bins: list[tuple[int, Any]] = [(i + 50 if i == 60 else i, i) for i in range(300)]
+@pytest.mark.parametrize("ahead", [INFO.horizon, INFO.horizon + 1, 50, 99])
+def test_one_index_ahead_in_a_clocked_session_costs_no_more_than_its_place(ahead: int) -> None:
+    bins: list[tuple[int, Any]] = [(i + ahead if i == 60 else i, i) for i in range(300)]
     used, _ = clocked(bins)
-    assert all(used[i] for i in range(120, 300))
+    lost = {i for i in range(300) if not used.get(i)}
+    assert lost == ({60} if ahead > INFO.horizon else {60, 60 + ahead})  # its place was taken

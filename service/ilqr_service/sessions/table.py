@@ -198,7 +198,11 @@ class SessionTable:
 
     def add(self, session: ServedSession) -> None:
         """Add a session, new or resumed from a journal."""
-        session.arrivals.reach = self.limits.gap_limit
+        reach = self.limits.gap_limit
+        if session.request.clocked and session.binner is None:
+            # bins come in real time: of one ahead by less, those between are put in their place
+            reach = min(reach, session.model_info.horizon)
+        session.arrivals.reach = reach
         self.next_run = max(self.next_run, session.run + 1)
         self._sessions[session.name] = session
         self._runs[session.run] = session
