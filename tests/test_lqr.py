@@ -224,7 +224,7 @@ def test_a_batch_is_its_problems_one_by_one(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 2), (8, 9), (20, 5), (23, 8)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 2), (8, 9), (20, 5), (32, 8)])
 def test_a_problem_in_a_lane_has_the_bits_that_it_has_alone(
     n: int, m: int, dtype: torch.dtype
 ) -> None:

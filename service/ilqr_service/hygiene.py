@@ -18,12 +18,11 @@ from prometheus_client.registry import Collector
 
 from ilqr_service import logs
 from ilqr_service.settings import ServiceSettings
+from ilqr_vae.machine import keep_freed_memory
 
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # the number of the system call
 _MCL_CURRENT_AND_FUTURE = 3
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20
-_LARGEST_KEPT_BYTES = 32 << 20  # the largest accepted value
 
 
 _MOST_CPUS = 1 << 16
@@ -88,7 +87,7 @@ class Hygiene:
             gc.disable()
             self.report["gc"] = "on"
         if settings.malloc == "keep":
-            self._try("malloc", _keep_freed_memory)
+            self._try("malloc", lambda: keep_freed_memory(_KEPT_BYTES))
 
     def thread(self) -> None:
         """Apply the settings of the calling thread: cores and scheduling class."""
@@ -131,21 +130,6 @@ def _lock_memory() -> None:
     if libc.mlockall(_MCL_CURRENT_AND_FUTURE) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-
-
-def _keep_freed_memory() -> None:
-    """Keep freed memory in the process, so that steps of many streams need not fault it in
-    again.
-    """
-    if not sys.platform.startswith("linux"):
-        raise OSError("not on this system")
-    libc = ctypes.CDLL(None)
-    for what, size in (
-        (_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES),
-        (_M_TRIM_THRESHOLD, _KEPT_BYTES),
-    ):
-        if not libc.mallopt(what, size):
-            raise OSError("not accepted by malloc")
 
 
 def _pin(cpus: str) -> None:

@@ -19,6 +19,8 @@ except ModuleNotFoundError:  # Windows
     resource = None
 
 _ROOT = Path("/")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT_BYTES = 32 << 20  # the largest value that every malloc accepts
 
 try:
     _core: Callable[[], int] | None = ctypes.PyDLL(None).sched_getcpu  # keeps the interpreter lock
@@ -57,6 +59,21 @@ def peak_memory() -> int:
         return int(getattr(memory, "peak_wset", memory.rss))  # on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory(most: int) -> None:
+    """Keep up to ``most`` bytes of freed memory in the process, so that the next step need not
+    fault it in again.
+
+    Raises:
+        OSError, AttributeError: not on this system.
+    """
+    if not sys.platform.startswith("linux"):
+        raise OSError("not on this system")
+    libc = ctypes.CDLL(None)
+    for what, size in ((_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES), (_M_TRIM_THRESHOLD, most)):
+        if not libc.mallopt(what, size):
+            raise OSError("not accepted by malloc")
 
 
 def available_memory(root: Path = _ROOT) -> int:

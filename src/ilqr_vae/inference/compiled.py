@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ilqr_vae.kernels.cpu import iteration, threads
+from ilqr_vae.kernels.cpu import iteration, lqr, threads
 from ilqr_vae.kernels.cpu.dynamics import FAMILIES, pack_weights
 from ilqr_vae.kernels.cpu.observations import pack_channels
 from ilqr_vae.kernels.cpu.tiles import PANEL
@@ -288,6 +288,7 @@ def run(
 ) -> None:
     """Run at most ``limit`` further iterations of each running problem."""
     n, m, _ = plan.sizes
+    group = lqr.group(n, work.dtype.itemsize)
     threads.share_out(
         iteration.solve,
         work.batch,
@@ -303,9 +304,12 @@ def run(
             work.kept,
             work.info,
             options,
+            np.empty((2, work.batch), np.int64),
         ),
         dtype=work.dtype,
         scratch_size=iteration.scratch_size(work.steps, n, m),
+        # a thread without work costs more than problems that are solved one by one
+        group=group if work.batch >= group * threads.count() else 1,
     )
 
 
@@ -343,44 +347,45 @@ def iterate(
         run(packed, work, 1, 0, inputs, options.numbers)
 
 
-def prepare(
-    model: Model, w: Weights, observed: Observations, batch: int, steps: int
-) -> tuple[PackedModel, SolveArrays, tuple[Array, Array]]:
-    """Pack a model and its data, and allocate the arrays of a batch of solves."""
+class PackedProblem(NamedTuple):
+    """A batch of problems for the kernels; ``observed`` and ``initial`` as of ``Inputs``."""
+
+    model: PackedModel
+    observed: tuple[Array, Array]
+    initial: tuple[Array, Array]
+
+    def arrays(self, u: Tensor) -> SolveArrays:
+        """Return new arrays for solves with inputs like u."""
+        return SolveArrays(self.model, u.shape[0], u.shape[1], self.observed[0].dtype)
+
+
+def pack(model: Model, w: Weights, observed: Observations, initial: InitialCost) -> PackedProblem:
+    """Pack a ``usable`` model and its data."""
     packed = plan(model, w, observed)
-    data = observations(packed, observed)
-    return packed, SolveArrays(packed, batch, steps, data[0].dtype), data
+    cost = (array(initial.mean), array(initial.precision))
+    return PackedProblem(packed, observations(packed, observed), cost)
 
 
 def solve(
-    model: Model,
-    w: Weights,
-    observed: Observations,
-    initial: InitialCost,
+    problem: PackedProblem,
     start: tuple[Tensor, Tensor],
     options: Options,
     stopped: Stopped | None,
 ) -> SolveArrays:
     """Solve a batch from (z0, u); see ``iterate``."""
     z0, u = start
-    packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
-    cost = (array(initial.mean), array(initial.precision))
+    packed, data, cost = problem
+    work = problem.arrays(u)
     iterate(packed, work, 1, Inputs(data, cost, (array(z0), array(u))), options, stopped)
     return work
 
 
-def quadratise(
-    model: Model,
-    w: Weights,
-    observed: Observations,
-    initial: InitialCost,
-    z: Tensor,
-    u: Tensor,
-) -> LQRProblem:
+def quadratise(problem: PackedProblem, z: Tensor, u: Tensor) -> LQRProblem:
     """Compute ``Model.lqr_problem`` around rollouts z (B, T+1, n) of inputs u (B, T, m)."""
-    packed, work, data = prepare(model, w, observed, u.shape[0], u.shape[1])
+    packed, data, cost = problem
+    n, m, _ = packed.sizes
+    work = problem.arrays(u)
     work.state.z[...], work.state.u[...] = array(z), array(u)
-    cost = (array(initial.mean), array(initial.precision))
     start = (array(z[:, 0]), array(u), *work.none)
     threads.share_out(
         iteration.quadratise,
@@ -388,6 +393,6 @@ def quadratise(
         cost_of_iteration(packed, work.steps) // 2,
         (packed.arrays, data, cost, start, tuple(work.state), work.kept, work.problem),
         dtype=work.dtype,
-        scratch_size=iteration.scratch_size(work.steps, model.n, model.m),
+        scratch_size=iteration.scratch_size(work.steps, n, m),
     )
     return work.lqr()[0]

@@ -50,7 +50,7 @@ def quadratise(
     """Return the Gauss-Newton model of J around the rollout z of u; compiled without gradients."""
     p = problem
     if not torch.is_grad_enabled() and compiled.usable(p.model, p.observed, u):
-        return compiled.quadratise(p.model, p.w, p.observed, p.initial, z, u)
+        return compiled.quadratise(p.packed, z, u)
     return p.model.lqr_problem(p.w, z, u, p.observed, p.initial)
 
 
@@ -181,9 +181,7 @@ def solve(
     with torch.no_grad():
         p = problem
         if not config.exact and compiled.usable(p.model, p.observed, u):
-            work = compiled.solve(
-                p.model, p.w, p.observed, p.initial, (z0, u), options(config), stopping(stop)
-            )
+            work = compiled.solve(p.packed, (z0, u), options(config), stopping(stop))
             finish(work.status)
             return _outcome(work)
         return solve_reference(problem, z0, u, config, stop)

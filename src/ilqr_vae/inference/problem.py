@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ilqr_vae.inference.compiled import PackedProblem, pack
 from ilqr_vae.inference.on_gpu import Iteration, iteration
 from ilqr_vae.lqr import LQRProblem, LQRSolution
 from ilqr_vae.model.dynamics import Weights
@@ -105,7 +106,10 @@ class Info:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem to solve: model, its effective weights, data, initial cost."""
+    """A problem to solve: model, its effective weights, data, initial cost.
+
+    None of them may change while it is used: kernels read copies.
+    """
 
     model: Model
     w: Weights
@@ -119,10 +123,15 @@ class Problem:
         """GPU kernels for this problem, or None; they record no gradients."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in self.w):
             return None
-        return self._packed
+        return self._on_gpu
 
     @cached_property
-    def _packed(self) -> Iteration | None:
+    def packed(self) -> PackedProblem:
+        """The problem for the compiled solve, where that is ``compiled.usable``."""
+        return pack(self.model, self.w, self.observed, self.initial)
+
+    @cached_property
+    def _on_gpu(self) -> Iteration | None:
         """The packed problem, which all iterations of a solve share."""
         return iteration(self.model, self.w, tuple(self.observed), self.initial.mean)
 

@@ -76,6 +76,7 @@ def prepared(
         (V, v),
         (dz, du, costate, model),
         ok,
+        np.arange(batch),
     )
     work, need = steps * n * (n + m) ** 2, lqr.scratch_size(n, m)
     tensor = torch.from_numpy

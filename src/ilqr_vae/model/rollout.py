@@ -178,7 +178,7 @@ def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[T
             A[0].numel(),
             (*given, lam.numpy()),
             dtype=given[0].dtype,
-            scratch_size=1,
+            scratch_size=A.shape[-1] + kernels.COLUMNS,
         )
         return lam
     on_gpu = _gpu_kernels(A.shape[-1], 1, A)
@@ -189,6 +189,29 @@ def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[T
         lam = gz[:, t] + (A[:, t].mT @ lam.unsqueeze(-1)).squeeze(-1)
         lams.append(lam)
     return torch.stack(lams[::-1], 1)
+
+
+def _pull_back(
+    dynamics: Dynamics, w: Weights, z: Tensor, u: Tensor, gz: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return ``adjoint`` of a rollout's Jacobians, and the gradient of its inputs."""
+    if not _usable(dynamics, z):
+        A, B = jacobians(dynamics, w, z, u)
+        lam = adjoint(A, gz)
+        return lam, (B.mT @ lam[:, 1:].unsqueeze(-1)).squeeze(-1)
+    B, T, m = u.shape
+    n = z.shape[2]
+    lam, gu = z.new_empty(B, T + 1, n), z.new_empty(B, T, m)
+    weights = kernels.pack_weights(dynamics.kernel, _arrays(*w))
+    threads.share_out(
+        kernels.pull_back,
+        B,
+        6 * T * n * (n + m),
+        (kernels.FAMILIES[dynamics.kernel], weights, *_arrays(z, u, gz), lam.numpy(), gu.numpy()),
+        dtype=weights[0].dtype,
+        scratch_size=kernels.closed_loop_scratch(T, n, m),
+    )
+    return lam, gu
 
 
 class _Rollout(torch.autograd.Function):
@@ -207,9 +230,7 @@ class _Rollout(torch.autograd.Function):
         z, u, *w = ctx.saved_tensors
         dynamics: Dynamics = ctx.dynamics
         before = z[:, :-1]
-        A, B = jacobians(dynamics, tuple(w), z, u)
-        lam = adjoint(A, gz)
-        gu = (B.mT @ lam[:, 1:].unsqueeze(-1)).squeeze(-1)
+        lam, gu = _pull_back(dynamics, tuple(w), z, u, gz)
         with torch.enable_grad():
             leaves = tuple(t.detach().requires_grad_() for t in w)
             after = dynamics.step(leaves, before, u)

@@ -168,11 +168,16 @@ class Crops:
 
     def warm(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the initial state and inputs of the last solution, or zeros."""
+        if self.whole:
+            return self.z[index[:, 0]], self.u[index]
         inside, live = self._inside(index)
         return self.z[index[:, 0]], self.u[inside] * live.unsqueeze(-1).to(self.u)
 
     def remember(self, index: Tensor, z: Tensor, u: Tensor) -> None:
         """Store a solution for the next time these bins are drawn."""
+        if self.whole:
+            self.z[index], self.u[index] = z[:, :-1], u
+            return
         live = self._inside(index)[1]
         self.z[index[live]], self.u[index[live]] = z[:, :-1][live], u[live]
 

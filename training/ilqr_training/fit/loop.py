@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +22,11 @@ from ilqr_vae.inference import elbo, ilqr, implicit
 from ilqr_vae.inference.posterior import Draw, Kronecker, laplace_draw
 from ilqr_vae.inference.problem import Problem, SolverConfig, State, Status
 from ilqr_vae.lqr import solve_lqr
+from ilqr_vae.machine import keep_freed_memory
 from ilqr_vae.model.generative import Model, conditioned_on
 from ilqr_vae.model.likelihoods import Observed
+
+_KEPT_BYTES = 256 << 20  # of one step's arrays, for the next
 
 
 class Batches(Protocol):
@@ -112,6 +116,8 @@ def start(
             multiple of the other parameters'. Adam moves a log scale by about one learning rate per
             step, so scales that start far off need a higher one than weights.
     """
+    with suppress(OSError, AttributeError):
+        keep_freed_memory(_KEPT_BYTES)
     like = model.initial.mean
     posterior = None
     if config.posterior == "kronecker":
@@ -125,7 +131,7 @@ def start(
     if scales:
         groups.append({"params": scales, "factor": scale_rate})
     generator = torch.Generator(device=like.device).manual_seed(config.seed)
-    optimiser = torch.optim.Adam(groups, config.learning_rate)
+    optimiser = torch.optim.Adam(groups, config.learning_rate, fused=True)
     return TrainingRun(model, posterior, crops, optimiser, generator)
 
 

@@ -17,7 +17,17 @@ import math
 
 import numpy as np
 
-from ilqr_vae.kernels.cpu.algebra import add_product, add_row, carve, compiled, inner, never_inline
+from ilqr_vae.kernels.cpu.algebra import (
+    COLUMNS,
+    add_product,
+    add_row,
+    add_row_product,
+    carve,
+    compiled,
+    inner,
+    never_inline,
+    round_up,
+)
 from ilqr_vae.kernels.cpu.panels import (
     exp_inplace,
     new_panels,
@@ -48,7 +58,7 @@ def scratch_size(n, m):
 
 def closed_loop_scratch(T, n, m):
     """Numbers of scratch that ``closed_loop`` and ``jacobians`` need."""
-    return scratch_size(n, m) + 2 * T * (n + PANEL) + 2 * n + m
+    return scratch_size(n, m) + 4 * T * (n + PANEL)
 
 
 def _transposed(matrix):
@@ -224,24 +234,119 @@ def closed_loop(first, last, family, weights, closed, z0, zb, ub, K, k, alpha, z
         )  # fmt: skip
 
 
+@inner
+def _gates(family, weights, z, u, f, h, scratch):
+    """f and h of an MGU2 in each step of a trajectory, which need not be a rollout."""
+    never_inline()
+    state, state_bias, hidden, hidden_bias, drive, _, _, _, _ = weights
+    T, m = u.shape
+    n = z.shape[1]
+    n8 = whole(n)
+    one, two = z.dtype.type(1.0), z.dtype.type(2.0)
+    gated, end = carve(scratch, 0, T, n8)
+    driven, end = carve(scratch, end, T, n8)
+    times_panels(z, 0, n, T, state, f, 0, n8)
+    for t in range(T):
+        for i in range(n):
+            f[t, i] = -(f[t, i] + state_bias[i])
+    exp_inplace(f, 0, T * n8)
+    for t in range(T):
+        for i in range(n):
+            f[t, i] = one / (one + f[t, i])
+            gated[t, i] = f[t, i] * z[t, i]
+    times_panels(gated, 0, n8, T, hidden, h, 0, n8)
+    times_panels(u, 0, m, T, drive, driven, 0, n8)
+    if family != MGU2:
+        for t in range(T):
+            _variant(family, t, n, driven[t], hidden_bias, h)
+        return
+    for t in range(T):
+        for i in range(n):
+            h[t, i] = two * (h[t, i] + driven[t, i] + hidden_bias[i])
+    exp_inplace(h, 0, T * n8)
+    for t in range(T):
+        for i in range(n):
+            h[t, i] = one - two / (one + h[t, i])
+
+
 @compiled
 def jacobians(first, last, family, weights, z, u, A, B, scratch):
     """``linearise`` along the trajectories z (T + 1) and u of problems ``first`` to ``last``, which
     need not be rollouts."""
-    T, m = u.shape[1:]
+    T = u.shape[1]
     n = z.shape[2]
     f, end = carve(scratch, 0, T, whole(n))
     h, end = carve(scratch, end, T, whole(n))
-    two, end = carve(scratch, end, 2, n)
-    one, end = carve(scratch, end, 1, m)
     rest = scratch[end:]
     for b in range(first, last):
-        for t in range(T):
-            roll_out(
-                family, weights, False, z[b, t], z[b], u[b, t : t + 1], z, z[b],
-                z.dtype.type(0.0), two, one, f[t : t + 1], h[t : t + 1], rest,
-            )  # fmt: skip
+        if family != LINEAR:
+            _gates(family, weights, z[b], u[b], f, h, rest)
         linearise(family, weights, z[b], u[b], f, h, A[b], B[b], rest)
+
+
+@inner
+def _add_transposed_product(out, M, m0, x, x0, rows, columns):
+    """out[: columns] += M' x for a matrix from M[m0] on, the last or not; of ``out`` whole vectors
+    are written, and no number is read beyond the matrix."""
+    never_inline()
+    safe = min(rows, max(0, (rows * columns - round_up(columns, COLUMNS)) // columns + 1))
+    add_row_product(out, 0, x, x0, M, m0, columns, safe, columns)
+    for i in range(safe, rows):
+        add_row(out, 0, x[x0 + i], M, m0 + i * columns, columns)
+
+
+@compiled
+def pull_back(first, last, family, weights, z, u, gz, lam, gu, scratch):
+    """``adjoint`` with the Jacobians A, B at z and u, which are never made; gu_k = B_k' lam_{k+1}.
+
+    Arguments as of ``jacobians`` and ``adjoint``.
+    """
+    _, _, _, _, drive_panels, state, hidden, drive, _ = weights
+    T, m = u.shape[1:]
+    n = z.shape[2]
+    n8 = whole(n)
+    f, end = carve(scratch, 0, T, n8)
+    h, end = carve(scratch, end, T, n8)
+    rest = scratch[end:]
+    driven, inside, entering = rest[:n8], rest[n8 : 2 * n8], rest[2 * n8 : 3 * n8]
+    through, total, pushed = rest[3 * n8 : 4 * n8], rest[4 * n8 : 5 * n8], rest[5 * n8 :]
+    zero, one = z.dtype.type(0.0), z.dtype.type(1.0)
+    for b in range(first, last):
+        for i in range(n):
+            lam[b, T, i] = gz[b, T, i]
+        if family != LINEAR:
+            _gates(family, weights, z[b], u[b], f, h, rest)
+        for t in range(T - 1, -1, -1):
+            if family & OUTSIDE:
+                times_panels(u[b], t * m, m, 1, drive_panels, driven, 0, n8)
+            for i in range(n):
+                after = lam[b, t + 1, i]
+                total[i] = gz[b, t, i]
+                through[i] = zero
+                if family == LINEAR:
+                    inside[i] = after
+                    entering[i] = after
+                    continue
+                y = h[t, i] - driven[i] if family & OUTSIDE else h[t, i]
+                entering[i] = after * f[t, i]
+                inside[i] = entering[i] * _steepness(family, y)
+                if not family & OUTSIDE:
+                    entering[i] = inside[i]
+            if family != LINEAR:
+                _add_transposed_product(through, hidden, 0, inside, 0, n, n)
+                for i in range(n):
+                    after, gate = lam[b, t + 1, i], f[t, i]
+                    total[i] += after * (one - gate) + through[i] * gate
+                    moved = through[i] * z[b, t, i] + after * (h[t, i] - z[b, t, i])
+                    inside[i] = moved * gate * (one - gate)
+            _add_transposed_product(total, state, 0, inside, 0, n, n)
+            for a in range(m):
+                pushed[a] = zero
+            _add_transposed_product(pushed, drive, 0, entering, 0, n, m)
+            for i in range(n):
+                lam[b, t, i] = total[i]
+            for a in range(m):
+                gu[b, t, a] = pushed[a]
 
 
 @compiled
@@ -253,7 +358,7 @@ def adjoint(first, last, A, gz, lam, scratch):
             lam[b, T, i] = gz[b, T, i]
         for t in range(T - 1, -1, -1):
             for i in range(n):
-                lam[b, t, i] = gz[b, t, i]
-            here, row = (b * (T + 1) + t) * n, (b * T + t) * n * n
-            for j in range(n):
-                add_row(lam, here, lam[b, t + 1, j], A, row + j * n, n)
+                scratch[i] = gz[b, t, i]
+            _add_transposed_product(scratch, A, (b * T + t) * n * n, lam[b, t + 1], 0, n, n)
+            for i in range(n):
+                lam[b, t, i] = scratch[i]

@@ -4,7 +4,8 @@ Everything a problem's iteration reads or writes is its own, so problems may be 
 threads and never change each other's bits. What the last accepted trajectory left (gates f, h;
 slopes d and curvatures w of its channels) is kept in one of two slots per problem, the trial goes
 to the other. Several iterations may be done in one call; asked for one at a time they give the same
-bits.
+bits. In a batch the LQR problems of several are solved at once, with the same bits as one by one
+(see `lanes.py`).
 
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
@@ -18,7 +19,7 @@ import math
 
 import numpy as np
 
-from ilqr_vae.kernels.cpu import lqr, observations
+from ilqr_vae.kernels.cpu import lane_tiles, lanes, lqr, observations
 from ilqr_vae.kernels.cpu.algebra import all_finite, carve, compiled, inner, never_inline, part
 from ilqr_vae.kernels.cpu.dynamics import linearise, roll_out
 from ilqr_vae.kernels.cpu.dynamics import scratch_size as rollout_scratch
@@ -26,6 +27,7 @@ from ilqr_vae.kernels.cpu.panels import finite
 
 RUNNING, CONVERGED, ITERATION_LIMIT, STALLED, NOT_FINITE = 0, 1, 2, 3, 4
 CONTINUE, START = 0, 1
+NEVER = -1
 
 
 def scratch_size(T, n, m):
@@ -193,54 +195,118 @@ def quadratise(first, last, model, data, initial, start, state, kept, problem, s
         _quadratic_model(b, model, initial, state, kept, problem, scratch)
 
 
-@compiled
-def solve(
-    first, last, limit, entry, model, data, initial, start, state, kept, info, options, scratch
-):
-    """At most ``limit`` iterations of the problems of a range that are running.
-
-    Args:
-        entry: START from ``start``, or CONTINUE where the last call with these arrays ended.
-    """
-    z, _, cost, damping, status, iterations = state
-    problem, law, value, found, ok, taken = info
+@part
+def _move(b, model, data, initial, state, kept, info, options, scratch):
+    """Search along the step of problem ``b``, and set its damping and status."""
+    _, _, cost, damping, status, iterations = state
+    problem, law, _, found, ok, taken = info
     K, k, _ = law
     dz, _, _, expected = found
     tolerance, _, _, damping_min, damping_max = options
+    iterations[b] += 1
+    converged = False
+    if ok[b]:
+        before, decrease = abs(cost[b]), expected[b, 0]
+        taken[b] = _search(
+            b, model, data, initial, state, kept, (K, k, dz, decrease), options, scratch
+        )
+        converged = decrease <= tolerance * (1 + before)
+    if converged:
+        status[b] = CONVERGED
+    if taken[b] > 0:
+        damping[b] = 0.0
+    elif not converged:
+        raised = max(10 * damping[b], damping_min)
+        damping[b] = raised
+        q = problem[3]
+        if not all_finite(q[b].reshape(q[b].size)):
+            status[b] = NOT_FINITE
+        elif raised > damping_max:
+            status[b] = STALLED
+
+
+@inner
+def solve_one(b, limit, entry, model, data, initial, start, state, kept, info, options, scratch):
+    """``solve`` for problem ``b``."""
+    never_inline()
+    z, _, _, damping, status, _ = state
+    problem, law, value, found, ok, taken = info
     nothing_taken = z.dtype.type(0.0)
-    for b in range(first, last):
-        # a problem that never runs gets its LQR solution, and no step
-        looking = False
-        if entry != CONTINUE:
-            begin(b, True, model, data, initial, start, state, kept, scratch)
-            looking = status[b] != RUNNING
-        done = 0
-        while looking or (status[b] == RUNNING and done < limit):
-            _quadratic_model(b, model, initial, state, kept, problem, scratch)
-            ok[b] = lqr.solve_one(
-                b, problem, False, False, damping, True, law, value, found, scratch
-            )  # fmt: skip
+    # a problem that never runs gets its LQR solution, and no step
+    looking = False
+    if entry != CONTINUE:
+        begin(b, True, model, data, initial, start, state, kept, scratch)
+        looking = status[b] != RUNNING
+    done = 0
+    while looking or (status[b] == RUNNING and done < limit):
+        _quadratic_model(b, model, initial, state, kept, problem, scratch)
+        ok[b] = lqr.solve_one(
+            b, problem, False, False, damping, True, law, value, found, scratch
+        )  # fmt: skip
+        taken[b] = nothing_taken
+        if looking:
+            break
+        done += 1
+        _move(b, model, data, initial, state, kept, info, options, scratch)
+
+
+@compiled
+def solve(
+    first, last, limit, entry, model, data, initial, start, state, kept, info, options, queue,
+    scratch,
+):  # fmt: skip
+    """At most ``limit`` iterations of the problems of a range that are running.
+
+    If there are as many as a vector has lanes, the LQR problems of so many are solved at once; a
+    problem that is done makes room for the next.
+
+    Args:
+        entry: START from ``start``, or CONTINUE where the last call with these arrays ended.
+        queue: (2, batch) int64, of no use before and after.
+    """
+    z, _, _, damping, status, _ = state
+    problem, law, value, found, ok, taken = info
+    nothing_taken = z.dtype.type(0.0)
+    width = lane_tiles.lanes_of(scratch)
+    active, rounds = queue[0, first:last], queue[1, first:last]
+    most = width if z.shape[2] <= lqr.LANES_UP_TO and last - first >= width else 1
+    following, count = first, 0
+    while following < last or count:
+        while count < most and following < last:
+            b, done = following, 0
+            following += 1
+            if entry != CONTINUE:
+                begin(b, True, model, data, initial, start, state, kept, scratch)
+                if status[b] != RUNNING:
+                    done = NEVER  # gets its LQR solution, and no step
+            if done == NEVER or (status[b] == RUNNING and limit > 0):
+                active[count], rounds[count] = b, done
+                count += 1
+        for i in range(count):
+            _quadratic_model(active[i], model, initial, state, kept, problem, scratch)
+        # with half of the lanes empty it is faster one by one
+        together, good = 2 * count > most > 1, 0
+        if together:
+            for i in range(count, width):
+                active[i] = active[0]
+            good = lanes.backward(active[:width], problem, damping, law, value, scratch)
+        left = 0
+        for i in range(count):
+            b, done = active[i], rounds[i]
+            if together:
+                ok[b] = lqr.finish_one(
+                    b, (good >> i) & 1 == 1, problem, False, damping, True, law, value, found,
+                    scratch,
+                )  # fmt: skip
+            else:
+                ok[b] = lqr.solve_one(
+                    b, problem, False, False, damping, True, law, value, found, scratch
+                )  # fmt: skip
             taken[b] = nothing_taken
-            if looking:
-                break
-            done += 1
-            iterations[b] += 1
-            converged = False
-            if ok[b]:
-                before, decrease = abs(cost[b]), expected[b, 0]
-                taken[b] = _search(
-                    b, model, data, initial, state, kept, (K, k, dz, decrease), options, scratch
-                )
-                converged = decrease <= tolerance * (1 + before)
-            if converged:
-                status[b] = CONVERGED
-            if taken[b] > 0:
-                damping[b] = 0.0
-            elif not converged:
-                raised = max(10 * damping[b], damping_min)
-                damping[b] = raised
-                q = problem[3]
-                if not all_finite(q[b].reshape(q[b].size)):
-                    status[b] = NOT_FINITE
-                elif raised > damping_max:
-                    status[b] = STALLED
+            if done == NEVER:
+                continue
+            _move(b, model, data, initial, state, kept, info, options, scratch)
+            if status[b] == RUNNING and done + 1 < limit:
+                active[left], rounds[left] = b, done + 1
+                left += 1
+        count = left

@@ -17,7 +17,7 @@ Only numba code lives here: it must not be wrapped by a type-checking import hoo
 
 from __future__ import annotations
 
-from ilqr_vae.kernels.cpu import lanes
+from ilqr_vae.kernels.cpu import lane_tiles, lanes
 from ilqr_vae.kernels.cpu.algebra import (
     COLUMNS,
     add_product,
@@ -43,12 +43,12 @@ from ilqr_vae.kernels.cpu.algebra import (
 
 #: Latents up to which a batch is solved a problem a lane: beyond, a group's matrices leave the
 #: nearest cache, and one problem's fill vectors well enough.
-LANES_UP_TO = 24
+LANES_UP_TO = 32
 
 
 def group(n, itemsize):
     """How many problems with ``n`` latents are solved at once, in numbers of ``itemsize`` bytes."""
-    return lanes.VECTOR_BYTES // itemsize if n <= LANES_UP_TO else 1
+    return lane_tiles.VECTOR_BYTES // itemsize if n <= LANES_UP_TO else 1
 
 
 def scratch_size(n, m):
@@ -286,7 +286,7 @@ def finish_one(b, good, problem, has_c, damping, free, law, cost, step, scratch)
 
 
 @compiled
-def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, ok, scratch):
+def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, ok, each, scratch):
     """Solve problems ``first`` to ``last`` of a batch.
 
     Args:
@@ -299,13 +299,14 @@ def solve(first, last, problem, has_c, has_S, damping, free, law, cost, step, ok
         cost: (V, v), written.
         step: (dz, du, costate, model), written; model is (B, 2), decrease and linear.
         ok: (B,) bool, written. What is written for a problem that is not ok is zeros.
+        each: (B,) the numbers 0 to B - 1.
         scratch: flat, ``scratch_size(n, m)`` numbers.
     """
-    n, width = problem[0].shape[2], lanes.lanes_of(scratch)
+    n, width = problem[0].shape[2], lane_tiles.lanes_of(scratch)
     b = first
     if not (has_c or has_S) and n <= LANES_UP_TO:
         while last - b >= width:
-            good = lanes.backward(b, problem, damping, law, cost, scratch)
+            good = lanes.backward(each[b : b + width], problem, damping, law, cost, scratch)
             for lane in range(width):
                 ok[b] = finish_one(
                     b, (good >> lane) & 1 == 1, problem, has_c, damping, free, law, cost, step,

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from ilqr_vae.kernels.cpu.algebra import carve, inner, never_inline
+from ilqr_vae.kernels.cpu.algebra import carve, inner, move_row, never_inline
 from ilqr_vae.kernels.cpu.panels import (
     exp_inplace,
     new_panels,
@@ -196,14 +196,15 @@ def quadratise(channels, d, w, q, Q, scratch):
     g, end = carve(scratch, end, T, n8)
     times_panels(d, 0, N8, T, slope, g, 0, n8)
     times_panels(w, 0, N8, T, curvature, H, 0, triangle)
+    one = Q.dtype.type(1.0)
     for t in range(T):
-        column = 0
         for i in range(n):
             q[t + 1, i] = g[t, i]
-            for j in range(i, n):
+            column = i  # of the triangle, row by row
+            for j in range(i):
                 Q[t + 1, i, j] = H[t, column]
-                Q[t + 1, j, i] = H[t, column]
-                column += 1
+                column += n - j - 1
+            move_row(Q, ((t + 1) * n + i) * n + i, H, t * triangle + column, n - i, one)
 
 
 @inner

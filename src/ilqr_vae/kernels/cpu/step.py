@@ -162,8 +162,8 @@ def step(
             entry = iteration.START if parts & ENTER else iteration.CONTINUE
             data, arrival = (new.counts, new.mask), (new.mean, new.precision)
             start = (trajectory.z0, trajectory.u, none[0], none[1])
-            iteration.solve(
-                0, 1, limit, entry, known.model, data, arrival, start, state, kept, info,
+            iteration.solve_one(
+                0, limit, entry, known.model, data, arrival, start, state, kept, info,
                 known.options, scratch,
             )  # fmt: skip
         if parts & LEAVE:
