@@ -214,5 +214,8 @@ def test_runs_of_a_session_that_is_opened_anew_are_files_of_their_own(
         assert [len(read(path)["index"]) for path in recorder.written] == [4, 3, 5, 2]
         assert not out.with_name("rat.nwb.log").exists()
         arguments = ["record", "rat", "--out", str(out), "--to", service.ingest]
+        for wrong in ("", "x" * 5000 + ".nwb"):
+            assert main(["record", "rat", "--out", wrong]) == 2
+        assert "5004 characters" in capsys.readouterr().err
         assert main([*arguments, "--duration", "0.1"]) == 2
         assert "--force" in capsys.readouterr().err

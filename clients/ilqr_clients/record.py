@@ -62,6 +62,7 @@ class Recorder(Closing):
         force: bool = False,
         say: Say = lambda _: None,
     ) -> None:
+        check_out(out, force=True)  # it has a name
         log = out.with_name(out.name + ".log")
         check_out(out, force=force or log.exists())
         self._path = out

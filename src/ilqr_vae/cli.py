@@ -10,6 +10,7 @@ usage is wrong; 3 the service refused, is not reachable or cannot start; 4 train
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -164,6 +165,13 @@ def _run(argv: list[str] | None) -> int:
         return _refused(str(error), error.exit_code)
     except MemoryError:
         return _refused(f"{verb}: expected enough memory, got none that is left (ulimit -v)", 3)
+    except OSError as error:  # wherever a path was first looked at
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        length = len(str(error.filename))
+        return _refused(
+            f"{verb}: expected a path that the system takes, got {length} characters", 2
+        )
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
