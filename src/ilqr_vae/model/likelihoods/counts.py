@@ -150,9 +150,9 @@ class _PoissonScore(torch.autograd.Function):
             found = y * (least + torch.log1p(over)) - rise * stretch
         ctx.save_for_backward(z, C, slope.mul_(mask))
         # log y! is zero of most counts, which are 0 or 1
-        seen = (y * mask).flatten()
-        many = (seen > 1).nonzero().squeeze(1)
-        found.view(-1)[many] -= torch.lgamma(seen[many] + 1)
+        seen = y * mask
+        many = (seen > 1).nonzero(as_tuple=True)
+        found[many] -= torch.lgamma(seen[many] + 1)
         return found.mul_(mask).sum(-1)
 
     @staticmethod
