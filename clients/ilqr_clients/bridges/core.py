@@ -212,7 +212,7 @@ class Bridge(Closing):
         return came
 
     def event(self, name: str, payload: dict[str, Any], at_ns: int) -> None:
-        """Add an event to the session, by this client's clock, retrying until it is taken."""
+        """Add an event, by this client's clock, retrying until it is taken; thread-safe."""
         self._events.put((name.strip()[:64] or "marker", payload, at_ns))
 
     def _tell(self) -> None:

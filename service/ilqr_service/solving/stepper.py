@@ -261,9 +261,8 @@ class Stepper:
         rates, kinematics = _doubles(e.rates), _doubles(e.kinematics)
         kinematics_std = _doubles(e.kinematics_std)
         # z is of the first member, rates and kinematics are of all
-        finite: list[bool] = (
-            np.isfinite(np.concatenate((z, rates, kinematics), 1)).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
-        )
+        sound = [np.isfinite(x).all(-1) for x in (z, rates, kinematics)]
+        finite: list[bool] = np.logical_and.reduce(sound).tolist()
         known: list[bool] = [False] * len(z)
         if inputs is not None:
             known = np.isfinite(inputs).all(-1).tolist()  # pyright: ignore[reportAssignmentType]
