@@ -258,23 +258,19 @@ def spaced(count):
     return count + 4 if count % 8 == 0 else count
 
 
-@inner
-def gather_rows(S, o, ld, matrix, start, which, stride, size):
-    """A square matrix of each problem, its rows ``ld`` vectors apart in S; see ``gather``."""
-    never_inline()
-    if ld == size:
-        gather(S, o, matrix, start, which, stride, size * size)
-        return
-    for i in range(size):
-        gather(S, o + i * ld, matrix, start + i * size, which, stride, size)
+def _make_rows(move):
+    """A matrix of each problem moved by ``move``, its rows ``ld`` vectors apart in S."""
+
+    @inner
+    def move_rows(S, o, ld, matrix, start, which, stride, rows, columns):
+        never_inline()
+        if ld == columns:
+            move(S, o, matrix, start, which, stride, rows * columns)
+            return
+        for i in range(rows):
+            move(S, o + i * ld, matrix, start + i * columns, which, stride, columns)
+
+    return move_rows
 
 
-@inner
-def scatter_rows(S, o, ld, matrix, start, which, stride, rows, columns):
-    """The way back."""
-    never_inline()
-    if ld == columns:
-        scatter(S, o, matrix, start, which, stride, rows * columns)
-        return
-    for i in range(rows):
-        scatter(S, o + i * ld, matrix, start + i * columns, which, stride, columns)
+gather_rows, scatter_rows = _make_rows(gather), _make_rows(scatter)

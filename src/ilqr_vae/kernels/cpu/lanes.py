@@ -112,7 +112,7 @@ def backward(which, problem, damping, law, cost, S):
     for i in range(lanes):
         S[shift * lanes + i] = damping[which[i]]
 
-    lane.gather_rows(S, given, ln, Q, T * nn, which, (T + 1) * nn, n)
+    lane.gather_rows(S, given, ln, Q, T * nn, which, (T + 1) * nn, n, n)
     lane.gather(S, slope, q, T * n, which, (T + 1) * n, n)
     for i in range(n):
         for j in range(n):
@@ -121,9 +121,9 @@ def backward(which, problem, damping, law, cost, S):
     lane.scatter(S, slope, v, T * n, which, (T + 1) * n, n)
 
     for t in range(T - 1, -1, -1):
-        lane.gather_rows(S, a, ln, A, t * nn, which, T * nn, n)
+        lane.gather_rows(S, a, ln, A, t * nn, which, T * nn, n, n)
         lane.gather(S, b, B, t * nm, which, T * nm, nm)
-        lane.gather_rows(S, given, ln, Q, t * nn, which, (T + 1) * nn, n)
+        lane.gather_rows(S, given, ln, Q, t * nn, which, (T + 1) * nn, n, n)
         lane.gather(S, cost_u, R, t * mm, which, T * mm, mm)
         lane.gather(S, gx, q, t * n, which, (T + 1) * n, n)
         lane.gather(S, gu, r, t * m, which, T * m, m)
