@@ -13,7 +13,15 @@ from ilqr_clients import ServiceClient
 from ilqr_service.fleet.gateway import Gateway
 from ilqr_service.fleet.health import Health
 from ilqr_service.fleet.member import Server
-from ilqr_service.fleet.placement import ServerLoad, change, cost, place, room
+from ilqr_service.fleet.placement import (
+    BURST_S,
+    Busy,
+    ServerLoad,
+    change,
+    cost,
+    place,
+    room,
+)
 from ilqr_service.settings import ServiceSettings
 from ilqr_vae.errors import ProtocolError, RequestRefusedError, ServiceUnreachableError
 from rig import make_model, serving, until
@@ -66,7 +74,7 @@ def test_silence_counts_while_the_fleet_itself_runs_and_another_server_answers()
     sockets = [context.socket(zmq.ROUTER) for _ in range(2)]
     ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in sockets]
     servers = [Server(str(port), f"tcp://127.0.0.1:{port}", "") for port in ports]
-    made = [Health(None, patience=3.0, clock=lambda: now) for _ in range(2)]
+    made = [Health(None, patience=3.0, clock=lambda: now) for _ in range(3)]
 
     def heard(health: Health, k: int) -> bool:
         """Answer what has come, and look again at the same time."""
@@ -88,8 +96,14 @@ def test_silence_counts_while_the_fleet_itself_runs_and_another_server_answers()
         return dead
 
     try:
-        for health in made:
-            looks(health, 1)
+        # a server that has never answered, beside one that does
+        looks(made[2], 1)
+        until("one is heard", lambda: heard(made[2], 1))
+        assert looks(made[2], 958, 1) == set()
+        assert looks(made[2], 1, 1) == {servers[0]}
+        assert not made[2].answered(servers[0])
+        for health in made[:2]:
+            looks(health, 2)
             until("both are heard", lambda h=health: heard(h, 0) and heard(h, 1))
         assert looks(made[0], 47, 1) == set()
         assert looks(made[0], 1, 1) == {servers[0]}
@@ -121,3 +135,13 @@ def test_sessions_go_where_there_is_room() -> None:
     assert change([dear, dear], 1, 4) == 1
     assert change(even, 1, 4) == -1
     assert change(even, 3, 4) == 0
+
+
+def test_sessions_are_refused_only_after_a_burst_has_passed() -> None:
+    busy, full, free = Busy(), [ServerLoad(1, 0.95, 10)], [ServerLoad(1, 0.5, 10)]
+    assert not any(busy.lasts(full, float(t)) for t in range(int(BURST_S)))
+    assert not busy.lasts(free, BURST_S - 0.5)
+    assert not busy.lasts(full, BURST_S)
+    assert not busy.lasts(full, 2 * BURST_S - 0.5)
+    assert busy.lasts(full, 2 * BURST_S)
+    assert not busy.lasts(free, 2 * BURST_S + 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tomllib
 import zipfile
 from functools import cache
@@ -54,6 +55,23 @@ def test_ctrl_c_while_a_verb_is_loading_is_no_traceback(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(EntryPoint, "load", interrupted)
     assert main(["train"]) == 130
+
+
+@pytest.mark.parametrize("imported", ["ilqr_vae.cli", "typer", "numpy"])
+def test_ctrl_c_in_an_import_ends_the_program(imported: str) -> None:
+    code = f"""
+import signal, sys
+class AtImport:
+    def find_spec(self, name, *_):
+        if name == {imported!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, AtImport())
+sys.argv[1:] = ["train", "no.toml"]
+from ilqr_vae.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ Names are imported on first use, so that clients need no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's, without its import: Ctrl-C has no effect until this is loaded
 if TYPE_CHECKING:
+    from typing import Any
+
     from ilqr_vae import plots
     from ilqr_vae.api import Stream, TrainedModel, load, train
     from ilqr_vae.arrays import Inference, Samples, StreamAnswer
@@ -36,6 +36,8 @@ _ROOMS |= dict.fromkeys(("Stream", "TrainedModel", "load", "train"), "api")
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
     if name == "plots":
         return importlib.import_module(f"{__name__}.plots")
     if name not in _ROOMS:

@@ -13,7 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
 from inspect import getdoc
 from typing import Any
@@ -129,11 +133,27 @@ def _refused(text: str, code: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; return the exit code (see the module's docstring)."""
+    """Run a verb; return the exit code (see the module's docstring).
+
+    While the verb itself runs, Ctrl-C raises ``KeyboardInterrupt``, whatever the program set.
+    """
     try:
         return _run(argv)
     except KeyboardInterrupt:  # also while a verb's packages are imported, which takes seconds
         return 130
+
+
+@contextmanager
+def _interruptible() -> Generator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield  # SIGINT is ignored, or not ours to handle
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run(argv: list[str] | None) -> int:
@@ -160,7 +180,9 @@ def _run(argv: list[str] | None) -> int:
     except (ImportError, OSError, MemoryError) as error:
         return _refused(f"{verb}: expected its libraries to load, got {error}", 3)
     try:
-        command_of(app)(args=rest, prog_name=f"ilqr-vae {verb}")
+        command = command_of(app)
+        with _interruptible():
+            command(args=rest, prog_name=f"ilqr-vae {verb}")
     except IlqrVaeError as error:
         return _refused(str(error), error.exit_code)
     except MemoryError:

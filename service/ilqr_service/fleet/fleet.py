@@ -20,8 +20,8 @@ from ilqr_service.fleet import PATIENCE_S
 from ilqr_service.fleet.gateway import Gateway
 from ilqr_service.fleet.health import Health
 from ilqr_service.fleet.member import Measured, Place, Server
-from ilqr_service.fleet.members import Members
-from ilqr_service.fleet.placement import ServerLoad, change, place
+from ilqr_service.fleet.members import Members, Running
+from ilqr_service.fleet.placement import Busy, ServerLoad, change, place
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.transport.http import Web
 from ilqr_vae.artifact import read_manifest
@@ -90,6 +90,7 @@ class Fleet:
         self._serving: dict[str, str] = {}
         self._sizing, self._stop = threading.RLock(), threading.Event()
         self._turned_away = self._growing = False
+        self._busy = Busy()
         self._members = Members(
             self._settings,
             root.absolute(),
@@ -231,6 +232,9 @@ class Fleet:
                 )
             if sessions:
                 member.quiet_since = time.monotonic()
+        with self._members.lock:
+            loads = [member.load for member in self._with_room(counts)]
+            self._busy.lasts(loads, time.monotonic())
 
     def _resize(self) -> None:
         """Between ``fewest`` and ``most`` members: one more where there is little room or one was
@@ -260,21 +264,29 @@ class Fleet:
 
     # ---- for the gateway -----------------------------------------------------------------------
 
+    def _with_room(self, sessions: Counter[str]) -> list[Running]:
+        """Members with a server below ``max_sessions``, where each has so many by its name."""
+        most = self._settings.max_sessions
+        return [
+            member
+            for member in self._members.alive
+            if any(sessions[name] < most for name in member.servers)
+        ]
+
     def _place(self, sessions: Counter[str]) -> Server:
         """The server for a new session, where each has so many by its name."""
-        most = self._settings.max_sessions
         with self._members.lock:
-            members = [
-                member
-                for member in self._members.alive
-                if any(sessions[name] < most for name in member.servers)
-            ]
-            chosen = place([member.load for member in members])
+            members = self._with_room(sessions)
+            loads = [member.load for member in members]
+            chosen = place(loads)
             if chosen is None:
                 self._turned_away = True
                 count = len(self.servers())
                 if self._growing or (len(self._members) < self.most and self._fits()):
                     got = f"{count} full servers, one more is started"
+                    raise ProtocolError("service", expected="ready", got=got)
+                if members and not self._busy.lasts(loads, time.monotonic()):
+                    got = f"{count} busy servers"
                     raise ProtocolError("service", expected="ready", got=got)
                 raise ProtocolError(
                     "session", expected="room for one more", got=f"{count} full servers"

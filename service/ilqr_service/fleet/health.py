@@ -3,8 +3,9 @@
 When a process is killed, its connections close and its address refuses new ones: this is detected
 within a fraction of a second. A process that hangs, or whose machine lost power, is only silent:
 this is detected after ``patience`` seconds of probes without a reply. Only time in which this
-process itself ran counts, since what delays it may delay the servers. While no server answers, a
-cause on this side is likelier than that all hang: then it takes three times as long.
+process itself ran counts, since what delays it may delay the servers. A server that has never
+answered is given 60 s. While no server answers, a cause on this side is likelier than that all
+hang: then both take three times as long.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ breaks, so two have failed.
 """
 _RAN_S = 0.1
 """Longest time between two looks that counts as silence."""
+_FIRST_S = 60.0
+"""Shortest time for the first reply: a server is warm before it is probed, but may be busy."""
 _ALL_SILENT = 3.0
 """Factor on the patience while no server answers."""
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
@@ -97,10 +100,7 @@ class Health:
         self._pulses: dict[Server, _Pulse] = {}
 
     def look(self, servers: Iterable[Server]) -> dict[Server, float]:
-        """Return the dead servers, and when each was last heard from (``time.monotonic``).
-
-        A server that never answered is not included: its address may be unreachable from here.
-        """
+        """Return the dead servers, and when each was last heard from (``time.monotonic``)."""
         now, wanted = self._clock(), set(servers)
         ran, self._looked = min(now - self._looked, _RAN_S), now
         for server in self._pulses.keys() - wanted:
@@ -112,14 +112,20 @@ class Health:
             if not pulse.ever and pulse.silent_s >= self._patience and not pulse.reported:
                 pulse.reported = True
                 logs.warning("a server does not answer the fleet", address=pulse.server.ingest)
-        known = [pulse for pulse in self._pulses.values() if pulse.ever]
-        answered = any(pulse.silent_s < 2 * _PROBE_S for pulse in known)
-        limit = self._patience * (1.0 if answered else _ALL_SILENT)
+        pulses = self._pulses.values()
+        answered = any(pulse.ever and pulse.silent_s < 2 * _PROBE_S for pulse in pulses)
+        factor = 1.0 if answered else _ALL_SILENT
+        known, first = self._patience * factor, max(_FIRST_S, self._patience) * factor
         return {
             pulse.server: pulse.heard
-            for pulse in known
-            if pulse.attempts >= _REFUSED or pulse.silent_s >= limit
+            for pulse in pulses
+            if pulse.silent_s >= (known if pulse.ever else first)
+            or (pulse.ever and pulse.attempts >= _REFUSED)
         }
+
+    def answered(self, server: Server) -> bool:
+        """Return whether a watched server has ever answered."""
+        return self._pulses[server].ever
 
     def _socket(self) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)

@@ -26,6 +26,7 @@ from ilqr_vae.errors import ServiceError
 
 _TICK_S = 0.05
 _CALL_S, _START_S = 5.0, 300.0
+_RUNS_S = 1.0
 _AGAIN_S = 0.5
 _COPIED_S = 30.0
 _HOLDS_AGAIN_S = 60.0
@@ -222,13 +223,9 @@ class Members:
         from ray.exceptions import RayError
 
         with self._found:
+            c = self.copies
             copied = self._found.wait_for(
-                lambda: (
-                    not self._secret
-                    or all(
-                        name in self.copies and self.copies[name].in_step for name in member.servers
-                    )
-                ),
+                lambda: not self._secret or all(n in c and c[n].in_step for n in member.servers),
                 _COPIED_S,
             )
             if not copied:
@@ -273,8 +270,9 @@ class Members:
         calls = {member.lives: member for member in list(self.alive)}
         ended = ray.wait(list(calls), num_returns=len(calls), timeout=0)[0] if calls else []
         for call, member in calls.items():
-            heard = [silent[s] for s in list(member.servers.values()) if s in silent]
-            if not (heard or call in ended):
+            quiet = [s for s in list(member.servers.values()) if s in silent]
+            heard = [silent[s] for s in quiet]
+            if call not in ended and (not quiet or self._out_of_reach(member, quiet)):
                 continue
             with self.lock:
                 if member not in self.alive:
@@ -287,6 +285,14 @@ class Members:
                         lost.heir = lost.start = None
             end(member.actor, member.place)
             logs.warning("a member died", servers=", ".join(member.servers))
+
+    def _out_of_reach(self, member: Running, quiet: list[Server]) -> bool:
+        """Return whether servers never answered, but their process does: clients may reach it."""
+        import ray
+
+        if member.measuring is None or any(map(self._health.answered, quiet)):
+            return False
+        return bool(ray.wait([member.measuring], timeout=_RUNS_S)[0])
 
     def _take_up(self) -> None:
         """Restart the servers that no member runs, on the members with the most room."""
@@ -325,9 +331,7 @@ class Members:
             logs.info("server taken up", server=name, ingest=server.ingest, down_s=round(down, 2))
 
     def _heir(self, name: str) -> Running | None:
-        """Return the member to take over a server: the one with the copy, else with the most
-        room.
-        """
+        """Return the member for a lost server: the one with its copy, else with the most room."""
         if self._secret:
             copy = self.copies.get(name)
             usable = copy is not None and copy.in_step and copy.holder in self.alive

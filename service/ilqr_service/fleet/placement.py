@@ -32,6 +32,25 @@ class ServerLoad:
     placed: int = 0
 
 
+BURST_S = 5.0
+"""Seconds without room after which sessions are refused; the start of a session takes less."""
+
+
+@dataclass(slots=True)
+class Busy:
+    """Since when no server has had room, by a monotonic clock in seconds; None while one has."""
+
+    since: float | None = None
+
+    def lasts(self, loads: Sequence[ServerLoad], now: float) -> bool:
+        """Take the loads of all servers. Return whether there has been no room for long."""
+        if place(loads) is not None:
+            self.since = None
+        elif self.since is None:
+            self.since = now
+        return self.since is not None and now - self.since >= BURST_S
+
+
 def cost(loads: Sequence[ServerLoad]) -> float:
     """Return the mean cores per session; 0 if none was measured."""
     seen = sum(load.sessions - load.placed for load in loads)

@@ -80,7 +80,7 @@ def _deferred_signals() -> Generator[None]:
 
 def command(arguments: Sequence[str]) -> list[str]:
     """Return the command line of a verb, run by this interpreter."""
-    return [sys.executable, "-m", "ilqr_vae.cli", *arguments]
+    return [sys.executable, "-m", "ilqr_vae", *arguments]
 
 
 def stop(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
