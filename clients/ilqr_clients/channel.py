@@ -17,7 +17,7 @@ import zmq
 from msgspec.structs import replace
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.connection import Closing, Watched, connect, reachable, refusal
+from ilqr_clients.connection import Closing, Watched, available, connect, reachable, refusal
 from ilqr_clients.exact import finite
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.listener import ENDS, PATIENCE_S, Topic
@@ -238,10 +238,11 @@ class Channel(Closing):
 
     def _take(self, timeout: float) -> None:
         """Handle available messages, waiting up to ``timeout`` seconds for the first."""
-        if not self._poller.poll(max(0, int(timeout * 1e3))):
+        readable = dict(self._poller.poll(max(0, int(timeout * 1e3))))
+        if not readable:
             return
         self._outstanding.heard = time.monotonic()
-        for message, arrived in self._topic.take():
+        for message, arrived in self._topic.take() if self._topic.socket in readable else ():
             self._confirmed = True  # any message shows that the subscription is active
             if message is None or message.epoch != self.request.epoch:
                 continue
@@ -257,12 +258,9 @@ class Channel(Closing):
             self.notices.append(message.what)
             if self._opened is not None and message.what.startswith(ENDS):
                 self._ended = message.what
-        while True:
-            try:
-                frame = self._dealer.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._reply(messages.decode_downstream(frame))
+        if self._dealer in readable:
+            for frames in available(self._dealer):
+                self._reply(messages.decode_downstream(frames[-1]))
         if self._front is not None:
             while self._front.poll(0):
                 reply = messages.decode_downstream(self._front.recv())

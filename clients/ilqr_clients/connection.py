@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -113,6 +114,19 @@ def connect(
             got=f"{endpoint!r} ({error})",
         ) from error
     return socket
+
+
+def available(socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
+    """Yield the frames of each message that has arrived.
+
+    Call it only after a poll: it ends with an exception of ZeroMQ, which takes longer than a poll.
+    """
+    while True:
+        try:
+            frames = socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        yield frames
 
 
 def reachable(results: str, endpoint: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 
 from ilqr_clients.answer import Answer
-from ilqr_clients.connection import Closing, connect, reachable
+from ilqr_clients.connection import Closing, available, connect, reachable
 from ilqr_clients.exact import finite
 from ilqr_vae.errors import ServiceUnreachableError, SessionEndedError
 from ilqr_vae.protocol import messages
@@ -76,11 +76,7 @@ class Topic:
 
     def take(self) -> Iterator[tuple[messages.Published | None, int]]:
         """Return available messages, None for unknown types, with the times when they were read."""
-        while True:
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        for frames in available(self.socket):
             arrived = self._timer.now_ns()
             yield messages.decode_published(frames[-1]), arrived
 
@@ -235,10 +231,11 @@ class Listener(Closing):
 
     def _take(self, timeout: float) -> None:
         """Handle available messages, waiting up to ``timeout`` seconds for the first."""
-        if not self._poller.poll(max(0, int(timeout * 1e3))):
+        readable = dict(self._poller.poll(max(0, int(timeout * 1e3))))
+        if not readable:
             return
         self._heard, self._asked = time.monotonic(), None
-        for message, arrived in self._topic.take():
+        for message, arrived in self._topic.take() if self._topic.socket in readable else ():
             first, self._subscribed = not self._subscribed, True
             if isinstance(message, messages.Notice):
                 self._notice(message, first=first)

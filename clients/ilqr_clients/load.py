@@ -9,17 +9,17 @@ from __future__ import annotations
 import select
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import zmq
 
-from ilqr_clients.connection import Closing
+from ilqr_clients.connection import Closing, available
 from ilqr_clients.known_offset import KnownClock
 from ilqr_clients.listener import PATIENCE_S
-from ilqr_clients.load_schedule import Faults, LoadSize, Send, completed, counts_of, schedule
+from ilqr_clients.load_schedule import Faults, LoadSize, completed, counts_of, schedule
 from ilqr_clients.sdk import Model, ServiceClient, connect, model_of, reachable
 from ilqr_vae.errors import ServiceError, ServiceUnreachableError
 from ilqr_vae.protocol import messages
@@ -148,15 +148,6 @@ def quantiles(values: list[float]) -> dict[str, float]:
 _ENDS = ("closed", "idle", "shutdown")
 
 
-def _drained(socket: zmq.Socket[bytes]) -> Iterator[bytes]:
-    """Return the last frame of each available message."""
-    while True:
-        try:
-            yield socket.recv_multipart(zmq.NOBLOCK)[-1]
-        except zmq.Again:
-            return
-
-
 class Generator(Closing):
     """Opens sessions and runs a load on them.
 
@@ -200,7 +191,10 @@ class Generator(Closing):
         self._context: zmq.Context[Any] = zmq.Context()
         self._sub = connect(self._context, zmq.SUB, reachable(described.results, endpoint))
         self._dealer = connect(self._context, zmq.DEALER, endpoint)
-        self._descriptors = [int(s.getsockopt(zmq.FD)) for s in (self._sub, self._dealer)]
+        self._poller, sockets = zmq.Poller(), (self._sub, self._dealer)
+        for socket in sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        self._descriptors = [int(socket.getsockopt(zmq.FD)) for socket in sockets]
         self._source_start_ns: int | None = None
         self._sent: dict[tuple[str, int], tuple[int, int]] = {}  # intended, actual
         self._newest: dict[tuple[str, int], int] = {}
@@ -271,9 +265,10 @@ class Generator(Closing):
         began = now_ns() + 50_000_000
         if self._source_start_ns is None:
             self._source_start_ns = began
-        for at, k, index in map(Send._make, plan):
+        for at, k, index in plan:
             intended = began + at
-            self._take(0.0)
+            if now_ns() >= intended:  # behind the schedule: receive all the same
+                self._take(0.0)
             while (left := intended - now_ns()) > 0:
                 self._take(left / 1e9)
             name = self.names[k]
@@ -339,26 +334,32 @@ class Generator(Closing):
 
     def _emptied(self) -> bool:
         """Receive everything that has arrived; return whether there was anything."""
-        # Each message is stamped as it leaves the socket, before any is decoded.
-        came = [(self._timer.now_ns(), frame) for frame in _drained(self._sub)]
-        for arrived, frame in came:
-            self._published(messages.decode_published(frame), arrived)
-        replies = list(_drained(self._dealer))
-        for frame in replies:
-            match messages.decode_downstream(frame):
-                case messages.Opened() as opened:
-                    self._opened.add(opened.session)
-                case messages.Refused() as refused:
-                    self.outcome.refused[refused.field] += 1
-                case messages.Closed() as closed:
-                    self._closed.add(closed.session)
-                case messages.Probed() as probed:
-                    self._clock.take(probed)
-                case _:
-                    pass
-        if came or replies:
-            self._silent_since = None
-        return bool(came or replies)
+        readable = dict(self._poller.poll(0))
+        if not readable:
+            return False
+        if self._sub in readable:
+            # Each message is stamped as it leaves the socket, before any is decoded.
+            came = [(self._timer.now_ns(), frames[-1]) for frames in available(self._sub)]
+            for arrived, frame in came:
+                self._published(messages.decode_published(frame), arrived)
+        if self._dealer in readable:
+            for frames in available(self._dealer):
+                self._replied(messages.decode_downstream(frames[-1]))
+        self._silent_since = None
+        return True
+
+    def _replied(self, reply: messages.Downstream | None) -> None:
+        match reply:
+            case messages.Opened() as opened:
+                self._opened.add(opened.session)
+            case messages.Refused() as refused:
+                self.outcome.refused[refused.field] += 1
+            case messages.Closed() as closed:
+                self._closed.add(closed.session)
+            case messages.Probed() as probed:
+                self._clock.take(probed)
+            case _:
+                pass
 
     def _published(self, message: messages.Published | None, arrived: int) -> None:
         if message is None or isinstance(message, messages.Event | messages.Detail):

@@ -86,8 +86,11 @@ def command(
     with Generator(to, load, faults, prefix=f"load-{secrets.token_hex(3)}") as generator:
         generator.open()
         gc.collect()
-        gc.freeze()  # a full collection would pause the sends
-        outcome = generator.run().to_json()
+        gc.disable()  # a collection would pause the sends, and there are no cycles to collect
+        try:
+            outcome = generator.run().to_json()
+        finally:
+            gc.enable()
     if json_file is not None:
         write_whole(json_file, json.dumps(outcome, indent=2) + "\n")
     if json_file != STDOUT:
