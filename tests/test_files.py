@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 import pytest
 
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, number_of, spanned
 from ilqr_vae.files import PositiveFloat, check_space, read_toml, replacing, to_struct, write_whole
 
 
@@ -98,6 +98,12 @@ def test_errors_name_the_key(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_toml(path, Outer)
     assert str(caught.value).startswith(said)
+    assert "c.toml" in str(caught.value)
+
+
+def test_texts_of_one_thing_are_in_the_singular() -> None:
+    assert [number_of(n, "bin") for n in (0, 1, 2)] == ["0 bins", "1 bin", "2 bins"]
+    assert [spanned("bin", 3, last) for last in (3, 5)] == ["bin 3", "bins 3 to 5"]
 
 
 def test_what_is_not_text_is_an_error(tmp_path: Path) -> None:

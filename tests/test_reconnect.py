@@ -17,6 +17,7 @@ from ilqr_service.server import Service
 from ilqr_vae.errors import (
     RequestRefusedError,
     ServiceUnreachableError,
+    SessionEnd,
     SessionEndedError,
     ShapeError,
 )
@@ -157,7 +158,7 @@ def test_the_end_of_a_session_is_an_exception_with_its_reason(
         with client.open("twice", units=UNITS, bin_width=BIN_S):
             with pytest.raises(SessionEndedError) as ended:
                 wait(first)
-            assert ended.value.reason == "restarted: epoch 1"
+            assert (ended.value.reason, ended.value.end) == ("restarted: epoch 1", SessionEnd.TAKEN)
             with pytest.raises(SessionEndedError):
                 first.send(1, row)
             with pytest.raises(SessionEndedError):

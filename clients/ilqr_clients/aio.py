@@ -22,7 +22,7 @@ from ilqr_clients.answer import Answer
 from ilqr_clients.listener import Listener
 from ilqr_clients.sdk import ServiceClient
 from ilqr_clients.session import Session
-from ilqr_vae.errors import SessionEndedError
+from ilqr_vae.errors import SessionEnd, SessionEndedError
 
 T = TypeVar("T", ServiceClient, Session, Listener)
 S = TypeVar("S", ServiceClient, Session, Listener)
@@ -116,7 +116,7 @@ class AsyncListener(_Threaded[Listener]):
                 for answer in await self.receive(_TURN_S):
                     yield answer
             except SessionEndedError as ended:
-                if ended.reason.startswith("closed"):
+                if ended.end is SessionEnd.CLOSED:
                     return
                 raise
 

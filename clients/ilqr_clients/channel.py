@@ -20,13 +20,14 @@ from ilqr_clients.answer import Answer
 from ilqr_clients.connection import Closing, Watched, available, connect, reachable, refusal
 from ilqr_clients.exact import finite
 from ilqr_clients.known_offset import KnownClock
-from ilqr_clients.listener import ENDS, PATIENCE_S, Topic
+from ilqr_clients.listener import PATIENCE_S, Topic
 from ilqr_clients.outstanding import Outstanding
 from ilqr_vae.errors import (
     AnswerTimeoutError,
     RequestRefusedError,
     ServiceError,
     ServiceUnreachableError,
+    SessionEnd,
     SessionEndedError,
 )
 from ilqr_vae.protocol import messages
@@ -256,7 +257,7 @@ class Channel(Closing):
                 self._result(message, arrived)
                 continue
             self.notices.append(message.what)
-            if self._opened is not None and message.what.startswith(ENDS):
+            if self._opened is not None and SessionEnd.of(message.what):
                 self._ended = message.what
         if self._dealer in readable:
             for frames in available(self._dealer):

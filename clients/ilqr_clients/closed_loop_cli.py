@@ -32,7 +32,7 @@ from ilqr_clients.replay_view import status_text
 from ilqr_clients.sdk import Model, ServiceClient, model_of
 from ilqr_clients.steering import OURS, Conductor, Steering
 from ilqr_clients.stream import CROSSING
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, number_of
 from ilqr_vae.files import STDOUT, check_writable, write_whole
 from ilqr_vae.protocol.clock import ClockTrack
 from ilqr_vae.report import (
@@ -295,7 +295,9 @@ def closed_loop(
     if add_to is not None:
         add_cursor(add_to, cursor, CentreOut(seed).radius)
     out = console(soft_wrap=True, stderr=json_file == STDOUT)
-    out.print(f"Closed loop, {len(reaching.trials)} reaches, {log.bins} bins", style="bold")
+    out.print(
+        f"Closed loop, {len(reaching.trials)} reaches, {number_of(log.bins, 'bin')}", style="bold"
+    )
     show(reaches_table({"decoder": reaching, "chance": chance, "own hand": hand}), out)
     show(latency_table({"total": latency["total"]}), out)
     bits = log.stream.bits_per_spike(rows)

@@ -11,7 +11,7 @@ import zmq
 from ilqr_clients.answer import Answer
 from ilqr_clients.connection import Closing, available, connect, reachable
 from ilqr_clients.exact import finite
-from ilqr_vae.errors import ServiceUnreachableError, SessionEndedError
+from ilqr_vae.errors import ServiceUnreachableError, SessionEnd, SessionEndedError
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.clock import Clock, MonotonicClock
 from ilqr_vae.protocol.keys import ClientKey
@@ -21,9 +21,6 @@ PATIENCE_S = 15.0
 
 REMEMBERED = 4096
 """Largest number of bins whose revisions are kept."""
-
-ENDS = ("closed", "idle", "shutdown", "restarted")
-"""Prefixes of notices that end a session."""
 
 _ASK_S = 2.0
 _TURN_S = 0.25
@@ -211,7 +208,7 @@ class Listener(Closing):
             try:
                 yield from self.receive(_TURN_S)
             except SessionEndedError as ended:
-                if ended.reason.startswith("closed"):
+                if ended.end is SessionEnd.CLOSED:
                     return
                 raise
 
@@ -255,8 +252,8 @@ class Listener(Closing):
         if notice.epoch != self.epoch:
             return
         self.notices.append(notice.what)
-        passed_over = notice.what.startswith("restarted") or (first and self._wait)
-        if notice.what.startswith(ENDS) and not passed_over:
+        end = SessionEnd.of(notice.what)
+        if end not in (None, SessionEnd.TAKEN) and not (first and self._wait):
             self._ended = notice.what
 
     def _result(self, result: messages.Result, arrived: int, *, first: bool) -> None:

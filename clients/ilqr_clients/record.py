@@ -18,10 +18,10 @@ import zmq
 from msgspec.structs import replace
 
 from ilqr_clients.connection import Closing, reachable
-from ilqr_clients.listener import ENDS, Topic
+from ilqr_clients.listener import Topic
 from ilqr_clients.record_log import Heard, RecordedService, RecordLog
 from ilqr_clients.sdk import ServiceClient
-from ilqr_vae.errors import ConfigError, ServiceError
+from ilqr_vae.errors import ConfigError, ServiceError, SessionEnd, number_of
 from ilqr_vae.protocol import messages
 from ilqr_vae.report.decoded import About, Decoded, check_out, write_decoded
 
@@ -139,7 +139,9 @@ class Recorder(Closing):
                 if message is not None:
                     self._keep(message)
         if self._run is not None:
-            self._say(f"goes on with {self._log.path.name}: {len(self._run.results)} bins")
+            self._say(
+                f"goes on with {self._log.path.name}: {number_of(len(self._run.results), 'bin')}"
+            )
 
     def _know(self, described: messages.Described) -> None:
         """Record the identity of the service, and its clock."""
@@ -162,9 +164,10 @@ class Recorder(Closing):
         if isinstance(message, messages.Detail):  # of an answer that is known
             return False
         if isinstance(message, messages.Notice):
-            if run is None or message.epoch != run.epoch or not message.what.startswith(ENDS):
+            end = SessionEnd.of(message.what)
+            if run is None or message.epoch != run.epoch or end is None:
                 return False
-            if message.what.startswith("shutdown"):  # with a journal it continues
+            if end is SessionEnd.SHUTDOWN:  # with a journal it continues
                 self._write()
                 return False
             return self._finish(message.what)
@@ -291,7 +294,9 @@ class Recorder(Closing):
         if run is None or not run.results:
             return False
         self._write()
-        self._say(f"{self._path}: {len(run.results)} bins of epoch {run.epoch} ({why})")
+        self._say(
+            f"{self._path}: {number_of(len(run.results), 'bin')} of epoch {run.epoch} ({why})"
+        )
         self._done_ns, self._run, self._path = self._newest_ns, None, self._next_path()
         if self._log is not None and self._service is not None:
             self._log.begin_again()

@@ -19,6 +19,7 @@ from ilqr_vae.commands.about import (
     Subject,
     about,
 )
+from ilqr_vae.errors import number_of
 from ilqr_vae.terminal import console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -81,6 +82,8 @@ def record(
         timer.cancel()
         signal.signal(signal.SIGTERM, before)
     for path, bins in recorder.written.items():
-        console(soft_wrap=True).print(f"{path}: {bins} bins of session {session}", markup=False)
+        console(soft_wrap=True).print(
+            f"{path}: {number_of(bins, 'bin')} of session {session}", markup=False
+        )
     if not recorder.written:
         console(soft_wrap=True).print(f"{session}: nothing came", markup=False)

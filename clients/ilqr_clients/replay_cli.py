@@ -23,7 +23,7 @@ from ilqr_clients.sdk import Model, ServiceClient, Session, model_of
 from ilqr_clients.span import part_of
 from ilqr_clients.steering import Conductor, Steering
 from ilqr_clients.stream import StreamLog, stream_from
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, number_of
 from ilqr_vae.files import STDOUT, read_toml
 from ilqr_vae.recordings import RecordingSpec
 from ilqr_vae.recordings.split import parse_span, plan_drops, warmup_start
@@ -106,7 +106,7 @@ def said(change: Change) -> dict[str, Any]:
 
 
 def _summary(screen: Console, data: ReportData) -> None:
-    screen.print(f"{data.title}, {len(data.counts)} bins", style="bold")
+    screen.print(f"{data.title}, {number_of(len(data.counts), 'bin')}", style="bold")
     if data.scores is not None:
         show(scores_table("Causal decodes", data.scores.methods, data.scores.intervals), screen)
     screen.print(f"  bits per spike {number(data.bits_per_spike)}")

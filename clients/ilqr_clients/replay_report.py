@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ilqr_clients.sdk import Model
 from ilqr_clients.span import Part
 from ilqr_clients.stream import CROSSING, StreamLog
+from ilqr_vae.errors import number_of
 from ilqr_vae.protocol.clock import ClockOffset, ClockTrack
 from ilqr_vae.recordings import Recording
 from ilqr_vae.report import ReportData, distribution
@@ -114,8 +115,8 @@ def _notes(run: Replay, log: StreamLog, scores: Scores | None) -> tuple[str, ...
     dropped = int(run.dropped[run.rows].sum())
     if dropped:
         notes.append(
-            f"{dropped} bins were left out on purpose; the Wiener filter was given the training "
-            "mean there."
+            f"Left out on purpose: {number_of(dropped, 'bin')}; the Wiener filter was given the "
+            "training mean there."
         )
     if run.changes:
         said = "; ".join(
@@ -125,13 +126,11 @@ def _notes(run: Replay, log: StreamLog, scores: Scores | None) -> tuple[str, ...
         more = len(run.changes) - _SHOWN
         notes.append(f"Changed on purpose: {said}{f'; and {more} more' if more > 0 else ''}.")
     if log.refused:
-        notes.append(
-            f"{log.refused} bins came faster than the service takes them; it refused them."
-        )
+        refused = number_of(log.refused, "bin")
+        notes.append(f"The service refused {refused}: faster than it takes them.")
     if log.unbridged:
-        notes.append(
-            f"{log.unbridged} bins lay in gaps too long for the service: it began anew after them."
-        )
+        lost = number_of(log.unbridged, "bin")
+        notes.append(f"No answers for {lost} in gaps too long for the service: it began anew.")
     if run.recording.kinematics is None:
         notes.append("The recording has no kinematics: nothing to score decodes on.")
     if not run.model.kinematic_names:
@@ -246,7 +245,7 @@ def report_of(run: Replay, log: StreamLog, ending: Ending) -> ReportData:
             "model": run.model.model_id,
             "recording": run.recording.name + (f", sha256 {sha}" if sha else ""),
             "span": f"{run.part.span}: bins {run.start} to {run.stop - 1}, "
-            f"after {run.start - run.first} bins of warm-up",
+            f"after {number_of(run.start - run.first, 'bin')} of warm-up",
             "speed": f"{speed}; {log.answered / max(elapsed, 1e-9):.1f} bins per second",
             "service": f"device {run.device}",
             "clock": str(clock),

@@ -17,6 +17,7 @@ from ilqr_vae.commands.about import (
     Subject,
     about,
 )
+from ilqr_vae.errors import number_of
 from ilqr_vae.files import check_writable
 from ilqr_vae.progress import Bar
 from ilqr_vae.terminal import console
@@ -69,4 +70,6 @@ def export(
         force=force,
     )
     session = chosen.opened.request.session
-    console(soft_wrap=True).print(f"{out}: {len(chosen.results)} bins of session {session}")
+    console(soft_wrap=True).print(
+        f"{out}: {number_of(len(chosen.results), 'bin')} of session {session}"
+    )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ilqr_vae.errors import ConfigError, ServiceError
-from ilqr_vae.files import read_toml, to_struct, unit
+from ilqr_vae.files import naming, read_toml, to_struct, unit
 
 _DAY_S = 86_400.0
 
@@ -101,10 +101,16 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServiceSettin
     """
     values: dict[str, Any] = {} if path is None else read_toml(path, dict[str, Any])
     values |= {key: value for key, value in overrides.items() if value is not None}
-    for key, value in values.items():
-        if isinstance(value, str) and ("\0" in value or not _encodable(value)):
-            raise ConfigError(key, expected="text in UTF-8, without NUL", got=ascii(value))
-    return to_struct(values, ServiceSettings, "config")
+    try:
+        for key, value in values.items():
+            if isinstance(value, str) and ("\0" in value or not _encodable(value)):
+                raise ConfigError(key, expected="text in UTF-8, without NUL", got=ascii(value))
+        return to_struct(values, ServiceSettings, "config")
+    except ConfigError as error:
+        if path is None or overrides.get(error.field) is not None:
+            raise
+        with naming(path):
+            raise
 
 
 def _encodable(text: str) -> bool:

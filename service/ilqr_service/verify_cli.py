@@ -11,7 +11,7 @@ import torch
 import typer
 
 from ilqr_service.journal.verify import Comparison, verify
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, number_of
 from ilqr_vae.files import STDOUT, check_writable, write_whole
 from ilqr_vae.progress import Bar
 from ilqr_vae.terminal import console
@@ -57,8 +57,8 @@ def command(
 def summary(verdict: Comparison) -> str:
     """Return a line that summarises the result."""
     text = (
-        f"{verdict.answers} answers of {verdict.runs} runs: {verdict.identical} identical to the "
-        f"last bit"
+        f"{number_of(verdict.answers, 'answer')} of {number_of(verdict.runs, 'run')}: "
+        f"{verdict.identical} identical to the last bit"
     )
     if verdict.skipped:
         text += f", {verdict.skipped} skipped (their state is not in the journal)"

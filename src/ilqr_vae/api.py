@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ilqr_vae.arrays import Array, Inference, Samples, StreamAnswer, checked
 from ilqr_vae.artifact import Artifact, load_artifact
-from ilqr_vae.errors import ConfigError, ShapeError
+from ilqr_vae.errors import ConfigError, ShapeError, number_of
 from ilqr_vae.inference import prediction
 from ilqr_vae.inference.problem import SolverConfig, Status
 from ilqr_vae.model.intervals import stated
@@ -150,10 +150,10 @@ class TrainedModel:
             for name, unit in zip(m.kinematic_names, m.kinematic_units, strict=True)
         )
         measured = {k: v for k, v in m.measured.items() if k != "iterations"}
-        of = f", {len(self.members)} members" if self.members else ""
+        of = f", {number_of(len(self.members), 'member')}" if self.members else ""
         scores = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
         return (
-            f"<TrainedModel {self._name or m.model_id}: {len(m.unit_names)} units, "
+            f"<TrainedModel {self._name or m.model_id}: {number_of(len(m.unit_names), 'unit')}, "
             f"{m.bin_width * 1e3:g} ms bins, {spec.dynamics} with {m.latents} latents and "
             f"{m.inputs} inputs{of}; decodes {decodes or 'nothing'}; {scores or 'no scores'}>"
         )

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ilqr_vae.errors import ArtifactError, ConfigError
+from ilqr_vae.errors import ArtifactError, ConfigError, number_of
 from ilqr_vae.files import write_whole
 from ilqr_vae.model.classes import ClassReadout
 from ilqr_vae.model.generative import Model
@@ -362,9 +362,10 @@ def load_artifact(
         got = "none" if spikes is None else f"one of {spikes.channels}"
         raise _refuse(path, f"a group of spikes of the {units} named units", got)
     if len(manifest.features or ()) != (spikes.features or 0):
-        raise _refuse(path, f"names of {spikes.features or 0} features", str(manifest.features))
+        wanted = f"names of {number_of(spikes.features or 0, 'feature')}"
+        raise _refuse(path, wanted, str(manifest.features))
     if "mean_rate" not in tensors or tensors["mean_rate"].shape != (units,):
-        raise _refuse(path, f"mean_rate of {units} units", "another shape")
+        raise _refuse(path, f"mean_rate of {number_of(units, 'unit')}", "another shape")
     where: dict[str, Any] = {"device": device, "dtype": dtype}
     first = _member(path, manifest, tensors, 0, where)
     others = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from enum import StrEnum
 from typing import Any
 
 
@@ -15,6 +16,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a suggestion to append to an error: the closest known name, or ""."""
     near = get_close_matches(name, list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def number_of(number: int, noun: str) -> str:
+    """Return a number with its noun in the singular or plural: ``1 bin``, ``2 bins``."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
+def spanned(noun: str, first: int, last: int) -> str:
+    """Return the name of a span of numbered things: ``bin 3``, ``bins 3 to 5``."""
+    return f"{noun} {first}" if first == last else f"{noun}s {first} to {last}"
 
 
 class IlqrVaeError(Exception):
@@ -109,16 +120,38 @@ class RequestRefusedError(ServiceError):
         self.field = field
 
 
+class SessionEnd(StrEnum):
+    """Why a session is not open any more: the first word of the service's last notice of it."""
+
+    CLOSED = "closed"
+    """Its feeder closed it."""
+    IDLE = "idle"
+    """Its feeder sent nothing for too long."""
+    SHUTDOWN = "shutdown"
+    """The service stopped."""
+    TAKEN = "restarted"
+    """Another client opened it again, under a higher epoch."""
+    UNKNOWN = "unknown"
+    """The service does not know it: it was restarted without a journal."""
+
+    @classmethod
+    def of(cls, notice: str) -> SessionEnd | None:
+        """Return the end that a notice tells; None for one of a session that goes on."""
+        word = notice.partition(":")[0].partition(" ")[0]
+        return cls(word) if word in set(cls) else None
+
+
 class SessionEndedError(ServiceError):
     """The session is not open any more.
 
     Attributes:
-        reason: closed, idle, shutdown, "restarted: epoch N" (another client opened it again), or
-            unknown (the service was restarted without a journal).
+        reason: the service's last notice, e.g. ``idle`` or ``restarted: epoch 1``.
+        end: the same as a ``SessionEnd``.
     """
 
     def __init__(self, field: str, *, reason: str) -> None:
         self.reason = reason
+        self.end = SessionEnd.of(reason) or SessionEnd.UNKNOWN
         super().__init__(field, expected="the session to stay open", got=f"ended ({reason})")
 
 

@@ -185,7 +185,21 @@ def read_toml(path: Path, kind: type[T], field: str = "config") -> T:
         raise ConfigError(
             f"{field} {path.name}", expected="a readable TOML file", got=str(got)
         ) from error
-    return to_struct(values, kind, f"{field} {path.name}")
+    with naming(path):
+        return to_struct(values, kind, f"{field} {path.name}")
+
+
+@contextmanager
+def naming(path: str | Path) -> Generator[None]:
+    """Name a file in the ConfigErrors that are raised within, unless they already do."""
+    name = Path(path).name
+    try:
+        yield
+    except ConfigError as error:
+        if name in str(error):
+            raise
+        got = f"{error.got} (in {name})"
+        raise ConfigError(error.field, expected=error.expected, got=got) from error
 
 
 def to_struct(values: Any, kind: type[T], field: str, *, strict: bool = True) -> T:
@@ -222,7 +236,10 @@ def to_struct(values: Any, kind: type[T], field: str, *, strict: bool = True) ->
         expected, _, got = said.removeprefix("Expected ").partition(", got ")
         if said.startswith("Invalid enum value"):
             expected = f"one of {', '.join(map(str, get_args(_type_at(kind, keys))))}"
-        raise ConfigError(field, expected=expected, got=got or repr(_at(plain, keys))) from error
+        value = _at(plain, keys)
+        if got == type(value).__name__:  # the type alone does not help to find it
+            got = f"{got} {value!r:.60}"
+        raise ConfigError(field, expected=expected, got=got or repr(value)) from error
 
 
 def _type_at(kind: Any, keys: list[str]) -> Any:

@@ -12,7 +12,7 @@ from ilqr_training.config import load_config
 from ilqr_training.distributed.archive import Task, jobs_of, run, table_of
 from ilqr_training.options import Cpus, Gpus, JsonFile
 from ilqr_vae.cluster import Address, check_ray, connected
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, number_of
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.progress import Bar
 from ilqr_vae.recordings.split import parse_span
@@ -90,7 +90,8 @@ def archive(
     show(table, screen)
     done = len(outcomes) - len(failed)
     screen.print(
-        f"{done} of {len(outcomes)} recordings done, {len(failed)} failed; summary in {page}"
+        f"{done} of {number_of(len(outcomes), 'recording')} done, "
+        f"{len(failed)} failed; summary in {page}"
     )
     if failed:
         raise typer.Exit(1)

@@ -15,6 +15,7 @@ from ilqr_vae.files import (
     PositiveFloat,
     PositiveInt,
     ShareBelowOne,
+    naming,
     read_toml,
     to_struct,
     unit,
@@ -221,4 +222,5 @@ def overridden(
 
 def load_config(path: str | Path) -> TrainConfig:
     """Read a TOML file. Raises ConfigError if it is missing or invalid."""
-    return check(read_toml(Path(path), TrainConfig))
+    with naming(path):
+        return check(read_toml(Path(path), TrainConfig))

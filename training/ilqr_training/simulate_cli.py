@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from ilqr_training.options import JsonFile
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, number_of
 from ilqr_vae.files import check_writable, write_whole
 from ilqr_vae.progress import Bar
 from ilqr_vae.recordings import BehaviourSeries, SubjectInfo, TrialTable, write_nwb
@@ -53,7 +53,7 @@ def simulate(
     if json_file is not None:
         write_whole(json_file, json.dumps(summary, indent=2) + "\n")
     console(stderr=True).print(
-        f"{out}: {summary['minutes']:g} minutes, {summary['units']} units at "
+        f"{out}: {summary['minutes']:g} minutes, {number_of(summary['units'], 'unit')} at "
         f"{summary['rate_hz_median']:.1f} Hz (median), {summary['trials']} reaches"
     )
 

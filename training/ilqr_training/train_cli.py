@@ -22,7 +22,7 @@ from ilqr_training.options import JsonFile, Steps, Threads, use_threads
 from ilqr_training.plan import TrainingPlan, plan_of, sections_of
 from ilqr_vae.artifact import Manifest, load_artifact
 from ilqr_vae.cluster import check_ray, connected
-from ilqr_vae.errors import ConfigError, ShapeError
+from ilqr_vae.errors import ConfigError, ShapeError, number_of
 from ilqr_vae.files import STDOUT, check_folder, check_writable, write_whole
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.progress import Bar, duration
@@ -200,8 +200,8 @@ def train_command(
     on_stderr = json_file == STDOUT
     screen = console(soft_wrap=True, stderr=on_stderr)
     screen.print(
-        f"wrote {out} (model {done.manifest.model_id}) after {done.steps} steps, best at "
-        f"{done.best_step}, {duration(seconds)}"
+        f"wrote {out} (model {done.manifest.model_id}) after {number_of(done.steps, 'step')}, "
+        f"best at {done.best_step}, {duration(seconds)}"
     )
     _show_scores(done.manifest, beside, screen)
     for name, manifest in own.items():

@@ -24,7 +24,16 @@ from ilqr_clients.sdk import ServiceClient
 from ilqr_clients.session import Session
 from ilqr_clients.spike_session import SpikeSession
 from ilqr_clients.stream import seen
-from ilqr_vae.errors import IlqrVaeError, RequestRefusedError, ServiceError, ShapeError
+from ilqr_vae.errors import (
+    IlqrVaeError,
+    RequestRefusedError,
+    ServiceError,
+    SessionEnd,
+    SessionEndedError,
+    ShapeError,
+    number_of,
+    spanned,
+)
 
 STATUSES = ("ok", "degraded", "late", "missing", "extrapolated")
 """Statuses in a stream of decodes, numbered from 0."""
@@ -147,8 +156,8 @@ class Bridge(Closing):
                     if self._session is not None:
                         self._session.abandon()
                         self._session = None
-                    if getattr(error, "reason", "").startswith("restarted"):
-                        return  # by another client: both would open it again and again
+                    if isinstance(error, SessionEndedError) and error.end is SessionEnd.TAKEN:
+                        return  # both would open it again and again
                     stop.wait(AGAIN_S)
         finally:
             stop.set()
@@ -181,15 +190,11 @@ class Bridge(Closing):
         options: dict[str, Any] = {"units": model.unit_names, "bin_width": model.bin_width}
         options |= self._options
         if self.spiking():
-            self._session = self.client.open_spikes(
-                self.name, origin_ns=self.origin(now), **options
-            )
-        else:
-            self._session = self.client.open(self.name, **options)
+            options["origin_ns"] = self.origin(now)
+        self._session = self.client.open(self.name, **options)
         self._begin_anew()
         self.opened(self._session)
-        epoch = self._session.opened.epoch
-        self.say(f"session {self.name!r}, epoch {epoch}: {model.model_id}")
+        self.say(f"session {self.name!r}, epoch {self._session.opened.epoch}: {model.model_id}")
 
     def origin(self, now_ns: int) -> int:
         """Return when bin 0 of a spike session begins, by this client's clock."""
@@ -248,9 +253,7 @@ class Bridge(Closing):
     def columns(
         self, labels: Sequence[str], channels: int, counter: int | None = None
     ) -> list[int]:
-        """Return the positions of the units in a sample: by name if all match, else all
-        channels.
-        """
+        """Return the positions of the units in a sample: by name if all match, else of channels."""
         place = {label: k for k, label in enumerate(labels)}
         if all(name in place for name in self.model.unit_names):
             return [place[name] for name in self.model.unit_names]
@@ -259,8 +262,7 @@ class Bridge(Closing):
     def send_bin(self, sample: SourceBin) -> None:
         """Number a bin and send it. Raises ServiceError if the session is gone."""
         self.tally["samples"] += 1
-        index = self._index(sample)
-        if index is None:
+        if (index := self._index(sample)) is None:
             return
         session = self._session
         assert isinstance(session, Session)
@@ -303,7 +305,8 @@ class Bridge(Closing):
     def count_channels(self, channels: int) -> None:
         """Record the number of channels of the source."""
         if self._channels not in (0, channels):
-            self.say(f"the source has {channels} channels; it had {self._channels} channels before")
+            now = number_of(channels, "channel")
+            self.say(f"the source has {now}, not {self._channels} as before")
         self._channels = channels
 
     def began(self) -> None:
@@ -329,7 +332,8 @@ class Bridge(Closing):
             self.tally["late"] += 1
         elif placed.kind == "gap":
             self.tally["gap"] += placed.skipped
-            self.say(f"bins {placed.index - placed.skipped} to {placed.index - 1} did not come")
+            first = placed.index - placed.skipped
+            self.say(f"{spanned('bin', first, placed.index - 1)} did not come")
         return placed.index if placed.index >= 0 else None
 
     def first_of(self, number: int) -> int:
@@ -339,10 +343,7 @@ class Bridge(Closing):
     # ---- spikes ----------------------------------------------------------------------------------
 
     def away(self, gone: bool) -> bool:
-        """Record whether the source of spikes is gone.
-
-        Its bins are missing until the first batch after it is back.
-        """
+        """Record whether the source of spikes is gone; its bins are missing until it is back."""
         if self._gone and not gone:
             assert isinstance(self._session, SpikeSession)
             self.skip()
@@ -386,8 +387,7 @@ class Bridge(Closing):
         known = (units >= 0) & (units < len(self.model.unit_names))
         self.tally["samples"] += len(units)
         if unusable := int((~known).sum()):
-            what = f"spikes of no unit of the model, the first of {units[~known][0]}"
-            self.unusable(what, unusable)
+            self.unusable(f"spikes of no unit of the model: {units[~known][0]} first", unusable)
         times, units = times_ns[known], units[known]
         self._wait_for_credit(session)
         if batch is not None:

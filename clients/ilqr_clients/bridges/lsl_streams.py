@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, number_of
 from ilqr_vae.protocol.clock import Clock
 
 _CLOCK_S, _CORRECT_S, _FIRST_S, _POLL_S = 5.0, 0.1, 5.0, 0.01
@@ -112,11 +112,12 @@ class NamedStream:
         back = f", back after {time.monotonic() - self._gone:.1f} s" if self._gone else ""
         channels = full.channel_count()
         self._say(
-            f"stream {self.name!r} of {full.hostname()}{back}: {channels} channels, clock "
-            f"{self.correction_s * 1e3:+.3f} ms ± {self.uncertainty_s * 1e3:.3f} ms"
+            f"stream {self.name!r} of {full.hostname()}{back}: {number_of(channels, 'channel')}, "
+            f"clock {self.correction_s * 1e3:+.3f} ms ± {self.uncertainty_s * 1e3:.3f} ms"
         )
         if before is not None and before.channel_count() != channels:
-            self._say(f"stream {self.name!r} had {before.channel_count()} channels before")
+            had = number_of(before.channel_count(), "channel")
+            self._say(f"stream {self.name!r} had {had} before")
 
     def labels(self) -> list[str]:
         """Names of the channels; empty if the stream does not state them."""

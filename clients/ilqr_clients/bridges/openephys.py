@@ -21,6 +21,7 @@ import zmq
 from ilqr_clients.bridges.core import Say
 from ilqr_clients.bridges.stamps import MOST, SourceClock
 from ilqr_clients.bridges.zmq_source import ZmqBridge
+from ilqr_vae.errors import spanned
 
 _HEARTBEAT_S, _HOLES, _SEEN = 2.0, 64, 4096
 _RATE, _HIGHEST_RATE = 30000.0, 1e7
@@ -195,7 +196,7 @@ class OpenEphysBridge(ZmqBridge):
     def _lose(self, first: int, end: int) -> None:
         """Mark the contents of lost messages as missing, unless they arrive later."""
         self.tally["lost"] += end - first
-        self.say(f"messages {first} to {end - 1} did not come")
+        self.say(f"{spanned('message', first, end - 1)} did not come")
         self._flush()
         after_ns = self._source_ns
         for number in range(max(first, end - _HOLES), end):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ilqr_clients.bridges.core import Say, SourceBin
 from ilqr_clients.bridges.stamps import MOST, Gather, SourceClock
 from ilqr_clients.bridges.zmq_source import ZmqBridge
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, spanned
 
 _DEAD_S, _NOISE_S, _MOST_LOST = 1e-3, 1.0, 64
 
@@ -249,7 +249,7 @@ class SynapseBridge(ZmqBridge):
                 run = []
                 if self._next is not None and number > self._next:
                     self.tally["lost"] += number - self._next
-                    self.say(f"frames {self._next} to {number - 1} did not come")
+                    self.say(f"{spanned('frame', self._next, number - 1)} did not come")
                     self.skip()
                 if number < (self._next or 0):
                     self._source.begin_again()

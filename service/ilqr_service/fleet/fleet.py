@@ -25,7 +25,7 @@ from ilqr_service.fleet.placement import Busy, ServerLoad, change, place
 from ilqr_service.settings import ServiceSettings
 from ilqr_service.transport.http import Web
 from ilqr_vae.artifact import read_manifest
-from ilqr_vae.errors import ProtocolError, ServiceError
+from ilqr_vae.errors import ProtocolError, ServiceError, number_of
 from ilqr_vae.protocol import messages
 from ilqr_vae.protocol.keys import ClientKey
 
@@ -283,13 +283,13 @@ class Fleet:
                 self._turned_away = True
                 count = len(self.servers())
                 if self._growing or (len(self._members) < self.most and self._fits()):
-                    got = f"{count} full servers, one more is started"
+                    got = f"{number_of(count, 'full server')}, one more is started"
                     raise ProtocolError("service", expected="ready", got=got)
                 if members and not self._busy.lasts(loads, time.monotonic()):
-                    got = f"{count} busy servers"
+                    got = number_of(count, "busy server")
                     raise ProtocolError("service", expected="ready", got=got)
                 raise ProtocolError(
-                    "session", expected="room for one more", got=f"{count} full servers"
+                    "session", expected="room for one more", got=number_of(count, "full server")
                 )
             member = members[chosen]
             member.placed.append(time.monotonic())

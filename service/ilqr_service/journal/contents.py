@@ -20,7 +20,7 @@ from ilqr_service.journal.records import (
     segments,
 )
 from ilqr_service.journal.verify import stream
-from ilqr_vae.errors import JournalError
+from ilqr_vae.errors import JournalError, number_of
 from ilqr_vae.protocol import messages
 from ilqr_vae.report.table import Section
 
@@ -144,9 +144,9 @@ def _answered(
 def _model(manifest: dict[str, Any]) -> str:
     features, width = len(manifest.get("features", ())), float(manifest.get("bin_width", 0.0))
     units = len(manifest.get("unit_names", ())) - features
-    beside = f" and {features} features" if features else ""
+    beside = f" and {number_of(features, 'feature')}" if features else ""
     decodes = ", ".join(manifest.get("kinematic_names", ())) or "latents and rates only"
-    return f"{units} units{beside}, {width * 1e3:g} ms bins; decodes {decodes}"
+    return f"{number_of(units, 'unit')}{beside}, {width * 1e3:g} ms bins; decodes {decodes}"
 
 
 def look(folder: Path) -> tuple[JournalContents, list[Section]]:
@@ -177,8 +177,9 @@ def _said(run: RecordedRun) -> str:
     parts = [
         f"run {run.run}",
         f"model {run.model}",
-        f"{run.units} units, {run.bin_ms:g} ms",
-        f"{run.bins} bins taken" + (f", {run.first} to {run.last} answered" if statuses else ""),
+        f"{number_of(run.units, 'unit')}, {run.bin_ms:g} ms",
+        f"{number_of(run.bins, 'bin')} taken"
+        + (f", {run.first} to {run.last} answered" if statuses else ""),
         statuses,
         f"events: {events}" if events else "",
         f"{run.began} to {run.ended} UTC" if run.began else "",

@@ -19,7 +19,7 @@ from ilqr_service.journal.records import (
 from ilqr_service.journal.verify import stream
 from ilqr_service.solving.run import unpack_work
 from ilqr_service.work import SwapModel, Work
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, number_of
 from ilqr_vae.progress import SILENT, Progress
 from ilqr_vae.protocol import messages
 from ilqr_vae.recordings.nwb.write import SubjectInfo
@@ -115,7 +115,7 @@ def choose(
     if len(fitting) != 1:
         known = "; ".join(
             f"{r.opened.request.session}, epoch {r.opened.request.epoch}, run {r.opened.run} "
-            f"({len(r.results)} bins from {r.decoded.started:%Y-%m-%d %H:%M:%S} UTC)"
+            f"({number_of(len(r.results), 'bin')} from {r.decoded.started:%Y-%m-%d %H:%M:%S} UTC)"
             for r in answered
         )
         raise RecordingError(

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from ilqr_service.solving.run import PackedRun, PackedWork
-from ilqr_vae.errors import JournalError
+from ilqr_vae.errors import JournalError, spanned
 from ilqr_vae.files import FRAME, frame_at, framed
 from ilqr_vae.protocol import messages
 
@@ -265,7 +265,9 @@ def survey(folder: Path) -> tuple[list[Path], list[str]]:
     order = sorted(found)
     for before, after in itertools.pairwise(order):
         if previous[after] > before:
-            odd.append(f"segments {before + 1} to {previous[after]} are missing and skipped")
+            lost = spanned("segment", before + 1, previous[after])
+            are = "is" if previous[after] == before + 1 else "are"
+            odd.append(f"{lost} {are} missing and skipped")
     empty = [found[k].name for k in order[:-1] if found[k].stat().st_size <= len(MAGIC)]
     odd += [f"{name} is empty and skipped" for name in empty]
     return [found[k] for k in order], odd

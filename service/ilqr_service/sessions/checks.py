@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ilqr_service.work import EngineInfo, Vector
-from ilqr_vae.errors import ProtocolError
+from ilqr_vae.errors import ProtocolError, number_of
 from ilqr_vae.protocol import messages
 
 SESSION_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -56,7 +56,9 @@ def check_open(message: messages.Open, model_info: EngineInfo) -> None:
     names = model_info.unit_names
     if len(message.units) != len(names):
         raise ProtocolError(
-            "units", expected=f"the model's {len(names)} units", got=f"{len(message.units)} units"
+            "units",
+            expected=f"the model's {number_of(len(names), 'unit')}",
+            got=number_of(len(message.units), "unit"),
         )
     for i, (expected, got) in enumerate(zip(names, message.units, strict=True)):
         if expected != got:

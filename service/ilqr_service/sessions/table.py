@@ -52,7 +52,7 @@ from ilqr_service.sessions.feeders import Feeders, Reaches, Sender
 from ilqr_service.sessions.intake import Intake
 from ilqr_service.sessions.session import Limits, ServedSession
 from ilqr_service.work import EngineAnswer, EngineInfo
-from ilqr_vae.errors import ProtocolError
+from ilqr_vae.errors import ProtocolError, number_of
 from ilqr_vae.protocol import messages
 
 
@@ -174,7 +174,7 @@ class SessionTable:
         elif len(self._sessions) >= self.limits.max_sessions:
             raise ProtocolError(
                 "session",
-                expected=f"at most {self.limits.max_sessions} open sessions",
+                expected=f"at most {number_of(self.limits.max_sessions, 'open session')}",
                 got="one more",
             )
         session = ServedSession(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, number_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +303,7 @@ class Recording:
         if missing:
             raise RecordingError(
                 "recording.unit_names",
-                expected=f"the model's {len(names)} units",
+                expected=f"the model's {number_of(len(names), 'unit')}",
                 got=f"{len(missing)} of them absent, e.g. {missing[0]!r}",
             )
         columns = [index[name] for name in names]

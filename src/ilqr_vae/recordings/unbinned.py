@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, number_of
 from ilqr_vae.recordings.binning import (
     EDGE,
     bin_spikes,
@@ -99,7 +99,7 @@ def possible(n_bins: float, n_units: int, width: float) -> None:
             "data.bin_width",
             expected=f"so wide that there are at most {_MOST_BINS:g} bins and {MOST_VALUES:g} "
             "counts (are the recording's times in seconds?)",
-            got=f"{width:g} s, which makes {n_bins:.4g} bins x {n_units} units",
+            got=f"{width:g} s, which makes {n_bins:.4g} bins x {number_of(n_units, 'unit')}",
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, number_of
 from ilqr_vae.recordings.spec import Label
 from ilqr_vae.recordings.trials import words
 
@@ -60,7 +60,9 @@ def selected_units(
         raise RecordingError(
             "data.units", expected="values that some unit has together", got=f"none with {said}"
         )
-    return np.flatnonzero(keep), (f"Read are {int(keep.sum())} of {n_units} units: {said}.",)
+    return np.flatnonzero(keep), (
+        f"Read are {int(keep.sum())} of {number_of(n_units, 'unit')}: {said}.",
+    )
 
 
 def _spellings(value: Label) -> list[str]:

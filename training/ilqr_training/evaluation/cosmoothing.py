@@ -32,7 +32,7 @@ from ilqr_training.evaluation.cosmoothing_baselines import (
     standard,
 )
 from ilqr_vae.artifact import Artifact
-from ilqr_vae.errors import ConfigError
+from ilqr_vae.errors import ConfigError, number_of
 from ilqr_vae.inference.prediction import infer, infer_long
 from ilqr_vae.model.likelihoods import Observed, padded
 from ilqr_vae.progress import SILENT, Progress
@@ -109,7 +109,7 @@ def held_out_units(recording: Recording, share: float, seed: int) -> tuple[Flags
         selection = f"drawn by seed {seed}"
     if not out.any() or out.all():
         expected = f"a share of {recording.n_units} units that leaves some in and some out"
-        raise ConfigError("--held-out", expected=expected, got=f"{int(out.sum())} units")
+        raise ConfigError("--held-out", expected=expected, got=number_of(int(out.sum()), "unit"))
     return out, selection
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ilqr_training.fit.curves import Curves
 from ilqr_training.readout.causal import Causal, causal_pass
 from ilqr_vae.artifact import Artifact
+from ilqr_vae.errors import number_of
 from ilqr_vae.recordings import Recording
 from ilqr_vae.recordings.split import Span, warmup_start
 from ilqr_vae.report import ReportData, Table
@@ -123,8 +124,8 @@ class EvaluationReport:
             provenance={
                 "model": manifest.model_id,
                 "recording": recording.name + (f", sha256 {sha}" if sha else ""),
-                "span": f"{span}: bins {start} to {stop - 1}, after {start - warmup_start(start)} "
-                "bins of warm-up",
+                "span": f"{span}: bins {start} to {stop - 1}, after "
+                f"{number_of(start - warmup_start(start), 'bin')} of warm-up",
                 "versions": f"ilqr-vae {version('ilqr-vae')}, Python {platform.python_version()}, "
                 f"torch {torch.__version__}",
                 "command": shlex.join(["ilqr-vae", "evaluate", *sys.argv[2:]]),
@@ -181,7 +182,7 @@ def evaluated(artifact: Artifact, read: Recording, span: Span) -> EvaluationRepo
 def show(report: ReportData) -> None:
     """Print the scores and the tables."""
     screen = console(soft_wrap=True)
-    screen.print(f"{report.title}, {len(report.counts)} bins", style="bold")
+    screen.print(f"{report.title}, {number_of(len(report.counts), 'bin')}", style="bold")
     if report.scores is not None:
         scores = report.scores
         show_table(scores_table("Causal decodes", scores.methods, scores.intervals), screen)

@@ -28,7 +28,7 @@ from ilqr_training.fit.validate import HeldOut
 from ilqr_vae import errors
 from ilqr_vae.arrays import mixture
 from ilqr_vae.cluster import TASK_RETRIES, as_they_end, drives_cluster
-from ilqr_vae.errors import ConfigError, IlqrVaeError, TrainingError
+from ilqr_vae.errors import ConfigError, IlqrVaeError, TrainingError, number_of
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.machine import cores
 from ilqr_vae.progress import SILENT, Progress
@@ -160,7 +160,7 @@ def train_members(jobs: Sequence[MemberJob], at_once: int, progress: Progress) -
                 other.terminate()
             raise
 
-    progress.log(f"{len(jobs)} members, {at_once} at a time")
+    progress.log(f"{number_of(len(jobs), 'member')}, {at_once} at a time")
     with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(work, numbered) for numbered in enumerate(jobs, 1)]
         try:
@@ -192,7 +192,7 @@ def _train_as_tasks(jobs: Sequence[MemberJob], progress: Progress) -> None:
         own = replace(job, out=job.out.absolute(), log_dir=logs, threads=1)
         packed = msgspec.msgpack.encode(own, enc_hook=_plain)
         running[options.remote(packed)] = number
-    progress.log(f"{len(jobs)} members, {len(running)} Ray tasks")
+    progress.log(f"{number_of(len(jobs), 'member')}, {number_of(len(running), 'Ray task')}")
     try:
         for ended, number in as_they_end(running):
             try:

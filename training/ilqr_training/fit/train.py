@@ -33,6 +33,7 @@ from ilqr_training.fit.pace import Pace
 from ilqr_training.fit.validate import Validation, scored, validate
 from ilqr_training.readout.classes import ClassFit, class_names
 from ilqr_vae.artifact import Artifact, Manifest, load_artifact
+from ilqr_vae.errors import number_of
 from ilqr_vae.files import check_space
 from ilqr_vae.kernels.backend import device_of
 from ilqr_vae.progress import SILENT, Progress, duration
@@ -301,9 +302,9 @@ def describe(config: TrainConfig, data: Prepared, progress: Progress) -> None:
     r, spans = data.recording, ("train", "validation", "test")
     split = ", ".join("{} {}:{}".format(span, *getattr(data, span)) for span in spans)
     progress.log(
-        f"{r.name}: {len(r)} bins of {r.bin_width * 1e3:g} ms, {r.counted} units"
-        f"{f' and {r.features} features' if r.features else ''}, kinematics: "
-        f"{', '.join(r.kinematic_names) or 'none'}; {split}"
+        f"{r.name}: {number_of(len(r), 'bin')} of {r.bin_width * 1e3:g} ms, "
+        f"{number_of(r.counted, 'unit')}{f' and {r.features} features' if r.features else ''}, "
+        f"kinematics: {', '.join(r.kinematic_names) or 'none'}; {split}"
     )
     for line in (*r.warnings, *r.notes, str(estimate(config, data))):
         progress.log(f"  {line}")
