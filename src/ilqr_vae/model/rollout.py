@@ -178,7 +178,7 @@ def adjoint(A: Float[Tensor, "B T n n"], gz: Float[Tensor, "B T1 n"]) -> Float[T
             A[0].numel(),
             (*given, lam.numpy()),
             dtype=given[0].dtype,
-            scratch_size=A.shape[-1] + kernels.COLUMNS,
+            scratch_size=kernels.scratch_size(A.shape[-1], 0),
         )
         return lam
     on_gpu = _gpu_kernels(A.shape[-1], 1, A)

@@ -2,8 +2,7 @@
 
 Everything expensive in a Riccati step is a product X' Y of row-major matrices. Products, rows and
 symmetric sums are put together from the vector instructions of `tiles.py`; a number's bits do not
-depend on where in a matrix it stands. Arrays are C-contiguous and most places in them are given as
-positions in their memory.
+depend on where in a matrix it stands. Most functions take pointers; see ``tiles.at``.
 
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
@@ -25,10 +24,14 @@ from ilqr_vae.kernels.cache import KernelCache, cache_folder
 from ilqr_vae.kernels.cpu.tiles import (
     COLUMNS,
     ROWS,
+    ahead,
+    at,
+    load,
     make_add,
     make_dots,
     make_mirror,
     make_move,
+    make_pad,
     make_tile,
     wide,
 )
@@ -74,188 +77,153 @@ def never_inline(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-_full_wide = make_tile(ROWS, 2 * COLUMNS)
-_full = make_tile(ROWS)
-_rest_wide = make_tile(4, 2 * COLUMNS)
-_rest = make_tile(4)
-_full_wide_minus = make_tile(ROWS, 2 * COLUMNS, minus=True)
-_full_minus = make_tile(ROWS, minus=True)
-_rest_minus = make_tile(4, minus=True)
-_across_wide = make_tile(ROWS, 2 * COLUMNS, across=True)
-_across = make_tile(ROWS, across=True)
-_across_rest = make_tile(4, across=True)
 _row, _row_two = make_tile(1, onto=True), make_tile(1, vectors=2, onto=True)
 _row_three = make_tile(1, vectors=3, onto=True)
 _row_minus, _row_three_minus = make_tile(1, minus=True), make_tile(1, vectors=3, minus=True)
 _move_eight, _move_four, _move_one = make_move(8), make_move(4), make_move(1)
 _add_eight, _add_four, _add_one = make_add(8), make_add(4), make_add(1)
-_four_dots, _one_dot, _short_dot = make_dots(4, 4), make_dots(4, 1), make_dots(1, 1)
+_pad_eight, _four_dots = make_pad(COLUMNS), make_dots(4)
 _mirror = make_mirror(ROWS, diagonal=False)
 _mirror_diagonal = make_mirror(ROWS, diagonal=True)
 
 
-@inner
-def multiply(X, x0, ldx, Y, y0, ldy, C, c0, ldc, length, rows, columns, upper):
-    """C = X' Y over ``length`` rows; C gets ``rows`` (to 4) by ``columns`` (to 8) written.
+def _make_product(**kind: bool) -> Any:
+    full, full_wide = make_tile(ROWS, **kind), make_tile(ROWS, 2 * COLUMNS, **kind)
+    rest, rest_wide = make_tile(4, **kind), make_tile(4, 2 * COLUMNS, **kind)
 
-    X, Y and C are row-major with row lengths ldx, ldy, ldc; they start at x0, y0 and c0. X and Y
-    must be readable, C writable, up to the rounded size. With ``upper`` only the tiles that touch
-    the upper triangle are computed.
-    """
-    never_inline()
-    for i in range(0, rows, ROWS):
-        short = rows - i <= 4
-        j = i // COLUMNS * COLUMNS if upper else 0
-        while j < columns:
-            x, y, c = x0 + i, y0 + j, c0 + i * ldc + j
-            double = wide(Y) > COLUMNS and columns - j > COLUMNS
-            if double and short:
-                _rest_wide(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-            elif double:
-                _full_wide(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-            elif short:
-                _rest(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-            else:
-                _full(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-            j += 2 * COLUMNS if double else COLUMNS
+    @inner
+    def product(X, ldx, Y, ldy, C, ldc, length, rows, columns, upper):
+        never_inline()
+        for i in range(0, rows, ROWS):
+            short = rows - i <= 4
+            x = ahead(X, i)
+            j = i // COLUMNS * COLUMNS if upper else 0
+            while j < columns:
+                y, c = ahead(Y, j), ahead(C, i * ldc + j)
+                double = wide(Y) > COLUMNS and columns - j > COLUMNS
+                if double and short:
+                    rest_wide(x, ldx, y, ldy, c, ldc, length)
+                elif double:
+                    full_wide(x, ldx, y, ldy, c, ldc, length)
+                elif short:
+                    rest(x, ldx, y, ldy, c, ldc, length)
+                else:
+                    full(x, ldx, y, ldy, c, ldc, length)
+                j += 2 * COLUMNS if double else COLUMNS
+
+    return product
 
 
-@inner
-def subtract_square(W, w0, ldw, C, c0, ldc, length, size):
-    """C -= W' W over ``length`` rows, the tiles that touch the upper triangle; see ``multiply``."""
-    never_inline()
-    for i in range(0, size, ROWS):
-        short = size - i <= 4
-        j = i // COLUMNS * COLUMNS
-        while j < size:
-            x, y, c = w0 + i, w0 + j, c0 + i * ldc + j
-            double = wide(C) > COLUMNS and size - j > COLUMNS and not short
-            if double:
-                _full_wide_minus(W, x, ldw, W, y, ldw, C, c, ldc, length)
-            elif short:
-                _rest_minus(W, x, ldw, W, y, ldw, C, c, ldc, length)
-            else:
-                _full_minus(W, x, ldw, W, y, ldw, C, c, ldc, length)
-            j += 2 * COLUMNS if double else COLUMNS
+#: multiply(X, ldx, Y, ldy, C, ldc, length, rows, columns, upper): C = X' Y over ``length`` rows; C
+#: gets ``rows`` (to 4) by ``columns`` (to 8) written. X, Y and C are row-major with row lengths
+#: ldx, ldy, ldc. X and Y must be readable, C writable, up to the rounded size. With ``upper`` only
+#: the tiles that touch the upper triangle are computed.
+multiply = _make_product()
+#: C += X' Y and C -= X' Y; see ``multiply``.
+multiply_add, multiply_subtract = _make_product(onto=True), _make_product(minus=True)
 
 
 @inner
-def multiply_across(X, x0, ldx, Y, y0, ldy, C, c0, ldc, length, rows, columns):
-    """``multiply`` with X as it stands, C = X Y; ``rows`` are read and written to the next 4."""
-    never_inline()
-    for i in range(0, rows, ROWS):
-        short = rows - i <= 4
-        j = 0
-        while j < columns:
-            x, y, c = x0 + i * ldx, y0 + j, c0 + i * ldc + j
-            double = wide(Y) > COLUMNS and columns - j > COLUMNS and not short
-            if double:
-                _across_wide(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-            elif short:
-                _across_rest(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-            else:
-                _across(X, x, ldx, Y, y, ldy, C, c, ldc, length)
-            j += 2 * COLUMNS if double else COLUMNS
+def add_symmetric(Z, ldz, Q, ldq, size):
+    """Z += Q, both symmetric and given by their upper triangles; Z gets both written.
 
-
-@inner
-def add_symmetric(Z, z0, Q, q0, ldq, P, p0, ld, size):
-    """Z = (Q + Q') / 2 + P, exactly symmetric, of which P's upper triangle is read; Z may be Q.
-
-    The three start at z0, q0 and p0; all are used up to ``ld``, ``size`` rounded up to 8, which is
-    the row length of Z and P.
+    Both are used up to ``size`` rounded up to 8.
     """
     never_inline()
     for i in range(0, size, ROWS):
-        at, there = i * ld + i, i * ldq + i
-        _mirror_diagonal(Z, z0 + at, z0 + at, ld, Q, q0 + there, q0 + there, ldq, P, p0 + at, ld)
+        up, there = i * ldz + i, i * ldq + i
+        _mirror_diagonal(Z, ldz, up, up, Q, ldq, there)
         for j in range(i + ROWS, size, ROWS):
-            up, low = i * ld + j, j * ld + i
-            q_up, q_low = q0 + i * ldq + j, q0 + j * ldq + i
-            _mirror(Z, z0 + up, z0 + low, ld, Q, q_up, q_low, ldq, P, p0 + up, ld)
+            _mirror(Z, ldz, i * ldz + j, j * ldz + i, Q, ldq, i * ldq + j)
 
 
 @inner
-def add_row_product(out, o, x, x0, M, m0, ldm, length, columns):
-    """out[o : o + columns] += x' M over ``length`` rows of M; ``columns`` is rounded up to 8."""
+def add_row_product(out, x, M, ldm, length, columns):
+    """out[:columns] += x' M over ``length`` rows of M; ``columns`` is rounded up to 8."""
     never_inline()
     j = 0
     while j < columns:
-        left = columns - j
+        left, y, o = columns - j, ahead(M, j), ahead(out, j)
         if left > 2 * COLUMNS:
-            _row_three(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            _row_three(x, 1, y, ldm, o, 0, length)
             j += 3 * COLUMNS
         elif left > COLUMNS:
-            _row_two(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            _row_two(x, 1, y, ldm, o, 0, length)
             j += 2 * COLUMNS
         else:
-            _row(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            _row(x, 1, y, ldm, o, 0, length)
             j += COLUMNS
 
 
 @inner
-def subtract_row_product(out, o, x, x0, M, m0, ldm, length, columns):
-    """out[o : o + columns] -= x' M; see ``add_row_product``."""
+def subtract_row_product(out, x, M, ldm, length, columns):
+    """out[:columns] -= x' M; see ``add_row_product``."""
     never_inline()
     j = 0
     while j < columns:
+        y, o = ahead(M, j), ahead(out, j)
         if columns - j > 2 * COLUMNS:
-            _row_three_minus(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            _row_three_minus(x, 1, y, ldm, o, 0, length)
             j += 3 * COLUMNS
         else:
-            _row_minus(x, x0, 1, M, m0 + j, ldm, out, o + j, 0, length)
+            _row_minus(x, 1, y, ldm, o, 0, length)
             j += COLUMNS
 
 
 @inner
-def move_row(target, t, source, s, count, factor):
-    """target[t : t + count] = factor * source[s : s + count]."""
+def move_row(target, source, count, factor):
+    """target[:count] = factor * source[:count]."""
     j = 0
     while j + 8 <= count:
-        _move_eight(target, t + j, factor, source, s + j)
+        _move_eight(ahead(target, j), factor, ahead(source, j))
         j += 8
     if j + 4 <= count:
-        _move_four(target, t + j, factor, source, s + j)
+        _move_four(ahead(target, j), factor, ahead(source, j))
         j += 4
     while j < count:
-        _move_one(target, t + j, factor, source, s + j)
+        _move_one(ahead(target, j), factor, ahead(source, j))
         j += 1
 
 
 @inner
-def add_row(target, t, factor, source, s, count):
-    """target[t : t + count] += factor * source[s : s + count]."""
+def add_row(target, factor, source, count):
+    """target[:count] += factor * source[:count]."""
     j = 0
     while j + 8 <= count:
-        _add_eight(target, t + j, factor, source, s + j)
+        _add_eight(ahead(target, j), factor, ahead(source, j))
         j += 8
     if j + 4 <= count:
-        _add_four(target, t + j, factor, source, s + j)
+        _add_four(ahead(target, j), factor, ahead(source, j))
         j += 4
     while j < count:
-        _add_one(target, t + j, factor, source, s + j)
+        _add_one(ahead(target, j), factor, ahead(source, j))
         j += 1
 
 
 @inner
-def move_rows(target, t0, ldt, source, s0, lds, rows, columns):
-    """A block of ``source`` written to one of ``target``, other memory; row lengths lds and ldt."""
+def move_rows(target, ldt, source, lds, rows, columns, factor):
+    """``move_row`` for rows ldt and lds apart."""
     never_inline()
-    scale_rows(target, t0, ldt, source, s0, lds, rows, columns, target.dtype.type(1.0))
+    for i in range(rows):
+        move_row(ahead(target, i * ldt), ahead(source, i * lds), columns, factor)
 
 
 @inner
-def scale_rows(target, t0, ldt, source, s0, lds, rows, columns, factor):
-    """``move_rows``, times a factor. The last vector of a row may write some numbers twice."""
+def pad_row(target, source, count):
+    """``count`` numbers copied, then zeros to the next 8.
+
+    Written by whole vectors: a vector that is read soon after its parts were written waits.
+    """
+    for j in range(0, count, COLUMNS):
+        _pad_eight(ahead(target, j), ahead(source, j), min(COLUMNS, count - j))
+
+
+@inner
+def pad_rows(target, ldt, source, lds, rows, columns):
+    """``pad_row`` for rows ldt and lds apart."""
+    never_inline()
     for i in range(rows):
-        t, s = t0 + i * ldt, s0 + i * lds
-        if columns < 8:
-            move_row(target, t, source, s, columns, factor)
-            continue
-        for j in range(0, columns - 7, 8):
-            _move_eight(target, t + j, factor, source, s + j)
-        last = columns - 8
-        _move_eight(target, t + last, factor, source, s + last)
+        pad_row(ahead(target, i * ldt), ahead(source, i * lds), columns)
 
 
 @inner
@@ -271,12 +239,13 @@ def carve(scratch, start, rows, columns):
 
 
 @inner
-def eliminate(E, size, width, diagonal):
-    """Cholesky U'U of the first ``size`` columns of E, its other columns multiplied by U^{-T}.
+def eliminate(E, S, size, width, diagonal):
+    """The symmetric matrix in the first ``size`` columns of E factorised as U' D^{-1} U.
 
-    Returns whether the matrix was positive definite to working precision: each squared pivot above
-    size * eps * its diagonal entry. Only the upper triangle is read; nothing below it has a meaning
-    afterwards. ``diagonal`` is scratch.
+    U is upper triangular and D its diagonal. E gets [U | (U' D^{-1})^{-1} X] from [matrix | X], S
+    the same rows divided by their pivots. Returns whether the matrix was positive definite to
+    working precision: each pivot above size * eps * its diagonal entry. Only the upper triangle is
+    read; nothing below it has a meaning afterwards. S has E's shape; ``diagonal`` is scratch.
     """
     never_inline()
     tiny = size * np.finfo(E.dtype).eps
@@ -284,7 +253,6 @@ def eliminate(E, size, width, diagonal):
     ld = E.shape[1]
     for p in range(size):
         diagonal[p] = E[p, p]
-    # the rows are scaled at the end, so that no pivot waits for the root of the one before it
     for p in range(size):
         pivot = E[p, p]
         if not (pivot > 0.0 and pivot > tiny * diagonal[p]):
@@ -293,66 +261,69 @@ def eliminate(E, size, width, diagonal):
         for i in range(p + 1, size):
             start = i // COLUMNS * COLUMNS
             factor = -E[p, i] * inverse
-            add_row(E, i * ld + start, factor, E, p * ld + start, width - start)
-    for p in range(size):
+            add_row(at(E, i * ld + start), factor, at(E, p * ld + start), width - start)
         start = p // COLUMNS * COLUMNS
-        scale = one / np.sqrt(E[p, p])
-        move_row(E, p * ld + start, E, p * ld + start, width - start, scale)
+        move_row(at(S, p * ld + start), at(E, p * ld + start), width - start, inverse)
     return True
 
 
 @inner
-def back_substitute(E, size, first, width):
-    """Columns ``first`` to ``width`` of E multiplied by U^{-1}."""
+def back_substitute(S, ld, size, first, width):
+    """Columns ``first`` to ``width`` of S, of ``eliminate``, become matrix^{-1} X. The columns are
+    rounded up to 8."""
     never_inline()
-    one = E.dtype.type(1.0)
-    ld, count = E.shape[1], width - first
-    for p in range(size - 1, -1, -1):
-        for i in range(p + 1, size):
-            add_row(E, p * ld + first, -E[p, i], E, i * ld + first, count)
-        move_row(E, p * ld + first, E, p * ld + first, count, one / E[p, p])
+    for p in range(size - 2, -1, -1):
+        row, below = ahead(S, p * ld), ahead(S, (p + 1) * ld + first)
+        left, count = size - 1 - p, width - first
+        subtract_row_product(ahead(row, first), ahead(row, p + 1), below, ld, left, count)
 
 
 @inner
 def inverse_of_symmetric(M, out, size, scratch):
     """out[:size, :size] = M^{-1}; False where M is not positive definite.
 
-    ``out`` is square, its size rounded up to 8, and zero outside; ``scratch`` holds three times its
+    ``out`` is square, its size rounded up to 8, and zero outside; ``scratch`` holds five times its
     numbers and ``size`` more.
     """
     never_inline()
     wide_size = out.shape[1]
     zero, half, one = out.dtype.type(0.0), out.dtype.type(0.5), out.dtype.type(1.0)
     width = 2 * wide_size
-    E, end = carve(scratch, 0, round_up(size, COLUMNS), width)
-    D, end = carve(scratch, end, wide_size, wide_size)
+    E, end = carve(scratch, 0, wide_size, width)
+    S, end = carve(scratch, end, wide_size, width)
+    nothing, end = carve(scratch, end, 1, wide_size)
     scratch[:end] = zero
     for i in range(size):
         for j in range(i, size):
             E[i, j] = half * (M[i, j] + M[j, i])
         E[i, wide_size + i] = one
-    if not eliminate(E, size, width, scratch[end:]):
+    if not eliminate(E, S, size, width, scratch[end:]):
         return False
-    multiply(E, wide_size, width, E, wide_size, width, D, 0, wide_size, size, size, size, True)
     out[:] = zero
-    add_symmetric(out, 0, out, 0, wide_size, D, 0, wide_size, size)
+    X, Y, C = at(E, wide_size), at(S, wide_size), at(out, 0)
+    multiply(X, width, Y, width, C, wide_size, size, size, size, True)
+    add_symmetric(C, wide_size, at(nothing, 0), 0, size)
     return True
 
 
 @inner
-def add_product(out, o, M, m0, ldm, x, x0, rows, columns):
-    """out[o :] += M x, for ``rows`` by ``columns`` numbers of M from m0, row length ldm, and
-    ``columns`` of x from x0."""
+def add_product(out, M, ldm, x, rows, columns):
+    """out += M x, for ``rows`` by ``columns`` numbers of M, row length ldm. To the next 4 ``out``
+    is written and x read; there x must be finite."""
     never_inline()
-    whole = columns // 4 * 4
-    for i in range(0, rows - 3, 4):
-        _four_dots(out, o + i, M, m0 + i * ldm, ldm, x, x0, columns)
-    for i in range(rows // 4 * 4, rows):
-        _one_dot(out, o + i, M, m0 + i * ldm, ldm, x, x0, columns)
-    if whole < columns:
-        for i in range(rows):
-            start = m0 + i * ldm + whole
-            _short_dot(out, o + i, M, start, ldm, x, x0 + whole, columns - whole)
+    for i in range(0, rows, 4):
+        _four_dots(ahead(out, i), ahead(M, i * ldm), ldm, x, min(4, rows - i), columns)
+
+
+@inner
+def add_transposed_product(out, M, x, rows, columns):
+    """out += M' x for a whole matrix; of ``out`` whole vectors are written, and no number is read
+    beyond the matrix."""
+    never_inline()
+    safe = min(rows, max(0, (rows * columns - round_up(columns, COLUMNS)) // columns + 1))
+    add_row_product(out, x, M, columns, safe, columns)
+    for i in range(safe, rows):
+        add_row(out, load(ahead(x, i)), ahead(M, i * columns), columns)
 
 
 @inner

@@ -18,15 +18,12 @@ import math
 import numpy as np
 
 from ilqr_vae.kernels.cpu.algebra import (
-    COLUMNS,
     add_product,
-    add_row,
-    add_row_product,
+    add_transposed_product,
     carve,
     compiled,
     inner,
     never_inline,
-    round_up,
 )
 from ilqr_vae.kernels.cpu.panels import (
     exp_inplace,
@@ -36,7 +33,7 @@ from ilqr_vae.kernels.cpu.panels import (
     times_panels,
     whole,
 )
-from ilqr_vae.kernels.cpu.tiles import PANEL
+from ilqr_vae.kernels.cpu.tiles import PANEL, at
 
 # A bit for an MGU2, and for its variants.
 LINEAR, MGU2, SOFT, OUTSIDE = 0, 1, 2, 4
@@ -51,7 +48,7 @@ FAMILIES = {
 
 
 def scratch_size(n, m):
-    """Numbers of scratch that ``roll_out`` and ``linearise`` need."""
+    """Numbers of scratch that ``roll_out``, ``linearise`` and ``adjoint`` need."""
     wide = n + m + 2 * PANEL
     return 4 * wide + 2 * wide * wide
 
@@ -133,11 +130,14 @@ def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scrat
     T, m = ub.shape
     n = z0.size
     n8 = whole(n)
-    one, two = z.dtype.type(1.0), z.dtype.type(2.0)
-    deviation = scratch[:n]
+    zero, one, two = z.dtype.type(0.0), z.dtype.type(1.0), z.dtype.type(2.0)
+    deviation = scratch[:n8]
     gated = scratch[n8 : 2 * n8]
     driven = scratch[2 * n8 : 3 * n8]
     moved = scratch[3 * n8 : 4 * n8]
+    pushed = scratch[4 * n8 : 4 * n8 + whole(m)]
+    for i in range(n8):
+        deviation[i] = zero
     for i in range(n):
         z[0, i] = z0[i]
     for t in range(T):
@@ -148,21 +148,25 @@ def roll_out(family, weights, closed, z0, zb, ub, K, k, alpha, z, u, f, h, scrat
                 u[t, a] += alpha * k[t, a]
             for i in range(n):
                 deviation[i] = z[t, i] - zb[t, i]
-            add_product(u, t * m, K, t * m * n, n, deviation, 0, m, n)
-        times_panels(u, t * m, m, 1, drive, driven, 0, n8)
+            for a in range(m):
+                pushed[a] = zero
+            add_product(at(pushed, 0), at(K, t * m * n), n, at(deviation, 0), m, n)
+            for a in range(m):
+                u[t, a] += pushed[a]
+        times_panels(at(u, t * m), m, 1, drive, at(driven, 0), n8)
         if family == LINEAR:
-            times_panels(z, t * n, n, 1, state, moved, 0, n8)
+            times_panels(at(z, t * n), n, 1, state, at(moved, 0), n8)
             for i in range(n):
                 z[t + 1, i] = moved[i] + driven[i]
         else:
-            times_panels(z, t * n, n, 1, state, f, t * n8, n8)
+            times_panels(at(z, t * n), n, 1, state, at(f, t * n8), n8)
             for i in range(n):
                 f[t, i] = -(f[t, i] + state_bias[i])
             exp_inplace(f, t * n8, n)
             for i in range(n):
                 f[t, i] = one / (one + f[t, i])
                 gated[i] = f[t, i] * z[t, i]
-            times_panels(gated, 0, n, 1, hidden, h, t * n8, n8)
+            times_panels(at(gated, 0), n, 1, hidden, at(h, t * n8), n8)
             if family == MGU2:
                 for i in range(n):
                     h[t, i] = two * (h[t, i] + driven[i] + hidden_bias[i])
@@ -200,9 +204,9 @@ def linearise(family, weights, z, u, f, h, A, B, scratch):
         for i in range(n):
             for j in range(n):
                 X[i, j] = hidden[i, j] * z[t, j] * slope[j]
-        times_panels(X, 0, n, n, straight, M, 0, n8)
+        times_panels(at(X, 0), n, n, straight, at(M, 0), n8)
         if family & OUTSIDE:
-            times_panels(u, t * m, m, 1, drive_panels, driven, 0, n8)
+            times_panels(at(u, t * m), m, 1, drive_panels, at(driven, 0), n8)
         for i in range(n):
             y = h[t, i] - driven[i] if family & OUTSIDE else h[t, i]
             steep = f[t, i] * _steepness(family, y)
@@ -245,7 +249,7 @@ def _gates(family, weights, z, u, f, h, scratch):
     one, two = z.dtype.type(1.0), z.dtype.type(2.0)
     gated, end = carve(scratch, 0, T, n8)
     driven, end = carve(scratch, end, T, n8)
-    times_panels(z, 0, n, T, state, f, 0, n8)
+    times_panels(at(z, 0), n, T, state, at(f, 0), n8)
     for t in range(T):
         for i in range(n):
             f[t, i] = -(f[t, i] + state_bias[i])
@@ -254,8 +258,8 @@ def _gates(family, weights, z, u, f, h, scratch):
         for i in range(n):
             f[t, i] = one / (one + f[t, i])
             gated[t, i] = f[t, i] * z[t, i]
-    times_panels(gated, 0, n8, T, hidden, h, 0, n8)
-    times_panels(u, 0, m, T, drive, driven, 0, n8)
+    times_panels(at(gated, 0), n8, T, hidden, at(h, 0), n8)
+    times_panels(at(u, 0), m, T, drive, at(driven, 0), n8)
     if family != MGU2:
         for t in range(T):
             _variant(family, t, n, driven[t], hidden_bias, h)
@@ -284,17 +288,6 @@ def jacobians(first, last, family, weights, z, u, A, B, scratch):
         linearise(family, weights, z[b], u[b], f, h, A[b], B[b], rest)
 
 
-@inner
-def _add_transposed_product(out, M, m0, x, x0, rows, columns):
-    """out[: columns] += M' x for a matrix from M[m0] on, the last or not; of ``out`` whole vectors
-    are written, and no number is read beyond the matrix."""
-    never_inline()
-    safe = min(rows, max(0, (rows * columns - round_up(columns, COLUMNS)) // columns + 1))
-    add_row_product(out, 0, x, x0, M, m0, columns, safe, columns)
-    for i in range(safe, rows):
-        add_row(out, 0, x[x0 + i], M, m0 + i * columns, columns)
-
-
 @compiled
 def pull_back(first, last, family, weights, z, u, gz, lam, gu, scratch):
     """``adjoint`` with the Jacobians A, B at z and u, which are never made; gu_k = B_k' lam_{k+1}.
@@ -318,7 +311,7 @@ def pull_back(first, last, family, weights, z, u, gz, lam, gu, scratch):
             _gates(family, weights, z[b], u[b], f, h, rest)
         for t in range(T - 1, -1, -1):
             if family & OUTSIDE:
-                times_panels(u[b], t * m, m, 1, drive_panels, driven, 0, n8)
+                times_panels(at(u[b], t * m), m, 1, drive_panels, at(driven, 0), n8)
             for i in range(n):
                 after = lam[b, t + 1, i]
                 total[i] = gz[b, t, i]
@@ -333,16 +326,16 @@ def pull_back(first, last, family, weights, z, u, gz, lam, gu, scratch):
                 if not family & OUTSIDE:
                     entering[i] = inside[i]
             if family != LINEAR:
-                _add_transposed_product(through, hidden, 0, inside, 0, n, n)
+                add_transposed_product(at(through, 0), at(hidden, 0), at(inside, 0), n, n)
                 for i in range(n):
                     after, gate = lam[b, t + 1, i], f[t, i]
                     total[i] += after * (one - gate) + through[i] * gate
                     moved = through[i] * z[b, t, i] + after * (h[t, i] - z[b, t, i])
                     inside[i] = moved * gate * (one - gate)
-            _add_transposed_product(total, state, 0, inside, 0, n, n)
+            add_transposed_product(at(total, 0), at(state, 0), at(inside, 0), n, n)
             for a in range(m):
                 pushed[a] = zero
-            _add_transposed_product(pushed, drive, 0, entering, 0, n, m)
+            add_transposed_product(at(pushed, 0), at(drive, 0), at(entering, 0), n, m)
             for i in range(n):
                 lam[b, t, i] = total[i]
             for a in range(m):
@@ -359,6 +352,8 @@ def adjoint(first, last, A, gz, lam, scratch):
         for t in range(T - 1, -1, -1):
             for i in range(n):
                 scratch[i] = gz[b, t, i]
-            _add_transposed_product(scratch, A, (b * T + t) * n * n, lam[b, t + 1], 0, n, n)
+            add_transposed_product(
+                at(scratch, 0), at(A, (b * T + t) * n * n), at(lam[b, t + 1], 0), n, n
+            )
             for i in range(n):
                 lam[b, t, i] = scratch[i]

@@ -53,10 +53,10 @@ def lanes_of(typingctx: Any, S: Any) -> Any:
     return _SIZE(S), codegen
 
 
-def _make_tile(rows: int, columns: int, across: bool, sign: int) -> Any:
+def _make_tile(rows: int, columns: int, sign: int) -> Any:
     """An intrinsic tile(S, x, ldx, y, ldy, c, ldc, length): C(i, j) = sum_l X(l, i) Y(l, j) for
-    i < rows, j < columns, as ``tiles.make_tile``. With ``across`` X(i, l) is taken; with a sign
-    the sum is added to C or taken from it."""
+    i < rows, j < columns, as ``tiles.make_tile``. With a sign the sum is added to C or taken
+    from it."""
 
     def tile(
         typingctx: Any, S: Any, x: Any, ldx: Any, y: Any, ldy: Any, c: Any, ldc: Any, length: Any
@@ -65,7 +65,6 @@ def _make_tile(rows: int, columns: int, across: bool, sign: int) -> Any:
             e = _Lanes(context, builder, signature, args)
             _, x, ldx, y, ldy, c, ldc, length = args
             one = ir.Constant(x.type, 1)
-            row, along = (ldx, one) if across else (one, ldx)
 
             def at(start: Any, *terms: Any) -> Any:
                 for term in terms:
@@ -81,10 +80,10 @@ def _make_tile(rows: int, columns: int, across: bool, sign: int) -> Any:
                 for place, total in zip(each, totals, strict=True):
                     builder.store(e.load(place) if sign else e.zero, total)
             with cgutils.for_range(builder, length) as loop:
-                down, over = (builder.mul(loop.index, step) for step in (ldy, along))
+                down, over = (builder.mul(loop.index, step) for step in (ldy, ldx))
                 right = [e.load(at(y, down, e.times(j, one))) for j in range(columns)]
                 for i, totals in enumerate(sums):
-                    left = e.load(at(x, over, e.times(i, row)))
+                    left = e.load(at(x, over, e.times(i, one)))
                     left = builder.fneg(left) if sign < 0 else left
                     for total, factor in zip(totals, right, strict=True):
                         builder.store(e.fma(left, factor, builder.load(total)), total)
@@ -98,12 +97,12 @@ def _make_tile(rows: int, columns: int, across: bool, sign: int) -> Any:
     return intrinsic(tile)
 
 
-def _make_product(*, across: bool = False, sign: int = 0) -> Any:
+def _make_product(*, sign: int = 0) -> Any:
     """A product of ``rows`` by ``columns`` numbers out of tiles; its other arguments are a tile's.
-    With ``upper`` only the blocks of ``ROWS`` that touch the upper triangle are computed."""
-    square = _make_tile(_EDGE, _EDGE, across, sign)
-    tall, flat = _make_tile(_EDGE, 1, across, sign), _make_tile(1, _EDGE, across, sign)
-    single = _make_tile(1, 1, across, sign)
+    With ``upper`` only the tiles that touch the upper triangle are computed."""
+    square = _make_tile(_EDGE, _EDGE, sign)
+    tall, flat = _make_tile(_EDGE, 1, sign), _make_tile(1, _EDGE, sign)
+    single = _make_tile(1, 1, sign)
 
     @inner
     def product(S, x, ldx, y, ldy, c, ldc, length, rows, columns, upper):
@@ -111,8 +110,8 @@ def _make_product(*, across: bool = False, sign: int = 0) -> Any:
         i = 0
         while i < rows:
             high = rows - i >= _EDGE
-            left, out = x + (i * ldx if across else i), c + i * ldc
-            j = i // ROWS * ROWS if upper else 0
+            left, out = x + i, c + i * ldc
+            j = i if upper else 0
             while j < columns:
                 broad = columns - j >= _EDGE
                 if high and broad:
@@ -144,29 +143,14 @@ def _make_map(value: Callable[[_Lanes, Any, Any, Any], Any]) -> Any:
     return intrinsic(mapped)
 
 
-def _half_sum(e: _Lanes, x: Any, y: Any) -> Any:
-    return e.builder.fmul(e.constant(0.5), e.builder.fadd(x, y))
-
-
-def _root(e: _Lanes, x: Any) -> Any:
-    kind = ir.FunctionType(e.vector, [e.vector])
-    root = cgutils.get_or_insert_function(e.builder.module, kind, f"llvm.sqrt.{e.name}")
-    return e.builder.call(root, [x])
-
-
-multiply, multiply_across = _make_product(), _make_product(across=True)
+multiply = _make_product()
 add_product, subtract_product = _make_product(sign=1), _make_product(sign=-1)
 plus = _make_map(lambda e, x, y, z: e.builder.fadd(x, y))
-mean = _make_map(lambda e, x, y, z: _half_sum(e, x, y))
-mean_more = _make_map(lambda e, x, y, z: e.builder.fadd(z, _half_sum(e, x, y)))
-mean_onto = _make_map(lambda e, x, y, z: e.fma(e.constant(0.5), e.builder.fadd(x, y), z))
 fused = _make_map(lambda e, x, y, z: e.fma(x, y, z))
-rounded = _make_map(lambda e, x, y, z: e.builder.fadd(z, e.builder.fmul(x, y)))
 times = _make_map(lambda e, x, y, z: e.builder.fmul(x, y))
 minus_times = _make_map(lambda e, x, y, z: e.builder.fmul(e.builder.fneg(x), y))
 minus = _make_map(lambda e, x, y, z: e.builder.fneg(x))
 inverse = _make_map(lambda e, x, y, z: e.builder.fdiv(e.constant(1.0), x))
-inverse_root = _make_map(lambda e, x, y, z: e.builder.fdiv(e.constant(1.0), _root(e, x)))
 copy = _make_map(lambda e, x, y, z: x)
 zero, one = (_make_map(lambda e, x, y, z, v=v: e.constant(v)) for v in (0.0, 1.0))
 

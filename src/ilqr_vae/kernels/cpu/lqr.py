@@ -1,13 +1,16 @@
 """One LQR problem solved by compiled code: the recursion of `reference.py`, arranged for a CPU.
 
-A backward step is a product G = V [B | A], its product B' G = [Quu | Qux], one elimination of the
-small matrix [Quu | I], which gives L = U^{-T} with Quu = U'U, and products with W = L Qux:
+A backward step is a product G = V [B A], with the slope of the cost v + V c as a further column, so
+that vectors ride along with matrices; the products H = [B' G  I] + [R S r 0] = [Quu Qux qu I] and
+A' G; and the elimination of Quu from H. That leaves the rows U of Quu = U' D^{-1} U, D the diagonal
+of U, and h = D U'^{-1} [Qux qu I]. Then
 
-    V = Q + A' V A - W' W,    K = -L' W,    Quu^{-1} = L' L.
+    V = Q + A' V A - h' D^{-1} h,    [-K  -k  Quu^{-1}] = U^{-1} h.
 
-Of symmetric ones half is computed. Scratch matrices are padded with zeros to whole tiles (see
-`algebra.py`). Letters and signs are those of `ilqr_vae.lqr.problem`. Of a batch of small problems
-the recursion is done for several at once (see `lanes.py`), with the same bits.
+Of symmetric matrices the upper triangle is read and computed. Scratch matrices are padded with
+zeros to whole tiles (see `algebra.py`). Letters and signs are those of `ilqr_vae.lqr.problem`. Of a
+batch of small problems the recursion is done for several at once (see `lanes.py`), with the same
+bits.
 
 Only numba code lives here: it must not be wrapped by a type-checking import hook.
 """
@@ -21,7 +24,6 @@ from ilqr_vae.kernels.cpu import lane_tiles, lanes
 from ilqr_vae.kernels.cpu.algebra import (
     COLUMNS,
     add_product,
-    add_row_product,
     add_symmetric,
     all_finite,
     back_substitute,
@@ -30,16 +32,18 @@ from ilqr_vae.kernels.cpu.algebra import (
     eliminate,
     inner,
     inverse_of_symmetric,
+    move_row,
     move_rows,
     multiply,
-    multiply_across,
+    multiply_add,
+    multiply_subtract,
     never_inline,
+    pad_row,
+    pad_rows,
     part,
     round_up,
-    scale_rows,
-    subtract_row_product,
-    subtract_square,
 )
+from ilqr_vae.kernels.cpu.tiles import at
 
 #: Latents up to which a batch is solved a problem a lane: beyond, a group's matrices leave the
 #: nearest cache, and one problem's fill vectors well enough.
@@ -53,9 +57,7 @@ def group(n, itemsize):
 
 def scratch_size(n, m):
     """Numbers of scratch that one problem's solution or covariance needs."""
-    wide, narrow = n + COLUMNS, m + COLUMNS
-    both = n + m + 2 * COLUMNS
-    one = 6 * both * both + 4 * wide * wide + 4 * narrow * both
+    one = 6 * (n + m + 2 * COLUMNS) ** 2
     return max(one, lanes.scratch_size(n, m) if n <= LANES_UP_TO else 0)
 
 
@@ -67,108 +69,84 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
     V, v = cost
     T, n, m = B.shape
     dtype = A.dtype
-    half, one, zero = dtype.type(0.5), dtype.type(1.0), dtype.type(0.0)
-    n8, m8 = round_up(n, COLUMNS), round_up(m, COLUMNS)
+    one, zero = dtype.type(1.0), dtype.type(0.0)
+    n8, m8 = round_up(n + 1, COLUMNS), round_up(m, COLUMNS)
     ld = m8 + n8
-    G, end = carve(scratch, 0, n8, ld)  # [V B | V A]
-    H, end = carve(scratch, end, m8, ld)  # B' G = [Quu | Qux]
-    D, end = carve(scratch, end, n8, n8)  # A' V A - W' W, its upper triangle
-    E, end = carve(scratch, end, m8, 2 * m8)  # [Quu | I], later [U | L]
-    W, end = carve(scratch, end, m8, n8)  # L Qux
-    gain, end = carve(scratch, end, m8, n8)
-    inverse, end = carve(scratch, end, m8, m8)
-    gx, gu = scratch[end : end + n8], scratch[end + n8 : end + ld]
-    w = scratch[end + ld : end + ld + m8]  # L qu
-    slope = scratch[end + ld + m8 : end + 2 * ld]
-    # Matrices are used as they stand, with whole vectors read beyond the ends of rows, which spoils
-    # only padding. Near an array's end, where that would leave the array, they are copied. V is
-    # written in whole blocks: where its rows are not whole vectors, into scratch.
-    wide_rows = n == n8
-    padded = scratch[end + 2 * ld : end + 2 * ld + 2 * n8 * n8 + n8 * m8]
-    end += 2 * ld + 2 * n8 * n8 + n8 * m8
-    diagonal = scratch[end : end + m]
+    ldh = ld + m8
+    P, end = carve(scratch, 0, n8, n8)  # V; its upper triangle and v while it is made
+    G, end = carve(scratch, end, n8, ld)  # V [B A] and the slope v + V c
+    H, end = carve(scratch, end, m8, ldh)  # [Quu Qux qu I], eliminated
+    L, end = carve(scratch, end, m8, ldh)  # its rows divided by the pivots, later Quu^{-1} H
+    unit, end = carve(scratch, end, m8, m8)
+    near_A, end = carve(scratch, end, n8, n8)
+    near_B, end = carve(scratch, end, n8, m8)
+    near_Q, end = carve(scratch, end, n8, n8)
+    nothing, end = carve(scratch, end, 1, n8)
+    offset, end = carve(scratch, end, 1, n8)  # c
+    slope, diagonal = scratch[end : end + n8], scratch[end + n8 : end + n8 + m]
+    end += n8 + m
     scratch[:end] = zero
-    given_A, given_B, given_Q = A.reshape(A.size), B.reshape(B.size), Q.reshape(Q.size)
-    values = V.reshape(V.size)
-    value = values if wide_rows else padded
-    p0 = n8 * n8
+    for a in range(m):
+        unit[a, a] = one
+    # Matrices are used as they stand, with whole vectors read beyond the ends of rows, which spoils
+    # only padding. Near an array's end, where that would leave the array, they are copied.
+    beyond_n, beyond_m = round_up(n, COLUMNS) - n, m8 - m
 
     for i in range(n):
         v[T, i] = q[T, i]
-        for j in range(n):
-            values[T * n * n + i * n + j] = half * (Q[T, i, j] + Q[T, j, i])
-    if not wide_rows:
-        move_rows(padded, p0, n8, values, T * n * n, n, n, n)
+    pad_rows(at(P, 0), n8, at(Q, T * n * n), n, n, n)
+    add_symmetric(at(P, 0), n8, at(nothing, 0), 0, n)
+    move_rows(at(V, T * n * n), n, at(P, 0), n8, n, n, one)
 
     for t in range(T - 1, -1, -1):
-        at = t * n * n
-        if wide_rows:
-            p0 = at + n * n
-        transition, a0, lda = given_A, at, n
-        if given_A.size - at < n * n + n8 - n:
-            move_rows(padded, 0, n8, given_A, at, n, n, n)
-            transition, a0, lda = padded, 0, n8
-        drive, b0, ldb = given_B, t * n * m, m
-        if given_B.size - b0 < n * m + m8 - m:
-            move_rows(padded, 2 * n8 * n8, m8, given_B, b0, m, n, m)
-            drive, b0, ldb = padded, 2 * n8 * n8, m8
+        A_t, lda = at(A, t * n * n), n
+        if A.size - t * n * n < n * n + beyond_n:
+            pad_rows(at(near_A, 0), n8, A_t, n, n, n)
+            A_t, lda = at(near_A, 0), n8
+        B_t, ldb = at(B, t * n * m), m
+        if B.size - t * n * m < n * m + beyond_m:
+            pad_rows(at(near_B, 0), m8, B_t, m, n, m)
+            B_t, ldb = at(near_B, 0), m8
+        Q_t, ldq = at(Q, t * n * n), n
+        if Q.size - t * n * n < (n + beyond_n) * (n + 1):
+            pad_rows(at(near_Q, 0), n8, Q_t, n, n, n)
+            Q_t, ldq = at(near_Q, 0), n8
+        pad_rows(at(H, 0), ldh, at(R, t * m * m), m, m, m)
+        for a in range(m):
+            if has_S:
+                pad_row(at(H, a * ldh + m8), at(S, (t * m + a) * n), n)
+            else:
+                move_row(at(H, a * ldh + m8), at(nothing, 0), n8, one)
+            move_row(at(H, a * ldh + ld), at(unit, a * m8), m8, one)
+            H[a, a] += damping
+            H[a, m8 + n] = r[t, a]
         for i in range(n):
             slope[i] = v[t + 1, i]
-            gx[i] = q[t, i]
-        for a in range(m):
-            gu[a] = r[t, a]
         if has_c:
-            add_product(slope, 0, value, p0, n8, c, t * n, n, n)
-        add_row_product(gu, 0, slope, 0, drive, b0, ldb, n, m)
-        add_row_product(gx, 0, slope, 0, transition, a0, lda, n, n)
-        multiply(value, p0, n8, drive, b0, ldb, G, 0, ld, n, n, m, False)
-        multiply(value, p0, n8, transition, a0, lda, G, m8, ld, n, n, n, False)
-        multiply(drive, b0, ldb, G, 0, ld, H, 0, ld, n, m, ld, False)
-        multiply(transition, a0, lda, G, m8, ld, D, 0, n8, n, n, n, True)
+            pad_row(at(offset, 0), at(c, t * n), n)
+            add_product(at(slope, 0), at(P, 0), n8, at(offset, 0), n, n)
 
-        for a in range(m):
-            for b in range(a, m):
-                E[a, b] = H[a, b] + half * (R[t, a, b] + R[t, b, a])
-            for b in range(m):
-                E[a, m8 + b] = zero
-            E[a, a] += damping
-            E[a, m8 + a] = one
-            if has_S:
-                for j in range(n):
-                    H[a, m8 + j] += S[t, a, j]
-        if not eliminate(E, m, 2 * m8, diagonal):
-            return False
-
-        multiply_across(E, m8, 2 * m8, H, m8, ld, W, 0, n8, m, m, n)
-        subtract_square(W, 0, n8, D, 0, n8, m, n)
-        if wide_rows:
-            add_symmetric(values, at, given_Q, at, n, D, 0, n8, n)
-        elif given_Q.size - at < n8 * n + n8 - n:
-            move_rows(padded, p0, n8, given_Q, at, n, n, n)
-            add_symmetric(padded, p0, padded, p0, n8, D, 0, n8, n)
-        else:
-            add_symmetric(padded, p0, given_Q, at, n, D, 0, n8, n)
-        if not wide_rows:
-            move_rows(values, at, n, padded, p0, n8, n, n)
-
-        multiply(E, m8, 2 * m8, W, 0, n8, gain, 0, n8, m, m, n, False)
-        multiply(E, m8, 2 * m8, E, m8, 2 * m8, inverse, 0, m8, m, m, m, True)
-        for a in range(m):
-            total = zero
-            for b in range(a + 1):
-                total += E[a, m8 + b] * gu[b]
-            w[a] = total
-        subtract_row_product(gx, 0, w, 0, W, 0, n8, m, n)
-        scale_rows(K, t * m * n, n, gain, 0, n8, m, n, -one)
+        multiply(at(P, 0), n8, B_t, ldb, at(G, 0), ld, n, n, m, False)
+        multiply(at(P, 0), n8, A_t, lda, at(G, m8), ld, n, n, n, False)
         for i in range(n):
-            v[t, i] = gx[i]
+            G[i, m8 + n] = slope[i]
+        multiply_add(B_t, ldb, at(G, 0), ld, at(H, 0), ldh, n, m, m8 + n + 1, False)
+        multiply(A_t, lda, at(G, m8), ld, at(P, 0), n8, n, n, n + 1, True)
+        if not eliminate(H, L, m, ldh, diagonal):
+            return False
+        multiply_subtract(at(H, m8), ldh, at(L, m8), ldh, at(P, 0), n8, m, n, n + 1, True)
+        for i in range(n):
+            v[t, i] = P[i, n] + q[t, i]
+        add_symmetric(at(P, 0), n8, Q_t, ldq, n)
+        move_rows(at(V, t * n * n), n, at(P, 0), n8, n, n, one)
+
+        back_substitute(at(L, 0), ldh, m, m8, ldh)
+        move_rows(at(K, t * m * n), n, at(L, m8), ldh, m, n, -one)
         for a in range(m):
-            total = zero
+            k[t, a] = -L[a, m8 + n]
             for b in range(a, m):
-                total += E[b, m8 + a] * w[b]
-                Quu_inv[t, a, b] = inverse[a, b]
-                Quu_inv[t, b, a] = inverse[a, b]
-            k[t, a] = -total
+                Quu_inv[t, a, b] = L[a, ld + b]
+                Quu_inv[t, b, a] = L[a, ld + b]
     return True
 
 
@@ -176,22 +154,25 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
 def _initial(V, v, damping, dz, scratch):
     """dz = -V^{-1} v after adding the damping to V; False where V is not positive definite."""
     n = v.size
-    E, end = carve(scratch, 0, n, n + 1)
+    ld, width = round_up(n + COLUMNS, COLUMNS), round_up(n + 1, COLUMNS)
+    E, end = carve(scratch, 0, n, ld)
+    S, end = carve(scratch, end, n, ld)
+    scratch[:end] = scratch.dtype.type(0.0)
+    pad_rows(at(E, 0), ld, at(V, 0), n, n, n)
     for i in range(n):
         V[i, i] += damping
-        for j in range(n):
-            E[i, j] = V[i, j]
+        E[i, i] = V[i, i]
         E[i, n] = v[i]
-    if not eliminate(E, n, n + 1, scratch[end:]):
+    if not eliminate(E, S, n, width, scratch[end:]):
         return False
-    back_substitute(E, n, n, n + 1)
+    back_substitute(at(S, 0), ld, n, n, n + 1)
     for i in range(n):
-        dz[i] = -E[i, n]
+        dz[i] = -S[i, n]
     return True
 
 
 @part
-def _forward(problem, has_c, damping, law, cost, step):
+def _forward(problem, has_c, damping, law, cost, step, scratch):
     """Roll the rest of the step out from dz[0]; model = (decrease, linear).
 
     The curvature of J along the step follows from stationarity: the gradient of the Lagrangian is
@@ -202,29 +183,40 @@ def _forward(problem, has_c, damping, law, cost, step):
     V, v = cost
     dz, du, costate, model = step
     T, n, m = B.shape
+    n8, m8 = round_up(n, COLUMNS), round_up(m, COLUMNS)
+    z, after, p = scratch[:n8], scratch[n8 : 2 * n8], scratch[2 * n8 : 3 * n8]
+    u, nothing = scratch[3 * n8 : 3 * n8 + m8], scratch[3 * n8 + m8 : 4 * n8 + m8]
+    zero, one = z.dtype.type(0.0), z.dtype.type(1.0)
+    nothing[:] = zero
     linear, squares, offsets = 0.0, 0.0, 0.0
+    pad_row(at(z, 0), at(dz, 0), n)
     for i in range(n):
-        squares += dz[0, i] * dz[0, i]
+        squares += z[i] * z[i]
     for t in range(T + 1):
+        pad_row(at(p, 0), at(v, t * n), n)
+        add_product(at(p, 0), at(V, t * n * n), n, at(z, 0), n, n)
+        move_row(at(costate, t * n), at(p, 0), n, one)
         for i in range(n):
-            linear += q[t, i] * dz[t, i]
-            costate[t, i] = v[t, i]
-        add_product(costate, t * n, V, t * n * n, n, dz, t * n, n, n)
+            linear += q[t, i] * z[i]
         if has_c and t > 0:
             for i in range(n):
-                offsets += costate[t, i] * c[t - 1, i]
+                offsets += p[i] * c[t - 1, i]
         if t == T:
             break
+        pad_row(at(u, 0), at(k, t * m), m)
+        add_product(at(u, 0), at(K, t * m * n), n, at(z, 0), m, n)
+        if has_c:
+            pad_row(at(after, 0), at(c, t * n), n)
+        else:
+            move_row(at(after, 0), at(nothing, 0), n8, one)
+        add_product(at(after, 0), at(A, t * n * n), n, at(z, 0), n, n)
+        add_product(at(after, 0), at(B, t * n * m), m, at(u, 0), n, m)
         for a in range(m):
-            du[t, a] = k[t, a]
-        add_product(du, t * m, K, t * m * n, n, dz, t * n, m, n)
-        for a in range(m):
-            linear += r[t, a] * du[t, a]
-            squares += du[t, a] * du[t, a]
-        for i in range(n):
-            dz[t + 1, i] = c[t, i] if has_c else 0.0
-        add_product(dz, (t + 1) * n, A, t * n * n, n, dz, t * n, n, n)
-        add_product(dz, (t + 1) * n, B, t * n * m, m, du, t * m, n, m)
+            linear += r[t, a] * u[a]
+            squares += u[a] * u[a]
+        move_row(at(du, t * m), at(u, 0), m, one)
+        move_row(at(dz, (t + 1) * n), at(after, 0), n, one)
+        z, after = after, z
     model[0] = -linear - 0.5 * (offsets - linear - damping * squares)
     model[1] = linear
 
@@ -270,7 +262,7 @@ def finish_one(b, good, problem, has_c, damping, free, law, cost, step, scratch)
     if good and free:
         good = _initial(V[b, 0], v[b, 0], damping[b], dz[b, 0], scratch)
     if good:
-        _forward(problem_b, has_c, damping[b], law_b, cost_b, step_b)
+        _forward(problem_b, has_c, damping[b], law_b, cost_b, step_b, scratch)
     # what is not finite in one V makes the earlier ones so, in every place: the first will do
     good = good and all_finite(flat(V[b], 0))
     rest = (
@@ -333,32 +325,31 @@ def covariance_of_one(A, B, K, Quu_inv, V0, Sigma, scratch):
     start = end
     X, end = carve(scratch, end, n + m8, n8)  # [C'; B']
     Y, end = carve(scratch, end, n + m8, n8)  # [Sigma C'; Quu_inv B']
-    D, end = carve(scratch, end, n8, n8)
     gain, end = carve(scratch, end, m8, n8)
     inverse, end = carve(scratch, end, m8, m8)
-    zero = scratch.dtype.type(0.0)
-    scratch[start:end] = zero
+    nothing, end = carve(scratch, end, 1, n8)
+    one = scratch.dtype.type(1.0)
+    scratch[start:end] = scratch.dtype.type(0.0)
     below = n * n8
     for t in range(T):
-        move_rows(Sigma, t * n * n, n, P, 0, n8, n, n)
-        move_rows(gain, 0, n8, K, t * m * n, n, m, n)
-        move_rows(inverse, 0, m8, Quu_inv, t * m * m, m, m, m)
+        move_rows(at(Sigma, t * n * n), n, at(P, 0), n8, n, n, one)
+        pad_rows(at(gain, 0), n8, at(K, t * m * n), n, m, n)
+        pad_rows(at(inverse, 0), m8, at(Quu_inv, t * m * m), m, m, m)
         for a in range(m):
             for j in range(n):
                 X[n + a, j] = B[t, j, a]
-        multiply(gain, 0, n8, X, below, n8, X, 0, n8, m, n, n, False)
+        multiply(at(gain, 0), n8, at(X, below), n8, at(X, 0), n8, m, n, n, False)
         for a in range(m):
             for j in range(n):
                 X[n + a, j] = B[t, j, a]
         for i in range(n):
             for j in range(n):
                 X[i, j] += A[t, j, i]
-        multiply(P, 0, n8, X, 0, n8, Y, 0, n8, n, n, n, False)
-        multiply(inverse, 0, m8, X, below, n8, Y, below, n8, m, m, n, False)
-        multiply(X, 0, n8, Y, 0, n8, D, 0, n8, n + m, n, n, True)
-        P[:] = zero
-        add_symmetric(P, 0, P, 0, n8, D, 0, n8, n)
-    move_rows(Sigma, T * n * n, n, P, 0, n8, n, n)
+        multiply(at(P, 0), n8, at(X, 0), n8, at(Y, 0), n8, n, n, n, False)
+        multiply(at(inverse, 0), m8, at(X, below), n8, at(Y, below), n8, m, m, n, False)
+        multiply(at(X, 0), n8, at(Y, 0), n8, at(P, 0), n8, n + m, n, n, True)
+        add_symmetric(at(P, 0), n8, at(nothing, 0), 0, n)
+    move_rows(at(Sigma, T * n * n), n, at(P, 0), n8, n, n, one)
     return True
 
 

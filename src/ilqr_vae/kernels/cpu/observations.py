@@ -27,7 +27,7 @@ from ilqr_vae.kernels.cpu.panels import (
     times_panels,
     whole,
 )
-from ilqr_vae.kernels.cpu.tiles import PANEL
+from ilqr_vae.kernels.cpu.tiles import PANEL, at
 
 
 def scratch_size(T, n):
@@ -171,7 +171,7 @@ def score(channels, z, values, mask, d, w):
     T, N = values.shape
     n = z.shape[1]
     N8 = d.shape[1]
-    times_panels(z, n, n, T, affine, d, 0, N8)
+    times_panels(at(z, n), n, T, affine, at(d, 0), N8)
     total = 0.0
     for t in range(T):
         if rates[0]:
@@ -194,8 +194,8 @@ def quadratise(channels, d, w, q, Q, scratch):
     n8 = whole(n)
     H, end = carve(scratch, 0, T, triangle)
     g, end = carve(scratch, end, T, n8)
-    times_panels(d, 0, N8, T, slope, g, 0, n8)
-    times_panels(w, 0, N8, T, curvature, H, 0, triangle)
+    times_panels(at(d, 0), N8, T, slope, at(g, 0), n8)
+    times_panels(at(w, 0), N8, T, curvature, at(H, 0), triangle)
     one = Q.dtype.type(1.0)
     for t in range(T):
         for i in range(n):
@@ -204,7 +204,8 @@ def quadratise(channels, d, w, q, Q, scratch):
             for j in range(i):
                 Q[t + 1, i, j] = H[t, column]
                 column += n - j - 1
-            move_row(Q, ((t + 1) * n + i) * n + i, H, t * triangle + column, n - i, one)
+            diagonal = at(Q, ((t + 1) * n + i) * n + i)
+            move_row(diagonal, at(H, t * triangle + column), n - i, one)
 
 
 @inner
@@ -215,7 +216,7 @@ def expected(channels, z, mean):
     N8 = mean.shape[1]
     n = z.shape[1]
     one, zero = mean.dtype.type(1.0), mean.dtype.type(0.0)
-    times_panels(z, 0, n, 1, affine, mean, 0, N8)
+    times_panels(at(z, 0), n, 1, affine, at(mean, 0), N8)
     for i in range(N8):
         mean[0, i] += bias[i]
     for i in range(poisson):

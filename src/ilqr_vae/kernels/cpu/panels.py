@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.kernels.cpu.algebra import compiled, inner, never_inline, round_up
-from ilqr_vae.kernels.cpu.tiles import COLUMNS, PANEL, ROWS, Emit, make_tile
+from ilqr_vae.kernels.cpu.tiles import COLUMNS, PANEL, ROWS, Emit, ahead, at, make_tile
 
 _rows = make_tile(ROWS, PANEL, across=True)
 _four_rows = make_tile(4, PANEL, across=True)
@@ -205,23 +205,22 @@ def pack_products(C, panels):
 
 
 @inner
-def times_panels(X, x0, ldx, rows, panels, C, c0, ldc):
+def times_panels(X, ldx, rows, panels, C, ldc):
     """C = X P for a row-major X with ``rows`` rows; C gets all of the panels' columns written.
 
-    X and C are flat, with row lengths ldx and ldc, and start at x0 and c0.
+    X and C are pointers, with row lengths ldx and ldc.
     """
     never_inline()
     count, length, _ = panels.shape
     most, fours = rows // ROWS * ROWS, rows // 4 * 4
     for p in range(count):
-        y0 = p * length * PANEL
-        column = c0 + p * PANEL
+        y, c = at(panels, p * length * PANEL), ahead(C, p * PANEL)
         for i in range(0, most, ROWS):
-            _rows(X, x0 + i * ldx, ldx, panels, y0, PANEL, C, column + i * ldc, ldc, length)
+            _rows(ahead(X, i * ldx), ldx, y, PANEL, ahead(c, i * ldc), ldc, length)
         for i in range(most, fours, 4):
-            _four_rows(X, x0 + i * ldx, ldx, panels, y0, PANEL, C, column + i * ldc, ldc, length)
+            _four_rows(ahead(X, i * ldx), ldx, y, PANEL, ahead(c, i * ldc), ldc, length)
         for i in range(fours, rows):
-            _one_row(X, x0 + i * ldx, ldx, panels, y0, PANEL, C, column + i * ldc, ldc, length)
+            _one_row(ahead(X, i * ldx), ldx, y, PANEL, ahead(c, i * ldc), ldc, length)
 
 
 @inner

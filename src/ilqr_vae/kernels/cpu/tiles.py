@@ -1,8 +1,9 @@
 """Vector instructions the CPU kernels are made of, written out: tiles of products, rows, blocks.
 
 LLVM's vectoriser does badly at the sizes met here (a few rows of 20 to 80 numbers: remainders and
-alias checks cost more than the arithmetic). Everything here takes flat positions in C-contiguous
-arrays, of which only the memory is used, and works at every size: nothing is compiled per (n, m).
+alias checks cost more than the arithmetic). Everything here takes pointers into the memory of
+C-contiguous arrays and works at every size: nothing is compiled per (n, m). A pointer is one
+argument where numba passes an array as seven or more, and here a call has three of them.
 
 A tile's sum runs over its terms in order, each fused where the processor can, so its bits depend
 neither on what surrounds it nor on the tile's shape. No fastmath: NaN must be seen.
@@ -91,6 +92,22 @@ class Emit:
         )
         return self.builder.call(called, [a, b, c])
 
+    def load_first(self, pointer: Any, count: Any) -> Any:
+        """The first ``count`` numbers from there, then zeros; no others are read."""
+        number = ir.VectorType(count.type, self.lanes)
+        one = self.builder.insert_element(ir.Constant(number, ir.Undefined), count, _LANE(0))
+        everywhere = ir.Constant(ir.VectorType(_LANE, self.lanes), [_LANE(0)] * self.lanes)
+        counts = self.builder.shuffle_vector(one, one, everywhere)
+        inside = self.builder.icmp_signed("<", ir.Constant(number, list(range(self.lanes))), counts)
+        place = self.builder.bitcast(pointer, self.vector.as_pointer())
+        kinds = [place.type, _LANE, inside.type, self.vector]
+        called = cgutils.get_or_insert_function(
+            self.builder.module,
+            ir.FunctionType(self.vector, kinds),
+            f"llvm.masked.load.{self.name}.p0{self.name}",
+        )
+        return self.builder.call(called, [place, _LANE(self.size), inside, self.zero])
+
     def pick(self, a: Any, b: Any, lanes: list[int]) -> Any:
         """Lanes of a (0 ...) and b (``lanes`` ...)."""
         mask = ir.Constant(ir.VectorType(_LANE, len(lanes)), [_LANE(i) for i in lanes])
@@ -98,6 +115,36 @@ class Emit:
 
     def done(self) -> Any:
         return self.context.get_dummy_value()
+
+
+@intrinsic
+def at(typingctx: Any, array: Any, offset: Any) -> Any:
+    """A pointer to an array's number ``offset``, counted through its memory."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return Emit(context, builder, signature, args, COLUMNS).at(0, args[1])
+
+    return types.CPointer(array.dtype)(array, _SIZE), codegen
+
+
+@intrinsic
+def ahead(typingctx: Any, pointer: Any, offset: Any) -> Any:
+    """The pointer ``offset`` numbers further."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, _SIZE), codegen
+
+
+@intrinsic
+def load(typingctx: Any, pointer: Any) -> Any:
+    """The number there."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(args[0])
+
+    return pointer.dtype(pointer), codegen
 
 
 def make_tile(
@@ -111,32 +158,18 @@ def make_tile(
 ) -> Any:
     """An intrinsic that computes ``rows`` x (``vectors`` x ``columns``) numbers of a product.
 
-    tile(X, x0, ldx, Y, y0, ldy, C, c0, ldc, length):
-    C[c0 + i ldc + j] = sum_l X(l, i) Y[y0 + l ldy + j] for these i and j, where X(l, i) is
-    X[x0 + l ldx + i], or with ``across`` X[x0 + i ldx + l] (X as it stands, not transposed). With
-    ``onto`` the sum is added to what stands in C, with ``minus`` taken from it.
+    tile(X, ldx, Y, ldy, C, ldc, length): C[i ldc + j] = sum_l X(l, i) Y[l ldy + j] for these i and
+    j, where X(l, i) is X[l ldx + i], or with ``across`` X[i ldx + l] (X as it stands, not
+    transposed). With ``onto`` the sum is added to what stands in C, with ``minus`` taken from it.
     """
 
     def tile(
-        typingctx: Any,
-        X: Any,
-        x0: Any,
-        ldx: Any,
-        Y: Any,
-        y0: Any,
-        ldy: Any,
-        C: Any,
-        c0: Any,
-        ldc: Any,
-        length: Any,
+        typingctx: Any, X: Any, ldx: Any, Y: Any, ldy: Any, C: Any, ldc: Any, length: Any
     ) -> Any:
-        signature = types.void(X, _SIZE, _SIZE, Y, _SIZE, _SIZE, C, _SIZE, _SIZE, _SIZE)
-
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e = Emit(context, builder, signature, args, columns)
-            _, x0, ldx, _, y0, ldy, _, c0, ldc, length = args
-            x, y, c = e.at(0, x0), e.at(3, y0), e.at(6, c0)
-            starts = [ir.Constant(x0.type, v * columns) for v in range(vectors)]
+            x, ldx, y, ldy, c, ldc, length = args
+            starts = [ir.Constant(ldx.type, v * columns) for v in range(vectors)]
             places = [
                 [e.ahead(row, start) for start in starts]
                 for row in (e.ahead(c, e.times(i, ldc)) for i in range(rows))
@@ -153,7 +186,7 @@ def make_tile(
                     place = (
                         e.ahead(x_rows[i], loop.index)
                         if across
-                        else e.ahead(x_row, ir.Constant(x0.type, i))
+                        else e.ahead(x_row, ir.Constant(ldx.type, i))
                     )
                     factor = e.spread(builder.load(place))
                     factor = builder.fneg(factor) if minus else factor
@@ -163,38 +196,38 @@ def make_tile(
                 e.store(builder.load(total), place)
             return e.done()
 
-        return signature, codegen
+        return types.void(X, _SIZE, Y, _SIZE, C, _SIZE, _SIZE), codegen
 
     return intrinsic(tile)
 
 
 def make_move(width: int) -> Any:
-    """An intrinsic move(target, t, factor, source, s): target[t : t + width] = factor *
-    source[s : s + width]."""
+    """An intrinsic move(target, factor, source): ``width`` numbers of factor * source."""
 
-    def move(typingctx: Any, target: Any, t: Any, factor: Any, source: Any, s: Any) -> Any:
+    def move(typingctx: Any, target: Any, factor: Any, source: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e = Emit(context, builder, signature, args, width)
-            e.store(builder.fmul(e.spread(args[2]), e.load(e.at(3, args[4]))), e.at(0, args[1]))
+            target, factor, source = args
+            e.store(builder.fmul(e.spread(factor), e.load(source)), target)
             return e.done()
 
-        return types.void(target, _SIZE, target.dtype, source, _SIZE), codegen
+        return types.void(target, target.dtype, source), codegen
 
     return intrinsic(move)
 
 
 def make_add(width: int) -> Any:
-    """An intrinsic add(target, t, factor, source, s): target[t : t + width] += factor *
-    source[s : s + width], fused."""
+    """An intrinsic add(target, factor, source): ``width`` numbers target += factor * source,
+    fused."""
 
-    def add(typingctx: Any, target: Any, t: Any, factor: Any, source: Any, s: Any) -> Any:
+    def add(typingctx: Any, target: Any, factor: Any, source: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e = Emit(context, builder, signature, args, width)
-            place = e.at(0, args[1])
-            e.store(e.fma(e.spread(args[2]), e.load(e.at(3, args[4])), e.load(place)), place)
+            target, factor, source = args
+            e.store(e.fma(e.spread(factor), e.load(source), e.load(target)), target)
             return e.done()
 
-        return types.void(target, _SIZE, target.dtype, source, _SIZE), codegen
+        return types.void(target, target.dtype, source), codegen
 
     return intrinsic(add)
 
@@ -217,101 +250,97 @@ def transposed(e: Emit, rows: list[Any]) -> list[Any]:
 
 
 def make_mirror(size: int, *, diagonal: bool) -> Any:
-    """An intrinsic that adds a matrix to half of a symmetric sum, block by block.
-
-    mirror(Z, upper, lower, ldz, Q, q_upper, q_lower, ldq, P, p0, ldp): for the size x size blocks
-    of Z and Q at (i, j) and (j, i), and of P at (i, j),
-    Z(i, j) = P(i, j) + (Q(i, j) + Q(j, i)') / 2 and Z(j, i) = Z(i, j)'. With ``diagonal`` i is j
-    and P is replaced by the mean of itself and its transpose. Z may be Q.
-    """
+    """An intrinsic mirror(Z, ldz, upper, lower, Q, ldq, q): to a size x size block of Z, at
+    ``upper``, that of Q at q is added, and the transpose of the sum is written at ``lower``. With
+    ``diagonal`` only the block's own upper triangle is read, and its mirror image is written."""
 
     def mirror(
-        typingctx: Any,
-        Z: Any,
-        upper: Any,
-        lower: Any,
-        ldz: Any,
-        Q: Any,
-        q_upper: Any,
-        q_lower: Any,
-        ldq: Any,
-        P: Any,
-        p0: Any,
-        ldp: Any,
+        typingctx: Any, Z: Any, ldz: Any, upper: Any, lower: Any, Q: Any, ldq: Any, q: Any
     ) -> Any:
-        signature = types.void(Z, _SIZE, _SIZE, _SIZE, Q, _SIZE, _SIZE, _SIZE, P, _SIZE, _SIZE)
-
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e = Emit(context, builder, signature, args, size)
-            _, upper, lower, ldz, _, q_upper, q_lower, ldq, _, p0, ldp = args
-            half = ir.Constant(e.vector, [e.scalar(0.5)] * size)
+            z, ldz, upper, lower, q, ldq, place = args
 
-            def rows(array: int, start: Any, ld: Any) -> list[Any]:
-                base = e.at(array, start)
-                return [e.load(e.ahead(base, e.times(i, ld))) for i in range(size)]
+            def rows(base: Any, ld: Any) -> list[Any]:
+                return [e.ahead(base, e.times(i, ld)) for i in range(size)]
 
             def write(values: list[Any], start: Any) -> None:
-                base = e.at(0, start)
-                for i, value in enumerate(values):
-                    e.store(value, e.ahead(base, e.times(i, ldz)))
+                for value, row in zip(values, rows(e.ahead(z, start), ldz), strict=True):
+                    e.store(value, row)
 
-            here, added = rows(4, q_upper, ldq), rows(8, p0, ldp)
+            pairs = zip(rows(e.ahead(z, upper), ldz), rows(e.ahead(q, place), ldq), strict=True)
+            total = [builder.fadd(e.load(a), e.load(b)) for a, b in pairs]
+            turned = transposed(e, total)
             if diagonal:
-                both = [builder.fadd(a, b) for a, b in zip(here, added, strict=True)]
-                turned = transposed(e, both)
-                pairs = zip(both, turned, strict=True)
-                write([builder.fmul(half, builder.fadd(a, b)) for a, b in pairs], upper)
-                return e.done()
-            turned = transposed(e, rows(4, q_lower, ldq))
-            total = [
-                e.fma(half, builder.fadd(a, b), c)
-                for a, b, c in zip(here, turned, added, strict=True)
-            ]
-            write(total, upper)
-            write(transposed(e, total), lower)
+                lanes = [[j + (size if j < i else 0) for j in range(size)] for i in range(size)]
+                parts = zip(total, turned, lanes, strict=True)
+                write([e.pick(row, column, chosen) for row, column, chosen in parts], upper)
+            else:
+                write(total, upper)
+                write(turned, lower)
             return e.done()
 
-        return signature, codegen
+        return types.void(Z, _SIZE, _SIZE, _SIZE, Q, _SIZE, _SIZE), codegen
 
     return intrinsic(mirror)
 
 
-def make_dots(width: int, rows: int) -> Any:
-    """An intrinsic dots(out, o, M, m0, ldm, x, x0, length): for ``rows`` (one or ``width``) of M,
-    out[o + i] += sum_j M[m0 + i ldm + j] x[x0 + j] over the first ``length`` // width * width j."""
+def make_pad(width: int) -> Any:
+    """An intrinsic pad(target, source, count): ``count`` numbers, then zeros up to ``width``."""
 
-    def dots(
-        typingctx: Any, out: Any, o: Any, M: Any, m0: Any, ldm: Any, x: Any, x0: Any, length: Any
-    ) -> Any:
+    def pad(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e = Emit(context, builder, signature, args, width)
-            _, o, _, m0, ldm, _, x0, length = args
-            sums = [cgutils.alloca_once(builder, e.vector) for _ in range(rows)]
+            target, source, count = args
+            e.store(e.load_first(source, count), target)
+            return e.done()
+
+        return types.void(target, source, _SIZE), codegen
+
+    return intrinsic(pad)
+
+
+def make_dots(width: int) -> Any:
+    """An intrinsic dots(out, M, ldm, x, rows, length): for ``width`` rows of M, of which the ones
+    after the first ``rows`` count as the last, out[i] += sum_j M[i ldm + j] x[j] over ``length`` j.
+    To the next multiple of ``width`` out is written and x read; what stands there in x must be
+    finite."""
+
+    def dots(typingctx: Any, out: Any, M: Any, ldm: Any, x: Any, rows: Any, length: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            e = Emit(context, builder, signature, args, width)
+            out, m, ldm, x, rows, length = args
+            sums = [cgutils.alloca_once(builder, e.vector) for _ in range(width)]
             for total in sums:
                 builder.store(e.zero, total)
-            m, x = e.at(2, m0), e.at(5, x0)
-            starts = [e.ahead(m, e.times(i, ldm)) for i in range(rows)]
+            last = builder.sub(rows, ir.Constant(rows.type, 1))
+            starts: list[Any] = []
+            for i in range(width):
+                here = ir.Constant(rows.type, i)
+                row = builder.select(builder.icmp_signed("<", here, last), here, last)
+                starts.append(e.ahead(m, builder.mul(row, ldm)))
             unit = ir.Constant(length.type, width)
-            with cgutils.for_range(builder, builder.udiv(length, unit)) as loop:
-                j = builder.mul(loop.index, unit)
+
+            def add(j: Any, count: Any = None) -> None:
                 factor = e.load(e.ahead(x, j))
                 for row, total in zip(starts, sums, strict=True):
-                    value = e.load(e.ahead(row, j))
+                    place = e.ahead(row, j)
+                    value = e.load(place) if count is None else e.load_first(place, count)
                     builder.store(e.fma(value, factor, builder.load(total)), total)
-            totals = [builder.load(total) for total in sums]
-            turned = transposed(e, totals + [e.zero] * (width - rows))
+
+            with cgutils.for_range(builder, builder.udiv(length, unit)) as loop:
+                add(builder.mul(loop.index, unit))
+            rest = builder.urem(length, unit)
+            with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(rest.type, 0))):
+                add(builder.sub(length, rest), rest)
+            turned = transposed(e, [builder.load(total) for total in sums])
             while len(turned) > 1:
                 pairs = zip(turned[::2], turned[1::2], strict=True)
                 turned = [builder.fadd(a, b) for a, b in pairs]
-            place = e.at(0, o)
-            if rows == width:
-                e.store(builder.fadd(e.load(place), turned[0]), place)
-            else:
-                found = builder.extract_element(turned[0], _LANE(0))
-                builder.store(builder.fadd(builder.load(place), found), place)
+            e.store(builder.fadd(e.load(out), turned[0]), out)
             return e.done()
 
-        return types.void(out, _SIZE, M, _SIZE, _SIZE, x, _SIZE, _SIZE), codegen
+        return types.void(out, M, _SIZE, x, _SIZE, _SIZE), codegen
 
     return intrinsic(dots)
 

@@ -33,14 +33,14 @@ from ilqr_vae.kernels.cpu.iteration import ITERATION_LIMIT, NOT_FINITE, RUNNING,
 from ilqr_vae.kernels.cpu.lqr import covariance_of_one, solve_one
 from ilqr_vae.kernels.cpu.lqr import scratch_size as lqr_scratch
 from ilqr_vae.kernels.cpu.panels import finite, whole
-from ilqr_vae.kernels.cpu.tiles import PANEL
+from ilqr_vae.kernels.cpu.tiles import PANEL, at
 
 
 def scratch_size(T, n, m, N, hidden, recurrent):
     """Numbers of scratch that one thread needs; ``hidden``, ``recurrent``: of the readout."""
     n8, N8 = n + PANEL, N + PANEL
     absorb = 2 * n + m + 2 * n8 + 2 * N8 + 5 * n * n + 2 * n + n * m
-    absorb += 5 * n8 * n8 + 2 * (n8 + m) * n8 + 3 * n8 * n8 + n8
+    absorb += 3 * n8 * n8 + 2 * (n8 + m) * n8 + 5 * n8 * n8 + n8
     absorb += max(rollout_scratch(n, m), observations.scratch_size(1, n))
     answer = (T + 1) * n * n + lqr_scratch(n, m) + N8 + n + hidden + 10 * (recurrent + PANEL)
     return max(absorb, answer)
@@ -106,9 +106,9 @@ def _absorb(b, model, before, mean, precision, scratch):
             # R is diagonal, so R^-1 r = u - centre
             shift[i] -= B[0, i, a] * (u[b, 0, a] - centre[a])
             X[n + a, i] = B[0, i, a] / math.sqrt(share * input_precision[a])
-    multiply(P, 0, n8, X, 0, n8, Y, 0, n8, n, n, n, False)
-    move_rows(Y, n * n8, n8, X, n * n8, n8, m, n)
-    multiply(X, 0, n8, Y, 0, n8, P_minus, 0, n8, n + m, n, n, True)
+    multiply(at(P, 0), n8, at(X, 0), n8, at(Y, 0), n8, n, n, n, False)
+    move_rows(at(Y, n * n8), n8, at(X, n * n8), n8, m, n, z.dtype.type(1.0))
+    multiply(at(X, 0), n8, at(Y, 0), n8, at(P_minus, 0), n8, n + m, n, n, True)
     trace = zero
     for i in range(n):
         trace += P_minus[i, i]
@@ -119,7 +119,10 @@ def _absorb(b, model, before, mean, precision, scratch):
     if not inverse_of_symmetric(P_minus, information, n, rest):
         return False
 
-    E, end = carve(rest, 0, n, n + 1)
+    ld, width = round_up(n + COLUMNS, COLUMNS), round_up(n + 1, COLUMNS)
+    E, end = carve(rest, 0, n, ld)
+    S, end = carve(rest, end, n, ld)
+    rest[:end] = zero
     for i in range(n):
         total = -q[1, i]
         for j in range(n):
@@ -127,11 +130,11 @@ def _absorb(b, model, before, mean, precision, scratch):
             precision[b, i, j] = information[i, j] + Q[1, i, j]
             E[i, j] = precision[b, i, j]
         E[i, n] = total
-    if not eliminate(E, n, n + 1, rest[end:]):
+    if not eliminate(E, S, n, width, rest[end:]):
         return False
-    back_substitute(E, n, n, n + 1)
+    back_substitute(at(S, 0), ld, n, n, n + 1)
     for i in range(n):
-        mean[b, i] = z[b, 1, i] + E[i, n]
+        mean[b, i] = z[b, 1, i] + S[i, n]
     return True
 
 
