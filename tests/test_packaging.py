@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
+from ilqr_clients import ServiceClient
 from ilqr_service.settings import ServiceSettings, http_address, load_settings
 from ilqr_training.config import load_config
 from ilqr_vae.cli import GROUP, SUMMARIES, main
@@ -55,6 +57,40 @@ def test_ctrl_c_while_a_verb_is_loading_is_no_traceback(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(EntryPoint, "load", interrupted)
     assert main(["train"]) == 130
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_ctrl_c_in_a_verb_is_one_line(
+    swallowed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Destroyed:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def verb() -> None:
+        if not swallowed:
+            raise KeyboardInterrupt
+        Destroyed()  # of no name: it is destroyed at once, and Python only reports the exception
+        for _ in range(10**9):  # until the interrupt is raised again
+            pass
+
+    app = typer.Typer()
+    app.command()(verb)
+    monkeypatch.setattr(EntryPoint, "load", lambda _: app)
+    assert main(["train"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_an_interrupted_recorder_says_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: ServiceClient) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ServiceClient, "describe", interrupted)
+    assert main(["record", "rat", "--out", str(tmp_path / "rat.nwb")]) == 130
+    assert capsys.readouterr() == ("", "interrupted: nothing came\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("imported", ["ilqr_vae.cli", "typer", "numpy"])

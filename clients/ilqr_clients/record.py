@@ -30,6 +30,11 @@ _TURN_S, _SILENCE_S, _REFRESH_S, _SHARE = 0.2, 2.0, 1.0, 0.1
 Say = Callable[[str], None]
 
 
+def log_of(out: Path) -> Path:
+    """Return the path of the messages that a recorder of ``out`` stores as they come."""
+    return out.with_name(out.name + ".log")
+
+
 class Recorder(Closing):
     """Records the runs of one session.
 
@@ -63,7 +68,7 @@ class Recorder(Closing):
         say: Say = lambda _: None,
     ) -> None:
         check_out(out, force=True)  # it has a name
-        log = out.with_name(out.name + ".log")
+        log = log_of(out)
         check_out(out, force=force or log.exists())
         self._path = out
         self.written: dict[Path, int] = {}

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ilqr_clients.record import Recorder
+from ilqr_clients.record import Recorder, log_of
 from ilqr_vae.commands.about import (
     Age,
     Experimenter,
@@ -78,6 +78,11 @@ def record(
                 recorder.run(stop)
             except KeyboardInterrupt:
                 stop.set()
+    except KeyboardInterrupt:  # while connecting, or again while the file is written
+        log = log_of(out)
+        kept = f"{log.name} has what came, the same command continues from it"
+        screen.print(f"interrupted: {kept if log.exists() else 'nothing came'}")
+        raise typer.Exit(130) from None
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, before)

@@ -10,6 +10,7 @@ usage is wrong; 3 the service refused, is not reachable or cannot start; 4 train
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import re
@@ -31,6 +32,7 @@ from ilqr_vae.terminal import any_encoding, console
 
 GROUP = "ilqr_vae.verbs"
 COMPLETING = "_ILQR_VAE_COMPLETE"
+_AGAIN_S = 0.1
 _AS_IT_IS = "\b\n"
 
 # One line per verb, here so that --help need not import their packages.
@@ -140,20 +142,39 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt:  # also while a verb's packages are imported, which takes seconds
-        return 130
+        return _interrupted()
 
 
 @contextmanager
 def _interruptible() -> Generator[None]:
-    before = signal.getsignal(signal.SIGINT)
+    """Have Ctrl-C raise ``KeyboardInterrupt``, again if a destructor swallowed it."""
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield  # SIGINT is ignored, or not ours to handle
         return
+
+    again = threading.Timer(_AGAIN_S, _thread.interrupt_main)  # not within the hook
+    again.daemon = True
+
+    def unraisable(swallowed: sys.UnraisableHookArgs) -> None:
+        if not issubclass(swallowed.exc_type, KeyboardInterrupt):
+            hook(swallowed)
+        elif again.ident is None:
+            again.start()
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        again.cancel()
         signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = hook
+
+
+def _interrupted() -> int:
+    console(stderr=True).print("interrupted")
+    return 130
 
 
 def _run(argv: list[str] | None) -> int:
@@ -195,6 +216,8 @@ def _run(argv: list[str] | None) -> int:
             f"{verb}: expected a path that the system takes, got {length} characters", 2
         )
     except SystemExit as stop:
+        if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            return _interrupted()  # the verb did not handle it
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 
