@@ -332,21 +332,6 @@ def test_after_a_stall_the_streams_are_in_time_again(engine: Engine) -> None:
     assert max(late) < stall_at + stall + 10 * width
 
 
-def test_what_a_step_costs_is_followed() -> None:
-    cost = cost_of(0.0, 1.0)
-    cost.measured(one=1e6, many=5e6, bins=9)
-    assert (cost.ns(0), cost.ns(1), cost.ns(9)) == (0.0, 1e6, 5e6)
-    for _ in range(200):
-        cost.learn(3, 4e6)
-    assert cost.ns(3) == pytest.approx(4e6, rel=0.01)
-    cost.measured(one=1e6, many=1e8, bins=2)  # the machine was busy with something else then
-    for _ in range(200):
-        cost.learn(1, 1e6)
-    assert cost.ns(1) == pytest.approx(1e6, rel=0.01)
-    cost.measured(one=1e6, many=1e6, bins=1)
-    assert cost.ns(2) == 2e6
-
-
 def test_a_snapshot_goes_on_as_it_was_solved_though_its_time_is_over(engine: Engine) -> None:
     for index in range(H + 2):
         bin_ = msgspec.structs.replace(work(210, index, "plain"), anytime=True)

@@ -119,3 +119,18 @@ def test_a_feeder_within_its_credits_is_never_shed() -> None:
     load.run([])
     assert {solver for _, solver, _ in load.answers.values()} == {"converged"}
     assert not load.refused
+
+
+def test_what_a_step_costs_is_followed() -> None:
+    cost = Cost(50_000_000, 5, 256, 0.0, 1.0)
+    cost.measured(one=1e6, many=5e6, bins=9)
+    assert (cost.ns(0), cost.ns(1), cost.ns(9)) == (0.0, 1e6, 5e6)
+    for _ in range(200):
+        cost.learn(3, 4e6)
+    assert cost.ns(3) == pytest.approx(4e6, rel=0.01)
+    cost.measured(one=1e6, many=1e8, bins=2)  # the machine was busy with something else then
+    for _ in range(200):
+        cost.learn(1, 1e6)
+    assert cost.ns(1) == pytest.approx(1e6, rel=0.01)
+    cost.measured(one=1e6, many=1e6, bins=1)
+    assert cost.ns(2) == 2e6
