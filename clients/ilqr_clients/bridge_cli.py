@@ -93,6 +93,7 @@ def bridge(
         threshold=threshold,
         say=lambda line: screen.print(line, markup=False),
     ) as running:
+        screen.print(f"feeds session {session} from {stream}; Ctrl-C ends it")
         if duration is not None:
             timer.start()
         before = signal.signal(signal.SIGTERM, lambda *_: stop.set())

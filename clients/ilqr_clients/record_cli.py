@@ -72,6 +72,7 @@ def record(
             say=lambda line: screen.print(line, markup=False),
         )
         with recorder:
+            screen.print(f"records session {session} to {out}; Ctrl-C ends it")
             if duration is not None:
                 timer.start()
             try:

@@ -233,7 +233,7 @@ def latency_table(
     of = ("p50", "p99", "p99.9", "max")
     known = {stage: values for stage, values in stages.items() if values["n"]}
     rows = [
-        (stage, *(milliseconds(values[q]) for q in of), str(values["n"]))
+        (stage, *(milliseconds(values[q]) for q in of), str(int(values["n"])))
         for stage, values in known.items()
     ]
     columns = ("stage", *of, "n")
