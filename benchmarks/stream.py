@@ -99,13 +99,15 @@ def time_parts(est: MovingHorizon, whole: float, *, seconds: float = 0.3) -> Row
     To measure them, the step runs in parts, as it does with a callback between iterations.
     """
     with _Stopwatch() as watch:
-        measure(est, 1, seconds, stop=lambda: False)
+        for after_one in (False, True):
+            measure(est, 1, seconds / 2, stop=lambda ended=after_one: ended)
     us = {which: float(np.median(spent)) * 1e6 for which, spent in watch.spent.items()}
-    iteration = us[kernels.SOLVE]
+    leave = us[kernels.LEAVE]
+    iteration = us[kernels.SOLVE | kernels.LEAVE] - leave
     parts = {
         "enter": round(us[kernels.ENTER | kernels.SOLVE] - iteration, 1),
         "solve": round(est.config.iterations * iteration, 1),
-        "leave": round(us[kernels.LEAVE], 1),
+        "leave": round(leave, 1),
     }
     return parts | {"python": round(whole - sum(parts.values()), 1)}
 

@@ -38,7 +38,7 @@ from ilqr_service.work import (
 from ilqr_vae.artifact import Artifact, load_artifact
 from ilqr_vae.errors import ServiceError
 from ilqr_vae.kernels.backend import device_of
-from ilqr_vae.machine import available_memory
+from ilqr_vae.machine import available_memory, cores
 from ilqr_vae.model.likelihoods import Counts
 from ilqr_vae.streaming.ensemble import Horizon
 from ilqr_vae.streaming.fixed_lag import FixedLags
@@ -116,7 +116,7 @@ class Engine:
         self._stepper = Stepper(
             estimator, self.model_info, settings.max_sessions, artifact.classes, clock=clock
         )
-        most = settings.max_sessions if self._stepper.batches else 1
+        most = self._stepper.most(settings.max_sessions, self.threads or cores())
         self.cost = Cost(self.model_info.bin_width_ns, horizon, most)
         self._runs: dict[int, Run] = {}
 

@@ -242,16 +242,18 @@ def step_together(
             ]
             _run(kernels.step, members, calls)
 
-        run(kernels.ENTER | kernels.SOLVE, 1)
-        for _ in range(1, limit):
+        # the last iteration and what follows it are one call, while a stream's arrays are near
+        whole = kernels.SOLVE | kernels.LEAVE
+        run(kernels.ENTER | (whole if limit == 1 else kernels.SOLVE), 1)
+        for done in range(1, limit):
             statuses = np.stack([space.work.status for (space,) in spaces])
             ended = stopped(statuses)
             for (space,), status in zip(spaces, statuses, strict=True):
                 space.work.status[:] = status
             if ended:
+                run(kernels.LEAVE, 0)
                 break
-            run(kernels.SOLVE, 1)
-        run(kernels.LEAVE, 0)
+            run(whole if done == limit - 1 else kernels.SOLVE, 1)
     for member, own in zip(members, spaces, strict=True):
         for space in own:
             member.put(space)
