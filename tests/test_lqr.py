@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from ilqr_vae.errors import ShapeError
+from ilqr_vae.kernels.cpu import threads
 from ilqr_vae.lqr import LQRProblem, LQRSolution, marginal_covariance, solve_lqr
 
 BACKENDS = ("reference", "cpu")
@@ -240,6 +245,31 @@ def test_a_problem_in_a_lane_has_the_bits_that_it_has_alone(
         )
         for name, value in numbers(alone).items():
             assert torch.equal(numbers(found)[name][one], value), (b, name)
+
+
+@pytest.mark.parametrize(("batch", "n"), [(1, 10), (9, 10), (9, 16)])
+def test_nothing_beyond_the_problem_is_read(
+    batch: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels read whole vectors, some beyond a tensor's end or of unused scratch."""
+    problem = make(batch=batch, steps=3, n=n, m=5, offsets=batch == 1, cross=batch == 1)
+    plain = solve_lqr(problem, free_initial=True, backend="cpu")
+    scratch = threads.scratch
+
+    def spoilt(dtype: DTypeLike, size: int) -> NDArray[Any]:
+        return np.full_like(scratch(dtype, size), math.nan)
+
+    def surrounded(tensor: Tensor) -> Tensor:
+        room = torch.full((tensor.numel() + 64,), math.nan, dtype=tensor.dtype)
+        return room[32:-32].view(tensor.shape).copy_(tensor)
+
+    monkeypatch.setattr(threads, "scratch", spoilt)
+    there = LQRProblem(**{name: surrounded(t) for name, t in problem.tensors().items()})
+    found = solve_lqr(there, free_initial=True, backend="cpu")
+    for field in fields(LQRSolution):
+        assert torch.equal(getattr(found, field.name), getattr(plain, field.name)), field.name
+    Sigma = marginal_covariance(there, found, backend="cpu")
+    assert torch.equal(Sigma, marginal_covariance(problem, plain, backend="cpu"))
 
 
 def test_an_empty_batch_is_no_special_case() -> None:
