@@ -244,7 +244,7 @@ def test_nlb_hdf5(tmp_path: Path) -> None:
     assert read.n_units == N_UNITS
     assert np.flatnonzero(~read.scored).tolist() == [3, 19 * 30 + 3]
     assert read.kinematic_names == ("train_behavior0", "train_behavior1")
-    assert read.notes == ("1 trials have no kinematics: left out.",)
+    assert read.notes == ("1 trial without kinematics: left out.",)
     with h5py.File(path) as raw:
         assert np.array_equal(read.counts[:30, :-N_HELD_OUT], raw["train_spikes_heldin"][0])
     bare = load_recording(nlb_hdf5(tmp_path / "b.h5", behaviour=False), TRIALS)

@@ -296,7 +296,8 @@ def closed_loop(
         add_cursor(add_to, cursor, CentreOut(seed).radius)
     out = console(soft_wrap=True, stderr=json_file == STDOUT)
     out.print(
-        f"Closed loop, {len(reaching.trials)} reaches, {number_of(log.bins, 'bin')}", style="bold"
+        f"Closed loop, {number_of(len(reaching.trials), 'reach')}, {number_of(log.bins, 'bin')}",
+        style="bold",
     )
     show(reaches_table({"decoder": reaching, "chance": chance, "own hand": hand}), out)
     show(latency_table({"total": latency["total"]}), out)

@@ -20,7 +20,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def number_of(number: int, noun: str) -> str:
     """Return a number with its noun in the singular or plural: ``1 bin``, ``2 bins``."""
-    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun[-1:] in "sh" else "s")
 
 
 def spanned(noun: str, first: int, last: int) -> str:

@@ -95,7 +95,7 @@ def _recording(
 def _lines(made: Adaptation) -> list[str]:
     lines = [f"{made.count(verdict):>5} units: {verdict.value}" for verdict in UnitVerdict]
     if made.gone:
-        lines.append(f"{len(made.gone):>5} units of the model are not in the recording")
+        lines.append(f"{len(made.gone):>5} units of the model that the recording lacks")
     was, now = made.bits
     lines.append(f"bits per bin over mean rates, on held-out bins: {was:.3f} for the previous")
     lines.append(f"model, {now:.3f} for the adapted one")

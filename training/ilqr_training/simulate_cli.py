@@ -53,8 +53,8 @@ def simulate(
     if json_file is not None:
         write_whole(json_file, json.dumps(summary, indent=2) + "\n")
     console(stderr=True).print(
-        f"{out}: {summary['minutes']:g} minutes, {number_of(summary['units'], 'unit')} at "
-        f"{summary['rate_hz_median']:.1f} Hz (median), {summary['trials']} reaches"
+        f"{out}: {summary['minutes']:g} min, {number_of(summary['units'], 'unit')} at "
+        f"{summary['rate_hz_median']:.1f} Hz (median), {number_of(summary['trials'], 'reach')}"
     )
 
 

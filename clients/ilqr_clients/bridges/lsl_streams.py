@@ -135,7 +135,9 @@ class NamedStream:
         )
         known = np.isfinite(stamps)
         if not known.all():
-            self._say(f"stream {self.name!r}: {(~known).sum()} samples have no time stamp")
+            self._say(
+                f"stream {self.name!r}: {number_of((~known).sum(), 'sample')} without time stamp"
+            )
             self.stampless += int((~known).sum())
             values = [value for value, k in zip(values, known, strict=True) if k]
             values, stamps = values if text else np.array(values), np.asarray(stamps)[known]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError, did_you_mean
+from ilqr_vae.errors import RecordingError, did_you_mean, number_of
 from ilqr_vae.recordings.checks import (
     Found,
     channels_of,
@@ -235,7 +235,7 @@ def _joined(
         breaks=starts[1:-1],
         held_out=tuple(f"heldout{i}" for i in range(n_units - n_held_in)),
         bounds=(int(starts[a]), int(starts[b])),
-        notes=(f"{lost} trials have no kinematics: left out.",) if lost else (),
+        notes=(f"{number_of(lost, 'trial')} without kinematics: left out.",) if lost else (),
         warnings=odd,
         name=name,
         sha256=sha256,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ilqr_vae.errors import RecordingError
+from ilqr_vae.errors import RecordingError, number_of
 from ilqr_vae.recordings.recording import Recording, RecordingWarning
 
 Array = NDArray[np.float64]
@@ -103,7 +103,8 @@ def _alike(times: Sequence[NDArray[Any]]) -> list[RecordingWarning]:
     n = len(long) - len(set(long))
     if not n:
         return []
-    text = f"{n} units have exactly the spikes of another: each is counted as a unit of its own."
+    have = "has" if n == 1 else "have"
+    text = f"{number_of(n, 'unit')} {have} exactly the spikes of another: each counts as a unit."
     return [RecordingWarning("units-coincide", text)]
 
 
