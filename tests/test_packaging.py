@@ -81,15 +81,24 @@ def test_ctrl_c_in_a_verb_is_one_line(
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
-def test_an_interrupted_recorder_says_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("record rat --out rat.nwb", "interrupted: nothing came"), ("monitor --once", "interrupted")],
+)
+def test_what_is_interrupted_before_there_was_an_answer_has_not_succeeded(
+    command: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted(_: ServiceClient) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ServiceClient, "describe", interrupted)
-    assert main(["record", "rat", "--out", str(tmp_path / "rat.nwb")]) == 130
-    assert capsys.readouterr() == ("", "interrupted: nothing came\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 130
+    assert capsys.readouterr() == ("", f"{said}\n")
     assert list(tmp_path.iterdir()) == []
 
 

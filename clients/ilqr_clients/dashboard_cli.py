@@ -72,7 +72,7 @@ def dashboard(
     """Show a running service live in a browser: decodes, rates, latents, latency, alarms.
 
     It only listens, and does not affect the service. Beyond loopback the address contains a token,
-    without which nothing is shown. Ends with Ctrl-C.
+    without which nothing is shown. Ends with Ctrl-C (exit code 0).
     """
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
@@ -110,7 +110,8 @@ def dashboard(
             timeout_graceful_shutdown=1,
             lifespan="off",
         )
-        uvicorn.Server(config).run(sockets=[bound])
+        with suppress(KeyboardInterrupt):  # uvicorn ends by itself, and raises it again
+            uvicorn.Server(config).run(sockets=[bound])
     finally:
         feed.close()
         bound.close()

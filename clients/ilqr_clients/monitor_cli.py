@@ -60,7 +60,8 @@ def monitor(
                     watching.listen(every)
                     live.update(_fitting(watching.snapshot(), screen), refresh=True)
     except KeyboardInterrupt:
-        return
+        if not seen or once or json_file is not None:
+            raise  # what was asked for was not shown
     except ServiceError as error:
         if not seen:
             raise
