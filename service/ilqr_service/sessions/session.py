@@ -63,8 +63,14 @@ _SCALARS = tuple(
 )
 
 
+# One tuple for equal shapes: the garbage collector visits each that a kept result holds.
+_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+
 def _packed(values: Vector) -> messages.Array:
-    return messages.Array("<f8", values.shape, values.astype(_F8, copy=False).tobytes())
+    shape = values.shape
+    data = values.astype(_F8, copy=False).tobytes()
+    return messages.Array("<f8", _shapes.setdefault(shape, shape), data)
 
 
 RECENT = 64

@@ -103,13 +103,14 @@ def steps(works: list[Work], costs: Costs) -> list[list[Work]]:
     """
     together: dict[tuple[str, bool], list[list[Work]]] = {}
     alone: list[list[Work]] = []
+    models = {work.model: costs(work.model) for work in works}
+    most = {model: 1 if cost.batch == 1 else cost.most for model, cost in models.items()}
     for work in works:
-        cost = costs(work.model)
-        if not isinstance(work, Solve) or cost.batch == 1:
+        if not isinstance(work, Solve) or most[work.model] == 1:
             alone.append([work])
             continue
         filled = together.setdefault((work.model, work.budget == NO_SOLVE), [[]])
-        if len(filled[-1]) == cost.most:
+        if len(filled[-1]) == most[work.model]:
             filled.append([])
         filled[-1].append(work)
     return [step for filled in together.values() for step in filled] + alone
