@@ -124,17 +124,18 @@ multiply_add, multiply_subtract = _make_product(onto=True), _make_product(minus=
 
 
 @inner
-def add_symmetric(Z, ldz, Q, ldq, size):
-    """Z += Q, both symmetric and given by their upper triangles; Z gets both written.
+def add_symmetric(Z, ldz, P, ldp, Q, ldq, size):
+    """Z = P + Q, all symmetric, P and Q given by their upper triangles; Z may be P.
 
-    Both are used up to ``size`` rounded up to 8.
+    All are used up to ``size`` rounded up to 8.
     """
     never_inline()
     for i in range(0, size, ROWS):
-        up, there = i * ldz + i, i * ldq + i
-        _mirror_diagonal(Z, ldz, up, up, Q, ldq, there)
+        up, p, q = i * ldz + i, i * ldp + i, i * ldq + i
+        _mirror_diagonal(Z, ldz, up, up, P, ldp, p, Q, ldq, q)
         for j in range(i + ROWS, size, ROWS):
-            _mirror(Z, ldz, i * ldz + j, j * ldz + i, Q, ldq, i * ldq + j)
+            up, low, p, q = i * ldz + j, j * ldz + i, i * ldp + j, i * ldq + j
+            _mirror(Z, ldz, up, low, P, ldp, p, Q, ldq, q)
 
 
 @inner
@@ -302,7 +303,7 @@ def inverse_of_symmetric(M, out, size, scratch):
     out[:] = zero
     X, Y, C = at(E, wide_size), at(S, wide_size), at(out, 0)
     multiply(X, width, Y, width, C, wide_size, size, size, size, True)
-    add_symmetric(C, wide_size, at(nothing, 0), 0, size)
+    add_symmetric(C, wide_size, C, wide_size, at(nothing, 0), 0, size)
     return True
 
 

@@ -73,7 +73,7 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
     n8, m8 = round_up(n + 1, COLUMNS), round_up(m, COLUMNS)
     ld = m8 + n8
     ldh = ld + m8
-    P, end = carve(scratch, 0, n8, n8)  # V; its upper triangle and v while it is made
+    P, end = carve(scratch, 0, n8, n8)  # the upper triangle of V and v while it is made
     G, end = carve(scratch, end, n8, ld)  # V [B A] and the slope v + V c
     H, end = carve(scratch, end, m8, ldh)  # [Quu Qux qu I], eliminated
     L, end = carve(scratch, end, m8, ldh)  # its rows divided by the pivots, later Quu^{-1} H
@@ -95,8 +95,9 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
     for i in range(n):
         v[T, i] = q[T, i]
     pad_rows(at(P, 0), n8, at(Q, T * n * n), n, n, n)
-    add_symmetric(at(P, 0), n8, at(nothing, 0), 0, n)
+    add_symmetric(at(P, 0), n8, at(P, 0), n8, at(nothing, 0), 0, n)
     move_rows(at(V, T * n * n), n, at(P, 0), n8, n, n, one)
+    value, ldv = at(P, 0), n8
 
     for t in range(T - 1, -1, -1):
         A_t, lda = at(A, t * n * n), n
@@ -124,10 +125,10 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
             slope[i] = v[t + 1, i]
         if has_c:
             pad_row(at(offset, 0), at(c, t * n), n)
-            add_product(at(slope, 0), at(P, 0), n8, at(offset, 0), n, n)
+            add_product(at(slope, 0), value, ldv, at(offset, 0), n, n)
 
-        multiply(at(P, 0), n8, B_t, ldb, at(G, 0), ld, n, n, m, False)
-        multiply(at(P, 0), n8, A_t, lda, at(G, m8), ld, n, n, n, False)
+        multiply(value, ldv, B_t, ldb, at(G, 0), ld, n, n, m, False)
+        multiply(value, ldv, A_t, lda, at(G, m8), ld, n, n, n, False)
         for i in range(n):
             G[i, m8 + n] = slope[i]
         multiply_add(B_t, ldb, at(G, 0), ld, at(H, 0), ldh, n, m, m8 + n + 1, False)
@@ -137,8 +138,11 @@ def _backward(problem, has_c, has_S, damping, law, cost, scratch):
         multiply_subtract(at(H, m8), ldh, at(L, m8), ldh, at(P, 0), n8, m, n, n + 1, True)
         for i in range(n):
             v[t, i] = P[i, n] + q[t, i]
-        add_symmetric(at(P, 0), n8, Q_t, ldq, n)
-        move_rows(at(V, t * n * n), n, at(P, 0), n8, n, n, one)
+        if beyond_n == 0:
+            value, ldv = at(V, t * n * n), n
+        add_symmetric(value, ldv, at(P, 0), n8, Q_t, ldq, n)
+        if beyond_n > 0:
+            move_rows(at(V, t * n * n), n, value, ldv, n, n, one)
 
         back_substitute(at(L, 0), ldh, m, m8, ldh)
         move_rows(at(K, t * m * n), n, at(L, m8), ldh, m, n, -one)
@@ -348,7 +352,7 @@ def covariance_of_one(A, B, K, Quu_inv, V0, Sigma, scratch):
         multiply(at(P, 0), n8, at(X, 0), n8, at(Y, 0), n8, n, n, n, False)
         multiply(at(inverse, 0), m8, at(X, below), n8, at(Y, below), n8, m, m, n, False)
         multiply(at(X, 0), n8, at(Y, 0), n8, at(P, 0), n8, n + m, n, n, True)
-        add_symmetric(at(P, 0), n8, at(nothing, 0), 0, n)
+        add_symmetric(at(P, 0), n8, at(P, 0), n8, at(nothing, 0), 0, n)
     move_rows(at(Sigma, T * n * n), n, at(P, 0), n8, n, n, one)
     return True
 

@@ -250,25 +250,39 @@ def transposed(e: Emit, rows: list[Any]) -> list[Any]:
 
 
 def make_mirror(size: int, *, diagonal: bool) -> Any:
-    """An intrinsic mirror(Z, ldz, upper, lower, Q, ldq, q): to a size x size block of Z, at
-    ``upper``, that of Q at q is added, and the transpose of the sum is written at ``lower``. With
-    ``diagonal`` only the block's own upper triangle is read, and its mirror image is written."""
+    """An intrinsic mirror(Z, ldz, upper, lower, P, ldp, p, Q, ldq, q): the sum of the size x size
+    blocks of P at p and of Q at q is written to Z at ``upper``, its transpose at ``lower``. With
+    ``diagonal`` only their own upper triangles are read, and the mirror image is written. Z may be
+    P."""
 
     def mirror(
-        typingctx: Any, Z: Any, ldz: Any, upper: Any, lower: Any, Q: Any, ldq: Any, q: Any
+        typingctx: Any,
+        Z: Any,
+        ldz: Any,
+        upper: Any,
+        lower: Any,
+        P: Any,
+        ldp: Any,
+        p: Any,
+        Q: Any,
+        ldq: Any,
+        q: Any,
     ) -> Any:
+        signature = types.void(Z, _SIZE, _SIZE, _SIZE, P, _SIZE, _SIZE, Q, _SIZE, _SIZE)
+
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e = Emit(context, builder, signature, args, size)
-            z, ldz, upper, lower, q, ldq, place = args
+            Z, ldz, upper, lower, P, ldp, p, Q, ldq, q = args
 
-            def rows(base: Any, ld: Any) -> list[Any]:
-                return [e.ahead(base, e.times(i, ld)) for i in range(size)]
+            def rows(base: Any, start: Any, ld: Any) -> list[Any]:
+                first = e.ahead(base, start)
+                return [e.ahead(first, e.times(i, ld)) for i in range(size)]
 
             def write(values: list[Any], start: Any) -> None:
-                for value, row in zip(values, rows(e.ahead(z, start), ldz), strict=True):
+                for value, row in zip(values, rows(Z, start, ldz), strict=True):
                     e.store(value, row)
 
-            pairs = zip(rows(e.ahead(z, upper), ldz), rows(e.ahead(q, place), ldq), strict=True)
+            pairs = zip(rows(P, p, ldp), rows(Q, q, ldq), strict=True)
             total = [builder.fadd(e.load(a), e.load(b)) for a, b in pairs]
             turned = transposed(e, total)
             if diagonal:
@@ -280,7 +294,7 @@ def make_mirror(size: int, *, diagonal: bool) -> Any:
                 write(turned, lower)
             return e.done()
 
-        return types.void(Z, _SIZE, _SIZE, _SIZE, Q, _SIZE, _SIZE), codegen
+        return signature, codegen
 
     return intrinsic(mirror)
 
