@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 from benchmarks.models import BIN_S
 from ilqr_clients.load import Stamps
 from ilqr_service.solving.policy import CATCH_UP, Cost, Policy
+from ilqr_service.solving.stepper import STREAMS
 from ilqr_service.work import Solve
 
 Array = NDArray[np.float64]
-MANY = 1000
-"""Largest number of bins in a step, as ``max_sessions`` sets it."""
 _LONGER, _NEAR, _STALL_S = 2.0, 60, 0.005
 
 
@@ -206,7 +205,7 @@ class Core:
     def cost(self, bin_s: float) -> Cost:
         """Return the policy's cost model, as it is measured while a server warms up."""
         start, each = 1e9 * self.times.solve, 1e9 * self.times.each
-        return Cost(round(bin_s * 1e9), 1, MANY, start, each)
+        return Cost(round(bin_s * 1e9), 1, STREAMS, start, each)
 
     def most_streams(self, bin_s: float) -> float:
         """Return the streams at which the core is busy all the time, in the steps of the policy."""
