@@ -15,6 +15,7 @@ import torch
 from benchmarks import stream
 from benchmarks.lqr import BATCHES, SIZES, operations, problem_of
 from benchmarks.models import estimator_of
+from benchmarks.rivals.environment import Environment
 from benchmarks.rows import ROOT, Row, absent, quantiles, row, timed
 from ilqr_training.experiments.maze import MazeConfig, maze_size
 from ilqr_vae.kernels.cpu.arguments import Streams
@@ -27,8 +28,10 @@ STREAMS: list[Row] = [
     {"n": 32, "m": 8, "units": 192, "H": 64, "streams": 1},
     *({"n": 20, "m": 5, "units": 196, "H": 20, "streams": S} for S in (1, 64, 1000, 10_000)),
 ]
-#: Numbers of streams at which the step in torch is measured too, and its time limit to compile.
-RECORDED, PATIENCE = (1, 1000), 100.0
+SOCU = Environment("ilqr-vae-rivals-socu", ("socu",), ("socu", "warp"))
+SOCU_WORKER = ROOT / "benchmarks" / "rivals" / "socu_lqr.py"
+#: Numbers of streams at which the step in torch is measured too; time limits for it and for socu.
+RECORDED, PATIENCE, SOCU_PATIENCE = (1, 1000), 100.0, 60.0
 #: Published peaks per card: (bytes, float32 operations) per second.
 PEAKS = {"H200": (4.8e12, 67e12), "H100": (3.35e12, 67e12), "A100": (2.0e12, 19.5e12)}
 
@@ -78,8 +81,24 @@ def _lqr(seconds: float) -> list[Row]:
                     | found
                     | share_of_floor(floor, found["median_us"] * 1e-6)
                 )
-    rows.append(absent("gpu lqr", "socu", "there is no runner for it yet", device="cuda"))
+        rows += _socu(n, m, T, seconds)
     return rows
+
+
+def _socu(n: int, m: int, T: int, seconds: float) -> list[Row]:
+    """Time socu on the system of one problem's multipliers; see ``rivals/socu_lqr.py``."""
+    problem = problem_of(1, n, m, T)
+    given = {name: value.numpy() for name, value in problem.tensors().items()}
+    given["dz"] = solve_lqr(problem, free_initial=True, backend="reference").dz.numpy()
+    found = SOCU.lines(SOCU_WORKER, given, seconds, SOCU_PATIENCE)
+    common = {"n": n, "m": m, "T": T, "batch": 1}
+    if isinstance(found, str):
+        return [absent("gpu lqr", "socu", found, **common, device="cuda")]
+    return [
+        row("gpu lqr", **common, **{k: v for k, v in line.items() if k != "seconds"})
+        | quantiles(line["seconds"])
+        for line in found
+    ]
 
 
 def step_floor(size: Row, itemsize: int, iterations: int) -> tuple[float, float]:
@@ -183,7 +202,8 @@ def run(quick: bool) -> list[Row]:
     if not torch.cuda.is_available():
         return [absent("gpu", "ilqr-vae gpu", "no CUDA device", device="cuda")]
     seconds = 0.5 if quick else 2.0
-    rows = _streams(quick, seconds)
+    rows: list[Row] = []
+    SOCU.beside(lambda: rows.extend(_streams(quick, seconds)), SOCU_PATIENCE)
     rows.append(_agreement(100 if quick else 1000))
     rows += _lqr(seconds / 2)
     return [*rows, *_train(4 if quick else 51)]

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.adapt import ratio
+from benchmarks.lqr import problem_of
 from benchmarks.models import BIN_S, decoder_of, estimator_of
 from benchmarks.queueing import Core, Interruption, Sends, Simulation, interruptions
+from benchmarks.rivals import socu_lqr
 from benchmarks.stream import measure, time_parts
 
 from ilqr_clients.load import Generator, Stamps
 from ilqr_clients.load_schedule import Faults, LoadSize, schedule
+from ilqr_vae.lqr import solve_lqr
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,3 +135,20 @@ def test_the_ratio_of_two_tails_is_of_all_blocks_and_has_an_interval() -> None:
     found = ratio([(block, 1.2 * block) for block in ms])
     assert found["ratio"] == found["interval"][0] == found["interval"][1] == 1.2
     assert found["p99_us"] == round(1e3 * float(np.percentile(ms, 99)), 1)
+
+
+def test_the_multipliers_that_socu_solves_for_give_the_states() -> None:
+    problem = problem_of(1, 3, 2, 4)
+    A, B, Q, q, R, r = (
+        getattr(problem, name)[0].numpy() for name in ("A", "B", "Q", "q", "R", "r")
+    )
+    D, E, b = socu_lqr.system(A, B, Q, q, R, r)
+    dense = np.zeros((12, 12))
+    for t in range(4):
+        dense[3 * t : 3 * t + 3, 3 * t : 3 * t + 3] = D[t]
+        if t:
+            dense[3 * t : 3 * t + 3, 3 * t - 3 : 3 * t] = E[t - 1]
+            dense[3 * t - 3 : 3 * t, 3 * t : 3 * t + 3] = E[t - 1].T
+    y = np.linalg.solve(dense, b.ravel()).reshape(4, 3)
+    found = solve_lqr(problem, free_initial=True).dz[0].numpy()
+    np.testing.assert_allclose(socu_lqr.states(given["A"], given["Q"], given["q"], y), found, atol=1e-12)

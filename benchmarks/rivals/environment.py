@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import venv
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 #: Names a Python that has the rivals; otherwise environments are created once, below ``HOME``.
 VARIABLE = "ILQR_VAE_RIVALS"
@@ -64,6 +69,31 @@ class Environment:
         if ran.returncode != 0 or not self._complete(made):
             return None, f"does not install: {(ran.stderr.strip().splitlines() or ['?'])[-1][:200]}"
         return made, ""
+
+    def lines(
+        self, script: Path, arrays: dict[str, Any], seconds: float, timeout: float, **variables: str
+    ) -> list[dict[str, Any]] | str:
+        """Return the JSON lines that ``script FILE.npz SECONDS`` prints, or why there are none."""
+        interpreter, why = self.python()
+        if interpreter is None:
+            return why
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder) / "given.npz")
+            np.savez(file, **arrays)
+            try:
+                ran = subprocess.run(
+                    [interpreter, str(script), file, str(seconds)],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=timeout,
+                    env=os.environ | variables,
+                )
+            except subprocess.TimeoutExpired:
+                return f"not done within {timeout:.0f} s"
+        if ran.returncode != 0:
+            return f"failed: {(ran.stderr.strip().splitlines() or ['?'])[-1][:200]}"
+        return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
     def beside(self, work: Callable[[], object], patience: float) -> None:
         """Find or install the packages while the caller does other work.
