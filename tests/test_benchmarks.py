@@ -139,9 +139,7 @@ def test_the_ratio_of_two_tails_is_of_all_blocks_and_has_an_interval() -> None:
 
 def test_the_multipliers_that_socu_solves_for_give_the_states() -> None:
     problem = problem_of(1, 3, 2, 4)
-    A, B, Q, q, R, r = (
-        getattr(problem, name)[0].numpy() for name in ("A", "B", "Q", "q", "R", "r")
-    )
+    A, B, Q, q, R, r = (x[0].numpy() for x in problem.tensors().values())
     D, E, b = socu_lqr.system(A, B, Q, q, R, r)
     dense = np.zeros((12, 12))
     for t in range(4):
@@ -151,4 +149,4 @@ def test_the_multipliers_that_socu_solves_for_give_the_states() -> None:
             dense[3 * t - 3 : 3 * t, 3 * t : 3 * t + 3] = E[t - 1].T
     y = np.linalg.solve(dense, b.ravel()).reshape(4, 3)
     found = solve_lqr(problem, free_initial=True).dz[0].numpy()
-    np.testing.assert_allclose(socu_lqr.states(given["A"], given["Q"], given["q"], y), found, atol=1e-12)
+    np.testing.assert_allclose(socu_lqr.states(A, Q, q, y), found, atol=1e-12)
