@@ -64,6 +64,9 @@ def summary(verdict: Comparison) -> str:
         text += f", {verdict.skipped} skipped (their state is not in the journal)"
     if verdict.first:
         text += f"; first difference at {verdict.first}, largest {verdict.largest:.3g}"
+    if verdict.versions and verdict.identical < verdict.answers:
+        written = ", ".join(f"{name} {value}" for name, value in verdict.versions.items())
+        text += f"; written with {written}: other bits are expected, give a --tolerance"
     if verdict.changed:
         text += f"; {verdict.changed} solves ended otherwise"
     if verdict.damaged:

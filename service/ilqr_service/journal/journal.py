@@ -39,6 +39,7 @@ from ilqr_service.solving.engines import Engines
 from ilqr_service.solving.run import PackedRun, Resumed, pack_work
 from ilqr_service.work import EngineAnswer
 from ilqr_vae.errors import IlqrVaeError
+from ilqr_vae.kernels import ARITHMETIC
 from ilqr_vae.protocol import messages
 
 Find = Callable[[str], Engine | None]
@@ -46,11 +47,12 @@ Find = Callable[[str], Engine | None]
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of the computing packages, cached at the first call.
+    """Return the versions of what computes, cached at the first call.
 
     The packages may be replaced while the service runs.
     """
     found = {"python": platform.python_version(), "machine": platform.machine()}
+    found["arithmetic"] = str(ARITHMETIC)
     for name in ("ilqr-vae", "torch", "numba", "numpy"):
         try:
             found[name] = version(name)

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from ilqr_service.journal.journal import versions
 from ilqr_service.journal.records import (
     Answered,
     AnyRecord,
@@ -53,6 +54,7 @@ class Comparison:
         changed: answers whose solve ended with another status (``solver``).
         first: location of the first difference.
         damaged: a line for each irregularity of the journal.
+        versions: what wrote the journal, where it differs from what verifies it, by name.
     """
 
     runs: int = 0
@@ -63,6 +65,7 @@ class Comparison:
     changed: int = 0
     first: str = ""
     damaged: list[str] = field(default_factory=list[str])
+    versions: dict[str, str] = field(default_factory=dict[str, str])
 
     def within(self, tolerance: float) -> bool:
         """Return whether all differences are at most this, and all solves ended alike."""
@@ -185,6 +188,12 @@ class Verifier:
             JournalError: a segment lacks a header, or its settings are invalid.
         """
         if isinstance(record, Header):
+            here = versions()
+            self.verdict.versions |= {
+                name: record.versions.get(name, "not stated")
+                for name in here
+                if record.versions.get(name) != here[name]
+            }
             self._serve(settings_of(record))
             return
         if self._engines is None:
