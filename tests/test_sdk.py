@@ -137,6 +137,16 @@ def test_a_closed_session_is_gone(client: ServiceClient) -> None:
     assert "brief" not in {s.session for s in client.sessions()}
 
 
+def test_what_was_published_before_the_end_is_received(client: ServiceClient) -> None:
+    for k in range(20):
+        name = f"ends-{k}"
+        with client.open(name, units=UNITS, bin_width=BIN_S, hear_events=True) as session:
+            session.send(0, counts(1)[0])
+            client.event(name, "reward")
+        assert [event.name for event in session.events] == ["reward"]
+        assert session.notices[-1].startswith("closed")
+
+
 def test_sessions_in_threads_get_their_own_results(service: Service) -> None:
     got: dict[str, list[Answer]] = {}
 

@@ -223,14 +223,20 @@ class Channel(Closing):
         self._context.destroy(linger=0)
 
     def close(self) -> None:
-        """Close the session, wait up to a second for the confirmation, and close the sockets."""
+        """Close the session, wait up to a second for the confirmation, and close the sockets.
+
+        What was published before the session's end, such as events, is received.
+        """
         if self._context.closed:
             return
         r, close = self.request, messages.Close
         try:
             self.send_raw(messages.encode(close(session=r.session, epoch=r.epoch, token=r.token)))
             end = time.monotonic() + min(1.0, self.timeout)
-            while self.closed is None and self._watched.connected and time.monotonic() < end:
+            while self._watched.connected and time.monotonic() < end:
+                told = any(map(SessionEnd.of, self.notices)) or not self._confirmed
+                if self.closed is not None and told:
+                    break
                 self._take(min(0.05, self.timeout))
         finally:
             self._context.destroy(linger=_LINGER_MS)
