@@ -245,11 +245,10 @@ class Channel(Closing):
 
     def _take(self, timeout: float) -> None:
         """Handle available messages, waiting up to ``timeout`` seconds for the first."""
-        readable = dict(self._poller.poll(max(0, int(timeout * 1e3))))
-        if not readable:
+        if not self._poller.poll(max(0, int(timeout * 1e3))):
             return
         self._outstanding.heard = time.monotonic()
-        for message, arrived in self._topic.take() if self._topic.socket in readable else ():
+        for message, arrived in self._topic.take():
             self._confirmed = True  # any message shows that the subscription is active
             if message is None or message.epoch != self.request.epoch:
                 continue
@@ -265,9 +264,8 @@ class Channel(Closing):
             self.notices.append(message.what)
             if self._opened is not None and SessionEnd.of(message.what):
                 self._ended = message.what
-        if self._dealer in readable:
-            for frames in available(self._dealer):
-                self._reply(messages.decode_downstream(frames[-1]))
+        for frames in available(self._dealer):
+            self._reply(messages.decode_downstream(frames[-1]))
         if self._front is not None:
             while self._front.poll(0):
                 reply = messages.decode_downstream(self._front.recv())

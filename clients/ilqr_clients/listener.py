@@ -228,11 +228,10 @@ class Listener(Closing):
 
     def _take(self, timeout: float) -> None:
         """Handle available messages, waiting up to ``timeout`` seconds for the first."""
-        readable = dict(self._poller.poll(max(0, int(timeout * 1e3))))
-        if not readable:
+        if not self._poller.poll(max(0, int(timeout * 1e3))):
             return
         self._heard, self._asked = time.monotonic(), None
-        for message, arrived in self._topic.take() if self._topic.socket in readable else ():
+        for message, arrived in self._topic.take():
             first, self._subscribed = not self._subscribed, True
             if isinstance(message, messages.Notice):
                 self._notice(message, first=first)

@@ -191,10 +191,7 @@ class Generator(Closing):
         self._context: zmq.Context[Any] = zmq.Context()
         self._sub = connect(self._context, zmq.SUB, reachable(described.results, endpoint))
         self._dealer = connect(self._context, zmq.DEALER, endpoint)
-        self._poller, sockets = zmq.Poller(), (self._sub, self._dealer)
-        for socket in sockets:
-            self._poller.register(socket, zmq.POLLIN)
-        self._descriptors = [int(socket.getsockopt(zmq.FD)) for socket in sockets]
+        self._descriptors = [int(s.getsockopt(zmq.FD)) for s in (self._sub, self._dealer)]
         self._source_start_ns: int | None = None
         self._sent: dict[tuple[str, int], tuple[int, int]] = {}  # intended, actual
         self._newest: dict[tuple[str, int], int] = {}
@@ -334,19 +331,16 @@ class Generator(Closing):
 
     def _emptied(self) -> bool:
         """Receive everything that has arrived; return whether there was anything."""
-        readable = dict(self._poller.poll(0))
-        if not readable:
-            return False
-        if self._sub in readable:
-            # Each message is stamped as it leaves the socket, before any is decoded.
-            came = [(self._timer.now_ns(), frames[-1]) for frames in available(self._sub)]
-            for arrived, frame in came:
-                self._published(messages.decode_published(frame), arrived)
-        if self._dealer in readable:
-            for frames in available(self._dealer):
-                self._replied(messages.decode_downstream(frames[-1]))
-        self._silent_since = None
-        return True
+        # Each message is stamped as it leaves the socket, before any is decoded.
+        came = [(self._timer.now_ns(), frames[-1]) for frames in available(self._sub)]
+        for arrived, frame in came:
+            self._published(messages.decode_published(frame), arrived)
+        replies = list(available(self._dealer))
+        for frames in replies:
+            self._replied(messages.decode_downstream(frames[-1]))
+        if came or replies:
+            self._silent_since = None
+        return bool(came or replies)
 
     def _replied(self, reply: messages.Downstream | None) -> None:
         match reply:

@@ -243,8 +243,8 @@ def step_together(
             _run(kernels.step, members, calls)
 
         # the last iteration and what follows it are one call, while a stream's arrays are near
-        whole = kernels.SOLVE | kernels.LEAVE
-        run(kernels.ENTER | (whole if limit == 1 else kernels.SOLVE), 1)
+        last = kernels.SOLVE | kernels.LEAVE
+        run(kernels.ENTER | (last if limit == 1 else kernels.SOLVE), 1)
         for done in range(1, limit):
             statuses = np.stack([space.work.status for (space,) in spaces])
             ended = stopped(statuses)
@@ -253,7 +253,7 @@ def step_together(
             if ended:
                 run(kernels.LEAVE, 0)
                 break
-            run(whole if done == limit - 1 else kernels.SOLVE, 1)
+            run(last if done == limit - 1 else kernels.SOLVE, 1)
     for member, own in zip(members, spaces, strict=True):
         for space in own:
             member.put(space)
